@@ -1,0 +1,16 @@
+//! The vocabulary of the bus: names, entry ids, entries, deliveries, dead letters and the view of an alert.
+//!
+//! Owns the shapes that every other module speaks, and their encodings as text and as entry fields.
+//! Knows nothing of I/O, of the runtime, or of any store: everything here is a pure value.
+
+mod alert;
+mod dead_letter;
+mod entry;
+mod id;
+mod name;
+
+pub use alert::{AlertView, Severity, UnknownSeverity};
+pub use dead_letter::{DeadLetter, DeadLetterReason};
+pub use entry::{Delivery, Entry, Fields, IdempotencyKey, NewEntry, NewEvent, NotAnEvent, field};
+pub use id::{EntryId, Epoch, InvalidEntryId, InvalidPosition, Position};
+pub use name::{ConsumerName, GroupName, InvalidName, StreamName};

@@ -1,0 +1,165 @@
+//! What the daemon counts and measures, in a registry of its own.
+//!
+//! One struct: the doc comment of a field is its help text. Labels come from the configuration or from enums, so
+//! their number is bounded. The table in the README is compared with this registry by a test.
+
+use prometheus::core::Collector;
+use prometheus::{
+    Encoder, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+/// Seconds from 100 microseconds to 30 seconds.
+const SECONDS: [f64; 17] =
+    [0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0];
+
+/// How a kind of metric is made from its name, help and labels.
+trait Metric: Collector + Clone + 'static {
+    fn make(name: &str, help: &str, labels: &[&str]) -> prometheus::Result<Self>;
+}
+
+impl Metric for IntCounterVec {
+    fn make(name: &str, help: &str, labels: &[&str]) -> prometheus::Result<Self> {
+        Self::new(Opts::new(name, help), labels)
+    }
+}
+
+impl Metric for IntGaugeVec {
+    fn make(name: &str, help: &str, labels: &[&str]) -> prometheus::Result<Self> {
+        Self::new(Opts::new(name, help), labels)
+    }
+}
+
+impl Metric for GaugeVec {
+    fn make(name: &str, help: &str, labels: &[&str]) -> prometheus::Result<Self> {
+        Self::new(Opts::new(name, help), labels)
+    }
+}
+
+impl Metric for IntGauge {
+    fn make(name: &str, help: &str, _: &[&str]) -> prometheus::Result<Self> {
+        Self::new(name, help)
+    }
+}
+
+impl Metric for HistogramVec {
+    fn make(name: &str, help: &str, labels: &[&str]) -> prometheus::Result<Self> {
+        Self::new(HistogramOpts::new(name, help).buckets(SECONDS.to_vec()), labels)
+    }
+}
+
+macro_rules! metrics {
+    ($( #[doc = $help:literal] $field:ident: $kind:ty = $name:literal [$($label:literal),*]; )*) => {
+        /// Every metric of the daemon.
+        #[derive(Debug, Clone)]
+        pub struct Metrics {
+            registry: Registry,
+            $( #[doc = $help] pub $field: $kind, )*
+        }
+
+        impl Metrics {
+            /// Fresh metrics, all at zero.
+            pub fn new() -> Self {
+                let registry = Registry::new();
+                $(
+                    let $field = <$kind as Metric>::make($name, $help.trim(), &[$($label),*])
+                        .expect("names and labels are constants");
+                    registry.register(Box::new($field.clone())).expect("names are unique");
+                )*
+                #[cfg(target_os = "linux")]
+                registry
+                    .register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))
+                    .expect("no other metric is named process_*");
+                Self { registry, $( $field, )* }
+            }
+
+            /// Name, labels and help of each metric, in the order of their declaration.
+            pub fn described() -> Vec<(&'static str, Vec<&'static str>, &'static str)> {
+                vec![$( ($name, vec![$($label),*], $help.trim()), )*]
+            }
+        }
+    };
+}
+
+metrics! {
+    /// Entries accepted into a stream by this instance.
+    published: IntCounterVec = "aurora_bus_published_total" ["stream"];
+    /// Events refused as duplicates of an entry already stored.
+    duplicates: IntCounterVec = "aurora_bus_duplicates_total" ["stream"];
+    /// Events not accepted, by reason.
+    rejected: IntCounterVec = "aurora_bus_rejected_total" ["reason"];
+    /// Time until an append was accepted by the store, in seconds.
+    publish_seconds: HistogramVec = "aurora_bus_publish_seconds" ["stream"];
+    /// Entries delivered to a group's sink, retries included.
+    deliveries: IntCounterVec = "aurora_bus_deliveries_total" ["stream", "group"];
+    /// Entries acknowledged by a group after its sink took them.
+    acknowledged: IntCounterVec = "aurora_bus_acknowledged_total" ["stream", "group"];
+    /// Entries acknowledged without delivery because the group's filter does not match them.
+    filtered: IntCounterVec = "aurora_bus_filtered_total" ["stream", "group"];
+    /// Failed deliveries that will be tried again.
+    retries: IntCounterVec = "aurora_bus_retries_total" ["stream", "group"];
+    /// Entries moved to the dead letters, by reason.
+    dead_letters: IntCounterVec = "aurora_bus_dead_letters_total" ["stream", "group", "reason"];
+    /// Entries found lost before they were handled, by reason.
+    lost: IntCounterVec = "aurora_bus_lost_total" ["stream", "group", "reason"];
+    /// Entries taken over from consumers that were idle for too long.
+    claimed: IntCounterVec = "aurora_bus_claimed_total" ["stream", "group"];
+    /// Results that came too late: another consumer had taken the entry over.
+    not_owned: IntCounterVec = "aurora_bus_not_owned_total" ["stream", "group"];
+    /// Times a group was found missing and made again.
+    groups_recreated: IntCounterVec = "aurora_bus_groups_recreated_total" ["stream", "group"];
+    /// Entries being handled by this instance now.
+    in_flight: IntGaugeVec = "aurora_bus_in_flight" ["stream", "group"];
+    /// Time a sink took for one batch, in seconds.
+    handler_seconds: HistogramVec = "aurora_bus_handler_seconds" ["stream", "group"];
+    /// Failed sink deliveries, by class.
+    sink_errors: IntCounterVec = "aurora_bus_sink_errors_total" ["sink", "class"];
+    /// Entries a group has not been given yet; absent while the store can't tell.
+    group_lag: IntGaugeVec = "aurora_bus_group_lag" ["stream", "group"];
+    /// Entries given to a group and not settled.
+    group_pending: IntGaugeVec = "aurora_bus_group_pending" ["stream", "group"];
+    /// Age of the oldest pending entry of a group, in seconds.
+    group_oldest_pending_seconds: GaugeVec = "aurora_bus_group_oldest_pending_seconds" ["stream", "group"];
+    /// Entries a stream holds.
+    stream_length: IntGaugeVec = "aurora_bus_stream_length" ["stream"];
+    /// Time of store operations, in seconds.
+    store_seconds: HistogramVec = "aurora_bus_store_seconds" ["operation"];
+    /// Failed store operations, by kind.
+    store_errors: IntCounterVec = "aurora_bus_store_errors_total" ["operation", "kind"];
+    /// Dashboards connected to the relay.
+    relay_connections: IntGaugeVec = "aurora_bus_relay_connections" ["channel"];
+    /// Alerts written to dashboards.
+    relay_deliveries: IntCounterVec = "aurora_bus_relay_deliveries_total" ["channel"];
+    /// Writes to dashboard sockets; one carries many alerts when there are many.
+    relay_writes: IntCounterVec = "aurora_bus_relay_writes_total" ["channel"];
+    /// Times a dashboard fell behind the ring and was served from the store.
+    relay_catchups: IntCounterVec = "aurora_bus_relay_catchups_total" ["channel"];
+    /// Times a dashboard could not be given what it asked for, by reason.
+    relay_gaps: IntCounterVec = "aurora_bus_relay_gaps_total" ["channel", "reason"];
+    /// Dashboard sockets closed, by close code.
+    relay_closes: IntCounterVec = "aurora_bus_relay_closes_total" ["code"];
+    /// Time from an entry's id to its write to a dashboard, in seconds, one sample per write.
+    relay_latency_seconds: HistogramVec = "aurora_bus_relay_latency_seconds" ["channel"];
+    /// HTTP requests answered, by route and status.
+    http_requests: IntCounterVec = "aurora_bus_http_requests_total" ["route", "status"];
+    /// Time of HTTP requests, in seconds.
+    http_seconds: HistogramVec = "aurora_bus_http_seconds" ["route"];
+    /// HTTP connections open.
+    http_connections: IntGauge = "aurora_bus_http_connections" [];
+    /// Always 1; the version is in the label.
+    build_info: IntGaugeVec = "aurora_bus_build_info" ["version"];
+}
+
+impl Metrics {
+    /// All metrics in Prometheus' text format 0.0.4.
+    pub fn render(&self) -> String {
+        let mut text = Vec::with_capacity(16 * 1024);
+        TextEncoder::new().encode(&self.registry.gather(), &mut text).expect("writing to a Vec succeeds");
+        String::from_utf8(text).expect("the text format is UTF-8")
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}

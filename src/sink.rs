@@ -1,0 +1,135 @@
+//! Sinks: where a group's entries go.
+//!
+//! Owns the [`Sink`] trait, how its failures are classified, and the sinks themselves. Knows nothing of groups,
+//! attempts or acknowledgements: a sink either took a batch, or says why not.
+
+mod audit;
+mod log;
+
+use std::error::Error;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+pub use audit::{AuditConfig, AuditSink, VerifyReport, verify};
+pub use log::{LogConfig, LogSink};
+
+use crate::event::Delivery;
+
+/// Takes batches of entries and makes them have their effect.
+#[async_trait]
+pub trait Sink: fmt::Debug + Send + Sync + 'static {
+    /// The most deliveries it takes at once.
+    fn max_batch(&self) -> usize {
+        1
+    }
+
+    /// Whether it could take deliveries now. Called at start and for readiness; has no effect.
+    async fn check(&self) -> Result<(), SinkError>;
+
+    /// Delivers a batch, all or nothing: `Ok` means that every entry has had its effect durably.
+    ///
+    /// After an error any part of the batch may have had its effect: deliveries are repeated, so effects are keyed
+    /// by entry id where that matters. Dropping the future is allowed at any time.
+    async fn deliver(&self, batch: &[Delivery]) -> Result<(), SinkError>;
+
+    /// Finishes what is under way before the process ends.
+    async fn close(&self) {}
+}
+
+/// What kind of failure it is, and so whether trying again can help.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SinkErrorClass {
+    /// May pass: a time-out, a lost connection, a full disk, a server error.
+    Transient,
+    /// Won't pass: the receiver refuses this entry.
+    Permanent,
+    /// The entry is not what the sink can read.
+    Undecodable,
+}
+
+impl SinkErrorClass {
+    /// The class in one word, for metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Transient => "transient",
+            Self::Permanent => "permanent",
+            Self::Undecodable => "undecodable",
+        }
+    }
+}
+
+/// A batch that a sink did not take.
+#[derive(Debug)]
+pub struct SinkError {
+    class: SinkErrorClass,
+    message: String,
+    retry_after: Option<Duration>,
+    source: Option<Box<dyn Error + Send + Sync>>,
+}
+
+impl SinkError {
+    /// An error of that class, told by `message` (lower case, no period).
+    pub fn new(class: SinkErrorClass, message: impl Into<String>) -> Self {
+        Self { class, message: message.into(), retry_after: None, source: None }
+    }
+
+    /// The same with what caused it.
+    #[must_use]
+    pub fn with_source(mut self, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+
+    /// The same with the time that the receiver asked us to wait.
+    #[must_use]
+    pub fn with_retry_after(mut self, retry_after: Duration) -> Self {
+        self.retry_after = Some(retry_after);
+        self
+    }
+
+    /// Whether trying again can help.
+    pub fn class(&self) -> SinkErrorClass {
+        self.class
+    }
+
+    /// How long the receiver asked us to wait.
+    pub fn retry_after(&self) -> Option<Duration> {
+        self.retry_after
+    }
+}
+
+impl fmt::Display for SinkError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl Error for SinkError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.source.as_deref().map(|source| source as &(dyn Error + 'static))
+    }
+}
+
+/// One sink of the configuration.
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+pub enum SinkConfig {
+    /// Writes a line per entry to the daemon's own log.
+    Log(LogConfig),
+    /// Appends tamper-evident records to files.
+    Audit(AuditConfig),
+}
+
+impl SinkConfig {
+    /// Makes the sink. Opens files and takes their locks, but talks to no other machine.
+    pub async fn build(self, name: &str) -> Result<Arc<dyn Sink>, SinkError> {
+        Ok(match self {
+            Self::Log(config) => Arc::new(LogSink::new(name, config)),
+            Self::Audit(config) => Arc::new(AuditSink::open(name, config).await?),
+        })
+    }
+}

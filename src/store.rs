@@ -1,0 +1,146 @@
+//! The store: one contract for streams, groups and deliveries, and its two backends.
+//!
+//! Owns the [`Store`] trait and the meaning of each of its operations. It promises the same semantics on
+//! Redis (or Valkey) and on the embedded one, which one suite of tests checks on both. It does not know what an alert is,
+//! what a sink is, or who asks.
+//!
+//! # The contract
+//!
+//! - **Ids** are given by the store and strictly increase within a stream, across restarts, trims and clocks that
+//!   step back. A stream exists from its first entry or group on; reading one that does not exist finds nothing.
+//! - **Durable on return.** When [`Store::append`] returns, the entries survive a crash of this process. On the
+//!   embedded store with `durability = "commit"` they also survive a power cut; on Redis they are as durable as the
+//!   server's own persistence makes them. Entries are visible to readers only once that is so.
+//! - **Groups** have a cursor of their own. An entry that [`Store::fetch`] returns is *pending*: it belongs to the
+//!   consumer that fetched it until it is settled, claimed by another, or found lost. Settling may be forgotten by
+//!   a power cut, never by a crash: the entry is then delivered again.
+//! - **Attempts** are counted by the store, per group and entry: 1 with the first delivery, one more with each
+//!   claim. They survive restarts.
+//! - **Loss is told.** A pending entry whose body was trimmed away is removed from the pending entries by the claim
+//!   that meets it and reported there as lost, once.
+//! - **Errors** carry a [`StoreErrorKind`]: whoever calls decides by kind, never by text.
+
+mod error;
+mod types;
+
+use std::fmt;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+pub use error::{StoreError, StoreErrorKind};
+pub use types::{
+    Appended, Claimed, ConsumerStatus, Cursor, GroupStatus, Order, Outcome, Pending, Range, Reclaimed, Settled,
+    Settlement, Start, StoreStatus, StreamStatus, Trim,
+};
+
+use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
+
+/// The most entries one [`Store::append`] takes.
+pub const MAX_APPEND: usize = 512;
+
+/// Streams, groups and deliveries.
+///
+/// Every operation fails with [`StoreErrorKind::WrongType`] where the stream's name is taken by something else, and
+/// with [`StoreErrorKind::Unavailable`] where the store can't be reached; both concern the one call only.
+#[async_trait]
+pub trait Store: fmt::Debug + Send + Sync + 'static {
+    /// Appends up to [`MAX_APPEND`] entries, in order, all or none; one result per entry, in order.
+    ///
+    /// Creates the stream. An entry whose idempotency key was seen within its window is not stored again: its result
+    /// names the first one. After an error it is unknown whether the entries were stored; repeating the call is only
+    /// safe with idempotency keys. Cancel-safe: the append then happens or not, as a whole.
+    async fn append(&self, stream: &StreamName, entries: Vec<NewEntry>) -> Result<Vec<Appended>, StoreError>;
+
+    /// The entries within a range, in its order, at most `limit`. Cancel-safe.
+    async fn range(&self, stream: &StreamName, range: Range, limit: usize) -> Result<Vec<Entry>, StoreError>;
+
+    /// The entries after `after`, oldest first, at most `limit`; waits up to `wait` for the first one.
+    ///
+    /// Returns nothing when none came in time. `wait` is at most 5 s. Any number of callers may tail a stream, each
+    /// gets every entry. Cancel-safe.
+    async fn tail(
+        &self,
+        stream: &StreamName,
+        after: EntryId,
+        limit: usize,
+        wait: Duration,
+    ) -> Result<Vec<Entry>, StoreError>;
+
+    /// Makes sure that a group exists, and its stream; says whether it was created now. Safe to repeat.
+    async fn ensure_group(&self, stream: &StreamName, group: &GroupName, start: Start) -> Result<bool, StoreError>;
+
+    /// The next entries that no consumer of the group has seen, at most `limit`; waits up to `wait` for the first.
+    ///
+    /// They are pending on the cursor's consumer when this returns. One fetch at a time per cursor. `wait` is at
+    /// most 2 s. Fails with [`StoreErrorKind::NoGroup`] where the group is gone. **Not cancel-safe**: a dropped call
+    /// may leave entries pending that no one holds; find them with [`Store::pending`] and [`Store::claim`], also
+    /// after any error.
+    async fn fetch(&self, cursor: &Cursor, limit: usize, wait: Duration) -> Result<Vec<Delivery>, StoreError>;
+
+    /// Takes over the named pending entries that have been idle for at least `idle`, whoever holds them.
+    ///
+    /// Each one taken counts one more attempt. Entries that are not pending, or not idle enough, are left out. At
+    /// most 100 ids. Safe to repeat, though attempts are then counted again.
+    async fn claim(&self, cursor: &Cursor, ids: &[EntryId], idle: Duration) -> Result<Claimed, StoreError>;
+
+    /// Searches the group's pending entries from `from` on for those idle for at least `idle`, and takes them over
+    /// as [`Store::claim`] does, at most `limit` (100 or less).
+    ///
+    /// Looks at a bounded number of entries: go on from [`Reclaimed::next`] until it is [`EntryId::MIN`].
+    async fn reclaim(
+        &self,
+        cursor: &Cursor,
+        idle: Duration,
+        from: EntryId,
+        limit: usize,
+    ) -> Result<Reclaimed, StoreError>;
+
+    /// Settles deliveries of this cursor's consumer: acknowledges, re-arms, dead-letters or releases.
+    ///
+    /// A delivery that another consumer has claimed meanwhile is left alone and counted in
+    /// [`Settled::not_owned`]. Moving to the dead letters and acknowledging are one step: afterwards the entry is in
+    /// exactly one of the two places, whatever crashes. Safe to repeat as a whole: what is already settled is not
+    /// owned any more. All settlements are of one stream and group; any number of them.
+    async fn settle(&self, cursor: &Cursor, settlements: &[Settlement]) -> Result<Settled, StoreError>;
+
+    /// Counts the named entries as delivered just now, without a further attempt: they are still being handled.
+    ///
+    /// Returns those that are not this consumer's any more; their results no longer count. Safe to repeat.
+    async fn extend(&self, cursor: &Cursor, ids: &[EntryId]) -> Result<Vec<EntryId>, StoreError>;
+
+    /// The pending entries of a group from `from` on, oldest first, at most `limit`; those of one consumer where the
+    /// cursor's consumer is asked for by `own_only`.
+    async fn pending(
+        &self,
+        cursor: &Cursor,
+        own_only: bool,
+        from: EntryId,
+        limit: usize,
+    ) -> Result<Vec<Pending>, StoreError>;
+
+    /// Length, ends, counters and groups of a stream; nothing where it does not exist.
+    async fn describe(&self, stream: &StreamName) -> Result<Option<StreamStatus>, StoreError>;
+
+    /// The stream's epoch, made now where it has none. It changes when the stream was lost and begun anew, that is
+    /// when its last id is found to be smaller than it was.
+    async fn epoch(&self, stream: &StreamName) -> Result<Epoch, StoreError>;
+
+    /// Removes the oldest entries as `trim` says, but never one that a group has still to handle, that is at or
+    /// after the group's oldest pending entry or after its cursor. Says how many were removed. May leave up to 100
+    /// more than asked for. Safe to repeat.
+    async fn trim(&self, stream: &StreamName, trim: Trim) -> Result<u64, StoreError>;
+
+    /// Removes single entries, pending or not. Says how many there were. Safe to repeat.
+    async fn discard(&self, stream: &StreamName, ids: &[EntryId]) -> Result<u64, StoreError>;
+
+    /// Removes a consumer from its group if nothing is pending on it, in one step; says whether it did.
+    async fn remove_consumer(&self, cursor: &Cursor) -> Result<bool, StoreError>;
+
+    /// Whether the store can do its work now: a cheap write-path check, for readiness.
+    async fn check(&self) -> Result<StoreStatus, StoreError>;
+
+    /// Lets go of everything, what is accepted made durable. Calls after it fail with
+    /// [`StoreErrorKind::Unavailable`].
+    async fn close(&self);
+}

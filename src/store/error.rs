@@ -1,0 +1,84 @@
+//! What a store can fail with.
+
+use std::error::Error;
+use std::fmt;
+use std::time::Duration;
+
+/// What kind of failure it is, and so what can be done about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum StoreErrorKind {
+    /// The store can't be reached, is starting, is read-only, or did not answer in time. Try again later.
+    Unavailable,
+    /// There is no room: disk full, memory limit, or the stream's hard limit. Reads and acknowledgements go on.
+    Full,
+    /// The stream's name is taken by something that is no stream.
+    WrongType,
+    /// The group, or its stream, is gone. Ensure it and go on.
+    NoGroup,
+    /// The store refuses our credentials or rights. Someone must act.
+    Denied,
+    /// What is stored is damaged. Someone must act.
+    Corrupt,
+    /// The call itself is wrong, or an answer makes no sense: a defect.
+    Internal,
+}
+
+impl StoreErrorKind {
+    /// The kind in one word, for logs and metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Unavailable => "unavailable",
+            Self::Full => "full",
+            Self::WrongType => "wrong_type",
+            Self::NoGroup => "no_group",
+            Self::Denied => "denied",
+            Self::Corrupt => "corrupt",
+            Self::Internal => "internal",
+        }
+    }
+}
+
+/// A failed store operation: what was tried, the kind of failure, and its cause.
+#[derive(Debug)]
+pub struct StoreError {
+    kind: StoreErrorKind,
+    /// What was tried and what is wrong, such as "cannot append to stream `x`: the server is loading its data".
+    message: String,
+    source: Option<Box<dyn Error + Send + Sync>>,
+}
+
+impl StoreError {
+    /// An error of that kind, told by `message` (lower case, no period).
+    pub fn new(kind: StoreErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), source: None }
+    }
+
+    /// The same with what caused it.
+    #[must_use]
+    pub fn with_source(mut self, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+
+    /// The kind of failure.
+    pub fn kind(&self) -> StoreErrorKind {
+        self.kind
+    }
+
+    /// How long to wait before trying again makes sense, where trying again can help.
+    pub fn retry_after(&self) -> Option<Duration> {
+        matches!(self.kind, StoreErrorKind::Unavailable | StoreErrorKind::Full).then_some(Duration::from_secs(1))
+    }
+}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl Error for StoreError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.source.as_deref().map(|source| source as &(dyn Error + 'static))
+    }
+}

@@ -1,0 +1,201 @@
+//! The values that go in and out of a store.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::event::{ConsumerName, Delivery, EntryId, Fields, GroupName, StreamName};
+
+/// One consumer's place in one group of one stream.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Cursor {
+    /// The stream.
+    pub stream: StreamName,
+    /// The group.
+    pub group: GroupName,
+    /// The consumer.
+    pub consumer: ConsumerName,
+    /// How long a delivery stays this consumer's alone: others claim entries idle for longer. A store may
+    /// acknowledge without asking who owns an entry while it is younger than half of this.
+    pub claim_idle: Duration,
+}
+
+/// What became of one appended entry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Appended {
+    /// Its id in the stream; the first entry's where it is a duplicate.
+    pub id: EntryId,
+    /// Its `id` field, empty where it has none; the first entry's where it is a duplicate.
+    pub event_id: Bytes,
+    /// Whether its idempotency key had been seen before, so that it was not stored again.
+    pub duplicate: bool,
+}
+
+/// A part of a stream, both ends included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Range {
+    /// The smallest id.
+    pub from: EntryId,
+    /// The greatest id.
+    pub to: EntryId,
+    /// From which end to read.
+    pub order: Order,
+}
+
+impl Range {
+    /// Everything after `id`, oldest first.
+    pub fn after(id: EntryId) -> Self {
+        Self { from: id.next(), to: EntryId::MAX, order: Order::Forward }
+    }
+}
+
+/// The order of reading.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// Oldest first.
+    Forward,
+    /// Newest first.
+    Backward,
+}
+
+/// Where a new group begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// With the oldest entry there is.
+    Oldest,
+    /// With the next entry.
+    New,
+    /// With the first entry after this one.
+    After(EntryId),
+}
+
+/// What a claim took, and what it found lost.
+#[derive(Debug, Default)]
+pub struct Claimed {
+    /// The entries taken, now pending on the cursor's consumer.
+    pub deliveries: Vec<Delivery>,
+    /// Pending entries whose bodies were trimmed away; they are not pending any more.
+    pub lost: Vec<EntryId>,
+}
+
+/// What a search for idle entries took, and where to go on.
+#[derive(Debug, Default)]
+pub struct Reclaimed {
+    /// What was taken and lost.
+    pub claimed: Claimed,
+    /// Where to go on; [`EntryId::MIN`] when the search has come to the end.
+    pub next: EntryId,
+}
+
+/// One delivery and what becomes of it.
+#[derive(Debug)]
+pub struct Settlement {
+    /// The delivery that ends here.
+    pub delivery: Delivery,
+    /// How it ends.
+    pub outcome: Outcome,
+}
+
+/// How a delivery ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// Handled: acknowledge it.
+    Acknowledge,
+    /// To be tried again: stays pending on this consumer and becomes claimable by anyone after this time, or after
+    /// [`Cursor::claim_idle`] if that is shorter. The attempts so far stay counted.
+    Retry(Duration),
+    /// Given up: appended to `to` with these fields and acknowledged, in one step.
+    DeadLetter {
+        /// The stream of dead letters.
+        to: StreamName,
+        /// The record, see [`crate::event::DeadLetter`].
+        fields: Fields,
+    },
+    /// Not begun: claimable by others at once, and this delivery does not count as an attempt.
+    Release,
+}
+
+/// What a settle did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Settled {
+    /// Deliveries settled as asked.
+    pub settled: usize,
+    /// Deliveries that were not this consumer's any more; left alone.
+    pub not_owned: usize,
+}
+
+/// One pending entry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pending {
+    /// The entry.
+    pub id: EntryId,
+    /// Who holds it.
+    pub consumer: ConsumerName,
+    /// How long ago it was delivered or extended.
+    pub idle: Duration,
+    /// How many times it was delivered.
+    pub attempts: u32,
+}
+
+/// What to trim.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trim {
+    /// All but the newest so many.
+    ToLength(u64),
+    /// All that are older than this id.
+    Before(EntryId),
+}
+
+/// A stream as it is now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamStatus {
+    /// How many entries it holds.
+    pub length: u64,
+    /// The oldest entry, if it holds any.
+    pub first_id: Option<EntryId>,
+    /// The greatest id ever given, also when that entry is gone.
+    pub last_id: EntryId,
+    /// How many entries were ever appended.
+    pub entries_added: u64,
+    /// Its groups, by name.
+    pub groups: Vec<GroupStatus>,
+}
+
+/// A group as it is now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupStatus {
+    /// Its name.
+    pub name: GroupName,
+    /// The last entry delivered to any of its consumers.
+    pub last_delivered: EntryId,
+    /// How many entries it was ever delivered, where that is known.
+    pub entries_read: Option<u64>,
+    /// Entries not delivered yet; absent where the server can't tell.
+    pub lag: Option<u64>,
+    /// Entries delivered and not settled.
+    pub pending: u64,
+    /// The oldest of them.
+    pub oldest_pending: Option<EntryId>,
+    /// Its consumers, by name.
+    pub consumers: Vec<ConsumerStatus>,
+}
+
+/// A consumer as it is now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConsumerStatus {
+    /// Its name.
+    pub name: ConsumerName,
+    /// Entries pending on it.
+    pub pending: u64,
+    /// How long ago it last asked for anything, as far as the store knows.
+    pub idle: Duration,
+}
+
+/// What a store says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoreStatus {
+    /// What it is, such as `redis 7.0.15` or `embedded`.
+    pub description: String,
+    /// What an operator should know, such as persistence that is off. Empty when all is as it should be.
+    pub warnings: Vec<String>,
+}
