@@ -21,6 +21,7 @@
 //! - **Errors** carry a [`StoreErrorKind`]: whoever calls decides by kind, never by text.
 
 mod error;
+pub mod redis;
 mod types;
 
 use std::fmt;

@@ -1,0 +1,496 @@
+//! The store on a Redis or Valkey server.
+//!
+//! Owns the connections, the scripts and the meaning of the server's replies and errors. Works with Redis 6.2 and
+//! newer and with Valkey, and needs nothing newer than that. A stream is the key of its name; what is kept beside it
+//! is in keys that share its hash tag. A dead letter is moved by one script over both streams: where a cluster
+//! keeps them in different slots, the server refuses it, and a move in two steps that bears repetition is needed.
+//!
+//! Three kinds of connection: one for appends, one for everything else that does not block, and one per blocking
+//! read while it runs. No command is sent twice: after an error it is unknown whether it was done, and whoever called
+//! decides. Everything heals on its own: connections are opened again for as long as the store lives.
+
+mod config;
+mod connection;
+mod failure;
+mod keys;
+mod publish;
+mod reply;
+mod script;
+mod status;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use config::{Config, InvalidConfig};
+
+use self::config::Settings;
+use self::connection::{Arguments, Link, Readers};
+use self::failure::Failure;
+use self::publish::Publisher;
+use self::script::Script;
+use super::{
+    Appended, Claimed, Cursor, Order, Outcome, Pending, Range, Reclaimed, Settled, Settlement, Start, Store,
+    StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
+};
+use crate::event::{Delivery, Entry, EntryId, Epoch, Fields, GroupName, NewEntry, StreamName};
+
+/// The longest that the server is asked to block.
+const MAX_WAIT: Duration = Duration::from_secs(5);
+/// The most ids that one claim takes: what is taken comes back with its bodies.
+const MAX_CLAIM: usize = 100;
+/// The most ids that one plain command takes.
+const MAX_ACKNOWLEDGE: usize = 5000;
+/// How many pending entries a search for idle ones looks at, for each one that it may take.
+const LOOKED_AT_PER_CLAIM: usize = 10;
+
+/// A store on a Redis or Valkey server. Made by [`Config::connect`].
+pub struct RedisStore {
+    address: String,
+    /// Appends only, so that nothing slow stands before them.
+    publisher: Publisher,
+    /// Everything else that does not block.
+    control: Link,
+    readers: Readers,
+    /// No appends are taken any more; those taken are still sent.
+    closing: CancellationToken,
+    publishing: TaskTracker,
+    /// Connections end.
+    stop: CancellationToken,
+    links: TaskTracker,
+}
+
+/// Without the URL, which holds the password.
+impl fmt::Debug for RedisStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RedisStore").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
+impl Drop for RedisStore {
+    fn drop(&mut self) {
+        self.closing.cancel();
+        self.stop.cancel();
+    }
+}
+
+impl RedisStore {
+    async fn start(settings: Settings) -> Self {
+        let settings = Arc::new(settings);
+        let (closing, stop) = (CancellationToken::new(), CancellationToken::new());
+        let (publishing, links) = (TaskTracker::new(), TaskTracker::new());
+        let (publish, keep_publish_up) = Link::new("publish", Arc::clone(&settings), stop.clone());
+        let (control, keep_control_up) = Link::new("control", Arc::clone(&settings), stop.clone());
+        let (publisher, run) = Publisher::new(publish.clone(), settings.command_timeout, closing.clone());
+        links.spawn(keep_publish_up);
+        links.spawn(keep_control_up);
+        publishing.spawn(run);
+        tokio::join!(publish.first_attempt(), control.first_attempt());
+        let readers = Readers::new(Arc::clone(&settings), control.clone());
+        Self { address: settings.address.clone(), publisher, control, readers, closing, publishing, stop, links }
+    }
+
+    /// Runs a script on a stream for a group.
+    async fn run_for(&self, script: &Script, cursor: &Cursor, arguments: Arguments) -> Result<reply::Reply, Failure> {
+        let mut all = of_consumer(cursor);
+        all.append(arguments);
+        self.control.run(script, &[key(&cursor.stream)], all).await
+    }
+
+    async fn entries(&self, stream: &StreamName, range: Range, limit: usize) -> Result<Vec<Entry>, Failure> {
+        let mut arguments = Arguments::with_capacity(5);
+        let command = match range.order {
+            Order::Forward => {
+                arguments.bytes(key(stream)).shown(&range.from).shown(&range.to);
+                "XRANGE"
+            }
+            Order::Backward => {
+                arguments.bytes(key(stream)).shown(&range.to).shown(&range.from);
+                "XREVRANGE"
+            }
+        };
+        arguments.text("COUNT").shown(&limit);
+        self.control.call(command, stream.as_str().as_bytes(), arguments).await?.entries()
+    }
+
+    async fn take_over(&self, cursor: &Cursor, idle: Duration, how: Arguments) -> Result<Reclaimed, Failure> {
+        let mut arguments = Arguments::default();
+        arguments.shown(&idle.as_millis()).append(how);
+        let asked_at = Instant::now();
+        let [taken, counts, lost, more] = self.run_for(&script::CLAIM, cursor, arguments).await?.tuple()?;
+        let taken = taken.entries()?;
+        let counts = counts.list()?;
+        if taken.len() != counts.len() {
+            return Err(Failure::unexpected("another number of counts than of entries"));
+        }
+        let mut deliveries = Vec::with_capacity(taken.len());
+        for (entry, count) in taken.into_iter().zip(counts) {
+            let attempt = u32::try_from(count.count()?.saturating_add(1)).unwrap_or(u32::MAX);
+            deliveries.push(Delivery { entry, attempt, delivered_at: asked_at });
+        }
+        let more = more.bytes()?;
+        let next = if more.is_empty() { EntryId::MIN } else { reply::parse_id(&more)?.next() };
+        Ok(Reclaimed { claimed: Claimed { deliveries, lost: lost.ids()? }, next })
+    }
+
+    /// Acknowledges without asking who owns the entries; says how many were pending.
+    async fn acknowledge(&self, cursor: &Cursor, ids: &[EntryId]) -> Result<usize, Failure> {
+        let mut acknowledged = 0;
+        for ids in ids.chunks(MAX_ACKNOWLEDGE) {
+            let mut arguments = Arguments::with_capacity(ids.len() + 2);
+            arguments.bytes(key(&cursor.stream)).name(cursor.group.as_str());
+            for id in ids {
+                arguments.shown(id);
+            }
+            let count = self.control.call("XACK", cursor.stream.as_str().as_bytes(), arguments).await?.count()?;
+            acknowledged += usize::try_from(count)
+                .ok()
+                .filter(|count| *count <= ids.len())
+                .ok_or_else(|| Failure::unexpected("more acknowledged than asked for"))?;
+        }
+        Ok(acknowledged)
+    }
+
+    /// Acknowledges, re-arms and releases what the consumer still owns; says how many it does not.
+    async fn settle_owned(&self, cursor: &Cursor, steps: &[(EntryId, Step)]) -> Result<usize, Failure> {
+        let mut not_owned = 0;
+        for steps in steps.chunks(script::MAX_IDS) {
+            let mut arguments = Arguments::with_capacity(steps.len() * 3);
+            for (id, step) in steps {
+                let (what, idle) = match step {
+                    Step::Acknowledge => ("ack", Duration::ZERO),
+                    Step::Retry { idle } => ("retry", *idle),
+                    // Whoever waits for the same idle time may claim it at once.
+                    Step::Release => ("release", cursor.claim_idle),
+                };
+                arguments.shown(id).text(what).shown(&idle.as_millis());
+            }
+            not_owned += self.run_for(&script::SETTLE, cursor, arguments).await?.count()?;
+        }
+        usize::try_from(not_owned).map_err(|e| Failure::unexpected(&e.to_string()))
+    }
+
+    /// Moves what the consumer still owns to the dead letters; says how many it does not.
+    async fn bury(&self, cursor: &Cursor, to: &StreamName, records: &[(EntryId, &Fields)]) -> Result<usize, Failure> {
+        let mut not_owned = 0;
+        let mut rest = records;
+        while !rest.is_empty() {
+            // As many as are about a megabyte, so that the server is not held up for long.
+            let mut bytes = 0;
+            let fits = rest.iter().take(script::MAX_IDS).take_while(|(_, fields)| {
+                bytes += fields.size_bytes();
+                bytes <= 1 << 20
+            });
+            let (batch, later) = rest.split_at(fits.count().max(1));
+            rest = later;
+            let mut arguments = of_consumer(cursor);
+            for (id, fields) in batch {
+                if fields.is_empty() || fields.len() * 2 > script::MAX_ENTRY_ARGUMENTS {
+                    let reason = format!("the record of entry {id} has {} fields", fields.len());
+                    return Err(Failure::new(StoreErrorKind::Internal, reason));
+                }
+                arguments.shown(id).shown(&(fields.len() * 2));
+                for (name, value) in fields.iter() {
+                    arguments.bytes(name.clone()).bytes(value.clone());
+                }
+            }
+            let keys = [key(&cursor.stream), key(to)];
+            not_owned += self.control.run(&script::DEAD_LETTER, &keys, arguments).await?.count()?;
+        }
+        usize::try_from(not_owned).map_err(|e| Failure::unexpected(&e.to_string()))
+    }
+
+    async fn trim_all(&self, stream: &StreamName, trim: Trim) -> Result<u64, Failure> {
+        let mut removed = 0;
+        loop {
+            let mut arguments = Arguments::with_capacity(2);
+            match trim {
+                Trim::ToLength(length) => arguments.text("length").shown(&length),
+                Trim::Before(id) => arguments.text("before").shown(&id),
+            };
+            let [count, more] = self.control.run(&script::TRIM, &[key(stream)], arguments).await?.tuple()?;
+            removed += count.count()?;
+            if more.count()? == 0 {
+                return Ok(removed);
+            }
+        }
+    }
+
+    async fn probe(&self) -> Result<StoreStatus, Failure> {
+        let mut arguments = Arguments::with_capacity(4);
+        arguments.text(keys::PROBE).text("1").text("PX").text("1000");
+        self.control.call("SET", keys::PROBE.as_bytes(), arguments).await?;
+        let info = self.control.call("INFO", keys::PROBE.as_bytes(), Arguments::default()).await?.text()?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok();
+        Ok(status::server(&info, now.and_then(|now| i128::try_from(now.as_micros()).ok())))
+    }
+}
+
+/// What becomes of a pending entry that is not moved away.
+enum Step {
+    Acknowledge,
+    Retry { idle: Duration },
+    Release,
+}
+
+#[async_trait]
+impl Store for RedisStore {
+    async fn append(&self, stream: &StreamName, entries: Vec<NewEntry>) -> Result<Vec<Appended>, StoreError> {
+        let outcome = self.publisher.append(stream, entries).await;
+        outcome.map_err(|failure| failure.because(format_args!("cannot append to stream `{stream}`")))
+    }
+
+    async fn range(&self, stream: &StreamName, range: Range, limit: usize) -> Result<Vec<Entry>, StoreError> {
+        if limit == 0 || range.from > range.to {
+            return Ok(Vec::new());
+        }
+        let outcome = self.entries(stream, range, limit).await;
+        outcome.map_err(|failure| failure.because(format_args!("cannot read stream `{stream}`")))
+    }
+
+    async fn tail(
+        &self,
+        stream: &StreamName,
+        after: EntryId,
+        limit: usize,
+        wait: Duration,
+    ) -> Result<Vec<Entry>, StoreError> {
+        if limit == 0 {
+            return Ok(Vec::new());
+        }
+        let wait = wait.min(MAX_WAIT);
+        let mut arguments = Arguments::with_capacity(7);
+        arguments.text("COUNT").shown(&limit);
+        block(&mut arguments, wait);
+        arguments.text("STREAMS").bytes(key(stream)).shown(&after);
+        let answer = self.readers.read("XREAD", stream.as_str().as_bytes(), arguments, wait).await;
+        let outcome = answer.and_then(reply::Reply::entries_of_one_stream);
+        outcome.map_err(|failure| failure.because(format_args!("cannot tail stream `{stream}`")))
+    }
+
+    async fn ensure_group(&self, stream: &StreamName, group: &GroupName, start: Start) -> Result<bool, StoreError> {
+        let mut arguments = Arguments::with_capacity(5);
+        arguments.text("CREATE").bytes(key(stream)).name(group.as_str());
+        match start {
+            Start::Oldest => arguments.text("0"),
+            Start::New => arguments.text("$"),
+            Start::After(id) => arguments.shown(&id),
+        };
+        arguments.text("MKSTREAM");
+        match self.control.call("XGROUP", stream.as_str().as_bytes(), arguments).await {
+            Ok(_) => Ok(true),
+            Err(failure) if failure.is_existing_group => Ok(false),
+            Err(failure) => Err(failure.because(format_args!("cannot make group `{group}` of stream `{stream}`"))),
+        }
+    }
+
+    async fn fetch(&self, cursor: &Cursor, limit: usize, wait: Duration) -> Result<Vec<Delivery>, StoreError> {
+        if limit == 0 {
+            return Ok(Vec::new());
+        }
+        let wait = wait.min(MAX_WAIT);
+        let mut arguments = Arguments::with_capacity(10);
+        arguments.text("GROUP").name(cursor.group.as_str()).name(cursor.consumer.as_str());
+        arguments.text("COUNT").shown(&limit);
+        block(&mut arguments, wait);
+        arguments.text("STREAMS").bytes(key(&cursor.stream)).text(">");
+        // An entry may count as older than it is, never as younger: its age decides who may acknowledge it.
+        let delivered_at = Instant::now();
+        let answer = self.readers.read("XREADGROUP", cursor.stream.as_str().as_bytes(), arguments, wait).await;
+        let entries = answer
+            .and_then(reply::Reply::entries_of_one_stream)
+            .map_err(|failure| failure.because(of_group("cannot fetch from", cursor)))?;
+        Ok(entries.into_iter().map(|entry| Delivery { entry, attempt: 1, delivered_at }).collect())
+    }
+
+    async fn claim(&self, cursor: &Cursor, ids: &[EntryId], idle: Duration) -> Result<Claimed, StoreError> {
+        if ids.is_empty() {
+            return Ok(Claimed::default());
+        }
+        if ids.len() > MAX_CLAIM {
+            let reason = format!("{} ids are more than the {MAX_CLAIM} of one claim", ids.len());
+            return Err(Failure::new(StoreErrorKind::Internal, reason).because(of_group("cannot claim from", cursor)));
+        }
+        let mut how = Arguments::with_capacity(ids.len() + 1);
+        how.text("ids");
+        for id in ids {
+            how.shown(id);
+        }
+        let outcome = self.take_over(cursor, idle, how).await;
+        outcome.map(|reclaimed| reclaimed.claimed).map_err(|f| f.because(of_group("cannot claim from", cursor)))
+    }
+
+    async fn reclaim(
+        &self,
+        cursor: &Cursor,
+        idle: Duration,
+        from: EntryId,
+        limit: usize,
+    ) -> Result<Reclaimed, StoreError> {
+        if limit == 0 {
+            return Ok(Reclaimed { next: from, ..Reclaimed::default() });
+        }
+        let limit = limit.min(MAX_CLAIM);
+        let mut how = Arguments::with_capacity(4);
+        how.text("from").shown(&from).shown(&limit).shown(&(limit * LOOKED_AT_PER_CLAIM));
+        let outcome = self.take_over(cursor, idle, how).await;
+        outcome.map_err(|failure| failure.because(of_group("cannot claim from", cursor)))
+    }
+
+    async fn settle(&self, cursor: &Cursor, settlements: &[Settlement]) -> Result<Settled, StoreError> {
+        let mut young = Vec::new();
+        let mut steps = Vec::new();
+        let mut dead: Vec<(&StreamName, Vec<(EntryId, &Fields)>)> = Vec::new();
+        for Settlement { delivery, outcome } in settlements {
+            let id = delivery.entry.id;
+            match outcome {
+                // No one may have claimed it yet, so there is no owner to ask for.
+                Outcome::Acknowledge if delivery.delivered_at.elapsed() < cursor.claim_idle / 2 => young.push(id),
+                Outcome::Acknowledge => steps.push((id, Step::Acknowledge)),
+                // A time of delivery in the future is not possible, but the idle time can be set such that what is
+                // missing of it is the delay.
+                Outcome::Retry(delay) => {
+                    steps.push((id, Step::Retry { idle: cursor.claim_idle.saturating_sub(*delay) }));
+                }
+                Outcome::Release => steps.push((id, Step::Release)),
+                Outcome::DeadLetter { to, fields } => match dead.iter_mut().find(|(stream, _)| *stream == to) {
+                    Some((_, records)) => records.push((id, fields)),
+                    None => dead.push((to, vec![(id, fields)])),
+                },
+            }
+        }
+        let failed = |failure: Failure| failure.because(of_group("cannot settle deliveries of", cursor));
+        let mut not_owned = young.len() - self.acknowledge(cursor, &young).await.map_err(failed)?;
+        not_owned += self.settle_owned(cursor, &steps).await.map_err(failed)?;
+        for (to, records) in dead {
+            let outcome = self.bury(cursor, to, &records).await;
+            let what = format_args!("cannot move entries to dead letters `{to}`");
+            not_owned +=
+                outcome.map_err(|failure| failure.because(format_args!("{what}, {}", of_group("those of", cursor))))?;
+        }
+        Ok(Settled { settled: settlements.len() - not_owned, not_owned })
+    }
+
+    async fn extend(&self, cursor: &Cursor, ids: &[EntryId]) -> Result<Vec<EntryId>, StoreError> {
+        let mut not_owned = Vec::new();
+        for ids in ids.chunks(script::MAX_IDS) {
+            let mut arguments = Arguments::with_capacity(ids.len());
+            for id in ids {
+                arguments.shown(id);
+            }
+            let answer = self.run_for(&script::EXTEND, cursor, arguments).await;
+            let lost = answer
+                .and_then(reply::Reply::ids)
+                .map_err(|failure| failure.because(of_group("cannot extend deliveries of", cursor)))?;
+            not_owned.extend(lost);
+        }
+        Ok(not_owned)
+    }
+
+    async fn pending(
+        &self,
+        cursor: &Cursor,
+        own_only: bool,
+        from: EntryId,
+        limit: usize,
+    ) -> Result<Vec<Pending>, StoreError> {
+        if limit == 0 {
+            return Ok(Vec::new());
+        }
+        let mut arguments = Arguments::with_capacity(6);
+        arguments.bytes(key(&cursor.stream)).name(cursor.group.as_str());
+        arguments.shown(&from).text("+").shown(&limit);
+        if own_only {
+            arguments.name(cursor.consumer.as_str());
+        }
+        let answer = self.control.call("XPENDING", cursor.stream.as_str().as_bytes(), arguments).await;
+        let outcome = answer.and_then(status::pending);
+        outcome.map_err(|failure| failure.because(of_group("cannot list what is pending of", cursor)))
+    }
+
+    async fn describe(&self, stream: &StreamName) -> Result<Option<StreamStatus>, StoreError> {
+        let answer = self.control.run(&script::DESCRIBE, &[key(stream)], Arguments::default()).await;
+        let outcome = answer.and_then(status::stream);
+        outcome.map_err(|failure| failure.because(format_args!("cannot describe stream `{stream}`")))
+    }
+
+    async fn epoch(&self, stream: &StreamName) -> Result<Epoch, StoreError> {
+        let mut arguments = Arguments::with_capacity(1);
+        arguments.shown(&Epoch::random());
+        let answer = self.control.run(&script::EPOCH, &[key(stream), keys::epoch(stream)], arguments).await;
+        let outcome = answer
+            .and_then(reply::Reply::text)
+            .and_then(|text| text.parse().map_err(|e| Failure::unexpected(&format!("an epoch that is none: {e}"))));
+        outcome.map_err(|failure| failure.because(format_args!("cannot tell the epoch of stream `{stream}`")))
+    }
+
+    async fn trim(&self, stream: &StreamName, trim: Trim) -> Result<u64, StoreError> {
+        let outcome = self.trim_all(stream, trim).await;
+        outcome.map_err(|failure| failure.because(format_args!("cannot trim stream `{stream}`")))
+    }
+
+    async fn discard(&self, stream: &StreamName, ids: &[EntryId]) -> Result<u64, StoreError> {
+        let mut removed = 0;
+        for ids in ids.chunks(MAX_ACKNOWLEDGE) {
+            let mut arguments = Arguments::with_capacity(ids.len() + 1);
+            arguments.bytes(key(stream));
+            for id in ids {
+                arguments.shown(id);
+            }
+            let answer = self.control.call("XDEL", stream.as_str().as_bytes(), arguments).await;
+            removed += answer
+                .and_then(reply::Reply::count)
+                .map_err(|failure| failure.because(format_args!("cannot discard from stream `{stream}`")))?;
+        }
+        Ok(removed)
+    }
+
+    async fn remove_consumer(&self, cursor: &Cursor) -> Result<bool, StoreError> {
+        let answer = self.run_for(&script::REMOVE_CONSUMER, cursor, Arguments::default()).await;
+        let outcome = answer.and_then(reply::Reply::count).map(|removed| removed == 1);
+        let consumer = &cursor.consumer;
+        outcome.map_err(|f| f.because(of_group(&format!("cannot remove consumer `{consumer}` from"), cursor)))
+    }
+
+    async fn check(&self) -> Result<StoreStatus, StoreError> {
+        let address = &self.address;
+        self.probe().await.map_err(|failure| failure.because(format_args!("the server at {address} is not ready")))
+    }
+
+    async fn close(&self) {
+        self.closing.cancel();
+        self.publishing.close();
+        self.publishing.wait().await;
+        self.stop.cancel();
+        self.readers.close();
+        self.links.close();
+        self.links.wait().await;
+    }
+}
+
+fn key(stream: &StreamName) -> Bytes {
+    Bytes::copy_from_slice(stream.as_str().as_bytes())
+}
+
+/// How the scripts' arguments begin.
+fn of_consumer(cursor: &Cursor) -> Arguments {
+    let mut arguments = Arguments::with_capacity(16);
+    arguments.name(cursor.group.as_str()).name(cursor.consumer.as_str());
+    arguments
+}
+
+fn of_group(what: &str, cursor: &Cursor) -> String {
+    format!("{what} group `{}` of stream `{}`", cursor.group, cursor.stream)
+}
+
+/// Asks the server to wait. For it, zero means for ever.
+fn block(arguments: &mut Arguments, wait: Duration) {
+    if !wait.is_zero() {
+        arguments.text("BLOCK").shown(&wait.as_millis().max(1));
+    }
+}

@@ -1,0 +1,186 @@
+//! What a call to the server can fail with: the server's own words, sorted by what can be done about them.
+
+use fred::error::{Error as FredError, ErrorKind as FredKind};
+
+use crate::store::{StoreError, StoreErrorKind};
+
+/// A failed call: its kind, and what is wrong in words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Failure {
+    pub(super) kind: StoreErrorKind,
+    /// Follows "cannot do this: ", such as "the server is loading its data".
+    pub(super) reason: String,
+    /// The server does not know the script; it was not run.
+    pub(super) is_unknown_script: bool,
+    /// The group is there already.
+    pub(super) is_existing_group: bool,
+    /// Nothing more may be sent on the connection: it is broken, or a reply may still be under way on it.
+    pub(super) breaks_connection: bool,
+}
+
+/// What the first words of a server's error mean.
+const KNOWN: [(&str, StoreErrorKind, &str); 25] = {
+    use StoreErrorKind::{Denied, Full, Internal, NoGroup, Unavailable, WrongType};
+    [
+        ("LOADING", Unavailable, "the server is loading its data"),
+        ("READONLY", Unavailable, "the server is a read-only replica"),
+        ("MASTERDOWN", Unavailable, "the server is a replica that has lost its primary"),
+        ("CLUSTERDOWN", Unavailable, "the cluster is down"),
+        ("TRYAGAIN", Unavailable, "the cluster is moving the key"),
+        ("MISCONF", Unavailable, "the server refuses writes because it cannot save its data to disk"),
+        ("NOREPLICAS", Unavailable, "the server refuses writes because too few replicas are connected"),
+        ("BUSYGROUP", Internal, "the group exists already"),
+        ("BUSY", Unavailable, "the server is busy with a script"),
+        ("UNKILLABLE", Unavailable, "the server is busy with a script"),
+        ("UNBLOCKED force unblock", Unavailable, "the server has changed its role"),
+        ("ERR max number of clients", Unavailable, "the server has too many clients"),
+        ("ERR Server started in protected mode", Denied, "the server is in protected mode"),
+        ("DENIED", Denied, "the server is in protected mode"),
+        ("OOM", Full, "the server has reached its memory limit"),
+        ("ERR The stream has exhausted", Full, "the stream has used up its last id"),
+        ("WRONGTYPE", WrongType, "the key holds something that is no stream"),
+        ("NOGROUP", NoGroup, "the group, or its stream, is gone"),
+        ("UNBLOCKED", NoGroup, "the stream is gone"),
+        ("ERR no such key", NoGroup, "the stream is gone"),
+        ("NOAUTH", Denied, "the server asks for a password"),
+        ("WRONGPASS", Denied, "the server refuses the user name or the password"),
+        ("ERR invalid password", Denied, "the server refuses the password"),
+        ("NOPERM", Denied, "the user lacks the right to a command or a key"),
+        ("NOSCRIPT", Internal, "the server does not know the script"),
+    ]
+};
+
+impl Failure {
+    /// The server can't be reached, or does not answer.
+    pub(super) fn unavailable(reason: impl Into<String>) -> Self {
+        Self::new(StoreErrorKind::Unavailable, reason)
+    }
+
+    /// No reply came in time. One may still come.
+    pub(super) fn timeout() -> Self {
+        Self { breaks_connection: true, ..Self::unavailable("the server did not answer in time") }
+    }
+
+    /// A reply is not what the command is known to answer.
+    pub(super) fn unexpected(what: &str) -> Self {
+        let reason = format!("the server's reply makes no sense: {what}");
+        Self { breaks_connection: true, ..Self::new(StoreErrorKind::Internal, reason) }
+    }
+
+    pub(super) fn new(kind: StoreErrorKind, reason: impl Into<String>) -> Self {
+        Self {
+            kind,
+            reason: reason.into(),
+            is_unknown_script: false,
+            is_existing_group: false,
+            breaks_connection: false,
+        }
+    }
+
+    /// From the text of an error reply, such as `OOM command not allowed when used memory > 'maxmemory'.`
+    pub(super) fn from_reply(text: &str) -> Self {
+        // Servers before 7.0 put a script's errors behind its name: "ERR Error running script (call to f_<sha>):
+        // @user_script:7: WRONGTYPE …".
+        let own_words = match text.strip_prefix("ERR Error running script") {
+            Some(wrapped) => wrapped.split_once("@user_script:").map_or(text, |(_, rest)| {
+                rest.trim_start_matches(|c: char| c.is_ascii_digit() || matches!(c, ':' | ' ' | '-' | '@'))
+                    .trim_start_matches("user_script: ")
+            }),
+            None => text,
+        };
+        let own_words = own_words.trim_start_matches(|c: char| c.is_ascii_digit() || matches!(c, ':' | ' ' | '-'));
+        if let Some((words, kind, reason)) = KNOWN.iter().find(|(words, ..)| own_words.starts_with(words)) {
+            let (is_unknown_script, is_existing_group) = (*words == "NOSCRIPT", *words == "BUSYGROUP");
+            return Self { is_unknown_script, is_existing_group, ..Self::new(*kind, *reason) };
+        }
+        let shown: String = text.chars().filter(|c| !c.is_control()).take(200).collect();
+        Self::new(StoreErrorKind::Internal, format!("the server answers: {shown}"))
+    }
+
+    /// The error for whoever called: `what` could not be done.
+    pub(super) fn because(self, what: impl std::fmt::Display) -> StoreError {
+        StoreError::new(self.kind, format!("{what}: {}", self.reason))
+    }
+}
+
+impl From<FredError> for Failure {
+    fn from(error: FredError) -> Self {
+        let details = error.details();
+        match error.kind() {
+            FredKind::Timeout => Self::timeout(),
+            FredKind::Backpressure => Self::unavailable("too many commands are waiting for the server"),
+            FredKind::Canceled => {
+                Self { breaks_connection: true, ..Self::unavailable("the connection to the server was lost") }
+            }
+            FredKind::IO | FredKind::Tls | FredKind::Routing | FredKind::Sentinel => {
+                let reason = format!("no connection to the server: {details}");
+                Self { breaks_connection: true, ..Self::unavailable(reason) }
+            }
+            FredKind::Protocol | FredKind::Parse => Self::unexpected(details),
+            _ => match Self::from_reply(details) {
+                // The client's own words; what they are about is over with the connection.
+                unknown if unknown.kind == StoreErrorKind::Internal && !unknown.is_unknown_script => {
+                    Self { breaks_connection: true, ..Self::unavailable(format!("no connection: {details}")) }
+                }
+                known => known,
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn server_errors_are_sorted_by_their_first_words() {
+        use StoreErrorKind::{Denied, Full, Internal, NoGroup, Unavailable, WrongType};
+        let cases = [
+            ("LOADING Redis is loading the dataset in memory", Unavailable),
+            ("READONLY You can't write against a read only replica.", Unavailable),
+            ("READONLY You can't write against a read only replica. script: 5a, on @user_script:5.", Unavailable),
+            ("MISCONF Redis is configured to save RDB snapshots, but …", Unavailable),
+            ("NOREPLICAS Not enough good replicas to write.", Unavailable),
+            ("OOM command not allowed when used memory > 'maxmemory'.", Full),
+            ("WRONGTYPE Operation against a key holding the wrong kind of value", WrongType),
+            ("NOGROUP No such key 'x' or consumer group 'y'", NoGroup),
+            ("UNBLOCKED the stream key no longer exists", NoGroup),
+            ("UNBLOCKED force unblock from blocking operation, instance state changed", Unavailable),
+            ("ERR no such key", NoGroup),
+            ("ERR max number of clients reached", Unavailable),
+            ("NOAUTH Authentication required.", Denied),
+            ("WRONGPASS invalid username-password pair or user is disabled.", Denied),
+            ("NOPERM this user has no permissions to run the 'xadd' command", Denied),
+            ("ERR syntax error", Internal),
+            ("", Internal),
+            (
+                "ERR Error running script (call to f_6b1bf486c81ceb7edf3c093f4c48582e38c0e791): @user_script:7: \
+                 @user_script: 7: -WRONGTYPE Operation against a key holding the wrong kind of value",
+                WrongType,
+            ),
+            ("ERR Error running script (call to f_6b1b): @user_script:2: NOGROUP No such key", NoGroup),
+        ];
+        for (text, kind) in cases {
+            let failure = Failure::from_reply(text);
+            assert_eq!(failure.kind, kind, "{text}: {failure:?}");
+            assert!(!failure.breaks_connection, "{text}");
+        }
+        assert!(Failure::from_reply("NOSCRIPT No matching script. Please use EVAL.").is_unknown_script);
+    }
+
+    #[test]
+    fn lost_connections_and_timeouts_are_unavailable() {
+        for kind in [FredKind::IO, FredKind::Timeout, FredKind::Canceled, FredKind::Backpressure, FredKind::Unknown] {
+            let failure = Failure::from(FredError::new(kind.clone(), "something"));
+            assert_eq!(failure.kind, StoreErrorKind::Unavailable, "{kind:?}");
+        }
+        let refused = Failure::from(FredError::new(FredKind::Auth, "WRONGPASS invalid username-password pair"));
+        assert_eq!(refused.kind, StoreErrorKind::Denied);
+    }
+
+    #[test]
+    fn an_error_says_what_was_tried_and_what_is_wrong() {
+        let error = Failure::from_reply("LOADING …").because("cannot append to stream `x`");
+        assert_eq!(error.to_string(), "cannot append to stream `x`: the server is loading its data");
+    }
+}

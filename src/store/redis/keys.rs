@@ -1,0 +1,46 @@
+//! The names of the keys beside a stream. All of them share the stream's hash tag, so that a script may use them
+//! together in a cluster.
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+use crate::event::StreamName;
+
+/// What a check of the write path writes. Rights for it, `aurora:*` and `{aurora:*` are all a server must grant.
+pub(super) const PROBE: &str = "aurora:bus:probe";
+
+/// Where an idempotency key of a stream is remembered.
+pub(super) fn idempotency(stream: &StreamName, key: &[u8]) -> Bytes {
+    beside(stream, b"dedup:", key)
+}
+
+/// Where a stream's epoch is kept, with the last id seen.
+pub(super) fn epoch(stream: &StreamName) -> Bytes {
+    beside(stream, b"epoch", b"")
+}
+
+fn beside(stream: &StreamName, kind: &[u8], name: &[u8]) -> Bytes {
+    let stream = stream.as_str().as_bytes();
+    let mut key = BytesMut::with_capacity(stream.len() + kind.len() + name.len() + 3);
+    key.put_u8(b'{');
+    key.put_slice(stream);
+    key.put_slice(b"}:");
+    key.put_slice(kind);
+    key.put_slice(name);
+    key.freeze()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_key_of_a_stream_is_in_the_slot_of_the_stream() {
+        let stream: StreamName = "aurora:alerts".parse().expect("a valid name");
+        assert_eq!(idempotency(&stream, b"a}{b"), "{aurora:alerts}:dedup:a}{b");
+        assert_eq!(epoch(&stream), "{aurora:alerts}:epoch");
+        let slot = fred::util::redis_keyslot(stream.as_str().as_bytes());
+        for key in [idempotency(&stream, b"a}{b"), epoch(&stream)] {
+            assert_eq!(fred::util::redis_keyslot(&key), slot);
+        }
+    }
+}

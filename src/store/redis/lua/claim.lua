@@ -1,0 +1,46 @@
+-- Takes over pending entries that have been idle for long enough, and finds those whose bodies are gone.
+-- KEYS: the stream. ARGV: group, consumer, least idle time in milliseconds, then either
+--   'ids' and the ids, or 'from', the id to begin with, how many to take, and how many to look at.
+-- Returns the entries taken, how often each was delivered before, the ids lost, and the last id looked at where
+--   there may be more after it.
+local call, stream, group, consumer, idle = redis.call, KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3])
+local ids, attempts, more = {}, {}, ''
+local function consider(row)
+  if row[3] >= idle then
+    ids[#ids + 1] = row[1]
+    attempts[row[1]] = row[4]
+  end
+end
+if ARGV[4] == 'ids' then
+  for i = 5, #ARGV do
+    local row = call('XPENDING', stream, group, ARGV[i], ARGV[i], 1)[1]
+    if row and not attempts[row[1]] then consider(row) end
+  end
+else
+  local wanted, scan = tonumber(ARGV[6]), tonumber(ARGV[7])
+  local rows = call('XPENDING', stream, group, ARGV[5], '+', scan)
+  for i = 1, #rows do
+    consider(rows[i])
+    if #ids == wanted or i == scan then
+      more = rows[i][1]
+      break
+    end
+  end
+end
+if #ids == 0 then return {{}, {}, {}, more} end
+local taken, counts, lost, present = {}, {}, {}, {}
+for _, entry in ipairs(call('XCLAIM', stream, group, consumer, idle, unpack(ids))) do
+  -- Servers before 7.0 answer nil for an entry whose body is gone; newer ones drop it from the pending entries.
+  if entry and entry[2] then
+    taken[#taken + 1] = entry
+    counts[#counts + 1] = attempts[entry[1]]
+    present[entry[1]] = true
+  end
+end
+for _, id in ipairs(ids) do
+  if not present[id] and #call('XRANGE', stream, id, id) == 0 then
+    call('XACK', stream, group, id)
+    lost[#lost + 1] = id
+  end
+end
+return {taken, counts, lost, more}

@@ -1,0 +1,25 @@
+-- Acknowledges, re-arms or releases pending entries, those that the consumer still holds.
+-- KEYS: the stream. ARGV: group, consumer, then per entry its id, what to do ('ack', 'retry' or 'release'), and how
+--   long it counts as idle from now on, in milliseconds.
+-- Returns how many the consumer does not hold.
+local call, stream, group, consumer = redis.call, KEYS[1], ARGV[1], ARGV[2]
+local acks, not_owned = {}, 0
+for i = 3, #ARGV, 3 do
+  local id, what, idle = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+  local row = call('XPENDING', stream, group, id, id, 1)[1]
+  if not row or row[2] ~= consumer then
+    not_owned = not_owned + 1
+  elseif what == 'ack' then
+    acks[#acks + 1] = id
+  elseif #call('XRANGE', stream, id, id) > 0 then
+    -- An entry whose body is gone stays as it is: XCLAIM would drop it, and no one would be told of the loss.
+    if what == 'retry' then
+      call('XCLAIM', stream, group, consumer, 0, id, 'IDLE', idle, 'JUSTID')
+    else
+      local count = math.max(row[4] - 1, 0)
+      call('XCLAIM', stream, group, consumer, 0, id, 'IDLE', idle, 'RETRYCOUNT', count, 'JUSTID')
+    end
+  end
+end
+if #acks > 0 then call('XACK', stream, group, unpack(acks)) end
+return not_owned

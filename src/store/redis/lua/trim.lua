@@ -1,0 +1,72 @@
+-- Removes the oldest entries, but none that a group has still to handle. One bounded step.
+-- KEYS: the stream. ARGV: 'length' and how many to keep, or 'before' and the smallest id to keep.
+-- Returns how many were removed, and 1 where another step may remove more.
+local STEP = 1000
+local call, stream = redis.call, KEYS[1]
+if call('EXISTS', stream) == 0 then return {0, 0} end
+
+local function field(flat, name)
+  for i = 1, #flat, 2 do
+    if flat[i] == name then return flat[i + 1] end
+  end
+end
+
+-- Whether id a is smaller than id b. Their parts have up to 20 digits, more than a number of Lua can hold.
+local function less(a, b)
+  local am, as = a:match('^(%d+)-(%d+)$')
+  local bm, bs = b:match('^(%d+)-(%d+)$')
+  if #am ~= #bm then return #am < #bm end
+  if am ~= bm then return am < bm end
+  if #as ~= #bs then return #as < #bs end
+  return as < bs
+end
+
+-- The id after this one; the id itself where the sequence number is too great to count with, which keeps one more.
+local function after(id)
+  local ms, seq = id:match('^(%d+)-(%d+)$')
+  if #seq > 15 then return id end
+  return ms .. '-' .. string.format('%.0f', tonumber(seq) + 1)
+end
+
+-- The smallest id that some group has still to handle.
+local floor
+for _, group in ipairs(call('XINFO', 'GROUPS', stream)) do
+  local needed = after(field(group, 'last-delivered-id'))
+  if field(group, 'pending') > 0 then
+    local oldest = call('XPENDING', stream, field(group, 'name'))[2]
+    if oldest and less(oldest, needed) then needed = oldest end
+  end
+  if not floor or less(needed, floor) then floor = needed end
+end
+
+local length = call('XLEN', stream)
+if ARGV[1] == 'before' then
+  local id = ARGV[2]
+  if floor and less(floor, id) then id = floor end
+  local removed = call('XTRIM', stream, 'MINID', '~', id, 'LIMIT', 10000)
+  return {removed, removed > 0 and 1 or 0}
+end
+
+local keep = tonumber(ARGV[2])
+if length <= keep then return {0, 0} end
+local kept_by_groups = 0
+if floor then
+  kept_by_groups = #call('XRANGE', stream, floor, '+', 'COUNT', STEP + 1)
+end
+if kept_by_groups <= STEP then
+  local removed
+  if kept_by_groups <= keep then
+    removed = call('XTRIM', stream, 'MAXLEN', '~', keep, 'LIMIT', 10000)
+  else
+    removed = call('XTRIM', stream, 'MINID', '~', floor, 'LIMIT', 10000)
+  end
+  return {removed, removed > 0 and 1 or 0}
+end
+-- Too many entries after the floor to count them: go from the oldest on, as far as the floor.
+local want = math.min(length - keep, STEP)
+local oldest = call('XRANGE', stream, '-', '+', 'COUNT', want + 1)
+local cut = 0
+while cut < want and oldest[cut + 1] and less(oldest[cut + 1][1], floor) do cut = cut + 1 end
+if cut == 0 then return {0, 0} end
+local removed = call('XTRIM', stream, 'MINID', oldest[cut + 1] and oldest[cut + 1][1] or floor)
+return {removed, cut == want and removed > 0 and 1 or 0}

@@ -1,0 +1,44 @@
+//! The scripts: every change of several steps is one of them, so that it happens as a whole or not at all.
+//!
+//! Each is safe to run twice, writes nothing before its last check, and appends before it acknowledges.
+
+use std::sync::OnceLock;
+
+use bytes::Bytes;
+
+/// The most names and values of one entry: a script can't hand more to one command.
+pub(super) const MAX_ENTRY_ARGUMENTS: usize = 7000;
+
+/// The most ids that one run of a script takes.
+pub(super) const MAX_IDS: usize = 500;
+
+/// A script and its hash, by which the server knows it.
+#[derive(Debug)]
+pub(super) struct Script {
+    source: &'static str,
+    sha: OnceLock<Bytes>,
+}
+
+impl Script {
+    const fn new(source: &'static str) -> Self {
+        Self { source, sha: OnceLock::new() }
+    }
+
+    pub(super) fn source(&self) -> &'static str {
+        self.source
+    }
+
+    pub(super) fn sha(&self) -> &Bytes {
+        self.sha.get_or_init(|| fred::util::sha1_hash(self.source).into())
+    }
+}
+
+pub(super) static APPEND: Script = Script::new(include_str!("lua/append.lua"));
+pub(super) static CLAIM: Script = Script::new(include_str!("lua/claim.lua"));
+pub(super) static DEAD_LETTER: Script = Script::new(include_str!("lua/dead_letter.lua"));
+pub(super) static DESCRIBE: Script = Script::new(include_str!("lua/describe.lua"));
+pub(super) static EPOCH: Script = Script::new(include_str!("lua/epoch.lua"));
+pub(super) static EXTEND: Script = Script::new(include_str!("lua/extend.lua"));
+pub(super) static REMOVE_CONSUMER: Script = Script::new(include_str!("lua/remove_consumer.lua"));
+pub(super) static SETTLE: Script = Script::new(include_str!("lua/settle.lua"));
+pub(super) static TRIM: Script = Script::new(include_str!("lua/trim.lua"));
