@@ -1,1 +1,3 @@
+//! The tests that need servers, sockets or files: one binary for all of them.
 
+mod store_contract;
