@@ -1,3 +1,5 @@
 //! The tests that need servers, sockets or files: one binary for all of them.
 
 mod store_contract;
+mod store_redis;
+mod support;

@@ -1,0 +1,170 @@
+//! A TCP proxy that loses, delays and cuts, as networks do.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+/// A proxy in front of a server on the loopback address. It ends when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Proxy {
+    address: SocketAddr,
+    faults: Arc<Faults>,
+    stop: CancellationToken,
+}
+
+/// What happens to the bytes.
+#[derive(Debug, Default)]
+struct Faults {
+    /// Once a request has passed that contains this: its reply is swallowed and the connection cut.
+    drop_reply_to: Mutex<Option<Vec<u8>>>,
+    /// How many replies were dropped.
+    dropped: AtomicU64,
+    /// Connections below this number pass no byte any more, in either direction.
+    black_hole_below: AtomicU64,
+    delay_ms: AtomicU64,
+    /// Cancelled to cut the connections there are, then replaced.
+    cut: Mutex<CancellationToken>,
+    next_connection: AtomicU64,
+    refuse: AtomicBool,
+}
+
+impl Proxy {
+    /// Starts one in front of `port`.
+    pub(crate) async fn start(port: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("a bound listener");
+        let (faults, stop) = (Arc::<Faults>::default(), CancellationToken::new());
+        let task = accept(listener, port, Arc::clone(&faults), stop.clone());
+        // It ends with `stop`, which the proxy's drop cancels.
+        tokio_util::task::TaskTracker::new().spawn(task);
+        Self { address, faults, stop }
+    }
+
+    /// The URL for clients.
+    pub(crate) fn url(&self) -> String {
+        format!("redis://{}/0", self.address)
+    }
+
+    /// The next request that contains `part` reaches the server, but its reply does not come back: the connection is
+    /// cut instead.
+    pub(crate) fn drop_reply_to(&self, part: &[u8]) {
+        *self.faults.drop_reply_to.lock().expect("unpoisoned") = Some(part.to_vec());
+    }
+
+    /// How many replies were dropped so far.
+    pub(crate) fn dropped(&self) -> u64 {
+        self.faults.dropped.load(Ordering::SeqCst)
+    }
+
+    /// Connections there are pass no byte any more, though they stay open; new ones work.
+    pub(crate) fn black_hole_existing(&self) {
+        let next = self.faults.next_connection.load(Ordering::SeqCst);
+        self.faults.black_hole_below.store(next, Ordering::SeqCst);
+    }
+
+    /// Every read from either side is passed on only after this time.
+    pub(crate) fn delay(&self, delay: Duration) {
+        self.faults.delay_ms.store(u64::try_from(delay.as_millis()).expect("a short delay"), Ordering::SeqCst);
+    }
+
+    /// Cuts the connections there are.
+    pub(crate) fn reset(&self) {
+        let mut cut = self.faults.cut.lock().expect("unpoisoned");
+        std::mem::take(&mut *cut).cancel();
+    }
+
+    /// Whether new connections are cut at once.
+    pub(crate) fn refuse(&self, refuse: bool) {
+        self.faults.refuse.store(refuse, Ordering::SeqCst);
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+async fn accept(listener: TcpListener, port: u16, faults: Arc<Faults>, stop: CancellationToken) {
+    let mut connections = JoinSet::new();
+    loop {
+        let client = tokio::select! {
+            () = stop.cancelled() => return,
+            accepted = listener.accept() => accepted.expect("the listener works").0,
+        };
+        let number = faults.next_connection.fetch_add(1, Ordering::SeqCst);
+        let cut = faults.cut.lock().expect("unpoisoned").clone();
+        if faults.refuse.load(Ordering::SeqCst) {
+            continue;
+        }
+        let faults = Arc::clone(&faults);
+        connections.spawn(async move {
+            let Ok(server) = TcpStream::connect(("127.0.0.1", port)).await else { return };
+            tokio::select! {
+                () = cut.cancelled() => {}
+                () = pass(client, server, number, &faults) => {}
+            }
+        });
+    }
+}
+
+async fn pass(client: TcpStream, server: TcpStream, number: u64, faults: &Faults) {
+    let (from_client, to_client) = client.into_split();
+    let (from_server, to_server) = server.into_split();
+    // Set by a request whose reply must not come back.
+    let swallow = AtomicBool::new(false);
+    let requests = pump(from_client, to_server, number, faults, |bytes| {
+        let mut wanted = faults.drop_reply_to.lock().expect("unpoisoned");
+        let is_hit = wanted.as_ref().is_some_and(|part| bytes.windows(part.len()).any(|window| window == part));
+        if is_hit {
+            *wanted = None;
+            swallow.store(true, Ordering::SeqCst);
+        }
+        true
+    });
+    let replies = pump(from_server, to_client, number, faults, |_| {
+        let is_dropped = swallow.load(Ordering::SeqCst);
+        if is_dropped {
+            faults.dropped.fetch_add(1, Ordering::SeqCst);
+        }
+        !is_dropped
+    });
+    tokio::select! {
+        () = requests => {}
+        () = replies => {}
+    }
+}
+
+/// Passes bytes on until either side ends or `may_pass` refuses.
+async fn pump(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    number: u64,
+    faults: &Faults,
+    may_pass: impl Fn(&[u8]) -> bool,
+) {
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        let length = match from.read(&mut buffer).await {
+            Ok(length) if length > 0 => length,
+            _ => return,
+        };
+        let delay = faults.delay_ms.load(Ordering::SeqCst);
+        if delay > 0 {
+            tokio::time::sleep(Duration::from_millis(delay)).await;
+        }
+        if number < faults.black_hole_below.load(Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
+        let bytes = &buffer[..length];
+        if !may_pass(bytes) || to.write_all(bytes).await.is_err() {
+            return;
+        }
+    }
+}

