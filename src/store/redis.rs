@@ -54,6 +54,7 @@ pub struct RedisStore {
     address: String,
     /// Appends only, so that nothing slow stands before them.
     publisher: Publisher,
+    publish: Link,
     /// Everything else that does not block.
     control: Link,
     readers: Readers,
@@ -92,7 +93,17 @@ impl RedisStore {
         publishing.spawn(run);
         tokio::join!(publish.first_attempt(), control.first_attempt());
         let readers = Readers::new(Arc::clone(&settings), control.clone());
-        Self { address: settings.address.clone(), publisher, control, readers, closing, publishing, stop, links }
+        Self {
+            address: settings.address.clone(),
+            publisher,
+            publish,
+            control,
+            readers,
+            closing,
+            publishing,
+            stop,
+            links,
+        }
     }
 
     /// Runs a script on a stream for a group.
@@ -222,6 +233,7 @@ impl RedisStore {
     }
 
     async fn probe(&self) -> Result<StoreStatus, Failure> {
+        self.publish.up().await?;
         let mut arguments = Arguments::with_capacity(4);
         arguments.text(keys::PROBE).text("1").text("PX").text("1000");
         self.control.call("SET", keys::PROBE.as_bytes(), arguments).await?;
@@ -274,19 +286,16 @@ impl Store for RedisStore {
     }
 
     async fn ensure_group(&self, stream: &StreamName, group: &GroupName, start: Start) -> Result<bool, StoreError> {
-        let mut arguments = Arguments::with_capacity(5);
-        arguments.text("CREATE").bytes(key(stream)).name(group.as_str());
+        let mut arguments = Arguments::with_capacity(2);
+        arguments.name(group.as_str());
         match start {
             Start::Oldest => arguments.text("0"),
             Start::New => arguments.text("$"),
             Start::After(id) => arguments.shown(&id),
         };
-        arguments.text("MKSTREAM");
-        match self.control.call("XGROUP", stream.as_str().as_bytes(), arguments).await {
-            Ok(_) => Ok(true),
-            Err(failure) if failure.is_existing_group => Ok(false),
-            Err(failure) => Err(failure.because(format_args!("cannot make group `{group}` of stream `{stream}`"))),
-        }
+        let answer = self.control.run(&script::ENSURE_GROUP, &[key(stream)], arguments).await;
+        let outcome = answer.and_then(reply::Reply::count).map(|made| made == 1);
+        outcome.map_err(|f| f.because(format_args!("cannot make group `{group}` of stream `{stream}`")))
     }
 
     async fn fetch(&self, cursor: &Cursor, limit: usize, wait: Duration) -> Result<Vec<Delivery>, StoreError> {

@@ -1,5 +1,6 @@
 //! The tests that need servers, sockets or files: one binary for all of them.
 
+mod redis_faults;
 mod store_contract;
 mod store_redis;
 mod support;

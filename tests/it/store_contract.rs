@@ -104,7 +104,7 @@ macro_rules! contract_tests {
 pub(crate) use contract_tests;
 
 /// A claim limit that no test reaches by waiting.
-const HOUR: Duration = Duration::from_secs(3600);
+const HOUR: Duration = Duration::from_hours(1);
 /// The longest any test waits for a state.
 const PATIENCE: Duration = Duration::from_secs(20);
 

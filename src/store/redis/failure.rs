@@ -12,14 +12,12 @@ pub(super) struct Failure {
     pub(super) reason: String,
     /// The server does not know the script; it was not run.
     pub(super) is_unknown_script: bool,
-    /// The group is there already.
-    pub(super) is_existing_group: bool,
     /// Nothing more may be sent on the connection: it is broken, or a reply may still be under way on it.
     pub(super) breaks_connection: bool,
 }
 
 /// What the first words of a server's error mean.
-const KNOWN: [(&str, StoreErrorKind, &str); 25] = {
+const KNOWN: [(&str, StoreErrorKind, &str); 24] = {
     use StoreErrorKind::{Denied, Full, Internal, NoGroup, Unavailable, WrongType};
     [
         ("LOADING", Unavailable, "the server is loading its data"),
@@ -29,8 +27,7 @@ const KNOWN: [(&str, StoreErrorKind, &str); 25] = {
         ("TRYAGAIN", Unavailable, "the cluster is moving the key"),
         ("MISCONF", Unavailable, "the server refuses writes because it cannot save its data to disk"),
         ("NOREPLICAS", Unavailable, "the server refuses writes because too few replicas are connected"),
-        ("BUSYGROUP", Internal, "the group exists already"),
-        ("BUSY", Unavailable, "the server is busy with a script"),
+        ("BUSY ", Unavailable, "the server is busy with a script"),
         ("UNKILLABLE", Unavailable, "the server is busy with a script"),
         ("UNBLOCKED force unblock", Unavailable, "the server has changed its role"),
         ("ERR max number of clients", Unavailable, "the server has too many clients"),
@@ -68,13 +65,7 @@ impl Failure {
     }
 
     pub(super) fn new(kind: StoreErrorKind, reason: impl Into<String>) -> Self {
-        Self {
-            kind,
-            reason: reason.into(),
-            is_unknown_script: false,
-            is_existing_group: false,
-            breaks_connection: false,
-        }
+        Self { kind, reason: reason.into(), is_unknown_script: false, breaks_connection: false }
     }
 
     /// From the text of an error reply, such as `OOM command not allowed when used memory > 'maxmemory'.`
@@ -90,8 +81,7 @@ impl Failure {
         };
         let own_words = own_words.trim_start_matches(|c: char| c.is_ascii_digit() || matches!(c, ':' | ' ' | '-'));
         if let Some((words, kind, reason)) = KNOWN.iter().find(|(words, ..)| own_words.starts_with(words)) {
-            let (is_unknown_script, is_existing_group) = (*words == "NOSCRIPT", *words == "BUSYGROUP");
-            return Self { is_unknown_script, is_existing_group, ..Self::new(*kind, *reason) };
+            return Self { is_unknown_script: *words == "NOSCRIPT", ..Self::new(*kind, *reason) };
         }
         let shown: String = text.chars().filter(|c| !c.is_control()).take(200).collect();
         Self::new(StoreErrorKind::Internal, format!("the server answers: {shown}"))
@@ -113,7 +103,9 @@ impl From<FredError> for Failure {
                 Self { breaks_connection: true, ..Self::unavailable("the connection to the server was lost") }
             }
             FredKind::IO | FredKind::Tls | FredKind::Routing | FredKind::Sentinel => {
-                let reason = format!("no connection to the server: {details}");
+                // Some errors of the system come in their debugging form: `Os { code: 111, …, message: "…" }`.
+                let message = details.split_once("message: \"").and_then(|(_, rest)| rest.split('"').next());
+                let reason = format!("no connection to the server: {}", message.unwrap_or(details));
                 Self { breaks_connection: true, ..Self::unavailable(reason) }
             }
             FredKind::Protocol | FredKind::Parse => Self::unexpected(details),

@@ -37,6 +37,7 @@ pub(super) static APPEND: Script = Script::new(include_str!("lua/append.lua"));
 pub(super) static CLAIM: Script = Script::new(include_str!("lua/claim.lua"));
 pub(super) static DEAD_LETTER: Script = Script::new(include_str!("lua/dead_letter.lua"));
 pub(super) static DESCRIBE: Script = Script::new(include_str!("lua/describe.lua"));
+pub(super) static ENSURE_GROUP: Script = Script::new(include_str!("lua/ensure_group.lua"));
 pub(super) static EPOCH: Script = Script::new(include_str!("lua/epoch.lua"));
 pub(super) static EXTEND: Script = Script::new(include_str!("lua/extend.lua"));
 pub(super) static REMOVE_CONSUMER: Script = Script::new(include_str!("lua/remove_consumer.lua"));
