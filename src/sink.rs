@@ -14,10 +14,19 @@ use std::time::Duration;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-pub use audit::{AuditConfig, AuditSink, VerifyReport, verify};
+pub use audit::{AuditConfig, AuditSink, Flaw, Problem, VerifyReport, verify};
 pub use log::{LogConfig, LogSink};
 
-use crate::event::Delivery;
+use crate::event::{Delivery, GroupName, StreamName};
+
+/// Where a batch comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Origin {
+    /// The stream the entries are in.
+    pub stream: StreamName,
+    /// The group they are delivered for.
+    pub group: GroupName,
+}
 
 /// Takes batches of entries and makes them have their effect.
 #[async_trait]
@@ -30,11 +39,11 @@ pub trait Sink: fmt::Debug + Send + Sync + 'static {
     /// Whether it could take deliveries now. Called at start and for readiness; has no effect.
     async fn check(&self) -> Result<(), SinkError>;
 
-    /// Delivers a batch, all or nothing: `Ok` means that every entry has had its effect durably.
+    /// Delivers a batch of one stream, all or nothing: `Ok` means that every entry has had its effect durably.
     ///
     /// After an error any part of the batch may have had its effect: deliveries are repeated, so effects are keyed
     /// by entry id where that matters. Dropping the future is allowed at any time.
-    async fn deliver(&self, batch: &[Delivery]) -> Result<(), SinkError>;
+    async fn deliver(&self, origin: &Origin, batch: &[Delivery]) -> Result<(), SinkError>;
 
     /// Finishes what is under way before the process ends.
     async fn close(&self) {}
@@ -128,7 +137,7 @@ impl SinkConfig {
     /// Makes the sink. Opens files and takes their locks, but talks to no other machine.
     pub async fn build(self, name: &str) -> Result<Arc<dyn Sink>, SinkError> {
         Ok(match self {
-            Self::Log(config) => Arc::new(LogSink::new(name, config)),
+            Self::Log(config) => Arc::new(LogSink::new(name, &config)),
             Self::Audit(config) => Arc::new(AuditSink::open(name, config).await?),
         })
     }
