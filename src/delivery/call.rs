@@ -1,0 +1,342 @@
+//! Calling the sink: deadlines, panics, refused batches, and sinks that are down.
+
+use std::any::Any;
+use std::future::Future;
+use std::ops::Range;
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use futures_util::FutureExt as _;
+use prometheus::{Histogram, IntCounter};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::patience::{Backoff, Trouble};
+use crate::event::Delivery;
+use crate::sink::{Origin, Sink, SinkError, SinkErrorClass};
+
+/// How long a sink may take to say whether it is up.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A sink as one worker calls it.
+#[derive(Debug)]
+pub(super) struct Caller {
+    pub(super) sink: Arc<dyn Sink>,
+    pub(super) name: String,
+    pub(super) origin: Origin,
+    pub(super) timeout: Duration,
+    pub(super) deliveries: IntCounter,
+    pub(super) handler_seconds: Histogram,
+    /// Cancelled when no call should wait for a sink that is down.
+    pub(super) stop: CancellationToken,
+    /// Cancelled when calls under way must end.
+    pub(super) abort: CancellationToken,
+    pub(super) outage: Outage,
+}
+
+/// Whether the sink is down, as far as is known, and why.
+#[derive(Debug, Default)]
+pub(super) struct Outage(Mutex<(Trouble, Option<String>)>);
+
+/// A batch after it was delivered, and the parts of it that were not taken, in order.
+#[derive(Debug)]
+pub(super) struct Delivered {
+    pub(super) batch: Vec<Delivery>,
+    pub(super) failures: Vec<(Range<usize>, Failure)>,
+}
+
+/// Why a part of a batch was not taken.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// The sink failed.
+    Refused(SinkError),
+    /// The worker stopped while the sink was down.
+    NotBegun,
+    /// The worker stopped amid the call.
+    Aborted,
+}
+
+impl Caller {
+    /// Delivers a batch; what the sink refuses of it is halved until the bad entries are alone.
+    pub(super) async fn deliver(&self, batch: Vec<Delivery>) -> Delivered {
+        let mut failures = Vec::new();
+        // The next part is the last one here.
+        let mut parts = Vec::from([Range { start: 0, end: batch.len() }]);
+        while let Some(part) = parts.pop() {
+            let Err((failure, may_be_of_one_entry)) = self.deliver_part(&batch[part.clone()]).await else { continue };
+            if may_be_of_one_entry && part.len() > 1 {
+                let middle = part.start + part.len() / 2;
+                parts.push(middle..part.end);
+                parts.push(part.start..middle);
+            } else {
+                failures.push((part, failure));
+            }
+        }
+        Delivered { batch, failures }
+    }
+
+    /// Delivers a part at once. A failure comes with whether a single entry of it may have caused it.
+    async fn deliver_part(&self, part: &[Delivery]) -> Result<(), (Failure, bool)> {
+        let mut has_waited = false;
+        loop {
+            let Err(call) = self.call(part).await else { return Ok(()) };
+            let error = match call {
+                CallError::Aborted => return Err((Failure::Aborted, false)),
+                CallError::Panicked(error) => return Err((Failure::Refused(error), true)),
+                CallError::Refused(error) => error,
+            };
+            if error.class() != SinkErrorClass::Transient {
+                return Err((Failure::Refused(error), true));
+            }
+            // An outage must not use up the attempts of every entry that comes. But an entry that brings the sink
+            // down each time must not hold up the others for ever: so waiting is for once.
+            if has_waited || self.check().await.is_ok() {
+                return Err((Failure::Refused(error), false));
+            }
+            if !self.wait_until_up().await {
+                return Err((Failure::NotBegun, false));
+            }
+            has_waited = true;
+        }
+    }
+
+    async fn call(&self, part: &[Delivery]) -> Result<(), CallError> {
+        let started = Instant::now();
+        let call = tokio::time::timeout(self.timeout, guarded(self.sink.deliver(&self.origin, part)));
+        let outcome = tokio::select! {
+            biased;
+            outcome = call => outcome,
+            () = self.abort.cancelled() => return Err(CallError::Aborted),
+        };
+        self.handler_seconds.observe(started.elapsed().as_secs_f64());
+        self.deliveries.inc_by(part.len() as u64);
+        match outcome {
+            Ok(Ok(Ok(()))) => {
+                self.is_up();
+                Ok(())
+            }
+            Ok(Ok(Err(error))) => Err(CallError::Refused(error)),
+            Ok(Err(panic)) => {
+                let message = format!("the sink panicked: {panic}");
+                Err(CallError::Panicked(SinkError::new(SinkErrorClass::Transient, message)))
+            }
+            Err(_elapsed) => {
+                let message = format!("the sink did not answer within {:?}", self.timeout);
+                Err(CallError::Refused(SinkError::new(SinkErrorClass::Transient, message)))
+            }
+        }
+    }
+
+    /// Whether the sink says it is up.
+    async fn check(&self) -> Result<(), ()> {
+        let text = match tokio::time::timeout(CHECK_TIMEOUT, guarded(self.sink.check())).await {
+            Ok(Ok(Ok(()))) => {
+                self.is_up();
+                return Ok(());
+            }
+            Ok(Ok(Err(error))) => chain(&error),
+            Ok(Err(panic)) => format!("its check panicked: {panic}"),
+            Err(_elapsed) => format!("its check took more than {CHECK_TIMEOUT:?}"),
+        };
+        let mut outage = self.outage.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(times) = outage.0.occurred() {
+            warn!(
+                sink = self.name, stream = %self.origin.stream, group = %self.origin.group, error = text, times,
+                "the sink is down; its entries wait"
+            );
+        }
+        outage.1 = Some(text);
+        Err(())
+    }
+
+    fn is_up(&self) {
+        let mut outage = self.outage.0.lock().unwrap_or_else(PoisonError::into_inner);
+        outage.1 = None;
+        if let Some(after) = outage.0.ended() {
+            info!(
+                sink = self.name, stream = %self.origin.stream, group = %self.origin.group, ?after,
+                "the sink is up again"
+            );
+        }
+    }
+
+    /// Waits until the sink is up; false when the worker stops before.
+    async fn wait_until_up(&self) -> bool {
+        let mut backoff = Backoff::default();
+        loop {
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return false,
+                () = tokio::time::sleep(backoff.failed()) => {}
+            }
+            if self.check().await.is_ok() {
+                return true;
+            }
+        }
+    }
+}
+
+enum CallError {
+    Refused(SinkError),
+    Panicked(SinkError),
+    Aborted,
+}
+
+impl Outage {
+    /// Why the sink is down, if it is.
+    pub(super) fn reason(&self) -> Option<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).1.clone()
+    }
+}
+
+/// Awaits a future that may panic; an error holds what the panic said.
+pub(super) async fn guarded<T>(future: impl Future<Output = T>) -> Result<T, String> {
+    let text = |panic: Box<dyn Any + Send>| match panic.downcast::<String>() {
+        Ok(text) => *text,
+        Err(panic) => panic.downcast::<&str>().map_or_else(|_other| "no message".to_owned(), |text| (*text).to_owned()),
+    };
+    AssertUnwindSafe(future).catch_unwind().await.map_err(text)
+}
+
+/// An error with all its causes, on one line.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use async_trait::async_trait;
+
+    use super::*;
+    use crate::event::{Entry, EntryId, Fields};
+    use crate::metrics::Metrics;
+
+    /// What a sink does with a batch of those ids at its n-th call.
+    type Script = fn(usize, &[u64]) -> Result<(), SinkError>;
+
+    #[derive(Debug)]
+    struct Scripted {
+        script: Script,
+        calls: Mutex<Vec<Vec<u64>>>,
+        failing_checks: AtomicUsize,
+    }
+
+    #[async_trait]
+    impl Sink for Scripted {
+        async fn check(&self) -> Result<(), SinkError> {
+            let left = self.failing_checks.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
+            if left.is_ok() { Err(SinkError::new(SinkErrorClass::Transient, "down")) } else { Ok(()) }
+        }
+
+        async fn deliver(&self, _: &Origin, batch: &[Delivery]) -> Result<(), SinkError> {
+            let ids: Vec<u64> = batch.iter().map(|delivery| delivery.entry.id.ms).collect();
+            let call = self.calls.lock().unwrap().len();
+            self.calls.lock().unwrap().push(ids.clone());
+            if ids == [99] {
+                std::future::pending::<()>().await;
+            }
+            (self.script)(call, &ids)
+        }
+    }
+
+    fn caller(script: Script, failing_checks: usize) -> (Arc<Scripted>, Caller) {
+        let failing_checks = AtomicUsize::new(failing_checks);
+        let sink = Arc::new(Scripted { script, calls: Mutex::default(), failing_checks });
+        let metrics = Metrics::new();
+        let caller = Caller {
+            sink: Arc::<Scripted>::clone(&sink),
+            name: "scripted".to_owned(),
+            origin: Origin { stream: "s".parse().unwrap(), group: "g".parse().unwrap() },
+            timeout: Duration::from_secs(30),
+            deliveries: metrics.deliveries.with_label_values(&["s", "g"]),
+            handler_seconds: metrics.handler_seconds.with_label_values(&["s", "g"]),
+            stop: CancellationToken::new(),
+            abort: CancellationToken::new(),
+            outage: Outage::default(),
+        };
+        (sink, caller)
+    }
+
+    fn batch(ids: Range<u64>) -> Vec<Delivery> {
+        let entry = |ms| Entry { id: EntryId::new(ms, 0), fields: Fields::default() };
+        ids.map(|ms| Delivery { entry: entry(ms), attempt: 1, delivered_at: Instant::now() }).collect()
+    }
+
+    fn refused(delivered: &Delivered) -> Vec<(Range<usize>, String)> {
+        let text = |failure: &Failure| match failure {
+            Failure::Refused(error) => error.to_string(),
+            other => format!("{other:?}"),
+        };
+        delivered.failures.iter().map(|(part, failure)| (part.clone(), text(failure))).collect()
+    }
+
+    #[tokio::test]
+    async fn a_refused_batch_is_halved_until_the_bad_entries_are_alone() {
+        let (sink, caller) = caller(
+            |_, ids| match ids.iter().find(|id| [3, 6].contains(id)) {
+                Some(bad) => Err(SinkError::new(SinkErrorClass::Permanent, format!("{bad}"))),
+                None => Ok(()),
+            },
+            0,
+        );
+        let delivered = caller.deliver(batch(0..8)).await;
+        assert_eq!(refused(&delivered), [(3..4, "3".to_owned()), (6..7, "6".to_owned())]);
+        let first_ids: Vec<_> = sink.calls.lock().unwrap().iter().map(|ids| ids[0]).collect();
+        assert!(first_ids.is_sorted(), "in order: {first_ids:?}");
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_blamed_on_its_entry_alone() {
+        let (_, caller) = caller(|_, ids| if ids.contains(&2) { panic!("bug {}", 7) } else { Ok(()) }, 0);
+        let delivered = caller.deliver(batch(0..5)).await;
+        assert_eq!(refused(&delivered), [(2..3, "the sink panicked: bug 7".to_owned())]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_has_a_deadline() {
+        let (_, caller) = caller(|_, _| Ok(()), 0);
+        let delivered = caller.deliver(batch(99..100)).await;
+        assert_eq!(refused(&delivered), [(0..1, "the sink did not answer within 30s".to_owned())]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_outage_of_the_sink_is_waited_out_without_a_further_attempt() {
+        let down = |call, _: &[u64]| match call {
+            0 => Err(SinkError::new(SinkErrorClass::Transient, "connection refused")),
+            _ => Ok(()),
+        };
+        let (sink, caller) = caller(down, 7);
+        let delivered = caller.deliver(batch(0..4)).await;
+        assert_eq!(refused(&delivered), []);
+        assert_eq!(sink.calls.lock().unwrap().len(), 2);
+        assert_eq!(caller.outage.reason(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_entry_that_brings_the_sink_down_again_is_refused() {
+        let (_, caller) = caller(|_, _| Err(SinkError::new(SinkErrorClass::Transient, "reset")), 2);
+        let delivered = caller.deliver(batch(0..1)).await;
+        assert_eq!(refused(&delivered), [(0..1, "reset".to_owned())]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_worker_that_stops_does_not_wait_for_a_sink_that_is_down() {
+        let (_, caller) = caller(|_, _| Err(SinkError::new(SinkErrorClass::Transient, "reset")), usize::MAX);
+        let (delivered, ()) = tokio::join!(caller.deliver(batch(0..2)), async {
+            tokio::time::sleep(Duration::from_secs(20)).await;
+            assert_eq!(caller.outage.reason().as_deref(), Some("down"));
+            caller.stop.cancel();
+        });
+        assert_eq!(refused(&delivered), [(0..2, "NotBegun".to_owned())]);
+    }
+}

@@ -1,0 +1,228 @@
+//! What the configuration says of a group.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::policy::RetryPolicy;
+use crate::event::{GroupName, Severity};
+
+/// One consumer group of a stream.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupConfig {
+    /// The group's name in its stream.
+    pub name: GroupName,
+    /// The name of the sink that takes its entries. Without one the group is consumed from outside, and all that
+    /// follows but `start` has no effect.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sink: Option<String>,
+    /// How many workers this instance runs for it, 1 to 64. More than one give up the order of entries.
+    #[serde(default = "default::workers")]
+    pub workers: usize,
+    /// Entries of lower severity are acknowledged without delivery. Those of unknown severity are delivered: one
+    /// alert too many is better than one missed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_severity: Option<Severity>,
+    /// When and how often a failed delivery is tried again.
+    #[serde(default)]
+    pub retry: RetryPolicy,
+    /// How often an entry is delivered at most, deliveries that ended in a crash included.
+    #[serde(default = "default::max_deliveries")]
+    pub max_deliveries: u32,
+    /// How long a delivery stays its worker's alone without a sign of life; then others take it over.
+    #[serde(default = "default::claim_idle", with = "humantime_serde")]
+    pub claim_idle: Duration,
+    /// Where the group begins when it is made.
+    #[serde(default)]
+    pub start: GroupStart,
+    /// The most entries that a worker fetches at once, 1 to 1000.
+    #[serde(default = "default::batch")]
+    pub batch: usize,
+    /// The most entries that a worker holds at once.
+    #[serde(default = "default::max_in_flight")]
+    pub max_in_flight: usize,
+    /// How many calls of its sink a worker makes at the same time, 1 to 256. More than one give up the order of
+    /// entries.
+    #[serde(default = "default::concurrency")]
+    pub concurrency: usize,
+    /// How long one call of the sink may take. Shorter than `claim_idle`.
+    #[serde(default = "default::handler_timeout", with = "humantime_serde")]
+    pub handler_timeout: Duration,
+}
+
+/// Where a group begins when it is made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GroupStart {
+    /// With the oldest entry of the stream.
+    #[default]
+    Oldest,
+    /// With the next entry.
+    New,
+}
+
+mod default {
+    use std::time::Duration;
+
+    pub(super) const fn workers() -> usize {
+        1
+    }
+
+    pub(super) const fn max_deliveries() -> u32 {
+        15
+    }
+
+    pub(super) const fn claim_idle() -> Duration {
+        Duration::from_mins(1)
+    }
+
+    pub(super) const fn batch() -> usize {
+        500
+    }
+
+    pub(super) const fn max_in_flight() -> usize {
+        2000
+    }
+
+    pub(super) const fn concurrency() -> usize {
+        1
+    }
+
+    pub(super) const fn handler_timeout() -> Duration {
+        Duration::from_secs(30)
+    }
+}
+
+/// A value of a group's configuration that makes no sense.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InvalidValue {
+    /// The key within the group, such as `retry.cap`.
+    pub key: &'static str,
+    /// What is wrong with its value and what it may be.
+    pub problem: String,
+}
+
+impl GroupConfig {
+    /// A group of that name, all else as by default.
+    pub fn new(name: GroupName) -> Self {
+        Self {
+            name,
+            sink: None,
+            workers: default::workers(),
+            min_severity: None,
+            retry: RetryPolicy::default(),
+            max_deliveries: default::max_deliveries(),
+            claim_idle: default::claim_idle(),
+            start: GroupStart::default(),
+            batch: default::batch(),
+            max_in_flight: default::max_in_flight(),
+            concurrency: default::concurrency(),
+            handler_timeout: default::handler_timeout(),
+        }
+    }
+
+    /// Every value that makes no sense.
+    pub fn validate(&self) -> Vec<InvalidValue> {
+        const SECOND: Duration = Duration::from_secs(1);
+        const DAY: Duration = Duration::from_hours(24);
+        let text = humantime_serde::re::humantime::format_duration;
+        let retry = &self.retry;
+        let rules = [
+            ("workers", !(1..=64).contains(&self.workers), format!("must be 1 to 64, not {}", self.workers)),
+            ("retry.max_attempts", retry.max_attempts == 0, "must be at least 1".to_owned()),
+            ("retry.base", retry.base.is_zero(), "must be longer than 0s".to_owned()),
+            (
+                "retry.cap",
+                retry.cap < retry.base || retry.cap > DAY,
+                format!("must be from retry.base ({}) to 1day, not {}", text(retry.base), text(retry.cap)),
+            ),
+            (
+                "max_deliveries",
+                self.max_deliveries < retry.max_attempts,
+                format!("must be at least retry.max_attempts ({}), not {}", retry.max_attempts, self.max_deliveries),
+            ),
+            (
+                "claim_idle",
+                self.claim_idle < SECOND || self.claim_idle > DAY,
+                format!("must be 1s to 1day, not {}", text(self.claim_idle)),
+            ),
+            ("batch", !(1..=1000).contains(&self.batch), format!("must be 1 to 1000, not {}", self.batch)),
+            (
+                "max_in_flight",
+                !(1..=100_000).contains(&self.max_in_flight),
+                format!("must be 1 to 100000, not {}", self.max_in_flight),
+            ),
+            (
+                "concurrency",
+                !(1..=256).contains(&self.concurrency),
+                format!("must be 1 to 256, not {}", self.concurrency),
+            ),
+            (
+                "handler_timeout",
+                self.handler_timeout.is_zero() || self.handler_timeout >= self.claim_idle,
+                format!(
+                    "must be longer than 0s and shorter than claim_idle ({}), not {}",
+                    text(self.claim_idle),
+                    text(self.handler_timeout)
+                ),
+            ),
+        ];
+        let broken = rules.into_iter().filter(|(_, is_broken, _)| *is_broken);
+        broken.map(|(key, _, problem)| InvalidValue { key, problem }).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<GroupConfig, toml::de::Error> {
+        toml::from_str(text)
+    }
+
+    #[test]
+    fn a_group_needs_a_name_and_no_more() {
+        let config = parse("name = 'siem'").unwrap();
+        assert_eq!(config, GroupConfig::new("siem".parse().unwrap()));
+        assert_eq!(config.validate(), []);
+        assert!(parse("sink = 'log'").is_err());
+        assert!(parse("name = 'siem'\nworker = 2").is_err());
+    }
+
+    #[test]
+    fn every_key_is_read() {
+        let config = parse(
+            "name = 'siem'\nsink = 'log'\nworkers = 2\nmin_severity = 'high'\nmax_deliveries = 20\nclaim_idle = '2m'\n\
+             start = 'new'\nbatch = 10\nmax_in_flight = 20\nconcurrency = 4\nhandler_timeout = '5s'\n\
+             retry = { max_attempts = 3, base = '250ms', cap = '10s' }",
+        )
+        .unwrap();
+        assert_eq!(config.min_severity, Some(Severity::High));
+        assert_eq!(config.claim_idle, Duration::from_mins(2));
+        assert_eq!(config.retry.base, Duration::from_millis(250));
+        assert_eq!(config.validate(), []);
+        assert_eq!(parse(&toml::to_string(&config).unwrap()).unwrap(), config);
+    }
+
+    #[test]
+    fn every_senseless_value_is_told_with_its_key() {
+        let config = parse(
+            "name = 'siem'\nworkers = 0\nmax_deliveries = 1\nclaim_idle = '500ms'\nbatch = 0\nmax_in_flight = 0\n\
+             concurrency = 0\nhandler_timeout = '1s'\nretry = { max_attempts = 5, base = '1m', cap = '10s' }",
+        )
+        .unwrap();
+        let keys: Vec<_> = config.validate().into_iter().map(|invalid| invalid.key).collect();
+        let expected = [
+            "workers",
+            "retry.cap",
+            "max_deliveries",
+            "claim_idle",
+            "batch",
+            "max_in_flight",
+            "concurrency",
+            "handler_timeout",
+        ];
+        assert_eq!(keys, expected);
+    }
+}

@@ -1,0 +1,81 @@
+//! The metrics of one group, looked up once.
+
+use prometheus::{Histogram, IntCounter, IntGauge};
+
+use crate::event::{DeadLetterReason, GroupName, StreamName};
+use crate::metrics::Metrics;
+use crate::sink::SinkErrorClass;
+
+#[derive(Debug)]
+pub(super) struct Meters {
+    pub(super) deliveries: IntCounter,
+    pub(super) acknowledged: IntCounter,
+    pub(super) filtered: IntCounter,
+    pub(super) retries: IntCounter,
+    pub(super) claimed: IntCounter,
+    pub(super) not_owned: IntCounter,
+    pub(super) groups_recreated: IntCounter,
+    pub(super) trimmed_pending: IntCounter,
+    pub(super) handler_seconds: Histogram,
+    pub(super) in_flight: InFlight,
+    dead_letters: [IntCounter; DeadLetterReason::ALL.len()],
+    sink_errors: [IntCounter; SINK_ERRORS.len()],
+}
+
+const SINK_ERRORS: [SinkErrorClass; 3] =
+    [SinkErrorClass::Transient, SinkErrorClass::Permanent, SinkErrorClass::Undecodable];
+
+impl Meters {
+    pub(super) fn new(metrics: &Metrics, stream: &StreamName, group: &GroupName, sink: &str) -> Self {
+        let labels = [stream.as_str(), group.as_str()];
+        let of_group = |counters: &prometheus::IntCounterVec| counters.with_label_values(&labels);
+        let with_reason = |counters: &prometheus::IntCounterVec, reason: &str| {
+            counters.with_label_values(&[stream.as_str(), group.as_str(), reason])
+        };
+        Self {
+            deliveries: of_group(&metrics.deliveries),
+            acknowledged: of_group(&metrics.acknowledged),
+            filtered: of_group(&metrics.filtered),
+            retries: of_group(&metrics.retries),
+            claimed: of_group(&metrics.claimed),
+            not_owned: of_group(&metrics.not_owned),
+            groups_recreated: of_group(&metrics.groups_recreated),
+            trimmed_pending: with_reason(&metrics.lost, "trimmed_pending"),
+            handler_seconds: metrics.handler_seconds.with_label_values(&labels),
+            in_flight: InFlight { gauge: metrics.in_flight.with_label_values(&labels), ours: 0 },
+            dead_letters: DeadLetterReason::ALL.map(|reason| with_reason(&metrics.dead_letters, reason.as_str())),
+            sink_errors: SINK_ERRORS.map(|class| metrics.sink_errors.with_label_values(&[sink, class.as_str()])),
+        }
+    }
+
+    pub(super) fn dead_letters(&self, reason: DeadLetterReason) -> &IntCounter {
+        let place = DeadLetterReason::ALL.iter().position(|known| *known == reason);
+        &self.dead_letters[place.expect("ALL has every reason")]
+    }
+
+    pub(super) fn sink_errors(&self, class: SinkErrorClass) -> &IntCounter {
+        let place = SINK_ERRORS.iter().position(|known| *known == class);
+        &self.sink_errors[place.expect("the list has every class")]
+    }
+}
+
+/// One worker's share of a gauge that all workers of the group add to; nothing is left of it when the worker ends.
+#[derive(Debug)]
+pub(super) struct InFlight {
+    gauge: IntGauge,
+    ours: i64,
+}
+
+impl InFlight {
+    pub(super) fn set(&mut self, entries: usize) {
+        let entries = i64::try_from(entries).unwrap_or(i64::MAX);
+        self.gauge.add(entries - self.ours);
+        self.ours = entries;
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.gauge.sub(self.ours);
+    }
+}

@@ -1,0 +1,352 @@
+//! The worker's loop: what is in hand, what is under way, and what is due next.
+//!
+//! Every store call and every call of the sink is a task of its own, so that none waits for another, and none is ever
+//! dropped half-way while the worker lives: a fetch that is dropped leaves entries pending that nobody holds.
+
+mod steps;
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant as WallInstant};
+
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use self::steps::{Done, Floor};
+use super::call::{Caller, Outage};
+use super::meters::Meters;
+use super::outbox::Outbox;
+use super::patience::{Backoff, Trouble, jittered};
+use super::retries::Retries;
+use super::{GroupSpec, Worker};
+use crate::event::{DeadLetterReason, Delivery, EntryId};
+use crate::readiness::Part;
+use crate::sink::Origin;
+use crate::store::{Cursor, Outcome, Store};
+
+/// How long a fetch waits for entries.
+const FETCH_WAIT: Duration = Duration::from_secs(1);
+/// A store that takes this much longer is not taken for working.
+const FETCH_STUCK: Duration = Duration::from_secs(5);
+/// The most ids in one claim.
+const CLAIM_LIMIT: usize = 100;
+/// The most ids in one extension.
+const EXTEND_LIMIT: usize = 500;
+/// Bytes of payload that one fetch should bring at most, as far as can be foreseen.
+const FETCH_BYTES: usize = 8 * 1024 * 1024;
+/// Bytes of payload that a worker should hold at most, as far as can be foreseen.
+const HELD_BYTES: usize = 4 * FETCH_BYTES;
+/// What an entry is taken to hold before any was seen.
+const FIRST_GUESS_BYTES: usize = 64 * 1024;
+/// Failed entries that a worker remembers.
+const REMEMBERED_FAILURES: usize = 10_000;
+/// How often readiness hears of a worker at least.
+const PULSE: Duration = Duration::from_secs(1);
+/// How long settling may go on after the grace time.
+const FLUSH_TIME: Duration = Duration::from_secs(5);
+
+/// What a worker does next to get entries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Intake {
+    /// Make sure that the group exists.
+    Ensure,
+    /// Take what is pending on this consumer and not in hand, from that id on.
+    Sweep(EntryId),
+    /// Fetch new entries.
+    Read,
+}
+
+/// A batch that the sink has now.
+#[derive(Debug)]
+struct Running {
+    slot: u64,
+    ids: Vec<EntryId>,
+    oldest: WallInstant,
+}
+
+#[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "independent steps, each under way or not")]
+pub(super) struct Pump {
+    store: Arc<dyn Store>,
+    cursor: Cursor,
+    group: GroupSpec,
+    caller: Arc<Caller>,
+    max_batch: usize,
+    meters: Meters,
+    part: Part,
+    grace: Duration,
+    tasks: JoinSet<Done>,
+
+    intake: Intake,
+    intake_under_way: bool,
+    intake_not_before: Instant,
+    intake_backoff: Backoff,
+    intake_trouble: Trouble,
+    intake_error: Option<String>,
+    /// A call whose answer was lost may have left entries pending that are not in hand.
+    sweep_due: bool,
+    was_ensured: bool,
+    floor: Option<Floor>,
+    fetch_began: Option<Instant>,
+    /// Entries that calls under way may bring.
+    expected: usize,
+    entry_bytes: usize,
+
+    ready: VecDeque<Delivery>,
+    running: Vec<Running>,
+    next_slot: u64,
+    settlements: Outbox,
+    dead_letters: Outbox,
+    /// Why entries in `dead_letters` are there.
+    burials: HashMap<EntryId, DeadLetterReason>,
+    dead_letter_trouble: Trouble,
+    failure_trouble: Trouble,
+    step_trouble: Trouble,
+
+    retries: Retries,
+    claiming: Vec<EntryId>,
+    claim_not_before: Instant,
+    claim_backoff: Backoff,
+
+    search_from: EntryId,
+    search_at: Instant,
+    is_searching: bool,
+
+    extend_at: Instant,
+    is_extending: bool,
+    pulse_at: Instant,
+
+    stop: CancellationToken,
+    /// When calls of the sink are broken off, and when settling ends, once the worker stops.
+    deadlines: Option<(Instant, Instant)>,
+}
+
+impl Pump {
+    pub(super) fn new(worker: Worker, stop: CancellationToken) -> Self {
+        let Worker { store, sink, group, consumer, metrics, readiness, grace } = worker;
+        let (stream, config) = (&group.stream, &group.config);
+        let sink_name = config.sink.clone().unwrap_or_default();
+        let meters = Meters::new(&metrics, stream, &config.name, &sink_name);
+        let max_batch = sink.max_batch().max(1);
+        let caller = Caller {
+            sink,
+            name: sink_name,
+            origin: Origin { stream: stream.clone(), group: config.name.clone() },
+            timeout: config.handler_timeout,
+            deliveries: meters.deliveries.clone(),
+            handler_seconds: meters.handler_seconds.clone(),
+            // The sink's calls are told of the stop by the loop, which hears of it first.
+            stop: CancellationToken::new(),
+            abort: CancellationToken::new(),
+            outage: Outage::default(),
+        };
+        let cursor =
+            Cursor { stream: stream.clone(), group: config.name.clone(), consumer, claim_idle: config.claim_idle };
+        let now = Instant::now();
+        Self {
+            store,
+            cursor,
+            caller: Arc::new(caller),
+            max_batch,
+            meters,
+            part: readiness,
+            grace,
+            tasks: JoinSet::new(),
+            intake: Intake::Ensure,
+            intake_under_way: false,
+            intake_not_before: now,
+            intake_backoff: Backoff::default(),
+            intake_trouble: Trouble::default(),
+            intake_error: None,
+            sweep_due: false,
+            was_ensured: false,
+            floor: None,
+            fetch_began: None,
+            expected: 0,
+            entry_bytes: FIRST_GUESS_BYTES,
+            ready: VecDeque::new(),
+            running: Vec::new(),
+            next_slot: 0,
+            settlements: Outbox::new(),
+            dead_letters: Outbox::new(),
+            burials: HashMap::new(),
+            dead_letter_trouble: Trouble::default(),
+            failure_trouble: Trouble::default(),
+            step_trouble: Trouble::default(),
+            retries: Retries::new(REMEMBERED_FAILURES),
+            claiming: Vec::new(),
+            claim_not_before: now,
+            claim_backoff: Backoff::default(),
+            search_from: EntryId::MIN,
+            search_at: now,
+            is_searching: false,
+            extend_at: now + group.config.claim_idle / 3,
+            is_extending: false,
+            pulse_at: now + PULSE,
+            stop,
+            deadlines: None,
+            group,
+        }
+    }
+
+    pub(super) async fn run(mut self) {
+        loop {
+            self.start_what_is_due();
+            if self.is_finished() {
+                break;
+            }
+            let wake = self.next_wake();
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled(), if self.deadlines.is_none() => self.begin_stop(),
+                Some(done) = self.tasks.join_next() => {
+                    self.finish(done);
+                    while let Some(done) = self.tasks.try_join_next() {
+                        self.finish(done);
+                    }
+                }
+                () = sleep_until(wake) => {}
+            }
+        }
+        self.leave().await;
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.deadlines.is_some()
+    }
+
+    /// How many entries may still come in.
+    fn free_slots(&self) -> usize {
+        let fit = (HELD_BYTES / self.entry_bytes).max(1);
+        self.group.config.max_in_flight.min(fit).saturating_sub(self.in_hand() + self.expected)
+    }
+
+    fn in_hand(&self) -> usize {
+        let running: usize = self.running.iter().map(|running| running.ids.len()).sum();
+        self.ready.len() + running + self.settlements.len() + self.dead_letters.len()
+    }
+
+    fn in_hand_ids(&self) -> HashSet<EntryId> {
+        let ready = self.ready.iter().map(|delivery| delivery.entry.id);
+        let running = self.running.iter().flat_map(|running| running.ids.iter().copied());
+        let outboxes = self.settlements.ids().chain(self.dead_letters.ids());
+        ready.chain(running).chain(outboxes).collect()
+    }
+
+    /// Starts every step that can be taken now.
+    fn start_what_is_due(&mut self) {
+        let now = Instant::now();
+        self.start_sink_calls();
+        self.start_settling(now);
+        if now >= self.extend_at && !self.is_extending {
+            self.start_extending();
+        }
+        if !self.is_stopping() {
+            self.start_retries(now);
+            self.start_search(now);
+            self.start_intake(now);
+        }
+        if now >= self.pulse_at {
+            self.pulse_at = now + PULSE;
+            self.report();
+        }
+        self.meters.in_flight.set(self.in_hand());
+        if let Some((abort_at, _)) = self.deadlines
+            && now >= abort_at
+        {
+            self.caller.abort.cancel();
+        }
+    }
+
+    /// When something is due that no task's end will tell.
+    fn next_wake(&mut self) -> Instant {
+        let now = Instant::now();
+        let mut wake = self.pulse_at;
+        let mut at = |due: Instant| wake = wake.min(due);
+        if !self.is_extending {
+            at(self.extend_at);
+        }
+        for outbox in [&self.settlements, &self.dead_letters] {
+            outbox.due().into_iter().for_each(&mut at);
+        }
+        if let Some((abort_at, end)) = self.deadlines {
+            at(if now < abort_at { abort_at } else { end });
+        } else if self.free_slots() > 0 {
+            if let (true, Some(due)) = (self.claiming.is_empty(), self.retries.next_due()) {
+                at(due.max(self.claim_not_before));
+            }
+            if !self.is_searching && self.was_ensured {
+                at(self.search_at);
+            }
+            if !self.intake_under_way {
+                at(self.intake_not_before);
+            }
+        }
+        wake
+    }
+
+    fn finish(&mut self, done: Result<Done, JoinError>) {
+        match done {
+            Ok(done) => self.take(done),
+            // Panics of store and sink are caught where they are called: this is a defect of the worker itself.
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(cancelled) => debug!(error = %cancelled, "a step was cancelled"),
+            },
+        }
+    }
+
+    /// Tells readiness how the worker is.
+    fn report(&mut self) {
+        if let Some(reason) = self.caller.outage.reason() {
+            self.part.not_ready(format!("the sink `{}` is down: {reason}", self.caller.name));
+        } else if let Some(error) = &self.intake_error {
+            self.part.not_ready(error.clone());
+        } else if let Some(error) = self.settlements.error.as_ref().or(self.dead_letters.error.as_ref()) {
+            self.part.not_ready(error.clone());
+        } else {
+            let is_reading = self.fetch_began.is_some_and(|began| began.elapsed() < FETCH_STUCK);
+            let is_busy = !self.intake_under_way && !self.running.is_empty();
+            if is_reading || is_busy {
+                self.part.ready();
+            }
+        }
+    }
+
+    fn begin_stop(&mut self) {
+        debug!(in_hand = self.in_hand(), "the worker stops");
+        let abort_at = Instant::now() + self.grace;
+        self.deadlines = Some((abort_at, abort_at + FLUSH_TIME));
+        self.caller.stop.cancel();
+        for delivery in std::mem::take(&mut self.ready) {
+            self.settlements.push(delivery, Outcome::Release);
+        }
+    }
+
+    fn is_finished(&self) -> bool {
+        let Some((_, end)) = self.deadlines else { return false };
+        let is_done = self.tasks.is_empty() && self.settlements.len() + self.dead_letters.len() == 0;
+        is_done || Instant::now() >= end
+    }
+
+    /// Gives up the consumer, if nothing is pending on it.
+    async fn leave(mut self) {
+        let left = self.in_hand();
+        if left > 0 {
+            warn!(entries = left, "the worker ends with entries unsettled: they will be delivered again");
+        }
+        self.meters.in_flight.set(0);
+        match timeout(FLUSH_TIME, self.store.remove_consumer(&self.cursor)).await {
+            Ok(Ok(is_removed)) => debug!(is_removed, "the worker has ended"),
+            Ok(Err(error)) => debug!(error = %error, "the consumer stays in its group"),
+            Err(_elapsed) => debug!("the consumer stays in its group: the store does not answer"),
+        }
+    }
+
+    /// When to search for idle entries again.
+    fn next_search(&self) -> Instant {
+        Instant::now() + jittered(self.group.config.claim_idle / 4)
+    }
+}

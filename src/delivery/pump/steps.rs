@@ -1,0 +1,671 @@
+//! The steps of the loop: each is started as a task, and its end changes what is in hand.
+
+use jiff::Timestamp;
+use tokio::time::Instant;
+use tracing::{error, info, warn};
+
+use super::{CLAIM_LIMIT, EXTEND_LIMIT, FETCH_BYTES, FETCH_WAIT, Intake, Pump, Running, Store, WallInstant};
+use crate::delivery::GroupStart;
+use crate::delivery::call::{Delivered, Failure, chain, guarded};
+use crate::delivery::outbox::Load;
+use crate::delivery::patience::draw;
+use crate::delivery::policy::Verdict;
+use crate::event::{AlertView, DeadLetter, DeadLetterReason, Delivery, EntryId, Epoch, Severity, field};
+use crate::sink::{SinkError, SinkErrorClass};
+use crate::store::{Claimed, Cursor, Outcome, Pending, Reclaimed, Settled, Start, StoreError, StoreErrorKind};
+
+/// Ids that a log line names; there may be many.
+const NAMED_IDS: usize = 5;
+/// Between pages of a search that found nothing, so that a long one does not keep the store busy.
+const SEARCH_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
+
+/// Before which entry the group has handled everything, in which life of the stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Floor {
+    epoch: Epoch,
+    id: EntryId,
+}
+
+/// Why entries are taken over by their ids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    Retry,
+    Sweep,
+}
+
+/// What taking over by ids brought.
+#[derive(Debug, Default)]
+pub(super) struct TakenOver {
+    claimed: Claimed,
+    not_owned: Vec<EntryId>,
+}
+
+/// How a task ended.
+#[derive(Debug)]
+pub(super) enum Done {
+    Ensured(Result<(bool, Option<Floor>), StoreError>),
+    Looked { limit: usize, result: Result<Vec<Pending>, StoreError> },
+    Fetched { limit: usize, result: Result<Vec<Delivery>, StoreError> },
+    TookOver { purpose: Purpose, ids: Vec<EntryId>, result: Result<TakenOver, StoreError> },
+    Searched { limit: usize, result: Result<(Reclaimed, Option<Floor>), StoreError> },
+    Extended(Result<Vec<EntryId>, StoreError>),
+    Delivered { slot: u64, delivered: Delivered },
+    Settled { is_dead_letters: bool, load: Load, result: Result<Settled, StoreError> },
+}
+
+impl Pump {
+    pub(super) fn take(&mut self, done: Done) {
+        match done {
+            Done::Ensured(result) => self.ensured(result),
+            Done::Looked { limit, result } => self.looked(limit, result),
+            Done::Fetched { limit, result } => self.fetched(limit, result),
+            Done::TookOver { purpose, ids, result } => self.took_over(purpose, &ids, result),
+            Done::Searched { limit, result } => self.searched(limit, result),
+            Done::Extended(result) => self.extended(result),
+            Done::Delivered { slot, delivered } => self.delivered(slot, delivered),
+            Done::Settled { is_dead_letters, load, result } => self.settled(is_dead_letters, load, result),
+        }
+    }
+
+    // Getting entries: the group, what is left over, what is new.
+
+    pub(super) fn start_intake(&mut self, now: Instant) {
+        if self.intake_under_way || now < self.intake_not_before {
+            return;
+        }
+        let (store, cursor) = (self.store.clone(), self.cursor.clone());
+        match self.intake {
+            Intake::Ensure => {
+                let floor = self.floor.clone();
+                let start = match (self.was_ensured, self.group.config.start) {
+                    (false, GroupStart::New) => Start::New,
+                    _ => Start::Oldest,
+                };
+                self.tasks.spawn(async move { Done::Ensured(asked(ensure(&*store, &cursor, start, floor)).await) });
+            }
+            Intake::Sweep(from) => {
+                let limit = self.free_slots().min(CLAIM_LIMIT);
+                if limit == 0 {
+                    return;
+                }
+                self.expected += limit;
+                self.tasks.spawn(async move {
+                    let result = asked(store.pending(&cursor, true, from, limit)).await;
+                    Done::Looked { limit, result }
+                });
+            }
+            Intake::Read => {
+                let fit = (FETCH_BYTES / self.entry_bytes).max(1);
+                let limit = self.free_slots().min(self.group.config.batch).min(fit);
+                if limit == 0 {
+                    return;
+                }
+                self.expected += limit;
+                self.fetch_began = Some(now);
+                self.tasks.spawn(async move {
+                    let result = asked(store.fetch(&cursor, limit, FETCH_WAIT)).await;
+                    Done::Fetched { limit, result }
+                });
+            }
+        }
+        self.intake_under_way = true;
+    }
+
+    fn ensured(&mut self, result: Result<(bool, Option<Floor>), StoreError>) {
+        self.intake_under_way = false;
+        match result {
+            Err(error) => self.intake_failed(&error),
+            Ok((is_new, floor)) => {
+                if is_new && self.was_ensured {
+                    self.meters.groups_recreated.inc();
+                    warn!(from = ?self.floor.as_ref().map(|floor| floor.id.to_string()), "the group was gone: made again");
+                } else if is_new {
+                    info!("the group was made");
+                }
+                self.was_ensured = true;
+                self.floor = floor.or(self.floor.take());
+                self.intake = Intake::Sweep(EntryId::MIN);
+                self.sweep_due = false;
+            }
+        }
+    }
+
+    fn looked(&mut self, limit: usize, result: Result<Vec<Pending>, StoreError>) {
+        self.expected -= limit;
+        self.intake_under_way = false;
+        let page = match result {
+            Ok(page) => page,
+            Err(error) => return self.intake_failed(&error),
+        };
+        let Some(last) = page.last() else {
+            self.intake = Intake::Read;
+            return;
+        };
+        self.intake = Intake::Sweep(last.id.next());
+        let in_hand = self.in_hand_ids();
+        let waiting: std::collections::HashSet<EntryId> = self.retries.waiting().collect();
+        let is_held = |id: &EntryId| in_hand.contains(id) || waiting.contains(id) || self.claiming.contains(id);
+        let ids: Vec<EntryId> = page.into_iter().map(|pending| pending.id).filter(|id| !is_held(id)).collect();
+        if !ids.is_empty() && !self.is_stopping() {
+            self.intake_under_way = true;
+            self.start_taking_over(Purpose::Sweep, ids);
+        }
+    }
+
+    fn fetched(&mut self, limit: usize, result: Result<Vec<Delivery>, StoreError>) {
+        self.expected -= limit;
+        self.intake_under_way = false;
+        self.fetch_began = None;
+        match result {
+            Err(error) => self.intake_failed(&error),
+            Ok(deliveries) => {
+                self.intake_succeeded();
+                self.guess_entry_bytes(&deliveries);
+                self.admit(deliveries);
+                if std::mem::take(&mut self.sweep_due) {
+                    self.intake = Intake::Sweep(EntryId::MIN);
+                }
+                self.report();
+            }
+        }
+    }
+
+    fn intake_succeeded(&mut self) {
+        self.intake_backoff.succeeded();
+        self.intake_error = None;
+        if let Some(after) = self.intake_trouble.ended() {
+            info!(?after, "the worker reads its stream again");
+        }
+    }
+
+    fn intake_failed(&mut self, error: &StoreError) {
+        let text = chain(error);
+        if let Some(times) = self.intake_trouble.occurred() {
+            warn!(error = text, kind = error.kind().as_str(), times, "the worker cannot read its stream");
+        }
+        self.part.not_ready(text.clone());
+        self.intake_error = Some(text);
+        // An answer that was lost may have made entries ours: they come before new ones.
+        let is_group_gone = error.kind() == StoreErrorKind::NoGroup || self.intake == Intake::Ensure;
+        self.intake = if is_group_gone { Intake::Ensure } else { Intake::Sweep(EntryId::MIN) };
+        let wait = self.intake_backoff.failed().max(error.retry_after().unwrap_or_default());
+        self.intake_not_before = Instant::now() + wait;
+    }
+
+    /// Large entries are fetched in smaller batches, so that memory stays bounded.
+    fn guess_entry_bytes(&mut self, deliveries: &[Delivery]) {
+        if deliveries.is_empty() {
+            return;
+        }
+        let bytes: usize = deliveries.iter().map(|delivery| delivery.entry.fields.size_bytes()).sum();
+        let average = (bytes / deliveries.len()).max(1);
+        // Up at once, down by and by.
+        self.entry_bytes = average.max(usize::midpoint(self.entry_bytes, average));
+    }
+
+    /// Takes deliveries in hand: to the sink, or settled at once where the sink is not to see them.
+    fn admit(&mut self, deliveries: Vec<Delivery>) {
+        if self.is_stopping() {
+            return self.hand_back(deliveries, &Outcome::Release);
+        }
+        let max_deliveries = self.group.config.max_deliveries;
+        let min_severity = self.group.config.min_severity.filter(|severity| *severity > Severity::Info);
+        for delivery in deliveries {
+            if delivery.attempt > max_deliveries {
+                let text = format!("delivered {max_deliveries} times without a result");
+                self.bury(delivery, DeadLetterReason::Crashed, text);
+                continue;
+            }
+            match passes(&delivery, min_severity) {
+                Ok(true) => self.ready.push_back(delivery),
+                Ok(false) => {
+                    self.meters.filtered.inc();
+                    self.settlements.push(delivery, Outcome::Acknowledge);
+                }
+                Err(text) => self.bury(delivery, DeadLetterReason::Undecodable, text),
+            }
+        }
+    }
+
+    // Taking over by ids: what is due again, and what an earlier life left.
+
+    pub(super) fn start_retries(&mut self, now: Instant) {
+        if self.retries.is_empty() || !self.claiming.is_empty() || now < self.claim_not_before {
+            return;
+        }
+        let limit = self.free_slots().min(CLAIM_LIMIT);
+        let ids = self.retries.take_due(now, limit);
+        if !ids.is_empty() {
+            self.claiming.clone_from(&ids);
+            self.start_taking_over(Purpose::Retry, ids);
+        }
+    }
+
+    fn start_taking_over(&mut self, purpose: Purpose, ids: Vec<EntryId>) {
+        self.expected += ids.len();
+        let (store, cursor) = (self.store.clone(), self.cursor.clone());
+        self.tasks.spawn(async move {
+            let result = asked(take_over(&*store, &cursor, &ids)).await;
+            Done::TookOver { purpose, ids, result }
+        });
+    }
+
+    fn took_over(&mut self, purpose: Purpose, ids: &[EntryId], result: Result<TakenOver, StoreError>) {
+        self.expected -= ids.len();
+        match purpose {
+            Purpose::Retry => self.claiming.clear(),
+            Purpose::Sweep => self.intake_under_way = false,
+        }
+        match (result, purpose) {
+            (Ok(TakenOver { claimed, not_owned }), _) => {
+                self.claim_backoff.succeeded();
+                self.meters.not_owned.inc_by(not_owned.len() as u64);
+                let taken: Vec<EntryId> = claimed.deliveries.iter().map(|delivery| delivery.entry.id).collect();
+                for id in ids.iter().filter(|id| !taken.contains(id)) {
+                    self.retries.forget(*id);
+                }
+                self.claimed(claimed);
+            }
+            (Err(error), Purpose::Sweep) => self.intake_failed(&error),
+            (Err(error), Purpose::Retry) if error.kind() == StoreErrorKind::NoGroup => {
+                for id in ids {
+                    self.retries.forget(*id);
+                }
+                self.group_is_gone();
+            }
+            (Err(error), Purpose::Retry) => {
+                self.claim_not_before = Instant::now() + self.claim_backoff.failed();
+                for id in ids {
+                    self.retries.wait(*id, self.claim_not_before, false);
+                }
+                self.step_failed(&error, "the worker cannot take entries for their next attempt");
+            }
+        }
+    }
+
+    /// Takes claimed entries in hand, and tells of those found lost.
+    fn claimed(&mut self, claimed: Claimed) {
+        if !claimed.lost.is_empty() {
+            self.meters.trimmed_pending.inc_by(claimed.lost.len() as u64);
+            let first: Vec<String> = claimed.lost.iter().take(NAMED_IDS).map(EntryId::to_string).collect();
+            error!(
+                entries = claimed.lost.len(),
+                ?first,
+                "entries are lost: trimmed by others before they were handled"
+            );
+            for id in &claimed.lost {
+                self.retries.forget(*id);
+            }
+        }
+        let mut deliveries = claimed.deliveries;
+        if deliveries.is_empty() {
+            return;
+        }
+        let in_hand = self.in_hand_ids();
+        // What is in hand already is settled once: by the delivery in hand, which is this consumer's as well.
+        deliveries.retain(|delivery| !in_hand.contains(&delivery.entry.id));
+        for delivery in &deliveries {
+            self.retries.taken(delivery.entry.id);
+        }
+        self.admit(deliveries);
+    }
+
+    // Searching for what crashed workers left.
+
+    pub(super) fn start_search(&mut self, now: Instant) {
+        let is_due = self.was_ensured && !self.is_searching && now >= self.search_at;
+        let limit = self.free_slots().min(CLAIM_LIMIT);
+        if !is_due || limit == 0 {
+            return;
+        }
+        self.is_searching = true;
+        self.expected += limit;
+        let (store, cursor, from) = (self.store.clone(), self.cursor.clone(), self.search_from);
+        self.tasks.spawn(async move {
+            let search = async {
+                let found = store.reclaim(&cursor, cursor.claim_idle, from, limit).await?;
+                // Once per search is enough, and an answer about the floor is not worth the entries just claimed.
+                let floor =
+                    if found.next == EntryId::MIN { floor(&*store, &cursor).await.ok().flatten() } else { None };
+                Ok((found, floor))
+            };
+            let result = asked(search).await;
+            Done::Searched { limit, result }
+        });
+    }
+
+    fn searched(&mut self, limit: usize, result: Result<(Reclaimed, Option<Floor>), StoreError>) {
+        self.expected -= limit;
+        self.is_searching = false;
+        match result {
+            Ok((Reclaimed { claimed, next }, floor)) => {
+                self.floor = floor.or(self.floor.take());
+                self.search_from = next;
+                self.search_at = match (next == EntryId::MIN, claimed.deliveries.is_empty()) {
+                    (true, _) => self.next_search(),
+                    (false, true) => Instant::now() + SEARCH_PAUSE,
+                    (false, false) => Instant::now(),
+                };
+                self.meters.claimed.inc_by(claimed.deliveries.len() as u64);
+                // An entry that is just being taken for its next attempt comes with that claim.
+                let (mut claimed, claiming) = (claimed, &self.claiming);
+                claimed.deliveries.retain(|delivery| !claiming.contains(&delivery.entry.id));
+                self.claimed(claimed);
+            }
+            Err(error) => {
+                self.search_from = EntryId::MIN;
+                self.search_at = self.next_search();
+                self.sweep_due = true;
+                self.step_failed(&error, "the worker cannot search for entries that others left");
+            }
+        }
+    }
+
+    // Signs of life.
+
+    pub(super) fn start_extending(&mut self) {
+        let claim_idle = self.group.config.claim_idle;
+        self.extend_at = Instant::now() + claim_idle / 3;
+        let age = claim_idle / 4;
+        let ready = self.ready.iter().filter(|delivery| delivery.delivered_at.elapsed() > age);
+        let ready = ready.map(|delivery| delivery.entry.id);
+        let running = self.running.iter().filter(|running| running.oldest.elapsed() > age);
+        let running = running.flat_map(|running| running.ids.iter().copied());
+        let outboxes = self.settlements.older_than(age).chain(self.dead_letters.older_than(age));
+        let ids: Vec<EntryId> = ready.chain(running).chain(outboxes).chain(self.retries.waiting_long()).collect();
+        if ids.is_empty() {
+            return;
+        }
+        self.is_extending = true;
+        let (store, cursor) = (self.store.clone(), self.cursor.clone());
+        self.tasks.spawn(async move {
+            let extend = async {
+                let mut gone = Vec::new();
+                for page in ids.chunks(EXTEND_LIMIT) {
+                    gone.extend(store.extend(&cursor, page).await?);
+                }
+                Ok(gone)
+            };
+            Done::Extended(asked(extend).await)
+        });
+    }
+
+    fn extended(&mut self, result: Result<Vec<EntryId>, StoreError>) {
+        self.is_extending = false;
+        match result {
+            Err(error) => {
+                // There is time for several more tries before anyone takes the entries over.
+                self.extend_at = Instant::now() + self.group.config.claim_idle / 12;
+                self.step_failed(&error, "the worker cannot keep the entries in its hands");
+            }
+            Ok(gone) if gone.is_empty() => {}
+            Ok(gone) => {
+                let before = self.ready.len();
+                self.ready.retain(|delivery| !gone.contains(&delivery.entry.id));
+                let waiting = gone.iter().filter(|id| self.retries.forget(**id)).count();
+                let dropped = before - self.ready.len() + waiting;
+                // Those that the sink has now are counted when they are settled.
+                self.meters.not_owned.inc_by(dropped as u64);
+                warn!(entries = gone.len(), dropped, "others have taken over entries of this worker");
+            }
+        }
+    }
+
+    // The sink.
+
+    pub(super) fn start_sink_calls(&mut self) {
+        let config = &self.group.config;
+        while self.running.len() < config.concurrency
+            && let Some(first) = self.ready.front()
+        {
+            let mut limit = config.retry.batch_limit(first.attempt, self.max_batch);
+            let mut entries = 0;
+            // An entry that failed before makes the batch smaller that it goes with.
+            for delivery in self.ready.iter().take(limit) {
+                limit = limit.min(config.retry.batch_limit(delivery.attempt, self.max_batch));
+                if entries >= limit {
+                    break;
+                }
+                entries += 1;
+            }
+            let batch: Vec<Delivery> = self.ready.drain(..entries).collect();
+            let slot = self.next_slot;
+            self.next_slot += 1;
+            let oldest = batch.iter().map(|delivery| delivery.delivered_at).min().unwrap_or_else(WallInstant::now);
+            let ids = batch.iter().map(|delivery| delivery.entry.id).collect();
+            self.running.push(Running { slot, ids, oldest });
+            let caller = self.caller.clone();
+            self.tasks.spawn(async move { Done::Delivered { slot, delivered: caller.deliver(batch).await } });
+        }
+    }
+
+    fn delivered(&mut self, slot: u64, delivered: Delivered) {
+        self.running.retain(|running| running.slot != slot);
+        let Delivered { batch, failures } = delivered;
+        if !self.retries.is_empty() {
+            let mut failed = failures.iter().peekable();
+            for (n, delivery) in batch.iter().enumerate() {
+                while failed.next_if(|(part, _)| part.end <= n).is_some() {}
+                if failed.peek().is_none_or(|(part, _)| !part.contains(&n)) {
+                    self.retries.forget(delivery.entry.id);
+                }
+            }
+        }
+        if failures.is_empty() {
+            return self.settlements.acknowledge(batch);
+        }
+        let mut batch = batch.into_iter();
+        let mut place = 0;
+        for (part, failure) in failures {
+            self.settlements.acknowledge(batch.by_ref().take(part.start - place).collect());
+            place = part.end;
+            let failed: Vec<Delivery> = batch.by_ref().take(part.len()).collect();
+            match failure {
+                Failure::Refused(error) => self.refused(failed, error),
+                // The outage is no fault of theirs: this does not count as an attempt.
+                Failure::NotBegun => self.hand_back(failed, &Outcome::Release),
+                Failure::Aborted => self.hand_back(failed, &Outcome::Retry(std::time::Duration::ZERO)),
+            }
+        }
+        self.settlements.acknowledge(batch.collect());
+    }
+
+    fn hand_back(&mut self, deliveries: Vec<Delivery>, outcome: &Outcome) {
+        for delivery in deliveries {
+            self.settlements.push(delivery, outcome.clone());
+        }
+    }
+
+    fn refused(&mut self, failed: Vec<Delivery>, error: SinkError) {
+        self.meters.sink_errors(error.class()).inc_by(failed.len() as u64);
+        let text = chain(&error);
+        if error.class() == SinkErrorClass::Transient
+            && let Some(times) = self.failure_trouble.occurred()
+        {
+            let first = failed.first().map(|delivery| delivery.entry.id.to_string());
+            warn!(entries = failed.len(), ?first, error = text, times, "a delivery failed");
+        }
+        let outcome = Err(error);
+        for delivery in failed {
+            match self.group.config.retry.judge(delivery.attempt, &outcome, draw()) {
+                Verdict::Acknowledge => self.settlements.push(delivery, Outcome::Acknowledge),
+                Verdict::RetryIn(wait) => {
+                    self.meters.retries.inc();
+                    self.retries.failed(delivery.entry.id, Timestamp::now());
+                    self.settlements.push(delivery, Outcome::Retry(wait));
+                }
+                Verdict::DeadLetter(reason) => self.bury(delivery, reason, text.clone()),
+            }
+        }
+    }
+
+    /// Gives an entry up.
+    fn bury(&mut self, delivery: Delivery, reason: DeadLetterReason, error: String) {
+        let id = delivery.entry.id;
+        if let Some(times) = self.dead_letter_trouble.occurred() {
+            let attempts = delivery.attempt;
+            warn!(entry.id = %id, %reason, error, attempts, times, "an entry goes to the dead letters");
+        }
+        let now = Timestamp::now();
+        let letter = DeadLetter {
+            stream: self.group.stream.clone(),
+            id,
+            group: self.group.config.name.clone(),
+            reason,
+            error,
+            attempts: delivery.attempt,
+            first_failure: self.retries.failed(id, now),
+            last_failure: now,
+            replays: 0,
+            fields: delivery.entry.fields.clone(),
+        };
+        self.retries.forget(id);
+        self.burials.insert(id, reason);
+        let outcome = Outcome::DeadLetter { to: self.group.dead_letter.clone(), fields: letter.to_fields() };
+        self.dead_letters.push(delivery, outcome);
+    }
+
+    // Settling. Dead letters go apart: while they can't be written, acknowledgements must go on.
+
+    pub(super) fn start_settling(&mut self, now: Instant) {
+        for is_dead_letters in [false, true] {
+            let outbox = if is_dead_letters { &mut self.dead_letters } else { &mut self.settlements };
+            if outbox.due().is_none_or(|due| due > now) {
+                continue;
+            }
+            let load = outbox.load();
+            let (store, cursor) = (self.store.clone(), self.cursor.clone());
+            self.tasks.spawn(async move {
+                let result = asked(store.settle(&cursor, &load.settlements)).await;
+                Done::Settled { is_dead_letters, load, result }
+            });
+        }
+    }
+
+    fn settled(&mut self, is_dead_letters: bool, load: Load, result: Result<Settled, StoreError>) {
+        let outbox = if is_dead_letters { &mut self.dead_letters } else { &mut self.settlements };
+        match result {
+            Ok(settled) => {
+                outbox.succeeded();
+                if let Some(after) = outbox.trouble.ended() {
+                    info!(?after, "the worker settles its deliveries again");
+                }
+                self.meters.not_owned.inc_by(settled.not_owned as u64);
+                self.meters.acknowledged.inc_by(load.taken_by_sink.saturating_sub(settled.not_owned) as u64);
+                self.wait_for_retries(&load);
+                if is_dead_letters {
+                    self.count_burials(&load, settled.not_owned);
+                }
+            }
+            Err(error) if error.kind() == StoreErrorKind::NoGroup => {
+                // Nothing is pending any more; whatever the stream still holds is delivered again.
+                outbox.succeeded();
+                self.meters.not_owned.inc_by(load.settlements.len() as u64);
+                for settlement in &load.settlements {
+                    self.retries.forget(settlement.delivery.entry.id);
+                }
+                self.group_is_gone();
+            }
+            Err(error) => {
+                let text = chain(&error);
+                if let Some(times) = outbox.trouble.occurred() {
+                    let (entries, kind) = (load.settlements.len(), error.kind().as_str());
+                    warn!(error = text, kind, entries, is_dead_letters, times, "the worker cannot settle deliveries");
+                }
+                outbox.failed(load, text, error.retry_after());
+            }
+        }
+    }
+
+    fn wait_for_retries(&mut self, load: &Load) {
+        if self.retries.is_empty() {
+            return;
+        }
+        let (now, claim_idle) = (Instant::now(), self.group.config.claim_idle);
+        for settlement in &load.settlements {
+            if let Outcome::Retry(wait) = settlement.outcome {
+                self.retries.wait(settlement.delivery.entry.id, now + wait, wait > claim_idle);
+            }
+        }
+    }
+
+    fn count_burials(&mut self, load: &Load, not_owned: usize) {
+        let reasons =
+            load.settlements.iter().filter_map(|settlement| self.burials.remove(&settlement.delivery.entry.id));
+        let reasons: Vec<DeadLetterReason> = reasons.collect();
+        // Which of them were not owned is unknown; it is rarely any.
+        for reason in reasons.into_iter().skip(not_owned) {
+            self.meters.dead_letters(reason).inc();
+        }
+    }
+
+    fn group_is_gone(&mut self) {
+        if !self.intake_under_way {
+            self.intake = Intake::Ensure;
+        }
+    }
+
+    fn step_failed(&mut self, error: &StoreError, message: &'static str) {
+        if error.kind() == StoreErrorKind::NoGroup {
+            self.group_is_gone();
+        } else if let Some(times) = self.step_trouble.occurred() {
+            warn!(error = chain(error), kind = error.kind().as_str(), times, "{message}");
+        }
+    }
+}
+
+/// Whether the sink is to have the entry; the error says why nobody can read it.
+fn passes(delivery: &Delivery, min_severity: Option<Severity>) -> Result<bool, String> {
+    let entry = &delivery.entry;
+    let data = entry.data().ok_or("the entry has no field `data`")?;
+    let Some(min_severity) = min_severity else { return Ok(true) };
+    let named = entry.fields.text(field::SEVERITY).and_then(|text| text.parse::<Severity>().ok());
+    let severity = match named {
+        Some(severity) => Some(severity),
+        None => AlertView::parse(data).map_err(|error| format!("`data` is not one JSON object: {error}"))?.severity,
+    };
+    Ok(severity.is_none_or(|severity| severity >= min_severity))
+}
+
+/// Makes sure that the group exists. One that is gone begins again where it had handled everything, if the stream
+/// is still the same one.
+async fn ensure(
+    store: &dyn Store,
+    cursor: &Cursor,
+    start: Start,
+    known: Option<Floor>,
+) -> Result<(bool, Option<Floor>), StoreError> {
+    let (stream, group) = (&cursor.stream, &cursor.group);
+    let start = match known {
+        Some(known) if store.epoch(stream).await? == known.epoch => Start::After(known.id),
+        _ => start,
+    };
+    let is_new = store.ensure_group(stream, group, start).await?;
+    Ok((is_new, floor(store, cursor).await?))
+}
+
+async fn floor(store: &dyn Store, cursor: &Cursor) -> Result<Option<Floor>, StoreError> {
+    let Some(status) = store.describe(&cursor.stream).await? else { return Ok(None) };
+    let epoch = store.epoch(&cursor.stream).await?;
+    let group = status.groups.into_iter().find(|group| group.name == cursor.group);
+    let id = group.map(|group| group.oldest_pending.map_or(group.last_delivered, EntryId::previous));
+    Ok(id.map(|id| Floor { epoch, id }))
+}
+
+/// Takes entries for one more attempt that are pending on this consumer, and leaves those that are not any more:
+/// while they count as delivered just now, no one else takes them.
+async fn take_over(store: &dyn Store, cursor: &Cursor, ids: &[EntryId]) -> Result<TakenOver, StoreError> {
+    let not_owned = store.extend(cursor, ids).await?;
+    let owned: Vec<EntryId> = ids.iter().filter(|id| !not_owned.contains(id)).copied().collect();
+    if owned.is_empty() {
+        return Ok(TakenOver { claimed: Claimed::default(), not_owned });
+    }
+    let claimed = store.claim(cursor, &owned, std::time::Duration::ZERO).await?;
+    Ok(TakenOver { claimed, not_owned })
+}
+
+/// Asks the store. Should it panic, that fails this call only.
+async fn asked<T>(call: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+    let panicked = |panic| Err(StoreError::new(StoreErrorKind::Internal, format!("the store panicked: {panic}")));
+    guarded(call).await.unwrap_or_else(panicked)
+}
