@@ -1,0 +1,37 @@
+# Builds with BuildKit and with the classic builder: the dependencies are a layer of their own, made again only when
+# Cargo.toml or Cargo.lock change.
+
+FROM rust:1.95-slim-bookworm AS build
+WORKDIR /build
+COPY Cargo.toml Cargo.lock ./
+RUN mkdir src && echo 'fn main() {}' >src/main.rs && touch src/lib.rs \
+ && cargo build --release --locked --lib --bins \
+ && rm -r src
+COPY config config
+COPY src src
+# Files keep their times when they are copied; without the touch, the empty crate above would count as newer.
+RUN touch src/main.rs src/lib.rs \
+ && cargo build --release --locked --lib --bins \
+ && mkdir -p /root-fs/aurora-bus/data /root-fs/usr/local/bin /root-fs/usr/share/doc/aurora-bus \
+ && cp target/release/aurora-bus /root-fs/usr/local/bin/
+COPY LICENSE /root-fs/usr/share/doc/aurora-bus/
+COPY config /root-fs/aurora-bus/config
+
+FROM gcr.io/distroless/cc-debian12:nonroot
+LABEL org.opencontainers.image.title="aurora-bus" \
+      org.opencontainers.image.description="An event bus for security operations centres" \
+      org.opencontainers.image.licenses="Apache-2.0"
+COPY --from=build /root-fs/usr /usr
+COPY --from=build --chown=65532:65532 /root-fs/aurora-bus /aurora-bus
+# The daemon finds config/aurora-bus.toml and writes data/ where it runs.
+WORKDIR /aurora-bus
+# Loopback would be out of reach outside of the container. The daemon refuses any other address until the
+# configuration says who may come in ([auth]).
+ENV AURORA_BUS__HTTP__LISTEN=0.0.0.0:8080
+VOLUME /aurora-bus/data
+EXPOSE 8080
+USER 65532:65532
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=3s --start-period=10s --retries=3 CMD ["/usr/local/bin/aurora-bus", "health"]
+ENTRYPOINT ["/usr/local/bin/aurora-bus"]
+CMD ["serve"]
