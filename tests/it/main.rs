@@ -1,6 +1,8 @@
 //! The tests that need servers, sockets or files: one binary for all of them.
 
+mod deploy;
 mod redis_faults;
 mod store_contract;
 mod store_redis;
 mod support;
+mod tidy;

@@ -1,0 +1,50 @@
+//! The files of `deploy/` agree with the daemon and with the tools that read them.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::process::Command;
+
+use aurora_bus::metrics::Metrics;
+
+use crate::support::install;
+
+fn deployed(path: &str) -> PathBuf {
+    [env!("CARGO_MANIFEST_DIR"), "deploy", path].iter().collect()
+}
+
+fn promtool_accepts(kind: &str, path: &str) {
+    let promtool = install::program("promtool", "prometheus");
+    let output = Command::new(promtool).args(["check", kind]).arg(deployed(path)).output().expect("promtool runs");
+    assert!(
+        output.status.success(),
+        "{path}:\n{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+}
+
+#[test]
+fn prometheus_accepts_the_scrape_configuration() {
+    promtool_accepts("config", "prometheus/prometheus.yml");
+}
+
+#[test]
+fn prometheus_accepts_the_alert_rules() {
+    promtool_accepts("rules", "prometheus/aurora-bus.rules.yml");
+}
+
+#[test]
+fn alert_rules_name_only_metrics_that_exist() {
+    let rules = std::fs::read_to_string(deployed("prometheus/aurora-bus.rules.yml")).expect("the alert rules");
+    let described = Metrics::described();
+    let existing: BTreeSet<&str> = described.iter().map(|(name, _, _)| *name).collect();
+    let is_part_of_a_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let named: BTreeSet<&str> = rules
+        .split(|c| !is_part_of_a_name(c))
+        .filter(|word| word.starts_with("aurora_bus_"))
+        .map(|word| word.trim_end_matches("_bucket"))
+        .collect();
+    assert!(!named.is_empty(), "the rules name no metric at all");
+    let unknown: Vec<_> = named.difference(&existing).collect();
+    assert!(unknown.is_empty(), "no such metrics: {unknown:?}");
+}

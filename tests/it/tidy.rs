@@ -1,0 +1,251 @@
+//! The structure of the source tree, as ARCHITECTURE.md tells it.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The longest a file of the source may be, in lines.
+const MAX_LINES: usize = 700;
+
+/// Which modules of the crate each module may name; `*` for any. The order is from the bottom to the top.
+const MAY_NAME: &[(&str, &[&str])] = &[
+    ("event", &[]),
+    ("metrics", &[]),
+    ("readiness", &[]),
+    ("telemetry", &["metrics"]),
+    ("store", &["event", "metrics", "readiness"]),
+    ("sink", &["event", "metrics", "readiness"]),
+    ("bus", &["event", "metrics", "readiness", "store"]),
+    ("delivery", &["event", "metrics", "readiness", "store", "sink"]),
+    ("relay", &["event", "metrics", "readiness", "store"]),
+    ("http", &["event", "metrics", "readiness", "telemetry", "store", "sink", "bus", "delivery", "relay"]),
+    ("config", &["event", "metrics", "readiness", "telemetry", "store", "sink", "bus", "delivery", "relay", "http"]),
+    (
+        "app",
+        &["event", "metrics", "readiness", "telemetry", "store", "sink", "bus", "delivery", "relay", "http", "config"],
+    ),
+    ("cli", &["*"]),
+    ("lib", &["*"]),
+    ("main", &["*"]),
+];
+
+/// One file of the source, without its comments.
+struct Source {
+    path: PathBuf,
+    /// Its top module: `store` for `src/store/redis/reader.rs`.
+    top: String,
+    /// Its path within `src`, such as `store/redis/reader.rs`.
+    name: String,
+    text: String,
+    code: String,
+}
+
+impl Source {
+    fn is_within(&self, module: &str) -> bool {
+        self.name == format!("{module}.rs") || self.name.starts_with(&format!("{module}/"))
+    }
+
+    /// The modules of this crate that the code names.
+    fn named_modules(&self) -> BTreeSet<String> {
+        let mut named = BTreeSet::new();
+        for prefix in ["crate::", "aurora_bus::"] {
+            for (at, _) in self.code.match_indices(prefix) {
+                let (before, after) = self.code.split_at(at);
+                if before.ends_with('$') || before.ends_with(is_word) {
+                    continue;
+                }
+                let after = after.trim_start_matches(prefix);
+                match after.strip_prefix('{') {
+                    Some(list) => named.extend(first_names(list)),
+                    None => named.extend(first_word(after)),
+                }
+            }
+        }
+        named
+    }
+}
+
+fn is_word(c: char) -> bool {
+    c.is_alphanumeric() || c == '_'
+}
+
+fn first_word(text: &str) -> Option<String> {
+    let word: String = text.chars().take_while(|c| is_word(*c)).collect();
+    (!word.is_empty()).then_some(word)
+}
+
+/// The first words of the paths in a `use` list, up to its closing brace.
+fn first_names(list: &str) -> Vec<String> {
+    let mut names = Vec::new();
+    let mut depth = 1;
+    let mut is_start = true;
+    for (at, c) in list.char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 1 => is_start = true,
+            c if c.is_whitespace() => {}
+            _ if is_start => {
+                names.extend(first_word(list.split_at(at).1));
+                is_start = false;
+            }
+            _ => {}
+        }
+        if depth == 0 {
+            break;
+        }
+    }
+    names
+}
+
+fn without_comments(text: &str) -> String {
+    text.lines().filter(|line| !line.trim_start().starts_with("//")).fold(String::new(), |mut code, line| {
+        code.push_str(line);
+        code.push('\n');
+        code
+    })
+}
+
+fn sources() -> Vec<Source> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut found = Vec::new();
+    let mut folders = vec![root.clone()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).expect("a folder of the source") {
+            let path = entry.expect("a folder of the source").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                let text = fs::read_to_string(&path).expect("a file of the source");
+                let name = path.strip_prefix(&root).expect("it is below").to_str().expect("UTF-8").to_owned();
+                let top = first_word(&name).expect("files have names");
+                let code = without_comments(&text);
+                found.push(Source { path, top, name, text, code });
+            }
+        }
+    }
+    assert!(found.iter().any(|s| s.name == "lib.rs"), "no source in {}", root.display());
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    found
+}
+
+/// Whether the code has the text at the start of a word.
+fn names(code: &str, what: &str) -> bool {
+    code.match_indices(what).any(|(at, _)| !code.split_at(at).0.ends_with(is_word))
+}
+
+/// Fails with every file outside of `allowed` whose code names one of `words`.
+fn only_in(allowed: &[&str], words: &[&str]) {
+    let is_allowed = |source: &&Source| !allowed.iter().any(|module| source.is_within(module));
+    let offenders: Vec<String> = sources()
+        .iter()
+        .filter(is_allowed)
+        .flat_map(|s| {
+            words.iter().filter(|w| names(&s.code, w)).map(move |w| format!("{} names {w}", s.path.display()))
+        })
+        .collect();
+    assert!(offenders.is_empty(), "only {allowed:?} may do that:\n{}", offenders.join("\n"));
+}
+
+#[test]
+fn only_the_redis_store_names_its_client() {
+    only_in(&["store/redis"], &["fred::"]);
+}
+
+#[test]
+fn only_the_embedded_store_names_its_engine() {
+    only_in(&["store/embedded"], &["rusqlite::"]);
+}
+
+#[test]
+fn only_http_names_axum_and_decides_on_statuses() {
+    only_in(&["http"], &["axum::", "hyper::", "tower::", "tower_http::", "http::StatusCode"]);
+}
+
+#[test]
+fn events_know_neither_the_runtime_nor_json_trees() {
+    let offenders: Vec<_> = sources()
+        .into_iter()
+        .filter(|s| s.is_within("event"))
+        .filter(|s| ["tokio", "serde_json::Value", "std::fs", "std::net"].iter().any(|word| names(&s.code, word)))
+        .map(|s| s.path)
+        .collect();
+    assert!(offenders.is_empty(), "{offenders:?}");
+}
+
+#[test]
+fn only_config_and_main_read_the_environment() {
+    only_in(&["config", "main"], &["env::var", "env::vars", "env::var_os", "option_env!"]);
+}
+
+#[test]
+fn arrows_between_modules_point_downwards_only() {
+    let mut offences = Vec::new();
+    for source in sources() {
+        let Some((_, allowed)) = MAY_NAME.iter().find(|(module, _)| *module == source.top) else {
+            offences.push(format!("{}: the module `{}` has no place in the order", source.path.display(), source.top));
+            continue;
+        };
+        let modules = MAY_NAME.iter().map(|(module, _)| *module);
+        for other in modules.filter(|m| source.named_modules().contains(*m) && *m != source.top) {
+            if !allowed.contains(&"*") && !allowed.contains(&other) {
+                offences.push(format!("{}: `{}` may not name `{other}`", source.path.display(), source.top));
+            }
+        }
+    }
+    assert!(offences.is_empty(), "{}", offences.join("\n"));
+}
+
+#[test]
+fn delivery_and_relay_never_see_each_other() {
+    for source in sources() {
+        let named = source.named_modules();
+        let is_crossing = source.is_within("delivery") && named.contains("relay")
+            || source.is_within("relay") && named.contains("delivery");
+        assert!(!is_crossing, "{}", source.path.display());
+    }
+}
+
+#[test]
+fn no_file_is_too_long_to_be_read() {
+    let long: Vec<String> = sources()
+        .iter()
+        .map(|s| (s.text.lines().count(), s))
+        .filter(|(lines, _)| *lines > MAX_LINES)
+        .map(|(lines, s)| format!("{}: {lines} lines", s.path.display()))
+        .collect();
+    assert!(long.is_empty(), "more than {MAX_LINES} lines; look for two modules in:\n{}", long.join("\n"));
+}
+
+#[test]
+fn modules_have_files_of_their_own_name() {
+    let mod_files: Vec<_> = sources().into_iter().filter(|s| s.name.ends_with("mod.rs")).map(|s| s.path).collect();
+    assert!(mod_files.is_empty(), "foo.rs and foo/, not foo/mod.rs: {mod_files:?}");
+}
+
+#[test]
+fn every_file_says_first_what_it_is() {
+    let silent: Vec<_> = sources().into_iter().filter(|s| !s.text.starts_with("//!")).map(|s| s.path).collect();
+    assert!(silent.is_empty(), "no module documentation: {silent:?}");
+}
+
+#[test]
+fn nothing_is_left_for_later() {
+    only_in(&[], &["todo!", "unimplemented!"]);
+}
+
+#[test]
+fn names_in_use_lists_are_found() {
+    let code = "use crate::event::{Entry, EntryId};\nuse crate::{bus::Bus, relay::{Ring, Tail}, store};\n";
+    let source = Source {
+        path: PathBuf::new(),
+        top: "http".to_owned(),
+        name: "http.rs".to_owned(),
+        text: String::new(),
+        code: code.to_owned(),
+    };
+    let named: Vec<String> = source.named_modules().into_iter().collect();
+    assert_eq!(named, ["bus", "event", "relay", "store"]);
+    assert_eq!(first_names("a::b, c"), ["a", "c"]);
+    assert!(names("use axum::Router;", "axum::") && !names("use not_axum::Router;", "axum::"));
+}
