@@ -1,5 +1,7 @@
 //! The tests that need servers, sockets or files: one binary for all of them.
 
+mod browser;
+mod crash;
 mod deploy;
 mod redis_faults;
 mod store_contract;

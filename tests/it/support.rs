@@ -1,5 +1,6 @@
 //! What the tests share: the servers they need, and how they come onto the machine.
 
+pub(crate) mod app;
 pub(crate) mod install;
 pub(crate) mod proxy;
 pub(crate) mod redis;
@@ -16,4 +17,9 @@ pub(crate) async fn until<T>(what: &str, bound: Duration, mut ask: impl AsyncFnM
         assert!(started.elapsed() < bound, "no {what} within {bound:?}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+}
+
+/// A number below `limit`, another one each time.
+pub(crate) fn random_below(limit: u64) -> u64 {
+    uuid::Uuid::new_v4().as_u64_pair().1 % limit
 }

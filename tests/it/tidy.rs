@@ -158,8 +158,17 @@ fn only_the_embedded_store_names_its_engine() {
 }
 
 #[test]
-fn only_http_names_axum_and_decides_on_statuses() {
-    only_in(&["http"], &["axum::", "hyper::", "tower::", "tower_http::", "http::StatusCode"]);
+fn only_http_names_axum() {
+    only_in(&["http"], &["axum::", "tower_http::"]);
+}
+
+#[test]
+fn no_module_below_http_decides_on_http_statuses() {
+    let below = ["event", "metrics", "readiness", "store", "bus", "delivery", "relay"];
+    let is_below = |source: &Source| below.iter().any(|module| source.is_within(module));
+    let offenders: Vec<_> =
+        sources().into_iter().filter(|s| is_below(s) && names(&s.code, "StatusCode")).map(|s| s.path).collect();
+    assert!(offenders.is_empty(), "{offenders:?}");
 }
 
 #[test]

@@ -1,0 +1,153 @@
+//! A page in a real browser on the daemon's WebSocket.
+
+use std::os::unix::process::CommandExt as _;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use axum::Router;
+use axum::extract::State;
+use axum::response::Html;
+use axum::routing::{get, post};
+use tempfile::TempDir;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+
+use crate::support::app::{BOUND, Daemon, Home};
+use crate::support::{install, until};
+
+/// Reports every text message to the server that the page came from, in order.
+const PAGE: &str = r#"<!doctype html>
+<meta charset="utf-8">
+<title>dashboard</title>
+<script>
+  const socket = new WebSocket(decodeURIComponent(location.hash.slice(1)));
+  let waiting = ["open"], sending = false;
+  async function report() {
+    if (sending) return;
+    sending = true;
+    while (waiting.length) {
+      const body = JSON.stringify(waiting);
+      waiting = [];
+      await fetch("/report", { method: "POST", body });
+    }
+    sending = false;
+  }
+  socket.onopen = report;
+  socket.onmessage = (message) => { waiting.push("message " + message.data); report(); };
+  socket.onclose = (end) => { waiting.push("close " + end.code); report(); };
+</script>
+"#;
+
+/// What pages have reported so far.
+type Reports = Arc<Mutex<Vec<String>>>;
+
+/// A web server with the page, on a free port, for as long as this lives.
+struct PageServer {
+    origin: String,
+    reports: Reports,
+    _running: JoinSet<()>,
+}
+
+impl PageServer {
+    async fn start() -> Self {
+        let reports = Reports::default();
+        let router = Router::new()
+            .route("/", get(async || Html(PAGE)))
+            .route("/report", post(report))
+            .with_state(Arc::clone(&reports));
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let origin = format!("http://{}", listener.local_addr().expect("a bound listener"));
+        let mut running = JoinSet::new();
+        running.spawn(async { axum::serve(listener, router).await.expect("it serves until it is dropped") });
+        Self { origin, reports, _running: running }
+    }
+
+    fn reports(&self) -> Vec<String> {
+        self.reports.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    async fn has_reported(&self, count: usize) -> Vec<String> {
+        let what = format!("page with {count} reports");
+        until(&what, BOUND, async || Some(self.reports()).filter(|reports| reports.len() >= count)).await
+    }
+}
+
+async fn report(State(reports): State<Reports>, body: String) {
+    let new: Vec<String> = serde_json::from_str(&body).expect("the page reports a list of texts");
+    reports.lock().unwrap_or_else(PoisonError::into_inner).extend(new);
+}
+
+/// A headless Chromium with one page open. It and its helpers are killed when this is dropped.
+struct Browser {
+    child: Child,
+    _profile: TempDir,
+}
+
+impl Browser {
+    fn open(server: &PageServer, daemon: &Daemon, path: &str) -> Self {
+        let profile = TempDir::new().expect("a temporary folder");
+        let socket = daemon.url(path).replacen("http", "ws", 1);
+        let child = Command::new(install::program("chromium", "chromium"))
+            .args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"])
+            .args(["--disable-background-networking", "--disable-component-update", "--disable-sync"])
+            .args(["--disable-extensions", "--disable-default-apps", "--no-proxy-server", "--remote-debugging-port=0"])
+            .arg(format!("--user-data-dir={}", profile.path().display()))
+            .arg(format!("{}/#{socket}", server.origin))
+            .env("HOME", profile.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0)
+            .spawn()
+            .expect("chromium runs");
+        Self { child, _profile: profile }
+    }
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        let group = format!("kill -s KILL -- -{}", self.child.id());
+        drop(Command::new("sh").args(["-c", &group]).status());
+        drop(self.child.wait());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_receives_every_alert_byte_for_byte_in_order() {
+    let home = Home::new("");
+    let daemon = home.start().await;
+    let server = PageServer::start().await;
+    let before: Vec<String> = (0..500).map(payload).collect();
+    let after: Vec<String> = (500..1000).map(payload).collect();
+    for batch in before.chunks(50) {
+        daemon.publish("aurora:alerts", batch).await.expect("accepted");
+    }
+
+    let _browser = Browser::open(&server, &daemon, "/api/v1/ws/alerts?since=earliest");
+    server.has_reported(1).await;
+    for batch in after.chunks(50) {
+        daemon.publish("aurora:alerts", batch).await.expect("accepted");
+    }
+
+    let reports = server.has_reported(1001).await;
+    assert_eq!(reports.first().map(String::as_str), Some("open"));
+    let received: Vec<&str> = reports.iter().filter_map(|report| report.strip_prefix("message ")).collect();
+    assert_eq!(received.len(), 1000, "{:?}", reports.last());
+    for (received, sent) in received.iter().zip(before.iter().chain(&after)) {
+        assert_eq!(received, sent);
+    }
+
+    // The page is told when the daemon goes, in a way that lets it come back.
+    daemon.stop().await;
+    let reports = server.has_reported(1002).await;
+    assert_eq!(reports.last().map(String::as_str), Some("close 4000"));
+}
+
+/// Payloads that a careless relay would change: order of keys, spaces, numbers, escapes, many scripts, line ends.
+fn payload(number: u64) -> String {
+    let title = ["plain", "Überfall auf Gerät", "警報 \u{1F6A8}", r"\u00e9scaped \/ \\ \t", "a\u{2028}b"]
+        .get(usize::try_from(number % 5).expect("small"))
+        .copied()
+        .unwrap_or_default();
+    format!(r#"{{ "severity":"high",  "title":"{title}","n":{number},"score":1.50,"big":12345678901234567890 }}"#)
+}

@@ -1,0 +1,342 @@
+//! The real binary under test: started on free ports in a folder of its own, asked over HTTP and web sockets, killed.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use reqwest::StatusCode;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use tempfile::TempDir;
+use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
+
+use super::until;
+
+/// How long a daemon may take to start, to stop, or to get anything done that a test waits for.
+pub(crate) const BOUND: Duration = Duration::from_mins(1);
+
+/// A folder with a configuration: one daemon after another can run in it.
+#[derive(Debug)]
+pub(crate) struct Home {
+    folder: PathBuf,
+    /// Removes the folder at last; nothing where it belongs to someone else.
+    _owned: Option<TempDir>,
+}
+
+impl Home {
+    /// A fresh folder with this configuration; the listener is on a free port.
+    pub(crate) fn new(config: &str) -> Self {
+        let folder = TempDir::new().expect("a temporary folder");
+        let home = Self::at(folder.path(), config);
+        Self { _owned: Some(folder), ..home }
+    }
+
+    /// The same in a folder that is there already.
+    pub(crate) fn at(folder: &Path, config: &str) -> Self {
+        let home = Self { folder: folder.to_owned(), _owned: None };
+        let config = format!("instance = \"it\"\n{config}\n[http]\nlisten = \"127.0.0.1:0\"\n");
+        fs::write(home.config_path(), config).expect("a writable folder");
+        home
+    }
+
+    /// A path in this folder.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    fn config_path(&self) -> PathBuf {
+        self.path("aurora-bus.toml")
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_aurora-bus"));
+        command.args(arguments).current_dir(&self.folder).env_clear().stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a sub-command to its end.
+    pub(crate) fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().expect("the binary runs")
+    }
+
+    /// Starts a daemon and waits until it is ready.
+    pub(crate) async fn start(&self) -> Daemon {
+        let daemon = self.spawn().await.unwrap_or_else(|ended| panic!("the daemon ended: {ended:?}"));
+        daemon.ready(StatusCode::OK).await;
+        daemon
+    }
+
+    /// Starts a daemon and waits until it listens, or has ended.
+    pub(crate) async fn spawn(&self) -> Result<Daemon, Ended> {
+        let config = self.config_path();
+        let config = config.to_str().expect("temporary folders have names in UTF-8");
+        let mut child = self
+            .command(&["serve", "--config", config])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the binary runs");
+        let log = Log::default();
+        log.collect(child.stdout.take().expect("piped"));
+        log.collect(child.stderr.take().expect("piped"));
+        let mut daemon = Daemon { child, log, base: String::new(), client: client() };
+        let listens = until("listening daemon", BOUND, async || match daemon.log.address() {
+            Some(address) => Some(Ok(address)),
+            None => daemon.child.try_wait().expect("a child").map(Err),
+        })
+        .await;
+        match listens {
+            Ok(address) => {
+                daemon.base = address;
+                Ok(daemon)
+            }
+            Err(status) => Err(Ended { status, log: daemon.log.complete().await }),
+        }
+    }
+}
+
+/// A daemon that ended by itself.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) status: ExitStatus,
+    pub(crate) log: String,
+}
+
+/// What a daemon has written so far, and how many of its outputs are still open.
+#[derive(Debug, Clone, Default)]
+struct Log(Arc<Mutex<Lines>>);
+
+#[derive(Debug, Default)]
+struct Lines {
+    lines: Vec<String>,
+    open: usize,
+}
+
+impl Log {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Lines> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn collect(&self, output: impl Read + Send + 'static) {
+        self.lock().open += 1;
+        let log = self.clone();
+        thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                log.lock().lines.push(line);
+            }
+            log.lock().open -= 1;
+        });
+    }
+
+    fn text(&self) -> String {
+        self.lock().lines.join("\n")
+    }
+
+    /// Everything written by a daemon that has ended.
+    async fn complete(&self) -> String {
+        until("end of the log", BOUND, async || (self.lock().open == 0).then(|| self.text())).await
+    }
+
+    fn address(&self) -> Option<String> {
+        let lines = self.lock();
+        let after = lines.lines.iter().find_map(|line| line.split("listening on http://").nth(1))?;
+        let address: String = after.chars().take_while(|c| c.is_ascii_digit() || matches!(c, '.' | ':')).collect();
+        Some(format!("http://{address}"))
+    }
+}
+
+/// A running daemon. It is killed when this is dropped, and its log shown if the test fails.
+#[derive(Debug)]
+pub(crate) struct Daemon {
+    child: Child,
+    log: Log,
+    base: String,
+    client: reqwest::Client,
+}
+
+/// An event that was accepted.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Accepted {
+    pub(crate) id: String,
+    pub(crate) duplicate: bool,
+}
+
+#[derive(Deserialize)]
+struct PublishReply {
+    results: Vec<Accepted>,
+}
+
+/// Why an event was not accepted: the status of the answer, nothing where there was none.
+pub(crate) type Refused = Option<StatusCode>;
+
+/// A WebSocket to a daemon.
+pub(crate) type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+
+/// A client for HTTP with bounds.
+pub(crate) fn client() -> reqwest::Client {
+    // A second installation in this process changes nothing.
+    drop(rustls::crypto::aws_lc_rs::default_provider().install_default());
+    reqwest::Client::builder().timeout(Duration::from_secs(30)).build().expect("a client")
+}
+
+impl Daemon {
+    /// The URL of a path.
+    pub(crate) fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.base)
+    }
+
+    /// Publishes payloads as one batch of NDJSON.
+    pub(crate) async fn publish(&self, stream: &str, payloads: &[String]) -> Result<Vec<Accepted>, Refused> {
+        let url = self.url(&format!("/api/v1/streams/{stream}/events"));
+        let request = self.client.post(url).header("content-type", "application/x-ndjson").body(payloads.join("\n"));
+        let response = request.send().await.map_err(|e| e.status())?;
+        let status = response.status();
+        if status != StatusCode::CREATED {
+            return Err(Some(status));
+        }
+        // Without the whole body the answer did not arrive.
+        let reply: PublishReply = response.json().await.map_err(|_cut_off| None)?;
+        assert_eq!(reply.results.len(), payloads.len(), "one result per event");
+        Ok(reply.results)
+    }
+
+    /// The status of a path, nothing where no answer came.
+    pub(crate) async fn status(&self, path: &str) -> Option<StatusCode> {
+        self.client.get(self.url(path)).send().await.ok().map(|response| response.status())
+    }
+
+    /// The body of a path that answers 200.
+    pub(crate) async fn get(&self, path: &str) -> String {
+        let response = self.client.get(self.url(path)).send().await.expect("an answer");
+        let status = response.status();
+        let body = response.text().await.expect("a body");
+        assert_eq!(status, StatusCode::OK, "{path}: {body}");
+        body
+    }
+
+    /// Waits until `/ready` answers that.
+    pub(crate) async fn ready(&self, status: StatusCode) {
+        until(&format!("/ready {status}"), BOUND, async || (self.status("/ready").await? == status).then_some(()))
+            .await;
+    }
+
+    /// Every event of a stream, payload by id, read page by page.
+    pub(crate) async fn events(&self, stream: &str) -> BTreeMap<String, String> {
+        #[derive(Deserialize)]
+        struct Stored {
+            id: String,
+            data: Box<RawValue>,
+        }
+        #[derive(Deserialize)]
+        struct Page {
+            events: Vec<Stored>,
+            next: Option<String>,
+        }
+        let mut events = BTreeMap::new();
+        let mut from = "0-0".to_owned();
+        loop {
+            let page = self.get(&format!("/api/v1/streams/{stream}/events?from={from}&limit=1000")).await;
+            let page: Page = serde_json::from_str(&page).expect("a page of events");
+            let Some(next) = page.next.filter(|_| !page.events.is_empty()) else { return events };
+            from = next;
+            events.extend(page.events.into_iter().map(|event| (event.id, event.data.get().to_owned())));
+        }
+    }
+
+    /// Waits until a group has handled everything in its stream.
+    pub(crate) async fn handled(&self, stream: &str, group: &str) {
+        #[derive(Deserialize)]
+        struct Group {
+            name: String,
+            lag: Option<u64>,
+            pending: u64,
+        }
+        #[derive(Deserialize)]
+        struct Stream {
+            groups: Vec<Group>,
+        }
+        until(&format!("group {group} with nothing left"), BOUND, async || {
+            let stream = self.get(&format!("/api/v1/streams/{stream}")).await;
+            let stream: Stream = serde_json::from_str(&stream).expect("the state of a stream");
+            let group = stream.groups.into_iter().find(|g| g.name == group).expect("the group exists");
+            (group.lag == Some(0) && group.pending == 0).then_some(())
+        })
+        .await;
+    }
+
+    /// Opens a WebSocket.
+    pub(crate) async fn watch(&self, path: &str) -> Socket {
+        let url = self.url(path).replacen("http", "ws", 1);
+        let (socket, _) = tokio_tungstenite::connect_async(url).await.expect("a WebSocket");
+        socket
+    }
+
+    /// Sends a signal, such as `TERM`.
+    pub(crate) fn signal(&self, signal: &str) {
+        send_signal(self.child.id(), signal);
+    }
+
+    /// Waits until the log has that.
+    pub(crate) async fn says(&self, what: &str) {
+        until(&format!("`{what}` in the log"), BOUND, async || self.log.text().contains(what).then_some(())).await;
+    }
+
+    /// Kills the daemon at once, as a crash would.
+    pub(crate) fn crash(mut self) {
+        self.child.kill().expect("the daemon runs");
+        self.child.wait().expect("a child");
+    }
+
+    /// Waits until the daemon has ended.
+    pub(crate) async fn ended(mut self) -> Ended {
+        let status = until("end of the daemon", BOUND, async || self.child.try_wait().expect("a child")).await;
+        Ended { status, log: self.log.complete().await }
+    }
+
+    /// Asks the daemon to stop and waits until it has, with exit code 0.
+    pub(crate) async fn stop(self) {
+        self.signal("TERM");
+        let ended = self.ended().await;
+        assert_eq!(ended.status.code(), Some(0), "{}", ended.log);
+    }
+}
+
+impl Drop for Daemon {
+    #[expect(clippy::print_stderr, reason = "a failed test shows what the daemon said")]
+    fn drop(&mut self) {
+        // It may have ended before.
+        drop(self.child.kill());
+        drop(self.child.wait());
+        if thread::panicking() {
+            eprintln!("--- log of the daemon\n{}\n---", self.log.text());
+        }
+    }
+}
+
+/// Sends a signal to a process.
+pub(crate) fn send_signal(pid: u32, signal: &str) {
+    let status = Command::new("sh").args(["-c", "kill -s \"$1\" \"$2\"", "sh", signal, &pid.to_string()]).status();
+    assert!(status.expect("sh runs").success(), "no process {pid} takes {signal}");
+}
+
+/// The next text message of a socket.
+pub(crate) async fn next_text(socket: &mut Socket) -> String {
+    let text = async {
+        loop {
+            match socket.next().await.expect("an open socket").expect("an open socket") {
+                Message::Text(text) => return text.to_string(),
+                Message::Ping(_) | Message::Pong(_) => {}
+                other => panic!("not a text: {other:?}"),
+            }
+        }
+    };
+    tokio::time::timeout(BOUND, text).await.expect("a message in time")
+}
