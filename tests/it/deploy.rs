@@ -12,9 +12,9 @@ fn deployed(path: &str) -> PathBuf {
     [env!("CARGO_MANIFEST_DIR"), "deploy", path].iter().collect()
 }
 
-fn promtool_accepts(kind: &str, path: &str) {
+fn promtool_accepts(verb: &str, kind: &str, path: &str) {
     let promtool = install::program("promtool", "prometheus");
-    let output = Command::new(promtool).args(["check", kind]).arg(deployed(path)).output().expect("promtool runs");
+    let output = Command::new(promtool).args([verb, kind]).arg(deployed(path)).output().expect("promtool runs");
     assert!(
         output.status.success(),
         "{path}:\n{}{}",
@@ -25,12 +25,17 @@ fn promtool_accepts(kind: &str, path: &str) {
 
 #[test]
 fn prometheus_accepts_the_scrape_configuration() {
-    promtool_accepts("config", "prometheus/prometheus.yml");
+    promtool_accepts("check", "config", "prometheus/prometheus.yml");
 }
 
 #[test]
 fn prometheus_accepts_the_alert_rules() {
-    promtool_accepts("rules", "prometheus/aurora-bus.rules.yml");
+    promtool_accepts("check", "rules", "prometheus/aurora-bus.rules.yml");
+}
+
+#[test]
+fn alerts_go_off_when_they_should() {
+    promtool_accepts("test", "rules", "prometheus/aurora-bus.rules.test.yml");
 }
 
 #[test]
