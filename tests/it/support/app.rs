@@ -284,11 +284,6 @@ impl Daemon {
         send_signal(self.child.id(), signal);
     }
 
-    /// Waits until the log has that.
-    pub(crate) async fn says(&self, what: &str) {
-        until(&format!("`{what}` in the log"), BOUND, async || self.log.text().contains(what).then_some(())).await;
-    }
-
     /// Kills the daemon at once, as a crash would.
     pub(crate) fn crash(mut self) {
         self.child.kill().expect("the daemon runs");
