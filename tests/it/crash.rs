@@ -28,7 +28,7 @@ const AUDITED: &str = r#"
 [[streams]]
 name = "aurora:audit"
 relay = true
-retention = { max_len = 10_000_000 }
+retention = { max_len = 900_000 }
 
 [[streams.groups]]
 name = "audit-logger"
