@@ -7,5 +7,6 @@ pub mod delivery;
 pub mod event;
 pub mod metrics;
 pub mod readiness;
+pub mod relay;
 pub mod sink;
 pub mod store;

@@ -1,0 +1,352 @@
+//! The relay: every alert to every dashboard that asked for it, over a WebSocket.
+//!
+//! Owns the way from a stream to the clients' sockets. One [`Tail`] per stream reads the store and frames each alert
+//! once into the stream's ring; each client is a [`Session`] with a cursor per stream that writes slices of the ring,
+//! many alerts per write. A client that falls behind the ring is served from the store in pages until it has caught
+//! up: nobody's slowness costs anyone else memory or time.
+//!
+//! Promises, per client and stream: every alert that passes its filter once, in the store's order, without a hole
+//! between the past it asked for and the present. What can't be given any more (trimmed away, or the stream was lost)
+//! is counted, and what is left is given. Memory is that of the rings, and for each client a bounded few slices.
+//!
+//! Knows nothing of HTTP: whoever calls has done the WebSocket handshake and hands over the bare socket. Knows nothing
+//! of groups either: every instance relays every alert.
+//!
+//! What travels is plain mode: one text message per alert, exactly the stored payload; control frames for liveness; the
+//! end told by the close code ([`CloseCode`]). What a client sends is ignored, within limits.
+
+mod backoff;
+mod batch;
+mod close;
+mod config;
+mod filter;
+mod frames;
+mod inbound;
+mod outgoing;
+mod pages;
+mod params;
+mod ring;
+mod session;
+mod slots;
+mod subscription;
+mod tail;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+pub use close::{CloseCode, Ending};
+pub use config::Config;
+pub use filter::Filter;
+pub use params::{BadParameter, MAX_SNAPSHOT, Since, SubscribeParams};
+pub use session::Session;
+
+use crate::event::{EntryId, Epoch, StreamName};
+use crate::metrics::Metrics;
+use crate::readiness::Readiness;
+use crate::store::Store;
+use ring::{Limits, Ring};
+use slots::Slots;
+use subscription::Subscription;
+use tail::{Gaps, Tail};
+
+/// Reads of the store at a time for clients that catch up: after a restart there may be thousands.
+const PAGES_AT_A_TIME: usize = 16;
+
+/// A tail that has told nothing for so long is stuck.
+const STALE_AFTER: Duration = Duration::from_secs(30);
+
+/// How often draining looks whether the last client has gone.
+const DRAIN_POLL: Duration = Duration::from_millis(20);
+
+/// The relay of this instance. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Relay {
+    hub: Arc<Hub>,
+}
+
+/// What all sessions share.
+#[derive(Debug)]
+struct Hub {
+    store: Arc<dyn Store>,
+    config: Config,
+    channels: BTreeMap<String, Arc<Channel>>,
+    rings: Vec<Arc<Ring>>,
+    slots: Arc<Slots>,
+    pages: Semaphore,
+    is_draining: AtomicBool,
+    metrics: Metrics,
+    readiness: Readiness,
+}
+
+/// Some streams under one name, and what is counted of its clients.
+#[derive(Debug)]
+struct Channel {
+    name: String,
+    rings: Vec<Arc<Ring>>,
+    /// Told of every change of its rings.
+    wake: watch::Sender<()>,
+    connections: IntGauge,
+    deliveries: IntCounter,
+    writes: IntCounter,
+    catchups: IntCounter,
+    gaps: IntCounterVec,
+    latency: Histogram,
+}
+
+/// Why a client is not let in.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// There is no such channel.
+    #[error("there is no channel `{0}`")]
+    UnknownChannel(String),
+    /// A parameter makes no sense.
+    #[error(transparent)]
+    BadParameter(#[from] BadParameter),
+    /// There are too many connections, in all or from this address. Later there may be room.
+    #[error("too many connections")]
+    ConnectionLimit,
+    /// This instance is stopping; another one, or this one later, will serve.
+    #[error("this instance is stopping")]
+    Draining,
+}
+
+impl Refused {
+    /// The close code for clients that can't see why their handshake was refused.
+    pub fn close_code(&self) -> CloseCode {
+        match self {
+            Self::UnknownChannel(_) | Self::BadParameter(_) => CloseCode::Protocol,
+            Self::ConnectionLimit => CloseCode::ConnectionLimit,
+            Self::Draining => CloseCode::GoingAway,
+        }
+    }
+
+    fn close_reason(&self) -> String {
+        match self {
+            Self::UnknownChannel(_) => format!("unknown_channel: {self}"),
+            Self::BadParameter(_) => format!("bad_parameter: {self}"),
+            Self::ConnectionLimit | Self::Draining => self.close_code().reason().to_owned(),
+        }
+    }
+}
+
+/// The relay as it is now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RelayStatus {
+    /// Clients connected.
+    pub connections: usize,
+    /// Whether new clients are refused because this instance stops.
+    pub is_draining: bool,
+    /// Clients by channel.
+    pub channels: Vec<ChannelStatus>,
+    /// Streams and their rings.
+    pub streams: Vec<RelayedStream>,
+}
+
+/// One channel as it is now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChannelStatus {
+    /// Its name.
+    pub name: String,
+    /// Its streams.
+    pub streams: Vec<StreamName>,
+    /// Its clients.
+    pub connections: usize,
+}
+
+/// One relayed stream as it is now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RelayedStream {
+    /// Its name.
+    pub stream: StreamName,
+    /// The life of the stream that positions name; nothing until the stream could be read for the first time.
+    pub epoch: Option<Epoch>,
+    /// The last entry read of it.
+    pub last: EntryId,
+    /// Alerts in memory.
+    pub ring_entries: usize,
+    /// Their frames, in bytes.
+    pub ring_bytes: usize,
+}
+
+impl Relay {
+    /// A relay of those streams of the configured channels that are among `streams`. Nothing is read before
+    /// [`Relay::run`].
+    pub fn new(
+        store: Arc<dyn Store>,
+        config: Config,
+        streams: &[StreamName],
+        metrics: Metrics,
+        readiness: Readiness,
+    ) -> Self {
+        let bytes = usize::try_from(config.ring_bytes.as_u64()).unwrap_or(usize::MAX);
+        let limits = Limits { bytes, entries: config.ring_entries };
+        let mut rings: BTreeMap<&StreamName, Arc<Ring>> = BTreeMap::new();
+        for stream in config.channels.values().flatten().filter(|stream| streams.contains(stream)) {
+            rings.entry(stream).or_insert_with(|| Arc::new(Ring::new(stream.clone(), limits)));
+        }
+        let channel = |(name, streams): (&String, &Vec<StreamName>)| {
+            let rings = streams.iter().filter_map(|stream| rings.get(stream).cloned()).collect();
+            (name.clone(), Arc::new(Channel::new(name, rings, &metrics)))
+        };
+        let channels = config.channels.iter().map(channel).collect();
+        let slots = Slots::new(config.max_connections, config.max_connections_per_address);
+        let rings = rings.into_values().collect();
+        let (pages, is_draining) = (Semaphore::new(PAGES_AT_A_TIME), AtomicBool::new(false));
+        let hub = Hub { store, config, channels, rings, slots, pages, is_draining, metrics, readiness };
+        Self { hub: Arc::new(hub) }
+    }
+
+    /// Follows the streams until `stop` is cancelled, and then until the last client has gone, or the drain window is
+    /// over. To be called once. Returns earlier only where a tail has panicked.
+    ///
+    /// Sessions are driven by whoever connects them, and are to be given the same `stop`.
+    pub async fn run(&self, stop: CancellationToken) {
+        let mut tails = JoinSet::new();
+        let stop_tails = CancellationToken::new();
+        for ring in &self.hub.rings {
+            tails.spawn(self.hub.tail(ring).run(stop_tails.clone()));
+        }
+        tokio::select! {
+            () = stop.cancelled() => {}
+            Some(ended) = tails.join_next() => {
+                tracing::error!(error = ?ended.err(), "a tail of the relay has ended");
+                return;
+            }
+        }
+        self.hub.is_draining.store(true, Ordering::Release);
+        // Clients are served until they are closed, or those that can't resume would miss what comes meanwhile.
+        let deadline = Instant::now() + self.hub.config.drain_window;
+        while self.hub.slots.total() > 0 && Instant::now() < deadline {
+            tokio::time::sleep(DRAIN_POLL).await;
+        }
+        stop_tails.cancel();
+        while let Some(ended) = tails.join_next().await {
+            if let Err(error) = ended {
+                tracing::error!(%error, "a tail of the relay has ended badly");
+            }
+        }
+    }
+
+    /// Lets a client in, who is then given everything that comes after this call, and what it asked for of the past.
+    ///
+    /// Does not wait, and does no I/O: a client is let in while the store is away, and served when it is back.
+    pub fn connect(&self, channel: &str, params: SubscribeParams, peer: IpAddr) -> Result<Session, Refused> {
+        let hub = &self.hub;
+        if hub.is_draining.load(Ordering::Acquire) {
+            return Err(Refused::Draining);
+        }
+        let unknown = || Refused::UnknownChannel(channel.chars().take(64).collect());
+        let channel = hub.channels.get(channel).ok_or_else(unknown)?;
+        let rings = channel.rings_of(params.stream.as_ref())?;
+        let slot = hub.slots.take(peer, &channel.connections).ok_or(Refused::ConnectionLimit)?;
+        let subscription = Subscription::new(rings, params, hub, channel);
+        Ok(Session::new(hub.clone(), channel.clone(), subscription, slot))
+    }
+
+    /// Tells a client why it was refused, by closing its socket with the code: to browsers the status of a refused
+    /// handshake is not visible, so theirs is accepted and then ended like this. Takes a few seconds at most.
+    pub async fn refuse<S>(&self, io: S, refused: &Refused)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send,
+    {
+        session::refuse(io, refused, &self.hub).await;
+    }
+
+    /// Clients and streams as they are now.
+    pub fn status(&self) -> RelayStatus {
+        let hub = &self.hub;
+        let channel = |channel: &Arc<Channel>| ChannelStatus {
+            name: channel.name.clone(),
+            streams: channel.rings.iter().map(|ring| ring.stream().clone()).collect(),
+            connections: usize::try_from(channel.connections.get()).unwrap_or(0),
+        };
+        let stream = |ring: &Arc<Ring>| {
+            let (stream, mark) = (ring.stream().clone(), ring.mark());
+            let (ring_entries, ring_bytes) = mark.as_ref().map_or((0, 0), |mark| (mark.entries, mark.bytes));
+            let last = mark.as_ref().map_or(EntryId::MIN, |mark| mark.last);
+            RelayedStream { stream, epoch: mark.map(|mark| mark.epoch), last, ring_entries, ring_bytes }
+        };
+        RelayStatus {
+            connections: hub.slots.total(),
+            is_draining: hub.is_draining.load(Ordering::Acquire),
+            channels: hub.channels.values().map(channel).collect(),
+            streams: hub.rings.iter().map(stream).collect(),
+        }
+    }
+}
+
+impl Hub {
+    /// The lives of all relayed streams.
+    fn epochs(&self) -> Vec<Epoch> {
+        self.rings.iter().filter_map(|ring| ring.mark()).map(|mark| mark.epoch).collect()
+    }
+
+    /// Whether a client that was live may be left to catch up.
+    fn is_too_far_behind(&self, bytes: u64, age: Duration) -> bool {
+        bytes > self.config.max_lag_bytes.as_u64() || age > self.config.max_lag_age
+    }
+
+    fn max_message_bytes(&self) -> usize {
+        usize::try_from(self.config.max_message_bytes.as_u64()).unwrap_or(usize::MAX)
+    }
+
+    fn tail(&self, ring: &Arc<Ring>) -> Tail {
+        let stream = ring.stream();
+        let channels: Vec<&Arc<Channel>> =
+            self.channels.values().filter(|channel| channel.rings.iter().any(|r| r.stream() == stream)).collect();
+        let counters =
+            |reason: &str| channels.iter().map(|c| c.gaps.with_label_values(&[&c.name, reason])).collect::<Vec<_>>();
+        Tail {
+            store: self.store.clone(),
+            ring: ring.clone(),
+            wakes: channels.iter().map(|channel| channel.wake.clone()).collect(),
+            gaps: Gaps {
+                undecodable: counters("undecodable"),
+                trimmed: counters("trimmed"),
+                state_lost: counters("state_lost"),
+            },
+            part: self.readiness.part(&format!("relay {stream}"), Some(STALE_AFTER)),
+        }
+    }
+}
+
+impl Channel {
+    fn new(name: &str, rings: Vec<Arc<Ring>>, metrics: &Metrics) -> Self {
+        Self {
+            name: name.to_owned(),
+            rings,
+            wake: watch::Sender::new(()),
+            connections: metrics.relay_connections.with_label_values(&[name]),
+            deliveries: metrics.relay_deliveries.with_label_values(&[name]),
+            writes: metrics.relay_writes.with_label_values(&[name]),
+            catchups: metrics.relay_catchups.with_label_values(&[name]),
+            gaps: metrics.relay_gaps.clone(),
+            latency: metrics.relay_latency_seconds.with_label_values(&[name]),
+        }
+    }
+
+    /// The rings of all its streams, or of the one asked for.
+    fn rings_of(&self, stream: Option<&StreamName>) -> Result<Vec<Arc<Ring>>, BadParameter> {
+        let Some(stream) = stream else { return Ok(self.rings.clone()) };
+        let ring = self.rings.iter().find(|ring| ring.stream() == stream).ok_or_else(|| {
+            let streams: Vec<&str> = self.rings.iter().map(|ring| ring.stream().as_str()).collect();
+            BadParameter::new("stream", format!("must be one of this channel's: {}", streams.join(", ")))
+        })?;
+        Ok(vec![ring.clone()])
+    }
+
+    /// Counts something that a client can't be given.
+    fn gap(&self, reason: &str) {
+        self.gaps.with_label_values(&[&self.name, reason]).inc();
+    }
+}

@@ -1,0 +1,268 @@
+//! A run of entries, framed once for every client.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::OnceLock;
+
+use bytes::Bytes;
+
+use super::filter::{Filter, Tags, relayable};
+use super::frames;
+use crate::event::{Entry, EntryId, Epoch, StreamName};
+
+/// Consecutive entries of one stream as ready-made frames, with what is needed to find and filter them.
+///
+/// Entries that can't be sent as text are left out; `last` still counts them as passed.
+pub(super) struct Batch {
+    last: EntryId,
+    stream: StreamName,
+    epoch: Epoch,
+    ids: Box<[EntryId]>,
+    plain: Frames,
+    declared: Box<[Tags]>,
+    /// Made when the first client asks for positions.
+    with_positions: OnceLock<Frames>,
+    /// Made when the first client with a filter comes by: most of its cost is reading payloads.
+    completed: OnceLock<Box<[Tags]>>,
+}
+
+/// Frames one after the other, and where each one ends.
+struct Frames {
+    bytes: Bytes,
+    ends: Box<[usize]>,
+}
+
+impl Frames {
+    fn of(&self, run: Range<usize>) -> Bytes {
+        let begin = run.start.checked_sub(1).map_or(0, |before| self.ends[before]);
+        let end = run.end.checked_sub(1).map_or(0, |last| self.ends[last]);
+        self.bytes.slice(begin..end)
+    }
+}
+
+/// A batch made of the front of some entries.
+#[derive(Debug)]
+pub(super) struct Framed {
+    pub(super) batch: Batch,
+    /// How many of the entries went into it, those left out included.
+    pub(super) taken: usize,
+    /// How many were left out because they can't be sent as text.
+    pub(super) undecodable: u64,
+}
+
+impl Batch {
+    /// Frames entries from the front of `entries` until `target_bytes` are reached; at least one entry is taken.
+    pub(super) fn frame(stream: &StreamName, epoch: &Epoch, entries: &[Entry], target_bytes: usize) -> Framed {
+        let mut size = 0;
+        let mut taken = 0;
+        let mut sendable = 0;
+        for entry in entries {
+            size += entry.data().map_or(0, |data| data.len() + frames::MAX_HEADER);
+            if taken > 0 && size > target_bytes {
+                break;
+            }
+            taken += 1;
+            sendable += usize::from(entry.data().is_some());
+        }
+        let mut bytes = Vec::with_capacity(size.min(target_bytes.saturating_mul(2)));
+        let mut ids = Vec::with_capacity(sendable);
+        let mut ends = Vec::with_capacity(sendable);
+        let mut declared = Vec::with_capacity(sendable);
+        let mut undecodable = 0;
+        for entry in &entries[..taken] {
+            let Some(payload) = relayable(entry) else {
+                undecodable += 1;
+                continue;
+            };
+            frames::push_text(&mut bytes, payload);
+            ids.push(entry.id);
+            ends.push(bytes.len());
+            declared.push(Tags::declared(&entry.fields));
+        }
+        let batch = Self {
+            last: entries[..taken].last().map_or(EntryId::MIN, |entry| entry.id),
+            stream: stream.clone(),
+            epoch: epoch.clone(),
+            ids: ids.into(),
+            plain: Frames { bytes: bytes.into(), ends: ends.into() },
+            declared: declared.into(),
+            with_positions: OnceLock::new(),
+            completed: OnceLock::new(),
+        };
+        Framed { batch, taken, undecodable }
+    }
+
+    /// How many entries it has.
+    pub(super) fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// How many bytes its plain frames have.
+    pub(super) fn size_bytes(&self) -> usize {
+        self.plain.bytes.len()
+    }
+
+    /// The last entry it stands for, whether that one could be sent or not.
+    pub(super) fn last(&self) -> EntryId {
+        self.last
+    }
+
+    /// Stands for everything up to `last` from now on.
+    pub(super) fn extend_to(&mut self, last: EntryId) {
+        self.last = self.last.max(last);
+    }
+
+    /// The id of an entry.
+    pub(super) fn id(&self, index: usize) -> EntryId {
+        self.ids[index]
+    }
+
+    /// The index of the first entry after `id`.
+    pub(super) fn first_after(&self, id: EntryId) -> usize {
+        self.ids.partition_point(|entry| *entry <= id)
+    }
+
+    /// The index of the first entry from `index` on that passes; the batch's length if none does.
+    pub(super) fn next_match(&self, index: usize, filter: &Filter) -> usize {
+        if filter.is_empty() {
+            return index;
+        }
+        let tags = self.tags();
+        (index..tags.len()).find(|i| filter.matches(&tags[*i])).unwrap_or(tags.len())
+    }
+
+    /// The run of entries from `index` on that all pass and come before `bound`. The one at `index` must.
+    pub(super) fn run(&self, index: usize, bound: EntryId, filter: &Filter) -> Range<usize> {
+        let before_bound = self.ids.partition_point(|entry| *entry < bound);
+        if filter.is_empty() {
+            return index..before_bound;
+        }
+        let tags = self.tags();
+        let end = (index..before_bound).find(|i| !filter.matches(&tags[*i])).unwrap_or(before_bound);
+        index..end
+    }
+
+    /// The ids of the entries at or before `cut` that pass, newest first.
+    pub(super) fn newest(&self, cut: EntryId, filter: &Filter) -> impl Iterator<Item = EntryId> {
+        let tags = if filter.is_empty() { None } else { Some(self.tags()) };
+        let passes = move |index: &usize| tags.is_none_or(|tags| filter.matches(&tags[*index]));
+        (0..self.first_after(cut)).rev().filter(passes).map(|index| self.ids[index])
+    }
+
+    /// The frames of a run of entries, with their positions if `meta`.
+    pub(super) fn frames(&self, run: Range<usize>, meta: bool) -> Bytes {
+        if meta { self.with_positions.get_or_init(|| self.add_positions()).of(run) } else { self.plain.of(run) }
+    }
+
+    fn add_positions(&self) -> Frames {
+        let mut bytes = Vec::with_capacity(self.size_bytes() + self.len() * 96);
+        let mut ends = Vec::with_capacity(self.len());
+        for (index, id) in self.ids.iter().enumerate() {
+            let position = format_args!("{}:{id}", self.epoch);
+            frames::push_text_with_position(&mut bytes, self.payload(index), position, self.stream.as_str());
+            ends.push(bytes.len());
+        }
+        Frames { bytes: bytes.into(), ends: ends.into() }
+    }
+
+    fn tags(&self) -> &[Tags] {
+        let complete = || self.declared.iter().enumerate().map(|(i, tags)| tags.completed(self.payload(i))).collect();
+        self.completed.get_or_init(complete)
+    }
+
+    fn payload(&self, index: usize) -> &[u8] {
+        let begin = index.checked_sub(1).map_or(0, |before| self.plain.ends[before]);
+        frames::payload(&self.plain.bytes[begin..self.plain.ends[index]])
+    }
+}
+
+impl fmt::Debug for Batch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Batch")
+            .field("stream", &self.stream)
+            .field("first", &self.ids.first())
+            .field("last", &self.last)
+            .field("len", &self.len())
+            .field("bytes", &self.size_bytes())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Entries for the tests of this module and its siblings.
+#[cfg(test)]
+pub(super) mod testing {
+    use bytes::Bytes;
+
+    use crate::event::{Entry, EntryId, Fields};
+
+    /// An entry of that number with some fields.
+    pub(in crate::relay) fn entry(ms: u64, fields: &[(&'static str, &str)]) -> Entry {
+        let fields: Fields =
+            fields.iter().map(|(name, value)| (Bytes::from(*name), Bytes::copy_from_slice(value.as_bytes()))).collect();
+        Entry { id: EntryId::new(ms, 0), fields }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::entry;
+    use super::*;
+    use crate::event::Severity;
+
+    fn frame(entries: &[Entry], target: usize) -> Framed {
+        Batch::frame(&"s".parse().expect("a name"), &"e".parse().expect("an epoch"), entries, target)
+    }
+
+    fn high() -> Filter {
+        Filter { min_severity: Some(Severity::High), ..Filter::default() }
+    }
+
+    #[test]
+    fn entries_that_are_no_text_are_left_out_and_passed() {
+        let mut broken = entry(2, &[]);
+        broken.fields.push("data", Bytes::from_static(b"\xff"));
+        let framed = frame(&[entry(1, &[("data", "{}")]), broken, entry(3, &[("other", "x")])], 1000);
+        assert_eq!((framed.taken, framed.undecodable, framed.batch.len()), (3, 2, 1));
+        assert_eq!(framed.batch.last(), EntryId::new(3, 0));
+    }
+
+    #[test]
+    fn a_batch_ends_at_its_target_size_but_takes_one_entry_at_least() {
+        let big = "x".repeat(100);
+        let entries = [1, 2, 3].map(|ms| entry(ms, &[("data", &big)]));
+        assert_eq!(frame(&entries, 1).taken, 1);
+        assert_eq!(frame(&entries, 230).taken, 2);
+        assert_eq!(frame(&entries, 1000).taken, 3);
+    }
+
+    #[test]
+    fn runs_are_slices_of_what_passes() {
+        let severities = ["high", "low", "critical", "high", "info"];
+        let entries: Vec<Entry> =
+            (1..).zip(severities).map(|(ms, s)| entry(ms, &[("data", "{}"), ("severity", s)])).collect();
+        let batch = frame(&entries, 1000).batch;
+        assert_eq!(batch.next_match(1, &high()), 2);
+        assert_eq!(batch.run(2, EntryId::MAX, &high()), 2..4);
+        assert_eq!(batch.run(2, EntryId::new(4, 0), &high()), 2..3);
+        assert_eq!(batch.next_match(4, &high()), 5);
+        assert_eq!(batch.run(0, EntryId::MAX, &Filter::default()), 0..5);
+        assert_eq!(batch.frames(2..4, false).as_ref(), b"\x81\x02{}\x81\x02{}");
+        let newest: Vec<u64> = batch.newest(EntryId::new(3, 0), &high()).map(|id| id.ms).collect();
+        assert_eq!(newest, [3, 1]);
+    }
+
+    #[test]
+    fn positions_are_added_on_request_only() {
+        let batch = frame(&[entry(7, &[("data", r#"{"a":1}"#)]), entry(8, &[("data", "{}")])], 1000).batch;
+        assert!(batch.with_positions.get().is_none());
+        let frames = batch.frames(1..2, true);
+        assert_eq!(frames::payload(&frames), br#"{"_pos":"e:8-0","_stream":"s"}"#);
+    }
+
+    #[test]
+    fn filters_read_payloads_where_fields_are_missing() {
+        let batch = frame(&[entry(1, &[("data", r#"{"severity":"critical","source":"zeek"}"#)])], 1000).batch;
+        let zeek = Filter { source: Some("zeek".into()), ..high() };
+        assert_eq!(batch.next_match(0, &zeek), 0);
+    }
+}

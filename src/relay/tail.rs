@@ -1,0 +1,178 @@
+//! Follows one stream and fills its ring.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus::IntCounter;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::backoff::Backoff;
+use super::batch::Batch;
+use super::pages::{PageSize, bounded};
+use super::ring::Ring;
+use crate::event::{Entry, EntryId, Epoch};
+use crate::readiness::Part;
+use crate::store::{Store, StoreError};
+
+/// How long one read waits for news.
+const WAIT: Duration = Duration::from_secs(2);
+
+/// How long the store may take beyond that.
+const GRACE: Duration = Duration::from_secs(8);
+
+/// How often the stream is compared with what was read of it.
+const CHECK_INTERVAL: Duration = Duration::from_secs(5);
+
+/// The most entries of one read, and about how many bytes it should have.
+const MAX_READ: usize = 512;
+const READ_BYTES: usize = 1024 * 1024;
+
+/// The size at which a batch is closed: what a client has under way keeps its batches alive.
+const BATCH_BYTES: usize = 64 * 1024;
+
+/// The one reader of a relayed stream.
+#[derive(Debug)]
+pub(super) struct Tail {
+    pub(super) store: Arc<dyn Store>,
+    pub(super) ring: Arc<Ring>,
+    /// Told of every change of the ring, one per channel of the stream.
+    pub(super) wakes: Vec<watch::Sender<()>>,
+    pub(super) gaps: Gaps,
+    pub(super) part: Part,
+}
+
+/// Counts, in every channel of a stream, what its clients can't be given.
+#[derive(Debug)]
+pub(super) struct Gaps {
+    pub(super) undecodable: Vec<IntCounter>,
+    pub(super) trimmed: Vec<IntCounter>,
+    pub(super) state_lost: Vec<IntCounter>,
+}
+
+impl Tail {
+    /// Follows the stream until `stop`. Errors are waited out: nothing that is still in the stream is passed over.
+    pub(super) async fn run(mut self, stop: CancellationToken) {
+        stop.run_until_cancelled(self.follow()).await;
+    }
+
+    async fn follow(&mut self) {
+        let mut backoff = Backoff::default();
+        let mut at = loop {
+            match self.begin().await {
+                Ok(at) => break at,
+                Err(error) => self.wait_out(&error, &mut backoff).await,
+            }
+        };
+        let mut size = PageSize::new(MAX_READ, READ_BYTES);
+        let mut check_due = Instant::now() + CHECK_INTERVAL;
+        loop {
+            match self.step(&mut at, &mut size, &mut check_due).await {
+                Ok(()) => {
+                    self.part.ready();
+                    if backoff.reset() {
+                        tracing::info!(stream = %self.ring.stream(), "follows the stream again");
+                    }
+                }
+                Err(error) => {
+                    // Whatever happened to the stream meanwhile is to be seen before anything is read.
+                    check_due = Instant::now();
+                    self.wait_out(&error, &mut backoff).await;
+                }
+            }
+        }
+    }
+
+    /// Finds out where "now" is. From here on only concrete ids are asked for, so that no error makes a hole.
+    async fn begin(&self) -> Result<EntryId, StoreError> {
+        let epoch = self.epoch().await?;
+        let status = bounded(GRACE, self.store.describe(self.ring.stream())).await?;
+        let at = status.map_or(EntryId::MIN, |status| status.last_id);
+        self.restart(epoch, at);
+        Ok(at)
+    }
+
+    async fn step(&mut self, at: &mut EntryId, size: &mut PageSize, check_due: &mut Instant) -> Result<(), StoreError> {
+        if Instant::now() >= *check_due {
+            *at = self.check(*at).await?;
+            *check_due = Instant::now() + CHECK_INTERVAL;
+        }
+        let limit = size.limit();
+        let entries = bounded(WAIT + GRACE, self.store.tail(self.ring.stream(), *at, limit, WAIT)).await?;
+        if let Some(newest) = entries.last() {
+            *at = newest.id;
+            self.push(&entries);
+            size.learn(&entries);
+        }
+        Ok(())
+    }
+
+    /// Compares the stream with what was read of it up to `at`: says where to go on.
+    async fn check(&self, at: EntryId) -> Result<EntryId, StoreError> {
+        let status = bounded(GRACE, self.store.describe(self.ring.stream())).await?;
+        let last = status.as_ref().map_or(EntryId::MIN, |status| status.last_id);
+        let epoch = self.epoch().await?;
+        if last < at {
+            tracing::warn!(stream = %self.ring.stream(), "the stream was lost and has begun anew");
+            count(&self.gaps.state_lost, 1);
+            self.restart(epoch, EntryId::MIN);
+            return Ok(EntryId::MIN);
+        }
+        if self.ring.mark().is_none_or(|mark| mark.epoch != epoch) {
+            tracing::warn!(stream = %self.ring.stream(), "the stream has a new epoch");
+            count(&self.gaps.state_lost, 1);
+            self.restart(epoch, at);
+        }
+        let was_passed = at > EntryId::MIN && status.is_some_and(|s| last > at && s.first_id.is_none_or(|f| f > at));
+        if was_passed {
+            tracing::warn!(stream = %self.ring.stream(), entry.id = %at, "entries were trimmed before they were relayed");
+            count(&self.gaps.trimmed, 1);
+        }
+        Ok(at)
+    }
+
+    async fn epoch(&self) -> Result<Epoch, StoreError> {
+        bounded(GRACE, self.store.epoch(self.ring.stream())).await
+    }
+
+    fn restart(&self, epoch: Epoch, at: EntryId) {
+        self.ring.begin(epoch, at);
+        self.wake();
+    }
+
+    fn push(&self, mut entries: &[Entry]) {
+        let Some(mark) = self.ring.mark() else { return };
+        while !entries.is_empty() {
+            let framed = Batch::frame(self.ring.stream(), &mark.epoch, entries, BATCH_BYTES);
+            if framed.undecodable > 0 {
+                count(&self.gaps.undecodable, framed.undecodable);
+            }
+            self.ring.push(framed.batch);
+            entries = &entries[framed.taken..];
+        }
+        self.wake();
+    }
+
+    fn wake(&self) {
+        for wake in &self.wakes {
+            wake.send_replace(());
+        }
+    }
+
+    async fn wait_out(&self, error: &StoreError, backoff: &mut Backoff) {
+        // One line for an outage, however long it takes.
+        if backoff.is_fresh() {
+            let source = std::error::Error::source(error).map(tracing::field::display);
+            tracing::warn!(stream = %self.ring.stream(), %error, source, "cannot follow the stream");
+        }
+        self.part.not_ready(format!("cannot follow stream `{}`: {error}", self.ring.stream()));
+        tokio::time::sleep(backoff.next()).await;
+    }
+}
+
+fn count(counters: &[IntCounter], count: u64) {
+    for counter in counters {
+        counter.inc_by(count);
+    }
+}
