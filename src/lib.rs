@@ -3,6 +3,7 @@
 //! The library behind the `aurora-bus` binary. Read `ARCHITECTURE.md` for the map, and [`store::Store`] and
 //! [`sink::Sink`] for the two seams.
 
+pub mod bench;
 pub mod delivery;
 pub mod event;
 pub mod metrics;

@@ -1,0 +1,396 @@
+//! The processes of a measurement, their files and what they cost.
+//!
+//! Every process is owned by a value that ends it when dropped, and every file lies in one folder that is removed.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::de::DeserializeOwned;
+use tempfile::TempDir;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use url::Url;
+
+use super::http::HttpClient;
+use super::load::{Job, wait_until};
+use super::resp::Connection;
+
+/// How long a process may take until it answers.
+const START_LIMIT: Duration = Duration::from_secs(20);
+/// How often a state that is waited for is looked at.
+const POLL: Duration = Duration::from_millis(5);
+/// Clock ticks per second in `/proc`, which Linux fixes for every architecture that matters here.
+const TICKS_PER_SECOND: f64 = 100.0;
+
+/// Where a measurement happens: the program, a folder for files, and whether it shall end early.
+#[derive(Debug)]
+pub(crate) struct Site {
+    program: PathBuf,
+    folder: TempDir,
+    interrupt: Interrupt,
+}
+
+impl Site {
+    /// Files go into a new folder within `parent`, or the system's folder for temporary files.
+    pub(crate) fn new(parent: Option<&Path>) -> Result<Self> {
+        let mut builder = tempfile::Builder::new();
+        builder.prefix("aurora-bus-bench-");
+        let folder = match parent {
+            Some(parent) => builder.tempdir_in(parent),
+            None => builder.tempdir(),
+        };
+        Ok(Self {
+            program: std::env::current_exe().context("cannot find this program's own file")?,
+            folder: folder.context("cannot make a folder for the measurement")?,
+            interrupt: Interrupt::listen()?,
+        })
+    }
+
+    /// This program's own file.
+    pub(crate) fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// A file or folder of the measurement, which need not exist.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Removes a folder of the measurement, if it is there.
+    pub(crate) fn clear(&self, name: &str) -> Result<()> {
+        match fs::remove_dir_all(self.path(name)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("cannot remove {}", self.path(name).display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Fails when the measurement shall end early.
+    pub(crate) fn check(&self) -> Result<()> {
+        ensure!(!self.interrupt.raised.load(Ordering::Relaxed), "interrupted");
+        Ok(())
+    }
+
+    /// Asks every few milliseconds until there is an answer; fails after `limit`.
+    pub(crate) fn wait_for<T>(
+        &self,
+        what: &str,
+        limit: Duration,
+        mut ask: impl FnMut() -> Result<Option<T>>,
+    ) -> Result<T> {
+        let end = Instant::now() + limit;
+        loop {
+            if let Some(answer) = ask()? {
+                return Ok(answer);
+            }
+            self.check()?;
+            ensure!(Instant::now() < end, "{what} did not come about within {} s", limit.as_secs());
+            wait_until(Instant::now() + POLL);
+        }
+    }
+
+    /// This program, with as many open files as the machine allows, and without settings from the environment.
+    fn own_command(&self) -> Command {
+        let mut command = Command::new("/bin/sh");
+        command.env_clear().args(["-c", r#"ulimit -n "$(ulimit -Hn)"; exec "$0" "$@""#]).arg(&self.program);
+        command
+    }
+
+    /// Runs a program to its end, at most for `limit`; returns what it wrote to its standard output.
+    pub(crate) fn run(&self, command: &mut Command, limit: Duration) -> Result<String> {
+        let mut process = Process::spawn(command, &self.path("run"))?;
+        let status = self.wait_for("the end of a process", limit, || process.ended())?;
+        ensure!(status.success(), "{} ended with {status}: {}", process.name, process.last_words());
+        process.output()
+    }
+
+    /// Has a generator do a job that takes about `seconds`.
+    pub(crate) fn generate<T: DeserializeOwned>(&self, job: &Job, seconds: f64) -> Result<T> {
+        let mut command = self.own_command();
+        command.arg("bench-load").arg(serde_json::to_string(job)?);
+        let output = self.run(&mut command, Duration::from_secs_f64(seconds) + Duration::from_mins(2))?;
+        serde_json::from_str(&output).context("the load generator's report is not what it should be")
+    }
+
+    /// Starts a null relay.
+    pub(crate) fn start_null_relay(&self, job: &Job) -> Result<(Process, SocketAddr)> {
+        let mut command = self.own_command();
+        command.arg("bench-load").arg(serde_json::to_string(job)?);
+        let mut process = Process::spawn(&mut command, &self.path("null-relay"))?;
+        let address = self.wait_for("the null relay's address", START_LIMIT, || {
+            process.must_run()?;
+            let line = process.output()?;
+            line.ends_with('\n').then(|| serde_json::from_str(&line).context("not an address")).transpose()
+        })?;
+        Ok((process, address))
+    }
+
+    /// Starts a daemon with this configuration and waits until it is ready.
+    pub(crate) fn start_daemon(&self, config: impl FnOnce(SocketAddr) -> String) -> Result<Daemon> {
+        let address = free_address()?;
+        let file = self.path("daemon.toml");
+        fs::write(&file, config(address)).context("cannot write the daemon's configuration")?;
+        let mut command = self.own_command();
+        command.arg("serve").arg("--config").arg(&file);
+        let started = Instant::now();
+        let mut process = Process::spawn(&mut command, &self.path("daemon"))?;
+        loop {
+            if let Ok(mut client) = HttpClient::open(address)
+                && let Ok((200, _)) = client.get("/ready")
+            {
+                return Ok(Daemon { process, address, started_in: started.elapsed() });
+            }
+            process.must_run()?;
+            self.check()?;
+            ensure!(
+                started.elapsed() < START_LIMIT,
+                "the daemon was not ready within {} s: {}",
+                START_LIMIT.as_secs(),
+                process.last_words()
+            );
+            wait_until(Instant::now() + Duration::from_millis(1));
+        }
+    }
+
+    /// Starts a Redis server of the measurement's own, without persistence unless `aof`.
+    pub(crate) fn start_redis(&self, program: &Path, aof: bool) -> Result<(Process, Url)> {
+        let address = free_address()?;
+        let folder = self.path("redis-data");
+        fs::create_dir_all(&folder).context("cannot make a folder for Redis")?;
+        let mut command = Command::new(program);
+        command.args(["--bind", "127.0.0.1", "--port", &address.port().to_string(), "--save", ""]);
+        command.args(["--appendonly", if aof { "yes" } else { "no" }, "--appendfsync", "everysec"]);
+        command.arg("--dir").arg(&folder);
+        let mut process = Process::spawn(&mut command, &self.path("redis"))
+            .context("give --redis-server PATH or --redis-url URL, or measure with --store embedded")?;
+        let url = Url::parse(&format!("redis://{address}/0"))?;
+        self.wait_for("the start of Redis", START_LIMIT, || {
+            process.must_run()?;
+            if TcpStream::connect(address).is_err() {
+                return Ok(None);
+            }
+            Ok(Connection::open(&url).ok().and_then(|mut connection| connection.call(&[b"PING"]).is_ok().then_some(())))
+        })?;
+        Ok((process, url))
+    }
+}
+
+/// A running daemon.
+#[derive(Debug)]
+pub(crate) struct Daemon {
+    process: Process,
+    pub(crate) address: SocketAddr,
+    /// From its start until it said it was ready.
+    pub(crate) started_in: Duration,
+}
+
+impl Daemon {
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Fails, with what it wrote last, if it has ended.
+    pub(crate) fn must_run(&mut self) -> Result<()> {
+        self.process.must_run()
+    }
+}
+
+/// A child process with its output in files; killed when dropped.
+#[derive(Debug)]
+pub(crate) struct Process {
+    name: String,
+    child: Child,
+    output: PathBuf,
+    errors: PathBuf,
+}
+
+impl Process {
+    fn spawn(command: &mut Command, files: &Path) -> Result<Self> {
+        let name = command.get_program().to_string_lossy().into_owned();
+        let (output, errors) = (files.with_extension("out"), files.with_extension("err"));
+        let create = |path: &Path| File::create(path).with_context(|| format!("cannot create {}", path.display()));
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(create(&output)?)
+            .stderr(create(&errors)?)
+            .spawn()
+            .with_context(|| format!("cannot start {name}"))?;
+        Ok(Self { name, child, output, errors })
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        self.child.try_wait().with_context(|| format!("cannot wait for {}", self.name))
+    }
+
+    fn must_run(&mut self) -> Result<()> {
+        if let Some(status) = self.ended()? {
+            bail!("{} ended early with {status}: {}", self.name, self.last_words());
+        }
+        Ok(())
+    }
+
+    fn output(&self) -> Result<String> {
+        let mut text = String::new();
+        File::open(&self.output)
+            .and_then(|mut file| file.read_to_string(&mut text))
+            .context("cannot read an output")?;
+        Ok(text)
+    }
+
+    /// The last lines of what it wrote.
+    fn last_words(&self) -> String {
+        let text = [&self.errors, &self.output].map(|path| fs::read(path).unwrap_or_default()).concat();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<_> = text.lines().rev().take(12).collect();
+        lines.into_iter().rev().collect::<Vec<_>>().join("\n")
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Both fail only for a process that has ended already.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// Whether the user asked for an early end; until dropped, SIGINT and SIGTERM don't end this process at once.
+#[derive(Debug)]
+struct Interrupt {
+    raised: Arc<AtomicBool>,
+    stop: CancellationToken,
+    listener: Option<JoinHandle<()>>,
+}
+
+impl Interrupt {
+    fn listen() -> Result<Self> {
+        let (raised, stop) = (Arc::new(AtomicBool::new(false)), CancellationToken::new());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (mut interrupt, mut terminate) = {
+            let _context = runtime.enter();
+            (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
+        };
+        let listener = std::thread::spawn({
+            let (raised, stop) = (Arc::clone(&raised), stop.clone());
+            move || {
+                runtime.block_on(async {
+                    tokio::select! {
+                        _ = interrupt.recv() => raised.store(true, Ordering::Relaxed),
+                        _ = terminate.recv() => raised.store(true, Ordering::Relaxed),
+                        () = stop.cancelled() => {}
+                    }
+                });
+            }
+        });
+        Ok(Self { raised, stop, listener: Some(listener) })
+    }
+}
+
+impl Drop for Interrupt {
+    fn drop(&mut self) {
+        self.stop.cancel();
+        if let Some(listener) = self.listener.take() {
+            drop(listener.join());
+        }
+    }
+}
+
+/// A loopback address that nothing listens on now.
+fn free_address() -> Result<SocketAddr> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("cannot find a free port")?;
+    Ok(listener.local_addr()?)
+}
+
+/// CPU time that a process has used, in seconds, to a hundredth.
+pub(crate) fn cpu_seconds(pid: u32) -> Result<f64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).with_context(|| format!("process {pid} is gone"))?;
+    parse_cpu(&stat).context("/proc/PID/stat is not what it should be")
+}
+
+/// CPU time that this process has used, in seconds.
+pub(crate) fn own_cpu_seconds() -> f64 {
+    cpu_seconds(std::process::id()).unwrap_or_default()
+}
+
+/// The program's name in the second field may hold spaces and parentheses: count from the last parenthesis.
+fn parse_cpu(stat: &str) -> Option<f64> {
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let user: f64 = fields.next()?.parse().ok()?;
+    let system: f64 = fields.next()?.parse().ok()?;
+    Some((user + system) / TICKS_PER_SECOND)
+}
+
+/// Memory of a process that no file backs, in bytes.
+pub(crate) fn private_bytes(pid: u32) -> Result<u64> {
+    status_bytes(pid, "RssAnon:")
+}
+
+/// All resident memory of a process, in bytes.
+pub(crate) fn resident_bytes(pid: u32) -> Result<u64> {
+    status_bytes(pid, "VmRSS:")
+}
+
+fn status_bytes(pid: u32, name: &str) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).with_context(|| format!("process {pid} is gone"))?;
+    parse_kib(&status, name).with_context(|| format!("/proc/PID/status has no {name}"))
+}
+
+fn parse_kib(text: &str, name: &str) -> Option<u64> {
+    let value = text.lines().find_map(|line| line.strip_prefix(name))?;
+    value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpu_time_is_read_behind_a_name_with_parentheses() {
+        let stat = "42 (a ) b) S 1 42 42 0 -1 4194304 100 0 0 0 250 50 0 0 20 0 3 0 100 1 1";
+        assert!((parse_cpu(stat).unwrap() - 3.0).abs() < 1e-9);
+        assert!(parse_cpu("42").is_none());
+        assert!(cpu_seconds(std::process::id()).unwrap() >= 0.0);
+    }
+
+    #[test]
+    fn memory_is_read_in_bytes() {
+        assert_eq!(parse_kib("VmRSS:\t    12 kB\nRssAnon:\t 8 kB\n", "RssAnon:"), Some(8192));
+        assert!(private_bytes(std::process::id()).unwrap() > 0);
+        assert!(resident_bytes(std::process::id()).unwrap() > 0);
+    }
+
+    #[test]
+    fn a_process_is_ended_when_its_value_goes() {
+        let site = Site::new(None).unwrap();
+        let process = Process::spawn(Command::new("sleep").arg("60"), &site.path("sleep")).unwrap();
+        let pid = process.pid();
+        cpu_seconds(pid).unwrap();
+        drop(process);
+        cpu_seconds(pid).unwrap_err();
+    }
+
+    #[test]
+    fn a_failing_process_is_told_with_its_last_words() {
+        let site = Site::new(None).unwrap();
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo first >&2; echo no such thing >&2; exit 3"]);
+        let error = site.run(&mut command, Duration::from_secs(10)).unwrap_err().to_string();
+        assert!(error.contains("no such thing") && error.contains('3'), "{error}");
+        let folder = site.path("");
+        drop(site);
+        assert!(!folder.exists());
+    }
+}

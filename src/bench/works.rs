@@ -1,0 +1,79 @@
+//! The measurements: which processes run in which order, and which figures come of it.
+
+mod consume;
+mod publish;
+mod relay;
+mod rest;
+
+use std::net::SocketAddr;
+
+use anyhow::Result;
+
+use super::load::{RedisStream, RelayAddress};
+use super::process::Daemon;
+use super::{Backend, Bench, What};
+
+/// The folder of the embedded store within a measurement's folder.
+pub(super) const EMBEDDED_FOLDER: &str = "embedded";
+/// The stream that everything goes through.
+const STREAM: &str = "aurora:alerts";
+/// The group that consumes it.
+const GROUP: &str = "bench";
+const PUBLISH_PATH: &str = "/api/v1/streams/aurora:alerts/events";
+const SOCKET_PATH: &str = "/api/v1/ws/alerts";
+/// Events of one run at most, which bounds the memory that a store takes.
+const MAX_EVENTS: u64 = 2_000_000;
+
+/// Does one measurement with one store and adds its figures.
+pub(super) fn measure(bench: &mut Bench, what: What, backend: &Backend) -> Result<()> {
+    match what {
+        What::All => What::EACH.into_iter().try_for_each(|what| measure(bench, what, backend)),
+        What::Publish => publish::measure(bench, backend),
+        What::Consume => consume::measure(bench, backend),
+        What::Latency => relay::latency(bench, backend),
+        What::Fanout => relay::fanout(bench, backend),
+        What::Idle => rest::idle(bench, backend),
+        What::Start => rest::start(bench, backend),
+    }
+}
+
+impl Bench {
+    /// Starts a daemon on the store; with a group that consumes all, if asked for.
+    fn daemon(&self, backend: &Backend, with_group: bool) -> Result<Daemon> {
+        self.site.start_daemon(|address| self.config(backend, with_group, address))
+    }
+
+    /// The daemon's configuration: as shipped, but with limits that a measurement does not run into.
+    fn config(&self, backend: &Backend, with_group: bool, address: SocketAddr) -> String {
+        let store = match backend {
+            Backend::Redis(url) => format!("[store]\nbackend = \"redis\"\n[store.redis]\nurl = \"{url}\"\n"),
+            Backend::Embedded => {
+                let path = toml::Value::from(self.site.path(EMBEDDED_FOLDER).to_string_lossy().into_owned());
+                format!("[store]\nbackend = \"embedded\"\n[store.embedded]\npath = {path}\n")
+            }
+        };
+        let group = if with_group {
+            format!("[[streams.groups]]\nname = \"{GROUP}\"\nsink = \"log\"\n")
+        } else {
+            String::new()
+        };
+        format!(
+            "instance = \"bench\"\n\
+             [http]\nlisten = \"{address}\"\n\
+             {store}\
+             [[streams]]\nname = \"{STREAM}\"\nrelay = true\n\
+             retention = {{ max_len = 100_000_000, hard_max_len = 100_000_000 }}\n\
+             {group}\
+             [sinks.log]\ntype = \"log\"\nlevel = \"trace\"\n\
+             [log]\nlevel = \"warn\"\n"
+        )
+    }
+}
+
+fn at(url: &url::Url) -> RedisStream {
+    RedisStream { url: url.to_string(), stream: STREAM.to_owned() }
+}
+
+fn sockets_of(address: SocketAddr) -> RelayAddress {
+    RelayAddress { address, path: SOCKET_PATH.to_owned() }
+}

@@ -1,0 +1,76 @@
+//! Consuming: a backlog delivered to a sink that does nothing, and acknowledged.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use url::Url;
+
+use super::{GROUP, STREAM, at};
+use crate::bench::load::{Job, RawConsumeJob, Throughput, fill};
+use crate::bench::report::{Figure, Goal};
+use crate::bench::resp::Connection;
+use crate::bench::{Backend, Bench};
+
+/// How long a backlog may take.
+const LIMIT: Duration = Duration::from_mins(5);
+
+pub(super) fn measure(bench: &mut Bench, backend: &Backend) -> Result<()> {
+    match backend {
+        Backend::Redis(url) => redis(bench, backend, url),
+        Backend::Embedded => Ok(()),
+    }
+}
+
+fn redis(bench: &mut Bench, backend: &Backend, url: &Url) -> Result<()> {
+    let (mut daemon_runs, mut raw_runs) = (Vec::new(), Vec::new());
+    for round in 1..=bench.args.rounds {
+        bench.step(format!("consume, redis, round {round}: raw loop"))?;
+        bench.reset(backend)?;
+        fill(url, STREAM, bench.args.backlog, bench.args.size)?;
+        let mut control = Connection::open(url)?;
+        renew_group(&mut control)?;
+        let job = Job::RawConsume(RawConsumeJob { at: at(url), group: GROUP.to_owned(), count: 500 });
+        let throughput: Throughput = bench.site.generate(&job, 60.0)?;
+        raw_runs.push(throughput.per_second());
+
+        bench.step(format!("consume, redis, round {round}: aurora-bus"))?;
+        renew_group(&mut control)?;
+        let mut daemon = bench.daemon(backend, true)?;
+        let rate = consumed_rate(bench, &mut control);
+        daemon.must_run()?;
+        daemon_runs.push(rate?);
+    }
+    let figure =
+        Figure::new("consume", backend.name(), format!("backlog of {}", bench.args.backlog), "events/s", &daemon_runs)
+            .beside("raw loop, COUNT 500, one XACK per read", &raw_runs)
+            .with_goal(Goal::RatioAtLeast(0.5));
+    bench.figures.push(figure);
+    Ok(())
+}
+
+fn renew_group(control: &mut Connection) -> Result<()> {
+    control.call(&[b"XGROUP", b"DESTROY", STREAM.as_bytes(), GROUP.as_bytes()])?;
+    control.call(&[b"XGROUP", b"CREATE", STREAM.as_bytes(), GROUP.as_bytes(), b"0"])?;
+    Ok(())
+}
+
+/// Watches the group from its first delivery to its last acknowledgement. What was acknowledged before the first
+/// look does not count, nor does its time.
+fn consumed_rate(bench: &Bench, control: &mut Connection) -> Result<f64> {
+    let total = i64::try_from(bench.args.backlog)?;
+    let mut acknowledged = || -> Result<(i64, bool)> {
+        let groups = control.call(&[b"XINFO", b"GROUPS", STREAM.as_bytes()])?;
+        let pending = groups.integer_after(b"pending").context("XINFO GROUPS tells nothing of pending entries")?;
+        let read = groups.integer_after(b"entries-read").context("XINFO GROUPS does not tell the entries read")?;
+        Ok((read - pending, read > 0))
+    };
+    let (begin, first) = bench.site.wait_for("the first delivery", LIMIT, || {
+        let (count, begun) = acknowledged()?;
+        Ok(begun.then(|| (Instant::now(), count)))
+    })?;
+    let end = bench
+        .site
+        .wait_for("the last acknowledgement", LIMIT, || Ok((acknowledged()?.0 >= total).then(Instant::now)))?;
+    let counted = u64::try_from(total - first).unwrap_or_default();
+    Ok(Throughput { events: counted, seconds: (end - begin).as_secs_f64() }.per_second())
+}

@@ -1,0 +1,139 @@
+//! Publishing: batches beside the store's own appends, single events beside the cheapest request there is.
+
+use anyhow::{Result, ensure};
+
+use super::{MAX_EVENTS, PUBLISH_PATH, STREAM, at};
+use crate::bench::http::{HttpClient, metric_sum};
+use crate::bench::load::{Job, RawPublishJob, Request, RequestsJob, RequestsReport, Throughput};
+use crate::bench::process::Daemon;
+use crate::bench::report::{Figure, Goal};
+use crate::bench::{Backend, Bench, redis_benchmark};
+
+/// Events per request where they go in batches.
+const BATCH: u64 = 500;
+/// Connections that send batches.
+const BATCH_CONNECTIONS: usize = 8;
+/// Connections that send single events.
+const SINGLE_CONNECTIONS: usize = 64;
+
+pub(super) fn measure(bench: &mut Bench, backend: &Backend) -> Result<()> {
+    batched(bench, backend)?;
+    single(bench, backend)
+}
+
+fn batched(bench: &mut Bench, backend: &Backend) -> Result<()> {
+    let (mut daemon_runs, mut raw_runs, mut tool_runs) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 1..=bench.args.rounds {
+        bench.step(format!("publish in batches, {}, round {round}: the store itself", backend.name()))?;
+        bench.reset(backend)?;
+        if let Some(rate) = raw_rate(bench, backend)? {
+            raw_runs.push(rate);
+        }
+        if let Backend::Redis(url) = backend {
+            bench.reset(backend)?;
+            tool_runs.extend(redis_benchmark(bench, url, STREAM, MAX_EVENTS / 2)?);
+        }
+
+        bench.step(format!("publish in batches, {}, round {round}: aurora-bus", backend.name()))?;
+        bench.reset(backend)?;
+        let request = Request::Publish { path: PUBLISH_PATH.to_owned(), events: BATCH, size: bench.args.size };
+        let mut daemon = bench.daemon(backend, false)?;
+        let report = requests(bench, &mut daemon, request, BATCH_CONNECTIONS, MAX_EVENTS / BATCH)?;
+        check_published(&daemon, report.requests * BATCH)?;
+        daemon_runs.push(rate(report.requests * BATCH, report.seconds));
+    }
+    let figure = Figure::new("publish", backend.name(), format!("batches of {BATCH}"), "events/s", &daemon_runs);
+    let raw_name = match backend {
+        Backend::Redis(_) => "raw XADD, windows of 128",
+        Backend::Embedded => "engine's own append",
+    };
+    let goal = Goal::RatioAtLeast(0.5);
+    let raw = figure.clone().beside(raw_name, &raw_runs);
+    if tool_runs.is_empty() {
+        bench.figures.push(raw.with_goal(goal));
+    } else {
+        bench.figures.push(raw);
+        bench.figures.push(figure.beside("redis-benchmark -P 128 -c 50", &tool_runs).with_goal(goal));
+    }
+    Ok(())
+}
+
+fn single(bench: &mut Bench, backend: &Backend) -> Result<()> {
+    let (mut publish_runs, mut health_runs, mut median, mut tail) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for round in 1..=bench.args.rounds {
+        bench.reset(backend)?;
+        let mut daemon = bench.daemon(backend, false)?;
+        bench.step(format!("publish one by one, {}, round {round}: /health", backend.name()))?;
+        let request = Request::Get { path: "/health".to_owned() };
+        let report = requests(bench, &mut daemon, request, SINGLE_CONNECTIONS, u64::MAX)?;
+        health_runs.push(rate(report.requests, report.seconds));
+
+        bench.step(format!("publish one by one, {}, round {round}: aurora-bus", backend.name()))?;
+        let request = Request::Publish { path: PUBLISH_PATH.to_owned(), events: 1, size: bench.args.size };
+        let report = requests(bench, &mut daemon, request, SINGLE_CONNECTIONS, MAX_EVENTS)?;
+        check_published(&daemon, report.requests)?;
+        publish_runs.push(rate(report.requests, report.seconds));
+        median.push(report.latency.p50_ms);
+        tail.push(report.latency.p99_ms);
+    }
+    let name = format!("one per request, {SINGLE_CONNECTIONS} connections");
+    let figure = Figure::new("publish", backend.name(), name, "requests/s", &publish_runs);
+    let figure = figure.beside("GET /health", &health_runs);
+    bench.figures.push(match backend {
+        Backend::Redis(_) => figure.with_goal(Goal::RatioAtLeast(0.5)),
+        Backend::Embedded => figure,
+    });
+    bench.figures.push(Figure::new("publish", backend.name(), "one per request, p50", "ms", &median));
+    bench.figures.push(Figure::new("publish", backend.name(), "one per request, p99", "ms", &tail));
+    Ok(())
+}
+
+/// What the store takes without the daemon, in events per second.
+fn raw_rate(bench: &Bench, backend: &Backend) -> Result<Option<f64>> {
+    let seconds = bench.args.seconds;
+    let job = match backend {
+        Backend::Redis(url) => Job::RawPublish(RawPublishJob {
+            at: at(url),
+            connections: 4,
+            window: 128,
+            size: bench.args.size,
+            seconds,
+            max_events: MAX_EVENTS,
+        }),
+        Backend::Embedded => return Ok(None),
+    };
+    let throughput: Throughput = bench.site.generate(&job, to_f64(seconds))?;
+    Ok(Some(throughput.per_second()))
+}
+
+fn requests(
+    bench: &Bench,
+    daemon: &mut Daemon,
+    request: Request,
+    connections: usize,
+    max_requests: u64,
+) -> Result<RequestsReport> {
+    let seconds = bench.args.seconds;
+    let job = Job::Requests(RequestsJob { address: daemon.address, connections, request, seconds, max_requests });
+    let report = bench.site.generate(&job, to_f64(seconds));
+    daemon.must_run()?;
+    report
+}
+
+/// Compares what was answered with what the daemon counts.
+fn check_published(daemon: &Daemon, expected: u64) -> Result<()> {
+    let (status, text) = HttpClient::open(daemon.address)?.get("/metrics")?;
+    ensure!(status == 200, "/metrics was answered with {status}");
+    let published = metric_sum(&text, "aurora_bus_published_total");
+    ensure!((published - to_f64(expected)).abs() < 0.5, "{expected} events were accepted, but {published} counted");
+    Ok(())
+}
+
+fn rate(events: u64, seconds: f64) -> f64 {
+    to_f64(events) / seconds
+}
+
+#[expect(clippy::cast_precision_loss, reason = "counts of one run are far below 2^52")]
+fn to_f64(count: u64) -> f64 {
+    count as f64
+}
