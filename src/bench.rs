@@ -9,7 +9,7 @@
 
 mod frames;
 mod http;
-pub mod load;
+mod load;
 mod payload;
 mod process;
 mod report;
@@ -27,8 +27,11 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use jiff::Timestamp;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 use url::Url;
 
+pub use self::load::LoadArgs;
 use self::payload::MIN_SIZE;
 use self::process::{Process, Site};
 use self::report::{Figure, Machine, Report};
@@ -40,9 +43,10 @@ pub struct BenchArgs {
     /// What to measure
     #[arg(value_enum, value_name = "WHAT", default_values_t = [What::All])]
     what: Vec<What>,
-    /// The store under the daemon
-    #[arg(long, value_enum, default_value_t = StoreChoice::Both)]
-    store: StoreChoice,
+    /// The store under the daemon: redis, embedded or both
+    // A text, since the whole program has a text option of the same name.
+    #[arg(long, value_name = "STORE", value_parser = ["redis", "embedded", "both"], default_value = "both")]
+    store: String,
     /// The Redis server to start for the measurement; redis-benchmark is looked for beside it
     #[arg(long, value_name = "PATH", default_value = "redis-server")]
     redis_server: PathBuf,
@@ -101,17 +105,6 @@ impl What {
     const EACH: [Self; 6] = [Self::Publish, Self::Consume, Self::Latency, Self::Fanout, Self::Idle, Self::Start];
 }
 
-/// Which stores to measure with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum StoreChoice {
-    /// Redis or Valkey
-    Redis,
-    /// The embedded store
-    Embedded,
-    /// Both, one after the other
-    Both,
-}
-
 /// The store under the daemon in one measurement.
 #[derive(Debug, Clone)]
 enum Backend {
@@ -155,18 +148,40 @@ impl Bench {
 }
 
 /// Measures what was asked for, prints a table and writes the JSON file. Takes minutes; ends early on SIGINT and
-/// SIGTERM. Fails if a measurement could not be brought to its end, after the others are done and reported.
-pub fn run(args: BenchArgs) -> Result<()> {
+/// SIGTERM, with nothing left behind. Fails if a measurement could not be brought to its end, after the others are
+/// done and reported.
+pub async fn run(args: BenchArgs) -> Result<()> {
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let stop = CancellationToken::new();
+    let mut measuring = tokio::task::spawn_blocking({
+        let stop = stop.clone();
+        move || measure(args, stop)
+    });
+    tokio::select! {
+        done = &mut measuring => return done?,
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+    stop.cancel();
+    measuring.await?
+}
+
+/// Does one job of the load generator and writes its report as a line of JSON to the standard output.
+pub async fn load(args: LoadArgs) -> Result<()> {
+    tokio::task::spawn_blocking(move || load::run(&args)).await?
+}
+
+fn measure(args: BenchArgs, stop: CancellationToken) -> Result<()> {
     ensure!(args.size >= MIN_SIZE, "--size is at least {MIN_SIZE}: an event is an alert of several fields");
     ensure!(args.size <= 1 << 20, "--size is at most 1 MiB, the most that one event may have");
     ensure!(args.idle_clients.is_sorted(), "--idle-clients takes rising numbers");
     let at = Timestamp::now().to_string();
-    let site = Site::new(args.dir.as_deref())?;
+    let site = Site::new(args.dir.as_deref(), stop)?;
     let mut versions = BTreeMap::from([("aurora-bus".to_owned(), env!("CARGO_PKG_VERSION").to_owned())]);
 
     let mut redis_process: Option<Process> = None;
     let mut backends = Vec::new();
-    if args.store != StoreChoice::Embedded {
+    if args.store != "embedded" {
         let url = if let Some(url) = &args.redis_url {
             url.clone()
         } else {
@@ -178,7 +193,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
         versions.insert(name, version);
         backends.push(Backend::Redis(url));
     }
-    if args.store != StoreChoice::Redis {
+    if args.store != "redis" {
         backends.push(Backend::Embedded);
     }
 

@@ -92,7 +92,7 @@ impl Percentiles {
 }
 
 /// Does one job and writes its report as a line of JSON to the standard output.
-pub fn run(args: &LoadArgs) -> Result<()> {
+pub(super) fn run(args: &LoadArgs) -> Result<()> {
     let job: Job = serde_json::from_str(&args.job).context("the job is not one this generator knows")?;
     match job {
         Job::Requests(job) => report(&job.run()?),

@@ -7,15 +7,11 @@ use std::io::Read;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::de::DeserializeOwned;
 use tempfile::TempDir;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
@@ -35,12 +31,12 @@ const TICKS_PER_SECOND: f64 = 100.0;
 pub(crate) struct Site {
     program: PathBuf,
     folder: TempDir,
-    interrupt: Interrupt,
+    stop: CancellationToken,
 }
 
 impl Site {
     /// Files go into a new folder within `parent`, or the system's folder for temporary files.
-    pub(crate) fn new(parent: Option<&Path>) -> Result<Self> {
+    pub(crate) fn new(parent: Option<&Path>, stop: CancellationToken) -> Result<Self> {
         let mut builder = tempfile::Builder::new();
         builder.prefix("aurora-bus-bench-");
         let folder = match parent {
@@ -50,7 +46,7 @@ impl Site {
         Ok(Self {
             program: std::env::current_exe().context("cannot find this program's own file")?,
             folder: folder.context("cannot make a folder for the measurement")?,
-            interrupt: Interrupt::listen()?,
+            stop,
         })
     }
 
@@ -76,7 +72,7 @@ impl Site {
 
     /// Fails when the measurement shall end early.
     pub(crate) fn check(&self) -> Result<()> {
-        ensure!(!self.interrupt.raised.load(Ordering::Relaxed), "interrupted");
+        ensure!(!self.stop.is_cancelled(), "interrupted");
         Ok(())
     }
 
@@ -267,47 +263,6 @@ impl Drop for Process {
     }
 }
 
-/// Whether the user asked for an early end; until dropped, SIGINT and SIGTERM don't end this process at once.
-#[derive(Debug)]
-struct Interrupt {
-    raised: Arc<AtomicBool>,
-    stop: CancellationToken,
-    listener: Option<JoinHandle<()>>,
-}
-
-impl Interrupt {
-    fn listen() -> Result<Self> {
-        let (raised, stop) = (Arc::new(AtomicBool::new(false)), CancellationToken::new());
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let (mut interrupt, mut terminate) = {
-            let _context = runtime.enter();
-            (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
-        };
-        let listener = std::thread::spawn({
-            let (raised, stop) = (Arc::clone(&raised), stop.clone());
-            move || {
-                runtime.block_on(async {
-                    tokio::select! {
-                        _ = interrupt.recv() => raised.store(true, Ordering::Relaxed),
-                        _ = terminate.recv() => raised.store(true, Ordering::Relaxed),
-                        () = stop.cancelled() => {}
-                    }
-                });
-            }
-        });
-        Ok(Self { raised, stop, listener: Some(listener) })
-    }
-}
-
-impl Drop for Interrupt {
-    fn drop(&mut self) {
-        self.stop.cancel();
-        if let Some(listener) = self.listener.take() {
-            drop(listener.join());
-        }
-    }
-}
-
 /// A loopback address that nothing listens on now.
 fn free_address() -> Result<SocketAddr> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("cannot find a free port")?;
@@ -374,7 +329,7 @@ mod tests {
 
     #[test]
     fn a_process_is_ended_when_its_value_goes() {
-        let site = Site::new(None).unwrap();
+        let site = Site::new(None, CancellationToken::new()).unwrap();
         let process = Process::spawn(Command::new("sleep").arg("60"), &site.path("sleep")).unwrap();
         let pid = process.pid();
         cpu_seconds(pid).unwrap();
@@ -384,7 +339,7 @@ mod tests {
 
     #[test]
     fn a_failing_process_is_told_with_its_last_words() {
-        let site = Site::new(None).unwrap();
+        let site = Site::new(None, CancellationToken::new()).unwrap();
         let mut command = Command::new("sh");
         command.args(["-c", "echo first >&2; echo no such thing >&2; exit 3"]);
         let error = site.run(&mut command, Duration::from_secs(10)).unwrap_err().to_string();

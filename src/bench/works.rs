@@ -59,10 +59,10 @@ impl Bench {
         };
         format!(
             "instance = \"bench\"\n\
-             [http]\nlisten = \"{address}\"\n\
+             [http]\nlisten = \"{address}\"\nrate_limit = 10_000_000\n\
              {store}\
              [[streams]]\nname = \"{STREAM}\"\nrelay = true\n\
-             retention = {{ max_len = 100_000_000, hard_max_len = 100_000_000 }}\n\
+             retention = {{ max_len = 100_000_000 }}\n\
              {group}\
              [sinks.log]\ntype = \"log\"\nlevel = \"trace\"\n\
              [log]\nlevel = \"warn\"\n"
