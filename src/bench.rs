@@ -207,7 +207,8 @@ fn measure(args: BenchArgs, stop: CancellationToken) -> Result<()> {
         for backend in &backends {
             if let Err(error) = works::measure(&mut bench, what, backend) {
                 bench.site.check()?;
-                failures.push(format!("{what:?} with {}: {error:#}", backend.name()).to_lowercase());
+                let what = format!("{what:?}").to_lowercase();
+                failures.push(format!("{what} with {}: {error:#}", backend.name()));
             }
             bench.reset(backend)?;
         }

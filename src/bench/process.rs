@@ -23,6 +23,8 @@ use super::resp::Connection;
 const START_LIMIT: Duration = Duration::from_secs(20);
 /// How often a state that is waited for is looked at.
 const POLL: Duration = Duration::from_millis(5);
+/// Starts this program again, with higher limits than it has itself.
+const SHELL: &str = "/bin/sh";
 /// Clock ticks per second in `/proc`, which Linux fixes for every architecture that matters here.
 const TICKS_PER_SECOND: f64 = 100.0;
 
@@ -96,7 +98,7 @@ impl Site {
 
     /// This program, with as many open files as the machine allows, and without settings from the environment.
     fn own_command(&self) -> Command {
-        let mut command = Command::new("/bin/sh");
+        let mut command = Command::new(SHELL);
         command.env_clear().args(["-c", r#"ulimit -n "$(ulimit -Hn)"; exec "$0" "$@""#]).arg(&self.program);
         command
     }
@@ -211,7 +213,8 @@ pub(crate) struct Process {
 
 impl Process {
     fn spawn(command: &mut Command, files: &Path) -> Result<Self> {
-        let name = command.get_program().to_string_lossy().into_owned();
+        let program = command.get_program().to_string_lossy();
+        let name = if program == SHELL { env!("CARGO_PKG_NAME").to_owned() } else { program.into_owned() };
         let (output, errors) = (files.with_extension("out"), files.with_extension("err"));
         let create = |path: &Path| File::create(path).with_context(|| format!("cannot create {}", path.display()));
         let child = command

@@ -7,9 +7,10 @@ mod rest;
 
 use std::net::SocketAddr;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
-use super::load::{RedisStream, RelayAddress};
+use super::http::{HttpClient, metric_sum};
+use super::load::{Job, RedisStream, RelayAddress, Request, RequestsJob, RequestsReport};
 use super::process::Daemon;
 use super::{Backend, Bench, What};
 
@@ -76,4 +77,32 @@ fn at(url: &url::Url) -> RedisStream {
 
 fn sockets_of(address: SocketAddr) -> RelayAddress {
     RelayAddress { address, path: SOCKET_PATH.to_owned() }
+}
+
+/// Has requests made for as long as a run takes; fails if the daemon does not live through it.
+fn requests(
+    bench: &Bench,
+    daemon: &mut Daemon,
+    request: Request,
+    connections: usize,
+    max_requests: u64,
+) -> Result<RequestsReport> {
+    let seconds = bench.args.seconds;
+    let job = Job::Requests(RequestsJob { address: daemon.address, connections, request, seconds, max_requests });
+    let report = bench.site.generate(&job, float(seconds));
+    daemon.must_run()?;
+    report
+}
+
+/// What the daemon has counted under that name, summed over its labels.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "counters are whole and positive")]
+fn counted(client: &mut HttpClient, name: &str) -> Result<u64> {
+    let (status, text) = client.get("/metrics")?;
+    ensure!(status == 200, "/metrics was answered with {status}");
+    Ok(metric_sum(&text, name) as u64)
+}
+
+#[expect(clippy::cast_precision_loss, reason = "counts and sizes of one run are far below 2^52")]
+fn float(count: u64) -> f64 {
+    count as f64
 }

@@ -5,19 +5,24 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use url::Url;
 
-use super::{GROUP, STREAM, at};
-use crate::bench::load::{Job, RawConsumeJob, Throughput, fill};
+use super::{GROUP, MAX_EVENTS, PUBLISH_PATH, STREAM, at, counted, requests};
+use crate::bench::http::HttpClient;
+use crate::bench::load::{Job, RawConsumeJob, Request, Throughput, fill};
 use crate::bench::report::{Figure, Goal};
 use crate::bench::resp::Connection;
 use crate::bench::{Backend, Bench};
 
 /// How long a backlog may take.
 const LIMIT: Duration = Duration::from_mins(5);
+/// Events per request where publishing goes on beside consuming.
+const MIXED_BATCH: u64 = 100;
+/// Connections that publish beside consuming.
+const MIXED_CONNECTIONS: usize = 8;
 
 pub(super) fn measure(bench: &mut Bench, backend: &Backend) -> Result<()> {
     match backend {
         Backend::Redis(url) => redis(bench, backend, url),
-        Backend::Embedded => Ok(()),
+        Backend::Embedded => embedded(bench, backend),
     }
 }
 
@@ -51,6 +56,28 @@ fn redis(bench: &mut Bench, backend: &Backend, url: &Url) -> Result<()> {
 fn renew_group(control: &mut Connection) -> Result<()> {
     control.call(&[b"XGROUP", b"DESTROY", STREAM.as_bytes(), GROUP.as_bytes()])?;
     control.call(&[b"XGROUP", b"CREATE", STREAM.as_bytes(), GROUP.as_bytes(), b"0"])?;
+    Ok(())
+}
+
+/// Events are published, delivered and acknowledged all at once, until all of them are.
+fn embedded(bench: &mut Bench, backend: &Backend) -> Result<()> {
+    let mut runs = Vec::new();
+    for round in 1..=bench.args.rounds {
+        bench.step(format!("consume beside publishing, embedded, round {round}: aurora-bus"))?;
+        bench.reset(backend)?;
+        let mut daemon = bench.daemon(backend, true)?;
+        let request = Request::Publish { path: PUBLISH_PATH.to_owned(), events: MIXED_BATCH, size: bench.args.size };
+        let report = requests(bench, &mut daemon, request, MIXED_CONNECTIONS, MAX_EVENTS / MIXED_BATCH)?;
+        let published = report.requests * MIXED_BATCH;
+        let ended = Instant::now();
+        let mut client = HttpClient::open(daemon.address)?;
+        bench.site.wait_for("the last acknowledgement", LIMIT, || {
+            Ok((counted(&mut client, "aurora_bus_acknowledged_total")? >= published).then_some(()))
+        })?;
+        let seconds = report.seconds + ended.elapsed().as_secs_f64();
+        runs.push(Throughput { events: published, seconds }.per_second());
+    }
+    bench.figures.push(Figure::new("consume", backend.name(), "delivered beside publishing", "events/s", &runs));
     Ok(())
 }
 

@@ -2,9 +2,9 @@
 
 use anyhow::{Result, ensure};
 
-use super::{MAX_EVENTS, PUBLISH_PATH, STREAM, at};
-use crate::bench::http::{HttpClient, metric_sum};
-use crate::bench::load::{Job, RawPublishJob, Request, RequestsJob, RequestsReport, Throughput};
+use super::{MAX_EVENTS, PUBLISH_PATH, STREAM, at, counted, float, requests};
+use crate::bench::http::HttpClient;
+use crate::bench::load::{Job, RawPublishJob, Request, Throughput};
 use crate::bench::process::Daemon;
 use crate::bench::report::{Figure, Goal};
 use crate::bench::{Backend, Bench, redis_benchmark};
@@ -102,38 +102,17 @@ fn raw_rate(bench: &Bench, backend: &Backend) -> Result<Option<f64>> {
         }),
         Backend::Embedded => return Ok(None),
     };
-    let throughput: Throughput = bench.site.generate(&job, to_f64(seconds))?;
+    let throughput: Throughput = bench.site.generate(&job, float(seconds))?;
     Ok(Some(throughput.per_second()))
-}
-
-fn requests(
-    bench: &Bench,
-    daemon: &mut Daemon,
-    request: Request,
-    connections: usize,
-    max_requests: u64,
-) -> Result<RequestsReport> {
-    let seconds = bench.args.seconds;
-    let job = Job::Requests(RequestsJob { address: daemon.address, connections, request, seconds, max_requests });
-    let report = bench.site.generate(&job, to_f64(seconds));
-    daemon.must_run()?;
-    report
 }
 
 /// Compares what was answered with what the daemon counts.
 fn check_published(daemon: &Daemon, expected: u64) -> Result<()> {
-    let (status, text) = HttpClient::open(daemon.address)?.get("/metrics")?;
-    ensure!(status == 200, "/metrics was answered with {status}");
-    let published = metric_sum(&text, "aurora_bus_published_total");
-    ensure!((published - to_f64(expected)).abs() < 0.5, "{expected} events were accepted, but {published} counted");
+    let published = counted(&mut HttpClient::open(daemon.address)?, "aurora_bus_published_total")?;
+    ensure!(published == expected, "{expected} events were accepted, but {published} counted");
     Ok(())
 }
 
 fn rate(events: u64, seconds: f64) -> f64 {
-    to_f64(events) / seconds
-}
-
-#[expect(clippy::cast_precision_loss, reason = "counts of one run are far below 2^52")]
-fn to_f64(count: u64) -> f64 {
-    count as f64
+    Throughput { events, seconds }.per_second()
 }

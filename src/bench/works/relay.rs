@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 
 use anyhow::{Result, ensure};
 
-use super::{PUBLISH_PATH, at, sockets_of};
+use super::{PUBLISH_PATH, at, float, sockets_of};
 use crate::bench::load::{Job, Pace, PublisherSpec, ServeJob, SocketsJob, SocketsReport, Target};
 use crate::bench::report::{Figure, Goal};
 use crate::bench::{Backend, Bench};
@@ -68,12 +68,12 @@ pub(super) fn fanout(bench: &mut Bench, backend: &Backend) -> Result<()> {
     let clients = usize::try_from(bench.args.clients)?;
     let pair = both(bench, backend, "fan-out", clients, Pace::Saturate { window: 2048, burst: 64 })?;
     let figure = pair.figure("fan-out", backend, format!("saturated, {clients} clients"), "frames/s", |report| {
-        per(count(report.in_window), report.seconds)
+        per(float(report.in_window), report.seconds)
     });
     bench.figures.push(if clients == 500 { figure.with_goal(Goal::AtLeast(1.2e6)) } else { figure });
     let name = format!("saturated, {clients} clients, relay CPU");
     bench.figures.push(pair.figure("fan-out", backend, name, "µs/frame", |report| {
-        per(report.relay_cpu_seconds * 1e6, count(report.in_window))
+        per(report.relay_cpu_seconds * 1e6, float(report.in_window))
     }));
 
     let connections = match backend {
@@ -128,7 +128,7 @@ fn run(
         Backend::Redis(url) => Target::Redis(at(url)),
         Backend::Embedded => Target::Http { address, path: PUBLISH_PATH.to_owned() },
     };
-    let seconds = count(bench.args.seconds);
+    let seconds = float(bench.args.seconds);
     let job = Job::Sockets(SocketsJob {
         relay: sockets_of(address),
         clients,
@@ -150,9 +150,4 @@ fn run(
 
 fn per(value: f64, of: f64) -> f64 {
     if of > 0.0 { value / of } else { 0.0 }
-}
-
-#[expect(clippy::cast_precision_loss, reason = "counts of one run are far below 2^52")]
-fn count(count: u64) -> f64 {
-    count as f64
 }

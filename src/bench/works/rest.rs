@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{Context, Result};
 
-use super::sockets_of;
+use super::{float, sockets_of};
 use crate::bench::load::{HoldJob, HoldReport, Job};
 use crate::bench::process::resident_bytes;
 use crate::bench::report::{Figure, Goal};
@@ -13,7 +13,7 @@ use crate::bench::{Backend, Bench};
 /// Memory and CPU of clients that are connected and hear nothing.
 pub(super) fn idle(bench: &mut Bench, backend: &Backend) -> Result<()> {
     let steps = bench.args.idle_clients.clone();
-    let seconds = to_f64(bench.args.seconds);
+    let seconds = float(bench.args.seconds);
     let mut rounds: Vec<Vec<HoldReport>> = Vec::new();
     for round in 1..=bench.args.rounds {
         bench.step(format!("idle clients, {}, round {round}", backend.name()))?;
@@ -21,7 +21,7 @@ pub(super) fn idle(bench: &mut Bench, backend: &Backend) -> Result<()> {
         let mut daemon = bench.daemon(backend, false)?;
         let relay = sockets_of(daemon.address);
         let job = Job::Hold(HoldJob { relay, steps: steps.clone(), seconds, relay_pid: daemon.pid() });
-        let reports = bench.site.generate(&job, (seconds + 10.0) * to_f64(steps.len() as u64));
+        let reports = bench.site.generate(&job, (seconds + 10.0) * float(steps.len() as u64));
         daemon.must_run()?;
         rounds.push(reports?);
     }
@@ -31,11 +31,11 @@ pub(super) fn idle(bench: &mut Bench, backend: &Backend) -> Result<()> {
         };
         let memory = of(|report| {
             let bytes = report.with_bytes.saturating_sub(report.before_bytes);
-            to_f64(bytes) / 1024.0 / to_f64(report.clients.max(1) as u64)
+            float(bytes) / 1024.0 / float(report.clients.max(1) as u64)
         });
         let name = format!("{clients} clients, memory of each");
         bench.figures.push(Figure::new("idle", backend.name(), name, "KiB", &memory).with_goal(Goal::AtMost(12.0)));
-        let cpu = of(|report| report.cpu * 1e6 / to_f64(report.clients.max(1) as u64));
+        let cpu = of(|report| report.cpu * 1e6 / float(report.clients.max(1) as u64));
         let name = format!("{clients} clients, CPU of each per second");
         bench.figures.push(Figure::new("idle", backend.name(), name, "µs", &cpu));
     }
@@ -50,20 +50,15 @@ pub(super) fn start(bench: &mut Bench, backend: &Backend) -> Result<()> {
         bench.reset(backend)?;
         let daemon = bench.daemon(backend, true)?;
         millis.push(daemon.started_in.as_secs_f64() * 1e3);
-        memory.push(to_f64(resident_bytes(daemon.pid())?) / 1_048_576.0);
+        memory.push(float(resident_bytes(daemon.pid())?) / 1_048_576.0);
     }
     let name = backend.name();
     bench.figures.push(Figure::new("start", name, "until ready", "ms", &millis).with_goal(Goal::AtMost(200.0)));
     bench.figures.push(Figure::new("start", name, "memory at rest", "MiB", &memory).with_goal(Goal::AtMost(30.0)));
     if !bench.figures.iter().any(|figure| figure.unit == "MB") {
         let size = fs::metadata(bench.site.program()).context("cannot see this program's own file")?.len();
-        let size = Figure::new("start", name, "size of the program", "MB", &[to_f64(size) / 1e6]);
+        let size = Figure::new("start", name, "size of the program", "MB", &[float(size) / 1e6]);
         bench.figures.push(size.with_goal(Goal::AtMost(25.0)));
     }
     Ok(())
-}
-
-#[expect(clippy::cast_precision_loss, reason = "counts and sizes are far below 2^52")]
-fn to_f64(count: u64) -> f64 {
-    count as f64
 }
