@@ -103,6 +103,16 @@ enum What {
 
 impl What {
     const EACH: [Self; 6] = [Self::Publish, Self::Consume, Self::Latency, Self::Fanout, Self::Idle, Self::Start];
+
+    /// How many runs a round has, for the progress bar.
+    fn runs(self) -> u64 {
+        match self {
+            Self::All => Self::EACH.into_iter().map(Self::runs).sum(),
+            Self::Publish | Self::Fanout => 4,
+            Self::Consume | Self::Latency => 2,
+            Self::Idle | Self::Start => 1,
+        }
+    }
 }
 
 /// The store under the daemon in one measurement.
@@ -200,8 +210,9 @@ fn measure(args: BenchArgs, stop: CancellationToken) -> Result<()> {
     let whats: Vec<_> =
         What::EACH.into_iter().filter(|what| args.what.contains(what) || args.what.contains(&What::All)).collect();
     let settings = settings(&args);
-    let style = ProgressStyle::with_template("{spinner} {elapsed_precise} {wide_msg}")?;
-    let mut bench = Bench { args, site, progress: ProgressBar::new_spinner().with_style(style), figures: Vec::new() };
+    let runs = whats.iter().map(|what| what.runs()).sum::<u64>() * args.rounds * backends.len() as u64;
+    let style = ProgressStyle::with_template("{elapsed_precise} {bar:24} {pos}/{len} {wide_msg}")?;
+    let mut bench = Bench { args, site, progress: ProgressBar::new(runs).with_style(style), figures: Vec::new() };
     let mut failures = Vec::new();
     for what in whats {
         for backend in &backends {

@@ -259,7 +259,11 @@ impl SocketsJob {
             report.published = published.load(Ordering::Acquire);
             let expected = report.published * self.clients as u64;
             let (limit, mut silent_since) = (Instant::now() + DRAIN, Instant::now());
-            while crowd.tally.delivered < expected && Instant::now() < limit && silent_since.elapsed() < SILENCE {
+            while crowd.tally.delivered < expected
+                && crowd.clients.iter().any(|client| client.open)
+                && Instant::now() < limit
+                && silent_since.elapsed() < SILENCE
+            {
                 let before = crowd.tally.delivered;
                 crowd.receive(Duration::from_millis(50))?;
                 if crowd.tally.delivered > before {
@@ -386,5 +390,86 @@ impl HoldJob {
             ensure!(crowd.tally.closed == 0, "{} of {clients} idle clients were disconnected", crowd.tally.closed);
         }
         Ok(reports)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+    use std::sync::mpsc;
+    use std::thread;
+
+    use super::*;
+    use crate::bench::frames::{read_head, write_server_text};
+    use crate::bench::load::{ServeJob, Target};
+    use crate::bench::payload::Template;
+
+    fn start_null_relay() -> SocketAddr {
+        let (send, receive) = mpsc::channel();
+        thread::spawn(move || ServeJob::Http.run(|address| Ok(send.send(address)?)));
+        receive.recv_timeout(Duration::from_secs(10)).unwrap()
+    }
+
+    /// Takes one client, sends it these numbers and hangs up.
+    fn start_liar(sequences: &'static [u64]) -> SocketAddr {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            read_head(&mut stream).unwrap();
+            let mut answer = b"HTTP/1.1 101 Switching Protocols\r\n\r\n".to_vec();
+            for sequence in sequences {
+                write_server_text(&Template::new(400).bytes(*sequence, 0), &mut answer);
+            }
+            stream.write_all(&answer).unwrap();
+        });
+        address
+    }
+
+    fn job(relay: SocketAddr, publish_to: SocketAddr, clients: usize, pace: Pace) -> SocketsJob {
+        SocketsJob {
+            relay: RelayAddress { address: relay, path: "/".to_owned() },
+            clients,
+            publisher: PublisherSpec { target: Target::Http { address: publish_to, path: "/".to_owned() }, size: 400 },
+            pace,
+            warmup_seconds: 0.1,
+            seconds: 0.3,
+            relay_pid: std::process::id(),
+        }
+    }
+
+    #[test]
+    fn every_frame_of_every_client_is_counted_at_full_speed() {
+        let relay = start_null_relay();
+        let report = job(relay, relay, 20, Pace::Saturate { window: 256, burst: 32 }).run().unwrap();
+        assert!(report.published > 100, "{report:?}");
+        assert_eq!(report.delivered, report.published * 20);
+        assert_eq!((report.missing, report.out_of_order, report.closed), (0, 0, 0));
+        assert!(report.in_window > 0 && report.latency.count > 0, "{report:?}");
+    }
+
+    #[test]
+    fn a_pace_is_kept_by_several_publishers() {
+        let relay = start_null_relay();
+        let report = job(relay, relay, 3, Pace::PerSecond { rate: 200, connections: 4 }).run().unwrap();
+        assert!((40..=120).contains(&report.published), "{report:?}");
+        assert_eq!((report.delivered, report.missing), (report.published * 3, 0));
+    }
+
+    #[test]
+    fn a_relay_that_skips_repeats_and_hangs_up_is_found_out() {
+        let liar = start_liar(&[0, 2, 2, 3]);
+        let report = job(liar, start_null_relay(), 1, Pace::Saturate { window: 64, burst: 8 }).run().unwrap();
+        assert_eq!((report.delivered, report.out_of_order, report.closed), (4, 2, 1));
+        assert!(report.missing > 0, "{report:?}");
+    }
+
+    #[test]
+    fn idle_clients_are_held_and_watched() {
+        let relay = RelayAddress { address: start_null_relay(), path: "/".to_owned() };
+        let relay_pid = std::process::id();
+        let reports = HoldJob { relay, steps: vec![2, 5], seconds: 0.05, relay_pid }.run().unwrap();
+        assert_eq!(reports.iter().map(|report| report.clients).collect::<Vec<_>>(), [2, 5]);
+        assert!(reports.iter().all(|report| report.with_bytes > 0 && report.closed == 0));
     }
 }
