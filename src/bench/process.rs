@@ -301,6 +301,12 @@ pub(crate) fn resident_bytes(pid: u32) -> Result<u64> {
     status_bytes(pid, "VmRSS:")
 }
 
+/// Memory that this machine could still give, in bytes.
+pub(crate) fn available_bytes() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    parse_kib(&text, "MemAvailable:").unwrap_or_default()
+}
+
 fn status_bytes(pid: u32, name: &str) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).with_context(|| format!("process {pid} is gone"))?;
     parse_kib(&status, name).with_context(|| format!("/proc/PID/status has no {name}"))
@@ -326,6 +332,7 @@ mod tests {
     #[test]
     fn memory_is_read_in_bytes() {
         assert_eq!(parse_kib("VmRSS:\t    12 kB\nRssAnon:\t 8 kB\n", "RssAnon:"), Some(8192));
+        assert!(available_bytes() > 0);
         assert!(private_bytes(std::process::id()).unwrap() > 0);
         assert!(resident_bytes(std::process::id()).unwrap() > 0);
     }

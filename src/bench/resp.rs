@@ -152,14 +152,11 @@ impl<'a> Reply<'a> {
         }
     }
 
-    /// The number that follows `name` in a flattened map.
-    pub(crate) fn integer_after(self, name: &[u8]) -> Option<i64> {
+    /// What follows `name` in a flattened map.
+    pub(crate) fn after(self, name: &[u8]) -> Option<Token<'a>> {
         let mut tokens = self.tokens();
         tokens.find(|token| matches!(token, Token::Text(text) if *text == name))?;
-        match tokens.next() {
-            Some(Token::Integer(number)) => Some(number),
-            _ => None,
-        }
+        tokens.next()
     }
 }
 
@@ -329,11 +326,11 @@ mod tests {
     }
 
     #[test]
-    fn numbers_of_a_map_are_found_by_name() {
-        let wire = b"*4\r\n$7\r\npending\r\n:3\r\n$3\r\nlag\r\n:12\r\n";
-        assert_eq!(Reply(wire).integer_after(b"lag"), Some(12));
-        assert_eq!(Reply(wire).integer_after(b"pending"), Some(3));
-        assert_eq!(Reply(wire).integer_after(b"none"), None);
+    fn values_of_a_map_are_found_by_name() {
+        let wire = b"*4\r\n$7\r\npending\r\n:3\r\n$3\r\nlag\r\n$-1\r\n";
+        assert_eq!(Reply(wire).after(b"lag"), Some(Token::Null));
+        assert_eq!(Reply(wire).after(b"pending"), Some(Token::Integer(3)));
+        assert_eq!(Reply(wire).after(b"none"), None);
     }
 
     #[test]

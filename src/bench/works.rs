@@ -11,7 +11,7 @@ use anyhow::{Result, ensure};
 
 use super::http::{HttpClient, metric_sum};
 use super::load::{Job, RedisStream, RelayAddress, Request, RequestsJob, RequestsReport};
-use super::process::Daemon;
+use super::process::{Daemon, available_bytes};
 use super::{Backend, Bench, What};
 
 /// The folder of the embedded store within a measurement's folder.
@@ -22,7 +22,7 @@ const STREAM: &str = "aurora:alerts";
 const GROUP: &str = "bench";
 const PUBLISH_PATH: &str = "/api/v1/streams/aurora:alerts/events";
 const SOCKET_PATH: &str = "/api/v1/ws/alerts";
-/// Events of one run at most, which bounds the memory that a store takes.
+/// Events of one run at most.
 const MAX_EVENTS: u64 = 2_000_000;
 
 /// Does one measurement with one store and adds its figures.
@@ -39,6 +39,12 @@ pub(super) fn measure(bench: &mut Bench, what: What, backend: &Backend) -> Resul
 }
 
 impl Bench {
+    /// Events of one run at most: a stream takes no more than a quarter of the memory there is.
+    fn max_events(&self) -> u64 {
+        let per_event = self.args.size as u64 + 300;
+        MAX_EVENTS.min(available_bytes() / 4 / per_event).max(10_000)
+    }
+
     /// Starts a daemon on the store; with a group that consumes all, if asked for.
     fn daemon(&self, backend: &Backend, with_group: bool) -> Result<Daemon> {
         self.site.start_daemon(|address| self.config(backend, with_group, address))

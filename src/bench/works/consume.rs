@@ -2,14 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Result, bail};
 use url::Url;
 
-use super::{GROUP, MAX_EVENTS, PUBLISH_PATH, STREAM, at, counted, requests};
+use super::{GROUP, PUBLISH_PATH, STREAM, at, counted, requests};
 use crate::bench::http::HttpClient;
 use crate::bench::load::{Job, RawConsumeJob, Request, Throughput, fill};
 use crate::bench::report::{Figure, Goal};
-use crate::bench::resp::Connection;
+use crate::bench::resp::{Connection, Token};
 use crate::bench::{Backend, Bench};
 
 /// How long a backlog may take.
@@ -67,7 +67,7 @@ fn embedded(bench: &mut Bench, backend: &Backend) -> Result<()> {
         bench.reset(backend)?;
         let mut daemon = bench.daemon(backend, true)?;
         let request = Request::Publish { path: PUBLISH_PATH.to_owned(), events: MIXED_BATCH, size: bench.args.size };
-        let report = requests(bench, &mut daemon, request, MIXED_CONNECTIONS, MAX_EVENTS / MIXED_BATCH)?;
+        let report = requests(bench, &mut daemon, request, MIXED_CONNECTIONS, bench.max_events() / MIXED_BATCH)?;
         let published = report.requests * MIXED_BATCH;
         let ended = Instant::now();
         let mut client = HttpClient::open(daemon.address)?;
@@ -84,20 +84,41 @@ fn embedded(bench: &mut Bench, backend: &Backend) -> Result<()> {
 /// Watches the group from its first delivery to its last acknowledgement. What was acknowledged before the first
 /// look does not count, nor does its time.
 fn consumed_rate(bench: &Bench, control: &mut Connection) -> Result<f64> {
-    let total = i64::try_from(bench.args.backlog)?;
-    let mut acknowledged = || -> Result<(i64, bool)> {
-        let groups = control.call(&[b"XINFO", b"GROUPS", STREAM.as_bytes()])?;
-        let pending = groups.integer_after(b"pending").context("XINFO GROUPS tells nothing of pending entries")?;
-        let read = groups.integer_after(b"entries-read").context("XINFO GROUPS does not tell the entries read")?;
-        Ok((read - pending, read > 0))
-    };
+    let last = control.call(&[b"XREVRANGE", STREAM.as_bytes(), b"+", b"-", b"COUNT", b"1"])?;
+    let Some(Token::Text(last)) = last.tokens().nth(2) else { bail!("the stream is empty") };
+    let last = last.to_vec();
     let (begin, first) = bench.site.wait_for("the first delivery", LIMIT, || {
-        let (count, begun) = acknowledged()?;
-        Ok(begun.then(|| (Instant::now(), count)))
+        let group = Progress::of(control)?;
+        Ok((group.delivered != b"0-0").then(|| (Instant::now(), group.acknowledged)))
     })?;
-    let end = bench
-        .site
-        .wait_for("the last acknowledgement", LIMIT, || Ok((acknowledged()?.0 >= total).then(Instant::now)))?;
-    let counted = u64::try_from(total - first).unwrap_or_default();
-    Ok(Throughput { events: counted, seconds: (end - begin).as_secs_f64() }.per_second())
+    let end = bench.site.wait_for("the last acknowledgement", LIMIT, || {
+        let group = Progress::of(control)?;
+        Ok((group.delivered == last && group.pending == 0).then(Instant::now))
+    })?;
+    Ok(Throughput { events: bench.args.backlog - first, seconds: (end - begin).as_secs_f64() }.per_second())
+}
+
+/// How far the group is.
+#[derive(Debug)]
+struct Progress {
+    delivered: Vec<u8>,
+    pending: u64,
+    /// Zero where the server does not count, which is before version 7.
+    acknowledged: u64,
+}
+
+impl Progress {
+    fn of(control: &mut Connection) -> Result<Self> {
+        let groups = control.call(&[b"XINFO", b"GROUPS", STREAM.as_bytes()])?;
+        let number = |name: &[u8]| match groups.after(name) {
+            Some(Token::Integer(number)) => u64::try_from(number).unwrap_or_default(),
+            _ => 0,
+        };
+        let Some(Token::Text(delivered)) = groups.after(b"last-delivered-id") else {
+            bail!("XINFO GROUPS does not tell the last delivered entry")
+        };
+        let pending = number(b"pending");
+        let acknowledged = number(b"entries-read").saturating_sub(pending);
+        Ok(Self { delivered: delivered.to_vec(), pending, acknowledged })
+    }
 }

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 
-use super::{MAX_EVENTS, PUBLISH_PATH, STREAM, at, counted, float, requests};
+use super::{PUBLISH_PATH, STREAM, at, counted, float, requests};
 use crate::bench::http::HttpClient;
 use crate::bench::load::{Job, RawPublishJob, Request, Throughput};
 use crate::bench::process::Daemon;
@@ -31,14 +31,14 @@ fn batched(bench: &mut Bench, backend: &Backend) -> Result<()> {
         }
         if let Backend::Redis(url) = backend {
             bench.reset(backend)?;
-            tool_runs.extend(redis_benchmark(bench, url, STREAM, MAX_EVENTS / 2)?);
+            tool_runs.extend(redis_benchmark(bench, url, STREAM, bench.max_events() / 2)?);
         }
 
         bench.step(format!("publish in batches, {}, round {round}: aurora-bus", backend.name()))?;
         bench.reset(backend)?;
         let request = Request::Publish { path: PUBLISH_PATH.to_owned(), events: BATCH, size: bench.args.size };
         let mut daemon = bench.daemon(backend, false)?;
-        let report = requests(bench, &mut daemon, request, BATCH_CONNECTIONS, MAX_EVENTS / BATCH)?;
+        let report = requests(bench, &mut daemon, request, BATCH_CONNECTIONS, bench.max_events() / BATCH)?;
         check_published(&daemon, report.requests * BATCH)?;
         daemon_runs.push(rate(report.requests * BATCH, report.seconds));
     }
@@ -70,7 +70,7 @@ fn single(bench: &mut Bench, backend: &Backend) -> Result<()> {
 
         bench.step(format!("publish one by one, {}, round {round}: aurora-bus", backend.name()))?;
         let request = Request::Publish { path: PUBLISH_PATH.to_owned(), events: 1, size: bench.args.size };
-        let report = requests(bench, &mut daemon, request, SINGLE_CONNECTIONS, MAX_EVENTS)?;
+        let report = requests(bench, &mut daemon, request, SINGLE_CONNECTIONS, bench.max_events())?;
         check_published(&daemon, report.requests)?;
         publish_runs.push(rate(report.requests, report.seconds));
         median.push(report.latency.p50_ms);
@@ -98,7 +98,7 @@ fn raw_rate(bench: &Bench, backend: &Backend) -> Result<Option<f64>> {
             window: 128,
             size: bench.args.size,
             seconds,
-            max_events: MAX_EVENTS,
+            max_events: bench.max_events(),
         }),
         Backend::Embedded => return Ok(None),
     };
