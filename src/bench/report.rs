@@ -80,8 +80,11 @@ impl Figure {
         Self { measurement, store, name: name.into(), unit, daemon, ceiling: None, ratio: None, goal: None, met: None }
     }
 
-    /// The same with the ceiling beside it.
+    /// The same with the ceiling beside it, if that was measured.
     pub(crate) fn beside(mut self, name: &'static str, runs: &[f64]) -> Self {
+        if runs.is_empty() {
+            return self;
+        }
         let spread = Spread::of(runs);
         self.ratio = (spread.median > 0.0).then(|| self.daemon.median / spread.median);
         self.ceiling = Some(Ceiling { name, spread });
