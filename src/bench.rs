@@ -37,6 +37,9 @@ use self::process::{Process, Site};
 use self::report::{Figure, Machine, Report};
 use self::resp::{Connection, Token};
 
+/// The most WebSocket clients: both ends of each need a port of the loopback address.
+const MAX_CLIENTS: usize = 20_000;
+
 /// What to measure, and how.
 #[derive(Debug, Clone, clap::Args)]
 pub struct BenchArgs {
@@ -63,8 +66,8 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=99))]
     rounds: u64,
     /// How many WebSocket clients the fan-out is measured with
-    #[arg(long, value_name = "N", default_value_t = 500, value_parser = clap::value_parser!(u64).range(1..=20_000))]
-    clients: u64,
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [500])]
+    clients: Vec<usize>,
     /// How many idle WebSocket clients memory is measured with
     #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [1000, 5000])]
     idle_clients: Vec<usize>,
@@ -105,10 +108,11 @@ impl What {
     const EACH: [Self; 6] = [Self::Publish, Self::Consume, Self::Latency, Self::Fanout, Self::Idle, Self::Start];
 
     /// How many runs a round has, for the progress bar.
-    fn runs(self) -> u64 {
+    fn runs(self, args: &BenchArgs) -> u64 {
         match self {
-            Self::All => Self::EACH.into_iter().map(Self::runs).sum(),
-            Self::Publish | Self::Fanout => 4,
+            Self::All => Self::EACH.into_iter().map(|what| what.runs(args)).sum(),
+            Self::Publish => 4,
+            Self::Fanout => 4 * args.clients.len() as u64,
             Self::Consume | Self::Latency => 2,
             Self::Idle | Self::Start => 1,
         }
@@ -185,6 +189,8 @@ fn measure(args: BenchArgs, stop: CancellationToken) -> Result<()> {
     ensure!(args.size >= MIN_SIZE, "--size is at least {MIN_SIZE}: an event is an alert of several fields");
     ensure!(args.size <= 1 << 20, "--size is at most 1 MiB, the most that one event may have");
     ensure!(args.idle_clients.is_sorted(), "--idle-clients takes rising numbers");
+    let most_clients = args.clients.iter().chain(&args.idle_clients).max().copied().unwrap_or_default();
+    ensure!(!args.clients.contains(&0) && most_clients <= MAX_CLIENTS, "clients are between 1 and {MAX_CLIENTS}");
     let at = Timestamp::now().to_string();
     let site = Site::new(args.dir.as_deref(), stop)?;
     let mut versions = BTreeMap::from([("aurora-bus".to_owned(), env!("CARGO_PKG_VERSION").to_owned())]);
@@ -210,7 +216,7 @@ fn measure(args: BenchArgs, stop: CancellationToken) -> Result<()> {
     let whats: Vec<_> =
         What::EACH.into_iter().filter(|what| args.what.contains(what) || args.what.contains(&What::All)).collect();
     let settings = settings(&args);
-    let runs = whats.iter().map(|what| what.runs()).sum::<u64>() * args.rounds * backends.len() as u64;
+    let runs = whats.iter().map(|what| what.runs(&args)).sum::<u64>() * args.rounds * backends.len() as u64;
     let style = ProgressStyle::with_template("{elapsed_precise} {bar:24} {pos}/{len} {wide_msg}")?;
     let mut bench = Bench { args, site, progress: ProgressBar::new(runs).with_style(style), figures: Vec::new() };
     let mut failures = Vec::new();
@@ -238,6 +244,7 @@ fn measure(args: BenchArgs, stop: CancellationToken) -> Result<()> {
 }
 
 fn settings(args: &BenchArgs) -> BTreeMap<String, String> {
+    let list = |numbers: &[usize]| numbers.iter().map(usize::to_string).collect::<Vec<_>>().join("/");
     let persistence = if args.redis_url.is_some() {
         "as found"
     } else if args.aof {
@@ -248,7 +255,8 @@ fn settings(args: &BenchArgs) -> BTreeMap<String, String> {
     [
         ("seconds", args.seconds.to_string()),
         ("rounds", args.rounds.to_string()),
-        ("clients", args.clients.to_string()),
+        ("clients", list(&args.clients)),
+        ("idle clients", list(&args.idle_clients)),
         ("backlog", args.backlog.to_string()),
         ("size", args.size.to_string()),
         ("redis persistence", persistence.to_owned()),

@@ -65,7 +65,10 @@ pub(super) fn latency(bench: &mut Bench, backend: &Backend) -> Result<()> {
 
 /// From one publisher to many WebSocket clients.
 pub(super) fn fanout(bench: &mut Bench, backend: &Backend) -> Result<()> {
-    let clients = usize::try_from(bench.args.clients)?;
+    bench.args.clients.clone().into_iter().try_for_each(|clients| fanout_to(bench, backend, clients))
+}
+
+fn fanout_to(bench: &mut Bench, backend: &Backend, clients: usize) -> Result<()> {
     let pair = both(bench, backend, "fan-out", clients, Pace::Saturate { window: 2048, burst: 64 })?;
     let figure = pair.figure("fan-out", backend, format!("saturated, {clients} clients"), "frames/s", |report| {
         per(float(report.in_window), report.seconds)
