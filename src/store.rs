@@ -20,6 +20,7 @@
 //!   that meets it and reported there as lost, once.
 //! - **Errors** carry a [`StoreErrorKind`]: whoever calls decides by kind, never by text.
 
+pub mod embedded;
 mod error;
 pub mod redis;
 mod types;

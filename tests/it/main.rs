@@ -5,6 +5,7 @@ mod crash;
 mod deploy;
 mod redis_faults;
 mod store_contract;
+mod store_embedded;
 mod store_redis;
 mod support;
 mod tidy;

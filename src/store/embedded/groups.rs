@@ -1,0 +1,227 @@
+//! One group in memory: its cursor, its consumers, and its pending entries as leases.
+//!
+//! A lease is what was delivered at once to one consumer: one row, however many entries. The writer owns groups alone,
+//! changes them before the commit and writes out what changed within it; after a failed commit they are loaded anew.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use super::chunk::Chunk;
+use crate::event::{ConsumerName, EntryId, GroupName};
+
+/// The most entries that may be pending in one group: it bounds the memory they take (about 60 MiB).
+pub(super) const MAX_PENDING: usize = 1 << 20;
+
+#[derive(Debug)]
+pub(super) struct Group {
+    pub(super) number: i64,
+    pub(super) name: GroupName,
+    /// The last entry delivered.
+    pub(super) cursor: EntryId,
+    /// How many of the stream's entries, counted from its first ever, are not to be delivered any more: all those up to
+    /// the cursor, and those after it that were discarded.
+    pub(super) passed: u64,
+    /// How many entries were ever delivered.
+    pub(super) read: u64,
+    /// The chunk that the last delivery ended in, if that one was read from disk.
+    pub(super) ahead: Option<Chunk>,
+    /// Which lease holds an entry.
+    pending: BTreeMap<EntryId, i64>,
+    leases: HashMap<i64, Lease>,
+    consumers: BTreeMap<ConsumerName, Consumer>,
+    pub(super) changes: Changes,
+}
+
+/// What of a group is to be written out.
+#[derive(Debug, Default)]
+pub(super) struct Changes {
+    pub(super) is_changed: bool,
+    pub(super) leases: BTreeSet<i64>,
+    pub(super) consumers: BTreeSet<ConsumerName>,
+    pub(super) removed_consumers: Vec<i64>,
+}
+
+/// Entries that are pending on one consumer since the same time with the same count of attempts.
+#[derive(Debug, Clone)]
+pub(super) struct Lease {
+    /// The consumer's number.
+    pub(super) consumer: i64,
+    pub(super) delivered_ms: u64,
+    pub(super) attempts: u32,
+    /// Ascending. May name entries that left the lease since it was written last.
+    pub(super) ids: Vec<EntryId>,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Consumer {
+    pub(super) number: i64,
+    pub(super) name: ConsumerName,
+    /// When it last asked for anything; written out at most once a minute.
+    pub(super) seen_ms: u64,
+    saved_ms: u64,
+    pub(super) pending: u64,
+}
+
+impl Consumer {
+    pub(super) fn new(number: i64, name: ConsumerName, seen_ms: u64) -> Self {
+        Self { number, name, seen_ms, saved_ms: seen_ms, pending: 0 }
+    }
+}
+
+const SEEN_EVERY_MS: u64 = 60_000;
+
+/// One pending entry as its group knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Held {
+    pub(super) id: EntryId,
+    pub(super) consumer: i64,
+    pub(super) delivered_ms: u64,
+    pub(super) attempts: u32,
+}
+
+/// Leases made within one operation: entries that agree in everything share one.
+#[derive(Debug, Default)]
+pub(super) struct NewLeases(HashMap<(i64, u64, u32), i64>);
+
+impl Group {
+    pub(super) fn new(number: i64, name: GroupName) -> Self {
+        Self {
+            number,
+            name,
+            cursor: EntryId::MIN,
+            passed: 0,
+            read: 0,
+            ahead: None,
+            pending: BTreeMap::new(),
+            leases: HashMap::new(),
+            consumers: BTreeMap::new(),
+            changes: Changes::default(),
+        }
+    }
+
+    /// Takes over a consumer that was read back.
+    pub(super) fn put_consumer(&mut self, consumer: Consumer) {
+        self.consumers.insert(consumer.name.clone(), consumer);
+    }
+
+    /// Takes over a lease that was read back, after all consumers.
+    pub(super) fn put_lease(&mut self, number: i64, lease: Lease) {
+        for id in &lease.ids {
+            self.pending.insert(*id, number);
+        }
+        self.count(lease.consumer, lease.ids.len() as u64, 0);
+        self.leases.insert(number, lease);
+    }
+
+    /// The consumer of that name, made where it is new, seen now.
+    pub(super) fn consumer(&mut self, name: &ConsumerName, now_ms: u64, next_number: &mut i64) -> i64 {
+        let consumer = self.consumers.entry(name.clone()).or_insert_with(|| {
+            *next_number += 1;
+            self.changes.consumers.insert(name.clone());
+            Consumer::new(*next_number, name.clone(), now_ms)
+        });
+        consumer.seen_ms = consumer.seen_ms.max(now_ms);
+        if consumer.seen_ms - consumer.saved_ms >= SEEN_EVERY_MS {
+            consumer.saved_ms = consumer.seen_ms;
+            self.changes.consumers.insert(name.clone());
+        }
+        consumer.number
+    }
+
+    /// The number of a consumer that exists.
+    pub(super) fn number_of(&self, name: &ConsumerName) -> Option<i64> {
+        self.consumers.get(name).map(|consumer| consumer.number)
+    }
+
+    pub(super) fn consumers(&self) -> impl Iterator<Item = &Consumer> {
+        self.consumers.values()
+    }
+
+    pub(super) fn consumer_named(&self, name: &ConsumerName) -> Option<&Consumer> {
+        self.consumers.get(name)
+    }
+
+    /// Removes a consumer if nothing is pending on it.
+    pub(super) fn remove_consumer(&mut self, name: &ConsumerName) -> bool {
+        let Some(consumer) = self.consumers.get(name).filter(|consumer| consumer.pending == 0) else { return false };
+        self.changes.removed_consumers.push(consumer.number);
+        self.changes.consumers.remove(name);
+        self.consumers.remove(name);
+        true
+    }
+
+    pub(super) fn pending_count(&self) -> usize {
+        self.pending.len()
+    }
+
+    pub(super) fn oldest_pending(&self) -> Option<EntryId> {
+        self.pending.first_key_value().map(|(id, _)| *id)
+    }
+
+    /// The first entry that the group has still to handle.
+    pub(super) fn floor(&self) -> EntryId {
+        self.oldest_pending().unwrap_or(EntryId::MAX).min(self.cursor.next())
+    }
+
+    pub(super) fn held(&self, id: EntryId) -> Option<Held> {
+        self.pending.get(&id).map(|lease| self.held_in(id, *lease))
+    }
+
+    /// The pending entries from `from` on, oldest first.
+    pub(super) fn held_from(&self, from: EntryId) -> impl Iterator<Item = Held> {
+        self.pending.range(from..).map(|(id, lease)| self.held_in(*id, *lease))
+    }
+
+    fn held_in(&self, id: EntryId, lease: i64) -> Held {
+        let lease = self.leases.get(&lease).expect("a pending entry is in a lease");
+        Held { id, consumer: lease.consumer, delivered_ms: lease.delivered_ms, attempts: lease.attempts }
+    }
+
+    /// Makes an entry pending as `held` says, taking it out of the lease it is in.
+    pub(super) fn hold(&mut self, held: Held, new: &mut NewLeases, next_lease: &mut i64) {
+        self.release(held.id);
+        let key = (held.consumer, held.delivered_ms, held.attempts);
+        let number = *new.0.entry(key).or_insert_with(|| {
+            *next_lease += 1;
+            *next_lease
+        });
+        let lease = self.leases.entry(number).or_insert_with(|| {
+            let (consumer, delivered_ms, attempts) = key;
+            Lease { consumer, delivered_ms, attempts, ids: Vec::new() }
+        });
+        lease.ids.push(held.id);
+        self.pending.insert(held.id, number);
+        self.changes.leases.insert(number);
+        self.count(held.consumer, 1, 0);
+    }
+
+    /// Ends that an entry is pending.
+    pub(super) fn release(&mut self, id: EntryId) {
+        let Some(number) = self.pending.remove(&id) else { return };
+        self.changes.leases.insert(number);
+        let consumer = self.leases.get(&number).expect("a pending entry is in a lease").consumer;
+        self.count(consumer, 0, 1);
+    }
+
+    fn count(&mut self, consumer: i64, more: u64, less: u64) {
+        if let Some(consumer) = self.consumers.values_mut().find(|one| one.number == consumer) {
+            consumer.pending = (consumer.pending + more).saturating_sub(less);
+        }
+    }
+
+    /// Brings the changed leases to what is still pending of them, for writing; drops those of which nothing is.
+    pub(super) fn settle_changes(&mut self) {
+        for number in &self.changes.leases {
+            let Some(lease) = self.leases.get_mut(number) else { continue };
+            lease.ids.retain(|id| self.pending.get(id) == Some(number));
+            lease.ids.sort_unstable();
+            lease.ids.dedup();
+            if lease.ids.is_empty() {
+                self.leases.remove(number);
+            }
+        }
+    }
+
+    pub(super) fn lease(&self, number: i64) -> Option<&Lease> {
+        self.leases.get(&number)
+    }
+}

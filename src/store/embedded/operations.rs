@@ -1,0 +1,664 @@
+//! What the operations of the store do on the writer's thread.
+//!
+//! Each looks everything up that can fail before it changes anything, so that an operation that fails has changed
+//! nothing. Fields come encoded and go out as slots of chunks: callers encode and decode on their own threads.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::chunk::{Chunk, Slot};
+use super::groups::{Group, Held, MAX_PENDING, NewLeases};
+use super::log::{ChunkRef, Found};
+use super::tables::{self, FirstEntry, ReadFailure, corrupt, engine_error};
+use super::writer::Writer;
+use crate::event::{ConsumerName, EntryId, Epoch, GroupName, StreamName};
+use crate::store::{
+    Appended, ConsumerStatus, Cursor, GroupStatus, Pending, Range, Settled, Start, StoreError, StoreErrorKind,
+    StoreStatus, StreamStatus, Trim,
+};
+
+/// A fetch takes no more bytes of chunks than this, if it has at least one entry.
+const FETCH_BYTES: usize = 4 * 1024 * 1024;
+/// A reclaim looks at no more pending entries than this.
+const RECLAIM_LOOKS: usize = 1000;
+/// A trim removes no more chunks than this in one transaction.
+const TRIM_CHUNKS: usize = 128;
+
+/// Entries to append, encoded one after the other.
+#[derive(Debug, Default)]
+pub(super) struct NewEntries {
+    pub(super) bytes: Vec<u8>,
+    pub(super) entries: Vec<NewEntry>,
+}
+
+#[derive(Debug)]
+pub(super) struct NewEntry {
+    /// Where its fields are.
+    pub(super) fields: std::ops::Range<usize>,
+    pub(super) event_id: Bytes,
+    /// Its idempotency key, and how long that is remembered.
+    pub(super) key: Option<(Bytes, u64)>,
+}
+
+/// A delivery that ends.
+#[derive(Debug)]
+pub(super) struct Ending {
+    pub(super) id: EntryId,
+    pub(super) how: How,
+}
+
+#[derive(Debug)]
+pub(super) enum How {
+    Acknowledge,
+    /// Claimable after so many milliseconds, if the group's limit is not shorter.
+    Retry(u64),
+    Release,
+    DeadLetter {
+        to: StreamName,
+        fields: Vec<u8>,
+    },
+}
+
+/// Entries that were made pending, undecoded.
+#[derive(Debug, Default)]
+pub(super) struct Taken {
+    /// Each entry with its chunk and the count of its attempts.
+    pub(super) entries: Vec<(Chunk, Slot, u32)>,
+    pub(super) lost: Vec<EntryId>,
+    pub(super) next: EntryId,
+}
+
+fn no_group(cursor: &Cursor) -> StoreError {
+    let message = format!("stream `{}` has no group `{}`", cursor.stream, cursor.group);
+    StoreError::new(StoreErrorKind::NoGroup, message)
+}
+
+pub(super) fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl Writer {
+    pub(super) fn append(&mut self, name: &StreamName, new: &NewEntries) -> Result<Vec<Appended>, StoreError> {
+        let now_ms = self.now_ms();
+        let mut known = self.find_keys(name, new, now_ms)?;
+        let place = self.place_or_new(name);
+        let number = self.streams[place].row.number;
+        let mut results = Vec::with_capacity(new.entries.len());
+        for entry in &new.entries {
+            if let Some(first) = entry.key.as_ref().and_then(|(key, _)| known.get(key)) {
+                results.push(Appended { id: first.id, event_id: first.event_id.clone(), duplicate: true });
+                continue;
+            }
+            let id = self.stage(place, &new.bytes[entry.fields.clone()]);
+            if let Some((key, window_ms)) = &entry.key {
+                let expires_ms = now_ms.saturating_add(*window_ms);
+                let first = FirstEntry { id, event_id: entry.event_id.clone(), expires_ms };
+                known.insert(key.clone(), first.clone());
+                self.new_keys.insert((number, key.clone()), first);
+            }
+            results.push(Appended { id, event_id: entry.event_id.clone(), duplicate: false });
+        }
+        Ok(results)
+    }
+
+    /// Those of the entries' keys that were seen within their windows.
+    fn find_keys(
+        &self,
+        name: &StreamName,
+        new: &NewEntries,
+        now_ms: u64,
+    ) -> Result<HashMap<Bytes, FirstEntry>, StoreError> {
+        let mut known = HashMap::new();
+        let Some(place) = self.place(name) else { return Ok(known) };
+        let number = self.streams[place].row.number;
+        for (key, _) in new.entries.iter().filter_map(|entry| entry.key.as_ref()) {
+            let staged = self.new_keys.get(&(number, key.clone())).cloned();
+            let first = match staged {
+                Some(first) => Some(first),
+                None => tables::find_key(&self.connection, number, key)
+                    .map_err(|error| engine_error("look an idempotency key up", error))?,
+            };
+            if let Some(first) = first.filter(|first| first.expires_ms > now_ms) {
+                known.insert(key.clone(), first);
+            }
+        }
+        Ok(known)
+    }
+
+    pub(super) fn ensure_group(
+        &mut self,
+        name: &StreamName,
+        group: &GroupName,
+        start: Start,
+    ) -> Result<bool, StoreError> {
+        let mut made = Group::new(self.numbers.group + 1, group.clone());
+        if let Some(place) = self.made(name) {
+            let stream = &self.streams[place];
+            if stream.groups.contains_key(group) {
+                return Ok(false);
+            }
+            let (cursor, left) = match start {
+                Start::Oldest => (EntryId::MIN, stream.length),
+                Start::New => (stream.row.last_id, 0),
+                Start::After(id) => (id, self.count_after(place, id)?),
+            };
+            made.cursor = cursor;
+            made.passed = stream.row.added - left;
+        } else if let Start::After(id) = start {
+            made.cursor = id;
+        }
+        made.changes.is_changed = true;
+        self.numbers.group += 1;
+        let place = self.place_or_new(name);
+        let stream = self.change(place);
+        stream.is_changed |= !stream.row.is_made;
+        stream.row.is_made = true;
+        stream.groups.insert(group.clone(), made);
+        self.must_sync = true;
+        Ok(true)
+    }
+
+    /// How many committed entries of a stream come after this one.
+    fn count_after(&self, place: usize, id: EntryId) -> Result<u64, StoreError> {
+        let stream = &self.streams[place];
+        let (behind, holding) = stream.published.log().count_after(id);
+        let Some(chunk) = holding else { return Ok(behind) };
+        let chunk = self.read(place, &chunk)?;
+        let after = chunk.slots().filter(|slot| slot.is_ok_and(|slot| slot.id > id)).count();
+        Ok(behind + after as u64)
+    }
+
+    /// Reads a chunk, on whose reference the writer can rely.
+    fn read(&self, place: usize, chunk: &ChunkRef) -> Result<Chunk, StoreError> {
+        let name = &self.streams[place].row.name;
+        tables::read_chunk(&self.connection, name, chunk).map_err(|failure| match failure {
+            ReadFailure::Changed => tables::damaged_chunk(name, chunk, &"their row is missing or holds something else"),
+            ReadFailure::Failed(error) => error,
+        })
+    }
+
+    fn place_of_group(&self, cursor: &Cursor) -> Result<usize, StoreError> {
+        let place = self.made(&cursor.stream).filter(|place| self.streams[*place].groups.contains_key(&cursor.group));
+        place.ok_or_else(|| no_group(cursor))
+    }
+
+    fn group(&self, cursor: &Cursor) -> Result<(usize, &Group), StoreError> {
+        let place = self.place_of_group(cursor)?;
+        Ok((place, &self.streams[place].groups[&cursor.group]))
+    }
+
+    pub(super) fn fetch(&mut self, cursor: &Cursor, limit: usize) -> Result<Taken, StoreError> {
+        let now_ms = self.now_ms();
+        let (place, group) = self.group(cursor)?;
+        let room = MAX_PENDING.saturating_sub(group.pending_count());
+        if room == 0 {
+            let message = format!(
+                "cannot fetch from stream `{}`: {MAX_PENDING} entries are pending in group `{}`, settle some first",
+                cursor.stream, cursor.group
+            );
+            return Err(StoreError::new(StoreErrorKind::Full, message));
+        }
+        let (picked, ahead) = self.pick(place, group, limit.min(room))?;
+        let (group, numbers) = self.change_group(place, &cursor.group).ok_or_else(|| no_group(cursor))?;
+        let consumer = group.consumer(&cursor.consumer, now_ms, &mut numbers.consumer);
+        if let Some(ahead) = ahead {
+            group.ahead = ahead;
+        }
+        let Some((_, last)) = picked.last() else { return Ok(Taken::default()) };
+        group.cursor = last.id;
+        group.passed += picked.len() as u64;
+        group.read += picked.len() as u64;
+        group.changes.is_changed = true;
+        let mut leases = NewLeases::default();
+        for (_, slot) in &picked {
+            let held = Held { id: slot.id, consumer, delivered_ms: now_ms, attempts: 1 };
+            group.hold(held, &mut leases, &mut numbers.lease);
+        }
+        let entries = picked.into_iter().map(|(chunk, slot)| (chunk, slot, 1)).collect();
+        Ok(Taken { entries, ..Taken::default() })
+    }
+
+    /// The committed entries after a group's cursor, and what to keep for the next time if anything was read.
+    #[expect(clippy::type_complexity, reason = "one caller takes the pair apart at once")]
+    fn pick(
+        &self,
+        place: usize,
+        group: &Group,
+        limit: usize,
+    ) -> Result<(Vec<(Chunk, Slot)>, Option<Option<Chunk>>), StoreError> {
+        let stream = &self.streams[place];
+        let range = Range::after(group.cursor);
+        let mut picked = Vec::with_capacity(limit.min(512));
+        let mut bytes = 0;
+        let mut take = |chunk: &Chunk, picked: &mut Vec<(Chunk, Slot)>| -> Result<bool, StoreError> {
+            bytes += chunk.body().len();
+            for slot in chunk.slots() {
+                let slot =
+                    slot.map_err(|damage| corrupt(format!("cannot read stream `{}`: {damage}", stream.row.name)))?;
+                if slot.id >= range.from && picked.len() < limit {
+                    picked.push((chunk.clone(), slot));
+                }
+            }
+            Ok(picked.len() >= limit || bytes >= FETCH_BYTES)
+        };
+        let found = stream.published.log().find(range, limit);
+        match found {
+            Found::Recent(chunks) => {
+                for chunk in &chunks {
+                    if take(chunk, &mut picked)? {
+                        break;
+                    }
+                }
+                Ok((picked, Some(None)))
+            }
+            Found::Rows { chunks, .. } => {
+                let mut last = None;
+                for chunk_ref in &chunks {
+                    let ahead = group.ahead.as_ref().filter(|ahead| ahead.head == chunk_ref.head).cloned();
+                    let chunk = match ahead.map_or_else(|| self.read(place, chunk_ref), Ok) {
+                        Ok(chunk) => chunk,
+                        // What comes before the damage is delivered first; the next fetch meets it again.
+                        Err(_) if !picked.is_empty() => break,
+                        Err(error) => return Err(error),
+                    };
+                    let is_enough = take(&chunk, &mut picked)?;
+                    last = Some(chunk);
+                    if is_enough {
+                        break;
+                    }
+                }
+                Ok((picked, Some(last)))
+            }
+        }
+    }
+
+    pub(super) fn claim(&mut self, cursor: &Cursor, ids: &[EntryId], idle_ms: u64) -> Result<Taken, StoreError> {
+        let now_ms = self.now_ms();
+        let (place, group) = self.group(cursor)?;
+        let is_idle = |held: &Held| now_ms.saturating_sub(held.delivered_ms) >= idle_ms;
+        let ids: BTreeSet<EntryId> = ids.iter().copied().collect();
+        let idle: Vec<Held> = ids.into_iter().filter_map(|id| group.held(id)).filter(is_idle).collect();
+        self.take_over(cursor, place, &idle, now_ms)
+    }
+
+    /// Makes pending entries the cursor's, where they still have bodies.
+    fn take_over(&mut self, cursor: &Cursor, place: usize, entries: &[Held], now_ms: u64) -> Result<Taken, StoreError> {
+        let mut bodies = Vec::with_capacity(entries.len());
+        let mut last: Option<(ChunkRef, Chunk)> = None;
+        for held in entries {
+            bodies.push(self.body(place, held.id, &mut last)?);
+        }
+        let (group, numbers) = self.change_group(place, &cursor.group).ok_or_else(|| no_group(cursor))?;
+        let consumer = group.consumer(&cursor.consumer, now_ms, &mut numbers.consumer);
+        let mut leases = NewLeases::default();
+        let mut taken = Taken::default();
+        for (held, body) in entries.iter().zip(bodies) {
+            let Some((chunk, slot)) = body else {
+                group.release(held.id);
+                taken.lost.push(held.id);
+                continue;
+            };
+            let attempts = held.attempts.saturating_add(1);
+            let now_held = Held { id: held.id, consumer, delivered_ms: now_ms, attempts };
+            group.hold(now_held, &mut leases, &mut numbers.lease);
+            taken.entries.push((chunk, slot, attempts));
+        }
+        Ok(taken)
+    }
+
+    /// Where the body of an entry is, if it has one still; `last` is the chunk read last.
+    fn body(
+        &self,
+        place: usize,
+        id: EntryId,
+        last: &mut Option<(ChunkRef, Chunk)>,
+    ) -> Result<Option<(Chunk, Slot)>, StoreError> {
+        let find = |chunk: &Chunk| {
+            let slot = chunk.slots().filter_map(Result::ok).find(|slot| slot.id == id);
+            slot.map(|slot| (chunk.clone(), slot))
+        };
+        let (recent, chunk_ref) = {
+            let log = self.streams[place].published.log();
+            (log.recent_of(id).cloned(), log.chunk_of(id))
+        };
+        if let Some(chunk) = recent {
+            return Ok(find(&chunk));
+        }
+        let Some(chunk_ref) = chunk_ref else { return Ok(None) };
+        if let Some((_, chunk)) = last.as_ref().filter(|(last, _)| *last == chunk_ref) {
+            return Ok(find(chunk));
+        }
+        let chunk = self.read(place, &chunk_ref)?;
+        let found = find(&chunk);
+        *last = Some((chunk_ref, chunk));
+        Ok(found)
+    }
+
+    pub(super) fn reclaim(
+        &mut self,
+        cursor: &Cursor,
+        idle_ms: u64,
+        from: EntryId,
+        limit: usize,
+    ) -> Result<Taken, StoreError> {
+        let now_ms = self.now_ms();
+        let (place, group) = self.group(cursor)?;
+        let mut idle = Vec::new();
+        let mut next = EntryId::MIN;
+        for (looks, held) in group.held_from(from).enumerate() {
+            if looks >= RECLAIM_LOOKS || idle.len() >= limit.max(1) {
+                next = held.id;
+                break;
+            }
+            if now_ms.saturating_sub(held.delivered_ms) >= idle_ms {
+                idle.push(held);
+            }
+        }
+        let taken = self.take_over(cursor, place, &idle, now_ms)?;
+        Ok(Taken { next, ..taken })
+    }
+
+    pub(super) fn settle(&mut self, cursor: &Cursor, endings: &[Ending]) -> Settled {
+        let nothing = Settled { settled: 0, not_owned: endings.len() };
+        let now_ms = self.now_ms();
+        let Ok((place, group)) = self.group(cursor) else { return nothing };
+        let Some(consumer) = group.number_of(&cursor.consumer) else { return nothing };
+        let limit_ms = millis(cursor.claim_idle);
+        let mut leases = NewLeases::default();
+        let mut settled = Settled::default();
+        for ending in endings {
+            let Ok((_, group)) = self.group(cursor) else { return nothing };
+            let Some(held) = group.held(ending.id).filter(|held| held.consumer == consumer) else {
+                settled.not_owned += 1;
+                continue;
+            };
+            settled.settled += 1;
+            if let How::DeadLetter { to, fields } = &ending.how {
+                let to = self.place_or_new(to);
+                self.stage(to, fields);
+            }
+            let Some((group, numbers)) = self.change_group(place, &cursor.group) else { return nothing };
+            let again = match ending.how {
+                How::Acknowledge | How::DeadLetter { .. } => None,
+                How::Retry(due_ms) => {
+                    let delivered_ms = now_ms.saturating_sub(limit_ms - due_ms.min(limit_ms));
+                    Some(Held { delivered_ms, ..held })
+                }
+                How::Release => {
+                    let delivered_ms = now_ms.saturating_sub(limit_ms);
+                    Some(Held { delivered_ms, attempts: held.attempts.saturating_sub(1), ..held })
+                }
+            };
+            match again {
+                Some(held) => group.hold(held, &mut leases, &mut numbers.lease),
+                None => group.release(held.id),
+            }
+        }
+        if let Some((group, numbers)) = self.change_group(place, &cursor.group) {
+            group.consumer(&cursor.consumer, now_ms, &mut numbers.consumer);
+        }
+        settled
+    }
+
+    pub(super) fn extend(&mut self, cursor: &Cursor, ids: &[EntryId]) -> Vec<EntryId> {
+        let now_ms = self.now_ms();
+        let Ok((place, group)) = self.group(cursor) else { return ids.to_vec() };
+        let Some(consumer) = group.number_of(&cursor.consumer) else { return ids.to_vec() };
+        let Some((group, numbers)) = self.change_group(place, &cursor.group) else { return ids.to_vec() };
+        group.consumer(&cursor.consumer, now_ms, &mut numbers.consumer);
+        let mut leases = NewLeases::default();
+        let mut foreign = Vec::new();
+        for id in ids {
+            match group.held(*id).filter(|held| held.consumer == consumer) {
+                Some(held) => group.hold(Held { delivered_ms: now_ms, ..held }, &mut leases, &mut numbers.lease),
+                None => foreign.push(*id),
+            }
+        }
+        foreign
+    }
+
+    pub(super) fn pending(
+        &self,
+        cursor: &Cursor,
+        own_only: bool,
+        from: EntryId,
+        limit: usize,
+    ) -> Result<Vec<Pending>, StoreError> {
+        let now_ms = self.now_ms();
+        let (_, group) = self.group(cursor)?;
+        let names: HashMap<i64, &ConsumerName> =
+            group.consumers().map(|consumer| (consumer.number, &consumer.name)).collect();
+        let own = group.number_of(&cursor.consumer);
+        Ok(group
+            .held_from(from)
+            .filter(|held| !own_only || Some(held.consumer) == own)
+            .filter_map(|held| {
+                Some(Pending {
+                    id: held.id,
+                    consumer: (*names.get(&held.consumer)?).clone(),
+                    idle: Duration::from_millis(now_ms.saturating_sub(held.delivered_ms)),
+                    attempts: held.attempts,
+                })
+            })
+            .take(limit)
+            .collect())
+    }
+
+    pub(super) fn describe(&self, name: &StreamName) -> Option<StreamStatus> {
+        let now_ms = self.now_ms();
+        let stream = &self.streams[self.made(name)?];
+        let first_id = stream.published.log().chunks.front().map(|chunk| chunk.head.first);
+        let group_status = |group: &Group| GroupStatus {
+            name: group.name.clone(),
+            last_delivered: group.cursor,
+            entries_read: Some(group.read),
+            lag: Some(stream.row.added.saturating_sub(group.passed)),
+            pending: group.pending_count() as u64,
+            oldest_pending: group.oldest_pending(),
+            consumers: group
+                .consumers()
+                .map(|consumer| ConsumerStatus {
+                    name: consumer.name.clone(),
+                    pending: consumer.pending,
+                    idle: Duration::from_millis(now_ms.saturating_sub(consumer.seen_ms)),
+                })
+                .collect(),
+        };
+        Some(StreamStatus {
+            length: stream.length,
+            first_id,
+            last_id: stream.row.last_id,
+            entries_added: stream.row.added,
+            groups: stream.groups.values().map(group_status).collect(),
+        })
+    }
+
+    pub(super) fn epoch(&mut self, name: &StreamName) -> Epoch {
+        let place = self.place_or_new(name);
+        self.streams[place].row.epoch.clone()
+    }
+
+    pub(super) fn remove_consumer(&mut self, cursor: &Cursor) -> Result<bool, StoreError> {
+        let place = self.place_of_group(cursor)?;
+        let (group, _) = self.change_group(place, &cursor.group).ok_or_else(|| no_group(cursor))?;
+        Ok(group.remove_consumer(&cursor.consumer))
+    }
+
+    pub(super) fn check(&mut self) -> StoreStatus {
+        self.must_write = true;
+        let description = format!("embedded (SQLite {}, `{}`)", rusqlite::version(), self.path().display());
+        StoreStatus { description, warnings: Vec::new() }
+    }
+
+    /// Removes the oldest chunks as far as `trim` and the groups let it, in its own transaction. Says how many entries
+    /// that were, and whether there may be more.
+    pub(super) fn trim(&mut self, name: &StreamName, trim: Trim) -> Result<(u64, bool), StoreError> {
+        let Some(place) = self.made(name) else { return Ok((0, false)) };
+        let stream = &self.streams[place];
+        let floor = stream.groups.values().map(Group::floor).min().unwrap_or(EntryId::MAX);
+        let mut removed = 0;
+        let mut chunks: Vec<ChunkRef> = Vec::new();
+        for chunk in &stream.published.log().chunks {
+            let count = u64::from(chunk.head.count);
+            let is_old = match trim {
+                Trim::ToLength(length) => stream.length - removed >= length.saturating_add(count),
+                Trim::Before(id) => chunk.head.last < id,
+            };
+            if !is_old || chunk.head.last >= floor || chunks.len() >= TRIM_CHUNKS {
+                break;
+            }
+            removed += count;
+            chunks.push(*chunk);
+        }
+        if chunks.is_empty() {
+            return Ok((0, false));
+        }
+        let row = stream.row.clone();
+        self.transaction(false, |connection| {
+            chunks.iter().try_for_each(|chunk| tables::delete_chunk(connection, chunk))?;
+            tables::save_stream(connection, &row)
+        })?;
+        let stream = &mut self.streams[place];
+        stream.length -= removed;
+        let freed = stream.published.log().remove_oldest(chunks.len());
+        self.freed(freed);
+        Ok((removed, chunks.len() == TRIM_CHUNKS))
+    }
+
+    /// Removes single entries, in its own transaction.
+    pub(super) fn discard(&mut self, name: &StreamName, ids: &[EntryId]) -> Result<u64, StoreError> {
+        let Some(place) = self.made(name) else { return Ok(0) };
+        let ids: BTreeSet<EntryId> = ids.iter().copied().collect();
+        let plan = self.plan_discard(place, &ids)?;
+        if plan.removed == 0 {
+            return Ok(0);
+        }
+        let stream = &self.streams[place];
+        let (row, number) = (stream.row.clone(), stream.row.number);
+        let mut groups: Vec<(GroupName, u64)> = Vec::new();
+        for group in stream.groups.values() {
+            let passed: u64 = plan.gone.iter().filter(|(first, _)| *first > group.cursor).map(|(_, count)| count).sum();
+            if passed > 0 {
+                groups.push((group.name.clone(), passed));
+            }
+        }
+        for (name, passed) in &groups {
+            if let Some((group, _)) = self.change_group(place, name) {
+                group.passed += passed;
+            }
+        }
+        let streams = std::mem::take(&mut self.streams);
+        let written = self.transaction(false, |connection| {
+            for (old, new) in plan.chunks.values() {
+                match new {
+                    Some((new, chunk)) => {
+                        if let Some(chunk) = chunk {
+                            tables::insert_chunk(connection, new.row, chunk)?;
+                        }
+                        tables::save_ref(connection, new)?;
+                    }
+                    None => tables::delete_chunk(connection, old)?,
+                }
+            }
+            for (name, _) in &groups {
+                tables::save_group(connection, number, &streams[place].groups[name])?;
+            }
+            tables::save_stream(connection, &row)
+        });
+        self.streams = streams;
+        if let Err(error) = written {
+            self.read_back()?;
+            return Err(error);
+        }
+        let stream = &mut self.streams[place];
+        stream.length = stream.length.saturating_sub(plan.removed);
+        let mut log = stream.published.log();
+        for (at, (_, new)) in plan.chunks.iter().rev() {
+            log.replace(*at..*at + 1, new.iter().map(|(new, _)| *new).collect());
+        }
+        let freed = log.forget(|id| plan.is_gone(id, &ids));
+        drop(log);
+        self.freed(freed);
+        Ok(plan.removed)
+    }
+
+    /// What the chunks will be without these entries.
+    fn plan_discard(&self, place: usize, ids: &BTreeSet<EntryId>) -> Result<Discard, StoreError> {
+        let stream = &self.streams[place];
+        let log_chunks: BTreeMap<usize, ChunkRef> = {
+            let log = stream.published.log();
+            ids.iter().filter_map(|id| log.place_of(*id)).map(|at| (at, log.chunks[at])).collect()
+        };
+        let mut plan = Discard::default();
+        // Entries of chunks that go away whole are counted by the next chunk that stays.
+        let mut carried = 0;
+        let mut at = log_chunks.first_key_value().map_or(0, |(at, _)| *at);
+        let end = log_chunks.last_key_value().map_or(0, |(at, _)| *at + 1);
+        while at < end || carried > 0 {
+            let found = log_chunks.get(&at).copied();
+            let Some(old) = found.or_else(|| stream.published.log().chunks.get(at).copied()) else { break };
+            if found.is_none() {
+                if carried > 0 {
+                    let new = ChunkRef { holes: old.holes + carried, ..old };
+                    plan.chunks.insert(at, (old, Some((new, None))));
+                    carried = 0;
+                }
+                at = log_chunks.range(at..).next().map_or(end.max(at + 1), |(next, _)| *next);
+                continue;
+            }
+            let holes = old.holes + carried;
+            let left = match self.read(place, &old) {
+                Ok(chunk) => {
+                    let left = chunk.without(|id| ids.contains(&id));
+                    let left = left.map_err(|damage| tables::damaged_chunk(&stream.row.name, &old, &damage))?;
+                    let gone = chunk.slots().filter_map(Result::ok).filter(|slot| ids.contains(&slot.id));
+                    plan.gone.extend(gone.map(|slot| (slot.id, 1)));
+                    left
+                }
+                Err(error) => {
+                    let is_given_up = ids.contains(&old.head.first) && ids.contains(&old.head.last);
+                    if error.kind() != StoreErrorKind::Corrupt || !is_given_up {
+                        return Err(error);
+                    }
+                    tracing::error!(stream = %stream.row.name, error = %error, "damaged entries were given up");
+                    plan.gone.push((old.head.first, u64::from(old.head.count)));
+                    plan.given_up.push((old.head.first, old.head.last));
+                    None
+                }
+            };
+            let count = left.as_ref().map_or(0, |chunk| chunk.head.count);
+            let removed = u64::from(old.head.count - count);
+            plan.removed += removed;
+            let new = left.map(|chunk| {
+                let bytes = u32::try_from(chunk.body().len()).unwrap_or(u32::MAX);
+                let new = ChunkRef { head: chunk.head, holes: holes + removed, bytes, ..old };
+                (new, (removed > 0).then_some(chunk))
+            });
+            carried = if new.is_some() { 0 } else { holes + removed };
+            plan.chunks.insert(at, (old, new));
+            at += 1;
+        }
+        Ok(plan)
+    }
+}
+
+/// What a discard is going to do.
+#[derive(Debug, Default)]
+struct Discard {
+    removed: u64,
+    /// By their place: what a chunk was, and what it becomes, with its new body where that changes.
+    #[expect(clippy::type_complexity, reason = "a private plan, taken apart in one place")]
+    chunks: BTreeMap<usize, (ChunkRef, Option<(ChunkRef, Option<Chunk>)>)>,
+    /// Entries that go, as the first of so many.
+    gone: Vec<(EntryId, u64)>,
+    /// Ranges that go though they could not be read.
+    given_up: Vec<(EntryId, EntryId)>,
+}
+
+impl Discard {
+    fn is_gone(&self, id: EntryId, ids: &BTreeSet<EntryId>) -> bool {
+        ids.contains(&id) || self.given_up.iter().any(|(first, last)| (*first..=*last).contains(&id))
+    }
+}

@@ -1,0 +1,85 @@
+//! The engine's own rate: the same transactions and chunks as the store's, without anything above them.
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock, RwLock};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::chunk;
+use super::queue::Queue;
+use super::writer::{Syncing, Writer};
+use super::{FILE, Shared, lock, readers};
+use crate::event::{Fields, StreamName, field};
+use crate::store::{StoreError, StoreErrorKind};
+
+/// What [`raw_append_rate`] measured.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RawRate {
+    /// Entries that were committed, each commit synced.
+    pub entries: u64,
+    /// How long that took.
+    pub elapsed: Duration,
+}
+
+impl RawRate {
+    /// Entries in a second.
+    #[expect(clippy::cast_precision_loss, reason = "a rate is a rough number")]
+    pub fn per_second(&self) -> f64 {
+        self.entries as f64 / self.elapsed.as_secs_f64()
+    }
+}
+
+/// Measures how fast the engine itself appends: batches of `batch` entries, one field `data` with `payload`, one synced
+/// commit per batch, on the calling thread, for about `duration`.
+///
+/// Makes its store in `folder`, which should be empty and on the disk in question; the caller removes it. Blocks: call
+/// it from a thread of its own. Fails as [`super::Config::open`] and an append do.
+pub fn raw_append_rate(folder: &Path, payload: &[u8], batch: usize, duration: Duration) -> Result<RawRate, StoreError> {
+    let _lock = lock(folder)?;
+    let file = folder.join(FILE);
+    let stream: StreamName = "raw"
+        .parse()
+        .map_err(|_name| StoreError::new(StoreErrorKind::Internal, "the name of the measured stream is not valid"))?;
+    let (checkpoints, asked) = readers::checkpoint_requests();
+    let shared = Arc::new(Shared {
+        streams: RwLock::default(),
+        made: watch::Sender::new(()),
+        queue: Queue::new(),
+        readers: OnceLock::new(),
+        is_checkpointed: AtomicBool::new(false),
+        checkpoints: RwLock::new(Some(checkpoints)),
+        closed: CancellationToken::new(),
+    });
+    let mut writer = Writer::open(file.clone(), Syncing::Each, 0, shared.clone())?;
+    let checkpointer = readers::start_checkpointer(&file, &shared, asked)?;
+    let mut fields = Fields::default();
+    fields.push(field::DATA, Bytes::copy_from_slice(payload));
+    let mut encoded = Vec::new();
+    chunk::encode(&fields, &mut encoded);
+    let mut entries = 0;
+    let begun = Instant::now();
+    let result = loop {
+        if begun.elapsed() >= duration {
+            break Ok(());
+        }
+        let place = writer.place_or_new(&stream);
+        for _ in 0..batch {
+            writer.stage(place, &encoded);
+        }
+        if let Err(error) = writer.commit_now() {
+            break Err(error);
+        }
+        entries += batch as u64;
+    };
+    let elapsed = begun.elapsed();
+    shared.close();
+    drop(writer);
+    if checkpointer.join().is_err() {
+        tracing::error!("the checkpointing thread had panicked");
+    }
+    result.map(|()| RawRate { entries, elapsed })
+}

@@ -1,0 +1,752 @@
+//! The one thread that writes: it drains the queue, does what it finds in memory, and commits it all at once.
+//!
+//! There is no timer: while one commit is being synced, the next batch gathers. Operations (in [`super::operations`])
+//! change what the writer alone owns, and mark it; the commit writes out what is marked; only then is it published and
+//! are the callers answered. After a failed commit everything that was marked is read back from the tables, and the
+//! operations are done again one by one, so that one that can't be done fails alone.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use rusqlite::Connection;
+
+use super::Shared;
+use super::chunk::{Builder, Chunk};
+use super::groups::Group;
+use super::log::{ChunkRef, Published};
+use super::queue::{Queue, Taken, Work};
+use super::tables::{self, FirstEntry, StreamRow, engine_error};
+use crate::event::{EntryId, Epoch, GroupName, StreamName};
+use crate::store::{StoreError, StoreErrorKind};
+
+/// One transaction takes no more appended bytes than this, give or take one call.
+const TRANSACTION_BYTES: usize = 4 * 1024 * 1024;
+/// The write-ahead log is brought into the database once it has grown by about so much.
+const CHECKPOINT_BYTES: usize = 8 * 1024 * 1024;
+/// What a commit writes besides the chunks, about.
+const COMMIT_BYTES: usize = 16 * 1024;
+/// Idempotency keys are pruned in steps of so many.
+const PRUNE_KEYS: u32 = 500;
+const PRUNE_EVERY: Duration = Duration::from_secs(1);
+/// Chunks of at most so many entries and bytes are small: so many of them in a row are merged.
+const SMALL_ENTRIES: u32 = 16;
+const SMALL_BYTES: u32 = 8 * 1024;
+const MERGE_CHUNKS: usize = 16;
+
+/// How the writer makes commits durable.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Syncing {
+    /// Appends are synced before they are answered.
+    Each,
+    /// Everything is synced so often.
+    Every(Duration),
+}
+
+/// A stream as the writer has it: with what is staged for the next commit.
+#[derive(Debug)]
+pub(super) struct Stream {
+    pub(super) row: StreamRow,
+    pub(super) published: Arc<Published>,
+    pub(super) length: u64,
+    pub(super) groups: BTreeMap<GroupName, Group>,
+    /// Whether the row itself is to be written. Appends need not: the last chunk tells what changed.
+    pub(super) is_changed: bool,
+    staged: Vec<Builder>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Writer {
+    pub(super) connection: Connection,
+    path: PathBuf,
+    syncing: Syncing,
+    shared: Arc<Shared>,
+    /// A stream's number is its place here plus one.
+    pub(super) streams: Vec<Stream>,
+    by_name: HashMap<StreamName, usize>,
+    /// The places of streams that operations have changed since the last commit.
+    touched: BTreeSet<usize>,
+    /// Idempotency keys to be written with the next commit.
+    pub(super) new_keys: HashMap<(u32, Bytes), FirstEntry>,
+    /// Whether the next commit must be durable before it is answered.
+    pub(super) must_sync: bool,
+    /// Whether the next commit must write something, for a check.
+    pub(super) must_write: bool,
+    staged_bytes: usize,
+    pub(super) numbers: Numbers,
+    clock: Clock,
+    recent: Recent,
+    /// What the connection's `synchronous` is now.
+    is_synchronous: Option<bool>,
+    /// Since when there are commits that were not synced.
+    unsynced_since: Option<Instant>,
+    /// Whether a sync failed, so that only a completed checkpoint makes the write-ahead log trustworthy again.
+    is_log_in_doubt: bool,
+    /// Whether what is in memory may differ from the tables, because reading it back failed.
+    is_stale: bool,
+    unchecked_bytes: usize,
+    has_keys: bool,
+    pruned_at: Instant,
+}
+
+/// The numbers last given to new rows.
+#[derive(Debug, Default)]
+pub(super) struct Numbers {
+    chunk: i64,
+    pub(super) lease: i64,
+    pub(super) group: i64,
+    pub(super) consumer: i64,
+}
+
+/// Wall-clock milliseconds that never step back while the process lives, so that idle times can be relied on.
+#[derive(Debug)]
+struct Clock {
+    base_ms: u64,
+    base: Instant,
+}
+
+impl Clock {
+    fn now_ms(&self) -> u64 {
+        self.base_ms.saturating_add(u64::try_from(self.base.elapsed().as_millis()).unwrap_or(u64::MAX))
+    }
+}
+
+fn wall_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Which streams have chunks in memory, in the order in which they came, to let go of the oldest first.
+#[derive(Debug)]
+struct Recent {
+    max_bytes: usize,
+    bytes: usize,
+    order: VecDeque<Arc<Published>>,
+}
+
+impl Recent {
+    fn add(&mut self, published: &Arc<Published>, bytes: usize) {
+        self.bytes += bytes;
+        self.order.push_back(published.clone());
+        while self.bytes > self.max_bytes {
+            let Some(oldest) = self.order.pop_front() else { return };
+            let freed = oldest.log().forget_oldest();
+            self.bytes = self.bytes.saturating_sub(freed);
+        }
+    }
+}
+
+/// A chunk that the next commit writes.
+struct NewChunk {
+    place: usize,
+    row: i64,
+    chunk: Chunk,
+    holes: u64,
+}
+
+impl Writer {
+    /// Opens or makes the database and reads back all but the payloads.
+    pub(super) fn open(
+        path: PathBuf,
+        syncing: Syncing,
+        recent_bytes: usize,
+        shared: Arc<Shared>,
+    ) -> Result<Self, StoreError> {
+        let mut connection = tables::connect(&path, true)?;
+        tables::prepare(&mut connection, &path)?;
+        let mut writer = Self {
+            connection,
+            path,
+            syncing,
+            shared,
+            streams: Vec::new(),
+            by_name: HashMap::new(),
+            touched: BTreeSet::new(),
+            new_keys: HashMap::new(),
+            must_sync: false,
+            must_write: false,
+            staged_bytes: 0,
+            numbers: Numbers::default(),
+            clock: Clock { base_ms: wall_ms(), base: Instant::now() },
+            recent: Recent { max_bytes: recent_bytes, bytes: 0, order: VecDeque::new() },
+            is_synchronous: None,
+            unsynced_since: None,
+            is_log_in_doubt: false,
+            is_stale: false,
+            unchecked_bytes: CHECKPOINT_BYTES,
+            has_keys: true,
+            pruned_at: Instant::now(),
+        };
+        writer.load()?;
+        Ok(writer)
+    }
+
+    fn load(&mut self) -> Result<(), StoreError> {
+        let greatest = |table, column| {
+            tables::greatest(&self.connection, table, column).map_err(|e| engine_error("read the tables", e))
+        };
+        self.numbers = Numbers {
+            chunk: greatest("chunks", "chunk")?,
+            lease: greatest("leases", "number")?,
+            group: greatest("groups", "number")?,
+            consumer: greatest("consumers", "number")?,
+        };
+        self.clock.base_ms = self.clock.base_ms.max(greatest("leases", "delivered_ms")?.cast_unsigned());
+        let mut groups = tables::load_groups(&self.connection, None)?;
+        for (place, mut row) in tables::load_streams(&self.connection)?.into_iter().enumerate() {
+            if row.number as usize != place + 1 {
+                return Err(tables::corrupt(format!("the row of the stream before `{}` is missing", row.name)));
+            }
+            let chunks = tables::load_chunks(&self.connection, &row)?;
+            advance(&mut row, chunks.back());
+            let length = chunks.iter().map(|chunk| u64::from(chunk.head.count)).sum();
+            let published = Arc::new(Published::new(row.name.clone(), row.last_id, chunks));
+            self.shared.publish(&published);
+            self.by_name.insert(row.name.clone(), place);
+            let groups = groups.remove(&row.number).unwrap_or_default();
+            let groups = groups.into_iter().map(|group| (group.name.clone(), group)).collect();
+            self.streams.push(Stream { row, published, length, groups, is_changed: false, staged: Vec::new() });
+        }
+        Ok(())
+    }
+
+    /// Works until the queue is closed and empty.
+    pub(super) fn run(mut self, queue: &Queue) {
+        loop {
+            let deadline = match (self.syncing, self.unsynced_since) {
+                (Syncing::Every(interval), Some(since)) => Some(since + interval),
+                _ => None,
+            };
+            match queue.take(deadline) {
+                Taken::Work(work) => self.do_all(work),
+                Taken::Nothing => {}
+                Taken::Closed => break,
+            }
+            self.keep_house();
+        }
+        self.finish();
+    }
+
+    fn do_all(&mut self, mut work: VecDeque<Box<dyn Work>>) {
+        let mut together: Vec<Box<dyn Work>> = Vec::with_capacity(work.len());
+        while let Some(mut next) = work.pop_front() {
+            if next.is_alone() {
+                self.commit_all(std::mem::take(&mut together));
+            }
+            let is_alone = next.is_alone();
+            if let Err(error) = self.refresh() {
+                next.answer(Some(error));
+                continue;
+            }
+            next.run(self);
+            together.push(next);
+            if is_alone || self.staged_bytes > TRANSACTION_BYTES {
+                self.commit_all(std::mem::take(&mut together));
+            }
+        }
+        self.commit_all(together);
+    }
+
+    /// Commits what these calls have done, and answers them.
+    fn commit_all(&mut self, work: Vec<Box<dyn Work>>) {
+        let Err(error) = self.commit() else {
+            work.into_iter().for_each(|one| one.answer(None));
+            return;
+        };
+        self.reload();
+        if work.len() == 1 {
+            work.into_iter().zip([error]).for_each(|(one, error)| one.answer(Some(error)));
+            return;
+        }
+        for mut one in work {
+            let done = self.refresh().and_then(|()| {
+                one.run(self);
+                self.commit().inspect_err(|_error| self.is_stale = true)
+            });
+            if done.is_err() {
+                self.reload();
+            }
+            one.answer(done.err());
+        }
+    }
+
+    /// Reads back what could not be read back before.
+    fn refresh(&mut self) -> Result<(), StoreError> {
+        if self.is_stale {
+            self.read_back()?;
+        }
+        Ok(())
+    }
+
+    /// Writes out all that was marked in one transaction, then publishes it.
+    fn commit(&mut self) -> Result<(), StoreError> {
+        let is_needed = self.must_write || !self.touched.is_empty() || !self.new_keys.is_empty();
+        if !is_needed {
+            return Ok(());
+        }
+        let chunks = self.seal();
+        let touched = std::mem::take(&mut self.touched);
+        for place in &touched {
+            self.streams[*place].groups.values_mut().for_each(Group::settle_changes);
+        }
+        let streams = std::mem::take(&mut self.streams);
+        let keys = std::mem::take(&mut self.new_keys);
+        let is_check = self.must_write;
+        let result = self.transaction(self.must_sync, |connection| {
+            for NewChunk { place, row, chunk, holes } in &chunks {
+                tables::insert_chunk(connection, *row, chunk)?;
+                let bytes = u32::try_from(chunk.body().len()).unwrap_or(u32::MAX);
+                let chunk = ChunkRef { row: *row, head: chunk.head, holes: *holes, bytes, is_damaged: false };
+                debug_assert_eq!(chunk.head.stream as usize, place + 1);
+                tables::save_ref(connection, &chunk)?;
+            }
+            for stream in touched.iter().map(|place| &streams[*place]) {
+                write_stream(connection, stream)?;
+            }
+            for ((stream, key), first) in &keys {
+                tables::save_key(connection, *stream, key, first)?;
+            }
+            if is_check {
+                connection.prepare_cached("UPDATE meta SET value = value + 1 WHERE key = 'writes'")?.execute([])?;
+            }
+            Ok(())
+        });
+        self.streams = streams;
+        self.touched = touched;
+        result?;
+        self.has_keys |= !keys.is_empty();
+        self.unchecked_bytes += COMMIT_BYTES + self.staged_bytes;
+        self.publish(chunks);
+        Ok(())
+    }
+
+    /// Commits and keeps house, for who has no queue.
+    pub(super) fn commit_now(&mut self) -> Result<(), StoreError> {
+        self.commit()?;
+        self.keep_house();
+        Ok(())
+    }
+
+    /// Closes the chunks that are being filled.
+    fn seal(&mut self) -> Vec<NewChunk> {
+        let mut chunks = Vec::new();
+        for place in &self.touched {
+            let stream = &mut self.streams[*place];
+            let staged: u64 = stream.staged.iter().map(|builder| u64::from(builder.count())).sum();
+            let mut added = stream.row.added - staged;
+            // What was added since the last chunk and is in none was discarded.
+            let last = stream.published.log().chunks.back().map(|chunk| chunk.head.added);
+            let mut holes = last.map_or(0, |last| added.saturating_sub(last));
+            for builder in stream.staged.drain(..) {
+                added += u64::from(builder.count());
+                self.numbers.chunk += 1;
+                chunks.push(NewChunk { place: *place, row: self.numbers.chunk, chunk: builder.seal(added), holes });
+                holes = 0;
+            }
+        }
+        chunks
+    }
+
+    fn publish(&mut self, chunks: Vec<NewChunk>) {
+        for NewChunk { place, row, chunk, holes } in chunks {
+            let published = &self.streams[place].published;
+            let bytes = chunk.body().len();
+            published.log().push(row, chunk, holes);
+            self.recent.add(published, bytes);
+        }
+        for place in std::mem::take(&mut self.touched) {
+            let stream = &mut self.streams[place];
+            stream.is_changed = false;
+            for group in stream.groups.values_mut() {
+                group.changes = super::groups::Changes::default();
+            }
+            self.shared.publish(&stream.published);
+            let last_id = stream.row.last_id;
+            stream.published.newest.send_if_modified(|newest| {
+                let is_newer = *newest != last_id;
+                *newest = last_id;
+                is_newer
+            });
+            self.merge(place);
+        }
+        self.forget_staged();
+    }
+
+    fn forget_staged(&mut self) {
+        self.staged_bytes = 0;
+        self.must_sync = false;
+        self.must_write = false;
+    }
+
+    /// Makes one transaction of `write`, synced before this returns if `is_durable` and the configuration want it.
+    pub(super) fn transaction(
+        &mut self,
+        is_durable: bool,
+        write: impl FnOnce(&Connection) -> rusqlite::Result<()>,
+    ) -> Result<(), StoreError> {
+        self.trust_log()?;
+        let is_synchronous = is_durable && matches!(self.syncing, Syncing::Each);
+        let result = self.try_transaction(is_synchronous, write);
+        match &result {
+            Ok(()) if is_synchronous => self.unsynced_since = None,
+            Ok(()) => {
+                self.unsynced_since.get_or_insert_with(Instant::now);
+            }
+            Err(error) => {
+                if error.sqlite_error_code() == Some(rusqlite::ErrorCode::SystemIoFailure) {
+                    self.is_log_in_doubt = true;
+                }
+                if !self.connection.is_autocommit()
+                    && let Err(error) = self.connection.execute_batch("ROLLBACK")
+                {
+                    tracing::warn!(error = %error, "the embedded store could not roll back a transaction");
+                }
+            }
+        }
+        result.map_err(|error| engine_error(&format!("write to `{}`", self.path.display()), error))
+    }
+
+    fn try_transaction(
+        &mut self,
+        is_synchronous: bool,
+        write: impl FnOnce(&Connection) -> rusqlite::Result<()>,
+    ) -> rusqlite::Result<()> {
+        if self.is_synchronous != Some(is_synchronous) {
+            self.is_synchronous = None;
+            let level = if is_synchronous { "FULL" } else { "NORMAL" };
+            self.connection.execute_batch(&format!("PRAGMA synchronous = {level}"))?;
+            self.is_synchronous = Some(is_synchronous);
+        }
+        self.connection.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
+        write(&self.connection)?;
+        self.connection.prepare_cached("COMMIT")?.execute([]).map(|_rows| ())
+    }
+
+    /// After a failed sync the kernel may have dropped pages that it still shows us: only once everything is in the
+    /// database file and that is synced, a later commit means what it says.
+    fn trust_log(&mut self) -> Result<(), StoreError> {
+        if self.is_log_in_doubt {
+            let is_busy: i64 = self
+                .connection
+                .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))
+                .map_err(|error| engine_error("bring the write-ahead log into the database", error))?;
+            if is_busy != 0 {
+                let message = "cannot write: the write-ahead log is still being read after a failed sync";
+                return Err(StoreError::new(StoreErrorKind::Unavailable, message));
+            }
+            self.is_log_in_doubt = false;
+        }
+        Ok(())
+    }
+
+    /// Brings what operations have changed back to what the tables say.
+    fn reload(&mut self) {
+        self.is_stale = true;
+        if let Err(error) = self.read_back() {
+            tracing::error!(error = %error, "the embedded store can't read its tables");
+        }
+    }
+
+    pub(super) fn read_back(&mut self) -> Result<(), StoreError> {
+        self.new_keys.clear();
+        self.forget_staged();
+        let rows = tables::load_streams(&self.connection)?;
+        for stream in self.streams.drain(rows.len().min(self.streams.len())..) {
+            self.by_name.remove(&stream.row.name);
+        }
+        for (place, mut row) in rows.into_iter().enumerate() {
+            if !self.touched.contains(&place) {
+                continue;
+            }
+            let groups = tables::load_groups(&self.connection, Some(row.number))?.remove(&row.number);
+            let stream = &mut self.streams[place];
+            {
+                let log = stream.published.log();
+                advance(&mut row, log.chunks.back());
+                stream.length = log.chunks.iter().map(|chunk| u64::from(chunk.head.count)).sum();
+            }
+            stream.row = row;
+            stream.groups = groups.unwrap_or_default().into_iter().map(|group| (group.name.clone(), group)).collect();
+            stream.staged.clear();
+            stream.is_changed = false;
+        }
+        self.touched.clear();
+        self.is_stale = false;
+        Ok(())
+    }
+
+    /// Work that no caller waits for.
+    fn keep_house(&mut self) {
+        self.sync_if_due(false);
+        if self.has_keys && self.pruned_at.elapsed() >= PRUNE_EVERY {
+            self.prune_keys();
+        }
+        if self.shared.is_checkpointed.swap(false, Ordering::AcqRel) {
+            // What the checkpointer left is little; once all is in the database, the log begins anew.
+            if let Err(error) = checkpoint(&self.connection) {
+                tracing::warn!(error = %error, "the embedded store could not checkpoint; its log grows");
+            }
+        }
+        if self.unchecked_bytes >= CHECKPOINT_BYTES {
+            self.unchecked_bytes = 0;
+            self.shared.ask_for_checkpoint();
+        }
+    }
+
+    fn sync_if_due(&mut self, is_last: bool) {
+        let Syncing::Every(interval) = self.syncing else { return };
+        if self.unsynced_since.is_none_or(|since| !is_last && since.elapsed() < interval) {
+            return;
+        }
+        let synced = self.trust_log().and_then(|()| {
+            let sync = |connection: &Connection| {
+                connection.prepare_cached("UPDATE meta SET value = value + 1 WHERE key = 'writes'")?.execute([])
+            };
+            self.try_transaction(true, |connection| sync(connection).map(|_rows| ()))
+                .map_err(|error| engine_error("sync", error))
+        });
+        match synced {
+            Ok(()) => self.unsynced_since = None,
+            Err(error) => {
+                self.is_log_in_doubt = true;
+                self.unsynced_since = Some(Instant::now());
+                tracing::error!(error = %error, "the embedded store could not sync what it accepted");
+            }
+        }
+    }
+
+    fn prune_keys(&mut self) {
+        let now_ms = wall_ms();
+        let mut pruned = 0;
+        let result = self.transaction(false, |connection| {
+            pruned = tables::prune_keys(connection, now_ms, PRUNE_KEYS)?;
+            Ok(())
+        });
+        match result {
+            // There may be more: go on after the next batch.
+            Ok(()) if pruned == PRUNE_KEYS as usize => {}
+            Ok(()) => self.pruned_at = Instant::now(),
+            Err(error) => {
+                self.pruned_at = Instant::now();
+                tracing::debug!(error = %error, "idempotency keys could not be pruned");
+            }
+        }
+    }
+
+    /// Merges the newest chunks of a stream if they are many and small, as single appends leave them.
+    fn merge(&mut self, place: usize) {
+        let stream = &self.streams[place];
+        let run: Vec<ChunkRef> = {
+            let log = stream.published.log();
+            let is_small = |chunk: &&ChunkRef| {
+                chunk.head.count <= SMALL_ENTRIES && chunk.bytes <= SMALL_BYTES && !chunk.is_damaged
+            };
+            let mut run: Vec<ChunkRef> = log.chunks.iter().rev().take_while(is_small).copied().collect();
+            run.reverse();
+            run
+        };
+        if run.len() < MERGE_CHUNKS {
+            return;
+        }
+        let name = stream.row.name.clone();
+        if let Err(error) = self.merge_run(place, &run) {
+            tracing::debug!(stream = %name, error = %error, "small chunks could not be merged");
+        }
+    }
+
+    fn merge_run(&mut self, place: usize, run: &[ChunkRef]) -> Result<(), StoreError> {
+        let stream = &self.streams[place];
+        let number = stream.row.number;
+        let mut merged: Vec<(Chunk, u64)> = Vec::new();
+        let mut builder = Builder::new(number);
+        let first = run[0];
+        let mut added = first.head.added.saturating_sub(u64::from(first.head.count) + first.holes);
+        let mut holes = 0;
+        for chunk_ref in run {
+            let damaged = |reason: &dyn std::fmt::Display| tables::damaged_chunk(&stream.row.name, chunk_ref, reason);
+            let chunk =
+                tables::read_chunk(&self.connection, &stream.row.name, chunk_ref).map_err(|failure| match failure {
+                    tables::ReadFailure::Changed => damaged(&"the row holds something else"),
+                    tables::ReadFailure::Failed(error) => error,
+                })?;
+            holes += chunk_ref.holes;
+            added += chunk_ref.holes;
+            for slot in chunk.slots() {
+                if builder.is_full() {
+                    let full = std::mem::replace(&mut builder, Builder::new(number));
+                    merged.push((full.seal(added), std::mem::take(&mut holes)));
+                }
+                builder.push_slot(&chunk, slot.map_err(|damage| damaged(&damage))?);
+                added += 1;
+            }
+        }
+        merged.push((builder.seal(added), holes));
+        let refs: Vec<ChunkRef> = merged
+            .iter()
+            .zip(run)
+            .map(|((chunk, holes), old)| {
+                let bytes = u32::try_from(chunk.body().len()).unwrap_or(u32::MAX);
+                ChunkRef { row: old.row, head: chunk.head, holes: *holes, bytes, is_damaged: false }
+            })
+            .collect();
+        self.transaction(false, |connection| {
+            for (chunk_ref, (chunk, _)) in refs.iter().zip(&merged) {
+                tables::insert_chunk(connection, chunk_ref.row, chunk)?;
+                tables::save_ref(connection, chunk_ref)?;
+            }
+            run.iter().skip(refs.len()).try_for_each(|chunk| tables::delete_chunk(connection, chunk))
+        })?;
+        self.unchecked_bytes += refs.iter().map(|chunk| chunk.bytes as usize).sum::<usize>();
+        let mut log = self.streams[place].published.log();
+        let all = log.chunks.len();
+        log.replace(all - run.len()..all, refs);
+        Ok(())
+    }
+
+    fn finish(mut self) {
+        self.sync_if_due(true);
+        if let Err(error) = self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_row| Ok(())) {
+            tracing::warn!(error = %error, "the embedded store left its write-ahead log for the next start");
+        }
+        if let Err((_connection, error)) = self.connection.close() {
+            tracing::warn!(error = %error, "the embedded store was not closed cleanly");
+        }
+    }
+
+    pub(super) fn now_ms(&self) -> u64 {
+        self.clock.now_ms()
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The place of a stream that has a row, whether it was made or not.
+    pub(super) fn place(&self, name: &StreamName) -> Option<usize> {
+        self.by_name.get(name).copied()
+    }
+
+    /// The place of a stream that exists.
+    pub(super) fn made(&self, name: &StreamName) -> Option<usize> {
+        self.place(name).filter(|place| self.streams[*place].row.is_made)
+    }
+
+    /// The place of a stream, with a row where it has none.
+    pub(super) fn place_or_new(&mut self, name: &StreamName) -> usize {
+        if let Some(place) = self.place(name) {
+            return place;
+        }
+        let place = self.streams.len();
+        let number = u32::try_from(place + 1).expect("fewer than 2^32 streams fit into memory");
+        let row = StreamRow {
+            number,
+            name: name.clone(),
+            epoch: Epoch::random(),
+            is_made: false,
+            last_id: EntryId::MIN,
+            added: 0,
+        };
+        let published = Arc::new(Published::new(name.clone(), EntryId::MIN, VecDeque::new()));
+        self.by_name.insert(name.clone(), place);
+        self.streams.push(Stream {
+            row,
+            published,
+            length: 0,
+            groups: BTreeMap::new(),
+            is_changed: true,
+            staged: Vec::new(),
+        });
+        self.touched.insert(place);
+        place
+    }
+
+    /// A stream to be changed: what is marked in it is written with the next commit.
+    pub(super) fn change(&mut self, place: usize) -> &mut Stream {
+        self.touched.insert(place);
+        &mut self.streams[place]
+    }
+
+    /// A group to be changed, and the numbers for what is made in it.
+    pub(super) fn change_group(&mut self, place: usize, group: &GroupName) -> Option<(&mut Group, &mut Numbers)> {
+        self.touched.insert(place);
+        let group = self.streams[place].groups.get_mut(group)?;
+        Some((group, &mut self.numbers))
+    }
+
+    /// Gives an entry its id and puts it into the chunk that the next commit writes.
+    pub(super) fn stage(&mut self, place: usize, fields: &[u8]) -> EntryId {
+        self.touched.insert(place);
+        self.must_sync = true;
+        self.staged_bytes += fields.len();
+        let stream = &mut self.streams[place];
+        let last = stream.row.last_id;
+        let now = wall_ms();
+        let id = if now > last.ms { EntryId::new(now, 0) } else { last.next() };
+        stream.is_changed |= !stream.row.is_made;
+        stream.row.is_made = true;
+        stream.row.last_id = id;
+        stream.row.added += 1;
+        stream.length += 1;
+        for group in stream.groups.values_mut().filter(|group| group.cursor >= id) {
+            group.passed += 1;
+            group.changes.is_changed = true;
+        }
+        if stream.staged.last().is_none_or(Builder::is_full) {
+            stream.staged.push(Builder::new(stream.row.number));
+        }
+        stream.staged.last_mut().expect("pushed just now").push(id, fields);
+        id
+    }
+
+    /// Accounts for chunks in memory that were let go.
+    pub(super) fn freed(&mut self, bytes: usize) {
+        self.recent.bytes = self.recent.bytes.saturating_sub(bytes);
+    }
+}
+
+/// The last chunk knows better than the stream's row, which is not written with every append.
+fn advance(row: &mut StreamRow, last: Option<&ChunkRef>) {
+    if let Some(last) = last {
+        row.last_id = row.last_id.max(last.head.last);
+        row.added = row.added.max(last.head.added);
+    }
+}
+
+fn write_stream(connection: &Connection, stream: &Stream) -> rusqlite::Result<()> {
+    if stream.is_changed {
+        tables::save_stream(connection, &stream.row)?;
+    }
+    for group in stream.groups.values() {
+        if group.changes.is_changed {
+            tables::save_group(connection, stream.row.number, group)?;
+        }
+        for name in &group.changes.consumers {
+            if let Some(consumer) = group.consumer_named(name) {
+                tables::save_consumer(connection, group.number, consumer)?;
+            }
+        }
+        for number in &group.changes.removed_consumers {
+            tables::delete_consumer(connection, *number)?;
+        }
+        for number in &group.changes.leases {
+            match group.lease(*number) {
+                Some(lease) => tables::save_lease(connection, group.number, *number, lease)?,
+                None => tables::delete_lease(connection, *number)?,
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Brings what it can of the write-ahead log into the database, without waiting for anyone; says how many pages are
+/// left.
+pub(super) fn checkpoint(connection: &Connection) -> rusqlite::Result<i64> {
+    connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |row| {
+        let (pages, done): (i64, i64) = (row.get(1)?, row.get(2)?);
+        Ok(pages - done)
+    })
+}
