@@ -6,6 +6,7 @@ mod deploy;
 mod redis_faults;
 mod store_contract;
 mod store_embedded;
+mod store_model;
 mod store_redis;
 mod support;
 mod tidy;

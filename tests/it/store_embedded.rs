@@ -7,6 +7,7 @@ use aurora_bus::store::embedded::Config;
 use bytesize::ByteSize;
 
 use crate::store_contract::{TestStore, contract_tests};
+use crate::store_model::{self, Traits};
 
 async fn open() -> TestStore {
     open_with(Config::default()).await
@@ -32,4 +33,19 @@ mod contract {
 mod contract_from_disk {
     use super::{contract_tests, open_without_memory};
     contract_tests!(open_without_memory);
+}
+
+#[test]
+fn random_operations_agree_with_the_model() {
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let folder = tempfile::tempdir().expect("a folder");
+    // So little memory that some entries are read from it and some from their rows.
+    let config = Config { path: folder.path().to_owned(), recent: ByteSize::kib(40), ..Config::default() };
+    let open = async || Arc::new(config.clone().open().await.expect("opened")) as Arc<dyn Store>;
+    let store = runtime.block_on(open());
+    let reopen = async |store: Arc<dyn Store>| {
+        store.close().await;
+        open().await
+    };
+    store_model::check(&runtime, store, reopen, Traits { cases: 150, is_lag_exact: true });
 }
