@@ -11,11 +11,13 @@
 
 mod call;
 mod config;
+mod declared;
 mod meters;
 mod outbox;
 mod patience;
 mod policy;
 mod pump;
+mod retention;
 mod retries;
 mod sampler;
 
@@ -26,7 +28,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, info_span};
 
 pub use config::{GroupConfig, GroupStart, InvalidValue};
+pub use declared::Declared;
 pub use policy::{RetryPolicy, Verdict};
+pub use retention::{Janitor, Retention};
 pub use sampler::Sampler;
 
 use self::pump::Pump;

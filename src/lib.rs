@@ -3,11 +3,17 @@
 //! The library behind the `aurora-bus` binary. Read `ARCHITECTURE.md` for the map, and [`store::Store`] and
 //! [`sink::Sink`] for the two seams.
 
+pub mod app;
 pub mod bench;
+pub mod bus;
+pub mod cli;
+pub mod config;
 pub mod delivery;
 pub mod event;
+pub mod http;
 pub mod metrics;
 pub mod readiness;
 pub mod relay;
 pub mod sink;
 pub mod store;
+pub mod telemetry;

@@ -115,6 +115,9 @@ pub enum Refused {
     /// There are too many connections, in all or from this address. Later there may be room.
     #[error("too many connections")]
     ConnectionLimit,
+    /// The page that asks is of an origin that is not let in.
+    #[error("pages of this origin are not let in (http.origins)")]
+    Origin,
     /// This instance is stopping; another one, or this one later, will serve.
     #[error("this instance is stopping")]
     Draining,
@@ -126,6 +129,7 @@ impl Refused {
         match self {
             Self::UnknownChannel(_) | Self::BadParameter(_) => CloseCode::Protocol,
             Self::ConnectionLimit => CloseCode::ConnectionLimit,
+            Self::Origin => CloseCode::Origin,
             Self::Draining => CloseCode::GoingAway,
         }
     }
@@ -134,7 +138,7 @@ impl Refused {
         match self {
             Self::UnknownChannel(_) => format!("unknown_channel: {self}"),
             Self::BadParameter(_) => format!("bad_parameter: {self}"),
-            Self::ConnectionLimit | Self::Draining => self.close_code().reason().to_owned(),
+            Self::ConnectionLimit | Self::Origin | Self::Draining => self.close_code().reason().to_owned(),
         }
     }
 }

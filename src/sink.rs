@@ -134,6 +134,9 @@ pub enum SinkConfig {
 }
 
 impl SinkConfig {
+    /// What `type` may be.
+    pub const TYPES: [&str; 2] = ["log", "audit"];
+
     /// Makes the sink. Opens files and takes their locks, but talks to no other machine.
     pub async fn build(self, name: &str) -> Result<Arc<dyn Sink>, SinkError> {
         Ok(match self {

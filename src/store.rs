@@ -22,6 +22,7 @@
 
 pub mod embedded;
 mod error;
+mod metered;
 pub mod redis;
 mod types;
 
@@ -31,6 +32,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 pub use error::{StoreError, StoreErrorKind};
+pub use metered::Metered;
 pub use types::{
     Appended, Claimed, ConsumerStatus, Cursor, GroupStatus, Order, Outcome, Pending, Range, Reclaimed, Settled,
     Settlement, Start, StoreStatus, StreamStatus, Trim,

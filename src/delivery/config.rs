@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::policy::RetryPolicy;
 use crate::event::{GroupName, Severity};
+use crate::store::Start;
 
 /// One consumer group of a stream.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
@@ -60,6 +61,15 @@ pub enum GroupStart {
     Oldest,
     /// With the next entry.
     New,
+}
+
+impl From<GroupStart> for Start {
+    fn from(start: GroupStart) -> Self {
+        match start {
+            GroupStart::Oldest => Self::Oldest,
+            GroupStart::New => Self::New,
+        }
+    }
 }
 
 mod default {

@@ -23,6 +23,8 @@ pub enum CloseCode {
     Protocol,
     /// 4503: too many connections.
     ConnectionLimit,
+    /// 4504: pages of this origin are not let in.
+    Origin,
     /// 4505: the client sent a message that is too big.
     TooBig,
 }
@@ -39,6 +41,7 @@ impl CloseCode {
             Self::WriteTimeout => 4008,
             Self::Protocol => 4500,
             Self::ConnectionLimit => 4503,
+            Self::Origin => 4504,
             Self::TooBig => 4505,
         }
     }
@@ -54,6 +57,7 @@ impl CloseCode {
             Self::WriteTimeout => "write_timeout: the socket took no bytes in time",
             Self::Protocol => "protocol: what was sent makes no sense here",
             Self::ConnectionLimit => "connection_limit: too many connections",
+            Self::Origin => "origin: pages of this origin are not let in",
             Self::TooBig => "too_big: the message is too long",
         }
     }

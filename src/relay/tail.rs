@@ -65,6 +65,7 @@ impl Tail {
                 Err(error) => self.wait_out(&error, &mut backoff).await,
             }
         };
+        self.part.ready();
         let mut size = PageSize::new(MAX_READ, READ_BYTES);
         let mut check_due = Instant::now() + CHECK_INTERVAL;
         loop {

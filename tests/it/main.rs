@@ -1,8 +1,10 @@
 //! The tests that need servers, sockets or files: one binary for all of them.
 
+mod api;
 mod browser;
 mod crash;
 mod deploy;
+mod docs;
 mod redis_faults;
 mod store_contract;
 mod store_embedded;

@@ -11,24 +11,29 @@ use fred::types::config::{
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use secrecy::{ExposeSecret, SecretString};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize, Serializer};
 use url::{Host, Url};
 
 use super::RedisStore;
 
 /// Where the server is and how to speak to it.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// `redis://` or, over TLS, `rediss://`, then `[user:password@]host[:port][/database]`.
+    #[serde(serialize_with = "masked_url")]
     pub url: SecretString,
     /// The user, instead of the one in the URL.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub username: Option<String>,
     /// The password, instead of the one in the URL.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "masked")]
     pub password: Option<SecretString>,
     /// A file that holds the password, instead of one written here. A line end after it is ignored.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub password_file: Option<PathBuf>,
     /// The certificates to trust with `rediss://`, in PEM; those of the system where it is absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub ca_file: Option<PathBuf>,
     /// How long to wait for a connection, and for each answer of the server.
     #[serde(with = "humantime_serde")]
@@ -38,6 +43,22 @@ pub struct Config {
     pub reconnect_max: Duration,
     /// The most blocking reads at a time, each on a connection of its own: one per worker and tailed stream.
     pub max_readers: usize,
+}
+
+/// What stands for a secret where the configuration is printed.
+const MASK: &str = "********";
+
+#[expect(clippy::ref_option, reason = "serde hands fields over by reference")]
+fn masked<S: Serializer>(_: &Option<SecretString>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(MASK)
+}
+
+fn masked_url<S: Serializer>(url: &SecretString, serializer: S) -> Result<S::Ok, S::Error> {
+    let Ok(mut url) = Url::parse(url.expose_secret()) else { return serializer.serialize_str(MASK) };
+    if url.password().is_some() && url.set_password(Some(MASK)).is_err() {
+        return serializer.serialize_str(MASK);
+    }
+    serializer.serialize_str(url.as_str())
 }
 
 impl Default for Config {

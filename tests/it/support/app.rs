@@ -42,7 +42,7 @@ impl Home {
     /// The same in a folder that is there already.
     pub(crate) fn at(folder: &Path, config: &str) -> Self {
         let home = Self { folder: folder.to_owned(), _owned: None };
-        let config = format!("instance = \"it\"\n{config}\n[http]\nlisten = \"127.0.0.1:0\"\n");
+        let config = format!("instance = \"it\"\n{config}\n");
         fs::write(home.config_path(), config).expect("a writable folder");
         home
     }
@@ -58,7 +58,12 @@ impl Home {
 
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_aurora-bus"));
-        command.args(arguments).current_dir(&self.folder).env_clear().stdin(Stdio::null());
+        command
+            .args(arguments)
+            .current_dir(&self.folder)
+            .env_clear()
+            .env("AURORA_BUS__HTTP__LISTEN", "127.0.0.1:0")
+            .stdin(Stdio::null());
         command
     }
 

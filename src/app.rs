@@ -1,0 +1,285 @@
+//! The daemon, put together: what is built from what, what runs, and how it ends.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::bus::{Bus, Catalogue};
+use crate::config::{Backend, Config};
+use crate::delivery::{Declared, GroupSpec, Janitor, Sampler, Worker};
+use crate::event::ConsumerName;
+use crate::http::{self, Api};
+use crate::metrics::Metrics;
+use crate::readiness::{Part, Readiness};
+use crate::relay::Relay;
+use crate::sink::Sink;
+use crate::store::{Metered, Store, StoreStatus};
+
+/// How often the store is asked whether it can do its work.
+const CHECK_EVERY: Duration = Duration::from_secs(2);
+/// How long the store may take to answer that.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
+/// After how long without a word a part counts as stuck.
+const STALE_AFTER: Duration = Duration::from_secs(20);
+/// How long requests under way may take once everything else has ended.
+const HTTP_GRACE: Duration = Duration::from_secs(5);
+
+/// A daemon that is built, bound and not yet running.
+#[derive(Debug)]
+pub struct App {
+    listener: TcpListener,
+    address: SocketAddr,
+    grace: Duration,
+    store: Arc<dyn Store>,
+    sinks: BTreeMap<String, Arc<dyn Sink>>,
+    workers: Vec<Worker>,
+    declared: Vec<Declared>,
+    janitor: Janitor,
+    sampler: Sampler,
+    relay: Relay,
+    api: Api,
+    stop_sessions: CancellationToken,
+    store_part: Part,
+}
+
+impl App {
+    /// Binds the listener, opens the store and the sinks, and wires the parts. Nothing runs yet.
+    pub async fn build(config: Config) -> anyhow::Result<Self> {
+        let metrics = Metrics::new();
+        metrics.build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        let readiness = Readiness::default();
+
+        let listen = config.http.listen;
+        let listener = TcpListener::bind(listen).await.with_context(|| {
+            format!("cannot listen on {listen} (http.listen): is another daemon running, or the port taken?")
+        })?;
+        let address = listener.local_addr().context("cannot read the listener's address")?;
+        let store: Arc<dyn Store> = Arc::new(Metered::new(open_store(&config).await?, metrics.clone()));
+        let sinks = open_sinks(&config).await?;
+
+        let streams: Vec<_> = config.streams.iter().map(|stream| (stream.name.clone(), stream.dead_letter())).collect();
+        let names = || config.streams.iter().map(|stream| stream.name.clone());
+        let relayed = config.relayed();
+        let bus = Bus::new(Arc::clone(&store), config.publish, Catalogue::new(streams), metrics.clone());
+        let relay = Relay::new(Arc::clone(&store), config.relay, &relayed, metrics.clone(), readiness.clone());
+        let sampler = Sampler::new(Arc::clone(&store), names().collect(), metrics.clone());
+        let retained = config.streams.iter().map(|stream| (stream.name.clone(), stream.retention)).collect();
+        let janitor = Janitor::new(Arc::clone(&store), retained);
+
+        let mut workers = Vec::new();
+        let mut declared = Vec::new();
+        for stream in &config.streams {
+            for group in &stream.groups {
+                let part = |name: String| readiness.part(&name, Some(STALE_AFTER));
+                let full_name = format!("{}/{}", stream.name, group.name);
+                let spec =
+                    GroupSpec { stream: stream.name.clone(), dead_letter: stream.dead_letter(), config: group.clone() };
+                let Some(sink) = &group.sink else {
+                    declared.push(Declared::new(Arc::clone(&store), spec, part(format!("group {full_name}"))));
+                    continue;
+                };
+                let sink = sinks.get(sink).context("a group names a sink that is not there")?;
+                for index in 0..group.workers {
+                    let consumer: ConsumerName = format!("{}-{index}", config.instance).parse()?;
+                    let name = if group.workers == 1 { full_name.clone() } else { format!("{full_name} {index}") };
+                    let part = part(format!("worker {name}"));
+                    let (store, sink) = (Arc::clone(&store), Arc::clone(sink));
+                    workers.push(Worker::new(store, sink, spec.clone(), consumer, metrics.clone(), part));
+                }
+            }
+        }
+
+        let store_part = readiness.part("store", Some(STALE_AFTER));
+        let stop_sessions = CancellationToken::new();
+        let api =
+            Api::new(config.http, bus, Arc::clone(&store), relay.clone(), metrics, readiness, stop_sessions.clone());
+        let grace = config.shutdown.grace;
+        Ok(Self {
+            listener,
+            address,
+            grace,
+            store,
+            sinks,
+            workers,
+            declared,
+            janitor,
+            sampler,
+            relay,
+            api,
+            stop_sessions,
+            store_part,
+        })
+    }
+
+    /// The address the daemon listens on.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Runs until `stop`, then ends in order: no longer ready, workers and dashboards finish, requests finish, the
+    /// store is closed. Fails when a part ends that should not, or when the grace was too short.
+    pub async fn run(self, stop: CancellationToken) -> anyhow::Result<()> {
+        let work = CancellationToken::new();
+        let serving = CancellationToken::new();
+        let mut tasks = JoinSet::new();
+        for worker in self.workers {
+            tasks.spawn(named("worker", worker.run(work.clone())));
+        }
+        for group in self.declared {
+            tasks.spawn(named("declared group", group.run(work.clone())));
+        }
+        tasks.spawn(named("janitor", self.janitor.run(work.clone())));
+        tasks.spawn(named("sampler", self.sampler.run(work.clone())));
+        let relay = self.relay.clone();
+        let relay_stop = work.clone();
+        tasks.spawn(named("relay", async move { relay.run(relay_stop).await }));
+        tasks.spawn(named("store watch", watch_store(Arc::clone(&self.store), self.store_part, work.clone())));
+        let mut server = JoinSet::new();
+        server.spawn(http::serve(self.listener, self.api.clone(), serving.clone()));
+        tracing::info!("listening on http://{}", self.address);
+
+        let failure = tokio::select! {
+            () = stop.cancelled() => None,
+            ended = tasks.join_next() => Some(why_ended(ended)),
+            _ = server.join_next() => Some("the HTTP server ended by itself".to_owned()),
+        };
+        if let Some(failure) = &failure {
+            tracing::error!(error = failure, "stopping");
+        }
+
+        self.api.drain();
+        work.cancel();
+        self.stop_sessions.cancel();
+        let drained = tokio::time::timeout(self.grace, async {
+            while tasks.join_next().await.is_some() {}
+            self.api.sessions_ended().await;
+        });
+        let is_late = drained.await.is_err();
+        if is_late {
+            tracing::warn!(grace_seconds = self.grace.as_secs(), "work under way did not end in time; it is abandoned");
+            tasks.abort_all();
+        }
+        serving.cancel();
+        let http_ended = tokio::time::timeout(HTTP_GRACE, async { while server.join_next().await.is_some() {} }).await;
+        if http_ended.is_err() {
+            tracing::warn!("requests under way did not end in time");
+        }
+        for sink in self.sinks.values() {
+            sink.close().await;
+        }
+        self.store.close().await;
+        tracing::info!("stopped");
+        match failure {
+            Some(failure) => bail!("{failure}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Opens what `serve` would open, asks each part whether it can work, and lets go of it again.
+pub async fn check(config: &Config) -> anyhow::Result<StoreStatus> {
+    let store = open_store(config).await?;
+    let status = tokio::time::timeout(CHECK_TIMEOUT, async {
+        loop {
+            match store.check().await {
+                // A connection that is still being made is no failure yet.
+                Err(error) if error.kind() == crate::store::StoreErrorKind::Unavailable => {
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+                other => return other,
+            }
+        }
+    });
+    let status = match status.await {
+        Ok(status) => status,
+        Err(_) => store.check().await,
+    };
+    store.close().await;
+    let status = status.context("the store can't do its work")?;
+    for (name, sink) in open_sinks(config).await? {
+        sink.check().await.with_context(|| format!("the sink `{name}` can't take entries"))?;
+    }
+    Ok(status)
+}
+
+async fn open_store(config: &Config) -> anyhow::Result<Arc<dyn Store>> {
+    Ok(match config.store.backend {
+        Backend::Embedded => {
+            let embedded = config.store.embedded.clone();
+            Arc::new(embedded.open().await.context("cannot open the embedded store (store.embedded.path)")?)
+        }
+        Backend::Redis => {
+            let redis = config.store.redis.clone();
+            Arc::new(redis.connect().await.context("cannot use the Redis store (store.redis)")?)
+        }
+    })
+}
+
+/// Opens the sinks that a group names.
+async fn open_sinks(config: &Config) -> anyhow::Result<BTreeMap<String, Arc<dyn Sink>>> {
+    let groups = config.streams.iter().flat_map(|stream| &stream.groups);
+    let used: std::collections::BTreeSet<&String> = groups.filter_map(|group| group.sink.as_ref()).collect();
+    let mut sinks = BTreeMap::new();
+    for name in used {
+        let sink = config.sinks.get(name).with_context(|| format!("there is no sink `{name}`"))?;
+        let built = sink.clone().build(name).await.with_context(|| format!("cannot open the sink `{name}`"))?;
+        sinks.insert(name.clone(), built);
+    }
+    Ok(sinks)
+}
+
+/// Gives a task's end its name.
+async fn named(name: &'static str, task: impl Future<Output = ()>) -> &'static str {
+    task.await;
+    name
+}
+
+fn why_ended(ended: Option<Result<&'static str, tokio::task::JoinError>>) -> String {
+    match ended {
+        Some(Ok(name)) => format!("the {name} ended by itself"),
+        Some(Err(error)) => format!("an essential task failed: {error}"),
+        None => "nothing is left to run".to_owned(),
+    }
+}
+
+/// Asks the store again and again whether it can do its work, and tells readiness and the log.
+async fn watch_store(store: Arc<dyn Store>, part: Part, stop: CancellationToken) {
+    let mut known: Option<Result<StoreStatus, String>> = None;
+    loop {
+        let checked = match tokio::time::timeout(CHECK_TIMEOUT, store.check()).await {
+            Ok(checked) => checked.map_err(|error| error.to_string()),
+            Err(_) => Err("the store does not answer".to_owned()),
+        };
+        match &checked {
+            Ok(_) => part.ready(),
+            Err(reason) => part.not_ready(reason),
+        }
+        if known.as_ref() != Some(&checked) {
+            tell_store(&checked, known.is_some());
+            known = Some(checked);
+        }
+        tokio::select! {
+            () = tokio::time::sleep(CHECK_EVERY) => {}
+            () = stop.cancelled() => return,
+        }
+    }
+}
+
+fn tell_store(checked: &Result<StoreStatus, String>, is_change: bool) {
+    match checked {
+        Ok(status) => {
+            let message = if is_change { "the store can work again" } else { "the store can work" };
+            tracing::info!(store = status.description, "{message}");
+            for warning in &status.warnings {
+                tracing::warn!(store = status.description, "{warning}");
+            }
+        }
+        Err(reason) => tracing::error!(error = reason, "the store can't do its work; trying again"),
+    }
+}

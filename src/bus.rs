@@ -1,0 +1,236 @@
+//! Publishing: the one way in.
+//!
+//! Owns the catalogue of declared streams and the rules for what may be appended to them: size, idempotency, chunks.
+//! Promises that an event it answers for is stored as durably as the store promises, and that a batch keeps its
+//! order. Knows nothing of HTTP, groups or dashboards.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use bytesize::ByteSize;
+use serde::{Deserialize, Serialize};
+
+use crate::event::{IdempotencyKey, NewEntry, NewEvent, StreamName};
+use crate::metrics::Metrics;
+use crate::store::{Appended, MAX_APPEND, Store, StoreError};
+
+/// What publishers may do.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The largest event.
+    pub max_event: ByteSize,
+    /// How long idempotency keys are remembered, and the longest time a publisher may ask for.
+    #[serde(with = "humantime_serde")]
+    pub dedup_window: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { max_event: ByteSize::mib(1), dedup_window: Duration::from_hours(24) }
+    }
+}
+
+impl Config {
+    /// Every key that makes no sense, with the reason.
+    pub fn problems(&self) -> Vec<(&'static str, String)> {
+        let mut problems = Vec::new();
+        if !(1..=ByteSize::mib(64).as_u64()).contains(&self.max_event.as_u64()) {
+            problems.push(("max_event", "must be between 1 byte and 64 MiB".to_owned()));
+        }
+        if self.dedup_window < Duration::from_secs(1) {
+            problems.push(("dedup_window", "must be at least 1s".to_owned()));
+        }
+        problems
+    }
+}
+
+/// The declared streams, and where each one's dead letters go.
+#[derive(Debug, Clone, Default)]
+pub struct Catalogue {
+    streams: BTreeMap<StreamName, StreamName>,
+}
+
+impl Catalogue {
+    /// From streams and their dead-letter streams.
+    pub fn new(streams: impl IntoIterator<Item = (StreamName, StreamName)>) -> Self {
+        Self { streams: streams.into_iter().collect() }
+    }
+
+    /// The declared streams, by name.
+    pub fn streams(&self) -> impl Iterator<Item = &StreamName> {
+        self.streams.keys()
+    }
+
+    /// Whether the stream is declared, so that it may be published to.
+    pub fn contains(&self, stream: &StreamName) -> bool {
+        self.streams.contains_key(stream)
+    }
+
+    /// Whether the stream may be read: it is declared, or holds the dead letters of one that is.
+    pub fn is_readable(&self, stream: &StreamName) -> bool {
+        self.contains(stream) || self.streams.values().any(|dead_letter| dead_letter == stream)
+    }
+}
+
+/// Why an event was not accepted.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum PublishError {
+    /// It is larger than allowed.
+    #[error("the event has {size} bytes, more than the {max} allowed (publish.max_event)")]
+    TooLarge {
+        /// Its size in bytes.
+        size: usize,
+        /// The largest size in bytes.
+        max: u64,
+    },
+    /// The idempotency key is empty or too long.
+    #[error("an idempotency key has 1 to 256 bytes, this one has {0}")]
+    Key(usize),
+    /// It has no `id` of its own to recognise it by.
+    #[error("the event has no text `id` to recognise it by")]
+    NoId,
+    /// The store did not take it.
+    #[error("{0}")]
+    Store(Arc<StoreError>),
+}
+
+impl PublishError {
+    /// The reason in one word, for metrics and clients.
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::TooLarge { .. } => "event_too_large",
+            Self::Key(_) => "invalid_idempotency_key",
+            Self::NoId => "event_without_id",
+            Self::Store(_) => "store",
+        }
+    }
+}
+
+/// How to recognise events that come twice.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Dedup {
+    /// Not at all.
+    #[default]
+    Off,
+    /// By a key for the whole request: the n-th event of it has the key `<key>/<n>`, the only one just `<key>`.
+    Key(String),
+    /// By each event's own `id`.
+    OwnId,
+}
+
+/// The only writer.
+#[derive(Debug, Clone)]
+pub struct Bus {
+    store: Arc<dyn Store>,
+    config: Arc<Config>,
+    catalogue: Arc<Catalogue>,
+    metrics: Metrics,
+}
+
+impl Bus {
+    /// A bus over a store and the declared streams.
+    pub fn new(store: Arc<dyn Store>, config: Config, catalogue: Catalogue, metrics: Metrics) -> Self {
+        Self { store, config: Arc::new(config), catalogue: Arc::new(catalogue), metrics }
+    }
+
+    /// The declared streams.
+    pub fn catalogue(&self) -> &Catalogue {
+        &self.catalogue
+    }
+
+    /// The rules for publishers.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Appends events in order; one result per event, in order.
+    ///
+    /// Events that break a rule are left out. When the store fails, what comes after is not tried, so that the order
+    /// holds; every event answered with `Ok` is stored.
+    pub async fn publish(
+        &self,
+        stream: &StreamName,
+        events: Vec<NewEvent>,
+        dedup: &Dedup,
+        window: Option<Duration>,
+    ) -> Vec<Result<Appended, PublishError>> {
+        let timestamp = NewEntry::timestamp_now();
+        let window = window.unwrap_or(self.config.dedup_window).min(self.config.dedup_window);
+        let is_single = events.len() == 1;
+        let mut results: Vec<Option<Result<Appended, PublishError>>> = Vec::with_capacity(events.len());
+        let mut chunk = Vec::with_capacity(events.len().min(MAX_APPEND));
+        let mut places = Vec::with_capacity(chunk.capacity());
+        let mut failed: Option<PublishError> = None;
+        let mut events = events.into_iter().enumerate().peekable();
+        while let Some((index, event)) = events.next() {
+            match self.entry(event, index, is_single, dedup, window, &timestamp) {
+                Ok(entry) if failed.is_none() => {
+                    places.push(index);
+                    chunk.push(entry);
+                    results.push(None);
+                }
+                Ok(_) => results.push(failed.clone().map(Err)),
+                Err(error) => results.push(Some(Err(error))),
+            }
+            let is_due = chunk.len() == MAX_APPEND || events.peek().is_none();
+            if !is_due || chunk.is_empty() {
+                continue;
+            }
+            match self.append(stream, std::mem::take(&mut chunk)).await {
+                Ok(appended) => {
+                    for (place, appended) in places.drain(..).zip(appended) {
+                        results[place] = Some(Ok(appended));
+                    }
+                }
+                Err(error) => {
+                    for place in places.drain(..) {
+                        results[place] = Some(Err(error.clone()));
+                    }
+                    failed = Some(error);
+                }
+            }
+        }
+        results.into_iter().flatten().collect()
+    }
+
+    fn entry(
+        &self,
+        event: NewEvent,
+        index: usize,
+        is_single: bool,
+        dedup: &Dedup,
+        window: Duration,
+        timestamp: &Bytes,
+    ) -> Result<NewEntry, PublishError> {
+        let max = self.config.max_event.as_u64();
+        if event.data.len() as u64 > max {
+            return Err(PublishError::TooLarge { size: event.data.len(), max });
+        }
+        let key = match dedup {
+            Dedup::Off => None,
+            Dedup::Key(key) if is_single => Some(key.clone()),
+            Dedup::Key(key) => Some(format!("{key}/{index}")),
+            Dedup::OwnId => Some(event.own_id.clone().ok_or(PublishError::NoId)?),
+        };
+        if let Some(key) = key.as_ref().filter(|key| !(1..=256).contains(&key.len())) {
+            return Err(PublishError::Key(key.len()));
+        }
+        let idempotency = key.map(|key| IdempotencyKey { key: key.into(), window });
+        Ok(event.into_entry(timestamp, idempotency))
+    }
+
+    async fn append(&self, stream: &StreamName, entries: Vec<NewEntry>) -> Result<Vec<Appended>, PublishError> {
+        let started = Instant::now();
+        let result = self.store.append(stream, entries).await;
+        let labels = [stream.as_str()];
+        self.metrics.publish_seconds.with_label_values(&labels).observe(started.elapsed().as_secs_f64());
+        let appended = result.map_err(|error| PublishError::Store(Arc::new(error)))?;
+        let duplicates = appended.iter().filter(|appended| appended.duplicate).count() as u64;
+        self.metrics.published.with_label_values(&labels).inc_by(appended.len() as u64 - duplicates);
+        self.metrics.duplicates.with_label_values(&labels).inc_by(duplicates);
+        Ok(appended)
+    }
+}

@@ -1,0 +1,121 @@
+//! The sub-commands. Those that look into a running daemon speak its public HTTP API, as anyone else does.
+
+mod audit;
+mod client;
+mod inspect;
+mod publish;
+mod serve;
+mod tail;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{Config, InvalidConfig, Layers, load};
+
+/// An event bus for security operations centres.
+///
+/// Without a sub-command it runs the daemon, as `serve` does.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    config: ConfigArgs,
+}
+
+/// Where the configuration comes from: built-in defaults, then this file, then `AURORA_BUS__SECTION__KEY`, then flags.
+#[derive(Debug, Clone, Default, Args)]
+struct ConfigArgs {
+    /// The configuration file [default: config/aurora-bus.toml, if it is there]
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Listen here instead of `http.listen`
+    #[arg(long, global = true, value_name = "ADDRESS:PORT")]
+    listen: Option<String>,
+    /// Use this store instead of `store.backend`: embedded or redis
+    #[arg(long, global = true, value_name = "BACKEND")]
+    store: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the daemon
+    Serve,
+    /// Check the configuration; with --connect also what it points to
+    Check(inspect::CheckArgs),
+    /// Print the configuration as TOML: the effective one, or the built-in default
+    Config(inspect::PrintArgs),
+    /// Publish NDJSON from a file or standard input to a stream
+    Publish(publish::PublishArgs),
+    /// Print the entries of a stream as they come, one JSON object per line
+    Tail(tail::TailArgs),
+    /// Ask a running daemon whether it is healthy; for container health checks
+    Health(client::ClientArgs),
+    /// The tamper-evident audit files
+    #[command(subcommand)]
+    Audit(audit::AuditCommand),
+    /// Measure the daemon beside the raw ceiling of its store
+    Bench(crate::bench::BenchArgs),
+    /// The load generator that `bench` starts as a process of its own
+    #[command(hide = true)]
+    BenchLoad(crate::bench::LoadArgs),
+}
+
+impl Cli {
+    /// Runs the sub-command to its end.
+    pub async fn run(self) -> anyhow::Result<()> {
+        match self.command {
+            None | Some(Command::Serve) => serve::run(self.config.load()?).await,
+            Some(Command::Check(args)) => inspect::check(&self.config, args).await,
+            Some(Command::Config(args)) => inspect::print(&self.config, args),
+            Some(Command::Publish(args)) => publish::run(&self.config, args).await,
+            Some(Command::Tail(args)) => tail::run(&self.config, args).await,
+            Some(Command::Health(args)) => client::health(&self.config, &args).await,
+            Some(Command::Audit(command)) => audit::run(&self.config, command),
+            Some(Command::Bench(args)) => crate::bench::run(args).await,
+            Some(Command::BenchLoad(args)) => crate::bench::load(args).await,
+        }
+    }
+}
+
+impl ConfigArgs {
+    fn load(&self) -> Result<Config, InvalidConfig> {
+        let mut overrides = Vec::new();
+        overrides.extend(self.listen.clone().map(|listen| ("http.listen", listen)));
+        overrides.extend(self.store.clone().map(|store| ("store.backend", store)));
+        load(&Layers { file: self.config.clone(), environment: true, overrides })
+    }
+}
+
+/// Tells an error with its causes, and the exit code: 2 where the configuration is to blame, else 1.
+pub fn fail(error: &anyhow::Error) -> ExitCode {
+    let mut text = format!("error: {error}");
+    if let Some(invalid) = error.downcast_ref::<InvalidConfig>() {
+        tell(&format!("error: {invalid}\n"));
+        return ExitCode::from(2);
+    }
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        text = format!("{text}\n  because: {next}");
+        cause = next.source();
+    }
+    tell(&format!("{text}\n"));
+    ExitCode::FAILURE
+}
+
+/// Writes to standard error, where a closed one is no reason to fail.
+fn tell(text: &str) {
+    use std::io::Write as _;
+    drop(std::io::stderr().write_all(text.as_bytes()));
+}
+
+/// Writes a line to standard output; a reader that went away is an error, so that the command ends.
+fn say(line: &str) -> std::io::Result<()> {
+    use std::io::Write as _;
+    let mut out = std::io::stdout().lock();
+    out.write_all(line.as_bytes())?;
+    out.write_all(b"\n")
+}

@@ -1,0 +1,65 @@
+//! `aurora-bus serve`: the daemon as a process: logs, signals, and what to try next.
+
+use std::io::IsTerminal as _;
+use std::net::SocketAddr;
+
+use anyhow::Context as _;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use super::say;
+use crate::app::App;
+use crate::config::Config;
+use crate::telemetry;
+
+pub(super) async fn run(config: Config) -> anyhow::Result<()> {
+    telemetry::init(&config.log)?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+    let app = App::build(config.clone()).await?;
+    if std::io::stdout().is_terminal() {
+        say(&hints(&config, app.address()))?;
+    }
+    let stop = CancellationToken::new();
+    let running = app.run(stop.clone());
+    tokio::pin!(running);
+    tokio::select! {
+        result = &mut running => return result,
+        name = either(&mut terminate, &mut interrupt) => tracing::info!(signal = name, "stopping; a second signal ends at once"),
+    }
+    stop.cancel();
+    tokio::select! {
+        result = &mut running => result,
+        name = either(&mut terminate, &mut interrupt) => {
+            anyhow::bail!("ended at once by a second signal ({name}); work under way will be delivered again")
+        }
+    }
+}
+
+async fn either(terminate: &mut Signal, interrupt: &mut Signal) -> &'static str {
+    tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    }
+}
+
+/// What a new user can try in another terminal.
+fn hints(config: &Config, address: SocketAddr) -> String {
+    let store = match config.store.backend {
+        crate::config::Backend::Embedded => format!("embedded store in {}", config.store.embedded.path.display()),
+        crate::config::Backend::Redis => "Redis".to_owned(),
+    };
+    format!(
+        r#"
+aurora-bus {version}: {streams} streams on the {store}. Try in another terminal:
+
+  publish    curl http://{address}/api/v1/alerts -d '{{"severity":"high","source":"zeek","title":"Beacon to a rare domain"}}'
+  watch      ws://{address}/api/v1/ws/alerts           (in a browser: new WebSocket("ws://{address}/api/v1/ws/alerts"))
+  streams    curl http://{address}/api/v1/streams
+  ready      curl http://{address}/ready
+  metrics    curl http://{address}/metrics
+"#,
+        version = env!("CARGO_PKG_VERSION"),
+        streams = config.streams.len(),
+    )
+}

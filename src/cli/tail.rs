@@ -1,0 +1,129 @@
+//! `aurora-bus tail`: follows a stream through the API.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::client::{ClientArgs, client, endpoint, refusal};
+use super::{ConfigArgs, say, tell};
+
+/// What to print.
+#[derive(Debug, Args)]
+pub(super) struct TailArgs {
+    /// The stream
+    stream: String,
+    /// Where to begin: `earliest`, `latest`, or an entry id to go on after
+    #[arg(long, default_value = "latest")]
+    since: String,
+    /// End after so many entries
+    #[arg(short = 'n', long)]
+    count: Option<u64>,
+    /// Print what there is and end, instead of waiting for more
+    #[arg(long)]
+    no_follow: bool,
+    /// Print the payload alone, byte for byte
+    #[arg(long)]
+    data: bool,
+    #[command(flatten)]
+    client: ClientArgs,
+}
+
+#[derive(Deserialize)]
+struct Page<'a> {
+    #[serde(borrow)]
+    events: Vec<&'a RawValue>,
+    next: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Payload<'a> {
+    #[serde(borrow)]
+    data: Option<&'a RawValue>,
+    data_text: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Stream {
+    last_id: Option<String>,
+}
+
+pub(super) async fn run(config: &ConfigArgs, args: TailArgs) -> anyhow::Result<()> {
+    let base = args.client.base(config)?;
+    let client = client(Duration::from_secs(40))?;
+    let events = endpoint(&base, &["api", "v1", "streams", &args.stream, "events"])?;
+    let mut from = start(&client, &base, &args).await?;
+    let mut left = args.count.unwrap_or(u64::MAX);
+    let mut is_waiting_for_daemon = false;
+    while left > 0 {
+        let mut url = events.clone();
+        url.query_pairs_mut()
+            .append_pair("from", &from)
+            .append_pair("limit", &left.min(1_000).to_string())
+            .append_pair("wait_ms", if args.no_follow { "0" } else { "20000" });
+        let response = match client.get(url).send().await {
+            Ok(response) if response.status().is_server_error() && !args.no_follow => Err(refusal(response).await),
+            Ok(response) if !response.status().is_success() => bail!("{}", refusal(response).await),
+            Ok(response) => response.bytes().await.map_err(|error| error.to_string()),
+            Err(error) if args.no_follow => return Err(error).with_context(|| format!("no answer from {base}")),
+            Err(error) => Err(error.to_string()),
+        };
+        let body = match response {
+            Ok(body) => body,
+            Err(error) => {
+                if !is_waiting_for_daemon {
+                    tell(&format!("waiting for the daemon: {error}\n"));
+                }
+                is_waiting_for_daemon = true;
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                continue;
+            }
+        };
+        is_waiting_for_daemon = false;
+        let page: Page<'_> = serde_json::from_slice(&body).context("the daemon's answer makes no sense")?;
+        for event in &page.events {
+            print(event, args.data)?;
+        }
+        left -= page.events.len() as u64;
+        if page.events.is_empty() && args.no_follow {
+            break;
+        }
+        from = page.next.context("the daemon's answer has no `next`")?;
+    }
+    Ok(())
+}
+
+fn print(event: &RawValue, data_only: bool) -> anyhow::Result<()> {
+    if !data_only {
+        return Ok(say(event.get())?);
+    }
+    let payload: Payload<'_> = serde_json::from_str(event.get()).context("the daemon's answer makes no sense")?;
+    match (payload.data, payload.data_text) {
+        (Some(data), _) => say(data.get())?,
+        (None, Some(text)) => say(&text)?,
+        (None, None) => {}
+    }
+    Ok(())
+}
+
+/// The id to begin with.
+async fn start(client: &reqwest::Client, base: &reqwest::Url, args: &TailArgs) -> anyhow::Result<String> {
+    use crate::event::EntryId;
+
+    match args.since.as_str() {
+        "earliest" => Ok(EntryId::MIN.to_string()),
+        "latest" => {
+            let url = endpoint(base, &["api", "v1", "streams", &args.stream])?;
+            let response = client.get(url).send().await.with_context(|| format!("no answer from {base}"))?;
+            if !response.status().is_success() {
+                bail!("{}", refusal(response).await);
+            }
+            let stream: Stream = response.json().await.context("the daemon's answer makes no sense")?;
+            let last: EntryId = stream.last_id.as_deref().unwrap_or("0-0").parse()?;
+            Ok(last.next().to_string())
+        }
+        id => Ok(id.parse::<EntryId>().context("--since takes earliest, latest or an entry id")?.next().to_string()),
+    }
+}

@@ -1,0 +1,257 @@
+//! The HTTP surface: router, limits, and what callers see when something is wrong.
+//!
+//! Owns the listener, routes, request parsing and problem documents. Promises that every answer is within limits and
+//! that bad input goes no further than here. The only module that knows HTTP statuses and axum.
+
+mod health;
+mod problem;
+mod publish;
+mod server;
+mod streams;
+mod websocket;
+
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::extract::{FromRequestParts, MatchedPath, Request, State};
+use axum::http::header::HeaderName;
+use axum::http::request::Parts;
+use axum::http::{HeaderValue, StatusCode};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::{get, post};
+use bytesize::ByteSize;
+use governor::clock::{Clock as _, DefaultClock};
+use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tower_http::catch_panic::CatchPanicLayer;
+
+pub use problem::ApiError;
+pub use server::serve;
+
+use crate::bus::Bus;
+use crate::metrics::Metrics;
+use crate::readiness::Readiness;
+use crate::relay::Relay;
+use crate::store::Store;
+
+/// The listener and its limits.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Address and port to listen on.
+    pub listen: SocketAddr,
+    /// The largest request body.
+    pub max_body: ByteSize,
+    /// The most events in one request.
+    pub max_batch: usize,
+    /// The most connections at a time, dashboards included. More are refused with 503.
+    pub max_connections: usize,
+    /// The most publish requests being answered at a time. More are refused with 429.
+    pub max_in_flight: usize,
+    /// The most requests per second from one address. More are refused with 429.
+    pub rate_limit: u32,
+    /// Origins of pages that may open a WebSocket, besides those on the daemon's own host, such as
+    /// `https://soc.example`; `*` lets in every page.
+    pub origins: Vec<String>,
+    /// How long a client may take for the head of a request.
+    #[serde(with = "humantime_serde")]
+    pub header_timeout: Duration,
+    /// How long a client may take for the body of a request.
+    #[serde(with = "humantime_serde")]
+    pub body_timeout: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            max_body: ByteSize::mib(8),
+            max_batch: 5_000,
+            max_connections: 25_000,
+            max_in_flight: 1_024,
+            rate_limit: 20_000,
+            origins: Vec::new(),
+            header_timeout: Duration::from_secs(10),
+            body_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+impl Config {
+    /// Every key that makes no sense, with the reason.
+    pub fn problems(&self) -> Vec<(&'static str, String)> {
+        let mut problems = Vec::new();
+        let counts = [
+            ("max_batch", self.max_batch),
+            ("max_connections", self.max_connections),
+            ("max_in_flight", self.max_in_flight),
+            ("rate_limit", self.rate_limit as usize),
+        ];
+        for (key, _) in counts.into_iter().filter(|(_, count)| *count == 0) {
+            problems.push((key, "must be at least 1".to_owned()));
+        }
+        if self.max_body.as_u64() == 0 {
+            problems.push(("max_body", "must be at least 1 byte".to_owned()));
+        }
+        if self.header_timeout.is_zero() {
+            problems.push(("header_timeout", "must be longer than nothing".to_owned()));
+        }
+        if self.body_timeout.is_zero() {
+            problems.push(("body_timeout", "must be longer than nothing".to_owned()));
+        }
+        problems
+    }
+}
+
+/// What the handlers work with.
+#[derive(Debug, Clone)]
+pub struct Api {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    config: Config,
+    bus: Bus,
+    store: Arc<dyn Store>,
+    relay: Relay,
+    metrics: Metrics,
+    readiness: Readiness,
+    publishes: Semaphore,
+    rate: DefaultKeyedRateLimiter<IpAddr>,
+    draining: AtomicBool,
+    sessions: TaskTracker,
+    stop_sessions: CancellationToken,
+}
+
+impl Api {
+    /// Puts the parts together. `stop_sessions` tells dashboards' sessions to end.
+    pub fn new(
+        config: Config,
+        bus: Bus,
+        store: Arc<dyn Store>,
+        relay: Relay,
+        metrics: Metrics,
+        readiness: Readiness,
+        stop_sessions: CancellationToken,
+    ) -> Self {
+        let rate = NonZeroU32::new(config.rate_limit).unwrap_or(NonZeroU32::MIN);
+        let inner = Inner {
+            publishes: Semaphore::new(config.max_in_flight),
+            rate: RateLimiter::keyed(Quota::per_second(rate)),
+            draining: AtomicBool::new(false),
+            sessions: TaskTracker::new(),
+            config,
+            bus,
+            store,
+            relay,
+            metrics,
+            readiness,
+            stop_sessions,
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// From now on `/ready` answers 503 and no new dashboard is let in.
+    pub fn drain(&self) {
+        self.inner.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Ends when every dashboard's session has ended. No new one may begin afterwards.
+    pub async fn sessions_ended(&self) {
+        self.inner.sessions.close();
+        self.inner.sessions.wait().await;
+    }
+
+    fn is_draining(&self) -> bool {
+        self.inner.draining.load(Ordering::Relaxed)
+    }
+
+    /// Every route.
+    pub fn router(&self) -> Router {
+        let api = Router::new()
+            .route("/api/v1/streams", get(streams::list))
+            .route("/api/v1/streams/{stream}", get(streams::show))
+            .route("/api/v1/streams/{stream}/events", get(streams::events).post(publish::to_stream))
+            .route("/api/v1/alerts", post(publish::alerts))
+            .route("/api/alerts", post(publish::alerts))
+            .route("/api/v1/ws/{channel}", get(websocket::connect))
+            .route_layer(from_fn_with_state(self.clone(), limit_rate));
+        Router::new()
+            .route("/", get(health::index))
+            .route("/health", get(health::health))
+            .route("/ready", get(health::ready))
+            .route("/metrics", get(health::metrics))
+            .merge(api)
+            .fallback(|| async { ApiError::no_such_route() })
+            .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
+            .layer(CatchPanicLayer::custom(problem::after_panic))
+            .layer(from_fn_with_state(self.clone(), observe))
+            .with_state(self.clone())
+    }
+}
+
+/// The address a request came from.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Peer(pub(crate) SocketAddr);
+
+impl<S: Sync> FromRequestParts<S> for Peer {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        parts.extensions.get::<Self>().copied().ok_or_else(ApiError::internal)
+    }
+}
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Gives every request an id, and counts and times it by its route.
+async fn observe(State(api): State<Api>, request: Request, next: Next) -> Response {
+    let started = Instant::now();
+    let route = request.extensions().get::<MatchedPath>().cloned();
+    let is_usable = |id: &&HeaderValue| id.len() <= 64 && id.to_str().is_ok();
+    let id = request.headers().get(REQUEST_ID).filter(is_usable).cloned();
+    let mut response = next.run(request).await;
+    let route = route.as_ref().map_or("other", MatchedPath::as_str);
+    let status = response.status();
+    let metrics = &api.inner.metrics;
+    metrics.http_requests.with_label_values(&[route, status.as_str()]).inc();
+    metrics.http_seconds.with_label_values(&[route]).observe(started.elapsed().as_secs_f64());
+    let id = id.unwrap_or_else(|| {
+        let text = uuid::Uuid::now_v7().hyphenated().to_string();
+        HeaderValue::from_str(&text).expect("a UUID is a header value")
+    });
+    // What the store or the drain is to blame for is told once where it happens, not with every request.
+    if status == StatusCode::INTERNAL_SERVER_ERROR {
+        tracing::error!(route, request_id = id.to_str().unwrap_or_default(), "request failed");
+    } else {
+        tracing::debug!(
+            route,
+            status = status.as_u16(),
+            request_id = id.to_str().unwrap_or_default(),
+            "request answered"
+        );
+    }
+    response.headers_mut().insert(REQUEST_ID, id);
+    response
+}
+
+/// Refuses an address that asks too often.
+async fn limit_rate(State(api): State<Api>, peer: Peer, request: Request, next: Next) -> Response {
+    match api.inner.rate.check_key(&peer.0.ip()) {
+        Ok(()) => next.run(request).await,
+        Err(not_until) => {
+            let wait = not_until.wait_time_from(DefaultClock::default().now());
+            api.inner.metrics.rejected.with_label_values(&["rate_limited"]).inc();
+            ApiError::rate_limited(wait).into_response()
+        }
+    }
+}

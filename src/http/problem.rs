@@ -1,0 +1,203 @@
+//! Errors as callers see them: problem documents (RFC 9457) that name the thing and the fix.
+
+use std::any::Any;
+use std::time::Duration;
+
+use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+
+use crate::bus::PublishError;
+use crate::store::{StoreError, StoreErrorKind};
+
+/// An answer that is no success.
+#[derive(Debug, Clone)]
+pub struct ApiError {
+    status: StatusCode,
+    retry_after: Option<Duration>,
+    problem: Box<Problem>,
+}
+
+/// The body: `type` and `code` for programs, `title` and `detail` for people, `field` where one is to blame.
+#[derive(Debug, Clone, Serialize)]
+struct Problem {
+    r#type: String,
+    title: &'static str,
+    status: u16,
+    code: &'static str,
+    detail: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    field: Option<String>,
+}
+
+/// One event of a batch that was not accepted.
+#[derive(Debug, Serialize)]
+pub(super) struct ItemError {
+    code: &'static str,
+    detail: String,
+    /// Whether sending it again may help.
+    retry: bool,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
+        let problem = Problem {
+            r#type: format!("urn:aurora-bus:problem:{}", code.replace('_', "-")),
+            title: status.canonical_reason().unwrap_or("Error"),
+            status: status.as_u16(),
+            code,
+            detail: detail.into(),
+            field: None,
+        };
+        Self { status, retry_after: None, problem: Box::new(problem) }
+    }
+
+    pub(super) fn with_field(mut self, field: impl Into<String>) -> Self {
+        self.problem.field = Some(field.into());
+        self
+    }
+
+    fn with_retry_after(mut self, wait: Duration) -> Self {
+        self.retry_after = Some(wait);
+        self
+    }
+
+    /// For metrics.
+    pub(super) fn code(&self) -> &'static str {
+        self.problem.code
+    }
+
+    pub(super) fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    pub(super) fn no_such_route() -> Self {
+        Self::new(StatusCode::NOT_FOUND, "no_such_route", "there is nothing at this path: see / for what there is")
+    }
+
+    pub(super) fn method_not_allowed() -> Self {
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this path does not answer that method")
+    }
+
+    pub(super) fn no_such_stream<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Self {
+        let known = known.collect::<Vec<_>>().join(", ");
+        let detail = format!("there is no stream `{name}`; declared are {known}");
+        Self::new(StatusCode::NOT_FOUND, "no_such_stream", detail).with_field("stream")
+    }
+
+    pub(super) fn no_such_channel(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "no_such_channel", detail).with_field("channel")
+    }
+
+    pub(super) fn bad_parameter(field: impl Into<String>, detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "bad_parameter", detail).with_field(field)
+    }
+
+    pub(super) fn bad_handshake(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "bad_handshake", detail)
+    }
+
+    pub(super) fn invalid_event(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid_event", detail)
+    }
+
+    pub(super) fn too_large(code: &'static str, detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, code, detail)
+    }
+
+    pub(super) fn body_incomplete() -> Self {
+        let detail = "the request body broke off or came too slowly (http.body_timeout)";
+        Self::new(StatusCode::REQUEST_TIMEOUT, "body_incomplete", detail)
+    }
+
+    pub(super) fn rate_limited(wait: Duration) -> Self {
+        let detail = "too many requests from this address (http.rate_limit)";
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limited", detail).with_retry_after(wait)
+    }
+
+    pub(super) fn too_many_in_flight() -> Self {
+        let detail = "too many publish requests at once (http.max_in_flight)";
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_in_flight", detail).with_retry_after(Duration::from_secs(1))
+    }
+
+    pub(super) fn connection_limit(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "connection_limit", detail).with_retry_after(Duration::from_secs(5))
+    }
+
+    pub(super) fn forbidden_origin(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "forbidden_origin", detail).with_field("Origin")
+    }
+
+    pub(super) fn draining() -> Self {
+        let detail = "the daemon is shutting down: connect again in a moment";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "draining", detail).with_retry_after(Duration::from_secs(1))
+    }
+
+    pub(super) fn internal() -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "something went wrong here; the log has the cause")
+    }
+}
+
+impl From<&StoreError> for ApiError {
+    fn from(error: &StoreError) -> Self {
+        let error_to_client = match error.kind() {
+            StoreErrorKind::Unavailable => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "store_unavailable", error.to_string())
+            }
+            StoreErrorKind::Full => Self::new(StatusCode::INSUFFICIENT_STORAGE, "store_full", error.to_string()),
+            StoreErrorKind::WrongType => Self::new(StatusCode::CONFLICT, "not_a_stream", error.to_string()),
+            StoreErrorKind::NoGroup => Self::new(StatusCode::NOT_FOUND, "no_such_group", error.to_string()),
+            StoreErrorKind::Denied => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "store_denied", "the store refuses the daemon's credentials")
+            }
+            StoreErrorKind::Corrupt | StoreErrorKind::Internal => Self::internal(),
+        };
+        match error.retry_after() {
+            Some(wait) => error_to_client.with_retry_after(wait),
+            None => error_to_client,
+        }
+    }
+}
+
+impl From<&PublishError> for ApiError {
+    fn from(error: &PublishError) -> Self {
+        match error {
+            PublishError::TooLarge { .. } => Self::too_large(error.code(), error.to_string()),
+            PublishError::Key(_) => Self::new(StatusCode::UNPROCESSABLE_ENTITY, error.code(), error.to_string())
+                .with_field("Idempotency-Key"),
+            PublishError::NoId => {
+                Self::new(StatusCode::UNPROCESSABLE_ENTITY, error.code(), error.to_string()).with_field("id")
+            }
+            PublishError::Store(error) => error.as_ref().into(),
+        }
+    }
+}
+
+impl From<&ApiError> for ItemError {
+    fn from(error: &ApiError) -> Self {
+        Self { code: error.problem.code, detail: error.problem.detail.clone(), retry: error.retry_after.is_some() }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let body = serde_json::to_vec(&self.problem).expect("a problem document is JSON");
+        let mut response = (self.status, body).into_response();
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        if let Some(wait) = self.retry_after {
+            let seconds = wait.as_millis().div_ceil(1000).max(1);
+            headers.insert(RETRY_AFTER, HeaderValue::from_str(&seconds.to_string()).expect("digits"));
+        }
+        response
+    }
+}
+
+/// The answer when a handler panicked.
+#[expect(clippy::needless_pass_by_value, reason = "the layer that calls it hands the panic over")]
+pub(super) fn after_panic(panic: Box<dyn Any + Send>) -> Response {
+    let message = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    tracing::error!(error = message.unwrap_or("unknown"), "a request handler panicked");
+    ApiError::internal().into_response()
+}

@@ -1,0 +1,287 @@
+//! Publishing over HTTP: one JSON object, an array, or NDJSON.
+
+use axum::body::{Body, to_bytes};
+use axum::extract::{Path, Query, Request, State};
+use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::response::{IntoResponse as _, Response};
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use std::time::Duration;
+
+use super::problem::ItemError;
+use super::{Api, ApiError};
+use crate::bus::{Dedup, PublishError};
+use crate::event::{NewEvent, StreamName};
+use crate::store::Appended;
+
+/// `?dedup=id` and `?dedup_window=10m`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Params {
+    dedup: Option<String>,
+    dedup_window: Option<String>,
+}
+
+/// One event's result.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Item {
+    Accepted { id: String, event_id: String, duplicate: bool },
+    Refused { error: ItemError },
+}
+
+#[derive(Debug, Serialize)]
+struct Answer {
+    results: Vec<Item>,
+}
+
+/// What came in one request, each event parsed or refused on its own.
+struct Batch {
+    events: Vec<Result<NewEvent, ApiError>>,
+    /// Whether it was one bare object, whose error is the request's.
+    is_single: bool,
+}
+
+/// `POST /api/v1/streams/{stream}/events`
+pub(super) async fn to_stream(
+    State(api): State<Api>,
+    Path(stream): Path<String>,
+    Query(params): Query<Params>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let known = || api.inner.bus.catalogue().streams().map(StreamName::as_str);
+    let stream = stream
+        .parse()
+        .ok()
+        .filter(|stream| api.inner.bus.catalogue().contains(stream))
+        .ok_or_else(|| ApiError::no_such_stream(&stream, known()));
+    let answer = match stream {
+        Ok(stream) => publish(&api, &params, request, |_| &stream).await,
+        Err(error) => Err(error),
+    };
+    count_refused(&api, answer)
+}
+
+/// `POST /api/v1/alerts`: CPS alerts to their stream, all others to `aurora:alerts`.
+pub(super) async fn alerts(
+    State(api): State<Api>,
+    Query(params): Query<Params>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let alerts: StreamName = "aurora:alerts".parse().expect("a valid name");
+    let cps_alerts: StreamName = "aurora:cps:alerts".parse().expect("a valid name");
+    let catalogue = api.inner.bus.catalogue();
+    let missing = [&alerts, &cps_alerts].into_iter().find(|stream| !catalogue.contains(stream));
+    let answer = if let Some(stream) = missing {
+        Err(ApiError::no_such_stream(stream.as_str(), catalogue.streams().map(StreamName::as_str)))
+    } else {
+        let route = |event: &NewEvent| if event.category() == Some("cps") { &cps_alerts } else { &alerts };
+        publish(&api, &params, request, route).await
+    };
+    count_refused(&api, answer)
+}
+
+fn count_refused(api: &Api, answer: Result<Response, ApiError>) -> Result<Response, ApiError> {
+    answer.inspect_err(|error| api.inner.metrics.rejected.with_label_values(&[error.code()]).inc())
+}
+
+async fn publish<'a>(
+    api: &Api,
+    params: &Params,
+    request: Request,
+    route: impl Fn(&NewEvent) -> &'a StreamName,
+) -> Result<Response, ApiError> {
+    let _slot = api.inner.publishes.try_acquire().map_err(|_error| ApiError::too_many_in_flight())?;
+    let (head, body) = request.into_parts();
+    let window = dedup_window(params)?;
+    let dedup = dedup(params, &head.headers)?;
+    let traceparent = head.headers.get("traceparent").and_then(|value| value.to_str().ok());
+    let body = read(api, &head.headers, body).await?;
+    let mut batch = parse(&body, head.headers.get(CONTENT_TYPE), api.inner.config.max_batch)?;
+    if let Some(traceparent) = traceparent {
+        batch.events.iter_mut().flatten().for_each(|event| event.set_traceparent(traceparent));
+    }
+    store(api, batch, &dedup, window, route).await
+}
+
+fn dedup(params: &Params, headers: &HeaderMap) -> Result<Dedup, ApiError> {
+    let key = headers.get("idempotency-key").map(HeaderValue::to_str).transpose();
+    let key = key.map_err(|_error| ApiError::bad_parameter("Idempotency-Key", "must be visible ASCII text"))?;
+    match (params.dedup.as_deref(), key) {
+        (None, None) => Ok(Dedup::Off),
+        (None, Some(key)) => Ok(Dedup::Key(key.to_owned())),
+        (Some("id"), None) => Ok(Dedup::OwnId),
+        (Some("id"), Some(_)) => {
+            Err(ApiError::bad_parameter("dedup", "use either the header Idempotency-Key or dedup=id, not both"))
+        }
+        (Some(other), _) => Err(ApiError::bad_parameter("dedup", format!("must be `id`, not `{other}`"))),
+    }
+}
+
+fn dedup_window(params: &Params) -> Result<Option<Duration>, ApiError> {
+    let parse = |text: &String| {
+        let detail = "must be a time such as 10m or 24h, at least 1s";
+        humantime_serde::re::humantime::parse_duration(text)
+            .ok()
+            .filter(|window| *window >= Duration::from_secs(1))
+            .ok_or_else(|| ApiError::bad_parameter("dedup_window", detail))
+    };
+    params.dedup_window.as_ref().map(parse).transpose()
+}
+
+/// The whole body, within its limits of size and time.
+async fn read(api: &Api, headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
+    let config = &api.inner.config;
+    let max = config.max_body.as_u64();
+    let too_large =
+        || ApiError::too_large("body_too_large", format!("the body has more than {max} bytes (http.max_body)"));
+    let declared = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    if declared.is_some_and(|length| length > max) {
+        return Err(too_large());
+    }
+    let limit = usize::try_from(max).unwrap_or(usize::MAX);
+    match tokio::time::timeout(config.body_timeout, to_bytes(body, limit)).await {
+        Ok(Ok(body)) => Ok(body),
+        Ok(Err(error)) if is_length_limit(&error) => Err(too_large()),
+        Ok(Err(_)) | Err(_) => Err(ApiError::body_incomplete()),
+    }
+}
+
+fn is_length_limit(error: &axum::Error) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if error.is::<http_body_util::LengthLimitError>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
+fn parse(body: &Bytes, content_type: Option<&HeaderValue>, max_batch: usize) -> Result<Batch, ApiError> {
+    let content_type = content_type.and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let is_ndjson = content_type.contains("ndjson") || content_type.contains("jsonl");
+    let first = body.iter().find(|byte| !byte.is_ascii_whitespace());
+    match first {
+        None => Err(ApiError::invalid_event("the body is empty: send a JSON object, an array of objects, or NDJSON")),
+        Some(_) if is_ndjson => ndjson(body, max_batch),
+        Some(b'[') => array(body, max_batch),
+        Some(_) => {
+            let event = NewEvent::parse(body.clone()).map_err(|error| {
+                let hint = "; for several events send an array, or NDJSON with content-type application/x-ndjson";
+                ApiError::invalid_event(format!("{error}{hint}"))
+            });
+            Ok(Batch { events: vec![event], is_single: true })
+        }
+    }
+}
+
+fn ndjson(body: &Bytes, max_batch: usize) -> Result<Batch, ApiError> {
+    let mut events = Vec::with_capacity(max_batch.min(512));
+    for (number, line) in body.split(|byte| *byte == b'\n').enumerate() {
+        let line = line.trim_ascii();
+        if line.is_empty() {
+            continue;
+        }
+        check_count(events.len() + 1, max_batch)?;
+        let event = NewEvent::parse(body.slice_ref(line));
+        events.push(event.map_err(|error| ApiError::invalid_event(format!("line {}: {error}", number + 1))));
+    }
+    Ok(Batch { events, is_single: false })
+}
+
+fn array(body: &Bytes, max_batch: usize) -> Result<Batch, ApiError> {
+    let items: Vec<&RawValue> = serde_json::from_slice(body)
+        .map_err(|error| ApiError::invalid_event(format!("the body is not a JSON array: {error}")))?;
+    check_count(items.len(), max_batch)?;
+    if items.is_empty() {
+        return Err(ApiError::invalid_event("the array is empty"));
+    }
+    let event = |(index, item): (usize, &&RawValue)| {
+        let parsed = NewEvent::parse(body.slice_ref(item.get().as_bytes()));
+        parsed.map_err(|error| ApiError::invalid_event(format!("item {index}: {error}")))
+    };
+    Ok(Batch { events: items.iter().enumerate().map(event).collect(), is_single: false })
+}
+
+fn check_count(count: usize, max_batch: usize) -> Result<(), ApiError> {
+    if count <= max_batch {
+        return Ok(());
+    }
+    let detail = format!("the request has more than {max_batch} events (http.max_batch): send several requests");
+    Err(ApiError::too_large("batch_too_large", detail))
+}
+
+/// Appends what is sound, per stream, and answers for each event in its place.
+async fn store<'a>(
+    api: &Api,
+    batch: Batch,
+    dedup: &Dedup,
+    window: Option<Duration>,
+    route: impl Fn(&NewEvent) -> &'a StreamName,
+) -> Result<Response, ApiError> {
+    let is_single = batch.is_single;
+    let mut results: Vec<Option<Result<Appended, ApiError>>> = Vec::with_capacity(batch.events.len());
+    let mut by_stream: Vec<(&StreamName, Vec<usize>, Vec<NewEvent>)> = Vec::with_capacity(2);
+    for (index, event) in batch.events.into_iter().enumerate() {
+        match event {
+            Ok(event) => {
+                let stream = route(&event);
+                let place = by_stream.iter().position(|(known, ..)| *known == stream).unwrap_or_else(|| {
+                    by_stream.push((stream, Vec::new(), Vec::new()));
+                    by_stream.len() - 1
+                });
+                by_stream[place].1.push(index);
+                by_stream[place].2.push(event);
+                results.push(None);
+            }
+            Err(error) => results.push(Some(Err(error))),
+        }
+    }
+    let mut accepted = 0_usize;
+    for (stream, places, events) in by_stream {
+        let published = api.inner.bus.publish(stream, events, dedup, window).await;
+        for (place, result) in places.into_iter().zip(published) {
+            accepted += usize::from(result.is_ok());
+            results[place] = Some(result.map_err(|error| refused(stream, &error)));
+        }
+    }
+    let results: Vec<_> = results.into_iter().flatten().collect();
+    let all_failed_in_store =
+        || results.iter().all(|result| result.as_ref().is_err_and(|e| e.status().is_server_error()));
+    if accepted == 0
+        && (is_single || all_failed_in_store())
+        && let Some(Err(error)) = results.first()
+    {
+        return Err(error.clone());
+    }
+    let status = if accepted == results.len() { StatusCode::CREATED } else { StatusCode::MULTI_STATUS };
+    for error in results.iter().filter_map(|result| result.as_ref().err()) {
+        api.inner.metrics.rejected.with_label_values(&[error.code()]).inc();
+    }
+    let answer = Answer { results: results.iter().map(item).collect() };
+    let body = serde_json::to_vec(&answer).expect("an answer is JSON");
+    let content_type = (CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    Ok((status, [content_type], body).into_response())
+}
+
+fn refused(stream: &StreamName, error: &PublishError) -> ApiError {
+    if let PublishError::Store(cause) = error {
+        let source = std::error::Error::source(cause.as_ref()).map(ToString::to_string);
+        tracing::debug!(stream = %stream, error = %cause, cause = source, "publish failed");
+    }
+    error.into()
+}
+
+fn item(result: &Result<Appended, ApiError>) -> Item {
+    match result {
+        Ok(appended) => Item::Accepted {
+            id: appended.id.to_string(),
+            event_id: String::from_utf8_lossy(&appended.event_id).into_owned(),
+            duplicate: appended.duplicate,
+        },
+        Err(error) => Item::Refused { error: error.into() },
+    }
+}

@@ -1,0 +1,270 @@
+//! Streams, groups and ranges of entries, as JSON.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use axum::Json;
+use axum::extract::{Path, Query, State};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use super::{Api, ApiError};
+use crate::event::{Entry, EntryId, StreamName, field};
+use crate::store::{GroupStatus, Order, Range, StoreError, StreamStatus};
+
+/// The longest time a reader may wait for new entries.
+const MAX_WAIT: Duration = Duration::from_secs(20);
+/// The most entries in one answer.
+const MAX_LIMIT: usize = 1_000;
+/// Bytes of an answer after which no further entry is added.
+const MAX_ANSWER_BYTES: usize = 8 * 1024 * 1024;
+
+/// A stream as callers see it.
+#[derive(Debug, Serialize)]
+pub(super) struct StreamView {
+    name: String,
+    length: u64,
+    first_id: Option<String>,
+    last_id: Option<String>,
+    entries_added: u64,
+    groups: Vec<GroupView>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct GroupView {
+    name: String,
+    lag: Option<u64>,
+    lag_known: bool,
+    pending: u64,
+    oldest_pending_seconds: Option<f64>,
+    last_delivered_id: String,
+    consumers: Vec<ConsumerView>,
+}
+
+#[derive(Debug, Serialize)]
+struct ConsumerView {
+    name: String,
+    pending: u64,
+    idle_seconds: f64,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct StreamsView {
+    streams: Vec<StreamView>,
+}
+
+/// `?from=&to=&limit=&order=asc|desc&wait_ms=`
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct RangeParams {
+    from: Option<String>,
+    to: Option<String>,
+    limit: Option<String>,
+    order: Option<String>,
+    wait_ms: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct EventsView {
+    events: Vec<EventView>,
+    /// What to pass as `from` (as `to` when the order is `desc`) to go on; absent at the end of a backward range.
+    next: Option<String>,
+}
+
+/// An entry as callers see it. `data` is the payload as JSON; a payload that is none is in `data_text`, or, where it
+/// is not even text, in `data_hex`.
+#[derive(Debug, Serialize)]
+struct EventView {
+    id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    event_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timestamp: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<Box<RawValue>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data_text: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data_hex: Option<String>,
+    /// Every other field, in order.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    fields: Vec<(String, String)>,
+}
+
+/// `GET /api/v1/streams`: every declared stream. One that can't be read tells its error in its place.
+pub(super) async fn list(State(api): State<Api>) -> Json<StreamsView> {
+    let mut streams = Vec::new();
+    for name in api.inner.bus.catalogue().streams() {
+        streams.push(match api.inner.store.describe(name).await {
+            Ok(status) => view(name, status),
+            Err(error) => failed(name, &error),
+        });
+    }
+    Json(StreamsView { streams })
+}
+
+/// `GET /api/v1/streams/{stream}`
+pub(super) async fn show(State(api): State<Api>, Path(name): Path<String>) -> Result<Json<StreamView>, ApiError> {
+    let name = readable(&api, &name)?;
+    let status = api.inner.store.describe(&name).await.map_err(|error| ApiError::from(&error))?;
+    Ok(Json(view(&name, status)))
+}
+
+/// `GET /api/v1/streams/{stream}/events`: a range, both ends included; with `wait_ms` waits for the first entry.
+pub(super) async fn events(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    Query(params): Query<RangeParams>,
+) -> Result<Json<EventsView>, ApiError> {
+    let name = readable(&api, &name)?;
+    let range = range(&params)?;
+    let limit = number(params.limit.as_deref(), "limit", 100)?.clamp(1, MAX_LIMIT as u64);
+    let limit = usize::try_from(limit).unwrap_or(MAX_LIMIT);
+    let wait = Duration::from_millis(number(params.wait_ms.as_deref(), "wait_ms", 0)?).min(MAX_WAIT);
+    let store = &api.inner.store;
+    let failed = |error: StoreError| ApiError::from(&error);
+    let mut entries = store.range(&name, range, limit).await.map_err(failed)?;
+    let deadline = tokio::time::Instant::now() + wait;
+    let can_wait = range.order == Order::Forward && range.to == EntryId::MAX;
+    while entries.is_empty() && can_wait && !api.is_draining() {
+        let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+        if left.is_zero() {
+            break;
+        }
+        let after = range.from.previous();
+        entries = store.tail(&name, after, limit, left.min(Duration::from_secs(1))).await.map_err(failed)?;
+    }
+    Ok(Json(answer(entries, range)))
+}
+
+fn answer(entries: Vec<Entry>, range: Range) -> EventsView {
+    let mut bytes = 0;
+    let mut next = (range.order == Order::Forward).then(|| range.from.to_string());
+    let mut events = Vec::with_capacity(entries.len());
+    for entry in entries {
+        bytes += entry.fields.size_bytes();
+        next = match range.order {
+            Order::Forward => Some(entry.id.next().to_string()),
+            Order::Backward => (entry.id > range.from).then(|| entry.id.previous().to_string()),
+        };
+        events.push(event(&entry));
+        if bytes > MAX_ANSWER_BYTES {
+            break;
+        }
+    }
+    if events.is_empty() && range.order == Order::Backward {
+        next = None;
+    }
+    EventsView { events, next }
+}
+
+/// A stream that may be read, by its name in the path.
+fn readable(api: &Api, name: &str) -> Result<StreamName, ApiError> {
+    let catalogue = api.inner.bus.catalogue();
+    let stream: Option<StreamName> = name.parse().ok();
+    stream
+        .filter(|stream| catalogue.is_readable(stream))
+        .ok_or_else(|| ApiError::no_such_stream(name, catalogue.streams().map(StreamName::as_str)))
+}
+
+fn range(params: &RangeParams) -> Result<Range, ApiError> {
+    let order = match params.order.as_deref() {
+        None | Some("asc") => Order::Forward,
+        Some("desc") => Order::Backward,
+        Some(other) => return Err(ApiError::bad_parameter("order", format!("must be asc or desc, not `{other}`"))),
+    };
+    let from = bound(params.from.as_deref(), "from", EntryId::MIN, 0)?;
+    let to = bound(params.to.as_deref(), "to", EntryId::MAX, u64::MAX)?;
+    Ok(Range { from, to, order })
+}
+
+/// An entry id, or a time in milliseconds that stands for all its entries.
+fn bound(text: Option<&str>, name: &str, default: EntryId, seq: u64) -> Result<EntryId, ApiError> {
+    let Some(text) = text else { return Ok(default) };
+    if let Ok(ms) = text.parse() {
+        return Ok(EntryId::new(ms, seq));
+    }
+    text.parse().map_err(|_error| {
+        let detail = format!("must be an entry id such as 1741076109120-0, or a time in milliseconds, not `{text}`");
+        ApiError::bad_parameter(name, detail)
+    })
+}
+
+fn number(text: Option<&str>, name: &str, default: u64) -> Result<u64, ApiError> {
+    let Some(text) = text else { return Ok(default) };
+    text.parse().map_err(|_error| ApiError::bad_parameter(name, format!("must be a number, not `{text}`")))
+}
+
+fn view(name: &StreamName, status: Option<StreamStatus>) -> StreamView {
+    let name = name.to_string();
+    let Some(status) = status else {
+        return StreamView {
+            name,
+            length: 0,
+            first_id: None,
+            last_id: None,
+            entries_added: 0,
+            groups: Vec::new(),
+            error: None,
+        };
+    };
+    StreamView {
+        name,
+        length: status.length,
+        first_id: status.first_id.map(|id| id.to_string()),
+        last_id: (status.last_id > EntryId::MIN).then(|| status.last_id.to_string()),
+        entries_added: status.entries_added,
+        groups: status.groups.iter().map(group).collect(),
+        error: None,
+    }
+}
+
+fn failed(name: &StreamName, error: &StoreError) -> StreamView {
+    StreamView { error: Some(error.to_string()), ..view(name, None) }
+}
+
+fn group(group: &GroupStatus) -> GroupView {
+    GroupView {
+        name: group.name.to_string(),
+        lag: group.lag,
+        lag_known: group.lag.is_some(),
+        pending: group.pending,
+        oldest_pending_seconds: group.oldest_pending.map(age_seconds),
+        last_delivered_id: group.last_delivered.to_string(),
+        consumers: group
+            .consumers
+            .iter()
+            .map(|consumer| ConsumerView {
+                name: consumer.name.to_string(),
+                pending: consumer.pending,
+                idle_seconds: consumer.idle.as_secs_f64(),
+            })
+            .collect(),
+    }
+}
+
+/// How long ago an entry was added, by its id.
+fn age_seconds(id: EntryId) -> f64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    now.saturating_sub(Duration::from_millis(id.ms)).as_secs_f64()
+}
+
+fn event(entry: &Entry) -> EventView {
+    let text = |name| entry.fields.text(name).map(str::to_owned);
+    let data = entry.data();
+    let data_text = data.and_then(|data| std::str::from_utf8(data).ok());
+    let data_json = data_text.and_then(|text| serde_json::from_str::<Box<RawValue>>(text).ok());
+    let is_shown =
+        |name: &[u8]| [field::ID, field::TIMESTAMP, field::DATA].iter().any(|shown| shown.as_bytes() == name);
+    let lossy = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    EventView {
+        id: entry.id.to_string(),
+        event_id: text(field::ID),
+        timestamp: text(field::TIMESTAMP),
+        data_hex: data.filter(|_| data_text.is_none()).map(|data| format!("{data:x}")),
+        data_text: data_text.filter(|_| data_json.is_none()).map(str::to_owned),
+        data: data_json,
+        fields: entry.fields.iter().filter(|(n, _)| !is_shown(n)).map(|(n, v)| (lossy(n), lossy(v))).collect(),
+    }
+}

@@ -1,0 +1,171 @@
+//! The WebSocket handshake, by hand: sessions write to the bare socket, which axum's own upgrade would hide.
+
+use std::io::Cursor;
+
+use axum::body::Body;
+use axum::extract::{Path, RawQuery, Request, State};
+use axum::http::header::{
+    CONNECTION, HOST, ORIGIN, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE,
+};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use axum::response::{IntoResponse as _, Response};
+use hyper::upgrade::{OnUpgrade, Upgraded};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_util::sync::CancellationToken;
+
+use super::{Api, ApiError, Peer};
+use crate::relay::{Refused, Session, SubscribeParams};
+
+/// `GET /api/v1/ws/{channel}`
+///
+/// Programs are refused with a status. A browser's page can't see that, so it is let in and told by a close code.
+pub(super) async fn connect(
+    State(api): State<Api>,
+    Path(channel): Path<String>,
+    RawQuery(query): RawQuery,
+    peer: Peer,
+    mut request: Request,
+) -> Response {
+    let accept = match check_handshake(request.method(), request.headers()) {
+        Ok(accept) => accept,
+        Err(error) => return error.into_response(),
+    };
+    let is_browser = request.headers().contains_key(ORIGIN);
+    let admitted = admit(&api, &channel, query.as_deref(), peer, request.headers());
+    let session = match admitted {
+        Ok(session) => Ok(session),
+        Err(refused) if is_browser => Err(refused),
+        Err(refused) => return ApiError::from(&refused).into_response(),
+    };
+    let Some(upgrade) = request.extensions_mut().remove::<OnUpgrade>() else {
+        return ApiError::bad_handshake("the connection can't be upgraded").into_response();
+    };
+    let stop = api.inner.stop_sessions.clone();
+    let sessions = api.inner.sessions.clone();
+    sessions.spawn(async move {
+        let socket = match upgrade.await.map(into_socket) {
+            Ok(Some(socket)) => socket,
+            Ok(None) => return tracing::error!("an upgraded connection is not a TCP stream"),
+            Err(error) => return tracing::debug!(error = %error, "the upgrade did not come about"),
+        };
+        let (socket, sent_early) = socket;
+        if sent_early.is_empty() {
+            converse(&api, session, socket, stop).await;
+        } else {
+            let (read, write) = socket.into_split();
+            let read = Cursor::new(sent_early).chain(read);
+            converse(&api, session, tokio::io::join(read, write), stop).await;
+        }
+    });
+    switching_protocols(&accept)
+}
+
+async fn converse<S>(api: &Api, session: Result<Session, Refused>, socket: S, stop: CancellationToken)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send,
+{
+    match session {
+        Ok(session) => {
+            session.run(socket, stop).await;
+        }
+        Err(refused) => api.inner.relay.refuse(socket, &refused).await,
+    }
+}
+
+fn admit(api: &Api, channel: &str, query: Option<&str>, peer: Peer, headers: &HeaderMap) -> Result<Session, Refused> {
+    if api.is_draining() {
+        return Err(Refused::Draining);
+    }
+    if !is_origin_allowed(headers, &api.inner.config.origins) {
+        return Err(Refused::Origin);
+    }
+    let params = SubscribeParams::parse(query.unwrap_or_default())?;
+    api.inner.relay.connect(channel, params, peer.0.ip())
+}
+
+/// What the client must be answered to its key, if it asks for a WebSocket properly.
+fn check_handshake(method: &Method, headers: &HeaderMap) -> Result<String, ApiError> {
+    let has = |name: HeaderName, word: &str| {
+        let values = headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok());
+        values.flat_map(|value| value.split(',')).any(|value| value.trim().eq_ignore_ascii_case(word))
+    };
+    if method != Method::GET || !has(CONNECTION, "upgrade") || !has(UPGRADE, "websocket") {
+        return Err(ApiError::bad_handshake("this path is a WebSocket: connect with ws://"));
+    }
+    if !has(SEC_WEBSOCKET_VERSION, "13") {
+        return Err(ApiError::bad_handshake("Sec-WebSocket-Version must be 13"));
+    }
+    let key = headers.get(SEC_WEBSOCKET_KEY).ok_or_else(|| ApiError::bad_handshake("Sec-WebSocket-Key is missing"))?;
+    Ok(derive_accept_key(key.as_bytes()))
+}
+
+/// Whether the page that asks comes from this very host, on whatever port, or from an origin that is let in by name.
+/// Programs send no origin and are not meant.
+fn is_origin_allowed(headers: &HeaderMap, origins: &[String]) -> bool {
+    let Some(origin) = headers.get(ORIGIN) else { return true };
+    let Ok(origin) = origin.to_str() else { return false };
+    if origins.iter().any(|allowed| allowed == "*" || allowed.eq_ignore_ascii_case(origin)) {
+        return true;
+    }
+    let host =
+        headers.get(HOST).and_then(|host| host.to_str().ok()).and_then(|host| host_name(&format!("ws://{host}")));
+    host.is_some() && host == host_name(origin)
+}
+
+fn host_name(url: &str) -> Option<String> {
+    url::Url::parse(url).ok()?.host_str().map(str::to_ascii_lowercase)
+}
+
+fn switching_protocols(accept: &str) -> Response {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let headers = response.headers_mut();
+    headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+    headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+    let accept = HeaderValue::from_str(accept).expect("base64 is a header value");
+    headers.insert(SEC_WEBSOCKET_ACCEPT, accept);
+    response
+}
+
+/// The bare socket, and what the client has sent already.
+fn into_socket(upgraded: Upgraded) -> Option<(TcpStream, bytes::Bytes)> {
+    let parts = upgraded.downcast::<TokioIo<TcpStream>>().ok()?;
+    Some((parts.io.into_inner(), parts.read_buf))
+}
+
+impl From<&Refused> for ApiError {
+    fn from(refused: &Refused) -> Self {
+        match refused {
+            Refused::UnknownChannel(_) => Self::no_such_channel(refused.to_string()),
+            Refused::BadParameter(parameter) => Self::bad_parameter(parameter.name, refused.to_string()),
+            Refused::ConnectionLimit => Self::connection_limit(refused.to_string()),
+            Refused::Draining => Self::draining(),
+            Refused::Origin => Self::forbidden_origin(refused.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_of_other_hosts_are_let_in_by_name_only() {
+        let asks = |origin: &'static str, origins: &[&str]| {
+            let mut headers = HeaderMap::new();
+            headers.insert(HOST, HeaderValue::from_static("bus.example:8080"));
+            headers.insert(ORIGIN, HeaderValue::from_static(origin));
+            is_origin_allowed(&headers, &origins.iter().map(ToString::to_string).collect::<Vec<_>>())
+        };
+        assert!(asks("http://bus.example", &[]));
+        assert!(asks("https://BUS.example:3000", &[]));
+        assert!(!asks("https://evil.example", &[]));
+        assert!(!asks("null", &[]));
+        assert!(asks("https://soc.example", &["https://soc.example"]));
+        assert!(asks("null", &["*"]));
+        assert!(is_origin_allowed(&HeaderMap::new(), &[]), "programs send no origin");
+    }
+}

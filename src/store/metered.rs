@@ -1,0 +1,175 @@
+//! A store that times and counts every operation of another.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use prometheus::Histogram;
+
+use super::{
+    Appended, Claimed, Cursor, Pending, Range, Reclaimed, Settled, Settlement, Start, Store, StoreError, StoreStatus,
+    StreamStatus, Trim,
+};
+use crate::event::{Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
+use crate::metrics::Metrics;
+
+/// Passes everything on, and measures it. Waiting for entries to come is not counted as time of the store.
+#[derive(Debug)]
+pub struct Metered {
+    inner: Arc<dyn Store>,
+    metrics: Metrics,
+    seconds: Seconds,
+}
+
+#[derive(Debug)]
+struct Seconds {
+    append: Histogram,
+    range: Histogram,
+    claim: Histogram,
+    reclaim: Histogram,
+    settle: Histogram,
+    describe: Histogram,
+    trim: Histogram,
+}
+
+impl Metered {
+    /// Measures `inner`.
+    pub fn new(inner: Arc<dyn Store>, metrics: Metrics) -> Self {
+        let of = |operation: &str| metrics.store_seconds.with_label_values(&[operation]);
+        let seconds = Seconds {
+            append: of("append"),
+            range: of("range"),
+            claim: of("claim"),
+            reclaim: of("reclaim"),
+            settle: of("settle"),
+            describe: of("describe"),
+            trim: of("trim"),
+        };
+        Self { inner, metrics, seconds }
+    }
+
+    fn counted<T>(&self, operation: &str, result: Result<T, StoreError>) -> Result<T, StoreError> {
+        result.inspect_err(|error| {
+            self.metrics.store_errors.with_label_values(&[operation, error.kind().as_str()]).inc();
+        })
+    }
+
+    fn timed<T>(
+        &self,
+        operation: &str,
+        seconds: &Histogram,
+        started: Instant,
+        result: Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        seconds.observe(started.elapsed().as_secs_f64());
+        self.counted(operation, result)
+    }
+}
+
+#[async_trait]
+impl Store for Metered {
+    async fn append(&self, stream: &StreamName, entries: Vec<NewEntry>) -> Result<Vec<Appended>, StoreError> {
+        let started = Instant::now();
+        let result = self.inner.append(stream, entries).await;
+        self.timed("append", &self.seconds.append, started, result)
+    }
+
+    async fn range(&self, stream: &StreamName, range: Range, limit: usize) -> Result<Vec<Entry>, StoreError> {
+        let started = Instant::now();
+        let result = self.inner.range(stream, range, limit).await;
+        self.timed("range", &self.seconds.range, started, result)
+    }
+
+    async fn tail(
+        &self,
+        stream: &StreamName,
+        after: EntryId,
+        limit: usize,
+        wait: Duration,
+    ) -> Result<Vec<Entry>, StoreError> {
+        self.counted("tail", self.inner.tail(stream, after, limit, wait).await)
+    }
+
+    async fn ensure_group(&self, stream: &StreamName, group: &GroupName, start: Start) -> Result<bool, StoreError> {
+        self.counted("ensure_group", self.inner.ensure_group(stream, group, start).await)
+    }
+
+    async fn fetch(
+        &self,
+        cursor: &Cursor,
+        limit: usize,
+        wait: Duration,
+    ) -> Result<Vec<crate::event::Delivery>, StoreError> {
+        self.counted("fetch", self.inner.fetch(cursor, limit, wait).await)
+    }
+
+    async fn claim(&self, cursor: &Cursor, ids: &[EntryId], idle: Duration) -> Result<Claimed, StoreError> {
+        let started = Instant::now();
+        let result = self.inner.claim(cursor, ids, idle).await;
+        self.timed("claim", &self.seconds.claim, started, result)
+    }
+
+    async fn reclaim(
+        &self,
+        cursor: &Cursor,
+        idle: Duration,
+        from: EntryId,
+        limit: usize,
+    ) -> Result<Reclaimed, StoreError> {
+        let started = Instant::now();
+        let result = self.inner.reclaim(cursor, idle, from, limit).await;
+        self.timed("reclaim", &self.seconds.reclaim, started, result)
+    }
+
+    async fn settle(&self, cursor: &Cursor, settlements: &[Settlement]) -> Result<Settled, StoreError> {
+        let started = Instant::now();
+        let result = self.inner.settle(cursor, settlements).await;
+        self.timed("settle", &self.seconds.settle, started, result)
+    }
+
+    async fn extend(&self, cursor: &Cursor, ids: &[EntryId]) -> Result<Vec<EntryId>, StoreError> {
+        self.counted("extend", self.inner.extend(cursor, ids).await)
+    }
+
+    async fn pending(
+        &self,
+        cursor: &Cursor,
+        own_only: bool,
+        from: EntryId,
+        limit: usize,
+    ) -> Result<Vec<Pending>, StoreError> {
+        self.counted("pending", self.inner.pending(cursor, own_only, from, limit).await)
+    }
+
+    async fn describe(&self, stream: &StreamName) -> Result<Option<StreamStatus>, StoreError> {
+        let started = Instant::now();
+        let result = self.inner.describe(stream).await;
+        self.timed("describe", &self.seconds.describe, started, result)
+    }
+
+    async fn epoch(&self, stream: &StreamName) -> Result<Epoch, StoreError> {
+        self.counted("epoch", self.inner.epoch(stream).await)
+    }
+
+    async fn trim(&self, stream: &StreamName, trim: Trim) -> Result<u64, StoreError> {
+        let started = Instant::now();
+        let result = self.inner.trim(stream, trim).await;
+        self.timed("trim", &self.seconds.trim, started, result)
+    }
+
+    async fn discard(&self, stream: &StreamName, ids: &[EntryId]) -> Result<u64, StoreError> {
+        self.counted("discard", self.inner.discard(stream, ids).await)
+    }
+
+    async fn remove_consumer(&self, cursor: &Cursor) -> Result<bool, StoreError> {
+        self.counted("remove_consumer", self.inner.remove_consumer(cursor).await)
+    }
+
+    async fn check(&self) -> Result<StoreStatus, StoreError> {
+        self.counted("check", self.inner.check().await)
+    }
+
+    async fn close(&self) {
+        self.inner.close().await;
+    }
+}

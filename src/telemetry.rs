@@ -1,0 +1,68 @@
+//! Logs: one subscriber for the process, on standard error.
+
+use std::io::IsTerminal as _;
+
+use serde::{Deserialize, Serialize};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::FmtSpan;
+use tracing_subscriber::util::{SubscriberInitExt as _, TryInitError};
+
+/// What is logged, and how.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// A level (`error`, `warn`, `info`, `debug`, `trace`), or levels by module: `info,aurora_bus::relay=debug`.
+    pub level: String,
+    /// The form of a line.
+    pub format: Format,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { level: "info".to_owned(), format: Format::Auto }
+    }
+}
+
+/// The form of a log line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// Pretty on a terminal, JSON otherwise.
+    Auto,
+    /// For people.
+    Pretty,
+    /// One JSON object per line.
+    Json,
+}
+
+/// Why logging can't begin.
+#[derive(Debug, thiserror::Error)]
+pub enum TelemetryError {
+    /// The level makes no sense.
+    #[error("log.level: {0}")]
+    Level(#[from] tracing_subscriber::filter::ParseError),
+    /// A subscriber is set already.
+    #[error("logging was started before")]
+    Started(#[from] TryInitError),
+}
+
+/// Starts logging for the whole process.
+pub fn init(config: &Config) -> Result<(), TelemetryError> {
+    let filter = EnvFilter::try_new(&config.level)?;
+    let is_pretty = match config.format {
+        Format::Auto => std::io::stderr().is_terminal(),
+        Format::Pretty => true,
+        Format::Json => false,
+    };
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_span_events(FmtSpan::NONE)
+        .with_ansi(std::io::stderr().is_terminal());
+    if is_pretty {
+        subscriber.with_target(false).finish().try_init()?;
+    } else {
+        subscriber.json().flatten_event(true).with_current_span(true).with_span_list(false).finish().try_init()?;
+    }
+    Ok(())
+}

@@ -1,0 +1,230 @@
+//! The HTTP surface as its users meet it, on the real binary.
+
+use reqwest::{Method, Response, StatusCode};
+use serde_json::{Value, json};
+
+use crate::support::app::{Daemon, Home, client};
+
+/// Two streams without groups, and small limits.
+const SMALL: &str = r#"
+[[streams]]
+name = "aurora:alerts"
+relay = true
+[[streams]]
+name = "aurora:cps:alerts"
+relay = true
+"#;
+
+async fn post(daemon: &Daemon, path: &str, headers: &[(&str, &str)], body: impl Into<reqwest::Body>) -> Response {
+    let request =
+        headers.iter().fold(client().post(daemon.url(path)), |request, (name, value)| request.header(*name, *value));
+    request.body(body).send().await.expect("an answer")
+}
+
+async fn answer(response: Response) -> (StatusCode, Value) {
+    let status = response.status();
+    let body = response.bytes().await.expect("a body");
+    (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+}
+
+const EVENTS: &str = "/api/v1/streams/aurora:alerts/events";
+const NDJSON: (&str, &str) = ("content-type", "application/x-ndjson");
+
+#[tokio::test]
+async fn an_event_is_stored_byte_for_byte_however_it_is_sent() {
+    let daemon = Home::new(SMALL).start().await;
+    let sent = [r#"{ "title" : "spaces  kept", "n": 1.50 }"#, r#"{"title":"two"}"#, "{\"title\":\"ümlaut \\u00e9\"}"];
+    for (headers, body) in [
+        (vec![], sent[0].to_owned()),
+        (vec![("content-type", "application/json")], format!("[{}]", sent[1])),
+        (vec![NDJSON], format!("\n{}\r\n", sent[2])),
+    ] {
+        let (status, body) = answer(post(&daemon, EVENTS, &headers, body).await).await;
+        assert_eq!(status, StatusCode::CREATED, "{body}");
+        assert_eq!(body["results"][0]["duplicate"], json!(false));
+        assert_eq!(body["results"][0]["event_id"].as_str().expect("a text").len(), 36);
+    }
+    let stored: Vec<String> = daemon.events("aurora:alerts").await.into_values().collect();
+    assert_eq!(stored, sent);
+}
+
+#[tokio::test]
+async fn an_alert_finds_its_stream_by_its_category() {
+    let daemon = Home::new(SMALL).start().await;
+    let alerts = json!([{"category":"cps","title":"a"}, {"category":"network","title":"b"}, {"title":"c"}]).to_string();
+    for path in ["/api/v1/alerts", "/api/alerts"] {
+        let (status, body) = answer(post(&daemon, path, &[], alerts.clone()).await).await;
+        assert_eq!((status, body["results"].as_array().map(Vec::len)), (StatusCode::CREATED, Some(3)), "{body}");
+    }
+    assert_eq!(daemon.events("aurora:cps:alerts").await.len(), 2);
+    assert_eq!(daemon.events("aurora:alerts").await.len(), 4);
+}
+
+#[tokio::test]
+async fn bad_events_are_refused_in_their_places_and_the_others_stored() {
+    let daemon = Home::new(SMALL).start().await;
+    let mut body = b"{\"n\":1}\nnot json\n{\"n\":\"\xff\"}\n[1]\n{\"n\":2}\n{\"pad\":\"".to_vec();
+    body.extend(std::iter::repeat_n(b'x', 1024 * 1024));
+    body.extend(b"\"}\n");
+    let (status, body) = answer(post(&daemon, EVENTS, &[NDJSON], body).await).await;
+    assert_eq!(status, StatusCode::MULTI_STATUS, "{body}");
+    let results = body["results"].as_array().expect("results");
+    let codes: Vec<&str> = results.iter().map(|r| r["error"]["code"].as_str().unwrap_or("stored")).collect();
+    assert_eq!(codes, ["stored", "invalid_event", "invalid_event", "invalid_event", "stored", "event_too_large"]);
+    assert!(results[1]["error"]["detail"].as_str().is_some_and(|detail| detail.starts_with("line 2: ")), "{results:?}");
+    assert!(results[2]["error"]["detail"].as_str().is_some_and(|detail| detail.contains("not UTF-8")), "{results:?}");
+    assert_eq!(daemon.events("aurora:alerts").await.len(), 2);
+}
+
+#[tokio::test]
+async fn bad_requests_are_answered_with_problem_documents() {
+    let daemon = Home::new(SMALL).start().await;
+    let many = "{}\n".repeat(10_000);
+    let big = format!("{{\"pad\":\"{}\"}}", "x".repeat(1024 * 1024));
+    let huge = " ".repeat(9 * 1024 * 1024);
+    let window = format!("{EVENTS}?dedup_window=soon");
+    let dedup = format!("{EVENTS}?dedup=hash");
+    let own_id = format!("{EVENTS}?dedup=id");
+    let cases = [
+        (EVENTS, vec![], String::new(), 422, "invalid_event"),
+        (EVENTS, vec![], "{\"a\":".to_owned(), 422, "invalid_event"),
+        (EVENTS, vec![], "{} {}".to_owned(), 422, "invalid_event"),
+        (EVENTS, vec![], "[]".to_owned(), 422, "invalid_event"),
+        (EVENTS, vec![NDJSON], many, 413, "batch_too_large"),
+        (EVENTS, vec![], big, 413, "event_too_large"),
+        (EVENTS, vec![], huge, 413, "body_too_large"),
+        ("/api/v1/streams/aurora:alarms/events", vec![], "{}".to_owned(), 404, "no_such_stream"),
+        (&window, vec![], "{}".to_owned(), 400, "bad_parameter"),
+        (&dedup, vec![], "{}".to_owned(), 400, "bad_parameter"),
+        (&own_id, vec![], "{}".to_owned(), 422, "event_without_id"),
+        ("/api/v2", vec![], "{}".to_owned(), 404, "no_such_route"),
+    ];
+    for (path, headers, body, status, code) in cases {
+        let response = post(&daemon, path, &headers, body).await;
+        let kind = response.headers().get("content-type").cloned();
+        let (found, problem) = answer(response).await;
+        assert_eq!((found.as_u16(), problem["code"].as_str()), (status, Some(code)), "{path}: {problem}");
+        assert_eq!(kind.expect("a type"), "application/problem+json", "{path}");
+        assert_eq!(problem["status"], json!(status), "{path}");
+    }
+    let response = client().request(Method::DELETE, daemon.url(EVENTS)).send().await.expect("an answer");
+    assert_eq!(answer(response).await.0, StatusCode::METHOD_NOT_ALLOWED);
+    assert_eq!(daemon.events("aurora:alerts").await.len(), 0);
+}
+
+#[tokio::test]
+async fn a_repeated_event_is_recognised_by_its_key_or_its_own_id() {
+    let daemon = Home::new(SMALL).start().await;
+    let batch = "{\"n\":1}\n{\"n\":2}\n";
+    let key = ("idempotency-key", "batch-7");
+    let (_, first) = answer(post(&daemon, EVENTS, &[NDJSON, key], batch).await).await;
+    let (status, second) = answer(post(&daemon, EVENTS, &[NDJSON, key], batch).await).await;
+    assert_eq!(status, StatusCode::CREATED);
+    for n in 0..2 {
+        assert_eq!(second["results"][n]["duplicate"], json!(true));
+        assert_eq!(second["results"][n]["id"], first["results"][n]["id"]);
+        assert_eq!(second["results"][n]["event_id"], first["results"][n]["event_id"]);
+    }
+    let by_id = format!("{EVENTS}?dedup=id&dedup_window=10m");
+    let twice = r#"[{"id":"a","n":3},{"id":"a","n":4}]"#;
+    let (_, body) = answer(post(&daemon, &by_id, &[], twice).await).await;
+    assert_eq!(body["results"][0]["duplicate"], json!(false), "{body}");
+    assert_eq!(body["results"][1]["duplicate"], json!(true), "{body}");
+    assert_eq!(daemon.events("aurora:alerts").await.len(), 3);
+}
+
+#[tokio::test]
+async fn a_range_is_read_page_by_page_in_both_orders() {
+    let daemon = Home::new(SMALL).start().await;
+    let payloads: Vec<String> = (0..25).map(|n| json!({ "n": n }).to_string()).collect();
+    daemon.publish("aurora:alerts", &payloads).await.expect("accepted");
+    let page = |query: String| {
+        let daemon = &daemon;
+        async move {
+            let body = daemon.get(&format!("{EVENTS}?{query}")).await;
+            serde_json::from_str::<Value>(&body).expect("JSON")
+        }
+    };
+    let numbers = |page: &Value| -> Vec<i64> {
+        let events = page["events"].as_array().expect("events");
+        events.iter().map(|event| event["data"]["n"].as_i64().expect("a number")).collect()
+    };
+    let first = page("limit=10".to_owned()).await;
+    assert_eq!(numbers(&first), (0..10).collect::<Vec<_>>());
+    let second = page(format!("limit=100&from={}", first["next"].as_str().expect("next"))).await;
+    assert_eq!(numbers(&second), (10..25).collect::<Vec<_>>());
+    let newest = page("limit=20&order=desc".to_owned()).await;
+    assert_eq!(numbers(&newest), (5..25).rev().collect::<Vec<_>>());
+    let oldest = page(format!("order=desc&to={}", newest["next"].as_str().expect("next"))).await;
+    assert_eq!(numbers(&oldest), (0..5).rev().collect::<Vec<_>>());
+    let waited = page(format!("from={}&wait_ms=50", second["next"].as_str().expect("next"))).await;
+    assert_eq!(numbers(&waited), Vec::<i64>::new());
+}
+
+#[tokio::test]
+async fn waiting_for_an_event_ends_when_it_comes() {
+    let daemon = Home::new(SMALL).start().await;
+    let waiting = daemon.get("/api/v1/streams/aurora:alerts/events?wait_ms=20000");
+    let publishing = async {
+        daemon.publish("aurora:cps:alerts", &["{}".to_owned()]).await.expect("accepted");
+        daemon.publish("aurora:alerts", &["{\"n\":1}".to_owned()]).await.expect("accepted");
+    };
+    let started = std::time::Instant::now();
+    let (body, ()) = tokio::join!(waiting, publishing);
+    assert!(body.contains("{\"n\":1}"), "{body}");
+    assert!(started.elapsed().as_secs() < 15, "it came only when the time was over");
+}
+
+#[tokio::test]
+async fn an_address_that_asks_too_often_is_told_when_to_come_back() {
+    let config = format!("{SMALL}\n[http]\nrate_limit = 5\n");
+    let daemon = Home::new(&config).start().await;
+    let mut refused = None;
+    for _ in 0..20 {
+        let response = post(&daemon, EVENTS, &[], "{}").await;
+        if response.status() == StatusCode::TOO_MANY_REQUESTS {
+            refused = Some(response);
+            break;
+        }
+    }
+    let refused = refused.expect("a refusal");
+    assert!(refused.headers().contains_key("retry-after"));
+    assert_eq!(answer(refused).await.1["code"], json!("rate_limited"));
+    assert_eq!(daemon.status("/health").await, Some(StatusCode::OK), "probes are not limited");
+}
+
+#[tokio::test]
+async fn publish_and_tail_agree_on_the_command_line() {
+    let home = Home::new(SMALL);
+    let daemon = home.start().await;
+    let lines: Vec<String> = (0..1_200).map(|n| format!("{{\"n\":{n}, \"text\":\"ä\"}}")).collect();
+    std::fs::write(home.path("events.ndjson"), format!("{}\n\nnot json\n", lines.join("\n"))).expect("written");
+    let url = daemon.url("");
+    let published = home.run(&["publish", "aurora:alerts", "events.ndjson", "--url", &url]);
+    let said = String::from_utf8_lossy(&published.stdout).into_owned();
+    assert_eq!(said.trim(), "1200 accepted, 1 refused");
+    assert_eq!(published.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&published.stderr).contains("line 1202: "), "{published:?}");
+    let tailed = home.run(&["tail", "aurora:alerts", "--since", "earliest", "--no-follow", "--data", "--url", &url]);
+    assert_eq!(String::from_utf8_lossy(&tailed.stdout).lines().collect::<Vec<_>>(), lines);
+}
+
+#[tokio::test]
+async fn a_wrong_configuration_ends_with_code_2_and_every_problem() {
+    let home = Home::new("[publish]\nmax_evnt = \"1MiB\"\n[[streams]]\nname = \"a b\"\n");
+    let ended = home.run(&["check", "--config", "aurora-bus.toml"]);
+    assert_eq!(ended.status.code(), Some(2));
+    let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+    assert!(said.contains("publish.max_evnt: unknown key, did you mean `max_event`?"), "{said}");
+    assert!(said.contains("streams[0].name: "), "{said}");
+}
+
+#[tokio::test]
+async fn metrics_count_what_was_published_and_refused() {
+    let daemon = Home::new(SMALL).start().await;
+    daemon.publish("aurora:alerts", &["{}".to_owned(), "{}".to_owned()]).await.expect("accepted");
+    post(&daemon, EVENTS, &[], "no json").await;
+    let metrics = daemon.get("/metrics").await;
+    assert!(metrics.contains("aurora_bus_published_total{stream=\"aurora:alerts\"} 2"), "{metrics}");
+    assert!(metrics.contains("aurora_bus_rejected_total{reason=\"invalid_event\"} 1"), "{metrics}");
+}
