@@ -277,7 +277,7 @@ impl Config {
             }
         }
         for (index, stream) in self.streams.iter().enumerate() {
-            if names.contains(&stream.dead_letter()) {
+            if stream.dead_letter() != stream.name && names.contains(&stream.dead_letter()) {
                 let message = format!("`{}` is itself a declared stream", stream.dead_letter());
                 problems.push(Problem::new(format!("streams[{index}].dead_letter"), message));
             }
@@ -310,9 +310,9 @@ impl Config {
 
 /// ", did you mean `x`?" where a known word is close.
 fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> String {
-    let scored = known.map(|candidate| (strsim::jaro_winkler(word, candidate), candidate));
-    match scored.max_by(|a, b| a.0.total_cmp(&b.0)) {
-        Some((score, candidate)) if score > 0.7 => format!(", did you mean `{candidate}`?"),
+    let slips = |candidate: &str| strsim::damerau_levenshtein(word, candidate);
+    match known.map(|candidate| (slips(candidate), candidate)).min() {
+        Some((slips, candidate)) if slips <= (word.len() / 3).max(1) => format!(", did you mean `{candidate}`?"),
         _ => String::new(),
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use config::builder::DefaultState;
 use config::{ConfigBuilder, ConfigError, Environment, File, FileFormat, Value, ValueKind};
 use serde::de::DeserializeOwned;
-use serde_path_to_error::{Path as KeyPath, Segment};
+use serde_path_to_error::Segment;
 
 use super::{Config, InvalidConfig, Problem, default_sinks, nearest};
 use crate::sink::SinkConfig;
@@ -103,19 +103,119 @@ fn take_sinks(root: &mut Value, problems: &mut Vec<Problem>) -> Vec<(String, Sin
 }
 
 /// Reads a value, and where something is wrong with one of its keys, takes that key out and reads on, so that every
-/// problem is found.
+/// problem is found. An item of an array that can't do without the key is taken out as a whole.
 fn collect<T: DeserializeOwned>(mut value: Value, prefix: &str, problems: &mut Vec<Problem>) -> Option<T> {
+    let mut removed: Vec<(String, usize)> = Vec::new();
     loop {
         let error = match serde_path_to_error::deserialize::<_, T>(value.clone()) {
             Ok(read) => return Some(read),
             Err(error) => error,
         };
-        let (path, message) = describe(&error);
-        problems.push(Problem::new(join(prefix, &path), message));
-        if !remove(&mut value, error.path(), error.inner()) {
-            return None;
+        let mut place = Place::of(&error, &removed);
+        let path = join(prefix, &place.text);
+        // What is missing now because it was wrong and taken out is told already.
+        let is_told = place.is_missing && problems.iter().any(|problem| problem.path == path);
+        if !is_told {
+            problems.push(Problem::new(path, message(error.inner())));
+        }
+        if place.is_missing {
+            place.keys.pop();
+        }
+        match place.remove(&mut value) {
+            Removed::Key => {}
+            Removed::Item(array, index) => removed.push((array, index)),
+            Removed::Nothing => return None,
         }
     }
+}
+
+/// Where in the value something is wrong.
+struct Place {
+    keys: Vec<Key>,
+    /// The keys as the user counts them, in an array that items were taken out of.
+    text: String,
+    is_missing: bool,
+}
+
+enum Key {
+    Name(String),
+    Index(usize),
+}
+
+enum Removed {
+    Key,
+    /// The path of the array, and the item's index as the user counts.
+    Item(String, usize),
+    Nothing,
+}
+
+impl Place {
+    fn of(error: &serde_path_to_error::Error<ConfigError>, removed: &[(String, usize)]) -> Self {
+        let mut keys: Vec<Key> = error
+            .path()
+            .iter()
+            .filter_map(|segment| match segment {
+                Segment::Map { key } => Some(Key::Name(key.clone())),
+                Segment::Seq { index } => Some(Key::Index(*index)),
+                _ => None,
+            })
+            .collect();
+        let cause = plain(error.inner());
+        let missing = missing_key(&cause);
+        let named = missing.clone().or_else(|| unknown_key(&cause));
+        let is_last = |key: &String| matches!(keys.last(), Some(Key::Name(last)) if last == key);
+        if let Some(key) = named.filter(|key| !is_last(key)) {
+            keys.push(Key::Name(key));
+        }
+        let mut text = String::new();
+        for key in &keys {
+            text = match key {
+                Key::Name(name) => join(&text, name),
+                Key::Index(index) => format!("{text}[{}]", original(&text, *index, removed)),
+            };
+        }
+        Self { keys, text, is_missing: missing.is_some() }
+    }
+
+    /// Takes out what is there.
+    fn remove(&self, value: &mut Value) -> Removed {
+        let Some((last, parents)) = self.keys.split_last() else { return Removed::Nothing };
+        let mut place = value;
+        for key in parents {
+            let next = match (key, &mut place.kind) {
+                (Key::Name(name), ValueKind::Table(table)) => table.get_mut(name),
+                (Key::Index(index), ValueKind::Array(items)) => items.get_mut(*index),
+                _ => None,
+            };
+            let Some(next) = next else { return Removed::Nothing };
+            place = next;
+        }
+        match (last, &mut place.kind) {
+            (Key::Name(name), ValueKind::Table(table)) => {
+                if table.remove(name).is_some() {
+                    Removed::Key
+                } else {
+                    Removed::Nothing
+                }
+            }
+            (Key::Index(index), ValueKind::Array(items)) if *index < items.len() => {
+                items.remove(*index);
+                let item = self.text.rsplit_once('[').map(|(array, rest)| (array, rest.split(']').next()));
+                match item {
+                    Some((array, Some(index))) => Removed::Item(array.to_owned(), index.parse().unwrap_or_default()),
+                    _ => Removed::Nothing,
+                }
+            }
+            _ => Removed::Nothing,
+        }
+    }
+}
+
+/// The index that the user counts, given those of the items taken out.
+fn original(array: &str, index: usize, removed: &[(String, usize)]) -> usize {
+    let mut gone: Vec<usize> = removed.iter().filter(|(path, _)| path == array).map(|(_, index)| *index).collect();
+    gone.sort_unstable();
+    gone.into_iter().fold(index, |index, gone| if gone <= index { index + 1 } else { index })
 }
 
 fn join(prefix: &str, path: &str) -> String {
@@ -126,29 +226,27 @@ fn join(prefix: &str, path: &str) -> String {
     }
 }
 
-/// The unknown or missing key that serde names in its message, if that is what it complains about.
-fn named_key(message: &str, what: &str) -> Option<String> {
-    let (_, rest) = message.split_once(&format!("{what} field `"))?;
+/// The key that serde's message calls unknown, if it does.
+fn unknown_key(message: &str) -> Option<String> {
+    let (_, rest) = message.split_once("unknown field `")?;
     rest.split_once('`').map(|(key, _)| key.to_owned())
 }
 
-/// Path and message in our words.
-fn describe(error: &serde_path_to_error::Error<ConfigError>) -> (String, String) {
-    let path = match error.path().to_string() {
-        root if root == "." => String::new(),
-        path => path,
-    };
-    let message = plain(error.inner());
-    if let Some(key) = named_key(&message, "unknown") {
-        let expected = message.split_once("expected").map_or("", |(_, expected)| expected);
-        let known = expected.split('`').skip(1).step_by(2);
-        let path = if last_key(error.path()) == Some(key.as_str()) { path } else { join(&path, &key) };
-        return (path, format!("unknown key{}", nearest(&key, known)));
+/// The key that is not there though it must be, if that is what the message is about.
+fn missing_key(message: &str) -> Option<String> {
+    let (_, rest) = message.split_once("missing field `")?;
+    rest.split_once('`').map(|(key, _)| key.to_owned())
+}
+
+/// The cause in our words.
+fn message(error: &ConfigError) -> String {
+    let cause = plain(error);
+    if missing_key(&cause).is_some() {
+        return "is missing".to_owned();
     }
-    if let Some(key) = named_key(&message, "missing") {
-        return (join(&path, &key), "is missing".to_owned());
-    }
-    (path, message)
+    let Some(key) = unknown_key(&cause) else { return cause };
+    let expected = cause.split_once("expected").map_or("", |(_, expected)| expected);
+    format!("unknown key{}", nearest(&key, expected.split('`').skip(1).step_by(2)))
 }
 
 /// The cause without the key and origin that `config` adds: the path is told already.
@@ -156,44 +254,9 @@ fn plain(error: &ConfigError) -> String {
     match error {
         ConfigError::At { error, .. } => plain(error),
         ConfigError::Type { unexpected, expected, .. } => format!("{unexpected} is not {expected}"),
+        // The library puts the path before the key without a separator.
+        ConfigError::NotFound(key) => format!("missing field `{}`", key.rsplit([']', '.']).next().unwrap_or(key)),
         other => other.to_string(),
-    }
-}
-
-fn last_key(path: &KeyPath) -> Option<&str> {
-    match path.iter().next_back() {
-        Some(Segment::Map { key }) => Some(key),
-        _ => None,
-    }
-}
-
-/// Takes the offending key out; says whether there was one.
-fn remove(value: &mut Value, path: &KeyPath, error: &ConfigError) -> bool {
-    let message = plain(error);
-    if named_key(&message, "missing").is_some() {
-        return false;
-    }
-    let mut segments: Vec<&Segment> = path.iter().collect();
-    let unknown = named_key(&message, "unknown").map(|key| Segment::Map { key });
-    if let Some(Segment::Map { key }) = &unknown
-        && last_key(path) != Some(key.as_str())
-    {
-        segments.extend(unknown.as_ref());
-    }
-    let Some((last, parents)) = segments.split_last() else { return false };
-    let mut place = value;
-    for segment in parents {
-        let next = match (segment, &mut place.kind) {
-            (Segment::Map { key }, ValueKind::Table(table)) => table.get_mut(key),
-            (Segment::Seq { index }, ValueKind::Array(items)) => items.get_mut(*index),
-            _ => None,
-        };
-        let Some(next) = next else { return false };
-        place = next;
-    }
-    match (last, &mut place.kind) {
-        (Segment::Map { key }, ValueKind::Table(table)) => table.remove(key).is_some(),
-        _ => false,
     }
 }
 
