@@ -11,10 +11,12 @@
 mod chunk;
 mod groups;
 mod log;
+mod marks;
 mod operations;
 mod queue;
 mod raw;
 mod readers;
+mod reserve;
 mod tables;
 mod writer;
 
@@ -41,7 +43,7 @@ use self::operations::{Ending, How, NewEntries, Taken, millis};
 use self::queue::Queue;
 use self::readers::Readers;
 use self::tables::{ReadFailure, is_closed_error};
-use self::writer::{Syncing, Writer};
+use self::writer::{DATABASE, Options, Syncing, Writer};
 use super::{
     Appended, Claimed, Cursor, MAX_APPEND, Order, Outcome, Pending, Range, Reclaimed, Settled, Settlement, Start,
     Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
@@ -61,6 +63,8 @@ pub struct Config {
     pub interval: Duration,
     /// Memory for the newest entries of all streams together, from which readers at the head are served.
     pub recent: ByteSize,
+    /// Room kept on the disk by a file, for acknowledgements and trims to go on when the disk is full.
+    pub reserve: ByteSize,
 }
 
 impl Default for Config {
@@ -70,6 +74,7 @@ impl Default for Config {
             durability: Durability::Commit,
             interval: Duration::from_millis(50),
             recent: ByteSize::mib(16),
+            reserve: ByteSize::mib(16),
         }
     }
 }
@@ -84,8 +89,6 @@ pub enum Durability {
     Interval,
 }
 
-/// The name of the database in the store's folder.
-const FILE: &str = "bus.sqlite3";
 /// The file whose lock says that the folder is in use.
 const LOCK: &str = "lock";
 /// An entry may not be larger than this; it has to fit into memory several times.
@@ -147,7 +150,7 @@ impl Files {
 
 fn start(config: &Config) -> Result<(Writer, EmbeddedStore, Files), StoreError> {
     let lock = lock(&config.path)?;
-    let file = config.path.join(FILE);
+    let file = config.path.join(DATABASE);
     let syncing = match config.durability {
         Durability::Commit => Syncing::Each,
         Durability::Interval => Syncing::Every(config.interval),
@@ -162,8 +165,9 @@ fn start(config: &Config) -> Result<(Writer, EmbeddedStore, Files), StoreError> 
         closed: CancellationToken::new(),
         readers: std::sync::OnceLock::new(),
     });
-    let recent = usize::try_from(config.recent.as_u64()).unwrap_or(usize::MAX);
-    let writer = Writer::open(file.clone(), syncing, recent, shared.clone())?;
+    let recent_bytes = usize::try_from(config.recent.as_u64()).unwrap_or(usize::MAX);
+    let options = Options { syncing, recent_bytes, reserve_bytes: config.reserve.as_u64() };
+    let writer = Writer::open(&config.path, &options, shared.clone())?;
     let (readers, mut threads) = Readers::start(&file)?;
     threads.push(readers::start_checkpointer(&file, &shared, asked)?);
     shared.readers.get_or_init(|| readers);
@@ -582,7 +586,7 @@ impl Store for EmbeddedStore {
     }
 
     async fn check(&self) -> Result<StoreStatus, StoreError> {
-        self.call(0, |writer| Ok(writer.check())).await
+        self.call(0, Writer::check).await
     }
 
     async fn close(&self) {

@@ -295,14 +295,14 @@ async fn step(store: &dyn Store, model: &mut Model, operation: Operation) {
                 expected.reverse();
             }
             expected.truncate(limit);
-            assert_eq!(entries.iter().map(|entry| entry.id).collect::<Vec<_>>(), expected);
+            assert_same(&entries.iter().map(|entry| entry.id).collect::<Vec<_>>(), &expected);
             entries.iter().for_each(|entry| model.check_entry(entry));
         }
         Operation::Tail { after, limit } => {
             let after = model.pick(after);
             let entries = store.tail(&model.stream, after, limit, Duration::ZERO).await.expect("read");
             let expected: Vec<EntryId> = model.entries.range(after.next()..).map(|(id, _)| *id).take(limit).collect();
-            assert_eq!(entries.iter().map(|entry| entry.id).collect::<Vec<_>>(), expected);
+            assert_same(&entries.iter().map(|entry| entry.id).collect::<Vec<_>>(), &expected);
             entries.iter().for_each(|entry| model.check_entry(entry));
         }
         Operation::Reopen => {}
@@ -347,7 +347,7 @@ async fn fetch(store: &dyn Store, model: &mut Model, group: usize, consumer: usi
     group.consumers.insert(consumer);
     let expected: Vec<EntryId> =
         model.entries.range(group.cursor.next()..).map(|(id, _)| *id).take(delivered.len().max(1)).collect();
-    assert_eq!(delivered.iter().map(|delivery| delivery.entry.id).collect::<Vec<_>>(), expected);
+    assert_same(&delivered.iter().map(|delivery| delivery.entry.id).collect::<Vec<_>>(), &expected);
     assert!(delivered.len() <= limit);
     for delivery in delivered {
         assert_eq!(delivery.attempt, 1);
@@ -475,14 +475,19 @@ async fn trim(store: &dyn Store, model: &mut Model, trim: Trim) {
     }
 }
 
+/// Compares lists, and shows where they differ first and not all of them.
+#[track_caller]
+fn assert_same<T: PartialEq + std::fmt::Debug>(got: &[T], expected: &[T]) {
+    let place = got.iter().zip(expected).take_while(|(got, expected)| got == expected).count();
+    assert_eq!(got.get(place), expected.get(place), "at {place} of {} and {}", got.len(), expected.len());
+}
+
 /// Compares everything that can be seen of the stream.
 async fn compare(store: &dyn Store, model: &Model, traits: Traits) {
     let everything = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
     let entries = store.range(&model.stream, everything, 100_000).await.expect("read");
-    assert_eq!(
-        entries.iter().map(|entry| entry.id).collect::<Vec<_>>(),
-        model.entries.keys().copied().collect::<Vec<_>>()
-    );
+    let ids: Vec<EntryId> = entries.iter().map(|entry| entry.id).collect();
+    assert_same(&ids, &model.entries.keys().copied().collect::<Vec<_>>());
     entries.iter().for_each(|entry| model.check_entry(entry));
     let letters = store.range(&model.dead, everything, 100_000).await.expect("read");
     assert_eq!(letters.into_iter().map(|letter| letter.fields).collect::<Vec<_>>(), model.letters);
@@ -522,6 +527,6 @@ async fn compare(store: &dyn Store, model: &Model, traits: Traits) {
             .iter()
             .map(|(id, held)| (*id, CONSUMERS[held.consumer].to_owned(), held.attempts, held.is_aged))
             .collect();
-        assert_eq!(told, expected);
+        assert_same(&told, &expected);
     }
 }

@@ -81,6 +81,7 @@ pub(super) fn millis(duration: Duration) -> u64 {
 
 impl Writer {
     pub(super) fn append(&mut self, name: &StreamName, new: &NewEntries) -> Result<Vec<Appended>, StoreError> {
+        self.fail_if_full()?;
         let now_ms = self.now_ms();
         let mut known = self.find_keys(name, new, now_ms)?;
         let place = self.place_or_new(name);
@@ -486,10 +487,11 @@ impl Writer {
         Ok(group.remove_consumer(&cursor.consumer))
     }
 
-    pub(super) fn check(&mut self) -> StoreStatus {
+    pub(super) fn check(&mut self) -> Result<StoreStatus, StoreError> {
+        self.fail_if_full()?;
         self.must_write = true;
         let description = format!("embedded (SQLite {}, `{}`)", rusqlite::version(), self.path().display());
-        StoreStatus { description, warnings: Vec::new() }
+        Ok(StoreStatus { description, warnings: self.warnings.clone() })
     }
 
     /// Removes the oldest chunks as far as `trim` and the groups let it, in its own transaction. Says how many entries

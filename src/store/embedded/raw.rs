@@ -11,8 +11,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::chunk;
 use super::queue::Queue;
-use super::writer::{Syncing, Writer};
-use super::{FILE, Shared, lock, readers};
+use super::writer::{DATABASE, Options, Syncing, Writer};
+use super::{Shared, lock, readers};
 use crate::event::{Fields, StreamName, field};
 use crate::store::{StoreError, StoreErrorKind};
 
@@ -40,7 +40,6 @@ impl RawRate {
 /// it from a thread of its own. Fails as [`super::Config::open`] and an append do.
 pub fn raw_append_rate(folder: &Path, payload: &[u8], batch: usize, duration: Duration) -> Result<RawRate, StoreError> {
     let _lock = lock(folder)?;
-    let file = folder.join(FILE);
     let stream: StreamName = "raw"
         .parse()
         .map_err(|_name| StoreError::new(StoreErrorKind::Internal, "the name of the measured stream is not valid"))?;
@@ -54,8 +53,9 @@ pub fn raw_append_rate(folder: &Path, payload: &[u8], batch: usize, duration: Du
         checkpoints: RwLock::new(Some(checkpoints)),
         closed: CancellationToken::new(),
     });
-    let mut writer = Writer::open(file.clone(), Syncing::Each, 0, shared.clone())?;
-    let checkpointer = readers::start_checkpointer(&file, &shared, asked)?;
+    let options = Options { syncing: Syncing::Each, recent_bytes: 0, reserve_bytes: 0 };
+    let mut writer = Writer::open(folder, &options, shared.clone())?;
+    let checkpointer = readers::start_checkpointer(&folder.join(DATABASE), &shared, asked)?;
     let mut fields = Fields::default();
     fields.push(field::DATA, Bytes::copy_from_slice(payload));
     let mut encoded = Vec::new();

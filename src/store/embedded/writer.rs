@@ -18,14 +18,21 @@ use super::Shared;
 use super::chunk::{Builder, Chunk};
 use super::groups::Group;
 use super::log::{ChunkRef, Published};
+use super::marks::Marks;
 use super::queue::{Queue, Taken, Work};
+use super::reserve::Reserve;
 use super::tables::{self, FirstEntry, StreamRow, engine_error};
 use crate::event::{EntryId, Epoch, GroupName, StreamName};
 use crate::store::{StoreError, StoreErrorKind};
 
+/// The files in the store's folder.
+pub(super) const DATABASE: &str = "bus.sqlite3";
+const MARKS: &str = "marks";
+const RESERVE: &str = "reserve";
+
 /// One transaction takes no more appended bytes than this, give or take one call.
 const TRANSACTION_BYTES: usize = 4 * 1024 * 1024;
-/// The write-ahead log is brought into the database once it has grown by about so much.
+/// The write-ahead log is brought into the database once it has grown by about so much, or by half of the reserve.
 const CHECKPOINT_BYTES: usize = 8 * 1024 * 1024;
 /// What a commit writes besides the chunks, about.
 const COMMIT_BYTES: usize = 16 * 1024;
@@ -44,6 +51,16 @@ pub(super) enum Syncing {
     Each,
     /// Everything is synced so often.
     Every(Duration),
+}
+
+/// How a writer is to be.
+#[derive(Debug)]
+pub(super) struct Options {
+    pub(super) syncing: Syncing,
+    /// Memory for the newest chunks.
+    pub(super) recent_bytes: usize,
+    /// Room kept on the disk.
+    pub(super) reserve_bytes: u64,
 }
 
 /// A stream as the writer has it: with what is staged for the next commit.
@@ -89,8 +106,15 @@ pub(super) struct Writer {
     /// Whether what is in memory may differ from the tables, because reading it back failed.
     is_stale: bool,
     unchecked_bytes: usize,
+    checkpoint_bytes: usize,
     has_keys: bool,
     pruned_at: Instant,
+    marks: Marks,
+    /// The places of streams that were appended to since the last sync.
+    unmarked: BTreeSet<usize>,
+    reserve: Reserve,
+    /// What an operator should know.
+    pub(super) warnings: Vec<String>,
 }
 
 /// The numbers last given to new rows.
@@ -150,18 +174,16 @@ struct NewChunk {
 
 impl Writer {
     /// Opens or makes the database and reads back all but the payloads.
-    pub(super) fn open(
-        path: PathBuf,
-        syncing: Syncing,
-        recent_bytes: usize,
-        shared: Arc<Shared>,
-    ) -> Result<Self, StoreError> {
+    pub(super) fn open(folder: &Path, options: &Options, shared: Arc<Shared>) -> Result<Self, StoreError> {
+        let path = folder.join(DATABASE);
+        let reserve = Reserve::new(folder.join(RESERVE), options.reserve_bytes);
+        let half = usize::try_from(reserve.bytes() / 2).unwrap_or(usize::MAX);
         let mut connection = tables::connect(&path, true)?;
         tables::prepare(&mut connection, &path)?;
         let mut writer = Self {
             connection,
             path,
-            syncing,
+            syncing: options.syncing,
             shared,
             streams: Vec::new(),
             by_name: HashMap::new(),
@@ -172,14 +194,19 @@ impl Writer {
             staged_bytes: 0,
             numbers: Numbers::default(),
             clock: Clock { base_ms: wall_ms(), base: Instant::now() },
-            recent: Recent { max_bytes: recent_bytes, bytes: 0, order: VecDeque::new() },
+            recent: Recent { max_bytes: options.recent_bytes, bytes: 0, order: VecDeque::new() },
             is_synchronous: None,
             unsynced_since: None,
             is_log_in_doubt: false,
             is_stale: false,
             unchecked_bytes: CHECKPOINT_BYTES,
+            checkpoint_bytes: if half == 0 { CHECKPOINT_BYTES } else { half.min(CHECKPOINT_BYTES) },
             has_keys: true,
             pruned_at: Instant::now(),
+            marks: Marks::open(&folder.join(MARKS)),
+            unmarked: BTreeSet::new(),
+            reserve,
+            warnings: Vec::new(),
         };
         writer.load()?;
         Ok(writer)
@@ -210,8 +237,35 @@ impl Writer {
             let groups = groups.remove(&row.number).unwrap_or_default();
             let groups = groups.into_iter().map(|group| (group.name.clone(), group)).collect();
             self.streams.push(Stream { row, published, length, groups, is_changed: false, staged: Vec::new() });
+            self.compare_mark(place);
         }
-        Ok(())
+        // What was found missing is settled at once, so that it is told once.
+        self.commit()
+    }
+
+    /// Sees whether a stream has come as far as it was noted when it was synced. Where it has not, its last entries are
+    /// lost: their ids are not given again, its groups don't wait for them, and its readers get a new epoch.
+    fn compare_mark(&mut self, place: usize) {
+        let stream = &mut self.streams[place];
+        let Some(mark) = self.marks.read(stream.row.number) else { return };
+        let Some(lost) = mark.added.checked_sub(stream.row.added).filter(|lost| *lost > 0) else { return };
+        let warning = format!(
+            "{lost} accepted entries of stream `{}`, after {} up to {}, are gone: the write-ahead log was damaged or an \
+             older database was put in its place",
+            stream.row.name, stream.row.last_id, mark.last_id
+        );
+        tracing::error!(stream = %stream.row.name, lost, "{warning}");
+        self.warnings.push(warning);
+        stream.row.last_id = stream.row.last_id.max(mark.last_id);
+        stream.row.added = mark.added;
+        stream.row.epoch = Epoch::random();
+        stream.is_changed = true;
+        for group in stream.groups.values_mut() {
+            group.passed += lost;
+            group.changes.is_changed = true;
+        }
+        self.touched.insert(place);
+        self.must_sync = true;
     }
 
     /// Works until the queue is closed and empty.
@@ -258,6 +312,9 @@ impl Writer {
             return;
         };
         self.reload();
+        if error.kind() == StoreErrorKind::Full {
+            self.make_room();
+        }
         if work.len() == 1 {
             work.into_iter().zip([error]).for_each(|(one, error)| one.answer(Some(error)));
             return;
@@ -320,7 +377,41 @@ impl Writer {
         result?;
         self.has_keys |= !keys.is_empty();
         self.unchecked_bytes += COMMIT_BYTES + self.staged_bytes;
+        self.unmarked.extend(chunks.iter().map(|chunk| chunk.place));
         self.publish(chunks);
+        if self.unsynced_since.is_none() {
+            self.mark();
+        }
+        Ok(())
+    }
+
+    /// Notes how far streams have come, once that is synced.
+    fn mark(&mut self) {
+        for place in std::mem::take(&mut self.unmarked) {
+            self.marks.write(&self.streams[place].row);
+        }
+    }
+
+    /// The disk is full: gives up the reserve and brings the log into the database, so that it begins anew.
+    fn make_room(&mut self) {
+        self.reserve.give_up();
+        if let Err(error) = checkpoint(&self.connection) {
+            tracing::debug!(error = %error, "the log could not be brought into the database on the full disk");
+        }
+    }
+
+    /// Refuses what needs room while the disk is full.
+    pub(super) fn fail_if_full(&mut self) -> Result<(), StoreError> {
+        let connection = &self.connection;
+        let has_room = |bytes: u64| {
+            let number = |pragma: &str| connection.query_row(pragma, [], |row| row.get::<_, i64>(0));
+            let free = number("PRAGMA freelist_count").and_then(|pages| Ok(pages * number("PRAGMA page_size")?));
+            free.is_ok_and(|free| bytes > 0 && free.cast_unsigned() >= bytes)
+        };
+        if self.reserve.is_given_up(has_room) {
+            let message = format!("cannot write to `{}`: the disk is full", self.path.display());
+            return Err(StoreError::new(StoreErrorKind::Full, message));
+        }
         Ok(())
     }
 
@@ -491,7 +582,7 @@ impl Writer {
                 tracing::warn!(error = %error, "the embedded store could not checkpoint; its log grows");
             }
         }
-        if self.unchecked_bytes >= CHECKPOINT_BYTES {
+        if self.unchecked_bytes >= self.checkpoint_bytes {
             self.unchecked_bytes = 0;
             self.shared.ask_for_checkpoint();
         }
@@ -510,7 +601,10 @@ impl Writer {
                 .map_err(|error| engine_error("sync", error))
         });
         match synced {
-            Ok(()) => self.unsynced_since = None,
+            Ok(()) => {
+                self.unsynced_since = None;
+                self.mark();
+            }
             Err(error) => {
                 self.is_log_in_doubt = true;
                 self.unsynced_since = Some(Instant::now());
