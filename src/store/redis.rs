@@ -16,6 +16,7 @@ mod keys;
 mod publish;
 mod reply;
 mod script;
+mod sizes;
 mod status;
 
 use std::fmt;
@@ -34,6 +35,7 @@ use self::connection::{Arguments, Link, Readers};
 use self::failure::Failure;
 use self::publish::Publisher;
 use self::script::Script;
+use self::sizes::Sizes;
 use super::{
     Appended, Claimed, Cursor, Order, Outcome, Pending, Range, Reclaimed, Settled, Settlement, Start, Store,
     StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
@@ -58,6 +60,7 @@ pub struct RedisStore {
     /// Everything else that does not block.
     control: Link,
     readers: Readers,
+    sizes: Sizes,
     /// No appends are taken any more; those taken are still sent.
     closing: CancellationToken,
     publishing: TaskTracker,
@@ -99,6 +102,7 @@ impl RedisStore {
             publish,
             control,
             readers,
+            sizes: Sizes::default(),
             closing,
             publishing,
             stop,
@@ -113,28 +117,55 @@ impl RedisStore {
         self.control.run(script, &[key(&cursor.stream)], all).await
     }
 
-    async fn entries(&self, stream: &StreamName, range: Range, limit: usize) -> Result<Vec<Entry>, Failure> {
-        let mut arguments = Arguments::with_capacity(5);
-        let command = match range.order {
-            Order::Forward => {
-                arguments.bytes(key(stream)).shown(&range.from).shown(&range.to);
-                "XRANGE"
+    /// Reads a range in replies of bounded size.
+    async fn entries(&self, stream: &StreamName, mut range: Range, limit: usize) -> Result<Vec<Entry>, Failure> {
+        let mut entries: Vec<Entry> = Vec::new();
+        loop {
+            let count = self.sizes.bounded(stream, limit - entries.len());
+            let (command, first, last) = match range.order {
+                Order::Forward => ("XRANGE", range.from, range.to),
+                Order::Backward => ("XREVRANGE", range.to, range.from),
+            };
+            let mut arguments = Arguments::with_capacity(5);
+            arguments.bytes(key(stream)).shown(&first).shown(&last).text("COUNT").shown(&count);
+            let answer = self.control.call(command, stream.as_str().as_bytes(), arguments).await;
+            let read = self.learned(stream, answer.and_then(reply::Reply::entries))?;
+            let is_last = read.len() < count;
+            entries.extend(read);
+            let Some(reached) = entries.last().map(|entry| entry.id).filter(|_| !is_last && entries.len() < limit)
+            else {
+                return Ok(entries);
+            };
+            match range.order {
+                Order::Forward => range.from = reached.next(),
+                Order::Backward => range.to = reached.previous(),
             }
-            Order::Backward => {
-                arguments.bytes(key(stream)).shown(&range.to).shown(&range.from);
-                "XREVRANGE"
+            if range.from > range.to || reached == EntryId::MIN || reached == EntryId::MAX {
+                return Ok(entries);
             }
-        };
-        arguments.text("COUNT").shown(&limit);
-        self.control.call(command, stream.as_str().as_bytes(), arguments).await?.entries()
+        }
+    }
+
+    /// Remembers how large the entries of a reply are, or that it did not arrive.
+    fn learned(&self, stream: &StreamName, read: Result<Vec<Entry>, Failure>) -> Result<Vec<Entry>, Failure> {
+        match &read {
+            Ok(entries) => self.sizes.learn(stream, entries),
+            Err(failure) if *failure == Failure::timeout() => self.sizes.doubt(stream),
+            Err(_) => {}
+        }
+        read
     }
 
     async fn take_over(&self, cursor: &Cursor, idle: Duration, how: Arguments) -> Result<Reclaimed, Failure> {
         let mut arguments = Arguments::default();
         arguments.shown(&idle.as_millis()).append(how);
         let asked_at = Instant::now();
-        let [taken, counts, lost, more] = self.run_for(&script::CLAIM, cursor, arguments).await?.tuple()?;
-        let taken = taken.entries()?;
+        let answer = self.run_for(&script::CLAIM, cursor, arguments).await;
+        let [taken, counts, lost, more] = match answer {
+            Ok(reply) => reply.tuple()?,
+            Err(failure) => return self.learned(&cursor.stream, Err(failure)).map(|_| Reclaimed::default()),
+        };
+        let taken = self.learned(&cursor.stream, taken.entries())?;
         let counts = counts.list()?;
         if taken.len() != counts.len() {
             return Err(Failure::unexpected("another number of counts than of entries"));
@@ -154,10 +185,7 @@ impl RedisStore {
         let mut acknowledged = 0;
         for ids in ids.chunks(MAX_ACKNOWLEDGE) {
             let mut arguments = Arguments::with_capacity(ids.len() + 2);
-            arguments.bytes(key(&cursor.stream)).name(cursor.group.as_str());
-            for id in ids {
-                arguments.shown(id);
-            }
+            arguments.bytes(key(&cursor.stream)).name(cursor.group.as_str()).ids(ids);
             let count = self.control.call("XACK", cursor.stream.as_str().as_bytes(), arguments).await?.count()?;
             acknowledged += usize::try_from(count)
                 .ok()
@@ -237,7 +265,12 @@ impl RedisStore {
         let mut arguments = Arguments::with_capacity(4);
         arguments.text(keys::PROBE).text("1").text("PX").text("1000");
         self.control.call("SET", keys::PROBE.as_bytes(), arguments).await?;
-        let info = self.control.call("INFO", keys::PROBE.as_bytes(), Arguments::default()).await?.text()?;
+        let info = match self.control.call("INFO", keys::PROBE.as_bytes(), Arguments::default()).await {
+            Ok(info) => info.text()?,
+            // It writes, so it is ready; only what to warn about stays unknown.
+            Err(failure) if failure.kind == StoreErrorKind::Denied => String::new(),
+            Err(failure) => return Err(failure),
+        };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).ok();
         Ok(status::server(&info, now.and_then(|now| i128::try_from(now.as_micros()).ok())))
     }
@@ -277,11 +310,11 @@ impl Store for RedisStore {
         }
         let wait = wait.min(MAX_WAIT);
         let mut arguments = Arguments::with_capacity(7);
-        arguments.text("COUNT").shown(&limit);
+        arguments.text("COUNT").shown(&self.sizes.bounded(stream, limit));
         block(&mut arguments, wait);
         arguments.text("STREAMS").bytes(key(stream)).shown(&after);
         let answer = self.readers.read("XREAD", stream.as_str().as_bytes(), arguments, wait).await;
-        let outcome = answer.and_then(reply::Reply::entries_of_one_stream);
+        let outcome = self.learned(stream, answer.and_then(reply::Reply::entries_of_one_stream));
         outcome.map_err(|failure| failure.because(format_args!("cannot tail stream `{stream}`")))
     }
 
@@ -305,14 +338,14 @@ impl Store for RedisStore {
         let wait = wait.min(MAX_WAIT);
         let mut arguments = Arguments::with_capacity(10);
         arguments.text("GROUP").name(cursor.group.as_str()).name(cursor.consumer.as_str());
-        arguments.text("COUNT").shown(&limit);
+        arguments.text("COUNT").shown(&self.sizes.bounded(&cursor.stream, limit));
         block(&mut arguments, wait);
         arguments.text("STREAMS").bytes(key(&cursor.stream)).text(">");
         // An entry may count as older than it is, never as younger: its age decides who may acknowledge it.
         let delivered_at = Instant::now();
         let answer = self.readers.read("XREADGROUP", cursor.stream.as_str().as_bytes(), arguments, wait).await;
-        let entries = answer
-            .and_then(reply::Reply::entries_of_one_stream)
+        let entries = self
+            .learned(&cursor.stream, answer.and_then(reply::Reply::entries_of_one_stream))
             .map_err(|failure| failure.because(of_group("cannot fetch from", cursor)))?;
         Ok(entries.into_iter().map(|entry| Delivery { entry, attempt: 1, delivered_at }).collect())
     }
@@ -325,13 +358,20 @@ impl Store for RedisStore {
             let reason = format!("{} ids are more than the {MAX_CLAIM} of one claim", ids.len());
             return Err(Failure::new(StoreErrorKind::Internal, reason).because(of_group("cannot claim from", cursor)));
         }
-        let mut how = Arguments::with_capacity(ids.len() + 1);
-        how.text("ids");
-        for id in ids {
-            how.shown(id);
+        let mut claimed = Claimed::default();
+        let mut rest = ids;
+        while !rest.is_empty() {
+            let (ids, later) = rest.split_at(self.sizes.bounded(&cursor.stream, rest.len()));
+            rest = later;
+            let mut how = Arguments::with_capacity(ids.len() + 1);
+            how.text("ids").ids(ids);
+            let outcome = self.take_over(cursor, idle, how).await;
+            let Claimed { deliveries, lost } =
+                outcome.map_err(|failure| failure.because(of_group("cannot claim from", cursor)))?.claimed;
+            claimed.deliveries.extend(deliveries);
+            claimed.lost.extend(lost);
         }
-        let outcome = self.take_over(cursor, idle, how).await;
-        outcome.map(|reclaimed| reclaimed.claimed).map_err(|f| f.because(of_group("cannot claim from", cursor)))
+        Ok(claimed)
     }
 
     async fn reclaim(
@@ -344,7 +384,7 @@ impl Store for RedisStore {
         if limit == 0 {
             return Ok(Reclaimed { next: from, ..Reclaimed::default() });
         }
-        let limit = limit.min(MAX_CLAIM);
+        let limit = self.sizes.bounded(&cursor.stream, limit.min(MAX_CLAIM));
         let mut how = Arguments::with_capacity(4);
         how.text("from").shown(&from).shown(&limit).shown(&(limit * LOOKED_AT_PER_CLAIM));
         let outcome = self.take_over(cursor, idle, how).await;
@@ -389,9 +429,7 @@ impl Store for RedisStore {
         let mut not_owned = Vec::new();
         for ids in ids.chunks(script::MAX_IDS) {
             let mut arguments = Arguments::with_capacity(ids.len());
-            for id in ids {
-                arguments.shown(id);
-            }
+            arguments.ids(ids);
             let answer = self.run_for(&script::EXTEND, cursor, arguments).await;
             let lost = answer
                 .and_then(reply::Reply::ids)
@@ -447,10 +485,7 @@ impl Store for RedisStore {
         let mut removed = 0;
         for ids in ids.chunks(MAX_ACKNOWLEDGE) {
             let mut arguments = Arguments::with_capacity(ids.len() + 1);
-            arguments.bytes(key(stream));
-            for id in ids {
-                arguments.shown(id);
-            }
+            arguments.bytes(key(stream)).ids(ids);
             let answer = self.control.call("XDEL", stream.as_str().as_bytes(), arguments).await;
             removed += answer
                 .and_then(reply::Reply::count)

@@ -530,3 +530,72 @@ async fn a_dropped_fetch_does_not_disturb_the_next() {
     assert!(store.fetch(&a, 1, Duration::from_millis(50)).await.expect("fetched").is_empty());
     assert!(begun.elapsed() < Duration::from_secs(1), "waited for the dropped ones: {:?}", begun.elapsed());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_loading_server_is_unavailable_until_it_has_loaded() {
+    let options = ["--appendonly", "yes", "--aof-use-rdb-preamble", "no", "--key-load-delay", "150"];
+    let mut server = RedisServer::start(Product::Redis, &options).await;
+    let store = connect(&server.url()).await;
+    let stream = unique_stream();
+    store.append(&stream, vec![new_entry("x")]).await.expect("appended");
+    server.cli(&["EVAL", "for i = 1, 10000 do redis.call('SET', 'key' .. i, i) end", "0"]);
+    server.crash();
+    server.restart().await;
+    let error = until("loading", HEALING, async || {
+        store.check().await.err().filter(|error| error.to_string().contains("loading its data"))
+    })
+    .await;
+    assert_eq!(error.kind(), StoreErrorKind::Unavailable);
+    until("recovery", HEALING, async || store.check().await.ok()).await;
+    assert_eq!(store.range(&stream, EVERYTHING, 10).await.expect("read").len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn large_entries_and_entries_of_many_fields_pass() {
+    let server = RedisServer::shared(Product::Redis).await;
+    let store = connect(&server.url()).await;
+    let a = cursor(&unique_stream(), "g", "a");
+    for n in 0..24 {
+        let mut fields = Fields::default();
+        fields.push("data", vec![n; 1 << 20]);
+        store.append(&a.stream, vec![NewEntry { fields, idempotency: None }]).await.expect("appended");
+    }
+    let mut fields = Fields::default();
+    for n in 0..3500 {
+        fields.push(format!("name-{n}"), "");
+    }
+    store.append(&a.stream, vec![NewEntry { fields, idempotency: None }]).await.expect("appended");
+    let read = store.range(&a.stream, EVERYTHING, 100).await.expect("read");
+    assert_eq!(read.len(), 25);
+    assert_eq!(read[24].fields.len(), 3500);
+    let backward = Range { order: Order::Backward, ..EVERYTHING };
+    let ids = |entries: &[Entry]| entries.iter().map(|entry| entry.id).collect::<Vec<_>>();
+    let mut reversed = ids(&store.range(&a.stream, backward, 100).await.expect("read"));
+    reversed.reverse();
+    assert_eq!(reversed, ids(&read));
+    assert_eq!(ids(&store.range(&a.stream, EVERYTHING, 20).await.expect("read")), ids(&read)[..20]);
+
+    store.ensure_group(&a.stream, &a.group, Start::Oldest).await.expect("a group");
+    let mut fetched = Vec::new();
+    while fetched.len() < 25 {
+        let deliveries = store.fetch(&a, 25, Duration::ZERO).await.expect("fetched");
+        assert!((1..=12).contains(&deliveries.len()), "{} of a mebibyte in one reply", deliveries.len());
+        fetched.extend(deliveries.into_iter().map(|delivery| delivery.entry.id));
+    }
+    assert_eq!(fetched, ids(&read));
+    let claimed = store.claim(&a, &fetched, Duration::ZERO).await.expect("claimed");
+    assert_eq!(claimed.deliveries.len(), 25);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_server_still_tells_an_epoch() {
+    let server = RedisServer::start(Product::Valkey, &[]).await;
+    let store = connect(&server.url()).await;
+    let stream = unique_stream();
+    let epoch = store.epoch(&stream).await.expect("an epoch");
+    store.append(&stream, vec![new_entry("x")]).await.expect("appended");
+    server.cli(&["CONFIG", "SET", "maxmemory", "1"]);
+    assert_eq!(store.epoch(&stream).await.expect("an epoch"), epoch);
+    let unknown = store.epoch(&unique_stream()).await.expect_err("full");
+    assert_eq!(unknown.kind(), StoreErrorKind::Full, "{unknown}");
+}

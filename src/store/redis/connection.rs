@@ -4,12 +4,13 @@
 //! the wrong shape it is closed and another one is opened: what may still come on it can then never be taken for
 //! the answer to something else. No command is ever sent twice from here.
 
+use std::fmt::Write as _;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use fred::clients::Client;
 use fred::interfaces::ClientLike;
 use fred::types::{ClusterHash, CustomCommand, Value};
@@ -23,6 +24,7 @@ use super::config::Settings;
 use super::failure::Failure;
 use super::reply::Reply;
 use super::script::Script;
+use crate::event::EntryId;
 
 /// How long a reader that no one uses is kept.
 const IDLE_READER_KEPT: Duration = Duration::from_secs(30);
@@ -56,6 +58,16 @@ impl Arguments {
 
     pub(super) fn name(&mut self, name: &str) -> &mut Self {
         self.bytes(Bytes::copy_from_slice(name.as_bytes()))
+    }
+
+    /// Many ids, in one piece of memory.
+    pub(super) fn ids(&mut self, ids: &[EntryId]) -> &mut Self {
+        let mut texts = BytesMut::with_capacity(ids.len() * 20);
+        for id in ids {
+            write!(texts, "{id}").expect("a buffer that grows takes everything");
+            self.bytes(texts.split().freeze());
+        }
+        self
     }
 
     pub(super) fn append(&mut self, other: Self) -> &mut Self {
@@ -289,7 +301,8 @@ impl Readers {
         wait: Duration,
     ) -> Result<Reply, Failure> {
         let (connection, permit) = self.take().await?;
-        let answer = connection.call(command, key, arguments, wait + READ_MARGIN, !wait.is_zero()).await;
+        let limit = if wait.is_zero() { self.settings.command_timeout } else { wait + READ_MARGIN };
+        let answer = connection.call(command, key, arguments, limit, !wait.is_zero()).await;
         if answer.as_ref().map_or_else(|failure| !failure.breaks_connection, |_| true) {
             self.give_back(connection);
         }

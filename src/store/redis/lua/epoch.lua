@@ -25,6 +25,8 @@ local known = call('HMGET', key, 'epoch', 'last', 'added')
 local epoch = known[1]
 if not epoch or less(last, known[2]) or smaller(added, known[3]) then epoch = ARGV[1] end
 if epoch ~= known[1] or last ~= known[2] or added ~= known[3] then
-  call('HSET', key, 'epoch', epoch, 'last', last, 'added', added)
+  local written = redis.pcall('HSET', key, 'epoch', epoch, 'last', last, 'added', added)
+  -- A server that is full or read-only can still tell an epoch that stays.
+  if type(written) == 'table' and written.err and epoch ~= known[1] then return written end
 end
 return epoch
