@@ -2,16 +2,32 @@
 
 use std::sync::Arc;
 
+use aurora_bus::store::Store;
 use aurora_bus::store::redis::Config;
 
 use crate::store_contract::TestStore;
+use crate::store_model::{self, Traits};
 use crate::support::redis::{Product, RedisServer};
 
 async fn open(product: Product) -> TestStore {
     let server = RedisServer::shared(product).await;
+    TestStore::new(connect(&server).await, server)
+}
+
+async fn connect(server: &RedisServer) -> Arc<dyn Store> {
     let config = Config { url: server.url().into(), ..Config::default() };
-    let store = config.connect().await.expect("a valid configuration");
-    TestStore::new(Arc::new(store), server)
+    Arc::new(config.connect().await.expect("a valid configuration"))
+}
+
+fn check_against_the_model(product: Product) {
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let server = runtime.block_on(RedisServer::shared(product));
+    let store = runtime.block_on(connect(&server));
+    let reopen = async |store: Arc<dyn Store>| {
+        store.close().await;
+        connect(&server).await
+    };
+    store_model::check(&runtime, store, reopen, Traits { cases: 150, is_lag_exact: false, rearms_lost: false });
 }
 
 mod redis {
@@ -20,6 +36,11 @@ mod redis {
     }
 
     crate::store_contract::contract_tests!(open);
+
+    #[test]
+    fn random_operations_agree_with_the_model() {
+        super::check_against_the_model(super::Product::Redis);
+    }
 }
 
 mod valkey {
@@ -28,4 +49,9 @@ mod valkey {
     }
 
     crate::store_contract::contract_tests!(open);
+
+    #[test]
+    fn random_operations_agree_with_the_model() {
+        super::check_against_the_model(super::Product::Valkey);
+    }
 }
