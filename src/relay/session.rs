@@ -77,9 +77,6 @@ impl Session {
             if let Some(ending) = link.ending() {
                 break ending;
             }
-            if link.next_deadline() < timer.deadline() {
-                timer.as_mut().reset(link.next_deadline());
-            }
             let is_hungry = link.is_hungry();
             let event = {
                 let mut changed = pin!(is_hungry.then(|| wake.changed()));
@@ -162,7 +159,7 @@ fn poll_event<S, W, T>(
     link: &mut Link<S>,
     work: Option<&mut Work>,
     wake: Pin<&mut Option<W>>,
-    timer: Pin<&mut Sleep>,
+    mut timer: Pin<&mut Sleep>,
     stop: Pin<&mut Option<T>>,
 ) -> Poll<Event>
 where
@@ -185,6 +182,10 @@ where
     }
     if stop.as_pin_mut().is_some_and(|stop| stop.poll(cx).is_ready()) {
         return Poll::Ready(Event::Stop);
+    }
+    // Deadlines come and go with each write; the timer is set anew only where it would be late.
+    if link.next_deadline() < timer.deadline() {
+        timer.as_mut().reset(link.next_deadline());
     }
     timer.poll(cx).map(|()| Event::Timer)
 }

@@ -6,6 +6,7 @@ mod crash;
 mod deploy;
 mod docs;
 mod redis_faults;
+mod relay;
 mod store_contract;
 mod store_embedded;
 mod store_model;

@@ -1,0 +1,145 @@
+//! An embedded store that can be taken away, or emptied, while the relay uses it.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use aurora_bus::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
+use aurora_bus::store::embedded::Config;
+use aurora_bus::store::{
+    Appended, Claimed, Cursor, Pending, Range, Reclaimed, Settled, Settlement, Start, Store, StoreError,
+    StoreErrorKind, StoreStatus, StreamStatus, Trim,
+};
+use tempfile::TempDir;
+
+#[derive(Debug)]
+pub(crate) struct Fragile {
+    inner: Mutex<(Arc<dyn Store>, TempDir)>,
+    is_away: AtomicBool,
+}
+
+impl Fragile {
+    pub(crate) async fn open() -> Arc<Self> {
+        Arc::new(Self { inner: Mutex::new(open_empty().await), is_away: AtomicBool::new(false) })
+    }
+
+    /// Every call fails as long as this is so.
+    pub(crate) fn set_away(&self, is_away: bool) {
+        self.is_away.store(is_away, Ordering::SeqCst);
+    }
+
+    /// What was stored is lost, as after a flush.
+    pub(crate) async fn lose_everything(&self) {
+        let empty = open_empty().await;
+        *self.inner.lock().unwrap_or_else(PoisonError::into_inner) = empty;
+    }
+
+    fn inner(&self) -> Result<Arc<dyn Store>, StoreError> {
+        if self.is_away.load(Ordering::SeqCst) {
+            return Err(StoreError::new(StoreErrorKind::Unavailable, "the store is away"));
+        }
+        Ok(self.inner.lock().unwrap_or_else(PoisonError::into_inner).0.clone())
+    }
+}
+
+async fn open_empty() -> (Arc<dyn Store>, TempDir) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = Config { path: folder.path().join("data"), ..Config::default() };
+    (Arc::new(config.open().await.expect("opened")), folder)
+}
+
+#[async_trait]
+impl Store for Fragile {
+    async fn append(&self, stream: &StreamName, entries: Vec<NewEntry>) -> Result<Vec<Appended>, StoreError> {
+        self.inner()?.append(stream, entries).await
+    }
+
+    async fn range(&self, stream: &StreamName, range: Range, limit: usize) -> Result<Vec<Entry>, StoreError> {
+        self.inner()?.range(stream, range, limit).await
+    }
+
+    async fn tail(
+        &self,
+        stream: &StreamName,
+        after: EntryId,
+        limit: usize,
+        wait: Duration,
+    ) -> Result<Vec<Entry>, StoreError> {
+        let inner = self.inner()?;
+        // Short waits, so that a store that went away or was replaced is noticed soon.
+        let entries = inner.tail(stream, after, limit, wait.min(Duration::from_millis(100))).await;
+        self.inner()?;
+        entries
+    }
+
+    async fn ensure_group(&self, stream: &StreamName, group: &GroupName, start: Start) -> Result<bool, StoreError> {
+        self.inner()?.ensure_group(stream, group, start).await
+    }
+
+    async fn fetch(&self, cursor: &Cursor, limit: usize, wait: Duration) -> Result<Vec<Delivery>, StoreError> {
+        self.inner()?.fetch(cursor, limit, wait).await
+    }
+
+    async fn claim(&self, cursor: &Cursor, ids: &[EntryId], idle: Duration) -> Result<Claimed, StoreError> {
+        self.inner()?.claim(cursor, ids, idle).await
+    }
+
+    async fn reclaim(
+        &self,
+        cursor: &Cursor,
+        idle: Duration,
+        from: EntryId,
+        limit: usize,
+    ) -> Result<Reclaimed, StoreError> {
+        self.inner()?.reclaim(cursor, idle, from, limit).await
+    }
+
+    async fn settle(&self, cursor: &Cursor, settlements: &[Settlement]) -> Result<Settled, StoreError> {
+        self.inner()?.settle(cursor, settlements).await
+    }
+
+    async fn extend(&self, cursor: &Cursor, ids: &[EntryId]) -> Result<Vec<EntryId>, StoreError> {
+        self.inner()?.extend(cursor, ids).await
+    }
+
+    async fn pending(
+        &self,
+        cursor: &Cursor,
+        own_only: bool,
+        from: EntryId,
+        limit: usize,
+    ) -> Result<Vec<Pending>, StoreError> {
+        self.inner()?.pending(cursor, own_only, from, limit).await
+    }
+
+    async fn describe(&self, stream: &StreamName) -> Result<Option<StreamStatus>, StoreError> {
+        self.inner()?.describe(stream).await
+    }
+
+    async fn epoch(&self, stream: &StreamName) -> Result<Epoch, StoreError> {
+        self.inner()?.epoch(stream).await
+    }
+
+    async fn trim(&self, stream: &StreamName, trim: Trim) -> Result<u64, StoreError> {
+        self.inner()?.trim(stream, trim).await
+    }
+
+    async fn discard(&self, stream: &StreamName, ids: &[EntryId]) -> Result<u64, StoreError> {
+        self.inner()?.discard(stream, ids).await
+    }
+
+    async fn remove_consumer(&self, cursor: &Cursor) -> Result<bool, StoreError> {
+        self.inner()?.remove_consumer(cursor).await
+    }
+
+    async fn check(&self) -> Result<StoreStatus, StoreError> {
+        self.inner()?.check().await
+    }
+
+    async fn close(&self) {
+        if let Ok(inner) = self.inner() {
+            inner.close().await;
+        }
+    }
+}
