@@ -1,6 +1,6 @@
 //! The relay: every alert to every dashboard that asked for it, over a WebSocket.
 //!
-//! Owns the way from a stream to the clients' sockets. One [`Tail`] per stream reads the store and frames each alert
+//! Owns the way from a stream to the clients' sockets. One tail per stream reads the store and frames each alert
 //! once into the stream's ring; each client is a [`Session`] with a cursor per stream that writes slices of the ring,
 //! many alerts per write. A client that falls behind the ring is served from the store in pages until it has caught
 //! up: nobody's slowness costs anyone else memory or time.

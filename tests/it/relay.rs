@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use aurora_bus::event::{Fields, NewEntry};
 use aurora_bus::relay::{CloseCode, Config, Ending};
-use aurora_bus::store::{Store as _, Trim};
+use aurora_bus::store::Trim;
 use bytes::Bytes;
 use bytesize::ByteSize;
 use futures_util::SinkExt;
@@ -33,6 +33,9 @@ fn tiny_ring() -> Config {
 fn numbered(numbers: impl IntoIterator<Item = usize>) -> impl Iterator<Item = String> {
     numbers.into_iter().map(|n| format!(r#"{{"n":{n}}}"#))
 }
+
+/// Whether the alert of that number passes a filter.
+type Passes = fn(usize) -> bool;
 
 fn number(text: &str) -> usize {
     let digits: String = text.chars().filter(char::is_ascii_digit).collect();
@@ -195,7 +198,7 @@ async fn a_filter_passes_the_same_live_from_the_ring_and_from_the_store() {
         let (source, tenant) = (["zeek", "suricata"][n % 2], ["a", "b", "c"][n % 3]);
         format!(r#"{{"n":{n},"severity":"{severity}","source":"{source}","tenant":"{tenant}"}}"#)
     };
-    let filters: [(&str, fn(usize) -> bool); 4] = [
+    let filters: [(&str, Passes); 4] = [
         ("min_severity=high", |n| n % 6 == 3 || n % 6 == 4),
         ("source=zeek&tenant=b", |n| n % 2 == 0 && n % 3 == 1),
         ("min_severity=info", |n| n % 6 != 5),
@@ -430,7 +433,7 @@ async fn draining_closes_every_client_within_its_window_and_serves_them_until_th
 async fn an_absent_store_is_waited_for_and_told_to_readiness() {
     let store = Fragile::open().await;
     store.set_away(true);
-    let server = Server::start_cold(store.clone(), config()).await;
+    let server = Server::start_cold(store.clone(), config());
     let reasons = |server: &Server| -> Vec<Option<String>> {
         server.readiness.report().into_iter().map(|part| part.reason).collect()
     };

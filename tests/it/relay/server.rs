@@ -51,13 +51,13 @@ pub(crate) fn cps_alerts() -> StreamName {
 impl Server {
     /// A relay on that store, whose tails have begun.
     pub(crate) async fn start(store: Arc<dyn Store>, config: Config) -> Self {
-        let server = Self::start_cold(store, config).await;
+        let server = Self::start_cold(store, config);
         server.until("the tails have begun", || server.relay.status().streams.iter().all(|s| s.epoch.is_some())).await;
         server
     }
 
     /// The same without waiting for the tails.
-    pub(crate) async fn start_cold(store: Arc<dyn Store>, config: Config) -> Self {
+    pub(crate) fn start_cold(store: Arc<dyn Store>, config: Config) -> Self {
         let (metrics, readiness) = (Metrics::new(), Readiness::default());
         let streams: Vec<StreamName> = config.channels.values().flatten().cloned().collect();
         let relay = Relay::new(store.clone(), config, &streams, metrics.clone(), readiness.clone());
