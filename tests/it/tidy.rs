@@ -24,6 +24,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
         "app",
         &["event", "metrics", "readiness", "telemetry", "store", "sink", "bus", "delivery", "relay", "http", "config"],
     ),
+    ("bench", &["*"]),
     ("cli", &["*"]),
     ("lib", &["*"]),
     ("main", &["*"]),
