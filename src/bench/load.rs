@@ -3,6 +3,7 @@
 //! It is given one [`Job`] as JSON, does it within a bounded time and writes one line of JSON. It speaks to the
 //! daemon as any client does, over HTTP and WebSocket, and to the store as the cheapest client would.
 
+mod embedded;
 mod null_relay;
 mod publisher;
 mod redis;
@@ -19,6 +20,7 @@ use url::Url;
 
 use super::resp::Connection;
 
+pub(crate) use embedded::{EngineAppendJob, StoreMixedJob};
 pub(crate) use null_relay::ServeJob;
 pub(crate) use publisher::{PublisherSpec, Target};
 pub(crate) use redis::{RawConsumeJob, RawPublishJob, fill};
@@ -43,6 +45,10 @@ pub(crate) enum Job {
     RawPublish(RawPublishJob),
     /// XREADGROUP and XACK in a loop: what consuming from Redis could reach at most.
     RawConsume(RawConsumeJob),
+    /// Synced commits of the embedded store's engine: what publishing to it could reach at most.
+    EngineAppend(EngineAppendJob),
+    /// The embedded store without a daemon: what publishing and consuming at once could reach at most.
+    StoreMixed(StoreMixedJob),
     /// Publishes, and counts what arrives at WebSocket clients.
     Sockets(SocketsJob),
     /// Opens connections on which nothing happens.
@@ -98,6 +104,8 @@ pub(super) fn run(args: &LoadArgs) -> Result<()> {
         Job::Requests(job) => report(&job.run()?),
         Job::RawPublish(job) => report(&job.run()?),
         Job::RawConsume(job) => report(&job.run()?),
+        Job::EngineAppend(job) => report(&job.run()?),
+        Job::StoreMixed(job) => report(&job.run()?),
         Job::Sockets(job) => report(&job.run()?),
         Job::Hold(job) => report(&job.run()?),
         Job::NullRelay(job) => job.run(|address| report(&address)),

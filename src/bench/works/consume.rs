@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use url::Url;
 
-use super::{GROUP, PUBLISH_PATH, STREAM, at, counted, requests};
+use super::{EMBEDDED_FOLDER, GROUP, PUBLISH_PATH, STREAM, at, counted, float, requests};
 use crate::bench::http::HttpClient;
-use crate::bench::load::{Job, RawConsumeJob, Request, Throughput, fill};
+use crate::bench::load::{Job, RawConsumeJob, Request, StoreMixedJob, Throughput, fill};
 use crate::bench::report::{Figure, Goal};
 use crate::bench::resp::{Connection, Token};
 use crate::bench::{Backend, Bench};
@@ -61,8 +61,20 @@ fn renew_group(control: &mut Connection) -> Result<()> {
 
 /// Events are published, delivered and acknowledged all at once, until all of them are.
 fn embedded(bench: &mut Bench, backend: &Backend) -> Result<()> {
-    let mut runs = Vec::new();
+    let (mut daemon_runs, mut store_runs) = (Vec::new(), Vec::new());
     for round in 1..=bench.args.rounds {
+        bench.step(format!("consume beside publishing, embedded, round {round}: the store itself"))?;
+        bench.reset(backend)?;
+        let job = Job::StoreMixed(StoreMixedJob {
+            folder: bench.site.path(EMBEDDED_FOLDER),
+            publishers: MIXED_CONNECTIONS,
+            batch: usize::try_from(MIXED_BATCH)?,
+            size: bench.args.size,
+            seconds: bench.args.seconds,
+            max_events: bench.max_events(),
+        });
+        store_runs.push(bench.site.generate::<Throughput>(&job, float(bench.args.seconds) + 60.0)?.per_second());
+
         bench.step(format!("consume beside publishing, embedded, round {round}: aurora-bus"))?;
         bench.reset(backend)?;
         let mut daemon = bench.daemon(backend, true)?;
@@ -75,9 +87,12 @@ fn embedded(bench: &mut Bench, backend: &Backend) -> Result<()> {
             Ok((counted(&mut client, "aurora_bus_acknowledged_total")? >= published).then_some(()))
         })?;
         let seconds = report.seconds + ended.elapsed().as_secs_f64();
-        runs.push(Throughput { events: published, seconds }.per_second());
+        daemon_runs.push(Throughput { events: published, seconds }.per_second());
     }
-    bench.figures.push(Figure::new("consume", backend.name(), "delivered beside publishing", "events/s", &runs));
+    let figure = Figure::new("consume", backend.name(), "delivered beside publishing", "events/s", &daemon_runs)
+        .beside("the store itself, in one process", &store_runs)
+        .with_goal(Goal::RatioAtLeast(0.5));
+    bench.figures.push(figure);
     Ok(())
 }
 

@@ -2,9 +2,9 @@
 
 use anyhow::{Result, ensure};
 
-use super::{PUBLISH_PATH, STREAM, at, counted, float, requests};
+use super::{EMBEDDED_FOLDER, PUBLISH_PATH, STREAM, at, counted, float, requests};
 use crate::bench::http::HttpClient;
-use crate::bench::load::{Job, RawPublishJob, Request, Throughput};
+use crate::bench::load::{EngineAppendJob, Job, RawPublishJob, Request, Throughput};
 use crate::bench::process::Daemon;
 use crate::bench::report::{Figure, Goal};
 use crate::bench::{Backend, Bench, redis_benchmark};
@@ -22,17 +22,13 @@ pub(super) fn measure(bench: &mut Bench, backend: &Backend) -> Result<()> {
 }
 
 fn batched(bench: &mut Bench, backend: &Backend) -> Result<()> {
-    let (mut daemon_runs, mut raw_runs, mut tool_runs) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut daemon_runs, mut raw_runs, mut other_runs) = (Vec::new(), Vec::new(), Vec::new());
     for round in 1..=bench.args.rounds {
         bench.step(format!("publish in batches, {}, round {round}: the store itself", backend.name()))?;
         bench.reset(backend)?;
-        if let Some(rate) = raw_rate(bench, backend)? {
-            raw_runs.push(rate);
-        }
-        if let Backend::Redis(url) = backend {
-            bench.reset(backend)?;
-            tool_runs.extend(redis_benchmark(bench, url, STREAM, bench.max_events() / 2)?);
-        }
+        raw_runs.push(raw_rate(bench, backend)?);
+        bench.reset(backend)?;
+        other_runs.extend(other_rate(bench, backend)?);
 
         bench.step(format!("publish in batches, {}, round {round}: aurora-bus", backend.name()))?;
         bench.reset(backend)?;
@@ -42,18 +38,15 @@ fn batched(bench: &mut Bench, backend: &Backend) -> Result<()> {
         check_published(&daemon, report.requests * BATCH)?;
         daemon_runs.push(rate(report.requests * BATCH, report.seconds));
     }
-    let figure = Figure::new("publish", backend.name(), format!("batches of {BATCH}"), "events/s", &daemon_runs);
-    let raw_name = match backend {
-        Backend::Redis(_) => "raw XADD, windows of 128",
-        Backend::Embedded => "engine's own append",
+    let (raw_name, other_name) = match backend {
+        Backend::Redis(_) => ("raw XADD, windows of 128", "redis-benchmark -P 128 -c 50"),
+        Backend::Embedded => ("engine alone, a batch per synced commit", "engine alone, 8 batches per synced commit"),
     };
-    let goal = Goal::RatioAtLeast(0.5);
-    let raw = figure.clone().beside(raw_name, &raw_runs);
-    if tool_runs.is_empty() {
-        bench.figures.push(raw.with_goal(goal));
-    } else {
-        bench.figures.push(raw);
-        bench.figures.push(figure.beside("redis-benchmark -P 128 -c 50", &tool_runs).with_goal(goal));
+    let figure = Figure::new("publish", backend.name(), format!("batches of {BATCH}"), "events/s", &daemon_runs)
+        .with_goal(Goal::RatioAtLeast(0.5));
+    bench.figures.push(figure.clone().beside(raw_name, &raw_runs));
+    if !other_runs.is_empty() {
+        bench.figures.push(figure.beside(other_name, &other_runs));
     }
     Ok(())
 }
@@ -89,7 +82,7 @@ fn single(bench: &mut Bench, backend: &Backend) -> Result<()> {
 }
 
 /// What the store takes without the daemon, in events per second.
-fn raw_rate(bench: &Bench, backend: &Backend) -> Result<Option<f64>> {
+fn raw_rate(bench: &Bench, backend: &Backend) -> Result<f64> {
     let seconds = bench.args.seconds;
     let job = match backend {
         Backend::Redis(url) => Job::RawPublish(RawPublishJob {
@@ -100,10 +93,24 @@ fn raw_rate(bench: &Bench, backend: &Backend) -> Result<Option<f64>> {
             seconds,
             max_events: bench.max_events(),
         }),
-        Backend::Embedded => return Ok(None),
+        Backend::Embedded => return engine_rate(bench, BATCH),
     };
-    let throughput: Throughput = bench.site.generate(&job, float(seconds))?;
-    Ok(Some(throughput.per_second()))
+    Ok(bench.site.generate::<Throughput>(&job, float(seconds))?.per_second())
+}
+
+/// The same by other means: a program that everybody has; as many events per commit as can be waiting at once.
+fn other_rate(bench: &Bench, backend: &Backend) -> Result<Option<f64>> {
+    match backend {
+        Backend::Redis(url) => redis_benchmark(bench, url, STREAM, bench.max_events() / 2),
+        Backend::Embedded => engine_rate(bench, BATCH * BATCH_CONNECTIONS as u64).map(Some),
+    }
+}
+
+fn engine_rate(bench: &Bench, batch: u64) -> Result<f64> {
+    let (size, seconds) = (bench.args.size, bench.args.seconds);
+    let folder = bench.site.path(EMBEDDED_FOLDER);
+    let job = Job::EngineAppend(EngineAppendJob { folder, batch: usize::try_from(batch)?, size, seconds });
+    Ok(bench.site.generate::<Throughput>(&job, float(seconds))?.per_second())
 }
 
 /// Compares what was answered with what the daemon counts.
