@@ -64,7 +64,7 @@ fn random_operations_agree_with_the_model() {
         store.close().await;
         open().await
     };
-    store_model::check(&runtime, store, reopen, Traits { cases: 150, is_lag_exact: true });
+    store_model::check(&runtime, store, reopen, Traits { cases: 150, is_lag_exact: true, rearms_lost: true });
 }
 
 /// What the disk holds when the process is killed now: the files as the kernel has them.
