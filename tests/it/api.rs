@@ -32,7 +32,8 @@ const NDJSON: (&str, &str) = ("content-type", "application/x-ndjson");
 
 #[tokio::test]
 async fn an_event_is_stored_byte_for_byte_however_it_is_sent() {
-    let daemon = Home::new(SMALL).start().await;
+    let home = Home::new(SMALL);
+    let daemon = home.start().await;
     let sent = [r#"{ "title" : "spaces  kept", "n": 1.50 }"#, r#"{"title":"two"}"#, "{\"title\":\"ümlaut \\u00e9\"}"];
     for (headers, body) in [
         (vec![], sent[0].to_owned()),
@@ -50,7 +51,8 @@ async fn an_event_is_stored_byte_for_byte_however_it_is_sent() {
 
 #[tokio::test]
 async fn an_alert_finds_its_stream_by_its_category() {
-    let daemon = Home::new(SMALL).start().await;
+    let home = Home::new(SMALL);
+    let daemon = home.start().await;
     let alerts = json!([{"category":"cps","title":"a"}, {"category":"network","title":"b"}, {"title":"c"}]).to_string();
     for path in ["/api/v1/alerts", "/api/alerts"] {
         let (status, body) = answer(post(&daemon, path, &[], alerts.clone()).await).await;
@@ -62,7 +64,8 @@ async fn an_alert_finds_its_stream_by_its_category() {
 
 #[tokio::test]
 async fn bad_events_are_refused_in_their_places_and_the_others_stored() {
-    let daemon = Home::new(SMALL).start().await;
+    let home = Home::new(SMALL);
+    let daemon = home.start().await;
     let mut body = b"{\"n\":1}\nnot json\n{\"n\":\"\xff\"}\n[1]\n{\"n\":2}\n{\"pad\":\"".to_vec();
     body.extend(std::iter::repeat_n(b'x', 1024 * 1024));
     body.extend(b"\"}\n");
@@ -78,7 +81,8 @@ async fn bad_events_are_refused_in_their_places_and_the_others_stored() {
 
 #[tokio::test]
 async fn bad_requests_are_answered_with_problem_documents() {
-    let daemon = Home::new(SMALL).start().await;
+    let home = Home::new(SMALL);
+    let daemon = home.start().await;
     let many = "{}\n".repeat(10_000);
     let big = format!("{{\"pad\":\"{}\"}}", "x".repeat(1024 * 1024));
     let huge = " ".repeat(9 * 1024 * 1024);
@@ -114,7 +118,8 @@ async fn bad_requests_are_answered_with_problem_documents() {
 
 #[tokio::test]
 async fn a_repeated_event_is_recognised_by_its_key_or_its_own_id() {
-    let daemon = Home::new(SMALL).start().await;
+    let home = Home::new(SMALL);
+    let daemon = home.start().await;
     let batch = "{\"n\":1}\n{\"n\":2}\n";
     let key = ("idempotency-key", "batch-7");
     let (_, first) = answer(post(&daemon, EVENTS, &[NDJSON, key], batch).await).await;
@@ -135,7 +140,8 @@ async fn a_repeated_event_is_recognised_by_its_key_or_its_own_id() {
 
 #[tokio::test]
 async fn a_range_is_read_page_by_page_in_both_orders() {
-    let daemon = Home::new(SMALL).start().await;
+    let home = Home::new(SMALL);
+    let daemon = home.start().await;
     let payloads: Vec<String> = (0..25).map(|n| json!({ "n": n }).to_string()).collect();
     daemon.publish("aurora:alerts", &payloads).await.expect("accepted");
     let page = |query: String| {
@@ -163,7 +169,8 @@ async fn a_range_is_read_page_by_page_in_both_orders() {
 
 #[tokio::test]
 async fn waiting_for_an_event_ends_when_it_comes() {
-    let daemon = Home::new(SMALL).start().await;
+    let home = Home::new(SMALL);
+    let daemon = home.start().await;
     let waiting = daemon.get("/api/v1/streams/aurora:alerts/events?wait_ms=20000");
     let publishing = async {
         daemon.publish("aurora:cps:alerts", &["{}".to_owned()]).await.expect("accepted");
@@ -178,7 +185,8 @@ async fn waiting_for_an_event_ends_when_it_comes() {
 #[tokio::test]
 async fn an_address_that_asks_too_often_is_told_when_to_come_back() {
     let config = format!("{SMALL}\n[http]\nrate_limit = 5\n");
-    let daemon = Home::new(&config).start().await;
+    let home = Home::new(&config);
+    let daemon = home.start().await;
     let mut refused = None;
     for _ in 0..20 {
         let response = post(&daemon, EVENTS, &[], "{}").await;
@@ -221,7 +229,8 @@ async fn a_wrong_configuration_ends_with_code_2_and_every_problem() {
 
 #[tokio::test]
 async fn metrics_count_what_was_published_and_refused() {
-    let daemon = Home::new(SMALL).start().await;
+    let home = Home::new(SMALL);
+    let daemon = home.start().await;
     daemon.publish("aurora:alerts", &["{}".to_owned(), "{}".to_owned()]).await.expect("accepted");
     post(&daemon, EVENTS, &[], "no json").await;
     let metrics = daemon.get("/metrics").await;
