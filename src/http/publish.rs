@@ -1,11 +1,12 @@
 //! Publishing over HTTP: one JSON object, an array, or NDJSON.
 
-use axum::body::{Body, to_bytes};
+use axum::body::Body;
 use axum::extract::{Path, Query, Request, State};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse as _, Response};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use http_body_util::BodyExt as _;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use std::time::Duration;
@@ -15,6 +16,9 @@ use super::{Api, ApiError};
 use crate::bus::{Dedup, PublishError};
 use crate::event::{NewEvent, StreamName};
 use crate::store::Appended;
+
+/// How much of a body that is too large is read before the answer.
+const MAX_DROPPED_BYTES: usize = 64 * 1024 * 1024;
 
 /// `?dedup=id` and `?dedup_window=10m`.
 #[derive(Debug, Default, Deserialize)]
@@ -138,26 +142,34 @@ async fn read(api: &Api, headers: &HeaderMap, body: Body) -> Result<Bytes, ApiEr
     let too_large =
         || ApiError::too_large("body_too_large", format!("the body has more than {max} bytes (http.max_body)"));
     let declared = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
-    if declared.is_some_and(|length| length > max) {
-        return Err(too_large());
-    }
-    let limit = usize::try_from(max).unwrap_or(usize::MAX);
-    match tokio::time::timeout(config.body_timeout, to_bytes(body, limit)).await {
-        Ok(Ok(body)) => Ok(body),
-        Ok(Err(error)) if is_length_limit(&error) => Err(too_large()),
-        Ok(Err(_)) | Err(_) => Err(ApiError::body_incomplete()),
+    let is_declared_too_large = declared.is_some_and(|length| length > max);
+    let max = usize::try_from(max).unwrap_or(usize::MAX);
+    let limit = if is_declared_too_large { 0 } else { max };
+    match tokio::time::timeout(config.body_timeout, collect(body, declared, limit)).await {
+        Ok(Some(body)) if is_declared_too_large || body.len() > max => Err(too_large()),
+        Ok(Some(body)) => Ok(body),
+        Ok(None) | Err(_) => Err(ApiError::body_incomplete()),
     }
 }
 
-fn is_length_limit(error: &axum::Error) -> bool {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        if error.is::<http_body_util::LengthLimitError>() {
-            return true;
+/// Reads a body, keeping about `limit` bytes of it. What comes beyond is read and dropped for a while: a client that
+/// still sends would otherwise see a broken connection instead of the answer.
+async fn collect(mut body: Body, declared: Option<u64>, limit: usize) -> Option<Bytes> {
+    let capacity = declared.and_then(|length| usize::try_from(length).ok()).unwrap_or(0).min(limit).min(1 << 20);
+    let mut kept = BytesMut::with_capacity(capacity);
+    let mut dropped = 0;
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame.ok()?.into_data() else { continue };
+        if kept.len() <= limit {
+            kept.extend_from_slice(&data);
+        } else {
+            dropped += data.len();
         }
-        cause = error.source();
+        if dropped > MAX_DROPPED_BYTES {
+            break;
+        }
     }
-    false
+    Some(kept.freeze())
 }
 
 fn parse(body: &Bytes, content_type: Option<&HeaderValue>, max_batch: usize) -> Result<Batch, ApiError> {
