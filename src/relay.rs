@@ -52,7 +52,7 @@ pub use session::Session;
 
 use crate::event::{EntryId, Epoch, StreamName};
 use crate::metrics::Metrics;
-use crate::readiness::Readiness;
+use crate::readiness::{Part, Readiness};
 use crate::store::Store;
 use ring::{Limits, Ring};
 use slots::Slots;
@@ -85,7 +85,8 @@ struct Hub {
     pages: Semaphore,
     is_draining: AtomicBool,
     metrics: Metrics,
-    readiness: Readiness,
+    /// One per ring.
+    parts: Vec<Part>,
 }
 
 /// Some streams under one name, and what is counted of its clients.
@@ -183,14 +184,14 @@ pub struct RelayedStream {
 }
 
 impl Relay {
-    /// A relay of those streams of the configured channels that are among `streams`. Nothing is read before
-    /// [`Relay::run`].
+    /// A relay of those streams of the configured channels that are among `streams`, each of which is a part of
+    /// `readiness`. Nothing is read before [`Relay::run`].
     pub fn new(
         store: Arc<dyn Store>,
         config: Config,
         streams: &[StreamName],
         metrics: Metrics,
-        readiness: Readiness,
+        readiness: &Readiness,
     ) -> Self {
         let bytes = usize::try_from(config.ring_bytes.as_u64()).unwrap_or(usize::MAX);
         let limits = Limits { bytes, entries: config.ring_entries };
@@ -204,9 +205,11 @@ impl Relay {
         };
         let channels = config.channels.iter().map(channel).collect();
         let slots = Slots::new(config.max_connections, config.max_connections_per_address);
-        let rings = rings.into_values().collect();
+        let rings: Vec<Arc<Ring>> = rings.into_values().collect();
+        let part = |ring: &Arc<Ring>| readiness.part(&format!("relay {}", ring.stream()), Some(STALE_AFTER));
+        let parts = rings.iter().map(part).collect();
         let (pages, is_draining) = (Semaphore::new(PAGES_AT_A_TIME), AtomicBool::new(false));
-        let hub = Hub { store, config, channels, rings, slots, pages, is_draining, metrics, readiness };
+        let hub = Hub { store, config, channels, rings, slots, pages, is_draining, metrics, parts };
         Self { hub: Arc::new(hub) }
     }
 
@@ -217,8 +220,8 @@ impl Relay {
     pub async fn run(&self, stop: CancellationToken) {
         let mut tails = JoinSet::new();
         let stop_tails = CancellationToken::new();
-        for ring in &self.hub.rings {
-            tails.spawn(self.hub.tail(ring).run(stop_tails.clone()));
+        for (ring, part) in self.hub.rings.iter().zip(&self.hub.parts) {
+            tails.spawn(self.hub.tail(ring, part).run(stop_tails.clone()));
         }
         tokio::select! {
             () = stop.cancelled() => {}
@@ -290,9 +293,9 @@ impl Relay {
 }
 
 impl Hub {
-    /// The lives of all relayed streams.
-    fn epochs(&self) -> Vec<Epoch> {
-        self.rings.iter().filter_map(|ring| ring.mark()).map(|mark| mark.epoch).collect()
+    /// The lives of all relayed streams, once all have begun.
+    fn epochs(&self) -> Option<Vec<Epoch>> {
+        self.rings.iter().map(|ring| ring.mark().map(|mark| mark.epoch)).collect()
     }
 
     /// Whether a client that was live may be left to catch up.
@@ -304,7 +307,7 @@ impl Hub {
         usize::try_from(self.config.max_message_bytes.as_u64()).unwrap_or(usize::MAX)
     }
 
-    fn tail(&self, ring: &Arc<Ring>) -> Tail {
+    fn tail(&self, ring: &Arc<Ring>, part: &Part) -> Tail {
         let stream = ring.stream();
         let channels: Vec<&Arc<Channel>> =
             self.channels.values().filter(|channel| channel.rings.iter().any(|r| r.stream() == stream)).collect();
@@ -319,7 +322,7 @@ impl Hub {
                 trimmed: counters("trimmed"),
                 state_lost: counters("state_lost"),
             },
-            part: self.readiness.part(&format!("relay {stream}"), Some(STALE_AFTER)),
+            part: part.clone(),
         }
     }
 }

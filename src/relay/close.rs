@@ -15,8 +15,6 @@ pub enum CloseCode {
     NoPong,
     /// 4005: the client sends too much.
     RateLimited,
-    /// 4006: the alerts can't be read.
-    ServerError,
     /// 4008: the socket took no bytes in time.
     WriteTimeout,
     /// 4500: what the client sent is no WebSocket, or its request makes no sense.
@@ -37,7 +35,6 @@ impl CloseCode {
             Self::TooSlow => 4001,
             Self::NoPong => 4004,
             Self::RateLimited => 4005,
-            Self::ServerError => 4006,
             Self::WriteTimeout => 4008,
             Self::Protocol => 4500,
             Self::ConnectionLimit => 4503,
@@ -53,7 +50,6 @@ impl CloseCode {
             Self::TooSlow => "too_slow: too far behind, resume with your last position",
             Self::NoPong => "no_pong: no answer to a ping in time",
             Self::RateLimited => "rate_limited: you send too much, reconnect after 10 s",
-            Self::ServerError => "server_error: the alerts can't be read, reconnect",
             Self::WriteTimeout => "write_timeout: the socket took no bytes in time",
             Self::Protocol => "protocol: what was sent makes no sense here",
             Self::ConnectionLimit => "connection_limit: too many connections",

@@ -1,7 +1,7 @@
 //! The recent entries of one stream, framed once and shared by every client.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::Filter;
@@ -23,6 +23,8 @@ pub(super) struct Ring {
     stream: StreamName,
     limits: Limits,
     state: RwLock<State>,
+    /// Whether the stream can't be read, for a reason that concerns it alone.
+    is_unreadable: AtomicBool,
     /// Grows with every change, so that readers see without the lock whether there is news.
     changes: AtomicU64,
 }
@@ -85,7 +87,13 @@ pub(super) enum Lookup {
 impl Ring {
     /// An empty ring that has not begun.
     pub(super) fn new(stream: StreamName, limits: Limits) -> Self {
-        Self { stream, limits, state: RwLock::default(), changes: AtomicU64::new(0) }
+        Self {
+            stream,
+            limits,
+            state: RwLock::default(),
+            is_unreadable: AtomicBool::new(false),
+            changes: AtomicU64::new(0),
+        }
     }
 
     /// The stream.
@@ -101,6 +109,16 @@ impl Ring {
             State { generation, epoch: Some(epoch), start, floor: start, last: start, total_bytes, ..State::default() };
         drop(state);
         self.changes.fetch_add(1, Ordering::Release);
+    }
+
+    /// Tells that the stream can't be read, and that this may stay so.
+    pub(super) fn set_unreadable(&self) {
+        self.is_unreadable.store(true, Ordering::Release);
+    }
+
+    /// Whether the ring has not begun, but will as soon as the store is there.
+    pub(super) fn is_starting(&self) -> bool {
+        !self.is_unreadable.load(Ordering::Acquire) && self.read().epoch.is_none()
     }
 
     /// Adds entries at the head, and lets go of the oldest ones that are too many now.

@@ -21,7 +21,6 @@ use super::outgoing::{MAX_SLICES, Outgoing};
 use super::slots::Slot;
 use super::subscription::{Fetched, Subscription, Work, now_ms};
 use super::{Channel, CloseCode, Ending, Hub, Refused};
-use crate::store::StoreError;
 
 /// What is read of a socket at once.
 const READ_BYTES: usize = 4096;
@@ -87,10 +86,9 @@ impl Session {
                 Event::Written => link.count_written(&channel),
                 Event::Read(outcome) => link.hear(outcome),
                 Event::Wake => {}
-                Event::Fetched(outcome) => {
+                Event::Fetched(fetched) => {
                     work = None;
-                    let applied = outcome.map_err(|error| unreadable(&error));
-                    if let Err(code) = applied.and_then(|fetched| subscription.apply(fetched, &hub, &channel)) {
+                    if let Err(code) = subscription.apply(fetched, &hub, &channel) {
                         link.close(code);
                     }
                 }
@@ -137,18 +135,13 @@ where
     hub.metrics.relay_closes.with_label_values(&[&refused.close_code().to_string()]).inc();
 }
 
-fn unreadable(error: &StoreError) -> CloseCode {
-    tracing::warn!(%error, kind = error.kind().as_str(), "cannot read what a client has still to be given");
-    CloseCode::ServerError
-}
-
 /// What a session waits for.
 enum Event {
     /// Everything that was outgoing is written.
     Written,
     Read(Result<Heard, CloseCode>),
     Wake,
-    Fetched(Result<Fetched, StoreError>),
+    Fetched(Fetched),
     Timer,
     Stop,
 }
@@ -173,8 +166,8 @@ where
     if let Poll::Ready(outcome) = link.poll_read(cx) {
         return Poll::Ready(Event::Read(outcome));
     }
-    if let Some(Poll::Ready(outcome)) = work.map(|work| work.as_mut().poll(cx)) {
-        return Poll::Ready(Event::Fetched(outcome));
+    if let Some(Poll::Ready(fetched)) = work.map(|work| work.as_mut().poll(cx)) {
+        return Poll::Ready(Event::Fetched(fetched));
     }
     // The sender lives as long as the hub, which the session holds.
     if wake.as_pin_mut().is_some_and(|wake| wake.poll(cx).is_ready()) {

@@ -22,20 +22,12 @@ pub(super) struct Subscription {
     cursors: Vec<Cursor>,
     filter: Arc<Filter>,
     meta: bool,
-    stage: Stage,
+    /// Where to begin, as long as there is a cursor that has not begun.
+    start: Option<Start>,
+    /// Whether it was at the head once: from then on, what a stream has is given at once. On the way there, streams
+    /// are merged by the time of their entries.
+    is_live: bool,
     began_ms: u64,
-}
-
-#[derive(Debug)]
-enum Stage {
-    /// The tails have not begun, so it is unknown what "now" is.
-    Waiting(Start),
-    /// The first entries of a snapshot of that many are being looked for.
-    Locating(usize),
-    /// On the way to the head for the first time: streams are merged by the time of their entries.
-    Replaying,
-    /// Was at the head: what a stream has is given at once.
-    Live,
 }
 
 /// Where to begin.
@@ -52,6 +44,7 @@ enum Start {
 #[derive(Debug)]
 struct Cursor {
     ring: Arc<Ring>,
+    stage: Stage,
     /// The life of the stream that it belongs to; 0 and nothing before that has begun.
     generation: u64,
     epoch: Option<Epoch>,
@@ -65,9 +58,21 @@ struct Cursor {
     head_seen: Option<u64>,
     /// Bytes of the ring's log passed, once that is known.
     passed_bytes: Option<u64>,
-    /// Waits for a page of the store.
-    is_behind: bool,
     page_size: PageSize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// The tail has not begun, so it is unknown what "now" is.
+    Waiting,
+    /// The first entry of a snapshot is being looked for.
+    Locating,
+    /// Reads the ring.
+    InRing,
+    /// Is behind the ring, and has a page of the store or the ring's word to go on with.
+    InPages,
+    /// Is behind the ring and waits for a page of the store.
+    Behind,
 }
 
 /// What a cursor has next.
@@ -78,15 +83,15 @@ enum Next {
 }
 
 /// A read of the store on a client's behalf.
-pub(super) type Work = Pin<Box<dyn Future<Output = Result<Fetched, StoreError>> + Send>>;
+pub(super) type Work = Pin<Box<dyn Future<Output = Fetched> + Send>>;
 
 /// What was read.
 #[derive(Debug)]
 pub(super) enum Fetched {
-    /// The next entries of one stream.
-    Page(usize, Box<Page>),
-    /// Per stream, the newest entries that match, newest first.
-    Newest(Vec<Vec<EntryId>>),
+    /// The next entries of the cursor with this index.
+    Page(usize, Result<Box<Page>, StoreError>),
+    /// For each cursor with these indices, the newest entries that match, newest first.
+    Newest(Vec<(usize, Result<Vec<EntryId>, StoreError>)>),
 }
 
 impl Subscription {
@@ -102,53 +107,51 @@ impl Subscription {
             Some(Since::Positions(positions)) => Start::Positions(positions),
         };
         let cursors = rings.into_iter().map(Cursor::new).collect();
-        let filter = Arc::new(params.filter);
-        let mut subscription = Self { cursors, filter, meta: params.meta, stage: Stage::Waiting(start), began_ms };
+        let (filter, meta) = (Arc::new(params.filter), params.meta);
+        let mut subscription = Self { cursors, filter, meta, start: Some(start), is_live: false, began_ms };
         subscription.begin(hub, channel);
         subscription
     }
 
-    /// Resolves where to begin, once all rings have begun.
+    /// Resolves where to begin in the streams that can be read. Those that can't be are not waited for, and begin later.
     fn begin(&mut self, hub: &Hub, channel: &Channel) {
-        let Stage::Waiting(start) = &self.stage else { return };
-        let marks: Option<Vec<Mark>> = self.cursors.iter().map(|cursor| cursor.ring.mark()).collect();
-        let Some(marks) = marks else { return };
-        // A cursor that was made before its ring began is given all that came since.
-        let now = |(cursor, mark): (&Cursor, &Mark)| {
-            if cursor.generation == mark.generation { cursor.after } else { mark.start }
+        let Some(start) = &self.start else { return };
+        let waiting = || self.cursors.iter().enumerate().filter(|(_, cursor)| cursor.stage == Stage::Waiting);
+        if waiting().any(|(_, cursor)| cursor.ring.is_starting()) {
+            return;
+        }
+        let marks: Vec<(usize, Mark)> =
+            waiting().filter_map(|(index, cursor)| cursor.ring.mark().map(|mark| (index, mark))).collect();
+        let known = match start {
+            Start::Positions(_) => hub.epochs(),
+            _ => None,
         };
-        let heads: Vec<EntryId> = self.cursors.iter().zip(&marks).map(now).collect();
-        let begins: Vec<Begin> = match start {
-            Start::Now | Start::Snapshot(_) => heads.into_iter().map(Begin::at).collect(),
-            Start::Earliest => heads.iter().map(|_| Begin::at(EntryId::MIN)).collect(),
-            Start::At(ms) => {
-                let before = EntryId::new(*ms, 0).previous();
-                heads.into_iter().map(|head| Begin::at(before.min(head))).collect()
-            }
-            Start::Positions(positions) => {
-                let epochs: Vec<Epoch> = marks.iter().map(|mark| mark.epoch.clone()).collect();
-                resolve(positions, &epochs, &hub.epochs())
-            }
-        };
-        self.stage = match start {
-            Start::Snapshot(count) => Stage::Locating(*count),
-            _ => Stage::Replaying,
-        };
-        for ((cursor, mark), begin) in self.cursors.iter_mut().zip(marks).zip(begins) {
-            (cursor.generation, cursor.epoch) = (mark.generation, Some(mark.epoch));
-            (cursor.after, cursor.is_entry) = (begin.after, begin.is_entry);
+        for (index, mark) in marks {
+            let cursor = &mut self.cursors[index];
+            // A cursor that was made before its ring began is given all that came since.
+            let head = if cursor.generation == mark.generation { cursor.after } else { mark.start };
+            let begin = match start {
+                Start::Now | Start::Snapshot(_) => Begin::at(head),
+                Start::Earliest => Begin::at(EntryId::MIN),
+                Start::At(ms) => Begin::at(EntryId::new(*ms, 0).previous().min(head)),
+                Start::Positions(positions) => resolve(positions, &mark.epoch, known.as_deref()),
+            };
             if begin.is_gap {
                 channel.gap("epoch");
             }
+            (cursor.generation, cursor.epoch) = (mark.generation, Some(mark.epoch));
+            (cursor.after, cursor.is_entry) = (begin.after, begin.is_entry);
+            cursor.stage = if matches!(start, Start::Snapshot(_)) { Stage::Locating } else { Stage::InRing };
+        }
+        let is_over = |cursor: &Cursor| !matches!(cursor.stage, Stage::Waiting | Stage::Locating);
+        if self.cursors.iter().all(is_over) {
+            self.start = None;
         }
     }
 
     /// Adds what can be written now.
     pub(super) fn fill(&mut self, hub: &Hub, channel: &Channel, out: &mut Outgoing) {
         self.begin(hub, channel);
-        if !matches!(self.stage, Stage::Replaying | Stage::Live) {
-            return;
-        }
         while !out.is_full() {
             let mut next: Option<(usize, EntryId)> = None;
             let mut bound = EntryId::MAX;
@@ -167,14 +170,11 @@ impl Subscription {
                     },
                 }
             }
-            let is_live = matches!(self.stage, Stage::Live);
-            if is_behind && !is_live {
+            if is_behind && !self.is_live {
                 return;
             }
             let Some((index, first)) = next else {
-                if !is_behind {
-                    self.stage = Stage::Live;
-                }
+                self.is_live |= self.start.is_none();
                 return;
             };
             // Two streams may give the same id.
@@ -184,40 +184,64 @@ impl Subscription {
 
     /// The read of the store that has to come next, if any.
     pub(super) fn work(&self, hub: &Arc<Hub>) -> Option<Work> {
-        if let Stage::Locating(count) = self.stage {
+        let at_stage = |stage| self.cursors.iter().enumerate().filter(move |(_, cursor)| cursor.stage == stage);
+        if let Some(Start::Snapshot(count)) = self.start
+            && at_stage(Stage::Locating).next().is_some()
+        {
             let (hub, filter) = (hub.clone(), self.filter.clone());
-            let streams: Vec<(Arc<Ring>, EntryId)> = self.cursors.iter().map(|c| (c.ring.clone(), c.after)).collect();
+            let cuts: Vec<(usize, Arc<Ring>, EntryId)> =
+                at_stage(Stage::Locating).map(|(index, cursor)| (index, cursor.ring.clone(), cursor.after)).collect();
             return Some(Box::pin(async move {
-                let mut found = Vec::with_capacity(streams.len());
-                for (ring, cut) in &streams {
-                    found.push(pages::newest(&*hub.store, &hub.pages, ring, &filter, count, *cut).await?);
+                let mut newest = Vec::with_capacity(cuts.len());
+                for (index, ring, cut) in cuts {
+                    newest.push((index, pages::newest(&*hub.store, &hub.pages, &ring, &filter, count, cut).await));
                 }
-                Ok(Fetched::Newest(found))
+                Fetched::Newest(newest)
             }));
         }
-        let (index, cursor) = self.cursors.iter().enumerate().find(|(_, cursor)| cursor.is_behind)?;
+        let (index, cursor) = at_stage(Stage::Behind).next()?;
         let (hub, ring, request) = (hub.clone(), cursor.ring.clone(), cursor.request());
         Some(Box::pin(async move {
-            pages::read(&*hub.store, &hub.pages, &ring, request).await.map(|page| Fetched::Page(index, Box::new(page)))
+            let page = pages::read(&*hub.store, &hub.pages, &ring, request).await;
+            Fetched::Page(index, page.map(Box::new))
         }))
     }
 
     /// Takes in what was read. An error is how the session must end.
     pub(super) fn apply(&mut self, fetched: Fetched, hub: &Hub, channel: &Channel) -> Result<(), CloseCode> {
         match fetched {
-            Fetched::Newest(found) => {
-                let Stage::Locating(count) = self.stage else { return Ok(()) };
-                for (cursor, first) in self.cursors.iter_mut().zip(oldest_of_newest(&found, count)) {
+            Fetched::Newest(newest) => {
+                let Some(Start::Snapshot(count)) = self.start else { return Ok(()) };
+                let found: Vec<&[EntryId]> = newest.iter().map(|(_, ids)| ids.as_deref().unwrap_or_default()).collect();
+                let firsts = oldest_of_newest(&found, count);
+                for ((index, ids), first) in newest.iter().zip(firsts) {
+                    if let Err(error) = ids {
+                        unreadable(error, channel);
+                    }
+                    let cursor = &mut self.cursors[*index];
+                    cursor.stage = Stage::InRing;
                     if let Some(first) = first {
                         (cursor.after, cursor.is_entry) = (first.previous(), false);
                     }
                 }
-                self.stage = Stage::Replaying;
+                self.begin(hub, channel);
                 Ok(())
             }
-            Fetched::Page(index, page) => self.cursors[index].turn(*page, hub, channel),
+            Fetched::Page(index, Ok(page)) => self.cursors[index].turn(*page, hub, channel),
+            Fetched::Page(index, Err(error)) => {
+                unreadable(&error, channel);
+                self.cursors[index].skip_to_ring();
+                Ok(())
+            }
         }
     }
+}
+
+/// A part of the past can't be read, and waiting won't help: that is a gap in this stream, and no reason to withhold
+/// what comes.
+fn unreadable(error: &StoreError, channel: &Channel) {
+    tracing::warn!(%error, kind = error.kind().as_str(), "cannot read what a client has still to be given");
+    channel.gap("unreadable");
 }
 
 impl Cursor {
@@ -226,6 +250,7 @@ impl Cursor {
         let mark = ring.mark();
         Self {
             ring,
+            stage: Stage::Waiting,
             generation: mark.as_ref().map_or(0, |mark| mark.generation),
             epoch: mark.as_ref().map(|mark| mark.epoch.clone()),
             after: mark.map_or(EntryId::MIN, |mark| mark.last),
@@ -233,13 +258,17 @@ impl Cursor {
             current: None,
             head_seen: None,
             passed_bytes: None,
-            is_behind: false,
             page_size: PageSize::default(),
         }
     }
 
     /// Moves to the next entry that passes.
     fn next(&mut self, filter: &Filter, channel: &Channel) -> Next {
+        match self.stage {
+            Stage::Waiting => return Next::Head,
+            Stage::Locating | Stage::Behind => return Next::Behind,
+            Stage::InRing | Stage::InPages => {}
+        }
         loop {
             if let Some((batch, index)) = &mut self.current {
                 *index = batch.next_match(*index, filter);
@@ -248,26 +277,25 @@ impl Cursor {
                 }
                 self.pass_current();
             }
-            if self.is_behind {
-                return Next::Behind;
-            }
             let changes = self.ring.changes();
             if self.head_seen == Some(changes) {
                 return Next::Head;
             }
             match self.ring.after(self.generation, self.after) {
                 Lookup::Head => {
-                    self.head_seen = Some(changes);
+                    (self.stage, self.head_seen) = (Stage::InRing, Some(changes));
                     return Next::Head;
                 }
                 Lookup::Batch(batch, passed_bytes) => {
                     let index = batch.first_after(self.after);
-                    self.passed_bytes = Some(passed_bytes);
+                    (self.stage, self.passed_bytes) = (Stage::InRing, Some(passed_bytes));
                     self.current = Some((batch, index));
                 }
                 Lookup::Behind => {
-                    self.is_behind = true;
-                    channel.catchups.inc();
+                    if self.stage == Stage::InRing {
+                        channel.catchups.inc();
+                    }
+                    self.stage = Stage::Behind;
                     return Next::Behind;
                 }
                 Lookup::Restarted => {
@@ -315,7 +343,7 @@ impl Cursor {
 
     /// Turns to a page that was read from the store.
     fn turn(&mut self, page: Page, hub: &Hub, channel: &Channel) -> Result<(), CloseCode> {
-        self.is_behind = false;
+        self.stage = Stage::InPages;
         if page.generation != self.generation {
             return Ok(());
         }
@@ -333,6 +361,14 @@ impl Cursor {
         }
         self.current = Some((Arc::new(page.batch), 0));
         Ok(())
+    }
+
+    /// Gives up what has left the ring.
+    fn skip_to_ring(&mut self) {
+        self.stage = Stage::InRing;
+        if let Some(mark) = self.ring.mark() {
+            (self.after, self.is_entry) = (self.after.max(mark.floor), false);
+        }
     }
 }
 
@@ -352,25 +388,26 @@ impl Begin {
     }
 }
 
-/// Where the streams with these `epochs` begin for a client that has seen everything up to `positions`.
+/// Where the stream with this `epoch` begins for a client that has seen everything up to `positions`.
 ///
-/// A position of none of the `known` epochs belongs to a life that is over, and it can't be told of which stream: those
-/// without a position of their own begin with their oldest entry then. Otherwise they begin a little before the oldest
-/// position, because the client has seen nothing of them that it could name.
-fn resolve(positions: &[Position], epochs: &[Epoch], known: &[Epoch]) -> Vec<Begin> {
-    let is_unknown = |position: &Position| !known.contains(&position.epoch);
-    let has_unknown = positions.iter().any(is_unknown);
-    let earliest_ms = positions.iter().filter(|p| !is_unknown(p)).map(|p| p.id.ms).min().unwrap_or(0);
-    let begin = |epoch: &Epoch| match positions.iter().filter(|p| p.epoch == *epoch).map(|p| p.id).min() {
-        Some(after) => Begin { after, is_entry: true, is_gap: false },
-        None if has_unknown => Begin { after: EntryId::MIN, is_entry: false, is_gap: true },
-        None => Begin::at(EntryId::new(earliest_ms.saturating_sub(BEFORE_POSITIONS_MS), 0).previous()),
-    };
-    epochs.iter().map(begin).collect()
+/// A position of none of the `known` epochs belongs to a life that is over, and it can't be told of which stream: one
+/// without a position of its own begins with its oldest entry then. Otherwise it begins a little before the oldest
+/// position, because the client has seen nothing of it that it could name. Without `known` epochs, because there are
+/// streams that have not begun, every position is taken for one of a living stream.
+fn resolve(positions: &[Position], epoch: &Epoch, known: Option<&[Epoch]>) -> Begin {
+    if let Some(after) = positions.iter().filter(|p| p.epoch == *epoch).map(|p| p.id).min() {
+        return Begin { after, is_entry: true, is_gap: false };
+    }
+    let is_known = |position: &Position| known.is_none_or(|known| known.contains(&position.epoch));
+    if !positions.iter().all(is_known) {
+        return Begin { after: EntryId::MIN, is_entry: false, is_gap: true };
+    }
+    let earliest_ms = positions.iter().map(|p| p.id.ms).min().unwrap_or(0);
+    Begin::at(EntryId::new(earliest_ms.saturating_sub(BEFORE_POSITIONS_MS), 0).previous())
 }
 
 /// From the newest entries of each stream, the oldest of each that is among the newest `count` of all.
-fn oldest_of_newest(found: &[Vec<EntryId>], count: usize) -> Vec<Option<EntryId>> {
+fn oldest_of_newest(found: &[&[EntryId]], count: usize) -> Vec<Option<EntryId>> {
     let mut all: Vec<(EntryId, usize)> =
         found.iter().enumerate().flat_map(|(stream, ids)| ids.iter().map(move |id| (*id, stream))).collect();
     all.sort_unstable_by(|a, b| b.cmp(a));
@@ -399,8 +436,8 @@ mod tests {
 
     fn begins(positions: &[&str], streams: &[&str], known: &[&str]) -> Vec<Begin> {
         let positions: Vec<Position> = positions.iter().map(|text| text.parse().expect("a position")).collect();
-        let epochs = |names: &[&str]| names.iter().map(|name| epoch(name)).collect::<Vec<_>>();
-        resolve(&positions, &epochs(streams), &epochs(known))
+        let known: Vec<Epoch> = known.iter().map(|name| epoch(name)).collect();
+        streams.iter().map(|name| resolve(&positions, &epoch(name), Some(&known))).collect()
     }
 
     fn seen(ms: u64) -> Begin {
@@ -431,11 +468,17 @@ mod tests {
     }
 
     #[test]
+    fn as_long_as_a_stream_has_not_begun_no_position_counts_as_lost() {
+        let positions = ["a:100000-0".parse().expect("a position")];
+        assert_eq!(resolve(&positions, &epoch("b"), None), Begin::at(id(90_000).previous()));
+    }
+
+    #[test]
     fn a_snapshot_is_the_newest_of_all_streams_together() {
-        let found = [vec![id(9), id(5), id(1)], vec![id(8), id(7), id(6)], vec![]];
+        let found: [&[EntryId]; 3] = [&[id(9), id(5), id(1)], &[id(8), id(7), id(6)], &[]];
         assert_eq!(oldest_of_newest(&found, 4), [Some(id(9)), Some(id(6)), None]);
         assert_eq!(oldest_of_newest(&found, 100), [Some(id(1)), Some(id(6)), None]);
-        let tied = [vec![id(5)], vec![id(5)]];
+        let tied: [&[EntryId]; 2] = [&[id(5)], &[id(5)]];
         let kept = oldest_of_newest(&tied, 1).into_iter().flatten().count();
         assert_eq!(kept, 1, "as many as asked for, also where ids are equal");
     }

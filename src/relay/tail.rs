@@ -14,7 +14,7 @@ use super::pages::{PageSize, bounded};
 use super::ring::Ring;
 use crate::event::{Entry, EntryId, Epoch};
 use crate::readiness::Part;
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, StoreErrorKind};
 
 /// How long one read waits for news.
 const WAIT: Duration = Duration::from_secs(2);
@@ -62,10 +62,19 @@ impl Tail {
         let mut at = loop {
             match self.begin().await {
                 Ok(at) => break at,
-                Err(error) => self.wait_out(&error, &mut backoff).await,
+                Err(error) => {
+                    if !matches!(error.kind(), StoreErrorKind::Unavailable | StoreErrorKind::Full) {
+                        self.ring.set_unreadable();
+                        self.wake();
+                    }
+                    self.wait_out(&error, &mut backoff).await;
+                }
             }
         };
         self.part.ready();
+        if backoff.reset() {
+            tracing::info!(stream = %self.ring.stream(), "follows the stream now");
+        }
         let mut size = PageSize::new(MAX_READ, READ_BYTES);
         let mut check_due = Instant::now() + CHECK_INTERVAL;
         loop {

@@ -460,6 +460,40 @@ async fn an_absent_store_is_waited_for_and_told_to_readiness() {
 }
 
 #[tokio::test]
+async fn a_stream_that_cannot_be_read_concerns_that_stream_only() {
+    let store = Fragile::open().await;
+    store.spoil(Some(cps_alerts()));
+    let server = Server::start_cold(store.clone(), tiny_ring());
+    let reason_of = |part: &str| {
+        let report = server.readiness.report();
+        report.into_iter().find(|p| p.name == part).expect("the part is declared").reason
+    };
+    let is_told = || reason_of("relay aurora:cps:alerts").is_some_and(|reason| reason.contains("taken by a list"));
+    server.until("readiness says which", is_told).await;
+    server.until("the other is ready", || reason_of("relay aurora:alerts").is_none()).await;
+    let mut clients = [server.connect("alerts").await, server.connect("alerts?snapshot=3").await];
+    for numbers in [0..19, 19..20] {
+        server.publish(&alerts(), numbered(numbers.clone())).await;
+        for client in &mut clients {
+            assert_eq!(client.texts(numbers.len()).await, numbered(numbers.clone()).collect::<Vec<_>>());
+        }
+    }
+    store.spoil(None);
+    server.until("all is ready", || reason_of("relay aurora:cps:alerts").is_none()).await;
+    server.publish(&cps_alerts(), numbered([20])).await;
+    for client in &mut clients {
+        assert_eq!(client.text().await, r#"{"n":20}"#);
+    }
+
+    store.spoil(Some(alerts()));
+    server.until("it is told again", || reason_of("relay aurora:alerts").is_some()).await;
+    let mut past = server.connect("alerts?since=earliest").await;
+    assert_eq!(past.text().await, r#"{"n":19}"#, "what is in memory is given");
+    assert_eq!(past.text().await, r#"{"n":20}"#, "and the other stream");
+    assert_eq!(server.gaps("unreadable"), 1);
+}
+
+#[tokio::test]
 async fn a_stream_that_begins_anew_is_followed_from_its_beginning() {
     let store = Fragile::open().await;
     let server = Server::start(store.clone(), config()).await;

@@ -60,7 +60,7 @@ impl Server {
     pub(crate) fn start_cold(store: Arc<dyn Store>, config: Config) -> Self {
         let (metrics, readiness) = (Metrics::new(), Readiness::default());
         let streams: Vec<StreamName> = config.channels.values().flatten().cloned().collect();
-        let relay = Relay::new(store.clone(), config, &streams, metrics.clone(), readiness.clone());
+        let relay = Relay::new(store.clone(), config, &streams, metrics.clone(), &readiness);
         let socket = TcpSocket::new_v4().expect("a socket");
         socket.set_send_buffer_size(SMALL_BUFFER).expect("a socket option");
         socket.bind(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a free port");

@@ -17,11 +17,16 @@ use tempfile::TempDir;
 pub(crate) struct Fragile {
     inner: Mutex<(Arc<dyn Store>, TempDir)>,
     is_away: AtomicBool,
+    spoiled: Mutex<Option<StreamName>>,
 }
 
 impl Fragile {
     pub(crate) async fn open() -> Arc<Self> {
-        Arc::new(Self { inner: Mutex::new(open_empty().await), is_away: AtomicBool::new(false) })
+        Arc::new(Self {
+            inner: Mutex::new(open_empty().await),
+            is_away: AtomicBool::new(false),
+            spoiled: Mutex::default(),
+        })
     }
 
     /// Every call fails as long as this is so.
@@ -29,10 +34,22 @@ impl Fragile {
         self.is_away.store(is_away, Ordering::SeqCst);
     }
 
+    /// The name of this stream is taken by something else, as long as this is so.
+    pub(crate) fn spoil(&self, stream: Option<StreamName>) {
+        *self.spoiled.lock().unwrap_or_else(PoisonError::into_inner) = stream;
+    }
+
     /// What was stored is lost, as after a flush.
     pub(crate) async fn lose_everything(&self) {
         let empty = open_empty().await;
         *self.inner.lock().unwrap_or_else(PoisonError::into_inner) = empty;
+    }
+
+    fn inner_for(&self, stream: &StreamName) -> Result<Arc<dyn Store>, StoreError> {
+        if self.spoiled.lock().unwrap_or_else(PoisonError::into_inner).as_ref() == Some(stream) {
+            return Err(StoreError::new(StoreErrorKind::WrongType, "the name is taken by a list"));
+        }
+        self.inner()
     }
 
     fn inner(&self) -> Result<Arc<dyn Store>, StoreError> {
@@ -52,11 +69,11 @@ async fn open_empty() -> (Arc<dyn Store>, TempDir) {
 #[async_trait]
 impl Store for Fragile {
     async fn append(&self, stream: &StreamName, entries: Vec<NewEntry>) -> Result<Vec<Appended>, StoreError> {
-        self.inner()?.append(stream, entries).await
+        self.inner_for(stream)?.append(stream, entries).await
     }
 
     async fn range(&self, stream: &StreamName, range: Range, limit: usize) -> Result<Vec<Entry>, StoreError> {
-        self.inner()?.range(stream, range, limit).await
+        self.inner_for(stream)?.range(stream, range, limit).await
     }
 
     async fn tail(
@@ -66,15 +83,15 @@ impl Store for Fragile {
         limit: usize,
         wait: Duration,
     ) -> Result<Vec<Entry>, StoreError> {
-        let inner = self.inner()?;
+        let inner = self.inner_for(stream)?;
         // Short waits, so that a store that went away or was replaced is noticed soon.
         let entries = inner.tail(stream, after, limit, wait.min(Duration::from_millis(100))).await;
-        self.inner()?;
+        self.inner_for(stream)?;
         entries
     }
 
     async fn ensure_group(&self, stream: &StreamName, group: &GroupName, start: Start) -> Result<bool, StoreError> {
-        self.inner()?.ensure_group(stream, group, start).await
+        self.inner_for(stream)?.ensure_group(stream, group, start).await
     }
 
     async fn fetch(&self, cursor: &Cursor, limit: usize, wait: Duration) -> Result<Vec<Delivery>, StoreError> {
@@ -114,19 +131,19 @@ impl Store for Fragile {
     }
 
     async fn describe(&self, stream: &StreamName) -> Result<Option<StreamStatus>, StoreError> {
-        self.inner()?.describe(stream).await
+        self.inner_for(stream)?.describe(stream).await
     }
 
     async fn epoch(&self, stream: &StreamName) -> Result<Epoch, StoreError> {
-        self.inner()?.epoch(stream).await
+        self.inner_for(stream)?.epoch(stream).await
     }
 
     async fn trim(&self, stream: &StreamName, trim: Trim) -> Result<u64, StoreError> {
-        self.inner()?.trim(stream, trim).await
+        self.inner_for(stream)?.trim(stream, trim).await
     }
 
     async fn discard(&self, stream: &StreamName, ids: &[EntryId]) -> Result<u64, StoreError> {
-        self.inner()?.discard(stream, ids).await
+        self.inner_for(stream)?.discard(stream, ids).await
     }
 
     async fn remove_consumer(&self, cursor: &Cursor) -> Result<bool, StoreError> {
