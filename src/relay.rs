@@ -303,10 +303,6 @@ impl Hub {
         bytes > self.config.max_lag_bytes.as_u64() || age > self.config.max_lag_age
     }
 
-    fn max_message_bytes(&self) -> usize {
-        usize::try_from(self.config.max_message_bytes.as_u64()).unwrap_or(usize::MAX)
-    }
-
     fn tail(&self, ring: &Arc<Ring>, part: &Part) -> Tail {
         let stream = ring.stream();
         let channels: Vec<&Arc<Channel>> =

@@ -20,7 +20,7 @@ use super::inbound::{Heard, Inbound};
 use super::outgoing::{MAX_SLICES, Outgoing};
 use super::slots::Slot;
 use super::subscription::{Fetched, Subscription, Work, now_ms};
-use super::{Channel, CloseCode, Ending, Hub, Refused};
+use super::{Channel, CloseCode, Config, Ending, Hub, Refused};
 
 /// What is read of a socket at once.
 const READ_BYTES: usize = 4096;
@@ -59,7 +59,7 @@ impl Session {
         S: AsyncRead + AsyncWrite + Unpin + Send,
     {
         let Self { hub, channel, mut subscription, _slot } = self;
-        let mut link = Link::new(io, &hub);
+        let mut link = Link::new(io, &hub.config);
         let mut wake = channel.wake.subscribe();
         let mut timer = pin!(tokio::time::sleep_until(link.next_deadline()));
         let mut stop = pin!(Some(stop.cancelled_owned()));
@@ -115,7 +115,7 @@ pub(super) async fn refuse<S>(io: S, refused: &Refused, hub: &Hub)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
-    let mut link = Link::new(io, hub);
+    let mut link = Link::new(io, &hub.config);
     link.close_with(refused.close_code(), &refused.close_reason());
     let mut timer = pin!(tokio::time::sleep_until(link.next_deadline()));
     while link.ending().is_none() {
@@ -216,14 +216,14 @@ struct Closing {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
-    fn new(io: S, hub: &Hub) -> Self {
+    fn new(io: S, config: &Config) -> Self {
         let now = Instant::now();
-        let config = &hub.config;
+        let max_message_bytes = usize::try_from(config.max_message_bytes.as_u64()).unwrap_or(usize::MAX);
         // Clients that came at once, after a restart, should not be pinged at once for ever.
         let next_ping = now + config.ping_interval - jitter(config.ping_interval / 2);
         Self {
             io,
-            inbound: Inbound::new(hub.max_message_bytes(), now),
+            inbound: Inbound::new(max_message_bytes, now),
             answers: Vec::new(),
             outgoing: Outgoing::default(),
             writes: 0,
@@ -409,5 +409,96 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
         if let Ok(Err(error)) = tokio::time::timeout(CLOSE_TIMEOUT, self.io.shutdown()).await {
             tracing::trace!(%error, "the socket was closed before");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, DuplexStream, duplex};
+
+    use super::*;
+
+    fn link(buffer: usize) -> (Link<DuplexStream>, DuplexStream) {
+        let (ours, theirs) = duplex(buffer);
+        (Link::new(ours, &Config::default()), theirs)
+    }
+
+    fn ends(link: &Link<DuplexStream>) -> Option<Ending> {
+        link.closing.as_ref().map(|closing| closing.ending)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_ping_is_sent_when_due_and_its_answer_waited_for() {
+        let (mut link, _theirs) = link(1024);
+        tokio::time::advance(link.ping_interval).await;
+        link.look_at_the_clock(Duration::ZERO);
+        assert_eq!(link.answers, PING);
+        assert_eq!(link.next_deadline(), Instant::now() + link.pong_timeout);
+        link.hear(Ok(Heard::Alive));
+        assert_eq!(link.next_deadline(), Instant::now() + link.ping_interval);
+        tokio::time::advance(link.ping_interval).await;
+        link.look_at_the_clock(Duration::ZERO);
+        tokio::time::advance(link.pong_timeout).await;
+        link.look_at_the_clock(Duration::ZERO);
+        assert_eq!(ends(&link), Some(Ending::Closed(CloseCode::NoPong)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stall_of_ours_is_not_counted_against_the_client() {
+        let (mut link, _theirs) = link(1024);
+        link.pong_due = Some(Instant::now() + link.pong_timeout);
+        let stall = Duration::from_secs(30);
+        tokio::time::advance(link.pong_timeout + stall).await;
+        link.look_at_the_clock(stall);
+        assert_eq!(ends(&link), Some(Ending::Closed(CloseCode::NoPong)), "late by its own fault");
+
+        let (mut link, _theirs) = self::link(1024);
+        link.pong_due = Some(Instant::now() + link.pong_timeout);
+        tokio::time::advance(stall).await;
+        link.look_at_the_clock(stall);
+        assert_eq!(ends(&link), None);
+        assert_eq!(link.next_deadline(), Instant::now() + link.pong_timeout, "all of its time is left");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_socket_that_takes_nothing_is_given_up_and_one_that_takes_a_little_is_not() {
+        let (mut link, mut theirs) = link(16);
+        link.outgoing.push(Bytes::from(vec![0; 64]));
+        let write = |link: &mut Link<DuplexStream>| {
+            link.poll_write(&mut Context::from_waker(std::task::Waker::noop())).is_ready()
+        };
+        let mut taken = [0; 16];
+        for _ in 0..3 {
+            assert!(!write(&mut link), "it is blocked");
+            tokio::time::advance(link.write_timeout * 9 / 10).await;
+            theirs.read_exact(&mut taken).await.expect("there is some");
+        }
+        assert!(write(&mut link) || link.outgoing.is_empty());
+        link.look_at_the_clock(Duration::ZERO);
+        assert_eq!(ends(&link), None, "it went on all the time");
+
+        link.outgoing.push(Bytes::from(vec![0; 64]));
+        assert!(!write(&mut link));
+        tokio::time::advance(link.write_timeout).await;
+        link.look_at_the_clock(Duration::ZERO);
+        assert_eq!(ends(&link), Some(Ending::Closed(CloseCode::WriteTimeout)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn control_frames_go_out_between_whole_frames_of_ours() {
+        let (mut link, mut theirs) = link(4);
+        link.outgoing.push(Bytes::from_static(b"\x81\x04abcd"));
+        let mut context = Context::from_waker(std::task::Waker::noop());
+        assert!(link.poll_write(&mut context).is_pending());
+        link.answers.extend_from_slice(PING);
+        let mut bytes = [0; 4];
+        theirs.read_exact(&mut bytes).await.expect("the front of the frame");
+        assert!(link.poll_write(&mut context).is_ready());
+        let mut rest = [0; 2];
+        theirs.read_exact(&mut rest).await.expect("the rest of the frame");
+        assert_eq!(&rest, b"cd");
+        assert!(link.poll_write(&mut context).is_ready());
+        theirs.read_exact(&mut rest).await.expect("the ping");
+        assert_eq!(rest, PING);
     }
 }

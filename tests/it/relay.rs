@@ -263,7 +263,7 @@ async fn what_was_trimmed_away_is_counted_and_the_rest_is_given() {
 
 #[tokio::test]
 async fn a_client_that_never_reads_is_closed_and_costs_no_one_anything() {
-    let config = Config { write_timeout: Duration::from_millis(300), ring_bytes: ByteSize::kib(256), ..config() };
+    let config = Config { write_timeout: Duration::from_secs(1), ring_bytes: ByteSize::kib(256), ..config() };
     let limit = usize::try_from(config.ring_bytes.as_u64()).expect("small");
     let server = Server::start(Fragile::open().await, config).await;
     let _stuck = server.connect_slow("alerts").await;
@@ -352,7 +352,7 @@ async fn what_a_client_says_is_ignored_and_its_pings_are_answered_between_alerts
 
 #[tokio::test]
 async fn a_client_that_answers_pings_stays_and_one_that_does_not_is_closed() {
-    let (ping_interval, pong_timeout) = (Duration::from_millis(100), Duration::from_millis(300));
+    let (ping_interval, pong_timeout) = (Duration::from_millis(100), Duration::from_secs(1));
     let server = Server::start(Fragile::open().await, Config { ping_interval, pong_timeout, ..config() }).await;
     let mut alive = server.connect("alerts").await;
     let dead = server.connect("alerts").await;
