@@ -213,6 +213,17 @@ impl Pump {
         self.leave().await;
     }
 
+    /// A search and a sweep never run beside each other: the sweep would take what the search has just taken for left
+    /// over, and count one more attempt.
+    fn may_search(&self) -> bool {
+        self.intake == Intake::Read && !self.is_searching
+    }
+
+    fn may_take_in(&self) -> bool {
+        let is_sweep = matches!(self.intake, Intake::Sweep(_));
+        !(self.intake_under_way || is_sweep && self.is_searching)
+    }
+
     fn is_stopping(&self) -> bool {
         self.deadlines.is_some()
     }
@@ -250,7 +261,7 @@ impl Pump {
         }
         if now >= self.pulse_at {
             self.pulse_at = now + PULSE;
-            self.report();
+            self.report(false);
         }
         self.meters.in_flight.set(self.in_hand());
         if let Some((abort_at, _)) = self.deadlines
@@ -277,10 +288,10 @@ impl Pump {
             if let (true, Some(due)) = (self.claiming.is_empty(), self.retries.next_due()) {
                 at(due.max(self.claim_not_before));
             }
-            if !self.is_searching && self.was_ensured {
+            if self.may_search() {
                 at(self.search_at);
             }
-            if !self.intake_under_way {
+            if self.may_take_in() {
                 at(self.intake_not_before);
             }
         }
@@ -298,8 +309,8 @@ impl Pump {
         }
     }
 
-    /// Tells readiness how the worker is.
-    fn report(&mut self) {
+    /// Tells readiness how the worker is; `has_progressed` where a call that reads has just succeeded.
+    fn report(&mut self, has_progressed: bool) {
         if let Some(reason) = self.caller.outage.reason() {
             self.part.not_ready(format!("the sink `{}` is down: {reason}", self.caller.name));
         } else if let Some(error) = &self.intake_error {
@@ -309,7 +320,7 @@ impl Pump {
         } else {
             let is_reading = self.fetch_began.is_some_and(|began| began.elapsed() < FETCH_STUCK);
             let is_busy = !self.intake_under_way && !self.running.is_empty();
-            if is_reading || is_busy {
+            if has_progressed || is_reading || is_busy {
                 self.part.ready();
             }
         }

@@ -3,6 +3,7 @@
 mod api;
 mod browser;
 mod crash;
+mod delivery;
 mod deploy;
 mod docs;
 mod redis_faults;

@@ -70,7 +70,7 @@ impl Pump {
     // Getting entries: the group, what is left over, what is new.
 
     pub(super) fn start_intake(&mut self, now: Instant) {
-        if self.intake_under_way || now < self.intake_not_before {
+        if !self.may_take_in() || now < self.intake_not_before {
             return;
         }
         let (store, cursor) = (self.store.clone(), self.cursor.clone());
@@ -139,7 +139,7 @@ impl Pump {
         };
         let Some(last) = page.last() else {
             self.intake = Intake::Read;
-            return;
+            return self.report(true);
         };
         self.intake = Intake::Sweep(last.id.next());
         let in_hand = self.in_hand_ids();
@@ -165,7 +165,7 @@ impl Pump {
                 if std::mem::take(&mut self.sweep_due) {
                     self.intake = Intake::Sweep(EntryId::MIN);
                 }
-                self.report();
+                self.report(true);
             }
         }
     }
@@ -313,7 +313,7 @@ impl Pump {
     // Searching for what crashed workers left.
 
     pub(super) fn start_search(&mut self, now: Instant) {
-        let is_due = self.was_ensured && !self.is_searching && now >= self.search_at;
+        let is_due = self.may_search() && now >= self.search_at;
         let limit = self.free_slots().min(CLAIM_LIMIT);
         if !is_due || limit == 0 {
             return;

@@ -1,0 +1,161 @@
+//! Workers on Redis, and what only a server can do to them.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use aurora_bus::delivery::GroupConfig;
+use aurora_bus::sink::SinkErrorClass;
+use aurora_bus::store::Store;
+use aurora_bus::store::redis::Config;
+
+use super::{Bus, Deed, PATIENCE, TestSink, firsts, group};
+use crate::store_contract::TestStore;
+use crate::support::proxy::Proxy;
+use crate::support::redis::{Product, RedisServer};
+use crate::support::until;
+
+async fn open() -> TestStore {
+    on(RedisServer::shared(Product::Redis).await).await
+}
+
+async fn on(server: Arc<RedisServer>) -> TestStore {
+    let config = Config { url: server.url().into(), ..Config::default() };
+    TestStore::new(Arc::new(config.connect().await.expect("a valid configuration")), server)
+}
+
+super::delivery_tests!(open);
+
+/// A worker that has delivered 1 to 100 on a server of its own.
+async fn settled() -> (Arc<RedisServer>, TestStore, Bus, Arc<TestSink>, GroupConfig) {
+    let server = Arc::new(RedisServer::start(Product::Redis, &[]).await);
+    let test = on(server.clone()).await;
+    let mut bus = Bus::new(test.store.clone()).await;
+    bus.publish(1..=100).await;
+    let sink = TestSink::takes_all(10);
+    let mut config = group();
+    config.claim_idle = Duration::from_secs(2);
+    config.handler_timeout = Duration::from_secs(1);
+    bus.start("soc-a-0", &sink, config.clone());
+    sink.has_taken(100).await;
+    bus.is_settled().await;
+    (server, test, bus, sink, config)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flushed_server_gets_its_group_back_and_no_new_entry_is_missed() {
+    let (server, _test, bus, sink, _) = settled().await;
+    server.cli(&["FLUSHALL"]);
+    bus.publish(101..=200).await;
+    let mut taken = sink.has_taken(200).await;
+    taken.sort_unstable();
+    assert_eq!(taken, firsts(1..=200));
+    assert_eq!(bus.counter("aurora_bus_groups_recreated_total"), 1);
+    bus.is_settled().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_destroyed_group_goes_on_where_it_had_handled_everything() {
+    let (server, _test, bus, sink, _) = settled().await;
+    // Each search for idle entries ends with a note of how far the group has come.
+    let searches = || {
+        let stats = server.cli(&["INFO", "commandstats"]);
+        let calls = stats.lines().find_map(|line| line.strip_prefix("cmdstat_xpending:calls="));
+        calls.and_then(|calls| calls.split(',').next()?.parse::<u64>().ok()).unwrap_or(0)
+    };
+    let before = searches();
+    until("two searches", PATIENCE, async || (searches() >= before + 2).then_some(())).await;
+    assert_eq!(server.cli(&["XGROUP", "DESTROY", bus.stream.as_str(), "siem"]), "1");
+    bus.publish(101..=150).await;
+    let taken = sink.has_taken(150).await;
+    assert_eq!(taken, firsts(1..=150));
+    assert_eq!(bus.counter("aurora_bus_groups_recreated_total"), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn dead_letters_that_cannot_be_written_wait_and_hold_up_no_acknowledgement() {
+    let server = Arc::new(RedisServer::start(Product::Redis, &[]).await);
+    let test = on(server.clone()).await;
+    let mut bus = Bus::new(test.store.clone()).await;
+    server.cli(&["SET", bus.dead_letters.as_str(), "in the way"]);
+    bus.publish(1..=20).await;
+    let sink = TestSink::new(5, |n, _| if n == 4 { Deed::Fail(SinkErrorClass::Permanent) } else { Deed::Take });
+    bus.start("soc-a-0", &sink, group());
+    sink.has_taken(19).await;
+    until("one pending entry", PATIENCE, async || (bus.group().await.pending == 1).then_some(())).await;
+    until("word of it", PATIENCE, async || bus.readiness.report()[0].reason.clone()).await;
+    server.cli(&["DEL", bus.dead_letters.as_str()]);
+    assert_eq!(bus.has_dead_letters(1).await[0].fields, super::entry(4, &[("data", "{}")]).fields);
+    bus.is_settled().await;
+    until("ready worker", PATIENCE, async || bus.readiness.report()[0].reason.is_none().then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_crashes_and_returns_is_waited_for() {
+    let mut server = RedisServer::durable().await;
+    let config = Config { url: server.url().into(), ..Config::default() };
+    let store: Arc<dyn Store> = Arc::new(config.connect().await.expect("a valid configuration"));
+    let mut bus = Bus::new(store).await;
+    bus.publish(1..=500).await;
+    let sink = TestSink::new(1, |_, _| Deed::Sleep(Duration::from_millis(1)));
+    let worker = bus.start("soc-a-0", &sink, group());
+    sink.has_taken(100).await;
+    server.crash();
+    until("word of it", PATIENCE, async || bus.readiness.report()[0].reason.clone()).await;
+    server.restart().await;
+    has_taken_all(&sink, 500).await;
+    bus.is_settled().await;
+    assert_eq!(bus.counter("aurora_bus_dead_letters_total"), 0);
+    bus.stop(worker).await;
+}
+
+/// Waits until each of the entries 1 to `last` was taken at least once.
+async fn has_taken_all(sink: &TestSink, last: u64) {
+    until("all entries", PATIENCE, async || {
+        let numbers: BTreeSet<u64> = sink.taken().into_iter().map(|(number, _)| number).collect();
+        numbers.iter().copied().eq(1..=last).then_some(())
+    })
+    .await;
+}
+
+async fn through_proxy() -> (RedisServer, Proxy, Bus) {
+    let server = RedisServer::start(Product::Redis, &[]).await;
+    let proxy = Proxy::start(server.port()).await;
+    let config = Config { url: proxy.url().into(), command_timeout: Duration::from_secs(1), ..Config::default() };
+    let store: Arc<dyn Store> = Arc::new(config.connect().await.expect("a valid configuration"));
+    (server, proxy, Bus::new(store).await)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn entries_whose_fetch_was_lost_on_the_way_are_delivered_soon() {
+    let (_server, proxy, mut bus) = through_proxy().await;
+    bus.publish(1..=30).await;
+    proxy.drop_reply_to(b"XREADGROUP");
+    let sink = TestSink::takes_all(50);
+    bus.start("soc-a-0", &sink, group());
+    let taken = sink.has_taken(30).await;
+    assert_eq!((proxy.dropped(), taken), (1, (1..=30).map(|number| (number, 2)).collect()));
+    bus.is_settled().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_network_that_breaks_again_and_again_loses_nothing() {
+    let (server, proxy, mut bus) = through_proxy().await;
+    bus.publish(1..=600).await;
+    let sink = TestSink::new(1, |_, _| Deed::Sleep(Duration::from_millis(2)));
+    bus.start("soc-a-0", &sink, group());
+    bus.start("soc-a-1", &sink, group());
+    for taken in [50, 150, 250] {
+        sink.has_taken(taken).await;
+        proxy.reset();
+    }
+    sink.has_taken(350).await;
+    proxy.black_hole_existing();
+    has_taken_all(&sink, 600).await;
+    until("end of pending entries", PATIENCE, async || {
+        let summary = server.cli(&["XPENDING", bus.stream.as_str(), "siem"]);
+        summary.starts_with('0').then_some(())
+    })
+    .await;
+    assert_eq!(bus.counter("aurora_bus_dead_letters_total"), 0);
+}
