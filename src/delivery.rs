@@ -2,8 +2,8 @@
 //!
 //! Owns what happens between [`Store::fetch`] and [`Store::settle`]: batches, deadlines, retries, dead letters, taking
 //! over what crashed workers left, and handing back at the end. It promises that an entry leaves a group only
-//! acknowledged after its sink took it, as a dead letter, or counted as filtered or lost. It knows nothing of the relay, of HTTP, or
-//! of which store and sink it works with.
+//! acknowledged after its sink took it, as a dead letter, or counted as filtered or lost. It knows nothing of the
+//! relay, of HTTP, or of which store and sink it works with.
 //!
 //! One [`Worker`] is one consumer of one group. It fetches the next batch while the sink handles the last one and the
 //! one before it is being acknowledged; each of these three steps has at most one store call under way, and what
@@ -93,7 +93,8 @@ impl Worker {
     /// Works until `stop` is cancelled, then finishes what the sink has begun, settles it, and hands the rest back;
     /// that takes the grace time and 5 s at most. Failures of store and sink are waited out, however long.
     ///
-    /// Dropping the future is a crash: what is in hand stays pending until this consumer runs again or another one takes it over.
+    /// Dropping the future is a crash: what is in hand stays pending until this consumer runs again or another one
+    /// takes it over.
     pub async fn run(self, stop: CancellationToken) {
         let span = info_span!(
             "worker",

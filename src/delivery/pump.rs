@@ -3,6 +3,7 @@
 //! Every store call and every call of the sink is a task of its own, so that none waits for another, and none is ever
 //! dropped half-way while the worker lives: a fetch that is dropped leaves entries pending that nobody holds.
 
+mod ends;
 mod steps;
 
 use std::collections::{HashMap, HashSet, VecDeque};

@@ -1,10 +1,10 @@
 //! The audit sink: append-only files in which every record carries the hash of the one before.
 //!
-//! Owns the files, their rotation and what each line holds. It promises that an entry is recorded exactly once, by its id,
-//! however often it is delivered, and that it is on disk when [`Sink::deliver`] returns. One process at a
-//! time writes to a folder; all groups that share the sink are recorded in one chain.
+//! Owns the files, their rotation and what each line holds. It promises that an entry is recorded exactly once, by its
+//! id, however often it is delivered, and that it is on disk when [`Sink::deliver`] returns. One process at a time
+//! writes to a folder; all groups that share the sink are recorded in one chain.
 //!
-//! [`verify`] finds any record that was changed, removed, moved or added. What no chain can show by itself is
+//! [`verify()`] finds any record that was changed, removed, moved or added. What no chain can show by itself is
 //! that its newest records are missing: compare the head's number and hash with ones noted elsewhere.
 
 mod files;
@@ -83,7 +83,7 @@ impl AuditSink {
             Ok(journal) => {
                 // Whoever opens may have given up waiting; then there are no requests either.
                 if opened.send(Ok(())).is_ok() {
-                    Recorder { journal, probe_bytes: 4096, is_failing: false }.run(receiver);
+                    Recorder { journal, probe_bytes: 0, is_failing: false }.run(receiver);
                 }
             }
             Err(error) => drop(opened.send(Err(failure(&config.path, error)))),
@@ -146,7 +146,7 @@ impl Sink for AuditSink {
 struct Recorder {
     journal: Journal,
     /// What the last failed write needed room for.
-    probe_bytes: usize,
+    probe_bytes: u64,
     is_failing: bool,
 }
 
@@ -172,7 +172,7 @@ impl Recorder {
                             Err(_) => break,
                         }
                     }
-                    let result = self.append(&batches, bytes);
+                    let result = self.append(&batches);
                     for reply in replies {
                         // A worker that has given up waiting will deliver again, which is not recorded twice.
                         drop(reply.send(result.as_ref().map(|_| ()).map_err(|text| refusal(text))));
@@ -188,7 +188,7 @@ impl Recorder {
         }
     }
 
-    fn append(&mut self, batches: &[Prepared], bytes: usize) -> Result<usize, String> {
+    fn append(&mut self, batches: &[Prepared]) -> Result<usize, String> {
         let result = self.journal.append(batches, Timestamp::now()).map_err(|error| chain(&error));
         match &result {
             Ok(_) if self.is_failing => info!("audit records are written again"),
@@ -197,7 +197,9 @@ impl Recorder {
         }
         self.is_failing = result.is_err();
         if self.is_failing {
-            self.probe_bytes = bytes.max(4096);
+            // Whole pages, and one for the record that begins a file.
+            let bytes: u64 = batches.iter().map(Prepared::file_bytes).sum();
+            self.probe_bytes = (bytes + 4096).next_multiple_of(4096);
         }
         result
     }

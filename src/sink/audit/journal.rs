@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Seek as _, Write as _};
+use std::io::{self, Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
@@ -16,7 +16,7 @@ use super::index::{FileIndex, Index};
 use super::record::{self, Content, Head, Record};
 use crate::event::{EntryId, StreamName};
 
-/// Bytes of a record besides its body and the entry's own members, at most.
+/// Bytes of a record besides its body, at most.
 const RECORD_OVERHEAD: u64 = 320;
 
 /// Entries of one stream, made ready to be recorded.
@@ -27,6 +27,13 @@ pub(super) struct Prepared {
     pub(super) bodies: Vec<u8>,
     /// Each entry, and where its body ends.
     pub(super) entries: Vec<(EntryId, usize)>,
+}
+
+impl Prepared {
+    /// Bytes that recording all of it takes, at most.
+    pub(super) fn file_bytes(&self) -> u64 {
+        self.bodies.len() as u64 + self.entries.len() as u64 * RECORD_OVERHEAD
+    }
 }
 
 /// Why the files can't be opened or written.
@@ -222,11 +229,11 @@ impl Journal {
     }
 
     /// Whether so many bytes could be written now; leaves nothing behind.
-    pub(super) fn probe(&self, bytes: usize) -> Result<(), JournalError> {
+    pub(super) fn probe(&self, bytes: u64) -> Result<(), JournalError> {
         let path = self.folder.join(".probe");
         let write = || -> io::Result<()> {
             let mut file = File::create(&path)?;
-            file.write_all(&vec![0; bytes])?;
+            io::copy(&mut io::repeat(0).take(bytes), &mut file)?;
             file.sync_data()
         };
         let result = write().map_err(failed("write to", &path));

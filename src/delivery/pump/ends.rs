@@ -1,0 +1,206 @@
+//! How deliveries end: through the sink, by its verdict, and settled in the store.
+
+use std::time::{Duration, Instant as WallInstant};
+
+use jiff::Timestamp;
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::steps::{Done, asked};
+use super::{Pump, Running};
+use crate::delivery::call::{Delivered, Failure, chain};
+use crate::delivery::outbox::Load;
+use crate::delivery::patience::draw;
+use crate::delivery::policy::Verdict;
+use crate::event::{DeadLetter, DeadLetterReason, Delivery};
+use crate::sink::{SinkError, SinkErrorClass};
+use crate::store::{Outcome, Settled, StoreError, StoreErrorKind};
+
+impl Pump {
+    /// Hands what is ready to the sink.
+    pub(super) fn start_sink_calls(&mut self) {
+        let config = &self.group.config;
+        while self.running.len() < config.concurrency
+            && let Some(first) = self.ready.front()
+        {
+            let mut limit = config.retry.batch_limit(first.attempt, self.max_batch);
+            let mut entries = 0;
+            // An entry that failed before makes the batch smaller that it goes with.
+            for delivery in self.ready.iter().take(limit) {
+                limit = limit.min(config.retry.batch_limit(delivery.attempt, self.max_batch));
+                if entries >= limit {
+                    break;
+                }
+                entries += 1;
+            }
+            let batch: Vec<Delivery> = self.ready.drain(..entries).collect();
+            let slot = self.next_slot;
+            self.next_slot += 1;
+            let oldest = batch.iter().map(|delivery| delivery.delivered_at).min().unwrap_or_else(WallInstant::now);
+            let ids = batch.iter().map(|delivery| delivery.entry.id).collect();
+            self.running.push(Running { slot, ids, oldest });
+            let caller = self.caller.clone();
+            self.tasks.spawn(async move { Done::Delivered { slot, delivered: caller.deliver(batch).await } });
+        }
+    }
+
+    pub(super) fn delivered(&mut self, slot: u64, delivered: Delivered) {
+        self.running.retain(|running| running.slot != slot);
+        let Delivered { batch, failures } = delivered;
+        if !self.retries.is_empty() {
+            let mut failed = failures.iter().peekable();
+            for (n, delivery) in batch.iter().enumerate() {
+                while failed.next_if(|(part, _)| part.end <= n).is_some() {}
+                if failed.peek().is_none_or(|(part, _)| !part.contains(&n)) {
+                    self.retries.forget(delivery.entry.id);
+                }
+            }
+        }
+        if failures.is_empty() {
+            return self.settlements.acknowledge(batch);
+        }
+        let mut batch = batch.into_iter();
+        let mut place = 0;
+        for (part, failure) in failures {
+            self.settlements.acknowledge(batch.by_ref().take(part.start - place).collect());
+            place = part.end;
+            let failed: Vec<Delivery> = batch.by_ref().take(part.len()).collect();
+            match failure {
+                Failure::Refused(error) => self.refused(failed, error),
+                // The outage is no fault of theirs: this does not count as an attempt.
+                Failure::NotBegun => self.hand_back(failed, &Outcome::Release),
+                Failure::Aborted => self.hand_back(failed, &Outcome::Retry(Duration::ZERO)),
+            }
+        }
+        self.settlements.acknowledge(batch.collect());
+    }
+
+    pub(super) fn hand_back(&mut self, deliveries: Vec<Delivery>, outcome: &Outcome) {
+        for delivery in deliveries {
+            self.settlements.push(delivery, outcome.clone());
+        }
+    }
+
+    fn refused(&mut self, failed: Vec<Delivery>, error: SinkError) {
+        self.meters.sink_errors(error.class()).inc_by(failed.len() as u64);
+        let text = chain(&error);
+        if error.class() == SinkErrorClass::Transient
+            && let Some(times) = self.failure_trouble.occurred()
+        {
+            let first = failed.first().map(|delivery| delivery.entry.id.to_string());
+            warn!(entries = failed.len(), ?first, error = text, times, "a delivery failed");
+        }
+        let outcome = Err(error);
+        for delivery in failed {
+            match self.group.config.retry.judge(delivery.attempt, &outcome, draw()) {
+                Verdict::Acknowledge => self.settlements.push(delivery, Outcome::Acknowledge),
+                Verdict::RetryIn(wait) => {
+                    self.meters.retries.inc();
+                    self.retries.failed(delivery.entry.id, Timestamp::now());
+                    self.settlements.push(delivery, Outcome::Retry(wait));
+                }
+                Verdict::DeadLetter(reason) => self.bury(delivery, reason, text.clone()),
+            }
+        }
+    }
+
+    /// Gives an entry up.
+    pub(super) fn bury(&mut self, delivery: Delivery, reason: DeadLetterReason, error: String) {
+        let id = delivery.entry.id;
+        if let Some(times) = self.dead_letter_trouble.occurred() {
+            let attempts = delivery.attempt;
+            warn!(entry.id = %id, %reason, error, attempts, times, "an entry goes to the dead letters");
+        }
+        let now = Timestamp::now();
+        let letter = DeadLetter {
+            stream: self.group.stream.clone(),
+            id,
+            group: self.group.config.name.clone(),
+            reason,
+            error,
+            attempts: delivery.attempt,
+            first_failure: self.retries.failed(id, now),
+            last_failure: now,
+            replays: 0,
+            fields: delivery.entry.fields.clone(),
+        };
+        self.retries.forget(id);
+        self.burials.insert(id, reason);
+        let outcome = Outcome::DeadLetter { to: self.group.dead_letter.clone(), fields: letter.to_fields() };
+        self.dead_letters.push(delivery, outcome);
+    }
+
+    /// Sends settlements to the store. Dead letters go apart: while they can't be written, acknowledgements must go on.
+    pub(super) fn start_settling(&mut self, now: Instant) {
+        for is_dead_letters in [false, true] {
+            let outbox = if is_dead_letters { &mut self.dead_letters } else { &mut self.settlements };
+            if outbox.due().is_none_or(|due| due > now) {
+                continue;
+            }
+            let load = outbox.load();
+            let (store, cursor) = (self.store.clone(), self.cursor.clone());
+            self.tasks.spawn(async move {
+                let result = asked(store.settle(&cursor, &load.settlements)).await;
+                Done::Settled { is_dead_letters, load, result }
+            });
+        }
+    }
+
+    pub(super) fn settled(&mut self, is_dead_letters: bool, load: Load, result: Result<Settled, StoreError>) {
+        let outbox = if is_dead_letters { &mut self.dead_letters } else { &mut self.settlements };
+        match result {
+            Ok(settled) => {
+                outbox.succeeded();
+                if let Some(after) = outbox.trouble.ended() {
+                    info!(?after, "the worker settles its deliveries again");
+                }
+                self.meters.not_owned.inc_by(settled.not_owned as u64);
+                self.meters.acknowledged.inc_by(load.taken_by_sink.saturating_sub(settled.not_owned) as u64);
+                self.wait_for_retries(&load);
+                if is_dead_letters {
+                    self.count_burials(&load, settled.not_owned);
+                }
+            }
+            Err(error) if error.kind() == StoreErrorKind::NoGroup => {
+                // Nothing is pending any more; whatever the stream still holds is delivered again.
+                outbox.succeeded();
+                self.meters.not_owned.inc_by(load.settlements.len() as u64);
+                for settlement in &load.settlements {
+                    self.retries.forget(settlement.delivery.entry.id);
+                    self.burials.remove(&settlement.delivery.entry.id);
+                }
+                self.group_is_gone();
+            }
+            Err(error) => {
+                let text = chain(&error);
+                if let Some(times) = outbox.trouble.occurred() {
+                    let (entries, kind) = (load.settlements.len(), error.kind().as_str());
+                    warn!(error = text, kind, entries, is_dead_letters, times, "the worker cannot settle deliveries");
+                }
+                outbox.failed(load, text, error.retry_after());
+            }
+        }
+    }
+
+    fn wait_for_retries(&mut self, load: &Load) {
+        if self.retries.is_empty() {
+            return;
+        }
+        let (now, claim_idle) = (Instant::now(), self.group.config.claim_idle);
+        for settlement in &load.settlements {
+            if let Outcome::Retry(wait) = settlement.outcome {
+                self.retries.wait(settlement.delivery.entry.id, now + wait, wait > claim_idle);
+            }
+        }
+    }
+
+    fn count_burials(&mut self, load: &Load, not_owned: usize) {
+        let reasons =
+            load.settlements.iter().filter_map(|settlement| self.burials.remove(&settlement.delivery.entry.id));
+        let reasons: Vec<DeadLetterReason> = reasons.collect();
+        // Which of them were not owned is unknown; it is rarely any.
+        for reason in reasons.into_iter().skip(not_owned) {
+            self.meters.dead_letters(reason).inc();
+        }
+    }
+}
