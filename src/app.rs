@@ -67,7 +67,7 @@ impl App {
         let names = || config.streams.iter().map(|stream| stream.name.clone());
         let relayed = config.relayed();
         let bus = Bus::new(Arc::clone(&store), config.publish, Catalogue::new(streams), metrics.clone());
-        let relay = Relay::new(Arc::clone(&store), config.relay, &relayed, metrics.clone(), readiness.clone());
+        let relay = Relay::new(Arc::clone(&store), config.relay, &relayed, metrics.clone(), &readiness);
         let sampler = Sampler::new(Arc::clone(&store), names().collect(), metrics.clone());
         let retained = config.streams.iter().map(|stream| (stream.name.clone(), stream.retention)).collect();
         let janitor = Janitor::new(Arc::clone(&store), retained);
