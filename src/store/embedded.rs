@@ -1,4 +1,4 @@
-//! The embedded store: streams, groups and deliveries on one machine, in one SQLite file.
+//! The embedded store: streams, groups and deliveries on one machine, in one `SQLite` file.
 //!
 //! One thread writes (see `writer`): all that callers ask for while a commit is being synced goes into the next one.
 //! Entries are kept in chunks, one row for up to 64 of them; what was delivered at once is one row as well. An index of
@@ -16,8 +16,10 @@ mod operations;
 mod queue;
 mod raw;
 mod readers;
+mod removal;
 mod reserve;
 mod tables;
+mod upkeep;
 mod writer;
 
 use std::collections::HashMap;

@@ -37,8 +37,10 @@ async fn open_in(folder: &Path, config: Config) -> EmbeddedStore {
 }
 
 /// A configuration whose reserve does not make every test write megabytes.
-fn small(folder: &Path, config: Config) -> Config {
-    Config { path: folder.to_owned(), reserve: ByteSize::kib(64), ..config }
+fn small(folder: &Path, mut config: Config) -> Config {
+    folder.clone_into(&mut config.path);
+    config.reserve = ByteSize::kib(64);
+    config
 }
 
 mod contract {
@@ -114,7 +116,7 @@ async fn what_was_answered_survives_a_crash() {
     for durability in [Durability::Commit, Durability::Interval] {
         let folder = tempfile::tempdir().expect("a folder");
         let (before, after) = (folder.path().join("before"), folder.path().join("after"));
-        let config = Config { durability, interval: Duration::from_secs(3600), ..Config::default() };
+        let config = Config { durability, interval: Duration::from_hours(1), ..Config::default() };
         let store = open_in(&before, config.clone()).await;
         let stream = unique_stream();
         let (a, b) = (cursor(&stream, "g", "a"), cursor(&stream, "g", "b"));
@@ -399,7 +401,7 @@ async fn idempotency_keys_survive_a_restart_and_are_pruned() {
         let key = IdempotencyKey { key: Bytes::from_static(key.as_bytes()), window };
         vec![NewEntry { idempotency: Some(key), ..new_entry("x") }]
     };
-    let hour = Duration::from_secs(3600);
+    let hour = Duration::from_hours(1);
     let store = open_in(folder.path(), Config::default()).await;
     let first = store.append(&stream, keyed("long", hour)).await.expect("appended");
     store.append(&stream, keyed("short", Duration::from_millis(1))).await.expect("appended");

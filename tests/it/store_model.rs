@@ -29,7 +29,7 @@ pub(crate) struct Traits {
     pub(crate) rearms_lost: bool,
 }
 
-const HOUR: Duration = Duration::from_secs(3600);
+const HOUR: Duration = Duration::from_hours(1);
 const GROUPS: [&str; 2] = ["g", "h"];
 const CONSUMERS: [&str; 3] = ["a", "b", "c"];
 
@@ -159,8 +159,10 @@ impl Model {
         entries.collect()
     }
 
-    fn check_entry(&self, entry: &Entry) {
-        assert_eq!(self.entries.get(&entry.id), Some(&entry.fields), "entry {}", entry.id);
+    fn check_entries<'a>(&self, entries: impl IntoIterator<Item = &'a Entry>) {
+        for entry in entries {
+            assert_eq!(self.entries.get(&entry.id), Some(&entry.fields), "entry {}", entry.id);
+        }
     }
 }
 
@@ -298,15 +300,15 @@ async fn step(store: &dyn Store, model: &mut Model, operation: Operation, traits
                 expected.reverse();
             }
             expected.truncate(limit);
-            assert_eq!(entries.iter().map(|entry| entry.id).collect::<Vec<_>>(), expected);
-            entries.iter().for_each(|entry| model.check_entry(entry));
+            assert_same(&entries.iter().map(|entry| entry.id).collect::<Vec<_>>(), &expected);
+            model.check_entries(&entries);
         }
         Operation::Tail { after, limit } => {
             let after = model.pick(after);
             let entries = store.tail(&model.stream, after, limit, Duration::ZERO).await.expect("read");
             let expected: Vec<EntryId> = model.entries.range(after.next()..).map(|(id, _)| *id).take(limit).collect();
-            assert_eq!(entries.iter().map(|entry| entry.id).collect::<Vec<_>>(), expected);
-            entries.iter().for_each(|entry| model.check_entry(entry));
+            assert_same(&entries.iter().map(|entry| entry.id).collect::<Vec<_>>(), &expected);
+            model.check_entries(&entries);
         }
         Operation::Reopen => {}
     }
@@ -345,7 +347,7 @@ async fn append(store: &dyn Store, model: &mut Model, sizes: &[u16], key: Option
 async fn fetch(store: &dyn Store, model: &mut Model, group: usize, consumer: usize, limit: usize) {
     let result = store.fetch(&model.cursor(group, consumer), limit, Duration::ZERO).await;
     let Some(delivered) = unless_no_group(model, group, result) else { return };
-    delivered.iter().for_each(|delivery| model.check_entry(&delivery.entry));
+    model.check_entries(delivered.iter().map(|delivery| &delivery.entry));
     let group = model.groups.get_mut(&group).expect("checked above");
     // Some stores know a consumer only once it was given something.
     if !delivered.is_empty() {
@@ -353,7 +355,7 @@ async fn fetch(store: &dyn Store, model: &mut Model, group: usize, consumer: usi
     }
     let expected: Vec<EntryId> =
         model.entries.range(group.cursor.next()..).map(|(id, _)| *id).take(delivered.len().max(1)).collect();
-    assert_eq!(delivered.iter().map(|delivery| delivery.entry.id).collect::<Vec<_>>(), expected);
+    assert_same(&delivered.iter().map(|delivery| delivery.entry.id).collect::<Vec<_>>(), &expected);
     assert!(delivered.len() <= limit);
     for delivery in delivered {
         assert_eq!(delivery.attempt, 1);
@@ -373,7 +375,7 @@ fn taken(
     asked: &BTreeSet<EntryId>,
     aged_only: bool,
 ) {
-    deliveries.iter().for_each(|delivery| model.check_entry(&delivery.entry));
+    model.check_entries(deliveries.iter().map(|delivery| &delivery.entry));
     let entries = &model.entries;
     let group = model.groups.get_mut(&group).expect("checked by the caller");
     let mut expected = BTreeMap::new();
@@ -490,15 +492,20 @@ async fn trim(store: &dyn Store, model: &mut Model, trim: Trim) {
     }
 }
 
+/// Compares lists, and shows where they differ first and not all of them.
+#[track_caller]
+fn assert_same<T: PartialEq + std::fmt::Debug>(got: &[T], expected: &[T]) {
+    let place = got.iter().zip(expected).take_while(|(got, expected)| got == expected).count();
+    assert_eq!(got.get(place), expected.get(place), "at {place} of {} and {}", got.len(), expected.len());
+}
+
 /// Compares everything that can be seen of the stream.
 async fn compare(store: &dyn Store, model: &Model, traits: Traits) {
     let everything = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
     let entries = store.range(&model.stream, everything, 100_000).await.expect("read");
-    assert_eq!(
-        entries.iter().map(|entry| entry.id).collect::<Vec<_>>(),
-        model.entries.keys().copied().collect::<Vec<_>>()
-    );
-    entries.iter().for_each(|entry| model.check_entry(entry));
+    let ids: Vec<EntryId> = entries.iter().map(|entry| entry.id).collect();
+    assert_same(&ids, &model.entries.keys().copied().collect::<Vec<_>>());
+    model.check_entries(&entries);
     let letters = store.range(&model.dead, everything, 100_000).await.expect("read");
     assert_eq!(letters.into_iter().map(|letter| letter.fields).collect::<Vec<_>>(), model.letters);
 
@@ -537,6 +544,6 @@ async fn compare(store: &dyn Store, model: &Model, traits: Traits) {
             .iter()
             .map(|(id, held)| (*id, CONSUMERS[held.consumer].to_owned(), held.attempts, held.is_aged))
             .collect();
-        assert_eq!(told, expected);
+        assert_same(&told, &expected);
     }
 }

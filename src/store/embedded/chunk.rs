@@ -257,12 +257,11 @@ pub(super) fn encode(fields: &Fields, to: &mut Vec<u8>) {
     to.reserve(fields.size_bytes() + fields.len() * 6 + 4);
     put_varint(to, fields.len() as u64);
     for (name, value) in fields.iter() {
-        match WELL_KNOWN.iter().position(|known| known.as_bytes() == name.as_ref()) {
-            Some(place) => to.push(u8::try_from(place + 1).expect("the table is short")),
-            None => {
-                to.push(0);
-                put_sized(to, name);
-            }
+        if let Some(place) = WELL_KNOWN.iter().position(|known| known.as_bytes() == name.as_ref()) {
+            to.push(u8::try_from(place + 1).expect("the table is short"));
+        } else {
+            to.push(0);
+            put_sized(to, name);
         }
         put_sized(to, value);
     }

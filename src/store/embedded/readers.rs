@@ -10,7 +10,7 @@ use tokio::sync::{Semaphore, oneshot};
 
 use super::Shared;
 use super::tables::{connect, is_closed_error};
-use super::writer::checkpoint;
+use super::upkeep::checkpoint;
 use crate::store::{StoreError, StoreErrorKind};
 
 const THREADS: usize = 2;

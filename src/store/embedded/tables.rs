@@ -1,4 +1,4 @@
-//! The tables in SQLite: how they are made, opened and read back, and what the engine's errors mean.
+//! The tables in `SQLite`: how they are made, opened and read back, and what the engine's errors mean.
 //!
 //! Rows of few bytes that decide what is delivered carry a CRC-32C of their own, as chunks do: the engine has no
 //! checksums on its pages. Numbers are stored as the signed integers with the same bits.

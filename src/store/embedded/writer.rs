@@ -8,7 +8,6 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -22,6 +21,7 @@ use super::marks::Marks;
 use super::queue::{Queue, Taken, Work};
 use super::reserve::Reserve;
 use super::tables::{self, FirstEntry, StreamRow, engine_error};
+use super::upkeep::checkpoint;
 use crate::event::{EntryId, Epoch, GroupName, StreamName};
 use crate::store::{StoreError, StoreErrorKind};
 
@@ -36,13 +36,6 @@ const TRANSACTION_BYTES: usize = 4 * 1024 * 1024;
 const CHECKPOINT_BYTES: usize = 8 * 1024 * 1024;
 /// What a commit writes besides the chunks, about.
 const COMMIT_BYTES: usize = 16 * 1024;
-/// Idempotency keys are pruned in steps of so many.
-const PRUNE_KEYS: u32 = 500;
-const PRUNE_EVERY: Duration = Duration::from_secs(1);
-/// Chunks of at most so many entries and bytes are small: so many of them in a row are merged.
-const SMALL_ENTRIES: u32 = 16;
-const SMALL_BYTES: u32 = 8 * 1024;
-const MERGE_CHUNKS: usize = 16;
 
 /// How the writer makes commits durable.
 #[derive(Debug, Clone, Copy)]
@@ -80,41 +73,48 @@ pub(super) struct Stream {
 pub(super) struct Writer {
     pub(super) connection: Connection,
     path: PathBuf,
-    syncing: Syncing,
-    shared: Arc<Shared>,
+    pub(super) syncing: Syncing,
+    pub(super) shared: Arc<Shared>,
     /// A stream's number is its place here plus one.
     pub(super) streams: Vec<Stream>,
     by_name: HashMap<StreamName, usize>,
     /// The places of streams that operations have changed since the last commit.
     touched: BTreeSet<usize>,
-    /// Idempotency keys to be written with the next commit.
-    pub(super) new_keys: HashMap<(u32, Bytes), FirstEntry>,
-    /// Whether the next commit must be durable before it is answered.
-    pub(super) must_sync: bool,
-    /// Whether the next commit must write something, for a check.
-    pub(super) must_write: bool,
-    staged_bytes: usize,
+    pub(super) staged: Staged,
     pub(super) numbers: Numbers,
     clock: Clock,
     recent: Recent,
     /// What the connection's `synchronous` is now.
     is_synchronous: Option<bool>,
     /// Since when there are commits that were not synced.
-    unsynced_since: Option<Instant>,
+    pub(super) unsynced_since: Option<Instant>,
     /// Whether a sync failed, so that only a completed checkpoint makes the write-ahead log trustworthy again.
-    is_log_in_doubt: bool,
+    pub(super) is_log_in_doubt: bool,
     /// Whether what is in memory may differ from the tables, because reading it back failed.
     is_stale: bool,
-    unchecked_bytes: usize,
-    checkpoint_bytes: usize,
-    has_keys: bool,
-    pruned_at: Instant,
+    pub(super) unchecked_bytes: usize,
+    pub(super) checkpoint_bytes: usize,
+    pub(super) has_keys: bool,
+    pub(super) pruned_at: Instant,
     marks: Marks,
     /// The places of streams that were appended to since the last sync.
     unmarked: BTreeSet<usize>,
     reserve: Reserve,
     /// What an operator should know.
     pub(super) warnings: Vec<String>,
+}
+
+/// What the next commit is to do besides writing what was touched.
+#[derive(Debug, Default)]
+pub(super) struct Staged {
+    /// Idempotency keys to be written.
+    pub(super) keys: HashMap<(u32, Bytes), FirstEntry>,
+    /// Whether it must be durable before it is answered.
+    pub(super) must_sync: bool,
+    /// Whether it must write something, for a check.
+    pub(super) must_write: bool,
+    /// Appended bytes.
+    bytes: usize,
 }
 
 /// The numbers last given to new rows.
@@ -139,7 +139,7 @@ impl Clock {
     }
 }
 
-fn wall_ms() -> u64 {
+pub(super) fn wall_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
@@ -188,10 +188,7 @@ impl Writer {
             streams: Vec::new(),
             by_name: HashMap::new(),
             touched: BTreeSet::new(),
-            new_keys: HashMap::new(),
-            must_sync: false,
-            must_write: false,
-            staged_bytes: 0,
+            staged: Staged::default(),
             numbers: Numbers::default(),
             clock: Clock { base_ms: wall_ms(), base: Instant::now() },
             recent: Recent { max_bytes: options.recent_bytes, bytes: 0, order: VecDeque::new() },
@@ -265,7 +262,7 @@ impl Writer {
             group.changes.is_changed = true;
         }
         self.touched.insert(place);
-        self.must_sync = true;
+        self.staged.must_sync = true;
     }
 
     /// Works until the queue is closed and empty.
@@ -298,7 +295,7 @@ impl Writer {
             }
             next.run(self);
             together.push(next);
-            if is_alone || self.staged_bytes > TRANSACTION_BYTES {
+            if is_alone || self.staged.bytes > TRANSACTION_BYTES {
                 self.commit_all(std::mem::take(&mut together));
             }
         }
@@ -308,7 +305,9 @@ impl Writer {
     /// Commits what these calls have done, and answers them.
     fn commit_all(&mut self, work: Vec<Box<dyn Work>>) {
         let Err(error) = self.commit() else {
-            work.into_iter().for_each(|one| one.answer(None));
+            for one in work {
+                one.answer(None);
+            }
             return;
         };
         self.reload();
@@ -341,7 +340,7 @@ impl Writer {
 
     /// Writes out all that was marked in one transaction, then publishes it.
     fn commit(&mut self) -> Result<(), StoreError> {
-        let is_needed = self.must_write || !self.touched.is_empty() || !self.new_keys.is_empty();
+        let is_needed = self.staged.must_write || !self.touched.is_empty() || !self.staged.keys.is_empty();
         if !is_needed {
             return Ok(());
         }
@@ -351,9 +350,8 @@ impl Writer {
             self.streams[*place].groups.values_mut().for_each(Group::settle_changes);
         }
         let streams = std::mem::take(&mut self.streams);
-        let keys = std::mem::take(&mut self.new_keys);
-        let is_check = self.must_write;
-        let result = self.transaction(self.must_sync, |connection| {
+        let staged = std::mem::take(&mut self.staged);
+        let result = self.transaction(staged.must_sync, |connection| {
             for NewChunk { place, row, chunk, holes } in &chunks {
                 tables::insert_chunk(connection, *row, chunk)?;
                 let bytes = u32::try_from(chunk.body().len()).unwrap_or(u32::MAX);
@@ -364,10 +362,10 @@ impl Writer {
             for stream in touched.iter().map(|place| &streams[*place]) {
                 write_stream(connection, stream)?;
             }
-            for ((stream, key), first) in &keys {
+            for ((stream, key), first) in &staged.keys {
                 tables::save_key(connection, *stream, key, first)?;
             }
-            if is_check {
+            if staged.must_write {
                 connection.prepare_cached("UPDATE meta SET value = value + 1 WHERE key = 'writes'")?.execute([])?;
             }
             Ok(())
@@ -375,8 +373,8 @@ impl Writer {
         self.streams = streams;
         self.touched = touched;
         result?;
-        self.has_keys |= !keys.is_empty();
-        self.unchecked_bytes += COMMIT_BYTES + self.staged_bytes;
+        self.has_keys |= !staged.keys.is_empty();
+        self.unchecked_bytes += COMMIT_BYTES + staged.bytes;
         self.unmarked.extend(chunks.iter().map(|chunk| chunk.place));
         self.publish(chunks);
         if self.unsynced_since.is_none() {
@@ -386,7 +384,7 @@ impl Writer {
     }
 
     /// Notes how far streams have come, once that is synced.
-    fn mark(&mut self) {
+    pub(super) fn mark(&mut self) {
         for place in std::mem::take(&mut self.unmarked) {
             self.marks.write(&self.streams[place].row);
         }
@@ -464,13 +462,6 @@ impl Writer {
             });
             self.merge(place);
         }
-        self.forget_staged();
-    }
-
-    fn forget_staged(&mut self) {
-        self.staged_bytes = 0;
-        self.must_sync = false;
-        self.must_write = false;
     }
 
     /// Makes one transaction of `write`, synced before this returns if `is_durable` and the configuration want it.
@@ -501,7 +492,7 @@ impl Writer {
         result.map_err(|error| engine_error(&format!("write to `{}`", self.path.display()), error))
     }
 
-    fn try_transaction(
+    pub(super) fn try_transaction(
         &mut self,
         is_synchronous: bool,
         write: impl FnOnce(&Connection) -> rusqlite::Result<()>,
@@ -519,7 +510,7 @@ impl Writer {
 
     /// After a failed sync the kernel may have dropped pages that it still shows us: only once everything is in the
     /// database file and that is synced, a later commit means what it says.
-    fn trust_log(&mut self) -> Result<(), StoreError> {
+    pub(super) fn trust_log(&mut self) -> Result<(), StoreError> {
         if self.is_log_in_doubt {
             let is_busy: i64 = self
                 .connection
@@ -543,8 +534,7 @@ impl Writer {
     }
 
     pub(super) fn read_back(&mut self) -> Result<(), StoreError> {
-        self.new_keys.clear();
-        self.forget_staged();
+        self.staged = Staged::default();
         let rows = tables::load_streams(&self.connection)?;
         for stream in self.streams.drain(rows.len().min(self.streams.len())..) {
             self.by_name.remove(&stream.row.name);
@@ -568,147 +558,6 @@ impl Writer {
         self.touched.clear();
         self.is_stale = false;
         Ok(())
-    }
-
-    /// Work that no caller waits for.
-    fn keep_house(&mut self) {
-        self.sync_if_due(false);
-        if self.has_keys && self.pruned_at.elapsed() >= PRUNE_EVERY {
-            self.prune_keys();
-        }
-        if self.shared.is_checkpointed.swap(false, Ordering::AcqRel) {
-            // What the checkpointer left is little; once all is in the database, the log begins anew.
-            if let Err(error) = checkpoint(&self.connection) {
-                tracing::warn!(error = %error, "the embedded store could not checkpoint; its log grows");
-            }
-        }
-        if self.unchecked_bytes >= self.checkpoint_bytes {
-            self.unchecked_bytes = 0;
-            self.shared.ask_for_checkpoint();
-        }
-    }
-
-    fn sync_if_due(&mut self, is_last: bool) {
-        let Syncing::Every(interval) = self.syncing else { return };
-        if self.unsynced_since.is_none_or(|since| !is_last && since.elapsed() < interval) {
-            return;
-        }
-        let synced = self.trust_log().and_then(|()| {
-            let sync = |connection: &Connection| {
-                connection.prepare_cached("UPDATE meta SET value = value + 1 WHERE key = 'writes'")?.execute([])
-            };
-            self.try_transaction(true, |connection| sync(connection).map(|_rows| ()))
-                .map_err(|error| engine_error("sync", error))
-        });
-        match synced {
-            Ok(()) => {
-                self.unsynced_since = None;
-                self.mark();
-            }
-            Err(error) => {
-                self.is_log_in_doubt = true;
-                self.unsynced_since = Some(Instant::now());
-                tracing::error!(error = %error, "the embedded store could not sync what it accepted");
-            }
-        }
-    }
-
-    fn prune_keys(&mut self) {
-        let now_ms = wall_ms();
-        let mut pruned = 0;
-        let result = self.transaction(false, |connection| {
-            pruned = tables::prune_keys(connection, now_ms, PRUNE_KEYS)?;
-            Ok(())
-        });
-        match result {
-            // There may be more: go on after the next batch.
-            Ok(()) if pruned == PRUNE_KEYS as usize => {}
-            Ok(()) => self.pruned_at = Instant::now(),
-            Err(error) => {
-                self.pruned_at = Instant::now();
-                tracing::debug!(error = %error, "idempotency keys could not be pruned");
-            }
-        }
-    }
-
-    /// Merges the newest chunks of a stream if they are many and small, as single appends leave them.
-    fn merge(&mut self, place: usize) {
-        let stream = &self.streams[place];
-        let run: Vec<ChunkRef> = {
-            let log = stream.published.log();
-            let is_small = |chunk: &&ChunkRef| {
-                chunk.head.count <= SMALL_ENTRIES && chunk.bytes <= SMALL_BYTES && !chunk.is_damaged
-            };
-            let mut run: Vec<ChunkRef> = log.chunks.iter().rev().take_while(is_small).copied().collect();
-            run.reverse();
-            run
-        };
-        if run.len() < MERGE_CHUNKS {
-            return;
-        }
-        let name = stream.row.name.clone();
-        if let Err(error) = self.merge_run(place, &run) {
-            tracing::debug!(stream = %name, error = %error, "small chunks could not be merged");
-        }
-    }
-
-    fn merge_run(&mut self, place: usize, run: &[ChunkRef]) -> Result<(), StoreError> {
-        let stream = &self.streams[place];
-        let number = stream.row.number;
-        let mut merged: Vec<(Chunk, u64)> = Vec::new();
-        let mut builder = Builder::new(number);
-        let first = run[0];
-        let mut added = first.head.added.saturating_sub(u64::from(first.head.count) + first.holes);
-        let mut holes = 0;
-        for chunk_ref in run {
-            let damaged = |reason: &dyn std::fmt::Display| tables::damaged_chunk(&stream.row.name, chunk_ref, reason);
-            let chunk =
-                tables::read_chunk(&self.connection, &stream.row.name, chunk_ref).map_err(|failure| match failure {
-                    tables::ReadFailure::Changed => damaged(&"the row holds something else"),
-                    tables::ReadFailure::Failed(error) => error,
-                })?;
-            holes += chunk_ref.holes;
-            added += chunk_ref.holes;
-            for slot in chunk.slots() {
-                if builder.is_full() {
-                    let full = std::mem::replace(&mut builder, Builder::new(number));
-                    merged.push((full.seal(added), std::mem::take(&mut holes)));
-                }
-                builder.push_slot(&chunk, slot.map_err(|damage| damaged(&damage))?);
-                added += 1;
-            }
-        }
-        merged.push((builder.seal(added), holes));
-        let refs: Vec<ChunkRef> = merged
-            .iter()
-            .zip(run)
-            .map(|((chunk, holes), old)| {
-                let bytes = u32::try_from(chunk.body().len()).unwrap_or(u32::MAX);
-                ChunkRef { row: old.row, head: chunk.head, holes: *holes, bytes, is_damaged: false }
-            })
-            .collect();
-        self.transaction(false, |connection| {
-            for (chunk_ref, (chunk, _)) in refs.iter().zip(&merged) {
-                tables::insert_chunk(connection, chunk_ref.row, chunk)?;
-                tables::save_ref(connection, chunk_ref)?;
-            }
-            run.iter().skip(refs.len()).try_for_each(|chunk| tables::delete_chunk(connection, chunk))
-        })?;
-        self.unchecked_bytes += refs.iter().map(|chunk| chunk.bytes as usize).sum::<usize>();
-        let mut log = self.streams[place].published.log();
-        let all = log.chunks.len();
-        log.replace(all - run.len()..all, refs);
-        Ok(())
-    }
-
-    fn finish(mut self) {
-        self.sync_if_due(true);
-        if let Err(error) = self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_row| Ok(())) {
-            tracing::warn!(error = %error, "the embedded store left its write-ahead log for the next start");
-        }
-        if let Err((_connection, error)) = self.connection.close() {
-            tracing::warn!(error = %error, "the embedded store was not closed cleanly");
-        }
     }
 
     pub(super) fn now_ms(&self) -> u64 {
@@ -774,8 +623,8 @@ impl Writer {
     /// Gives an entry its id and puts it into the chunk that the next commit writes.
     pub(super) fn stage(&mut self, place: usize, fields: &[u8]) -> EntryId {
         self.touched.insert(place);
-        self.must_sync = true;
-        self.staged_bytes += fields.len();
+        self.staged.must_sync = true;
+        self.staged.bytes += fields.len();
         let stream = &mut self.streams[place];
         let last = stream.row.last_id;
         let now = wall_ms();
@@ -834,13 +683,4 @@ fn write_stream(connection: &Connection, stream: &Stream) -> rusqlite::Result<()
         }
     }
     Ok(())
-}
-
-/// Brings what it can of the write-ahead log into the database, without waiting for anyone; says how many pages are
-/// left.
-pub(super) fn checkpoint(connection: &Connection) -> rusqlite::Result<i64> {
-    connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |row| {
-        let (pages, done): (i64, i64) = (row.get(1)?, row.get(2)?);
-        Ok(pages - done)
-    })
 }
