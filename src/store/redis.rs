@@ -95,7 +95,7 @@ impl RedisStore {
         links.spawn(keep_control_up);
         publishing.spawn(run);
         tokio::join!(publish.first_attempt(), control.first_attempt());
-        let readers = Readers::new(Arc::clone(&settings), control.clone());
+        let readers = Readers::new(&settings, control.clone());
         Self {
             address: settings.address.clone(),
             publisher,

@@ -518,17 +518,38 @@ async fn concurrent_appends_share_commands() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dropped_fetch_does_not_disturb_the_next() {
-    let server = RedisServer::shared(Product::Valkey).await;
+    let server = RedisServer::start(Product::Valkey, &[]).await;
     let store = connect(&server.url()).await;
     let a = cursor(&unique_stream(), "g", "a");
     store.ensure_group(&a.stream, &a.group, Start::Oldest).await.expect("a group");
-    for _ in 0..3 {
+    for _ in 0..20 {
         let dropped = tokio::time::timeout(Duration::from_millis(20), store.fetch(&a, 1, Duration::from_secs(2))).await;
         assert!(dropped.is_err(), "there was nothing to fetch");
     }
     let begun = Instant::now();
     assert!(store.fetch(&a, 1, Duration::from_millis(50)).await.expect("fetched").is_empty());
     assert!(begun.elapsed() < Duration::from_secs(1), "waited for the dropped ones: {:?}", begun.elapsed());
+    // The connections of the dropped ones are closed: two links, a reader and redis-cli are left.
+    until("few connections", HEALING, async || {
+        let clients = server.cli(&["INFO", "clients"]);
+        clients.lines().any(|line| line.trim() == "connected_clients:4").then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_wait_is_not_cut_short_by_the_command_timeout() {
+    let server = RedisServer::shared(Product::Redis).await;
+    let command_timeout = Duration::from_millis(300);
+    let store = connect_with(Config { url: server.url().into(), command_timeout, ..Config::default() }).await;
+    let a = cursor(&unique_stream(), "g", "a");
+    store.ensure_group(&a.stream, &a.group, Start::Oldest).await.expect("a group");
+    let wait = Duration::from_millis(1200);
+    let begun = Instant::now();
+    let (fetched, tailed) = tokio::join!(store.fetch(&a, 1, wait), store.tail(&a.stream, EntryId::MIN, 1, wait));
+    assert!(fetched.expect("waited").is_empty());
+    assert!(tailed.expect("waited").is_empty());
+    assert!(begun.elapsed() >= wait);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -119,8 +119,8 @@ impl Connection {
         !self.router.is_finished() && !self.doubted.is_cancelled() && self.client.is_connected()
     }
 
-    /// Sends one command and takes its reply. Dropping the call puts the connection in doubt only for blocking ones:
-    /// replies come in order, and those of dropped calls are dropped.
+    /// Sends one command and takes its reply. Calls may overlap and may be dropped: replies come in order, and those
+    /// that no one waits for any more are dropped.
     async fn call(
         &self,
         command: &'static str,
@@ -130,10 +130,14 @@ impl Connection {
         is_blocking: bool,
     ) -> Result<Reply, Failure> {
         let command = CustomCommand::new_static(command, ClusterHash::Custom(redis_keyslot(key)), is_blocking);
-        let answer = match timeout(limit, self.client.custom_raw(command, arguments.0)).await {
-            Ok(Ok(frame)) => Reply::accept(frame),
-            Ok(Err(error)) => Err(Failure::from(error)),
-            Err(_) => Err(Failure::timeout()),
+        let answer = tokio::select! {
+            biased;
+            answer = timeout(limit, self.client.custom_raw(command, arguments.0)) => match answer {
+                Ok(Ok(frame)) => Reply::accept(frame),
+                Ok(Err(error)) => Err(Failure::from(error)),
+                Err(_) => Err(Failure::timeout()),
+            },
+            () = self.doubted.cancelled() => Err(Failure::unavailable("the connection to the server was lost")),
         };
         if answer.as_ref().is_err_and(|failure| failure.breaks_connection) {
             self.doubted.cancel();
@@ -248,6 +252,7 @@ async fn keep_up(purpose: &'static str, settings: Arc<Settings>, state: watch::S
                     },
                 };
                 // Calls that still wait on it fail now.
+                connection.doubted.cancel();
                 connection.router.abort();
                 failure
             }
@@ -278,7 +283,7 @@ fn jittered(pause: Duration) -> Duration {
 /// Connections for blocking reads: each read has one to itself while it runs.
 #[derive(Debug)]
 pub(super) struct Readers {
-    settings: Arc<Settings>,
+    settings: Settings,
     /// Tells whether it makes sense to open a connection.
     link: Link,
     /// The one used last is at the end.
@@ -287,8 +292,11 @@ pub(super) struct Readers {
 }
 
 impl Readers {
-    pub(super) fn new(settings: Arc<Settings>, link: Link) -> Self {
+    pub(super) fn new(settings: &Settings, link: Link) -> Self {
         let permits = Arc::new(Semaphore::new(settings.max_readers));
+        let mut settings = settings.clone();
+        // The client's own limit would end long waits; each read has its own.
+        settings.performance.default_command_timeout = Duration::ZERO;
         Self { settings, link, idle: Mutex::default(), permits }
     }
 
