@@ -71,6 +71,7 @@ impl Bench {
              [[streams]]\nname = \"{STREAM}\"\nrelay = true\n\
              retention = {{ max_len = 100_000_000 }}\n\
              {group}\
+             [relay]\nmax_connections_per_address = 0\n\
              [sinks.log]\ntype = \"log\"\nlevel = \"trace\"\n\
              [log]\nlevel = \"warn\"\n"
         )
