@@ -1,0 +1,120 @@
+//! `aurora-bus bench`, really run: small, but with every process it starts.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use crate::support::app::send_signal;
+use crate::support::redis::RedisServer;
+use crate::support::{install, until};
+
+fn bench(folder: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_aurora-bus"));
+    command.arg("bench").arg("--dir").arg(folder);
+    command.args(["--seconds", "1", "--rounds", "1", "--clients", "10", "--idle-clients", "10", "--backlog", "2000"]);
+    command
+}
+
+fn text_of(output: &Output) -> String {
+    String::from_utf8_lossy(&[&output.stdout[..], &output.stderr[..]].concat()).into_owned()
+}
+
+/// Runs these measurements and returns the figures, each as `measurement: name`, with those that have a ceiling.
+fn figures(whats: &[&str], store: &str) -> (Vec<String>, Vec<String>) {
+    let (files, results) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let json = results.path().join("bench.json");
+    let server = install::program("redis-server", "redis-server");
+    let mut command = bench(files.path());
+    command.args(whats).args(["--store", store]).arg("--redis-server").arg(server).arg("--json").arg(&json);
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", text_of(&output));
+    assert_eq!(fs::read_dir(files.path()).unwrap().count(), 0, "files were left behind");
+
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(json).unwrap()).unwrap();
+    let (mut all, mut with_ceiling) = (Vec::new(), Vec::new());
+    for figure in report["figures"].as_array().unwrap() {
+        let name = format!("{}: {}", figure["measurement"].as_str().unwrap(), figure["name"].as_str().unwrap());
+        assert!(text_of(&output).contains(figure["name"].as_str().unwrap()), "{name} is not in the table");
+        assert_eq!(figure["store"], store);
+        assert_eq!(figure["daemon"]["runs"].as_array().unwrap().len(), 1, "{name}");
+        if figure["ceiling"].is_object() {
+            assert!(figure["ceiling"]["median"].as_f64().unwrap() >= 0.0, "{name}");
+            with_ceiling.push(name.clone());
+        }
+        all.push(name);
+    }
+    (all, with_ceiling)
+}
+
+#[test]
+fn figures_with_redis_stand_beside_their_ceilings() {
+    let (all, with_ceiling) = figures(&["publish", "consume", "latency"], "redis");
+    for figure in [
+        "publish: batches of 500",
+        "publish: one per request, 64 connections",
+        "consume: backlog of 2000",
+        "latency: 1000/s to 1 client, p50",
+        "latency: 1000/s to 1 client, p99",
+    ] {
+        assert!(with_ceiling.iter().any(|name| name == figure), "no {figure} in {all:?}");
+    }
+}
+
+#[test]
+fn figures_with_the_embedded_store_stand_beside_their_ceilings() {
+    let (all, with_ceiling) = figures(&["publish", "consume", "fanout", "idle", "start"], "embedded");
+    for figure in [
+        "publish: batches of 500",
+        "consume: delivered beside publishing",
+        "fan-out: saturated, 10 clients",
+        "fan-out: 100/s to 10 clients, p99",
+    ] {
+        assert!(with_ceiling.iter().any(|name| name == figure), "no {figure} in {all:?}");
+    }
+    for figure in ["idle: 10 clients, memory of each", "start: until ready", "start: size of the program"] {
+        assert!(all.iter().any(|name| name == figure), "no {figure} in {all:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_database_that_holds_anything_is_left_alone() {
+    let server = RedisServer::durable().await;
+    let ask = |command: &str| {
+        let address = server.url();
+        let address = address.trim_start_matches("redis://").trim_end_matches("/0");
+        let mut stream = TcpStream::connect(address).unwrap();
+        write!(stream, "{command}\r\nQUIT\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    ask("SET precious 1");
+    let folder = TempDir::new().unwrap();
+    let output =
+        bench(folder.path()).args(["publish", "--store", "redis", "--redis-url", &server.url()]).output().unwrap();
+    assert!(!output.status.success());
+    assert!(text_of(&output).contains("holds 1 keys"), "{}", text_of(&output));
+    assert!(ask("GET precious").contains("$1\r\n1\r\n"));
+}
+
+#[tokio::test]
+async fn an_interrupted_measurement_leaves_nothing_behind() {
+    let folder = TempDir::new().unwrap();
+    let is_empty = || fs::read_dir(folder.path()).unwrap().next().is_none();
+    let mut child = bench(folder.path())
+        .args(["publish", "--store", "embedded"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    until("measurement under way", Duration::from_secs(20), async || (!is_empty()).then_some(())).await;
+    send_signal(child.id(), "TERM");
+    let status = until("end of the command", Duration::from_secs(20), async || child.try_wait().unwrap()).await;
+    assert!(!status.success());
+    assert!(is_empty(), "files were left behind");
+}
