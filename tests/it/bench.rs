@@ -24,26 +24,36 @@ fn text_of(output: &Output) -> String {
     String::from_utf8_lossy(&[&output.stdout[..], &output.stderr[..]].concat()).into_owned()
 }
 
+fn text(value: &serde_json::Value) -> &str {
+    value.as_str().expect("a text")
+}
+
+fn folder() -> TempDir {
+    TempDir::new().expect("a temporary folder")
+}
+
 /// Runs these measurements and returns the figures, each as `measurement: name`, with those that have a ceiling.
 fn figures(whats: &[&str], store: &str) -> (Vec<String>, Vec<String>) {
-    let (files, results) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let (files, results) = (folder(), folder());
     let json = results.path().join("bench.json");
     let server = install::program("redis-server", "redis-server");
     let mut command = bench(files.path());
     command.args(whats).args(["--store", store]).arg("--redis-server").arg(server).arg("--json").arg(&json);
-    let output = command.output().unwrap();
+    let output = command.output().expect("the command starts");
     assert!(output.status.success(), "{}", text_of(&output));
-    assert_eq!(fs::read_dir(files.path()).unwrap().count(), 0, "files were left behind");
+    assert_eq!(fs::read_dir(files.path()).expect("the folder is there").count(), 0, "files were left behind");
 
-    let report: serde_json::Value = serde_json::from_slice(&fs::read(json).unwrap()).unwrap();
+    let report: serde_json::Value =
+        serde_json::from_slice(&fs::read(json).expect("the JSON file is there")).expect("it is JSON");
     let (mut all, mut with_ceiling) = (Vec::new(), Vec::new());
-    for figure in report["figures"].as_array().unwrap() {
-        let name = format!("{}: {}", figure["measurement"].as_str().unwrap(), figure["name"].as_str().unwrap());
-        assert!(text_of(&output).contains(figure["name"].as_str().unwrap()), "{name} is not in the table");
+    for figure in report["figures"].as_array().expect("figures") {
+        let (measurement, name) = (text(&figure["measurement"]), text(&figure["name"]));
+        assert!(text_of(&output).contains(name), "{name} is not in the table");
         assert_eq!(figure["store"], store);
-        assert_eq!(figure["daemon"]["runs"].as_array().unwrap().len(), 1, "{name}");
+        assert_eq!(figure["daemon"]["runs"].as_array().map(Vec::len), Some(1), "{name}");
+        let name = format!("{measurement}: {name}");
         if figure["ceiling"].is_object() {
-            assert!(figure["ceiling"]["median"].as_f64().unwrap() >= 0.0, "{name}");
+            assert!(figure["ceiling"]["median"].as_f64().is_some_and(|median| median >= 0.0), "{name}");
             with_ceiling.push(name.clone());
         }
         all.push(name);
@@ -84,9 +94,9 @@ fn figures_with_the_embedded_store_stand_beside_their_ceilings() {
 #[tokio::test]
 async fn a_database_that_holds_anything_is_left_alone() {
     let server = RedisServer::durable().await;
+    let url = server.url();
+    let address = url.trim_start_matches("redis://").trim_end_matches("/0");
     let ask = |command: &str| {
-        let address = server.url();
-        let address = address.trim_start_matches("redis://").trim_end_matches("/0");
         let mut stream = TcpStream::connect(address).unwrap();
         write!(stream, "{command}\r\nQUIT\r\n").unwrap();
         let mut answer = String::new();
@@ -94,7 +104,7 @@ async fn a_database_that_holds_anything_is_left_alone() {
         answer
     };
     ask("SET precious 1");
-    let folder = TempDir::new().unwrap();
+    let folder = folder();
     let output =
         bench(folder.path()).args(["publish", "--store", "redis", "--redis-url", &server.url()]).output().unwrap();
     assert!(!output.status.success());
@@ -104,7 +114,7 @@ async fn a_database_that_holds_anything_is_left_alone() {
 
 #[tokio::test]
 async fn an_interrupted_measurement_leaves_nothing_behind() {
-    let folder = TempDir::new().unwrap();
+    let folder = folder();
     let is_empty = || fs::read_dir(folder.path()).unwrap().next().is_none();
     let mut child = bench(folder.path())
         .args(["publish", "--store", "embedded"])
