@@ -191,7 +191,7 @@ fn measure(args: BenchArgs, stop: CancellationToken) -> Result<()> {
     ensure!(args.idle_clients.is_sorted(), "--idle-clients takes rising numbers");
     let most_clients = args.clients.iter().chain(&args.idle_clients).max().copied().unwrap_or_default();
     ensure!(!args.clients.contains(&0) && most_clients <= MAX_CLIENTS, "clients are between 1 and {MAX_CLIENTS}");
-    let at = Timestamp::now().to_string();
+    let (at, machine) = (Timestamp::now().to_string(), Machine::this());
     let site = Site::new(args.dir.as_deref(), stop)?;
     let mut versions = BTreeMap::from([("aurora-bus".to_owned(), env!("CARGO_PKG_VERSION").to_owned())]);
 
@@ -233,7 +233,7 @@ fn measure(args: BenchArgs, stop: CancellationToken) -> Result<()> {
     bench.progress.finish_and_clear();
     drop(redis_process);
 
-    let report = Report { at, machine: Machine::this(), versions, settings, figures: bench.figures, failures };
+    let report = Report { at, machine, versions, settings, figures: bench.figures, failures };
     write!(std::io::stdout().lock(), "{report}").context("cannot write the table")?;
     if let Some(file) = &bench.args.json {
         let json = serde_json::to_vec_pretty(&report)?;

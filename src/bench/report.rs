@@ -29,15 +29,19 @@ pub(crate) struct Machine {
     pub(crate) cores: usize,
     pub(crate) memory_gib: f64,
     pub(crate) kernel: String,
+    /// Processes that wanted a core in the last minute, on average. Others besides ours make the figures worse.
+    pub(crate) load: f64,
 }
 
 impl Machine {
+    /// As it is now.
     pub(crate) fn this() -> Self {
         let field = |file: &str, name: &str| {
             let text = fs::read_to_string(file).unwrap_or_default();
             let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_default();
             line.split_once(':').map(|(_, value)| value.trim().to_owned()).unwrap_or_default()
         };
+        let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
         let memory = field("/proc/meminfo", "MemTotal");
         let kib: f64 = memory.split(' ').next().and_then(|kib| kib.parse().ok()).unwrap_or_default();
         Self {
@@ -45,6 +49,7 @@ impl Machine {
             cores: available_parallelism().map_or(1, usize::from),
             memory_gib: (kib / 1_048_576.0 * 10.0).round() / 10.0,
             kernel: fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
+            load: load.split(' ').next().and_then(|load| load.parse().ok()).unwrap_or_default(),
         }
     }
 }
@@ -211,8 +216,8 @@ impl fmt::Display for Number {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Machine { processor, cores, memory_gib, kernel } = &self.machine;
-        writeln!(f, "{processor}, {cores} cores, {memory_gib} GiB, Linux {kernel}")?;
+        let Machine { processor, cores, memory_gib, kernel, load } = &self.machine;
+        writeln!(f, "{processor}, {cores} cores, {memory_gib} GiB, Linux {kernel}, load {load} before")?;
         let list = |pairs: &BTreeMap<String, String>| {
             pairs.iter().map(|(name, value)| format!("{name} {value}")).collect::<Vec<_>>().join(", ")
         };
