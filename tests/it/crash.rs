@@ -33,7 +33,6 @@ retention = { max_len = 900_000 }
 [[streams.groups]]
 name = "audit-logger"
 sink = "audit"
-claim_idle = "5s"
 
 [sinks.audit]
 type = "audit"

@@ -147,7 +147,8 @@ impl Log {
 
     /// Everything written by a daemon that has ended.
     async fn complete(&self) -> String {
-        until("end of the log", BOUND, async || (self.lock().open == 0).then(|| self.text())).await
+        until("end of the log", BOUND, async || (self.lock().open == 0).then_some(())).await;
+        self.text()
     }
 
     fn address(&self) -> Option<String> {
