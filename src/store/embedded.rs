@@ -27,8 +27,8 @@ use std::fmt;
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::SyncSender;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -157,16 +157,7 @@ fn start(config: &Config) -> Result<(Writer, EmbeddedStore, Files), StoreError> 
         Durability::Commit => Syncing::Each,
         Durability::Interval => Syncing::Every(config.interval),
     };
-    let (checkpoints, asked) = readers::checkpoint_requests();
-    let shared = Arc::new(Shared {
-        streams: RwLock::default(),
-        made: watch::Sender::new(()),
-        queue: Queue::new(),
-        is_checkpointed: AtomicBool::new(false),
-        checkpoints: RwLock::new(Some(checkpoints)),
-        closed: CancellationToken::new(),
-        readers: std::sync::OnceLock::new(),
-    });
+    let (shared, asked) = new_shared();
     let recent_bytes = usize::try_from(config.recent.as_u64()).unwrap_or(usize::MAX);
     let options = Options { syncing, recent_bytes, reserve_bytes: config.reserve.as_u64() };
     let writer = Writer::open(&config.path, &options, shared.clone())?;
@@ -175,6 +166,21 @@ fn start(config: &Config) -> Result<(Writer, EmbeddedStore, Files), StoreError> 
     shared.readers.get_or_init(|| readers);
     let store = EmbeddedStore { shared: shared.clone(), ended: CancellationToken::new() };
     Ok((writer, store, Files { shared, threads, lock }))
+}
+
+/// What is shared while nothing is open yet, and where requests to checkpoint come out.
+fn new_shared() -> (Arc<Shared>, Receiver<()>) {
+    let (checkpoints, asked) = readers::checkpoint_requests();
+    let shared = Shared {
+        streams: RwLock::default(),
+        made: watch::Sender::new(()),
+        queue: Queue::new(),
+        readers: OnceLock::new(),
+        is_checkpointed: AtomicBool::new(false),
+        checkpoints: RwLock::new(Some(checkpoints)),
+        closed: CancellationToken::new(),
+    };
+    (Arc::new(shared), asked)
 }
 
 /// Takes the folder for this process; the lock ends with the file handle.
@@ -211,7 +217,7 @@ struct Shared {
     /// Changes when a stream comes into being.
     made: watch::Sender<()>,
     queue: Queue,
-    readers: std::sync::OnceLock<Readers>,
+    readers: OnceLock<Readers>,
     /// Whether the checkpointer has finished and the writer may let the log begin anew.
     is_checkpointed: AtomicBool,
     checkpoints: RwLock<Option<SyncSender<()>>>,

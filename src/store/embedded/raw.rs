@@ -1,18 +1,13 @@
 //! The engine's own rate: the same transactions and chunks as the store's, without anything above them.
 
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, OnceLock, RwLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
 
 use super::chunk;
-use super::queue::Queue;
 use super::writer::{DATABASE, Options, Syncing, Writer};
-use super::{Shared, lock, readers};
+use super::{lock, new_shared, readers};
 use crate::event::{Fields, StreamName, field};
 use crate::store::{StoreError, StoreErrorKind};
 
@@ -43,16 +38,7 @@ pub fn raw_append_rate(folder: &Path, payload: &[u8], batch: usize, duration: Du
     let stream: StreamName = "raw"
         .parse()
         .map_err(|_name| StoreError::new(StoreErrorKind::Internal, "the name of the measured stream is not valid"))?;
-    let (checkpoints, asked) = readers::checkpoint_requests();
-    let shared = Arc::new(Shared {
-        streams: RwLock::default(),
-        made: watch::Sender::new(()),
-        queue: Queue::new(),
-        readers: OnceLock::new(),
-        is_checkpointed: AtomicBool::new(false),
-        checkpoints: RwLock::new(Some(checkpoints)),
-        closed: CancellationToken::new(),
-    });
+    let (shared, asked) = new_shared();
     let options = Options { syncing: Syncing::Each, recent_bytes: 0, reserve_bytes: 0 };
     let mut writer = Writer::open(folder, &options, shared.clone())?;
     let checkpointer = readers::start_checkpointer(&folder.join(DATABASE), &shared, asked)?;

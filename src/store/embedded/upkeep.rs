@@ -1,6 +1,7 @@
-//! What the writer does between batches, and no caller waits for: syncing at intervals, checkpoints, merging of small
-//! chunks, forgetting of old idempotency keys, and the end.
+//! What the writer does besides batches: syncing at intervals, checkpoints, merging of small chunks, forgetting of old
+//! idempotency keys, making room on a full disk, and the end.
 
+use std::cell::Cell;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use super::chunk::{Builder, Chunk};
 use super::log::ChunkRef;
 use super::tables::{self, engine_error};
 use super::writer::{Syncing, Writer, wall_ms};
-use crate::store::StoreError;
+use crate::store::{StoreError, StoreErrorKind};
 
 /// Idempotency keys are pruned in steps of so many.
 const PRUNE_KEYS: u32 = 500;
@@ -21,6 +22,29 @@ const SMALL_BYTES: u32 = 8 * 1024;
 const MERGE_CHUNKS: usize = 16;
 
 impl Writer {
+    /// The disk is full: gives up the reserve and brings the log into the database, so that it begins anew.
+    pub(super) fn make_room(&mut self) {
+        self.reserve.give_up();
+        if let Err(error) = checkpoint(&self.connection) {
+            tracing::debug!(error = %error, "the log could not be brought into the database on the full disk");
+        }
+    }
+
+    /// Refuses what needs room while the disk is full.
+    pub(super) fn fail_if_full(&mut self) -> Result<(), StoreError> {
+        let connection = &self.connection;
+        let has_room = |bytes: u64| {
+            let number = |pragma: &str| connection.query_row(pragma, [], |row| row.get::<_, i64>(0));
+            let free = number("PRAGMA freelist_count").and_then(|pages| Ok(pages * number("PRAGMA page_size")?));
+            free.is_ok_and(|free| bytes > 0 && free.cast_unsigned() >= bytes)
+        };
+        if self.reserve.is_given_up(has_room) {
+            let message = format!("cannot write to `{}`: the disk is full", self.path().display());
+            return Err(StoreError::new(StoreErrorKind::Full, message));
+        }
+        Ok(())
+    }
+
     /// Work that no caller waits for.
     pub(super) fn keep_house(&mut self) {
         self.sync_if_due(false);
@@ -66,14 +90,14 @@ impl Writer {
 
     fn prune_keys(&mut self) {
         let now_ms = wall_ms();
-        let mut pruned = 0;
+        let pruned = Cell::new(0);
         let result = self.transaction(false, |connection| {
-            pruned = tables::prune_keys(connection, now_ms, PRUNE_KEYS)?;
+            pruned.set(tables::prune_keys(connection, now_ms, PRUNE_KEYS)?);
             Ok(())
         });
         match result {
             // There may be more: go on after the next batch.
-            Ok(()) if pruned == PRUNE_KEYS as usize => {}
+            Ok(()) if pruned.get() == PRUNE_KEYS as usize => {}
             Ok(()) => self.pruned_at = Instant::now(),
             Err(error) => {
                 self.pruned_at = Instant::now();
@@ -170,4 +194,55 @@ pub(super) fn checkpoint(connection: &Connection) -> rusqlite::Result<i64> {
         let (pages, done): (i64, i64) = (row.get(1)?, row.get(2)?);
         Ok(pages - done)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::event::EntryId;
+    use crate::store::embedded::new_shared;
+    use crate::store::embedded::writer::Options;
+
+    fn open(folder: &Path) -> Writer {
+        let (shared, _asked) = new_shared();
+        let options = Options { syncing: Syncing::Each, recent_bytes: 0, reserve_bytes: 0 };
+        Writer::open(folder, &options, shared).expect("opened")
+    }
+
+    #[test]
+    fn ids_grow_though_the_clock_steps_back() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let ahead = EntryId::new(wall_ms() + 3_600_000, 7);
+        let mut writer = open(folder.path());
+        let place = writer.place_or_new(&"s".parse().expect("a valid name"));
+        writer.change(place).row.last_id = ahead;
+        let first = writer.stage(place, b"\0");
+        assert_eq!(first, EntryId::new(ahead.ms, 8));
+        writer.commit_now().expect("committed");
+        drop(writer);
+        let mut writer = open(folder.path());
+        assert_eq!(writer.stage(place, b"\0"), EntryId::new(ahead.ms, 9));
+    }
+
+    #[test]
+    fn what_is_not_committed_is_forgotten_when_read_back() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut writer = open(folder.path());
+        let (old, new) = ("old".parse().expect("a valid name"), "new".parse().expect("a valid name"));
+        let place = writer.place_or_new(&old);
+        let first = writer.stage(place, b"\0");
+        writer.commit_now().expect("committed");
+        writer.stage(place, b"\0");
+        let other = writer.place_or_new(&new);
+        writer.stage(other, b"\0");
+        writer.read_back().expect("read back");
+        assert_eq!(writer.place(&new), None);
+        let stream = writer.change(place);
+        assert_eq!((stream.row.last_id, stream.row.added, stream.length), (first, 1, 1));
+        assert_eq!(writer.place_or_new(&new), other);
+        writer.commit_now().expect("committed");
+        assert_eq!(writer.change(place).published.log().chunks.len(), 1);
+    }
 }

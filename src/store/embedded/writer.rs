@@ -6,6 +6,7 @@
 //! operations are done again one by one, so that one that can't be done fails alone.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -21,7 +22,6 @@ use super::marks::Marks;
 use super::queue::{Queue, Taken, Work};
 use super::reserve::Reserve;
 use super::tables::{self, FirstEntry, StreamRow, engine_error};
-use super::upkeep::checkpoint;
 use crate::event::{EntryId, Epoch, GroupName, StreamName};
 use crate::store::{StoreError, StoreErrorKind};
 
@@ -99,7 +99,7 @@ pub(super) struct Writer {
     marks: Marks,
     /// The places of streams that were appended to since the last sync.
     unmarked: BTreeSet<usize>,
-    reserve: Reserve,
+    pub(super) reserve: Reserve,
     /// What an operator should know.
     pub(super) warnings: Vec<String>,
 }
@@ -178,6 +178,8 @@ impl Writer {
         let path = folder.join(DATABASE);
         let reserve = Reserve::new(folder.join(RESERVE), options.reserve_bytes);
         let half = usize::try_from(reserve.bytes() / 2).unwrap_or(usize::MAX);
+        let left_in_log = fs::metadata(folder.join(format!("{DATABASE}-wal"))).map_or(0, |log| log.len());
+        let left_in_log = usize::try_from(left_in_log).unwrap_or(usize::MAX);
         let mut connection = tables::connect(&path, true)?;
         tables::prepare(&mut connection, &path)?;
         let mut writer = Self {
@@ -196,7 +198,7 @@ impl Writer {
             unsynced_since: None,
             is_log_in_doubt: false,
             is_stale: false,
-            unchecked_bytes: CHECKPOINT_BYTES,
+            unchecked_bytes: left_in_log,
             checkpoint_bytes: if half == 0 { CHECKPOINT_BYTES } else { half.min(CHECKPOINT_BYTES) },
             has_keys: true,
             pruned_at: Instant::now(),
@@ -311,9 +313,6 @@ impl Writer {
             return;
         };
         self.reload();
-        if error.kind() == StoreErrorKind::Full {
-            self.make_room();
-        }
         if work.len() == 1 {
             work.into_iter().zip([error]).for_each(|(one, error)| one.answer(Some(error)));
             return;
@@ -390,29 +389,6 @@ impl Writer {
         }
     }
 
-    /// The disk is full: gives up the reserve and brings the log into the database, so that it begins anew.
-    fn make_room(&mut self) {
-        self.reserve.give_up();
-        if let Err(error) = checkpoint(&self.connection) {
-            tracing::debug!(error = %error, "the log could not be brought into the database on the full disk");
-        }
-    }
-
-    /// Refuses what needs room while the disk is full.
-    pub(super) fn fail_if_full(&mut self) -> Result<(), StoreError> {
-        let connection = &self.connection;
-        let has_room = |bytes: u64| {
-            let number = |pragma: &str| connection.query_row(pragma, [], |row| row.get::<_, i64>(0));
-            let free = number("PRAGMA freelist_count").and_then(|pages| Ok(pages * number("PRAGMA page_size")?));
-            free.is_ok_and(|free| bytes > 0 && free.cast_unsigned() >= bytes)
-        };
-        if self.reserve.is_given_up(has_room) {
-            let message = format!("cannot write to `{}`: the disk is full", self.path.display());
-            return Err(StoreError::new(StoreErrorKind::Full, message));
-        }
-        Ok(())
-    }
-
     /// Commits and keeps house, for who has no queue.
     pub(super) fn commit_now(&mut self) -> Result<(), StoreError> {
         self.commit()?;
@@ -465,10 +441,25 @@ impl Writer {
     }
 
     /// Makes one transaction of `write`, synced before this returns if `is_durable` and the configuration want it.
+    ///
+    /// What need not be durable, so brings nothing new, has the reserve's room on a full disk.
     pub(super) fn transaction(
         &mut self,
         is_durable: bool,
-        write: impl FnOnce(&Connection) -> rusqlite::Result<()>,
+        write: impl Fn(&Connection) -> rusqlite::Result<()>,
+    ) -> Result<(), StoreError> {
+        let result = self.transaction_once(is_durable, &write);
+        let is_full = result.as_ref().is_err_and(|error| error.kind() == StoreErrorKind::Full);
+        if is_full {
+            self.make_room();
+        }
+        if is_full && !is_durable { self.transaction_once(is_durable, &write) } else { result }
+    }
+
+    fn transaction_once(
+        &mut self,
+        is_durable: bool,
+        write: impl Fn(&Connection) -> rusqlite::Result<()>,
     ) -> Result<(), StoreError> {
         self.trust_log()?;
         let is_synchronous = is_durable && matches!(self.syncing, Syncing::Each);
