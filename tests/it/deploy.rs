@@ -1,11 +1,13 @@
 //! The files of `deploy/` agree with the daemon and with the tools that read them.
 
 use std::collections::BTreeSet;
+use std::io::Write as _;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use aurora_bus::metrics::Metrics;
 
+use crate::support::app::Home;
 use crate::support::install;
 
 fn deployed(path: &str) -> PathBuf {
@@ -36,6 +38,27 @@ fn prometheus_accepts_the_alert_rules() {
 #[test]
 fn alerts_go_off_when_they_should() {
     promtool_accepts("test", "rules", "prometheus/aurora-bus.rules.test.yml");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn prometheus_finds_nothing_to_complain_about_in_the_metrics() {
+    let daemon = Home::new("").start().await;
+    daemon.publish("aurora:alerts", &[r#"{"severity":"high"}"#.to_owned()]).await.expect("accepted");
+    daemon.handled("aurora:alerts", "alert-processor").await;
+    let metrics = daemon.get("/metrics").await;
+    daemon.stop().await;
+
+    let mut promtool = Command::new(install::program("promtool", "prometheus"))
+        .args(["check", "metrics"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("promtool runs");
+    promtool.stdin.take().expect("piped").write_all(metrics.as_bytes()).expect("promtool reads");
+    let output = promtool.wait_with_output().expect("promtool runs");
+    let said = [output.stdout, output.stderr].concat();
+    assert!(output.status.success() && said.is_empty(), "{}", String::from_utf8_lossy(&said));
 }
 
 #[test]
