@@ -38,6 +38,14 @@ pub(super) fn measure(bench: &mut Bench, what: What, backend: &Backend) -> Resul
     }
 }
 
+/// Who reads what is published, since reading takes its share of the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Readers {
+    Nobody,
+    Group,
+    Dashboards,
+}
+
 impl Bench {
     /// Events of one run at most: a stream takes no more than a quarter of the memory there is.
     fn max_events(&self) -> u64 {
@@ -45,13 +53,13 @@ impl Bench {
         MAX_EVENTS.min(available_bytes() / 4 / per_event).max(10_000)
     }
 
-    /// Starts a daemon on the store; with a group that consumes all, if asked for.
-    fn daemon(&self, backend: &Backend, with_group: bool) -> Result<Daemon> {
-        self.site.start_daemon(|address| self.config(backend, with_group, address))
+    /// Starts a daemon on the store, with those who read what is published.
+    fn daemon(&self, backend: &Backend, readers: Readers) -> Result<Daemon> {
+        self.site.start_daemon(|address| self.config(backend, readers, address))
     }
 
     /// The daemon's configuration: as shipped, but with limits that a measurement does not run into.
-    fn config(&self, backend: &Backend, with_group: bool, address: SocketAddr) -> String {
+    fn config(&self, backend: &Backend, readers: Readers, address: SocketAddr) -> String {
         let store = match backend {
             Backend::Redis(url) => format!("[store]\nbackend = \"redis\"\n[store.redis]\nurl = \"{url}\"\n"),
             Backend::Embedded => {
@@ -59,16 +67,17 @@ impl Bench {
                 format!("[store]\nbackend = \"embedded\"\n[store.embedded]\npath = {path}\n")
             }
         };
-        let group = if with_group {
+        let group = if readers == Readers::Group {
             format!("[[streams.groups]]\nname = \"{GROUP}\"\nsink = \"log\"\n")
         } else {
             String::new()
         };
+        let relay = readers == Readers::Dashboards;
         format!(
             "instance = \"bench\"\n\
              [http]\nlisten = \"{address}\"\nrate_limit = 10_000_000\n\
              {store}\
-             [[streams]]\nname = \"{STREAM}\"\nrelay = true\n\
+             [[streams]]\nname = \"{STREAM}\"\nrelay = {relay}\n\
              retention = {{ max_len = 100_000_000 }}\n\
              {group}\
              [relay]\nmax_connections_per_address = 0\n\

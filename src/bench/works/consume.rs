@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use url::Url;
 
-use super::{EMBEDDED_FOLDER, GROUP, PUBLISH_PATH, STREAM, at, counted, float, requests};
+use super::{EMBEDDED_FOLDER, GROUP, PUBLISH_PATH, Readers, STREAM, at, counted, float, requests};
 use crate::bench::http::HttpClient;
 use crate::bench::load::{Job, RawConsumeJob, Request, StoreMixedJob, Throughput, fill};
 use crate::bench::report::{Figure, Goal};
@@ -40,7 +40,7 @@ fn redis(bench: &mut Bench, backend: &Backend, url: &Url) -> Result<()> {
 
         bench.step(format!("consume, redis, round {round}: aurora-bus"))?;
         renew_group(&mut control)?;
-        let mut daemon = bench.daemon(backend, true)?;
+        let mut daemon = bench.daemon(backend, Readers::Group)?;
         let rate = consumed_rate(bench, &mut control);
         daemon.must_run()?;
         daemon_runs.push(rate?);
@@ -77,7 +77,7 @@ fn embedded(bench: &mut Bench, backend: &Backend) -> Result<()> {
 
         bench.step(format!("consume beside publishing, embedded, round {round}: aurora-bus"))?;
         bench.reset(backend)?;
-        let mut daemon = bench.daemon(backend, true)?;
+        let mut daemon = bench.daemon(backend, Readers::Group)?;
         let request = Request::Publish { path: PUBLISH_PATH.to_owned(), events: MIXED_BATCH, size: bench.args.size };
         let report = requests(bench, &mut daemon, request, MIXED_CONNECTIONS, bench.max_events() / MIXED_BATCH)?;
         let published = report.requests * MIXED_BATCH;

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 
-use super::{EMBEDDED_FOLDER, PUBLISH_PATH, STREAM, at, counted, float, requests};
+use super::{EMBEDDED_FOLDER, PUBLISH_PATH, Readers, STREAM, at, counted, float, requests};
 use crate::bench::http::HttpClient;
 use crate::bench::load::{EngineAppendJob, Job, RawPublishJob, Request, Throughput};
 use crate::bench::process::Daemon;
@@ -33,7 +33,7 @@ fn batched(bench: &mut Bench, backend: &Backend) -> Result<()> {
         bench.step(format!("publish in batches, {}, round {round}: aurora-bus", backend.name()))?;
         bench.reset(backend)?;
         let request = Request::Publish { path: PUBLISH_PATH.to_owned(), events: BATCH, size: bench.args.size };
-        let mut daemon = bench.daemon(backend, false)?;
+        let mut daemon = bench.daemon(backend, Readers::Nobody)?;
         let report = requests(bench, &mut daemon, request, BATCH_CONNECTIONS, bench.max_events() / BATCH)?;
         check_published(&daemon, report.requests * BATCH)?;
         daemon_runs.push(rate(report.requests * BATCH, report.seconds));
@@ -55,7 +55,7 @@ fn single(bench: &mut Bench, backend: &Backend) -> Result<()> {
     let (mut publish_runs, mut health_runs, mut median, mut tail) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 1..=bench.args.rounds {
         bench.reset(backend)?;
-        let mut daemon = bench.daemon(backend, false)?;
+        let mut daemon = bench.daemon(backend, Readers::Nobody)?;
         bench.step(format!("publish one by one, {}, round {round}: /health", backend.name()))?;
         let request = Request::Get { path: "/health".to_owned() };
         let report = requests(bench, &mut daemon, request, SINGLE_CONNECTIONS, u64::MAX)?;

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 
 use anyhow::{Result, ensure};
 
-use super::{PUBLISH_PATH, at, float, sockets_of};
+use super::{PUBLISH_PATH, Readers, at, float, sockets_of};
 use crate::bench::load::{Job, Pace, PublisherSpec, ServeJob, SocketsJob, SocketsReport, Target};
 use crate::bench::report::{Figure, Goal};
 use crate::bench::{Backend, Bench};
@@ -111,7 +111,7 @@ fn both(bench: &Bench, backend: &Backend, what: &str, clients: usize, pace: Pace
 
         bench.step(format!("{what}, {}, round {round}: aurora-bus", backend.name()))?;
         bench.reset(backend)?;
-        let mut daemon = bench.daemon(backend, false)?;
+        let mut daemon = bench.daemon(backend, Readers::Dashboards)?;
         let report = run(bench, backend, daemon.address, daemon.pid(), clients, pace);
         daemon.must_run()?;
         pair.daemon.push(report?);

@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{Context, Result};
 
-use super::{float, sockets_of};
+use super::{Readers, float, sockets_of};
 use crate::bench::load::{HoldJob, HoldReport, Job};
 use crate::bench::process::resident_bytes;
 use crate::bench::report::{Figure, Goal};
@@ -18,7 +18,7 @@ pub(super) fn idle(bench: &mut Bench, backend: &Backend) -> Result<()> {
     for round in 1..=bench.args.rounds {
         bench.step(format!("idle clients, {}, round {round}", backend.name()))?;
         bench.reset(backend)?;
-        let mut daemon = bench.daemon(backend, false)?;
+        let mut daemon = bench.daemon(backend, Readers::Dashboards)?;
         let relay = sockets_of(daemon.address);
         let job = Job::Hold(HoldJob { relay, steps: steps.clone(), seconds, relay_pid: daemon.pid() });
         let reports = bench.site.generate(&job, (seconds + 10.0) * float(steps.len() as u64));
@@ -48,7 +48,7 @@ pub(super) fn start(bench: &mut Bench, backend: &Backend) -> Result<()> {
     for round in 1..=bench.args.rounds {
         bench.step(format!("start, {}, round {round}", backend.name()))?;
         bench.reset(backend)?;
-        let daemon = bench.daemon(backend, true)?;
+        let daemon = bench.daemon(backend, Readers::Group)?;
         millis.push(daemon.started_in.as_secs_f64() * 1e3);
         memory.push(float(resident_bytes(daemon.pid())?) / 1_048_576.0);
     }
