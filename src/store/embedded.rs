@@ -135,7 +135,7 @@ impl Drop for End {
 struct Files {
     shared: Arc<Shared>,
     threads: Vec<std::thread::JoinHandle<()>>,
-    lock: File,
+    lock: FolderLock,
 }
 
 impl Files {
@@ -183,8 +183,21 @@ fn new_shared() -> (Arc<Shared>, Receiver<()>) {
     (Arc::new(shared), asked)
 }
 
-/// Takes the folder for this process; the lock ends with the file handle.
-fn lock(folder: &Path) -> Result<File, StoreError> {
+/// Holds the folder for this process until it is dropped.
+#[derive(Debug)]
+struct FolderLock(File);
+
+impl Drop for FolderLock {
+    fn drop(&mut self) {
+        // Closing alone would not do: a child process that is just being started shares the lock with us.
+        if let Err(error) = self.0.unlock() {
+            tracing::warn!(error = %error, "cannot let go of the store's folder");
+        }
+    }
+}
+
+/// Takes the folder for this process.
+fn lock(folder: &Path) -> Result<FolderLock, StoreError> {
     let name = folder.display();
     let unusable = |what: &str, error: std::io::Error| {
         let hint = "give the daemon a folder that it may write to with store.embedded.path";
@@ -199,7 +212,7 @@ fn lock(folder: &Path) -> Result<File, StoreError> {
     let file = File::options().create(true).truncate(false).write(true).open(folder.join(LOCK));
     let file = file.map_err(|error| unusable("write to", error))?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(FolderLock(file)),
         Err(TryLockError::WouldBlock) => Err(StoreError::new(
             StoreErrorKind::Unavailable,
             format!(
@@ -606,5 +619,21 @@ impl Store for EmbeddedStore {
 impl fmt::Debug for Queue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Queue").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_is_free_at_once_though_a_child_process_inherited_the_lock() {
+        let folder = tempfile::TempDir::new().expect("a temporary folder");
+        let held = lock(folder.path()).expect("a free folder");
+        assert!(lock(folder.path()).is_err());
+        let inherited = held.0.try_clone().expect("a handle");
+        drop(held);
+        assert!(lock(folder.path()).is_ok());
+        drop(inherited);
     }
 }

@@ -48,11 +48,24 @@ pub(super) fn sync_folder(folder: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
-/// Takes the folder for this process; nothing where another one has it. Held until the file is dropped.
-pub(super) fn lock(folder: &Path) -> io::Result<Option<File>> {
+/// Holds the folder for this process until it is dropped.
+#[derive(Debug)]
+pub(super) struct FolderLock(File);
+
+impl Drop for FolderLock {
+    fn drop(&mut self) {
+        // Closing alone would not do: a child process that is just being started shares the lock with us.
+        if let Err(error) = self.0.unlock() {
+            tracing::warn!(error = %error, "cannot let go of the audit folder");
+        }
+    }
+}
+
+/// Takes the folder for this process; nothing where another one has it.
+pub(super) fn lock(folder: &Path) -> io::Result<Option<FolderLock>> {
     let file = OpenOptions::new().create(true).truncate(false).write(true).open(folder.join(LOCK))?;
     match file.try_lock() {
-        Ok(()) => Ok(Some(file)),
+        Ok(()) => Ok(Some(FolderLock(file))),
         Err(TryLockError::WouldBlock) => Ok(None),
         Err(TryLockError::Error(error)) => Err(error),
     }
@@ -109,5 +122,21 @@ impl Lines {
             None => (self.buffer.as_slice(), false),
         };
         Ok(Some(Line { bytes: line, offset, is_complete }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_is_free_at_once_though_a_child_process_inherited_the_lock() {
+        let folder = tempfile::TempDir::new().expect("a temporary folder");
+        let held = lock(folder.path()).expect("a readable folder").expect("a free folder");
+        assert!(lock(folder.path()).expect("a readable folder").is_none());
+        let inherited = held.0.try_clone().expect("a handle");
+        drop(held);
+        assert!(lock(folder.path()).expect("a readable folder").is_some());
+        drop(inherited);
     }
 }

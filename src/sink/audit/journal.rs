@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use tracing::{info, warn};
 
-use super::files::{self, AuditFile, Lines};
+use super::files::{self, AuditFile, FolderLock, Lines};
 use super::index::{FileIndex, Index};
 use super::record::{self, Content, Head, Record};
 use crate::event::{EntryId, StreamName};
@@ -73,7 +73,7 @@ pub(super) struct Journal {
     current: Option<Current>,
     head: Head,
     index: Index,
-    _lock: File,
+    _lock: FolderLock,
 }
 
 #[derive(Debug)]
