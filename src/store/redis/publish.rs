@@ -16,7 +16,7 @@ use super::connection::{Arguments, Link};
 use super::failure::Failure;
 use super::keys;
 use super::reply::{Reply, parse_id};
-use super::script::{APPEND, MAX_ENTRY_ARGUMENTS};
+use super::script::{APPEND, APPEND_ONCE, MAX_ENTRY_ARGUMENTS};
 use crate::event::{NewEntry, StreamName, field};
 use crate::store::{Appended, MAX_APPEND, StoreErrorKind};
 
@@ -201,9 +201,51 @@ fn answer(request: Request, outcome: Result<Vec<Appended>, Failure>) {
 
 async fn append(link: &Link, stream: &StreamName, batch: &[Request]) -> Result<Vec<Appended>, Failure> {
     let entries = || batch.iter().flat_map(|request| &request.entries);
+    let appended = if entries().any(|entry| entry.idempotency.is_some()) {
+        append_once(link, stream, entries()).await?
+    } else {
+        let arguments = runs(entries());
+        let key = Bytes::copy_from_slice(stream.as_str().as_bytes());
+        let reply = link.run(&APPEND, &[key], arguments).await?;
+        plain(&reply.bytes()?, entries())?
+    };
+    if appended.len() == entries().count() {
+        Ok(appended)
+    } else {
+        Err(Failure::unexpected("another number of ids than of entries"))
+    }
+}
+
+/// Entries one after the other, those that follow each other with the same names as one run.
+fn runs<'a>(entries: impl Iterator<Item = &'a NewEntry> + Clone) -> Arguments {
+    let mut arguments =
+        Arguments::with_capacity(entries.clone().map(|entry| entry.fields.len() + 1).sum::<usize>() + 16);
+    let names = |entry: &'a NewEntry| entry.fields.iter().map(|(name, _)| name);
+    let mut rest = entries.peekable();
+    while let Some(first) = rest.peek().copied() {
+        let run = rest.clone().take_while(|entry| names(entry).eq(names(first))).count();
+        arguments.shown(&first.fields.len());
+        for name in names(first) {
+            arguments.bytes(name.clone());
+        }
+        arguments.shown(&run);
+        for entry in rest.by_ref().take(run) {
+            for (_, value) in entry.fields.iter() {
+                arguments.bytes(value.clone());
+            }
+        }
+    }
+    arguments
+}
+
+async fn append_once(
+    link: &Link,
+    stream: &StreamName,
+    entries: impl Iterator<Item = &NewEntry> + Clone + Send,
+) -> Result<Vec<Appended>, Failure> {
     let mut stream_keys = vec![Bytes::copy_from_slice(stream.as_str().as_bytes())];
-    let mut arguments = Arguments::with_capacity(entries().map(|entry| entry.fields.len() * 2 + 3).sum());
-    for entry in entries() {
+    let mut arguments = Arguments::with_capacity(entries.clone().map(|entry| entry.fields.len() * 2 + 3).sum());
+    for entry in entries.clone() {
         let size = entry.fields.len() * 2;
         match &entry.idempotency {
             None => {
@@ -219,15 +261,8 @@ async fn append(link: &Link, stream: &StreamName, batch: &[Request]) -> Result<V
             arguments.bytes(name.clone()).bytes(value.clone());
         }
     }
-    let has_keys = stream_keys.len() > 1;
-    let reply = link.run(&APPEND, &stream_keys, arguments).await?;
-    let appended: Vec<Appended> =
-        if has_keys { with_duplicates(reply, entries())? } else { plain(&reply.bytes()?, entries())? };
-    if appended.len() == entries().count() {
-        Ok(appended)
-    } else {
-        Err(Failure::unexpected("another number of ids than of entries"))
-    }
+    let reply = link.run(&APPEND_ONCE, &stream_keys, arguments).await?;
+    with_duplicates(reply, entries)
 }
 
 fn event_id(entry: &NewEntry) -> Bytes {

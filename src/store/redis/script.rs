@@ -34,6 +34,7 @@ impl Script {
 }
 
 pub(super) static APPEND: Script = Script::new(include_str!("lua/append.lua"));
+pub(super) static APPEND_ONCE: Script = Script::new(include_str!("lua/append_once.lua"));
 pub(super) static CLAIM: Script = Script::new(include_str!("lua/claim.lua"));
 pub(super) static DEAD_LETTER: Script = Script::new(include_str!("lua/dead_letter.lua"));
 pub(super) static DESCRIBE: Script = Script::new(include_str!("lua/describe.lua"));
