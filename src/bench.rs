@@ -36,6 +36,7 @@ use self::payload::MIN_SIZE;
 use self::process::{Process, Site};
 use self::report::{Figure, Machine, Report};
 use self::resp::{Connection, Token};
+use crate::event::{NewEntry, NewEvent};
 
 /// The most WebSocket clients: both ends of each need a port of the loopback address.
 const MAX_CLIENTS: usize = 20_000;
@@ -284,18 +285,21 @@ fn check_redis(url: &Url) -> Result<(String, String)> {
     })
 }
 
-/// XADD by `redis-benchmark` with 50 connections of 128 commands each, in events per second; nothing where the
-/// program is not beside the server's.
+/// XADD of the entry that the daemon makes of an event, by `redis-benchmark` with 50 connections of 128 commands each,
+/// in events per second; nothing where the program is not beside the server's.
 fn redis_benchmark(bench: &Bench, url: &Url, stream: &str, events: u64) -> Result<Option<f64>> {
     let program = bench.args.redis_server.with_file_name("redis-benchmark");
     if bench.args.redis_url.is_some() || Command::new(&program).arg("--version").output().is_err() {
         return Ok(None);
     }
     let payload = payload::Template::new(bench.args.size).bytes(0, 0);
+    let entry = NewEvent::parse(payload.into())?.into_entry(&NewEntry::timestamp_now(), None);
     let mut command = Command::new(&program);
     command.args(["-h", url.host_str().unwrap_or_default(), "-p", &url.port().unwrap_or(6379).to_string()]);
-    command.args(["-q", "-P", "128", "-c", "50", "-n", &events.to_string(), "XADD", stream, "*", "data"]);
-    command.arg(String::from_utf8(payload).context("a payload is text")?);
+    command.args(["-q", "-P", "128", "-c", "50", "-n", &events.to_string(), "XADD", stream, "*"]);
+    for (name, value) in entry.fields.iter() {
+        command.args([std::str::from_utf8(name)?, std::str::from_utf8(value)?]);
+    }
     let output = bench.site.run(&mut command, Duration::from_mins(2))?;
     let (before, _) = output.rsplit_once(" requests per second").context("redis-benchmark gave no result")?;
     let rate = before.rsplit([' ', ':']).next().unwrap_or_default();

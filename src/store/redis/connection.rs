@@ -43,6 +43,10 @@ impl Arguments {
         Self(Vec::with_capacity(capacity))
     }
 
+    pub(super) fn reserve(&mut self, more: usize) {
+        self.0.reserve(more);
+    }
+
     pub(super) fn text(&mut self, text: &'static str) -> &mut Self {
         self.bytes(Bytes::from_static(text.as_bytes()))
     }
@@ -208,20 +212,35 @@ impl Link {
 
     /// Runs a script, loading it where the server does not know it. The first key tells the cluster's node.
     pub(super) async fn run(&self, script: &Script, keys: &[Bytes], arguments: Arguments) -> Result<Reply, Failure> {
+        let again = |all: &mut Arguments| {
+            all.append(Arguments(arguments.0.clone()));
+        };
+        self.run_with(script, keys, again).await
+    }
+
+    /// The same with arguments that are made when they are needed: copying many costs more than making them again.
+    pub(super) async fn run_with(
+        &self,
+        script: &Script,
+        keys: &[Bytes],
+        add: impl Fn(&mut Arguments),
+    ) -> Result<Reply, Failure> {
         let first = keys.first().map_or(&b""[..], AsRef::as_ref);
-        let mut all = Arguments::with_capacity(arguments.0.len() + keys.len() + 2);
-        all.bytes(script.sha().clone()).shown(&keys.len());
-        for key in keys {
-            all.bytes(key.clone());
-        }
-        all.append(arguments);
-        let again = all.0.clone();
-        match self.call("EVALSHA", first, all).await {
+        let arguments = || {
+            let mut all = Arguments::with_capacity(16);
+            all.bytes(script.sha().clone()).shown(&keys.len());
+            for key in keys {
+                all.bytes(key.clone());
+            }
+            add(&mut all);
+            all
+        };
+        match self.call("EVALSHA", first, arguments()).await {
             Err(failure) if failure.is_unknown_script => {
                 let mut load = Arguments::with_capacity(2);
                 load.text("LOAD").text(script.source());
                 self.call("SCRIPT", first, load).await?;
-                self.call("EVALSHA", first, Arguments(again)).await
+                self.call("EVALSHA", first, arguments()).await
             }
             answer => answer,
         }

@@ -204,9 +204,8 @@ async fn append(link: &Link, stream: &StreamName, batch: &[Request]) -> Result<V
     let appended = if entries().any(|entry| entry.idempotency.is_some()) {
         append_once(link, stream, entries()).await?
     } else {
-        let arguments = runs(entries());
         let key = Bytes::copy_from_slice(stream.as_str().as_bytes());
-        let reply = link.run(&APPEND, &[key], arguments).await?;
+        let reply = link.run_with(&APPEND, &[key], |arguments| add_runs(arguments, entries())).await?;
         plain(&reply.bytes()?, entries())?
     };
     if appended.len() == entries().count() {
@@ -216,10 +215,9 @@ async fn append(link: &Link, stream: &StreamName, batch: &[Request]) -> Result<V
     }
 }
 
-/// Entries one after the other, those that follow each other with the same names as one run.
-fn runs<'a>(entries: impl Iterator<Item = &'a NewEntry> + Clone) -> Arguments {
-    let mut arguments =
-        Arguments::with_capacity(entries.clone().map(|entry| entry.fields.len() + 1).sum::<usize>() + 16);
+/// Adds entries one after the other, those that follow each other with the same names as one run.
+fn add_runs<'a>(arguments: &mut Arguments, entries: impl Iterator<Item = &'a NewEntry> + Clone) {
+    arguments.reserve(entries.clone().map(|entry| entry.fields.len() + 1).sum::<usize>() + 16);
     let names = |entry: &'a NewEntry| entry.fields.iter().map(|(name, _)| name);
     let mut rest = entries.peekable();
     while let Some(first) = rest.peek().copied() {
@@ -235,7 +233,6 @@ fn runs<'a>(entries: impl Iterator<Item = &'a NewEntry> + Clone) -> Arguments {
             }
         }
     }
-    arguments
 }
 
 async fn append_once(
