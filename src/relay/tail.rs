@@ -114,6 +114,8 @@ impl Tail {
             *at = newest.id;
             self.push(&entries);
             size.learn(&entries);
+            // Dashboards first: asking for more can wait until they have been written to.
+            tokio::task::yield_now().await;
         }
         Ok(())
     }
