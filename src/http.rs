@@ -4,6 +4,7 @@
 //! that bad input goes no further than here. The only module that knows HTTP statuses and axum.
 
 mod health;
+mod origin;
 mod problem;
 mod publish;
 mod server;
@@ -58,7 +59,7 @@ pub struct Config {
     pub max_in_flight: usize,
     /// The most requests per second from one address. More are refused with 429.
     pub rate_limit: u32,
-    /// Origins of pages that may open a WebSocket, besides those on the daemon's own host, such as
+    /// Origins of pages that may publish and open a WebSocket, besides those on the daemon's own host, such as
     /// `https://soc.example`; `*` lets in every page.
     pub origins: Vec<String>,
     /// How long a client may take for the head of a request.
@@ -184,7 +185,7 @@ impl Api {
             .route("/api/v1/alerts", post(publish::alerts))
             .route("/api/alerts", post(publish::alerts))
             .route("/api/v1/ws/{channel}", get(websocket::connect))
-            .route_layer(from_fn_with_state(self.clone(), limit_rate));
+            .route_layer(from_fn_with_state(self.clone(), guard));
         Router::new()
             .route("/", get(health::index))
             .route("/health", get(health::health))
@@ -244,8 +245,14 @@ async fn observe(State(api): State<Api>, request: Request, next: Next) -> Respon
     response
 }
 
-/// Refuses an address that asks too often.
-async fn limit_rate(State(api): State<Api>, peer: Peer, request: Request, next: Next) -> Response {
+/// Refuses an address that asks too often, and pages of other hosts that publish.
+async fn guard(State(api): State<Api>, peer: Peer, request: Request, next: Next) -> Response {
+    let is_read = request.method().is_safe();
+    if !is_read && !origin::is_allowed(request.headers(), &api.inner.config.origins) {
+        let error = ApiError::forbidden_origin("pages of this origin may not publish (http.origins)");
+        api.inner.metrics.rejected.with_label_values(&[error.code()]).inc();
+        return error.into_response();
+    }
     match api.inner.rate.check_key(&peer.0.ip()) {
         Ok(()) => next.run(request).await,
         Err(not_until) => {

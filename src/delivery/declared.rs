@@ -11,6 +11,8 @@ use crate::store::Store;
 
 /// How often a group is made sure of: it may vanish with its stream.
 const ENSURE_EVERY: Duration = Duration::from_secs(5);
+/// The same after a failure.
+const TRY_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// One group without a sink.
 #[derive(Debug)]
@@ -30,17 +32,21 @@ impl Declared {
     pub async fn run(self, stop: CancellationToken) {
         let (stream, group) = (&self.spec.stream, &self.spec.config.name);
         loop {
-            match self.store.ensure_group(stream, group, self.spec.config.start.into()).await {
+            let pause = match self.store.ensure_group(stream, group, self.spec.config.start.into()).await {
                 Ok(created) => {
                     self.part.ready();
                     if created {
                         tracing::info!(stream = %stream, group = %group, "made a group for consumers outside");
                     }
+                    ENSURE_EVERY
                 }
-                Err(error) => self.part.not_ready(error.to_string()),
-            }
+                Err(error) => {
+                    self.part.not_ready(error.to_string());
+                    TRY_AGAIN_AFTER
+                }
+            };
             tokio::select! {
-                () = tokio::time::sleep(ENSURE_EVERY) => {}
+                () = tokio::time::sleep(pause) => {}
                 () = stop.cancelled() => return,
             }
         }

@@ -4,9 +4,7 @@ use std::io::Cursor;
 
 use axum::body::Body;
 use axum::extract::{Path, RawQuery, Request, State};
-use axum::http::header::{
-    CONNECTION, HOST, ORIGIN, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE,
-};
+use axum::http::header::{CONNECTION, ORIGIN, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use hyper::upgrade::{OnUpgrade, Upgraded};
@@ -16,6 +14,7 @@ use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_util::sync::CancellationToken;
 
+use super::origin::is_allowed;
 use super::{Api, ApiError, Peer};
 use crate::relay::{Refused, Session, SubscribeParams};
 
@@ -79,7 +78,7 @@ fn admit(api: &Api, channel: &str, query: Option<&str>, peer: Peer, headers: &He
     if api.is_draining() {
         return Err(Refused::Draining);
     }
-    if !is_origin_allowed(headers, &api.inner.config.origins) {
+    if !is_allowed(headers, &api.inner.config.origins) {
         return Err(Refused::Origin);
     }
     let params = SubscribeParams::parse(query.unwrap_or_default())?;
@@ -100,23 +99,6 @@ fn check_handshake(method: &Method, headers: &HeaderMap) -> Result<String, ApiEr
     }
     let key = headers.get(SEC_WEBSOCKET_KEY).ok_or_else(|| ApiError::bad_handshake("Sec-WebSocket-Key is missing"))?;
     Ok(derive_accept_key(key.as_bytes()))
-}
-
-/// Whether the page that asks comes from this very host, on whatever port, or from an origin that is let in by name.
-/// Programs send no origin and are not meant.
-fn is_origin_allowed(headers: &HeaderMap, origins: &[String]) -> bool {
-    let Some(origin) = headers.get(ORIGIN) else { return true };
-    let Ok(origin) = origin.to_str() else { return false };
-    if origins.iter().any(|allowed| allowed == "*" || allowed.eq_ignore_ascii_case(origin)) {
-        return true;
-    }
-    let host =
-        headers.get(HOST).and_then(|host| host.to_str().ok()).and_then(|host| host_name(&format!("ws://{host}")));
-    host.is_some() && host == host_name(origin)
-}
-
-fn host_name(url: &str) -> Option<String> {
-    url::Url::parse(url).ok()?.host_str().map(str::to_ascii_lowercase)
 }
 
 fn switching_protocols(accept: &str) -> Response {
@@ -145,27 +127,5 @@ impl From<&Refused> for ApiError {
             Refused::Draining => Self::draining(),
             Refused::Origin => Self::forbidden_origin(refused.to_string()),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pages_of_other_hosts_are_let_in_by_name_only() {
-        let asks = |origin: &'static str, origins: &[&str]| {
-            let mut headers = HeaderMap::new();
-            headers.insert(HOST, HeaderValue::from_static("bus.example:8080"));
-            headers.insert(ORIGIN, HeaderValue::from_static(origin));
-            is_origin_allowed(&headers, &origins.iter().map(ToString::to_string).collect::<Vec<_>>())
-        };
-        assert!(asks("http://bus.example", &[]));
-        assert!(asks("https://BUS.example:3000", &[]));
-        assert!(!asks("https://evil.example", &[]));
-        assert!(!asks("null", &[]));
-        assert!(asks("https://soc.example", &["https://soc.example"]));
-        assert!(asks("null", &["*"]));
-        assert!(is_origin_allowed(&HeaderMap::new(), &[]), "programs send no origin");
     }
 }

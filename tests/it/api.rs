@@ -202,6 +202,18 @@ async fn an_address_that_asks_too_often_is_told_when_to_come_back() {
 }
 
 #[tokio::test]
+async fn a_page_of_another_host_may_not_publish_through_its_visitors() {
+    let home = Home::new(SMALL);
+    let daemon = home.start().await;
+    let (status, problem) = answer(post(&daemon, EVENTS, &[("origin", "https://evil.example")], "{}").await).await;
+    assert_eq!((status, &problem["code"]), (StatusCode::FORBIDDEN, &json!("forbidden_origin")));
+    let own = daemon.url("");
+    let (status, _) = answer(post(&daemon, EVENTS, &[("origin", &own)], "{}").await).await;
+    assert_eq!(status, StatusCode::CREATED);
+    assert_eq!(daemon.events("aurora:alerts").await.len(), 1);
+}
+
+#[tokio::test]
 async fn publish_and_tail_agree_on_the_command_line() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;
