@@ -54,7 +54,7 @@ fn hints(config: &Config, address: SocketAddr) -> String {
 aurora-bus {version}: {streams} streams on the {store}. Try in another terminal:
 
   publish    curl http://{address}/api/v1/alerts -d '{{"severity":"high","source":"zeek","title":"Beacon to a rare domain"}}'
-  watch      ws://{address}/api/v1/ws/alerts           (in a browser: new WebSocket("ws://{address}/api/v1/ws/alerts"))
+  watch      ws://{address}/api/v1/ws/alerts           (in a browser at http://{address}/: new WebSocket("/api/v1/ws/alerts"))
   streams    curl http://{address}/api/v1/streams
   ready      curl http://{address}/ready
   metrics    curl http://{address}/metrics

@@ -1,5 +1,6 @@
 //! Retention: old entries go, but never one that a group has still to handle.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -44,6 +45,8 @@ impl Janitor {
 
     /// Runs until `stop`.
     pub async fn run(self, stop: CancellationToken) {
+        // Told once each: what is wrong with a stream stays wrong for a while.
+        let mut failing = BTreeSet::new();
         loop {
             tokio::select! {
                 () = tokio::time::sleep(TRIM_EVERY) => {}
@@ -51,11 +54,21 @@ impl Janitor {
             }
             for (stream, retention) in &self.streams {
                 match self.trim(stream, *retention).await {
-                    Ok(0) => {}
-                    Ok(removed) => tracing::debug!(stream = %stream, removed, "trimmed to its retention"),
+                    Ok(removed) => {
+                        if failing.remove(stream) {
+                            tracing::info!(stream = %stream, "trims the stream again");
+                        }
+                        if removed > 0 {
+                            tracing::debug!(stream = %stream, removed, "trimmed to its retention");
+                        }
+                    }
                     // The store's own watch tells when it is away.
                     Err(error) if error.kind() == StoreErrorKind::Unavailable => {}
-                    Err(error) => tracing::warn!(stream = %stream, error = %error, "cannot trim"),
+                    Err(error) => {
+                        if failing.insert(stream) {
+                            tracing::warn!(stream = %stream, error = %error, "cannot trim; trying again");
+                        }
+                    }
                 }
             }
         }
