@@ -27,6 +27,8 @@ const CHECK_EVERY: Duration = Duration::from_secs(2);
 const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
 /// After how long without a word a part counts as stuck.
 const STALE_AFTER: Duration = Duration::from_secs(20);
+/// How long a sink or the store may take to close: a disk that hangs must not hold the process.
+const CLOSE_GRACE: Duration = Duration::from_secs(10);
 /// How long requests under way may take once everything else has ended.
 const HTTP_GRACE: Duration = Duration::from_secs(5);
 
@@ -170,10 +172,14 @@ impl App {
         if http_ended.is_err() {
             tracing::warn!("requests under way did not end in time");
         }
-        for sink in self.sinks.values() {
-            sink.close().await;
+        for (name, sink) in &self.sinks {
+            if tokio::time::timeout(CLOSE_GRACE, sink.close()).await.is_err() {
+                tracing::warn!(sink = name, "the sink did not close in time");
+            }
         }
-        self.store.close().await;
+        if tokio::time::timeout(CLOSE_GRACE, self.store.close()).await.is_err() {
+            tracing::warn!("the store did not close in time");
+        }
         tracing::info!("stopped");
         match failure {
             Some(failure) => bail!("{failure}"),

@@ -109,15 +109,15 @@ impl PublishError {
     }
 }
 
-/// How to recognise events that come twice.
+/// How to recognise an event that comes twice.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Dedup {
     /// Not at all.
     #[default]
     Off,
-    /// By a key for the whole request: the n-th event of it has the key `<key>/<n>`, the only one just `<key>`.
+    /// By this key.
     Key(String),
-    /// By each event's own `id`.
+    /// By its own `id`.
     OwnId,
 }
 
@@ -153,20 +153,18 @@ impl Bus {
     pub async fn publish(
         &self,
         stream: &StreamName,
-        events: Vec<NewEvent>,
-        dedup: &Dedup,
+        events: Vec<(Dedup, NewEvent)>,
         window: Option<Duration>,
     ) -> Vec<Result<Appended, PublishError>> {
         let timestamp = NewEntry::timestamp_now();
         let window = window.unwrap_or(self.config.dedup_window).min(self.config.dedup_window);
-        let is_single = events.len() == 1;
         let mut results: Vec<Option<Result<Appended, PublishError>>> = Vec::with_capacity(events.len());
         let mut chunk = Vec::with_capacity(events.len().min(MAX_APPEND));
         let mut places = Vec::with_capacity(chunk.capacity());
         let mut failed: Option<PublishError> = None;
         let mut events = events.into_iter().enumerate().peekable();
-        while let Some((index, event)) = events.next() {
-            match self.entry(event, index, is_single, dedup, window, &timestamp) {
+        while let Some((index, (dedup, event))) = events.next() {
+            match self.entry(event, dedup, window, &timestamp) {
                 Ok(entry) if failed.is_none() => {
                     places.push(index);
                     chunk.push(entry);
@@ -199,9 +197,7 @@ impl Bus {
     fn entry(
         &self,
         event: NewEvent,
-        index: usize,
-        is_single: bool,
-        dedup: &Dedup,
+        dedup: Dedup,
         window: Duration,
         timestamp: &Bytes,
     ) -> Result<NewEntry, PublishError> {
@@ -211,8 +207,7 @@ impl Bus {
         }
         let key = match dedup {
             Dedup::Off => None,
-            Dedup::Key(key) if is_single => Some(key.clone()),
-            Dedup::Key(key) => Some(format!("{key}/{index}")),
+            Dedup::Key(key) => Some(key),
             Dedup::OwnId => Some(event.own_id.clone().ok_or(PublishError::NoId)?),
         };
         if let Some(key) = key.as_ref().filter(|key| !(1..=256).contains(&key.len())) {

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::Duration;
 
+use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 
 pub use load::{DEFAULT_FILE, Layers, load};
@@ -238,6 +239,11 @@ impl Config {
         problems.extend(
             self.publish.problems().into_iter().map(|(key, message)| Problem::new(format!("publish.{key}"), message)),
         );
+        let log = self.log.problems().into_iter();
+        problems.extend(log.map(|(key, message)| Problem::new(format!("log.{key}"), message)));
+        if self.store.embedded.reserve > ByteSize::tib(1) {
+            problems.push(Problem::new("store.embedded.reserve", "must not be more than 1TiB"));
+        }
         if self.store.backend == Backend::Redis
             && let Err(error) = self.store.redis.validate()
         {

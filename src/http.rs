@@ -3,6 +3,7 @@
 //! Owns the listener, routes, request parsing and problem documents. Promises that every answer is within limits and
 //! that bad input goes no further than here. The only module that knows HTTP statuses and axum.
 
+mod extract;
 mod health;
 mod origin;
 mod problem;
@@ -19,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::{FromRequestParts, MatchedPath, Request, State};
-use axum::http::header::HeaderName;
+use axum::http::header::{HOST, HeaderName};
 use axum::http::request::Parts;
 use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::{Next, from_fn_with_state};
@@ -40,8 +41,15 @@ pub use server::serve;
 use crate::bus::Bus;
 use crate::metrics::Metrics;
 use crate::readiness::Readiness;
-use crate::relay::Relay;
+use crate::relay::{Relay, counted_address};
 use crate::store::Store;
+
+/// Ranges read from the store at a time: each may hold megabytes.
+const READS_AT_A_TIME: usize = 32;
+/// The most of anything that is counted.
+const MAX_COUNT: usize = 1_000_000;
+/// Requests that wait for new entries at a time.
+const WAITS_AT_A_TIME: usize = 64;
 
 /// The listener and its limits.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
@@ -96,8 +104,11 @@ impl Config {
             ("max_in_flight", self.max_in_flight),
             ("rate_limit", self.rate_limit as usize),
         ];
-        for (key, _) in counts.into_iter().filter(|(_, count)| *count == 0) {
-            problems.push((key, "must be at least 1".to_owned()));
+        for (key, _) in counts.into_iter().filter(|(_, count)| !(1..=MAX_COUNT).contains(count)) {
+            problems.push((key, format!("must be from 1 to {MAX_COUNT}")));
+        }
+        for origin in self.origins.iter().filter(|origin| !origin::is_well_formed(origin)) {
+            problems.push(("origins", format!("`{origin}` is no origin, such as https://soc.example, without a path")));
         }
         if self.max_body.as_u64() == 0 {
             problems.push(("max_body", "must be at least 1 byte".to_owned()));
@@ -126,7 +137,11 @@ struct Inner {
     relay: Relay,
     metrics: Metrics,
     readiness: Readiness,
+    /// Whether only this machine's own names are answered to.
+    is_loopback: bool,
     publishes: Semaphore,
+    reads: Semaphore,
+    waits: Semaphore,
     rate: DefaultKeyedRateLimiter<IpAddr>,
     draining: AtomicBool,
     sessions: TaskTracker,
@@ -146,7 +161,10 @@ impl Api {
     ) -> Self {
         let rate = NonZeroU32::new(config.rate_limit).unwrap_or(NonZeroU32::MIN);
         let inner = Inner {
+            is_loopback: config.listen.ip().is_loopback(),
             publishes: Semaphore::new(config.max_in_flight),
+            reads: Semaphore::new(READS_AT_A_TIME),
+            waits: Semaphore::new(WAITS_AT_A_TIME),
             rate: RateLimiter::keyed(Quota::per_second(rate)),
             draining: AtomicBool::new(false),
             sessions: TaskTracker::new(),
@@ -245,15 +263,21 @@ async fn observe(State(api): State<Api>, request: Request, next: Next) -> Respon
     response
 }
 
-/// Refuses an address that asks too often, and pages of other hosts that publish.
+/// Refuses an address that asks too often, names that are not this machine's, and pages of other hosts that publish.
 async fn guard(State(api): State<Api>, peer: Peer, request: Request, next: Next) -> Response {
+    if api.inner.is_loopback && !origin::is_host_allowed(request.headers(), &api.inner.config.origins) {
+        let host = request.headers().get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+        let error = ApiError::forbidden_host(host);
+        api.inner.metrics.rejected.with_label_values(&[error.code()]).inc();
+        return error.into_response();
+    }
     let is_read = request.method().is_safe();
     if !is_read && !origin::is_allowed(request.headers(), &api.inner.config.origins) {
         let error = ApiError::forbidden_origin("pages of this origin may not publish (http.origins)");
         api.inner.metrics.rejected.with_label_values(&[error.code()]).inc();
         return error.into_response();
     }
-    match api.inner.rate.check_key(&peer.0.ip()) {
+    match api.inner.rate.check_key(&counted_address(peer.0.ip())) {
         Ok(()) => next.run(request).await,
         Err(not_until) => {
             let wait = not_until.wait_time_from(DefaultClock::default().now());

@@ -49,6 +49,7 @@ pub use config::Config;
 pub use filter::Filter;
 pub use params::{BadParameter, MAX_SNAPSHOT, Since, SubscribeParams};
 pub use session::Session;
+pub use slots::counted_address;
 
 use crate::event::{EntryId, Epoch, StreamName};
 use crate::metrics::Metrics;

@@ -23,6 +23,13 @@ impl Default for Config {
     }
 }
 
+impl Config {
+    /// Every key that makes no sense, with the reason.
+    pub fn problems(&self) -> Vec<(&'static str, String)> {
+        EnvFilter::try_new(&self.level).err().into_iter().map(|error| ("level", error.to_string())).collect()
+    }
+}
+
 /// The form of a log line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]

@@ -75,7 +75,7 @@ impl Bench {
         let relay = readers == Readers::Dashboards;
         format!(
             "instance = \"bench\"\n\
-             [http]\nlisten = \"{address}\"\nrate_limit = 10_000_000\n\
+             [http]\nlisten = \"{address}\"\nrate_limit = 1_000_000\n\
              {store}\
              [[streams]]\nname = \"{STREAM}\"\nrelay = {relay}\n\
              retention = {{ max_len = 100_000_000 }}\n\

@@ -64,7 +64,7 @@ pub(super) async fn run(config: &ConfigArgs, args: TailArgs) -> anyhow::Result<(
             .append_pair("limit", &left.min(1_000).to_string())
             .append_pair("wait_ms", if args.no_follow { "0" } else { "20000" });
         let response = match client.get(url).send().await {
-            Ok(response) if response.status().is_server_error() && !args.no_follow => Err(refusal(response).await),
+            Ok(response) if may_pass(response.status()) && !args.no_follow => Err(refusal(response).await),
             Ok(response) if !response.status().is_success() => bail!("{}", refusal(response).await),
             Ok(response) => response.bytes().await.map_err(|error| error.to_string()),
             Err(error) if args.no_follow => return Err(error).with_context(|| format!("no answer from {base}")),
@@ -93,6 +93,10 @@ pub(super) async fn run(config: &ConfigArgs, args: TailArgs) -> anyhow::Result<(
         from = page.next.context("the daemon's answer has no `next`")?;
     }
     Ok(())
+}
+
+fn may_pass(status: reqwest::StatusCode) -> bool {
+    status.is_server_error() || status == reqwest::StatusCode::TOO_MANY_REQUESTS
 }
 
 fn print(event: &RawValue, data_only: bool) -> anyhow::Result<()> {

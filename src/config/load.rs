@@ -63,7 +63,20 @@ fn read(layers: &Layers) -> Result<Value, String> {
     for (key, value) in &layers.overrides {
         builder = builder.set_override(*key, value.as_str()).map_err(|e| e.to_string())?;
     }
-    builder.build().map(|config| config.cache).map_err(|e| e.to_string())
+    let mut root = builder.build().map(|config| config.cache).map_err(|e| e.to_string())?;
+    split_origins(&mut root);
+    Ok(root)
+}
+
+/// The environment has no lists: origins come as one text with commas between.
+fn split_origins(root: &mut Value) {
+    let ValueKind::Table(root) = &mut root.kind else { return };
+    let Some(ValueKind::Table(http)) = root.get_mut("http").map(|http| &mut http.kind) else { return };
+    let Some(origins) = http.get_mut("origins") else { return };
+    if let ValueKind::String(text) = &origins.kind {
+        let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
+        origins.kind = ValueKind::Array(parts.map(|part| Value::new(None, part)).collect());
+    }
 }
 
 /// Sinks are told apart by their `type`, so each is read as that type, which keeps the paths of its keys.
@@ -84,7 +97,8 @@ fn take_sinks(root: &mut Value, problems: &mut Vec<Problem>) -> Vec<(String, Sin
             _ => None,
         };
         let known = SinkConfig::TYPES.join(", ");
-        let Some(kind) = kind else {
+        let built_in = SinkConfig::TYPES.into_iter().find(|kind| *kind == name).map(str::to_owned);
+        let Some(kind) = kind.or(built_in) else {
             problems.push(Problem::new(format!("{path}.type"), format!("is missing: one of {known}")));
             continue;
         };

@@ -121,6 +121,17 @@ impl ApiError {
         Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_in_flight", detail).with_retry_after(Duration::from_secs(1))
     }
 
+    pub(super) fn too_many_waiting() -> Self {
+        let detail = "too many requests wait for new entries: ask without wait_ms, or again in a moment";
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_waiting", detail).with_retry_after(Duration::from_secs(1))
+    }
+
+    pub(super) fn forbidden_host(host: &str) -> Self {
+        let detail =
+            format!("on loopback, only this machine's names are answered to, not `{host}`: let it in by http.origins");
+        Self::new(StatusCode::MISDIRECTED_REQUEST, "forbidden_host", detail).with_field("Host")
+    }
+
     pub(super) fn connection_limit(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::TOO_MANY_REQUESTS, "connection_limit", detail).with_retry_after(Duration::from_secs(5))
     }

@@ -1,16 +1,20 @@
 //! Publishing over HTTP: one JSON object, an array, or NDJSON.
 
+use std::fmt;
+use std::time::Duration;
+
 use axum::body::Body;
-use axum::extract::{Path, Query, Request, State};
+use axum::extract::{Request, State};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt as _;
+use serde::de::{Deserializer as _, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
-use std::time::Duration;
 
+use super::extract::{Query, Segment};
 use super::problem::ItemError;
 use super::{Api, ApiError};
 use crate::bus::{Dedup, PublishError};
@@ -51,7 +55,7 @@ struct Batch {
 /// `POST /api/v1/streams/{stream}/events`
 pub(super) async fn to_stream(
     State(api): State<Api>,
-    Path(stream): Path<String>,
+    Segment(stream): Segment,
     Query(params): Query<Params>,
     request: Request,
 ) -> Result<Response, ApiError> {
@@ -205,8 +209,10 @@ fn ndjson(body: &Bytes, max_batch: usize) -> Result<Batch, ApiError> {
 }
 
 fn array(body: &Bytes, max_batch: usize) -> Result<Batch, ApiError> {
-    let items: Vec<&RawValue> = serde_json::from_slice(body)
-        .map_err(|error| ApiError::invalid_event(format!("the body is not a JSON array: {error}")))?;
+    let mut items = serde_json::Deserializer::from_slice(body);
+    let items = items.deserialize_seq(Items { max: max_batch + 1 });
+    let items: Vec<&RawValue> =
+        items.map_err(|error| ApiError::invalid_event(format!("the body is not a JSON array: {error}")))?;
     check_count(items.len(), max_batch)?;
     if items.is_empty() {
         return Err(ApiError::invalid_event("the array is empty"));
@@ -218,12 +224,45 @@ fn array(body: &Bytes, max_batch: usize) -> Result<Batch, ApiError> {
     Ok(Batch { events: items.iter().enumerate().map(event).collect(), is_single: false })
 }
 
+/// The items of an array, no more than `max` kept: millions of tiny ones would take many times the body's memory.
+struct Items {
+    max: usize,
+}
+
+impl<'de> Visitor<'de> for Items {
+    type Value = Vec<&'de RawValue>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON array")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+        let mut items = Vec::new();
+        while items.len() < self.max {
+            match seq.next_element()? {
+                Some(item) => items.push(item),
+                None => return Ok(items),
+            }
+        }
+        while seq.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(items)
+    }
+}
+
 fn check_count(count: usize, max_batch: usize) -> Result<(), ApiError> {
     if count <= max_batch {
         return Ok(());
     }
     let detail = format!("the request has more than {max_batch} events (http.max_batch): send several requests");
     Err(ApiError::too_large("batch_too_large", detail))
+}
+
+/// What of a request goes to one stream.
+struct Share<'a> {
+    stream: &'a StreamName,
+    /// Where each event stood in the request.
+    places: Vec<usize>,
+    events: Vec<(Dedup, NewEvent)>,
 }
 
 /// Appends what is sound, per stream, and answers for each event in its place.
@@ -236,25 +275,25 @@ async fn store<'a>(
 ) -> Result<Response, ApiError> {
     let is_single = batch.is_single;
     let mut results: Vec<Option<Result<Appended, ApiError>>> = Vec::with_capacity(batch.events.len());
-    let mut by_stream: Vec<(&StreamName, Vec<usize>, Vec<NewEvent>)> = Vec::with_capacity(2);
+    let mut by_stream: Vec<Share<'_>> = Vec::with_capacity(2);
     for (index, event) in batch.events.into_iter().enumerate() {
         match event {
             Ok(event) => {
                 let stream = route(&event);
-                let place = by_stream.iter().position(|(known, ..)| *known == stream).unwrap_or_else(|| {
-                    by_stream.push((stream, Vec::new(), Vec::new()));
+                let place = by_stream.iter().position(|share| share.stream == stream).unwrap_or_else(|| {
+                    by_stream.push(Share { stream, places: Vec::new(), events: Vec::new() });
                     by_stream.len() - 1
                 });
-                by_stream[place].1.push(index);
-                by_stream[place].2.push(event);
+                by_stream[place].places.push(index);
+                by_stream[place].events.push((dedup_of(dedup, index, is_single), event));
                 results.push(None);
             }
             Err(error) => results.push(Some(Err(error))),
         }
     }
     let mut accepted = 0_usize;
-    for (stream, places, events) in by_stream {
-        let published = api.inner.bus.publish(stream, events, dedup, window).await;
+    for Share { stream, places, events } in by_stream {
+        let published = api.inner.bus.publish(stream, events, window).await;
         for (place, result) in places.into_iter().zip(published) {
             accepted += usize::from(result.is_ok());
             results[place] = Some(result.map_err(|error| refused(stream, &error)));
@@ -277,6 +316,15 @@ async fn store<'a>(
     let body = serde_json::to_vec(&answer).expect("an answer is JSON");
     let content_type = (CONTENT_TYPE, HeaderValue::from_static("application/json"));
     Ok((status, [content_type], body).into_response())
+}
+
+/// How to recognise one event of a request. A key counts the places of the request itself, so that a client that mends
+/// one event and sends all again finds the others recognised.
+fn dedup_of(dedup: &Dedup, index: usize, is_single: bool) -> Dedup {
+    match dedup {
+        Dedup::Key(key) if !is_single => Dedup::Key(format!("{key}/{index}")),
+        other => other.clone(),
+    }
 }
 
 fn refused(stream: &StreamName, error: &PublishError) -> ApiError {

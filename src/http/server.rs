@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
@@ -14,9 +14,10 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus::IntGauge;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
@@ -30,6 +31,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const TOO_MANY_CONNECTIONS: &[u8] =
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 5\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
 
+/// How often addresses are forgotten that have not asked for a while.
+const FORGET_EVERY: Duration = Duration::from_secs(10);
+
 /// The largest head of a request.
 const MAX_HEAD_BYTES: usize = 32 * 1024;
 
@@ -39,11 +43,17 @@ pub async fn serve(listener: TcpListener, api: Api, stop: CancellationToken) {
     let config = &api.inner.config;
     let slots = Arc::new(Semaphore::new(config.max_connections));
     let connections = TaskTracker::new();
+    let mut forget_at = Instant::now() + FORGET_EVERY;
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             () = stop.cancelled() => break,
         };
+        if Instant::now() >= forget_at {
+            forget_at = Instant::now() + FORGET_EVERY;
+            api.inner.rate.retain_recent();
+            api.inner.rate.shrink_to_fit();
+        }
         let (mut stream, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(error) if is_about_one_connection(&error) => continue,
@@ -65,31 +75,53 @@ pub async fn serve(listener: TcpListener, api: Api, stop: CancellationToken) {
             tracing::debug!(error = %error, "cannot set TCP_NODELAY");
         }
         let (router, stop, header_timeout) = (router.clone(), stop.clone(), config.header_timeout);
-        let open = api.inner.metrics.http_connections.clone();
-        connections.spawn(async move {
-            open.inc();
-            connection(stream, peer, router, header_timeout, stop).await;
-            open.dec();
-            drop(slot);
-        });
+        let open = Open::new(slot, api.inner.metrics.http_connections.clone());
+        connections.spawn(connection(stream, peer, open, router, header_timeout, stop));
     }
     drop(listener);
     connections.close();
     connections.wait().await;
 }
 
+/// A connection's place among all, taken until the last holder is gone: a WebSocket outlives its request.
+#[derive(Debug, Clone)]
+pub(super) struct Open {
+    _place: Arc<Place>,
+}
+
+#[derive(Debug)]
+struct Place {
+    _slot: OwnedSemaphorePermit,
+    open: IntGauge,
+}
+
+impl Open {
+    fn new(slot: OwnedSemaphorePermit, open: IntGauge) -> Self {
+        open.inc();
+        Self { _place: Arc::new(Place { _slot: slot, open }) }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.open.dec();
+    }
+}
+
 async fn connection(
     stream: TcpStream,
     peer: SocketAddr,
+    open: Open,
     router: Router,
     header_timeout: Duration,
     stop: CancellationToken,
 ) {
     let service = service_fn(move |request: Request<Incoming>| {
-        let router = router.clone();
+        let (router, open) = (router.clone(), open.clone());
         async move {
             let mut request = request.map(Body::new);
             request.extensions_mut().insert(Peer(peer));
+            request.extensions_mut().insert(open);
             let response: Result<Response<Body>, Infallible> = router.oneshot(request).await;
             response
         }

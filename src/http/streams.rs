@@ -3,10 +3,11 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Json;
-use axum::extract::{Path, Query, State};
+use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use super::extract::{Query, Segment};
 use super::{Api, ApiError};
 use crate::event::{Entry, EntryId, StreamName, field};
 use crate::store::{GroupStatus, Order, Range, StoreError, StreamStatus};
@@ -105,7 +106,7 @@ pub(super) async fn list(State(api): State<Api>) -> Json<StreamsView> {
 }
 
 /// `GET /api/v1/streams/{stream}`
-pub(super) async fn show(State(api): State<Api>, Path(name): Path<String>) -> Result<Json<StreamView>, ApiError> {
+pub(super) async fn show(State(api): State<Api>, Segment(name): Segment) -> Result<Json<StreamView>, ApiError> {
     let name = readable(&api, &name)?;
     let status = api.inner.store.describe(&name).await.map_err(|error| ApiError::from(&error))?;
     Ok(Json(view(&name, status)))
@@ -114,7 +115,7 @@ pub(super) async fn show(State(api): State<Api>, Path(name): Path<String>) -> Re
 /// `GET /api/v1/streams/{stream}/events`: a range, both ends included; with `wait_ms` waits for the first entry.
 pub(super) async fn events(
     State(api): State<Api>,
-    Path(name): Path<String>,
+    Segment(name): Segment,
     Query(params): Query<RangeParams>,
 ) -> Result<Json<EventsView>, ApiError> {
     let name = readable(&api, &name)?;
@@ -124,9 +125,14 @@ pub(super) async fn events(
     let wait = Duration::from_millis(number(params.wait_ms.as_deref(), "wait_ms", 0)?).min(MAX_WAIT);
     let store = &api.inner.store;
     let failed = |error: StoreError| ApiError::from(&error);
+    let reading = api.inner.reads.acquire().await;
     let mut entries = store.range(&name, range, limit).await.map_err(failed)?;
+    drop(reading);
     let deadline = tokio::time::Instant::now() + wait;
-    let can_wait = range.order == Order::Forward && range.to == EntryId::MAX;
+    let can_wait = range.order == Order::Forward && range.to == EntryId::MAX && !wait.is_zero();
+    // Each one that waits holds a blocking read of the store, of which workers and dashboards need theirs.
+    let waiting = (can_wait && entries.is_empty()).then(|| api.inner.waits.try_acquire());
+    let _waiting = waiting.transpose().map_err(|_error| ApiError::too_many_waiting())?;
     while entries.is_empty() && can_wait && !api.is_draining() {
         let left = deadline.saturating_duration_since(tokio::time::Instant::now());
         if left.is_zero() {

@@ -3,7 +3,7 @@
 use std::io::Cursor;
 
 use axum::body::Body;
-use axum::extract::{Path, RawQuery, Request, State};
+use axum::extract::{RawQuery, Request, State};
 use axum::http::header::{CONNECTION, ORIGIN, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse as _, Response};
@@ -14,7 +14,9 @@ use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_util::sync::CancellationToken;
 
+use super::extract::Segment;
 use super::origin::is_allowed;
+use super::server::Open;
 use super::{Api, ApiError, Peer};
 use crate::relay::{Refused, Session, SubscribeParams};
 
@@ -23,7 +25,7 @@ use crate::relay::{Refused, Session, SubscribeParams};
 /// Programs are refused with a status. A browser's page can't see that, so it is let in and told by a close code.
 pub(super) async fn connect(
     State(api): State<Api>,
-    Path(channel): Path<String>,
+    Segment(channel): Segment,
     RawQuery(query): RawQuery,
     peer: Peer,
     mut request: Request,
@@ -42,9 +44,11 @@ pub(super) async fn connect(
     let Some(upgrade) = request.extensions_mut().remove::<OnUpgrade>() else {
         return ApiError::bad_handshake("the connection can't be upgraded").into_response();
     };
+    let open = request.extensions_mut().remove::<Open>();
     let stop = api.inner.stop_sessions.clone();
     let sessions = api.inner.sessions.clone();
     sessions.spawn(async move {
+        let _open = open;
         let socket = match upgrade.await.map(into_socket) {
             Ok(Some(socket)) => socket,
             Ok(None) => return tracing::error!("an upgraded connection is not a TCP stream"),

@@ -71,7 +71,7 @@ impl Drop for Slot {
 }
 
 /// The address that a client counts under: whole for IPv4, the /64 network for IPv6, of which one machine has many.
-fn counted_address(address: IpAddr) -> IpAddr {
+pub fn counted_address(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(v6) => {
             let [a, b, c, d, ..] = v6.segments();

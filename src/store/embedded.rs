@@ -377,6 +377,10 @@ impl EmbeddedStore {
                     let failed = chunks.get(read.rows).copied();
                     let is_again = failed.is_some() && failed == failed_at;
                     failed_at = failed;
+                    if !is_again {
+                        // The writer commits first and tells afterwards what it moved: let it come to that.
+                        self.call(0, |_writer| Ok(())).await?;
+                    }
                     let reason = "their row is missing or holds something else";
                     failed.filter(|_| is_again).map(|chunk| tables::damaged_chunk(&stream.name, &chunk, &reason))
                 }

@@ -139,6 +139,55 @@ async fn a_repeated_event_is_recognised_by_its_key_or_its_own_id() {
 }
 
 #[tokio::test]
+async fn a_mended_batch_is_stored_once_when_it_is_sent_again() {
+    let home = Home::new(SMALL);
+    let daemon = home.start().await;
+    let key = ("idempotency-key", "k1");
+    let (status, first) = answer(post(&daemon, EVENTS, &[NDJSON, key], "{\"n\":1\n{\"n\":2}\n{\"n\":3}\n").await).await;
+    assert_eq!(status, StatusCode::MULTI_STATUS);
+    let (status, second) =
+        answer(post(&daemon, EVENTS, &[NDJSON, key], "{\"n\":1}\n{\"n\":2}\n{\"n\":3}\n").await).await;
+    assert_eq!(status, StatusCode::CREATED);
+    assert_eq!(second["results"][0]["duplicate"], json!(false));
+    for n in 1..3 {
+        assert_eq!(second["results"][n]["duplicate"], json!(true));
+        assert_eq!(second["results"][n]["id"], first["results"][n]["id"]);
+    }
+    let mut stored: Vec<String> = daemon.events("aurora:alerts").await.into_values().collect();
+    stored.sort();
+    assert_eq!(stored, ["{\"n\":1}", "{\"n\":2}", "{\"n\":3}"]);
+}
+
+#[tokio::test]
+async fn a_name_that_is_not_this_machines_is_not_answered_to() {
+    let home = Home::new(SMALL);
+    let daemon = home.start().await;
+    let request = client().get(daemon.url(EVENTS)).header("host", "evil.example:8080");
+    let (status, problem) = answer(request.send().await.expect("an answer")).await;
+    assert_eq!((status, &problem["code"]), (StatusCode::MISDIRECTED_REQUEST, &json!("forbidden_host")));
+}
+
+#[tokio::test]
+async fn queries_and_paths_that_make_no_sense_are_problem_documents_too() {
+    let home = Home::new(SMALL);
+    let daemon = home.start().await;
+    for path in ["/api/v1/streams/aurora:alerts/events?limit=1&limit=2", "/api/v1/streams/%ff/events"] {
+        let (status, problem) = answer(client().get(daemon.url(path)).send().await.expect("an answer")).await;
+        assert_eq!((status, &problem["code"]), (StatusCode::BAD_REQUEST, &json!("bad_parameter")), "{path}");
+    }
+}
+
+#[tokio::test]
+async fn dashboards_are_counted_as_open_connections() {
+    let home = Home::new(SMALL);
+    let daemon = home.start().await;
+    let _sockets = [daemon.watch("/api/v1/ws/alerts").await, daemon.watch("/api/v1/ws/alerts").await];
+    let metrics = daemon.get("/metrics").await;
+    let open = metrics.lines().find_map(|line| line.strip_prefix("aurora_bus_http_connections ")).expect("the gauge");
+    assert!(open.parse::<u32>().expect("a count") >= 3, "two dashboards and the request itself: {open}");
+}
+
+#[tokio::test]
 async fn a_range_is_read_page_by_page_in_both_orders() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;

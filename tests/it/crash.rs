@@ -381,7 +381,7 @@ async fn a_second_signal_ends_the_daemon_at_once() {
     // A request whose body never comes keeps the drain waiting. It is being read once the daemon asks for more.
     let address = daemon.url("").replacen("http://", "", 1);
     let mut request = TcpStream::connect(address).await.expect("a connection");
-    let head = "host: x\r\ncontent-length: 10\r\nexpect: 100-continue";
+    let head = "host: localhost\r\ncontent-length: 10\r\nexpect: 100-continue";
     let head = format!("POST /api/v1/streams/{STREAM}/events HTTP/1.1\r\n{head}\r\n\r\n");
     request.write_all(head.as_bytes()).await.expect("a connection");
     let mut go_on = [0; 12];

@@ -3,7 +3,7 @@
 //! Only the writer changes it, after each commit; readers look at it for as long as it takes to copy references out.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 
@@ -129,6 +129,11 @@ impl Log {
         self.recent.push_back(chunk);
     }
 
+    /// The oldest entry in memory, if there is one.
+    pub(super) fn first_recent(&self) -> Option<EntryId> {
+        self.recent.front().map(|chunk| chunk.head.first)
+    }
+
     /// Lets go of the oldest chunk in memory; says how many bytes that frees.
     pub(super) fn forget_oldest(&mut self) -> usize {
         let Some(chunk) = self.recent.pop_front() else { return 0 };
@@ -199,4 +204,64 @@ fn enough<'a, C: Clone + 'a>(
         taken.push(chunk.clone());
     }
     (taken, entries >= limit)
+}
+
+/// Which streams have chunks in memory, in the order in which they came, to let go of the oldest first.
+#[derive(Debug)]
+pub(super) struct Recent {
+    max_bytes: usize,
+    bytes: usize,
+    /// Each chunk's stream and last entry. Those that a trim let go of are left here until there are too many.
+    order: VecDeque<(Arc<Published>, EntryId)>,
+    compact_at: usize,
+}
+
+/// Chunks below which it is not worth looking for those that a trim let go of.
+const COMPACT_AT_LEAST: usize = 1024;
+
+impl Recent {
+    pub(super) fn new(max_bytes: usize) -> Self {
+        Self { max_bytes, bytes: 0, order: VecDeque::new(), compact_at: COMPACT_AT_LEAST }
+    }
+
+    pub(super) fn add(&mut self, published: &Arc<Published>, last: EntryId, bytes: usize) {
+        let is_kept = |(stream, last): &(Arc<Published>, EntryId)| {
+            stream.log().first_recent().is_some_and(|first| first <= *last)
+        };
+        self.bytes += bytes;
+        self.order.push_back((published.clone(), last));
+        while self.bytes > self.max_bytes {
+            let Some(oldest) = self.order.pop_front() else { return };
+            if is_kept(&oldest) {
+                let freed = oldest.0.log().forget_oldest();
+                self.bytes = self.bytes.saturating_sub(freed);
+            }
+        }
+        if self.order.len() >= self.compact_at {
+            self.order.retain(is_kept);
+            self.compact_at = (self.order.len() * 2).max(COMPACT_AT_LEAST);
+        }
+    }
+
+    /// Accounts for chunks that a trim let go of.
+    pub(super) fn freed(&mut self, bytes: usize) {
+        self.bytes = self.bytes.saturating_sub(bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_trims_let_go_of_is_not_remembered_for_ever() {
+        let stream = "aurora:alerts".parse().expect("a name");
+        let published = Arc::new(Published::new(stream, EntryId::MIN, VecDeque::new()));
+        let mut recent = Recent::new(usize::MAX);
+        for n in 1..10_000 {
+            recent.add(&published, EntryId::new(n, 0), 1);
+            recent.freed(1);
+        }
+        assert!(recent.order.len() <= COMPACT_AT_LEAST, "{} chunks", recent.order.len());
+    }
 }

@@ -10,7 +10,7 @@ use rusqlite::Connection;
 use super::chunk::{Builder, Chunk};
 use super::log::ChunkRef;
 use super::tables::{self, engine_error};
-use super::writer::{Syncing, Writer, wall_ms};
+use super::writer::{Syncing, Writer};
 use crate::store::{StoreError, StoreErrorKind};
 
 /// Idempotency keys are pruned in steps of so many.
@@ -89,7 +89,8 @@ impl Writer {
     }
 
     fn prune_keys(&mut self) {
-        let now_ms = wall_ms();
+        // By the clock that lookups go by, or a step of the other one would forget keys before their time.
+        let now_ms = self.now_ms();
         let pruned = Cell::new(0);
         let result = self.transaction(false, |connection| {
             pruned.set(tables::prune_keys(connection, now_ms, PRUNE_KEYS)?);
@@ -203,7 +204,7 @@ mod tests {
     use super::*;
     use crate::event::EntryId;
     use crate::store::embedded::new_shared;
-    use crate::store::embedded::writer::Options;
+    use crate::store::embedded::writer::{Options, wall_ms};
 
     fn open(folder: &Path) -> Writer {
         let (shared, _asked) = new_shared();

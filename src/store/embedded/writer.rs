@@ -17,7 +17,7 @@ use rusqlite::Connection;
 use super::Shared;
 use super::chunk::{Builder, Chunk};
 use super::groups::Group;
-use super::log::{ChunkRef, Published};
+use super::log::{ChunkRef, Published, Recent};
 use super::marks::Marks;
 use super::queue::{Queue, Taken, Work};
 use super::reserve::Reserve;
@@ -144,26 +144,6 @@ pub(super) fn wall_ms() -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Which streams have chunks in memory, in the order in which they came, to let go of the oldest first.
-#[derive(Debug)]
-struct Recent {
-    max_bytes: usize,
-    bytes: usize,
-    order: VecDeque<Arc<Published>>,
-}
-
-impl Recent {
-    fn add(&mut self, published: &Arc<Published>, bytes: usize) {
-        self.bytes += bytes;
-        self.order.push_back(published.clone());
-        while self.bytes > self.max_bytes {
-            let Some(oldest) = self.order.pop_front() else { return };
-            let freed = oldest.log().forget_oldest();
-            self.bytes = self.bytes.saturating_sub(freed);
-        }
-    }
-}
-
 /// A chunk that the next commit writes.
 struct NewChunk {
     place: usize,
@@ -193,7 +173,7 @@ impl Writer {
             staged: Staged::default(),
             numbers: Numbers::default(),
             clock: Clock { base_ms: wall_ms(), base: Instant::now() },
-            recent: Recent { max_bytes: options.recent_bytes, bytes: 0, order: VecDeque::new() },
+            recent: Recent::new(options.recent_bytes),
             is_synchronous: None,
             unsynced_since: None,
             is_log_in_doubt: false,
@@ -419,9 +399,9 @@ impl Writer {
     fn publish(&mut self, chunks: Vec<NewChunk>) {
         for NewChunk { place, row, chunk, holes } in chunks {
             let published = &self.streams[place].published;
-            let bytes = chunk.body().len();
+            let (last, bytes) = (chunk.head.last, chunk.body().len());
             published.log().push(row, chunk, holes);
-            self.recent.add(published, bytes);
+            self.recent.add(published, last, bytes);
         }
         for place in std::mem::take(&mut self.touched) {
             let stream = &mut self.streams[place];
@@ -503,6 +483,10 @@ impl Writer {
     /// database file and that is synced, a later commit means what it says.
     pub(super) fn trust_log(&mut self) -> Result<(), StoreError> {
         if self.is_log_in_doubt {
+            if !self.connection.is_autocommit() {
+                // What failed may have left its transaction open. Whether this works, the checkpoint tells.
+                self.connection.execute_batch("ROLLBACK").ok();
+            }
             let is_busy: i64 = self
                 .connection
                 .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))
@@ -638,7 +622,7 @@ impl Writer {
 
     /// Accounts for chunks in memory that were let go.
     pub(super) fn freed(&mut self, bytes: usize) {
-        self.recent.bytes = self.recent.bytes.saturating_sub(bytes);
+        self.recent.freed(bytes);
     }
 }
 

@@ -113,6 +113,12 @@ pub(super) fn server(info: &str, now_us: Option<i128>) -> StoreStatus {
              set maxmemory-policy noeviction"
         ));
     }
+    if let Some(policy) = value("maxmemory_policy").filter(|policy| policy.starts_with("volatile")) {
+        warnings.push(format!(
+            "the server's eviction policy is {policy}: at its memory limit it forgets idempotency keys, and repeated \
+             events are stored again; set maxmemory-policy noeviction"
+        ));
+    }
     if let Some(evicted) = value("evicted_keys").filter(|count| *count != "0") {
         warnings.push(format!("the server has evicted {evicted} keys since it started"));
     }

@@ -16,7 +16,8 @@ for i = 3, #ARGV, 3 do
     if what == 'retry' then
       call('XCLAIM', stream, group, consumer, 0, id, 'IDLE', idle, 'JUSTID')
     else
-      local count = math.max(row[4] - 1, 0)
+      -- One that counts as idle for as long was released already: this is the same settlement once more.
+      local count = row[3] >= tonumber(idle) and row[4] or math.max(row[4] - 1, 0)
       call('XCLAIM', stream, group, consumer, 0, id, 'IDLE', idle, 'RETRYCOUNT', count, 'JUSTID')
     end
   end
