@@ -10,6 +10,7 @@ mod problem;
 mod publish;
 mod server;
 mod streams;
+mod timed;
 mod websocket;
 
 use std::net::{IpAddr, SocketAddr};
@@ -76,6 +77,9 @@ pub struct Config {
     /// How long a client may take for the body of a request.
     #[serde(with = "humantime_serde")]
     pub body_timeout: Duration,
+    /// How long a client may take none of an answer that is there for it.
+    #[serde(with = "humantime_serde")]
+    pub write_timeout: Duration,
 }
 
 impl Default for Config {
@@ -90,6 +94,7 @@ impl Default for Config {
             origins: Vec::new(),
             header_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(30),
+            write_timeout: Duration::from_secs(30),
         }
     }
 }
@@ -113,11 +118,13 @@ impl Config {
         if self.max_body.as_u64() == 0 {
             problems.push(("max_body", "must be at least 1 byte".to_owned()));
         }
-        if self.header_timeout.is_zero() {
-            problems.push(("header_timeout", "must be longer than nothing".to_owned()));
-        }
-        if self.body_timeout.is_zero() {
-            problems.push(("body_timeout", "must be longer than nothing".to_owned()));
+        let times = [
+            ("header_timeout", self.header_timeout),
+            ("body_timeout", self.body_timeout),
+            ("write_timeout", self.write_timeout),
+        ];
+        for (key, _) in times.into_iter().filter(|(_, time)| time.is_zero()) {
+            problems.push((key, "must be longer than nothing".to_owned()));
         }
         problems
     }

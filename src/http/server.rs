@@ -16,12 +16,13 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus::IntGauge;
 use tokio::io::AsyncWriteExt as _;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
 
+use super::timed::Timed;
 use super::{Api, Peer};
 
 /// How long accepting pauses when the process has no file descriptors left.
@@ -74,9 +75,10 @@ pub async fn serve(listener: TcpListener, api: Api, stop: CancellationToken) {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(error = %error, "cannot set TCP_NODELAY");
         }
-        let (router, stop, header_timeout) = (router.clone(), stop.clone(), config.header_timeout);
+        let (router, stop) = (router.clone(), stop.clone());
+        let stream = Timed::new(stream, config.write_timeout);
         let open = Open::new(slot, api.inner.metrics.http_connections.clone());
-        connections.spawn(connection(stream, peer, open, router, header_timeout, stop));
+        connections.spawn(connection(stream, peer, open, router, config.header_timeout, stop));
     }
     drop(listener);
     connections.close();
@@ -109,7 +111,7 @@ impl Drop for Place {
 }
 
 async fn connection(
-    stream: TcpStream,
+    stream: Timed,
     peer: SocketAddr,
     open: Open,
     router: Router,

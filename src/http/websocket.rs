@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::extract::Segment;
 use super::origin::is_allowed;
 use super::server::Open;
+use super::timed::Timed;
 use super::{Api, ApiError, Peer};
 use crate::relay::{Refused, Session, SubscribeParams};
 
@@ -118,8 +119,8 @@ fn switching_protocols(accept: &str) -> Response {
 
 /// The bare socket, and what the client has sent already.
 fn into_socket(upgraded: Upgraded) -> Option<(TcpStream, bytes::Bytes)> {
-    let parts = upgraded.downcast::<TokioIo<TcpStream>>().ok()?;
-    Some((parts.io.into_inner(), parts.read_buf))
+    let parts = upgraded.downcast::<TokioIo<Timed>>().ok()?;
+    Some((parts.io.into_inner().into_inner(), parts.read_buf))
 }
 
 impl From<&Refused> for ApiError {

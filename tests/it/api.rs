@@ -3,7 +3,11 @@
 use reqwest::{Method, Response, StatusCode};
 use serde_json::{Value, json};
 
-use crate::support::app::{Daemon, Home, client};
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
+
+use crate::support::app::{BOUND, Daemon, Home, client};
+use crate::support::until;
 
 /// Two streams without groups, and small limits.
 const SMALL: &str = r#"
@@ -185,6 +189,30 @@ async fn dashboards_are_counted_as_open_connections() {
     let metrics = daemon.get("/metrics").await;
     let open = metrics.lines().find_map(|line| line.strip_prefix("aurora_bus_http_connections ")).expect("the gauge");
     assert!(open.parse::<u32>().expect("a count") >= 3, "two dashboards and the request itself: {open}");
+}
+
+#[tokio::test]
+async fn an_answer_that_nobody_reads_is_let_go() {
+    let home = Home::new(&format!("{SMALL}\n[http]\nwrite_timeout = \"500ms\"\n"));
+    let daemon = home.start().await;
+    let big = json!({ "pad": "x".repeat(900_000) }).to_string();
+    for _ in 0..8 {
+        daemon.publish("aurora:alerts", std::slice::from_ref(&big)).await.expect("accepted");
+    }
+    let address = daemon.url("").replacen("http://", "", 1);
+    let mut deaf = TcpStream::connect(address).await.expect("a connection");
+    let request = format!("GET {EVENTS}?limit=1000 HTTP/1.1\r\nhost: localhost\r\n\r\n");
+    deaf.write_all(request.as_bytes()).await.expect("sent");
+    until("end of the deaf connection", BOUND, async || {
+        // What has not been taken by then is gone: the connection breaks off before the end of the answer.
+        let metrics = daemon.get("/metrics").await;
+        let answered = metrics
+            .contains("aurora_bus_http_requests_total{route=\"/api/v1/streams/{stream}/events\",status=\"200\"} 1");
+        let open =
+            metrics.lines().find_map(|line| line.strip_prefix("aurora_bus_http_connections ")).expect("the gauge");
+        (answered && open == "1").then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]
