@@ -27,6 +27,14 @@ pub mod field {
     pub const TENANT: &str = "tenant";
     /// W3C trace context.
     pub const TRACEPARENT: &str = "traceparent";
+    /// The one group that an entry appended again is for; every other group, and the relay, pass over it.
+    pub const REPLAY_GROUP: &str = "replay.group";
+    /// The id that an entry appended again had when it was first stored in this stream.
+    pub const REPLAY_OF: &str = "replay.of";
+    /// How many times it was replayed from the dead letters.
+    pub const REPLAY_COUNT: &str = "replay.count";
+    /// How many deliveries it had before it was appended again for a consumer outside the daemon.
+    pub const REPLAY_ATTEMPTS: &str = "replay.attempts";
 }
 
 /// The fields of an entry: names and values as bytes, in order, duplicates kept.
