@@ -215,20 +215,30 @@ async fn append(link: &Link, stream: &StreamName, batch: &[Request]) -> Result<V
     }
 }
 
-/// Adds entries one after the other, those that follow each other with the same names as one run.
+/// Adds entries one after the other, those that follow each other with the same names as one run, in which a value that
+/// all of them have in common stands once.
 fn add_runs<'a>(arguments: &mut Arguments, entries: impl Iterator<Item = &'a NewEntry> + Clone) {
-    arguments.reserve(entries.clone().map(|entry| entry.fields.len() + 1).sum::<usize>() + 16);
     let names = |entry: &'a NewEntry| entry.fields.iter().map(|(name, _)| name);
     let mut rest = entries.peekable();
     while let Some(first) = rest.peek().copied() {
-        let run = rest.clone().take_while(|entry| names(entry).eq(names(first))).count();
-        arguments.shown(&first.fields.len());
-        for name in names(first) {
-            arguments.bytes(name.clone());
+        let mut run = 0;
+        let mut differs = vec![false; first.fields.len()];
+        for entry in rest.clone().take_while(|entry| names(entry).eq(names(first))) {
+            run += 1;
+            let values = first.fields.iter().zip(entry.fields.iter());
+            for (differs, ((_, shared), (_, value))) in differs.iter_mut().zip(values) {
+                *differs = *differs || shared != value;
+            }
         }
-        arguments.shown(&run);
+        let places: Vec<_> = (1..).zip(&differs).filter(|(_, differs)| **differs).map(|(n, _)| n.to_string()).collect();
+        arguments.reserve(2 * first.fields.len() + run * places.len() + 3);
+        arguments.shown(&first.fields.len());
+        for ((name, value), differs) in first.fields.iter().zip(&differs) {
+            arguments.bytes(name.clone()).bytes(if *differs { Bytes::new() } else { value.clone() });
+        }
+        arguments.shown(&places.join(" ")).shown(&run);
         for entry in rest.by_ref().take(run) {
-            for (_, value) in entry.fields.iter() {
+            for ((_, value), _) in entry.fields.iter().zip(&differs).filter(|(_, differs)| **differs) {
                 arguments.bytes(value.clone());
             }
         }
