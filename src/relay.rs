@@ -46,7 +46,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use close::{CloseCode, Ending};
 pub use config::Config;
-pub use filter::Filter;
+pub use filter::{Attribute, Filter, InvalidFilter};
 pub use params::{BadParameter, MAX_SNAPSHOT, Since, SubscribeParams};
 pub use session::Session;
 pub use slots::counted_address;

@@ -109,6 +109,8 @@ pub struct AlertView<'a> {
     pub category: Option<Cow<'a, str>>,
     /// Whose alert it is.
     pub tenant: Option<Cow<'a, str>>,
+    /// What kind of event it is: `type`, `event_type` or OCSF's `class_name`.
+    pub kind: Option<Cow<'a, str>>,
     /// When it happened, milliseconds since 1970, where the shape gives a number.
     pub time_ms: Option<i64>,
     /// MITRE ATT&CK technique ids.
@@ -146,7 +148,9 @@ struct Raw<'a> {
     time: Loose<'a>,
     timestamp_ms: Loose<'a>,
     traceparent: Loose<'a>,
+    kind: Loose<'a>,
     event_type: Loose<'a>,
+    class_name: Loose<'a>,
     is_cloud_event: bool,
     techniques: Texts<'a>,
     suricata: Suricata<'a>,
@@ -162,6 +166,7 @@ impl<'a> Raw<'a> {
             view.id = self.id.text().or(view.id);
             view.source = view.source.or(self.source.text());
             view.tenant = view.tenant.or(self.tenant.text());
+            view.kind = view.kind.or(self.kind.text());
             view.traceparent = self.traceparent.text().or(view.traceparent);
             return view;
         }
@@ -180,6 +185,7 @@ impl<'a> Raw<'a> {
             source: self.source.text().or(is_suricata.then_some(Cow::Borrowed("suricata"))),
             category: self.category.text(),
             tenant: self.tenant.text().or(self.tenant_id.text()),
+            kind: self.kind.text().or(self.event_type.text()).or(self.class_name.text()),
             time_ms: self.timestamp_ms.integer().or(self.time.integer()),
             techniques: self.techniques.0,
             traceparent: self.traceparent.text(),
@@ -214,6 +220,8 @@ impl<'de> Deserialize<'de> for Raw<'de> {
                         "time" => raw.time = map.next_value()?,
                         "timestamp_ms" => raw.timestamp_ms = map.next_value()?,
                         "traceparent" => raw.traceparent = map.next_value()?,
+                        "type" => raw.kind = map.next_value()?,
+                        "class_name" => raw.class_name = map.next_value()?,
                         "event_type" => raw.event_type = map.next_value()?,
                         "mitre_techniques" => raw.techniques = map.next_value()?,
                         "alert" => raw.suricata = map.next_value()?,

@@ -205,6 +205,7 @@ pub(super) mod testing {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Attribute;
     use super::testing::entry;
     use super::*;
     use crate::event::Severity;
@@ -214,7 +215,7 @@ mod tests {
     }
 
     fn high() -> Filter {
-        Filter { min_severity: Some(Severity::High), ..Filter::default() }
+        Filter::min_severity(Severity::High)
     }
 
     #[test]
@@ -262,7 +263,7 @@ mod tests {
     #[test]
     fn filters_read_payloads_where_fields_are_missing() {
         let batch = frame(&[entry(1, &[("data", r#"{"severity":"critical","source":"zeek"}"#)])], 1000).batch;
-        let zeek = Filter { source: Some("zeek".into()), ..high() };
+        let zeek = high().and(Filter::is(Attribute::Source, "zeek"));
         assert_eq!(batch.next_match(0, &zeek), 0);
     }
 }

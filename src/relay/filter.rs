@@ -1,35 +1,163 @@
-//! Which alerts a client asked for: one compiled filter, one match function for live, catch-up and snapshot.
+//! Which alerts a client asked for: one compiled filter, one match function for live, catch-up, snapshot and ranges.
+
+mod parse;
 
 use std::str;
 
 use crate::event::{AlertView, Entry, Fields, Severity, field};
 
-/// What a client wants to see. Every condition that is set must hold; without any, everything passes.
+pub use parse::InvalidFilter;
+
+/// What a client wants to see, compiled. Without conditions everything passes.
+///
+/// As JSON it is a small tree, see [`Filter::parse`]. Matching reads only what was read of the alert before, and
+/// allocates nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Filter {
-    /// At least this severe. An alert whose severity is unknown does not pass.
-    pub min_severity: Option<Severity>,
-    /// Exactly this source.
-    pub source: Option<Box<str>>,
-    /// Exactly this category.
-    pub category: Option<Box<str>>,
-    /// Exactly this tenant.
-    pub tenant: Option<Box<str>>,
+    root: Option<Node>,
+}
+
+/// What a filter can look at, beside the severity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attribute {
+    /// What raised the alert.
+    Source,
+    /// Its category.
+    Category,
+    /// Whose alert it is.
+    Tenant,
+    /// What kind of event it is: `type`, `event_type` or `class_name` of the payload.
+    Type,
+    /// One line for people.
+    Title,
+    /// A MITRE ATT&CK technique id; an alert may have many, and one that fits is enough.
+    Technique,
+}
+
+impl Attribute {
+    /// All of them with the names they have in filters.
+    const NAMES: [(&'static str, Self); 6] = [
+        ("source", Self::Source),
+        ("category", Self::Category),
+        ("tenant", Self::Tenant),
+        ("type", Self::Type),
+        ("title", Self::Title),
+        ("technique", Self::Technique),
+    ];
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Node {
+    /// Every one of them passes.
+    All(Box<[Self]>),
+    /// One of them passes.
+    Any(Box<[Self]>),
+    Not(Box<Self>),
+    Severity(Severities),
+    Text(Attribute, Test),
+}
+
+/// Some of the severities, "unknown" being one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Severities(u8);
+
+/// What a text must be. Texts are compared byte by byte: `High` is not `high`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Test {
+    Exists,
+    /// One of these, which are in order.
+    OneOf(Box<[Box<str>]>),
+    StartsWith(Box<str>),
+    Contains(Box<str>),
 }
 
 impl Filter {
+    /// At least this severe. An alert whose severity is unknown does not pass.
+    pub fn min_severity(floor: Severity) -> Self {
+        Self::new(Node::Severity(Severities::at_least(floor)))
+    }
+
+    /// Exactly this text.
+    pub fn is(attribute: Attribute, text: &str) -> Self {
+        Self::new(Node::Text(attribute, Test::OneOf(Box::new([text.into()]))))
+    }
+
+    /// What passes both: the one way in which filters are put together, so that none can widen another.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        match (self.root, other.root) {
+            (Some(left), Some(right)) => Self::new(Node::All(Box::new([left, right]))),
+            (root, None) | (None, root) => Self { root },
+        }
+    }
+
     /// Whether everything passes.
-    pub(super) fn is_empty(&self) -> bool {
-        *self == Self::default()
+    pub fn is_empty(&self) -> bool {
+        self.root.is_none()
     }
 
     /// Whether an alert with these tags passes.
     pub(super) fn matches(&self, tags: &Tags) -> bool {
-        let is = |wanted: &Option<Box<str>>, found: &Option<Box<str>>| wanted.is_none() || wanted == found;
-        self.min_severity.is_none_or(|floor| tags.severity.is_some_and(|severity| severity >= floor))
-            && is(&self.source, &tags.source)
-            && is(&self.category, &tags.category)
-            && is(&self.tenant, &tags.tenant)
+        self.root.as_ref().is_none_or(|root| root.matches(tags))
+    }
+
+    fn new(root: Node) -> Self {
+        Self { root: Some(root) }
+    }
+}
+
+impl Node {
+    fn matches(&self, tags: &Tags) -> bool {
+        match self {
+            Self::All(nodes) => nodes.iter().all(|node| node.matches(tags)),
+            Self::Any(nodes) => nodes.iter().any(|node| node.matches(tags)),
+            Self::Not(node) => !node.matches(tags),
+            Self::Severity(severities) => severities.contains(tags.severity),
+            Self::Text(attribute, test) => {
+                let text = match attribute {
+                    Attribute::Source => &tags.source,
+                    Attribute::Category => &tags.category,
+                    Attribute::Tenant => &tags.tenant,
+                    Attribute::Type => &tags.kind,
+                    Attribute::Title => &tags.title,
+                    Attribute::Technique => return tags.techniques.iter().any(|technique| test.holds(technique)),
+                };
+                text.as_deref().is_some_and(|text| test.holds(text))
+            }
+        }
+    }
+}
+
+impl Severities {
+    fn only(severity: Option<Severity>) -> Self {
+        Self(1 << severity.map_or(0, |severity| severity as u8 + 1))
+    }
+
+    fn at_least(floor: Severity) -> Self {
+        Self(!(Self::only(Some(floor)).0 - 1))
+    }
+
+    fn at_most(ceiling: Severity) -> Self {
+        let Self(known) = Self::at_least(Severity::Info);
+        Self((Self::only(Some(ceiling)).0 << 1).wrapping_sub(1) & known)
+    }
+
+    fn contains(self, severity: Option<Severity>) -> bool {
+        self.0 & Self::only(severity).0 != 0
+    }
+}
+
+impl Test {
+    fn holds(&self, text: &str) -> bool {
+        match self {
+            Self::Exists => true,
+            Self::OneOf(texts) => match &**texts {
+                [one] => **one == *text,
+                texts => texts.binary_search_by(|one| (**one).cmp(text)).is_ok(),
+            },
+            Self::StartsWith(prefix) => text.starts_with(&**prefix),
+            Self::Contains(part) => text.contains(&**part),
+        }
     }
 }
 
@@ -40,6 +168,9 @@ pub(super) struct Tags {
     source: Option<Box<str>>,
     category: Option<Box<str>>,
     tenant: Option<Box<str>>,
+    kind: Option<Box<str>>,
+    title: Option<Box<str>>,
+    techniques: Box<[Box<str>]>,
 }
 
 impl Tags {
@@ -51,22 +182,21 @@ impl Tags {
             source: text(field::SOURCE).map(Into::into),
             category: text(field::CATEGORY).map(Into::into),
             tenant: text(field::TENANT).map(Into::into),
+            ..Self::default()
         }
     }
 
     /// The same, with what is missing taken from the payload where that tells.
     pub(super) fn completed(&self, payload: &[u8]) -> Self {
         let mut tags = self.clone();
-        let is_complete =
-            tags.severity.is_some() && tags.source.is_some() && tags.category.is_some() && tags.tenant.is_some();
-        if is_complete {
-            return tags;
-        }
         if let Ok(view) = AlertView::parse(payload) {
             tags.severity = tags.severity.or(view.severity);
             tags.source = tags.source.or_else(|| view.source.as_deref().map(Into::into));
             tags.category = tags.category.or_else(|| view.category.as_deref().map(Into::into));
             tags.tenant = tags.tenant.or_else(|| view.tenant.as_deref().map(Into::into));
+            tags.kind = view.kind.as_deref().map(Into::into);
+            tags.title = view.title.as_deref().map(Into::into);
+            tags.techniques = view.techniques.iter().map(|technique| technique.as_ref().into()).collect();
         }
         tags
     }
@@ -88,38 +218,58 @@ mod tests {
         Tags::declared(&fields).completed(payload.as_bytes())
     }
 
-    fn min(severity: Severity) -> Filter {
-        Filter { min_severity: Some(severity), ..Filter::default() }
-    }
-
     #[test]
     fn an_unknown_severity_passes_no_floor() {
         let unknown = tags(&[], r#"{"severity":"urgent"}"#);
-        assert!(!min(Severity::Info).matches(&unknown));
+        assert!(!Filter::min_severity(Severity::Info).matches(&unknown));
         assert!(Filter::default().matches(&unknown));
+    }
+
+    #[test]
+    fn severities_are_sets() {
+        use Severity::{Critical, High, Info, Low, Medium};
+        let all = [None, Some(Info), Some(Low), Some(Medium), Some(High), Some(Critical)];
+        let within = |set: Severities| all.into_iter().filter(|one| set.contains(*one)).collect::<Vec<_>>();
+        assert_eq!(within(Severities::at_least(High)), [Some(High), Some(Critical)]);
+        assert_eq!(within(Severities::at_least(Info)), all[1..]);
+        assert_eq!(within(Severities::at_most(Low)), [Some(Info), Some(Low)]);
+        assert_eq!(within(Severities::at_most(Critical)), all[1..]);
+        assert_eq!(within(Severities::only(None)), [None]);
     }
 
     #[test]
     fn fields_come_before_the_payload() {
         let both = tags(&[("severity", "low"), ("source", "zeek")], r#"{"severity":"critical","source":"x"}"#);
-        assert!(!min(Severity::Medium).matches(&both));
-        assert!(Filter { source: Some("zeek".into()), ..Filter::default() }.matches(&both));
+        assert!(!Filter::min_severity(Severity::Medium).matches(&both));
+        assert!(Filter::is(Attribute::Source, "zeek").matches(&both));
         let odd = tags(&[("severity", "???"), ("source", "")], r#"{"severity":"critical","source":"x"}"#);
-        assert!(min(Severity::Critical).matches(&odd));
-        assert!(Filter { source: Some("x".into()), ..Filter::default() }.matches(&odd));
+        assert!(Filter::min_severity(Severity::Critical).matches(&odd));
+        assert!(Filter::is(Attribute::Source, "x").matches(&odd));
     }
 
     #[test]
     fn every_condition_must_hold() {
         let tags = tags(&[("category", "cps"), ("tenant", "a")], r#"{"severity":"high"}"#);
-        let mut filter = Filter { category: Some("cps".into()), tenant: Some("a".into()), ..min(Severity::High) };
-        assert!(filter.matches(&tags));
-        filter.tenant = Some("A".into());
-        assert!(!filter.matches(&tags), "tenants are compared exactly");
+        let of_tenant = |tenant| {
+            Filter::min_severity(Severity::High)
+                .and(Filter::is(Attribute::Category, "cps"))
+                .and(Filter::default())
+                .and(Filter::is(Attribute::Tenant, tenant))
+        };
+        assert!(of_tenant("a").matches(&tags));
+        assert!(!of_tenant("A").matches(&tags), "tenants are compared exactly");
+    }
+
+    #[test]
+    fn one_of_many_techniques_is_enough() {
+        let tags = tags(&[], r#"{"mitre_techniques":["T1021.002","T1569"],"event_type":"alert"}"#);
+        assert!(Filter::is(Attribute::Technique, "T1569").matches(&tags));
+        assert!(!Filter::is(Attribute::Technique, "T1021").matches(&tags), "a sub-technique is another text");
+        assert!(Filter::is(Attribute::Type, "alert").matches(&tags));
     }
 
     #[test]
     fn a_payload_that_is_no_json_has_only_its_fields() {
-        assert!(min(Severity::High).matches(&tags(&[("severity", "high")], "not json")));
+        assert!(Filter::min_severity(Severity::High).matches(&tags(&[("severity", "high")], "not json")));
     }
 }

@@ -1,17 +1,18 @@
 //! What a client asks for in the query of its URL.
 
+use std::mem;
 use std::str::FromStr;
 use std::time::Duration;
 
 use jiff::{Span, SpanRelativeTo, Timestamp};
 
-use super::Filter;
+use super::{Attribute, Filter};
 use crate::event::{Position, StreamName};
 
 /// The most entries a snapshot has.
 pub const MAX_SNAPSHOT: usize = 1000;
 
-/// The longest `source`, `category` or `tenant` asked for, in bytes.
+/// The longest text that is asked for exactly, in bytes.
 const MAX_TEXT: usize = 256;
 
 /// The most positions in `since`: more streams than any channel has.
@@ -24,7 +25,8 @@ const MAX_POSITIONS: usize = 64;
 /// | `since` | positions (`<epoch>:<ms>-<seq>`, one per stream, comma between), an RFC 3339 time, `-15m`, or `earliest` |
 /// | `snapshot` | 0 to 1000: the newest so many that match, then live; not looked at where `since` is given |
 /// | `min_severity` | `info`, `low`, `medium`, `high` or `critical` |
-/// | `source`, `category`, `tenant` | exactly this text |
+/// | `source`, `category`, `tenant`, `type`, `technique` | exactly this text |
+/// | `filter` | a filter as JSON, see [`Filter::parse`]; it and all the conditions above must hold |
 /// | `stream` | one of the channel's streams instead of all |
 /// | `meta` | `1`: each alert carries `_pos` and `_stream` |
 ///
@@ -98,11 +100,14 @@ impl SubscribeParams {
             }
             "min_severity" => {
                 let severity = value.parse().map_err(|error| format!("is not understood: {error}"))?;
-                self.filter.min_severity = Some(severity);
+                self.narrow(Filter::min_severity(severity));
             }
-            "source" => self.filter.source = Some(exact(value)?),
-            "category" => self.filter.category = Some(exact(value)?),
-            "tenant" => self.filter.tenant = Some(exact(value)?),
+            "source" => self.narrow(Filter::is(Attribute::Source, exact(value)?)),
+            "category" => self.narrow(Filter::is(Attribute::Category, exact(value)?)),
+            "tenant" => self.narrow(Filter::is(Attribute::Tenant, exact(value)?)),
+            "type" => self.narrow(Filter::is(Attribute::Type, exact(value)?)),
+            "technique" => self.narrow(Filter::is(Attribute::Technique, exact(value)?)),
+            "filter" => self.narrow(Filter::parse(value).map_err(|invalid| format!("is refused: {invalid}"))?),
             "meta" => {
                 self.meta = match value {
                     "1" | "true" => true,
@@ -115,14 +120,30 @@ impl SubscribeParams {
         }
         Ok(())
     }
+
+    fn narrow(&mut self, filter: Filter) {
+        self.filter = mem::take(&mut self.filter).and(filter);
+    }
 }
 
-const NAMES: [&str; 8] = ["since", "snapshot", "min_severity", "source", "category", "tenant", "meta", "stream"];
+const NAMES: [&str; 11] = [
+    "since",
+    "snapshot",
+    "min_severity",
+    "source",
+    "category",
+    "tenant",
+    "type",
+    "technique",
+    "filter",
+    "meta",
+    "stream",
+];
 
-fn exact(value: &str) -> Result<Box<str>, String> {
+fn exact(value: &str) -> Result<&str, String> {
     match value.len() {
         0 => Err("must not be empty; leave the parameter out to see everything".to_owned()),
-        1..=MAX_TEXT => Ok(value.into()),
+        1..=MAX_TEXT => Ok(value),
         _ => Err(format!("must not be longer than {MAX_TEXT} bytes")),
     }
 }
@@ -177,12 +198,10 @@ mod tests {
         )
         .expect("valid");
         let positions = ["ab12:5-1", "cd34:7-0"].map(|p| p.parse().expect("a position")).to_vec();
-        let filter = Filter {
-            min_severity: Some(Severity::High),
-            source: Some("zeek".into()),
-            category: Some("cps".into()),
-            tenant: Some("a b".into()),
-        };
+        let filter = Filter::min_severity(Severity::High)
+            .and(Filter::is(Attribute::Source, "zeek"))
+            .and(Filter::is(Attribute::Category, "cps"))
+            .and(Filter::is(Attribute::Tenant, "a b"));
         let stream = Some("aurora:alerts".parse().expect("a name"));
         let expected =
             SubscribeParams { since: Some(Since::Positions(positions)), snapshot: 50, filter, meta: true, stream };

@@ -196,13 +196,21 @@ async fn a_filter_passes_the_same_live_from_the_ring_and_from_the_store() {
     let alert = |n: usize| {
         let severity = ["info", "low", "medium", "high", "critical", "odd"][n % 6];
         let (source, tenant) = (["zeek", "suricata"][n % 2], ["a", "b", "c"][n % 3]);
-        format!(r#"{{"n":{n},"severity":"{severity}","source":"{source}","tenant":"{tenant}"}}"#)
+        let technique = ["T0836", "T0855.001"][n / 2 % 2];
+        format!(
+            r#"{{"n":{n},"severity":"{severity}","source":"{source}","tenant":"{tenant}","mitre_techniques":["{technique}"]}}"#
+        )
     };
-    let filters: [(&str, Passes); 4] = [
+    let tree = r#"{"op":"or","nodes":[{"key":"severity","cmp":"eq","val":"critical"},{"op":"and","nodes":[
+        {"key":"tenant","cmp":"in","vals":["b","c"]},{"key":"technique","cmp":"prefix","val":"T0855"}]}]}"#;
+    let tree = url::form_urlencoded::Serializer::new("source=zeek".to_owned()).append_pair("filter", tree).finish();
+    let filters: [(&str, Passes); 6] = [
         ("min_severity=high", |n| n % 6 == 3 || n % 6 == 4),
         ("source=zeek&tenant=b", |n| n % 2 == 0 && n % 3 == 1),
         ("min_severity=info", |n| n % 6 != 5),
         ("category=cps", |_| false),
+        ("technique=T0836", |n| n / 2 % 2 == 0),
+        (&tree, |n| n % 2 == 0 && (n % 6 == 4 || n % 3 != 0 && n / 2 % 2 == 1)),
     ];
     for config in [config(), tiny_ring()] {
         let server = Server::start(Fragile::open().await, config).await;
