@@ -4,6 +4,7 @@
 //! that bad input goes no further than here. The only module that knows HTTP statuses and axum.
 
 mod extract;
+mod feed;
 mod health;
 mod origin;
 mod problem;
@@ -210,6 +211,7 @@ impl Api {
             .route("/api/v1/alerts", post(publish::alerts))
             .route("/api/alerts", post(publish::alerts))
             .route("/api/v1/ws/{channel}", get(websocket::connect))
+            .route("/api/v1/feeds/{channel}", get(feed::open))
             .route_layer(from_fn_with_state(self.clone(), guard));
         Router::new()
             .route("/", get(health::index))

@@ -12,23 +12,30 @@
 //! Knows nothing of HTTP: whoever calls has done the WebSocket handshake and hands over the bare socket. Knows nothing
 //! of groups either: every instance relays every alert.
 //!
-//! What travels is plain mode: one text message per alert, exactly the stored payload; control frames for liveness; the
-//! end told by the close code ([`CloseCode`]). What a client sends is ignored, within limits.
+//! What travels is, in plain mode, one text message per alert, exactly the stored payload; control frames for liveness;
+//! the end told by the close code ([`CloseCode`]). What a client sends is ignored, within limits. In rich mode
+//! ([`PROTOCOL`]) frames have types, clients ask for streams one by one, and gaps and positions are told. The same
+//! subscriptions feed Server-Sent Events and lines of JSON ([`Feed`]).
 
 mod backoff;
 mod batch;
 mod close;
 mod config;
+mod feed;
 mod filter;
+mod form;
 mod frames;
 mod inbound;
+mod link;
 mod outgoing;
 mod pages;
 mod params;
+mod rich;
 mod ring;
 mod session;
 mod slots;
 mod subscription;
+mod subscriptions;
 mod tail;
 
 use std::collections::BTreeMap;
@@ -46,8 +53,10 @@ use tokio_util::sync::CancellationToken;
 
 pub use close::{CloseCode, Ending};
 pub use config::Config;
+pub use feed::{Feed, FeedForm};
 pub use filter::{Attribute, Filter, InvalidFilter};
 pub use params::{BadParameter, MAX_SNAPSHOT, Since, SubscribeParams};
+pub use rich::PROTOCOL;
 pub use session::Session;
 pub use slots::counted_address;
 
@@ -55,8 +64,9 @@ use crate::event::{EntryId, Epoch, StreamName};
 use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
 use crate::store::Store;
+use form::Form;
 use ring::{Limits, Ring};
-use slots::Slots;
+use slots::{Slot, Slots};
 use subscription::Subscription;
 use tail::{Gaps, Tail};
 
@@ -105,6 +115,13 @@ struct Channel {
     latency: Histogram,
 }
 
+/// A client's place: its channel, what it may see of it, and its place among the connections.
+struct Admitted {
+    channel: Arc<Channel>,
+    rings: Vec<Arc<Ring>>,
+    slot: Slot,
+}
+
 /// Why a client is not let in.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
@@ -120,6 +137,9 @@ pub enum Refused {
     /// The page that asks is of an origin that is not let in.
     #[error("pages of this origin are not let in (http.origins)")]
     Origin,
+    /// The client offers versions of the protocol, and none that is spoken here.
+    #[error("no version of the protocol that is offered is spoken here; there is aurora.v1")]
+    Version,
     /// This instance is stopping; another one, or this one later, will serve.
     #[error("this instance is stopping")]
     Draining,
@@ -132,6 +152,7 @@ impl Refused {
             Self::UnknownChannel(_) | Self::BadParameter(_) => CloseCode::Protocol,
             Self::ConnectionLimit => CloseCode::ConnectionLimit,
             Self::Origin => CloseCode::Origin,
+            Self::Version => CloseCode::Version,
             Self::Draining => CloseCode::GoingAway,
         }
     }
@@ -140,7 +161,9 @@ impl Refused {
         match self {
             Self::UnknownChannel(_) => format!("unknown_channel: {self}"),
             Self::BadParameter(_) => format!("bad_parameter: {self}"),
-            Self::ConnectionLimit | Self::Origin | Self::Draining => self.close_code().reason().to_owned(),
+            Self::ConnectionLimit | Self::Origin | Self::Version | Self::Draining => {
+                self.close_code().reason().to_owned()
+            }
         }
     }
 }
@@ -249,16 +272,49 @@ impl Relay {
     ///
     /// Does not wait, and does no I/O: a client is let in while the store is away, and served when it is back.
     pub fn connect(&self, channel: &str, params: SubscribeParams, peer: IpAddr) -> Result<Session, Refused> {
+        let Admitted { channel, rings, slot } = self.admit(channel, params.stream.as_ref(), peer)?;
+        let form = if params.meta { Form::WithPosition } else { Form::Plain };
+        let subscription = Subscription::new(rings, params, form, None, &self.hub, &channel);
+        Ok(Session::plain(self.hub.clone(), channel, subscription, slot))
+    }
+
+    /// Lets a client in that speaks [`PROTOCOL`], and will say what it wants.
+    pub fn connect_rich(&self, channel: &str, peer: IpAddr) -> Result<Session, Refused> {
+        let Admitted { channel, slot, .. } = self.admit(channel, None, peer)?;
+        Ok(Session::rich(self.hub.clone(), channel, slot))
+    }
+
+    /// Lets a client in that reads the alerts in the answer to an HTTP request. Otherwise as [`Relay::connect`].
+    ///
+    /// When `stop` is cancelled the feed ends at a random moment within the configured drain window.
+    pub fn feed(
+        &self,
+        channel: &str,
+        params: SubscribeParams,
+        form: FeedForm,
+        peer: IpAddr,
+        stop: CancellationToken,
+    ) -> Result<Feed, Refused> {
+        let Admitted { channel, rings, slot } = self.admit(channel, params.stream.as_ref(), peer)?;
+        let meta = params.meta;
+        let form = match form {
+            FeedForm::EventStream => Form::EventStream { ids: rings.len() == 1, meta },
+            FeedForm::Lines => Form::Lines { meta },
+        };
+        let subscription = Subscription::new(rings, params, form, None, &self.hub, &channel);
+        Ok(Feed::new(self.hub.clone(), channel, subscription, form, slot, stop))
+    }
+
+    fn admit(&self, channel: &str, stream: Option<&StreamName>, peer: IpAddr) -> Result<Admitted, Refused> {
         let hub = &self.hub;
         if hub.is_draining.load(Ordering::Acquire) {
             return Err(Refused::Draining);
         }
         let unknown = || Refused::UnknownChannel(channel.chars().take(64).collect());
         let channel = hub.channels.get(channel).ok_or_else(unknown)?;
-        let rings = channel.rings_of(params.stream.as_ref())?;
+        let rings = channel.rings_of(stream)?;
         let slot = hub.slots.take(peer, &channel.connections).ok_or(Refused::ConnectionLimit)?;
-        let subscription = Subscription::new(rings, params, hub, channel);
-        Ok(Session::new(hub.clone(), channel.clone(), subscription, slot))
+        Ok(Admitted { channel: channel.clone(), rings, slot })
     }
 
     /// Tells a client why it was refused, by closing its socket with the code: to browsers the status of a refused

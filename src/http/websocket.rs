@@ -4,7 +4,9 @@ use std::io::Cursor;
 
 use axum::body::Body;
 use axum::extract::{RawQuery, Request, State};
-use axum::http::header::{CONNECTION, ORIGIN, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_VERSION, UPGRADE};
+use axum::http::header::{
+    CONNECTION, ORIGIN, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION, UPGRADE,
+};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use hyper::upgrade::{OnUpgrade, Upgraded};
@@ -19,7 +21,7 @@ use super::origin::is_allowed;
 use super::server::Open;
 use super::timed::Timed;
 use super::{Api, ApiError, Peer};
-use crate::relay::{Refused, Session, SubscribeParams};
+use crate::relay::{PROTOCOL, Refused, Session, SubscribeParams};
 
 /// `GET /api/v1/ws/{channel}`
 ///
@@ -36,7 +38,8 @@ pub(super) async fn connect(
         Err(error) => return error.into_response(),
     };
     let is_browser = request.headers().contains_key(ORIGIN);
-    let admitted = admit(&api, &channel, query.as_deref(), peer, request.headers());
+    let protocol = offered(request.headers(), query.as_deref());
+    let admitted = admit(&api, &channel, query.as_deref(), protocol, peer, request.headers());
     let session = match admitted {
         Ok(session) => Ok(session),
         Err(refused) if is_browser => Err(refused),
@@ -64,7 +67,7 @@ pub(super) async fn connect(
             converse(&api, session, tokio::io::join(read, write), stop).await;
         }
     });
-    switching_protocols(&accept)
+    switching_protocols(&accept, protocol)
 }
 
 async fn converse<S>(api: &Api, session: Result<Session, Refused>, socket: S, stop: CancellationToken)
@@ -79,15 +82,55 @@ where
     }
 }
 
-fn admit(api: &Api, channel: &str, query: Option<&str>, peer: Peer, headers: &HeaderMap) -> Result<Session, Refused> {
+/// What a client speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Protocol {
+    /// It only listens.
+    Plain,
+    /// [`PROTOCOL`], asked for as a subprotocol, which has to be confirmed, or in the query.
+    Rich { is_offered: bool },
+    /// Versions of it that are not spoken here, of which this is one.
+    Unknown,
+}
+
+/// What the client offers to speak. Browsers can name subprotocols, but no headers; others may only have the query.
+fn offered(headers: &HeaderMap, query: Option<&str>) -> Protocol {
+    let values = headers.get_all(SEC_WEBSOCKET_PROTOCOL).into_iter().filter_map(|value| value.to_str().ok());
+    let names: Vec<&str> = values.flat_map(|value| value.split(',')).map(str::trim).collect();
+    let asks_for_version = |version| query.unwrap_or_default().split('&').any(|pair| pair == version);
+    if names.contains(&PROTOCOL) {
+        Protocol::Rich { is_offered: true }
+    } else if names.iter().any(|name| name.starts_with("aurora.")) {
+        Protocol::Unknown
+    } else if asks_for_version("v=1") {
+        Protocol::Rich { is_offered: false }
+    } else {
+        Protocol::Plain
+    }
+}
+
+fn admit(
+    api: &Api,
+    channel: &str,
+    query: Option<&str>,
+    protocol: Protocol,
+    peer: Peer,
+    headers: &HeaderMap,
+) -> Result<Session, Refused> {
     if api.is_draining() {
         return Err(Refused::Draining);
     }
     if !is_allowed(headers, &api.inner.config.origins) {
         return Err(Refused::Origin);
     }
-    let params = SubscribeParams::parse(query.unwrap_or_default())?;
-    api.inner.relay.connect(channel, params, peer.0.ip())
+    match protocol {
+        Protocol::Rich { .. } => api.inner.relay.connect_rich(channel, peer.0.ip()),
+        Protocol::Unknown => Err(Refused::Version),
+        Protocol::Plain => {
+            let params = SubscribeParams::parse(query.unwrap_or_default())?;
+            api.inner.relay.connect(channel, params, peer.0.ip())
+        }
+    }
 }
 
 /// What the client must be answered to its key, if it asks for a WebSocket properly.
@@ -106,7 +149,7 @@ fn check_handshake(method: &Method, headers: &HeaderMap) -> Result<String, ApiEr
     Ok(derive_accept_key(key.as_bytes()))
 }
 
-fn switching_protocols(accept: &str) -> Response {
+fn switching_protocols(accept: &str, protocol: Protocol) -> Response {
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     let headers = response.headers_mut();
@@ -114,6 +157,9 @@ fn switching_protocols(accept: &str) -> Response {
     headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
     let accept = HeaderValue::from_str(accept).expect("base64 is a header value");
     headers.insert(SEC_WEBSOCKET_ACCEPT, accept);
+    if protocol == (Protocol::Rich { is_offered: true }) {
+        headers.insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(PROTOCOL));
+    }
     response
 }
 
@@ -131,6 +177,7 @@ impl From<&Refused> for ApiError {
             Refused::ConnectionLimit => Self::connection_limit(refused.to_string()),
             Refused::Draining => Self::draining(),
             Refused::Origin => Self::forbidden_origin(refused.to_string()),
+            Refused::Version => Self::bad_handshake(refused.to_string()),
         }
     }
 }

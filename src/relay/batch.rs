@@ -7,8 +7,9 @@ use std::sync::OnceLock;
 use bytes::Bytes;
 
 use super::filter::{Filter, Tags, relayable};
+use super::form::{Form, VARIANTS};
 use super::frames;
-use crate::event::{Entry, EntryId, Epoch, StreamName};
+use crate::event::{Entry, EntryId, Epoch, Position, StreamName};
 
 /// Consecutive entries of one stream as ready-made frames, with what is needed to find and filter them.
 ///
@@ -20,8 +21,8 @@ pub(super) struct Batch {
     ids: Box<[EntryId]>,
     plain: Frames,
     declared: Box<[Tags]>,
-    /// Made when the first client asks for positions.
-    with_positions: OnceLock<Frames>,
+    /// The other forms, each made when the first client asks for it.
+    variants: OnceLock<Box<[OnceLock<Frames>; VARIANTS]>>,
     /// Made when the first client with a filter comes by: most of its cost is reading payloads.
     completed: OnceLock<Box<[Tags]>>,
 }
@@ -86,7 +87,7 @@ impl Batch {
             ids: ids.into(),
             plain: Frames { bytes: bytes.into(), ends: ends.into() },
             declared: declared.into(),
-            with_positions: OnceLock::new(),
+            variants: OnceLock::new(),
             completed: OnceLock::new(),
         };
         Framed { batch, taken, undecodable }
@@ -149,17 +150,21 @@ impl Batch {
         (0..self.first_after(cut)).rev().filter(passes).map(|index| self.ids[index])
     }
 
-    /// The frames of a run of entries, with their positions if `meta`.
-    pub(super) fn frames(&self, run: Range<usize>, meta: bool) -> Bytes {
-        if meta { self.with_positions.get_or_init(|| self.add_positions()).of(run) } else { self.plain.of(run) }
+    /// A run of entries in that form.
+    pub(super) fn frames(&self, run: Range<usize>, form: Form) -> Bytes {
+        match form.variant() {
+            None => self.plain.of(run),
+            Some(variant) => self.variants.get_or_init(Box::default)[variant].get_or_init(|| self.write(form)).of(run),
+        }
     }
 
-    fn add_positions(&self) -> Frames {
+    fn write(&self, form: Form) -> Frames {
         let mut bytes = Vec::with_capacity(self.size_bytes() + self.len() * 96);
         let mut ends = Vec::with_capacity(self.len());
+        let mut position = Position { epoch: self.epoch.clone(), id: EntryId::MIN };
         for (index, id) in self.ids.iter().enumerate() {
-            let position = format_args!("{}:{id}", self.epoch);
-            frames::push_text_with_position(&mut bytes, self.payload(index), position, self.stream.as_str());
+            position.id = *id;
+            form.push(&mut bytes, self.payload(index), &position, &self.stream);
             ends.push(bytes.len());
         }
         Frames { bytes: bytes.into(), ends: ends.into() }
@@ -247,16 +252,16 @@ mod tests {
         assert_eq!(batch.run(2, EntryId::new(4, 0), &high()), 2..3);
         assert_eq!(batch.next_match(4, &high()), 5);
         assert_eq!(batch.run(0, EntryId::MAX, &Filter::default()), 0..5);
-        assert_eq!(batch.frames(2..4, false).as_ref(), b"\x81\x02{}\x81\x02{}");
+        assert_eq!(batch.frames(2..4, Form::Plain).as_ref(), b"\x81\x02{}\x81\x02{}");
         let newest: Vec<u64> = batch.newest(EntryId::new(3, 0), &high()).map(|id| id.ms).collect();
         assert_eq!(newest, [3, 1]);
     }
 
     #[test]
-    fn positions_are_added_on_request_only() {
+    fn other_forms_are_made_on_request_only() {
         let batch = frame(&[entry(7, &[("data", r#"{"a":1}"#)]), entry(8, &[("data", "{}")])], 1000).batch;
-        assert!(batch.with_positions.get().is_none());
-        let frames = batch.frames(1..2, true);
+        assert!(batch.variants.get().is_none());
+        let frames = batch.frames(1..2, Form::WithPosition);
         assert_eq!(frames::payload(&frames), br#"{"_pos":"e:8-0","_stream":"s"}"#);
     }
 

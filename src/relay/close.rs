@@ -11,6 +11,8 @@ pub enum CloseCode {
     GoingAway,
     /// 4001: the client fell further behind than the configured lag.
     TooSlow,
+    /// 4002: something can't be given, and the client asked to be told by this.
+    StateLost,
     /// 4004: no answer to a ping in time.
     NoPong,
     /// 4005: the client sends too much.
@@ -25,6 +27,8 @@ pub enum CloseCode {
     Origin,
     /// 4505: the client sent a message that is too big.
     TooBig,
+    /// 4506: no version of the protocol that the client offers is spoken here.
+    Version,
 }
 
 impl CloseCode {
@@ -33,6 +37,7 @@ impl CloseCode {
         match self {
             Self::GoingAway => 4000,
             Self::TooSlow => 4001,
+            Self::StateLost => 4002,
             Self::NoPong => 4004,
             Self::RateLimited => 4005,
             Self::WriteTimeout => 4008,
@@ -40,6 +45,7 @@ impl CloseCode {
             Self::ConnectionLimit => 4503,
             Self::Origin => 4504,
             Self::TooBig => 4505,
+            Self::Version => 4506,
         }
     }
 
@@ -48,6 +54,7 @@ impl CloseCode {
         match self {
             Self::GoingAway => "going_away: this instance stops, reconnect",
             Self::TooSlow => "too_slow: too far behind, resume with your last position",
+            Self::StateLost => "state_lost: something can't be given any more, load a snapshot",
             Self::NoPong => "no_pong: no answer to a ping in time",
             Self::RateLimited => "rate_limited: you send too much, reconnect after 10 s",
             Self::WriteTimeout => "write_timeout: the socket took no bytes in time",
@@ -55,6 +62,7 @@ impl CloseCode {
             Self::ConnectionLimit => "connection_limit: too many connections",
             Self::Origin => "origin: pages of this origin are not let in",
             Self::TooBig => "too_big: the message is too long",
+            Self::Version => "version: no version of the protocol that you offer is spoken here",
         }
     }
 }

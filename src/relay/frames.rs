@@ -3,6 +3,7 @@
 //! Frames from a server are not masked, so the same bytes serve every client. Only whole text messages and pings are
 //! made here; answers to a client's control frames come from the protocol's own state in `inbound`.
 
+use std::borrow::Cow;
 use std::fmt::Display;
 use std::io::Write as _;
 
@@ -21,19 +22,18 @@ pub(super) fn push_text(out: &mut Vec<u8>, payload: &[u8]) {
     out.extend_from_slice(payload);
 }
 
-/// Appends one text message: the JSON object `payload` with members `_pos` and `_stream` added at its end, where a
-/// parser that keeps the last of equal names takes ours. What is no object goes out as it is.
-pub(super) fn push_text_with_position(out: &mut Vec<u8>, payload: &[u8], position: impl Display, stream: &str) {
+/// The JSON object `payload` with members `_pos` and `_stream` added at its end, where a parser that keeps the last of
+/// equal names takes ours. What is no object stays as it is.
+pub(super) fn with_position<'a>(payload: &'a [u8], position: impl Display, stream: &str) -> Cow<'a, [u8]> {
     let Some(open) = OpenObject::read(payload) else {
-        return push_text(out, payload);
+        return Cow::Borrowed(payload);
     };
     // Neither positions nor stream names have characters that JSON escapes.
-    let mut members = Vec::with_capacity(96);
+    let mut object = Vec::with_capacity(open.text.len() + 96);
+    object.extend_from_slice(open.text);
     let comma = if open.has_members { "," } else { "" };
-    write!(members, r#"{comma}"_pos":"{position}","_stream":"{stream}"}}"#).expect("writing to a Vec succeeds");
-    push_header(out, open.text.len() + members.len());
-    out.extend_from_slice(open.text);
-    out.extend_from_slice(&members);
+    write!(object, r#"{comma}"_pos":"{position}","_stream":"{stream}"}}"#).expect("writing to a Vec succeeds");
+    Cow::Owned(object)
 }
 
 /// The payload of a frame made here.
@@ -121,9 +121,8 @@ mod tests {
             ("{", "{"),
         ];
         for (payload, expected) in cases {
-            let mut bytes = Vec::new();
-            push_text_with_position(&mut bytes, payload.as_bytes(), "e:1-2", "s");
-            assert_eq!(read_back(bytes, 1), [expected], "{payload}");
+            let object = with_position(payload.as_bytes(), "e:1-2", "s");
+            assert_eq!(object, expected.as_bytes(), "{payload}");
         }
     }
 

@@ -1,5 +1,6 @@
 //! What a client sends: control frames, mostly. Bytes in, protocol events and answers out; no I/O here.
 
+use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::time::Duration;
 
@@ -30,6 +31,8 @@ pub(super) struct Inbound {
     window_began: Instant,
     messages: u32,
     bytes: usize,
+    /// Texts that came and were not looked at yet, where anybody wants them.
+    requests: Option<VecDeque<Utf8Bytes>>,
 }
 
 /// What some bytes told.
@@ -53,7 +56,17 @@ impl Inbound {
             .max_message_size(Some(max_message_bytes))
             .max_frame_size(Some(max_message_bytes));
         let context = WebSocketContext::new(Role::Server, Some(config));
-        Self { context, is_garbled: false, is_closing: false, window_began: now, messages: 0, bytes: 0 }
+        Self { context, is_garbled: false, is_closing: false, window_began: now, messages: 0, bytes: 0, requests: None }
+    }
+
+    /// From now on texts are kept, instead of being ignored.
+    pub(super) fn keep_requests(&mut self) {
+        self.requests.get_or_insert_default();
+    }
+
+    /// The next text that was kept.
+    pub(super) fn next_request(&mut self) -> Option<Utf8Bytes> {
+        self.requests.as_mut()?.pop_front()
     }
 
     /// Reads some bytes. Answers to control frames are appended to `output`. An error is how the session must end.
@@ -72,10 +85,13 @@ impl Inbound {
                     heard = Heard::Closed(frame.map(|frame| frame.code.into()));
                 }
                 // In plain mode a client has nothing to say: its messages are ignored, but not without limit.
-                Ok(_) => {
+                Ok(message) => {
                     self.messages += 1;
                     if self.messages > MAX_MESSAGES && !self.is_closing {
                         return Err(self.garbled(CloseCode::RateLimited));
+                    }
+                    if let (Message::Text(text), Some(requests)) = (message, &mut self.requests) {
+                        requests.push_back(text);
                     }
                     heard = Heard::Alive;
                 }

@@ -44,6 +44,13 @@ impl Outgoing {
         }
     }
 
+    /// Takes out what comes first.
+    pub(super) fn pop(&mut self) -> Option<Bytes> {
+        let slice = self.slices.pop_front()?;
+        self.bytes -= slice.len();
+        Some(slice)
+    }
+
     /// Fills in what to write next; says how many slices that is.
     pub(super) fn fill<'a>(&'a self, buffers: &mut [IoSlice<'a>; MAX_SLICES]) -> usize {
         self.slices.iter().zip(buffers).map(|(slice, buffer)| *buffer = IoSlice::new(slice)).count()

@@ -29,6 +29,8 @@ const MAX_POSITIONS: usize = 64;
 /// | `filter` | a filter as JSON, see [`Filter::parse`]; it and all the conditions above must hold |
 /// | `stream` | one of the channel's streams instead of all |
 /// | `meta` | `1`: each alert carries `_pos` and `_stream` |
+/// | `mode` | `lossless`, or `latest`: what a live client is too slow for is left out |
+/// | `strict` | `1`: the client is closed where something can't be given, instead of going on after it |
 ///
 /// Names that are not in the table are ignored, so that tokens and cache busters can travel in the same query. Values
 /// that make no sense are refused, and so are names given twice.
@@ -44,6 +46,10 @@ pub struct SubscribeParams {
     pub meta: bool,
     /// One stream of the channel instead of all.
     pub stream: Option<StreamName>,
+    /// Whether a live client that falls behind the ring goes on with the newest, instead of catching up.
+    pub is_latest: bool,
+    /// Whether the client is closed where something can't be given.
+    pub is_strict: bool,
 }
 
 /// A point to begin from.
@@ -108,11 +114,13 @@ impl SubscribeParams {
             "type" => self.narrow(Filter::is(Attribute::Type, exact(value)?)),
             "technique" => self.narrow(Filter::is(Attribute::Technique, exact(value)?)),
             "filter" => self.narrow(Filter::parse(value).map_err(|invalid| format!("is refused: {invalid}"))?),
-            "meta" => {
-                self.meta = match value {
-                    "1" | "true" => true,
-                    "0" | "false" => false,
-                    _ => return Err("must be 1 or 0".to_owned()),
+            "meta" => self.meta = switch(value)?,
+            "strict" => self.is_strict = switch(value)?,
+            "mode" => {
+                self.is_latest = match value {
+                    "latest" => true,
+                    "lossless" => false,
+                    _ => return Err("must be lossless or latest".to_owned()),
                 }
             }
             "stream" => self.stream = Some(value.parse().map_err(|error| format!("is no stream name: {error}"))?),
@@ -126,7 +134,7 @@ impl SubscribeParams {
     }
 }
 
-const NAMES: [&str; 11] = [
+const NAMES: [&str; 13] = [
     "since",
     "snapshot",
     "min_severity",
@@ -137,8 +145,18 @@ const NAMES: [&str; 11] = [
     "technique",
     "filter",
     "meta",
+    "mode",
+    "strict",
     "stream",
 ];
+
+fn switch(value: &str) -> Result<bool, String> {
+    match value {
+        "1" | "true" => Ok(true),
+        "0" | "false" => Ok(false),
+        _ => Err("must be 1 or 0".to_owned()),
+    }
+}
 
 fn exact(value: &str) -> Result<&str, String> {
     match value.len() {
@@ -203,8 +221,14 @@ mod tests {
             .and(Filter::is(Attribute::Category, "cps"))
             .and(Filter::is(Attribute::Tenant, "a b"));
         let stream = Some("aurora:alerts".parse().expect("a name"));
-        let expected =
-            SubscribeParams { since: Some(Since::Positions(positions)), snapshot: 50, filter, meta: true, stream };
+        let expected = SubscribeParams {
+            since: Some(Since::Positions(positions)),
+            snapshot: 50,
+            filter,
+            meta: true,
+            stream,
+            ..Default::default()
+        };
         assert_eq!(params, expected);
         assert_eq!(SubscribeParams::parse(""), Ok(SubscribeParams::default()));
     }

@@ -6,22 +6,37 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::batch::Batch;
+use super::form::{Form, Notice, Reason, text_message};
 use super::outgoing::Outgoing;
 use super::pages::{self, Page, PageSize, Request};
 use super::ring::{Lookup, Mark, Ring};
 use super::{Channel, CloseCode, Filter, Hub, Since, SubscribeParams};
-use crate::event::{EntryId, Epoch, Position};
+use crate::event::{EntryId, Epoch, Position, StreamName};
 use crate::store::StoreError;
 
 /// How far before a client's oldest position a stream begins for which it gave none, in ms.
 const BEFORE_POSITIONS_MS: u64 = 10_000;
+
+/// After so many entries that don't pass, a client is told where it stands.
+const MARK_ENTRIES: usize = 1000;
 
 /// What a client asked for and how far it is.
 #[derive(Debug)]
 pub(super) struct Subscription {
     cursors: Vec<Cursor>,
     filter: Arc<Filter>,
-    meta: bool,
+    form: Form,
+    /// Whether what a live client is too slow for is left out.
+    is_latest: bool,
+    /// Whether the client would rather be closed than go on after a gap.
+    is_strict: bool,
+    /// The request that is answered once it is known where this begins, and whether it asked for what comes after
+    /// something.
+    unanswered: Option<(u64, bool)>,
+    /// How many gaps were told.
+    gaps: usize,
+    /// What is to be told before the next alert.
+    notices: Vec<Notice>,
     /// Where to begin, as long as there is a cursor that has not begun.
     start: Option<Start>,
     /// Whether it was at the head once: from then on, what a stream has is given at once. On the way there, streams
@@ -59,6 +74,23 @@ struct Cursor {
     /// Bytes of the ring's log passed, once that is known.
     passed_bytes: Option<u64>,
     page_size: PageSize,
+    /// Entries that did not pass since the client last learnt where it stands.
+    unseen: usize,
+    /// Where that was.
+    told: EntryId,
+}
+
+/// Counts what can't be given, and keeps it for the client.
+struct Teller<'a> {
+    channel: &'a Channel,
+    notices: &'a mut Vec<Notice>,
+}
+
+impl Teller<'_> {
+    fn gap(&mut self, stream: &StreamName, after: Option<Position>, before: Option<Position>, reason: Reason) {
+        self.channel.gap(reason.as_str());
+        self.notices.push(Notice::Gap { stream: stream.clone(), after, before, reason });
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,7 +128,14 @@ pub(super) enum Fetched {
 
 impl Subscription {
     /// A subscription to some streams, whose rings are given, that begins at this moment.
-    pub(super) fn new(rings: Vec<Arc<Ring>>, params: SubscribeParams, hub: &Hub, channel: &Channel) -> Self {
+    pub(super) fn new(
+        rings: Vec<Arc<Ring>>,
+        params: SubscribeParams,
+        form: Form,
+        answers: Option<u64>,
+        hub: &Hub,
+        channel: &Channel,
+    ) -> Self {
         let began_ms = now_ms();
         let start = match params.since {
             None if params.snapshot > 0 => Start::Snapshot(params.snapshot),
@@ -106,9 +145,19 @@ impl Subscription {
             Some(Since::Time(time)) => Start::At(time.as_millisecond().try_into().unwrap_or(0)),
             Some(Since::Positions(positions)) => Start::Positions(positions),
         };
-        let cursors = rings.into_iter().map(Cursor::new).collect();
-        let (filter, meta) = (Arc::new(params.filter), params.meta);
-        let mut subscription = Self { cursors, filter, meta, start: Some(start), is_live: false, began_ms };
+        let mut subscription = Self {
+            cursors: rings.into_iter().map(Cursor::new).collect(),
+            filter: Arc::new(params.filter),
+            form,
+            is_latest: params.is_latest,
+            is_strict: params.is_strict,
+            unanswered: answers.map(|request| (request, matches!(start, Start::Positions(_)))),
+            gaps: 0,
+            notices: Vec::new(),
+            start: Some(start),
+            is_live: false,
+            began_ms,
+        };
         subscription.begin(hub, channel);
         subscription
     }
@@ -137,7 +186,8 @@ impl Subscription {
                 Start::Positions(positions) => resolve(positions, &mark.epoch, known.as_deref()),
             };
             if begin.is_gap {
-                channel.gap("epoch");
+                let stream = cursor.ring.stream();
+                Teller { channel, notices: &mut self.notices }.gap(stream, None, None, Reason::Epoch);
             }
             (cursor.generation, cursor.epoch) = (mark.generation, Some(mark.epoch));
             (cursor.after, cursor.is_entry) = (begin.after, begin.is_entry);
@@ -152,12 +202,15 @@ impl Subscription {
     /// Adds what can be written now.
     pub(super) fn fill(&mut self, hub: &Hub, channel: &Channel, out: &mut Outgoing) {
         self.begin(hub, channel);
+        let alerts_before = out.alerts;
         while !out.is_full() {
             let mut next: Option<(usize, EntryId)> = None;
             let mut bound = EntryId::MAX;
             let mut is_behind = false;
+            let mut teller = Teller { channel, notices: &mut self.notices };
+            let skips = self.is_latest && self.is_live;
             for (index, cursor) in self.cursors.iter_mut().enumerate() {
-                match cursor.next(&self.filter, channel) {
+                match cursor.next(&self.filter, skips, &mut teller) {
                     Next::Head => {}
                     Next::Behind => is_behind = true,
                     Next::Entry(id) => match next {
@@ -170,15 +223,92 @@ impl Subscription {
                     },
                 }
             }
-            if is_behind && !self.is_live {
-                return;
+            self.answer(out);
+            self.tell(out);
+            if is_behind && !self.is_live || self.is_lost() {
+                break;
             }
             let Some((index, first)) = next else {
-                self.is_live |= self.start.is_none();
-                return;
+                if !self.is_live && self.start.is_none() {
+                    self.is_live = true;
+                    let live = |cursor: &Cursor| Notice::Live { stream: cursor.ring.stream().clone() };
+                    self.notices.extend(self.cursors.iter().map(live));
+                    self.tell(out);
+                }
+                break;
             };
             // Two streams may give the same id.
-            self.cursors[index].take(bound.max(first.next()), &self.filter, self.meta, self.began_ms, out);
+            self.cursors[index].take(bound.max(first.next()), &self.filter, self.form, self.began_ms, out);
+        }
+        if out.alerts > alerts_before {
+            self.push_ids(out);
+        }
+    }
+
+    /// Whether the client asked to be closed after what could not be given.
+    pub(super) fn is_lost(&self) -> bool {
+        self.is_strict && self.gaps > 0
+    }
+
+    /// Whether it is to this stream.
+    pub(super) fn is_to(&self, stream: &StreamName) -> bool {
+        self.cursors.iter().any(|cursor| cursor.ring.stream() == stream)
+    }
+
+    /// Where the client stands in each stream, as it is passed for `since`.
+    pub(super) fn positions(&self) -> String {
+        let positions: Vec<String> = self.cursors.iter().filter_map(Cursor::position).map(|p| p.to_string()).collect();
+        positions.join(",")
+    }
+
+    /// Lets something else pass from where the client stands.
+    pub(super) fn replace_filter(&mut self, filter: Filter) {
+        self.filter = Arc::new(filter);
+    }
+
+    /// Tells where the client stands in streams of which nothing passed since it was told last.
+    pub(super) fn mark(&mut self, out: &mut Outgoing) {
+        for cursor in &mut self.cursors {
+            cursor.mark(&mut self.notices);
+        }
+        if !self.notices.is_empty() {
+            self.tell(out);
+            self.push_ids(out);
+        }
+    }
+
+    /// Tells a client of several streams that knows one id only where it stands in all of them.
+    fn push_ids(&self, out: &mut Outgoing) {
+        if matches!(self.form, Form::EventStream { ids: false, .. }) {
+            out.push(format!("id: {}\n\n", self.positions()).into());
+        }
+    }
+
+    /// Answers the request that made this, once it is known where it begins.
+    fn answer(&mut self, out: &mut Outgoing) {
+        if self.start.is_some() {
+            return;
+        }
+        let Some((request, is_resumed)) = self.unanswered.take() else { return };
+        let streams: Vec<&str> = self.cursors.iter().map(|cursor| cursor.ring.stream().as_str()).collect();
+        let gaps = self.notices.iter().filter(|notice| matches!(notice, Notice::Gap { .. })).count();
+        let answer = serde_json::json!({
+            "t": "subscribed",
+            "id": request,
+            "stream": streams.join(","),
+            "from": self.positions(),
+            "recovered": is_resumed && gaps == 0,
+        });
+        out.push(text_message(&answer.to_string()).into());
+    }
+
+    /// Writes what is to be told.
+    fn tell(&mut self, out: &mut Outgoing) {
+        for notice in self.notices.drain(..) {
+            self.gaps += usize::from(matches!(&notice, Notice::Gap { reason, .. } if *reason != Reason::Lossy));
+            if let Some(words) = self.form.tell(&notice) {
+                out.push(words.into());
+            }
         }
     }
 
@@ -215,10 +345,10 @@ impl Subscription {
                 let found: Vec<&[EntryId]> = newest.iter().map(|(_, ids)| ids.as_deref().unwrap_or_default()).collect();
                 let firsts = oldest_of_newest(&found, count);
                 for ((index, ids), first) in newest.iter().zip(firsts) {
-                    if let Err(error) = ids {
-                        unreadable(error, channel);
-                    }
                     let cursor = &mut self.cursors[*index];
+                    if let Err(error) = ids {
+                        cursor.unreadable(error, &mut Teller { channel, notices: &mut self.notices });
+                    }
                     cursor.stage = Stage::InRing;
                     if let Some(first) = first {
                         (cursor.after, cursor.is_entry) = (first.previous(), false);
@@ -227,21 +357,20 @@ impl Subscription {
                 self.begin(hub, channel);
                 Ok(())
             }
-            Fetched::Page(index, Ok(page)) => self.cursors[index].turn(*page, hub, channel),
-            Fetched::Page(index, Err(error)) => {
-                unreadable(&error, channel);
-                self.cursors[index].skip_to_ring();
-                Ok(())
+            Fetched::Page(index, page) => {
+                let cursor = &mut self.cursors[index];
+                let mut teller = Teller { channel, notices: &mut self.notices };
+                match page {
+                    Ok(page) => cursor.turn(*page, hub, &mut teller),
+                    Err(error) => {
+                        cursor.unreadable(&error, &mut teller);
+                        cursor.skip_to_ring();
+                        Ok(())
+                    }
+                }
             }
         }
     }
-}
-
-/// A part of the past can't be read, and waiting won't help: that is a gap in this stream, and no reason to withhold
-/// what comes.
-fn unreadable(error: &StoreError, channel: &Channel) {
-    tracing::warn!(%error, kind = error.kind().as_str(), "cannot read what a client has still to be given");
-    channel.gap("unreadable");
 }
 
 impl Cursor {
@@ -259,11 +388,40 @@ impl Cursor {
             head_seen: None,
             passed_bytes: None,
             page_size: PageSize::default(),
+            unseen: 0,
+            told: EntryId::MIN,
         }
     }
 
+    /// Everything up to here is given or did not pass; nothing before that is known.
+    fn position(&self) -> Option<Position> {
+        let id = match &self.current {
+            Some((batch, index)) if *index > 0 => batch.id(*index - 1).max(self.after),
+            _ => self.after,
+        };
+        let epoch = self.epoch.clone().filter(|_| !matches!(self.stage, Stage::Waiting | Stage::Locating))?;
+        Some(Position { epoch, id })
+    }
+
+    /// Tells where the client stands, if it does not know.
+    fn mark(&mut self, notices: &mut Vec<Notice>) {
+        if let Some(position) = self.position().filter(|position| position.id > self.told) {
+            (self.told, self.unseen) = (position.id, 0);
+            notices.push(Notice::Mark { stream: self.ring.stream().clone(), position });
+        }
+    }
+
+    /// A part of the past can't be read, and waiting won't help: that is a gap in this stream, and no reason to withhold
+    /// what comes.
+    fn unreadable(&self, error: &StoreError, teller: &mut Teller<'_>) {
+        tracing::warn!(%error, kind = error.kind().as_str(), "cannot read what a client has still to be given");
+        teller.gap(self.ring.stream(), self.position(), None, Reason::Unreadable);
+    }
+
     /// Moves to the next entry that passes.
-    fn next(&mut self, filter: &Filter, channel: &Channel) -> Next {
+    ///
+    /// With `skips`, what has left the ring is left out.
+    fn next(&mut self, filter: &Filter, skips: bool, teller: &mut Teller<'_>) -> Next {
         match self.stage {
             Stage::Waiting => return Next::Head,
             Stage::Locating | Stage::Behind => return Next::Behind,
@@ -271,11 +429,19 @@ impl Cursor {
         }
         loop {
             if let Some((batch, index)) = &mut self.current {
-                *index = batch.next_match(*index, filter);
-                if *index < batch.len() {
-                    return Next::Entry(batch.id(*index));
+                let next = batch.next_match(*index, filter);
+                self.unseen += next - *index;
+                *index = next;
+                let id = (next < batch.len()).then(|| batch.id(next));
+                if id.is_none() {
+                    self.pass_current();
                 }
-                self.pass_current();
+                if self.unseen >= MARK_ENTRIES {
+                    self.mark(teller.notices);
+                }
+                if let Some(id) = id {
+                    return Next::Entry(id);
+                }
             }
             let changes = self.ring.changes();
             if self.head_seen == Some(changes) {
@@ -291,26 +457,34 @@ impl Cursor {
                     (self.stage, self.passed_bytes) = (Stage::InRing, Some(passed_bytes));
                     self.current = Some((batch, index));
                 }
+                Lookup::Behind if skips => {
+                    let after = self.position();
+                    if let Some(mark) = self.ring.mark() {
+                        (self.after, self.is_entry) = (mark.last, false);
+                    }
+                    teller.gap(self.ring.stream(), after, self.position(), Reason::Lossy);
+                }
                 Lookup::Behind => {
                     if self.stage == Stage::InRing {
-                        channel.catchups.inc();
+                        teller.channel.catchups.inc();
                     }
                     self.stage = Stage::Behind;
                     return Next::Behind;
                 }
                 Lookup::Restarted => {
-                    // Plain clients go on with the new life of the stream from its beginning.
-                    channel.gap("state_lost");
+                    // The client goes on with the new life of the stream from its beginning.
+                    teller.gap(self.ring.stream(), self.position(), None, Reason::StateLost);
                     let mark = self.ring.mark().expect("a ring that restarted has begun");
                     (self.generation, self.epoch) = (mark.generation, Some(mark.epoch));
                     (self.after, self.is_entry, self.passed_bytes) = (mark.start, false, None);
+                    self.told = EntryId::MIN;
                 }
             }
         }
     }
 
     /// Takes the entries at hand that come before `bound`. The next one must be known to pass.
-    fn take(&mut self, bound: EntryId, filter: &Filter, meta: bool, began_ms: u64, out: &mut Outgoing) {
+    fn take(&mut self, bound: EntryId, filter: &Filter, form: Form, began_ms: u64, out: &mut Outgoing) {
         let Some((batch, index)) = &mut self.current else { return };
         let run = batch.run(*index, bound, filter);
         let (first, end) = (batch.id(*index), run.end);
@@ -318,8 +492,9 @@ impl Cursor {
         if first.ms >= began_ms {
             out.oldest_ms = Some(out.oldest_ms.map_or(first.ms, |oldest| oldest.min(first.ms)));
         }
-        out.push(batch.frames(run, meta));
+        out.push(batch.frames(run, form));
         *index = end;
+        (self.told, self.unseen) = (batch.id(end - 1), 0);
         if end == batch.len() {
             self.pass_current();
         }
@@ -342,13 +517,14 @@ impl Cursor {
     }
 
     /// Turns to a page that was read from the store.
-    fn turn(&mut self, page: Page, hub: &Hub, channel: &Channel) -> Result<(), CloseCode> {
+    fn turn(&mut self, page: Page, hub: &Hub, teller: &mut Teller<'_>) -> Result<(), CloseCode> {
         self.stage = Stage::InPages;
         if page.generation != self.generation {
             return Ok(());
         }
         if page.is_trimmed {
-            channel.gap("trimmed");
+            let before = page.oldest.zip(self.epoch.clone()).map(|(id, epoch)| Position { epoch, id });
+            teller.gap(self.ring.stream(), self.position(), before, Reason::Trimmed);
         }
         self.page_size = page.size;
         if let Some(passed) = &mut self.passed_bytes {

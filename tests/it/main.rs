@@ -4,6 +4,7 @@ mod api;
 mod bench;
 mod browser;
 mod crash;
+mod dashboards;
 mod delivery;
 mod deploy;
 mod docs;

@@ -92,6 +92,29 @@ async fn a_lagging_client_catches_up_from_the_store() {
     assert_eq!(slow.text().await, padded(2000), "it is live again");
 }
 
+#[tokio::test]
+async fn a_client_that_wants_the_latest_skips_what_it_was_too_slow_for() {
+    let config = Config { ring_bytes: ByteSize::kib(64), ..config() };
+    let server = Server::start(Fragile::open().await, config).await;
+    let mut slow = server.connect_slow("alerts?mode=latest").await;
+    let mut fast = server.connect("alerts").await;
+    let padded = |n: usize| format!(r#"{{"n":{n:05},"pad":"{}"}}"#, "x".repeat(1000));
+    for burst in 0..20 {
+        server.publish(&alerts(), (burst * 100..burst * 100 + 100).map(padded)).await;
+        fast.texts(100).await;
+    }
+    let mut seen = vec![slow.text().await];
+    while server.gaps("lossy") == 0 {
+        seen.push(slow.text().await);
+    }
+    server.publish(&alerts(), [padded(2000)]).await;
+    while seen.last() != Some(&padded(2000)) {
+        seen.push(slow.text().await);
+    }
+    assert!(seen.len() < 2001, "nothing was skipped");
+    assert!(seen.is_sorted(), "what is given is in order");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_snapshot_and_what_follows_have_no_seam() {
     for config in [config(), tiny_ring()] {

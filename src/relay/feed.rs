@@ -1,0 +1,130 @@
+//! Alerts as the body of an HTTP answer: Server-Sent Events, or lines of JSON.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::backoff::jitter;
+use super::form::Form;
+use super::outgoing::Outgoing;
+use super::slots::Slot;
+use super::subscription::{Subscription, Work, now_ms};
+use super::{Channel, Hub};
+
+/// How often something is sent where nothing comes, so that nobody on the way takes the connection for dead.
+const BEAT: Duration = Duration::from_secs(20);
+
+/// How a feed is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FeedForm {
+    /// Server-Sent Events: `id` is where to resume from.
+    EventStream,
+    /// A line of JSON per alert.
+    Lines,
+}
+
+/// A client that was let in and reads from an HTTP answer. Holds its place among the connections until it is dropped.
+pub struct Feed {
+    hub: Arc<Hub>,
+    channel: Arc<Channel>,
+    subscription: Subscription,
+    form: Form,
+    outgoing: Outgoing,
+    work: Option<Work>,
+    wake: watch::Receiver<()>,
+    beat_at: Instant,
+    stop: CancellationToken,
+    ends_at: Option<Instant>,
+    _slot: Slot,
+}
+
+impl Feed {
+    pub(super) fn new(
+        hub: Arc<Hub>,
+        channel: Arc<Channel>,
+        subscription: Subscription,
+        form: Form,
+        slot: Slot,
+        stop: CancellationToken,
+    ) -> Self {
+        let (wake, beat_at) = (channel.wake.subscribe(), Instant::now() + BEAT);
+        let outgoing = Outgoing::default();
+        Self { hub, channel, subscription, form, outgoing, work: None, wake, beat_at, stop, ends_at: None, _slot: slot }
+    }
+
+    /// The next piece of the body, whole alerts; nothing when the feed is over. Waits for it.
+    ///
+    /// What is asked for next tells that what came before was taken: a reader that does not read is sent nothing, and
+    /// costs a few pieces. Cancel-safe.
+    pub async fn next(&mut self) -> Option<Bytes> {
+        loop {
+            if let Some(piece) = self.outgoing.pop() {
+                self.beat_at = Instant::now() + BEAT;
+                return Some(piece);
+            }
+            // Only what changes after this line needs to wake us.
+            self.wake.mark_unchanged();
+            if self.subscription.is_lost() {
+                return None;
+            }
+            self.subscription.fill(&self.hub, &self.channel, &mut self.outgoing);
+            self.count();
+            if !self.outgoing.is_empty() {
+                continue;
+            }
+            if self.work.is_none() {
+                self.work = self.subscription.work(&self.hub);
+            }
+            let ends_at = self.ends_at;
+            tokio::select! {
+                fetched = async { self.work.as_mut().expect("there is work").await }, if self.work.is_some() => {
+                    self.work = None;
+                    if self.subscription.apply(fetched, &self.hub, &self.channel).is_err() {
+                        return None;
+                    }
+                }
+                // The sender lives as long as the channel, which this holds.
+                _ = self.wake.changed() => {}
+                () = tokio::time::sleep_until(self.beat_at) => self.beat(),
+                () = self.stop.cancelled(), if ends_at.is_none() => {
+                    self.ends_at = Some(Instant::now() + jitter(self.hub.config.drain_window));
+                }
+                () = tokio::time::sleep_until(ends_at.unwrap_or(self.beat_at)), if ends_at.is_some() => return None,
+            }
+        }
+    }
+
+    /// Tells where the client stands, or at least that somebody is there.
+    fn beat(&mut self) {
+        self.beat_at = Instant::now() + BEAT;
+        self.subscription.mark(&mut self.outgoing);
+        if self.outgoing.is_empty() {
+            let nothing: &[u8] = match self.form {
+                Form::EventStream { .. } => b":\n\n",
+                _ => b"\n",
+            };
+            self.outgoing.push(Bytes::from_static(nothing));
+        }
+    }
+
+    fn count(&mut self) {
+        let alerts = std::mem::take(&mut self.outgoing.alerts);
+        if alerts > 0 {
+            self.channel.writes.inc();
+            self.channel.deliveries.inc_by(alerts);
+        }
+        if let Some(ms) = self.outgoing.oldest_ms.take() {
+            self.channel.latency.observe(Duration::from_millis(now_ms().saturating_sub(ms)).as_secs_f64());
+        }
+    }
+}
+
+impl std::fmt::Debug for Feed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Feed").field("channel", &self.channel.name).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,393 @@
+//! One client's socket: what is on its way through it, and its deadlines.
+
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::time::Instant;
+use tokio_tungstenite::tungstenite::protocol::frame::Utf8Bytes;
+
+use super::backoff::jitter;
+use super::form::text_message;
+use super::frames::PING;
+use super::inbound::{Heard, Inbound};
+use super::outgoing::{MAX_SLICES, Outgoing};
+use super::subscription::now_ms;
+use super::{Channel, CloseCode, Config, Ending};
+
+/// What is read of a socket at once.
+const READ_BYTES: usize = 4096;
+
+/// Answers to control frames beyond this are not made until what there is of them is written.
+const MAX_ANSWERS: usize = 4096;
+
+/// How long a client has to take in our close frame and to answer it.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// A timer that fires later than this tells that this process was stalled, not the client.
+const STALL: Duration = Duration::from_millis(500);
+
+/// How often a client in rich mode is told where it stands, if nothing else has told it.
+const MARK_INTERVAL: Duration = Duration::from_secs(20);
+
+/// A socket, what is on its way through it, and its deadlines.
+#[derive(Debug)]
+pub(super) struct Link<S> {
+    io: S,
+    inbound: Inbound,
+    /// Frames that go out between those of alerts: control frames, and answers to requests.
+    answers: Vec<u8>,
+    pub(super) outgoing: Outgoing,
+    /// Writes of the outgoing bytes so far.
+    writes: u64,
+    /// Since when the socket has taken no bytes.
+    blocked_since: Option<Instant>,
+    /// Whether everything that was written has left the layers below.
+    is_flushed: bool,
+    next_ping: Instant,
+    pong_due: Option<Instant>,
+    drain_at: Option<Instant>,
+    /// When the client is told next where it stands, if it wants to know.
+    mark_at: Option<Instant>,
+    closing: Option<Closing>,
+    ping_interval: Duration,
+    pong_timeout: Duration,
+    write_timeout: Duration,
+}
+
+/// The way to the end.
+#[derive(Debug)]
+struct Closing {
+    ending: Ending,
+    deadline: Instant,
+    /// Whether the client has nothing more to say.
+    is_answered: bool,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
+    pub(super) fn new(io: S, config: &Config) -> Self {
+        let now = Instant::now();
+        let max_message_bytes = usize::try_from(config.max_message_bytes.as_u64()).unwrap_or(usize::MAX);
+        // Clients that came at once, after a restart, should not be pinged at once for ever.
+        let next_ping = now + config.ping_interval - jitter(config.ping_interval / 2);
+        Self {
+            io,
+            inbound: Inbound::new(max_message_bytes, now),
+            answers: Vec::new(),
+            outgoing: Outgoing::default(),
+            writes: 0,
+            blocked_since: None,
+            is_flushed: true,
+            next_ping,
+            pong_due: None,
+            drain_at: None,
+            mark_at: None,
+            closing: None,
+            ping_interval: config.ping_interval,
+            pong_timeout: config.pong_timeout,
+            write_timeout: config.write_timeout,
+        }
+    }
+
+    /// Whether alerts may be added: everything before them is written.
+    pub(super) fn is_hungry(&self) -> bool {
+        self.closing.is_none() && self.is_told()
+    }
+
+    fn is_told(&self) -> bool {
+        self.outgoing.is_empty() && self.answers.is_empty() && self.is_flushed
+    }
+
+    /// How the session ends, once there is nothing left to wait for.
+    pub(super) fn ending(&self) -> Option<Ending> {
+        let closing = self.closing.as_ref()?;
+        let is_done = closing.is_answered && self.is_told();
+        (is_done || Instant::now() >= closing.deadline).then_some(closing.ending)
+    }
+
+    /// Writes as much as the socket takes; ready once everything is written.
+    pub(super) fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.outgoing.is_empty() {
+            // Only here, between whole frames of ours, is there room for control frames.
+            self.outgoing.push(Bytes::from(std::mem::take(&mut self.answers)));
+        }
+        if self.is_told() {
+            return Poll::Pending;
+        }
+        while !self.outgoing.is_empty() {
+            let mut buffers = [IoSlice::new(&[]); MAX_SLICES];
+            let count = self.outgoing.fill(&mut buffers);
+            match Pin::new(&mut self.io).poll_write_vectored(cx, &buffers[..count]) {
+                Poll::Ready(Ok(written)) if written > 0 => {
+                    self.outgoing.advance(written);
+                    self.writes += 1;
+                    self.is_flushed = false;
+                    // A socket that takes bytes again has a client that reads: it may answer late.
+                    if self.blocked_since.take().is_some() && self.pong_due.is_some() {
+                        self.pong_due = Some(Instant::now() + self.pong_timeout);
+                    }
+                }
+                Poll::Ready(_) => {
+                    self.lose();
+                    return Poll::Ready(());
+                }
+                Poll::Pending => {
+                    self.blocked_since.get_or_insert_with(Instant::now);
+                    return Poll::Pending;
+                }
+            }
+        }
+        match Pin::new(&mut self.io).poll_flush(cx) {
+            Poll::Ready(Ok(())) => self.is_flushed = true,
+            Poll::Ready(Err(_)) => self.lose(),
+            Poll::Pending => {
+                self.blocked_since.get_or_insert_with(Instant::now);
+                return Poll::Pending;
+            }
+        }
+        self.blocked_since = None;
+        Poll::Ready(())
+    }
+
+    /// Reads what has come; ready when it told something.
+    pub(super) fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Heard, CloseCode>> {
+        while self.answers.len() <= MAX_ANSWERS && !self.is_deaf() {
+            let mut space = [MaybeUninit::uninit(); READ_BYTES];
+            let mut buffer = ReadBuf::uninit(&mut space);
+            match Pin::new(&mut self.io).poll_read(cx, &mut buffer) {
+                Poll::Ready(Ok(())) if !buffer.filled().is_empty() => {
+                    let heard = self.inbound.read(buffer.filled(), &mut self.answers, Instant::now());
+                    if heard != Ok(Heard::Nothing) {
+                        return Poll::Ready(heard);
+                    }
+                }
+                Poll::Ready(_) => {
+                    self.lose();
+                    return Poll::Ready(Ok(Heard::Nothing));
+                }
+                Poll::Pending => break,
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Whether nothing that could still come matters.
+    fn is_deaf(&self) -> bool {
+        self.closing.as_ref().is_some_and(|closing| closing.is_answered)
+    }
+
+    pub(super) fn hear(&mut self, outcome: Result<Heard, CloseCode>) {
+        match outcome {
+            Ok(Heard::Nothing) => {}
+            Ok(Heard::Alive) => self.pong_due = None,
+            Ok(Heard::Closed(code)) => self.answered(Ending::ByPeer(code)),
+            Err(code) => self.close(code),
+        }
+    }
+
+    pub(super) fn close(&mut self, code: CloseCode) {
+        self.close_with(code, code.reason());
+    }
+
+    pub(super) fn close_with(&mut self, code: CloseCode, reason: &str) {
+        if self.closing.is_none() {
+            self.inbound.close(code, reason, &mut self.answers);
+            let deadline = Instant::now() + CLOSE_TIMEOUT;
+            self.closing = Some(Closing { ending: Ending::Closed(code), deadline, is_answered: false });
+        }
+    }
+
+    /// The client has nothing more to say.
+    fn answered(&mut self, ending: Ending) {
+        let deadline = Instant::now() + CLOSE_TIMEOUT;
+        let closing = self.closing.get_or_insert(Closing { ending, deadline, is_answered: true });
+        closing.is_answered = true;
+    }
+
+    /// The connection is broken: nothing can be told any more.
+    fn lose(&mut self) {
+        self.answered(Ending::Lost);
+        self.outgoing = Outgoing::default();
+        self.answers.clear();
+        self.is_flushed = true;
+    }
+
+    pub(super) fn next_deadline(&self) -> Instant {
+        if let Some(closing) = &self.closing {
+            return closing.deadline;
+        }
+        let ping_or_pong = self.pong_due.unwrap_or(self.next_ping);
+        let blocked = self.blocked_since.map(|since| since + self.write_timeout);
+        // While something is on its way nothing is told, so that time is not waited for.
+        let mark_at = self.mark_at.filter(|_| self.is_told());
+        [blocked, self.drain_at, mark_at].into_iter().flatten().fold(ping_or_pong, Instant::min)
+    }
+
+    /// Closes the client at that moment, unless it ends before.
+    pub(super) fn drain_at(&mut self, at: Instant) {
+        self.drain_at = Some(at);
+    }
+
+    /// From now on the client's messages are requests, and it is told from time to time where it stands.
+    pub(super) fn converse(&mut self) {
+        self.inbound.keep_requests();
+        self.mark_at = Some(Instant::now() + MARK_INTERVAL);
+    }
+
+    /// The next message of the client, as long as there is room for its answer.
+    pub(super) fn next_request(&mut self) -> Option<Utf8Bytes> {
+        if self.closing.is_some() || self.answers.len() > MAX_ANSWERS { None } else { self.inbound.next_request() }
+    }
+
+    /// Answers a request: the answer goes out after the alerts that are on their way.
+    pub(super) fn answer(&mut self, text: &str) {
+        if self.closing.is_none() {
+            self.answers.extend_from_slice(&text_message(text));
+        }
+    }
+
+    /// Whether it is time to tell the client where it stands.
+    pub(super) fn take_mark(&mut self) -> bool {
+        let now = Instant::now();
+        let is_due = self.mark_at.is_some_and(|at| now >= at) && self.is_hungry();
+        if is_due {
+            self.mark_at = Some(now + MARK_INTERVAL);
+        }
+        is_due
+    }
+
+    /// Does what is due. `lateness` is how much later than asked the timer has fired.
+    pub(super) fn look_at_the_clock(&mut self, lateness: Duration) {
+        if lateness > STALL {
+            // Nobody could be heard or written to meanwhile.
+            self.pong_due = self.pong_due.map(|due| due + lateness);
+            self.blocked_since = self.blocked_since.map(|since| since + lateness);
+        }
+        let now = Instant::now();
+        let is_over = |limit: Option<Instant>| limit.is_some_and(|limit| now >= limit);
+        if is_over(self.blocked_since.map(|since| since + self.write_timeout)) {
+            self.close(CloseCode::WriteTimeout);
+        } else if is_over(self.pong_due) {
+            self.close(CloseCode::NoPong);
+        } else if is_over(self.drain_at) {
+            self.close(CloseCode::GoingAway);
+        } else if self.pong_due.is_none() && now >= self.next_ping && self.closing.is_none() {
+            self.answers.extend_from_slice(PING);
+            self.pong_due = Some(now + self.pong_timeout);
+            self.next_ping = now + self.ping_interval;
+        }
+    }
+
+    pub(super) fn count_written(&mut self, channel: &Channel) {
+        channel.writes.inc_by(std::mem::take(&mut self.writes));
+        let alerts = std::mem::take(&mut self.outgoing.alerts);
+        if alerts > 0 {
+            channel.deliveries.inc_by(alerts);
+        }
+        if let Some(ms) = self.outgoing.oldest_ms.take() {
+            channel.latency.observe(Duration::from_millis(now_ms().saturating_sub(ms)).as_secs_f64());
+        }
+    }
+
+    /// Ends the connection.
+    pub(super) async fn shut_down(&mut self) {
+        if let Ok(Err(error)) = tokio::time::timeout(CLOSE_TIMEOUT, self.io.shutdown()).await {
+            tracing::trace!(%error, "the socket was closed before");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, DuplexStream, duplex};
+
+    use super::*;
+
+    fn link(buffer: usize) -> (Link<DuplexStream>, DuplexStream) {
+        let (ours, theirs) = duplex(buffer);
+        (Link::new(ours, &Config::default()), theirs)
+    }
+
+    fn ends(link: &Link<DuplexStream>) -> Option<Ending> {
+        link.closing.as_ref().map(|closing| closing.ending)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_ping_is_sent_when_due_and_its_answer_waited_for() {
+        let (mut link, _theirs) = link(1024);
+        tokio::time::advance(link.ping_interval).await;
+        link.look_at_the_clock(Duration::ZERO);
+        assert_eq!(link.answers, PING);
+        assert_eq!(link.next_deadline(), Instant::now() + link.pong_timeout);
+        link.hear(Ok(Heard::Alive));
+        assert_eq!(link.next_deadline(), Instant::now() + link.ping_interval);
+        tokio::time::advance(link.ping_interval).await;
+        link.look_at_the_clock(Duration::ZERO);
+        tokio::time::advance(link.pong_timeout).await;
+        link.look_at_the_clock(Duration::ZERO);
+        assert_eq!(ends(&link), Some(Ending::Closed(CloseCode::NoPong)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stall_of_ours_is_not_counted_against_the_client() {
+        let (mut link, _theirs) = link(1024);
+        link.pong_due = Some(Instant::now() + link.pong_timeout);
+        let stall = Duration::from_secs(30);
+        tokio::time::advance(link.pong_timeout + stall).await;
+        link.look_at_the_clock(stall);
+        assert_eq!(ends(&link), Some(Ending::Closed(CloseCode::NoPong)), "late by its own fault");
+
+        let (mut link, _theirs) = self::link(1024);
+        link.pong_due = Some(Instant::now() + link.pong_timeout);
+        tokio::time::advance(stall).await;
+        link.look_at_the_clock(stall);
+        assert_eq!(ends(&link), None);
+        assert_eq!(link.next_deadline(), Instant::now() + link.pong_timeout, "all of its time is left");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_socket_that_takes_nothing_is_given_up_and_one_that_takes_a_little_is_not() {
+        let (mut link, mut theirs) = link(16);
+        link.outgoing.push(Bytes::from(vec![0; 64]));
+        let write = |link: &mut Link<DuplexStream>| {
+            link.poll_write(&mut Context::from_waker(std::task::Waker::noop())).is_ready()
+        };
+        let mut taken = [0; 16];
+        for _ in 0..3 {
+            assert!(!write(&mut link), "it is blocked");
+            tokio::time::advance(link.write_timeout * 9 / 10).await;
+            theirs.read_exact(&mut taken).await.expect("there is some");
+        }
+        assert!(write(&mut link) || link.outgoing.is_empty());
+        link.look_at_the_clock(Duration::ZERO);
+        assert_eq!(ends(&link), None, "it went on all the time");
+
+        link.outgoing.push(Bytes::from(vec![0; 64]));
+        assert!(!write(&mut link));
+        tokio::time::advance(link.write_timeout).await;
+        link.look_at_the_clock(Duration::ZERO);
+        assert_eq!(ends(&link), Some(Ending::Closed(CloseCode::WriteTimeout)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn control_frames_go_out_between_whole_frames_of_ours() {
+        let (mut link, mut theirs) = link(4);
+        link.outgoing.push(Bytes::from_static(b"\x81\x04abcd"));
+        let mut context = Context::from_waker(std::task::Waker::noop());
+        assert!(link.poll_write(&mut context).is_pending());
+        link.answers.extend_from_slice(PING);
+        let mut bytes = [0; 4];
+        theirs.read_exact(&mut bytes).await.expect("the front of the frame");
+        assert!(link.poll_write(&mut context).is_ready());
+        let mut rest = [0; 2];
+        theirs.read_exact(&mut rest).await.expect("the rest of the frame");
+        assert_eq!(&rest, b"cd");
+        assert!(link.poll_write(&mut context).is_ready());
+        theirs.read_exact(&mut rest).await.expect("the ping");
+        assert_eq!(rest, PING);
+    }
+}

@@ -1,0 +1,172 @@
+//! The protocol `aurora.v1`: what a client asks for in its text messages, and what it is answered.
+//!
+//! Every request may carry an `id`, a number that its answer repeats. Members that are not known are ignored, and so
+//! are requests that are not known and carry no `id`.
+
+use serde::Deserialize;
+use serde_json::json;
+use serde_json::value::RawValue;
+
+use super::form::Form;
+use super::subscription::{Subscription, now_ms};
+use super::subscriptions::Subscriptions;
+use super::{Channel, Filter, Hub, MAX_SNAPSHOT, SubscribeParams};
+use crate::event::StreamName;
+
+/// The name of the protocol in the handshake.
+pub const PROTOCOL: &str = "aurora.v1";
+
+/// A request, before it is known what it asks for.
+#[derive(Debug, Deserialize)]
+struct Request<'a> {
+    op: &'a str,
+    id: Option<u64>,
+    stream: Option<&'a str>,
+    since: Option<&'a str>,
+    #[serde(default)]
+    snapshot: usize,
+    #[serde(borrow)]
+    filter: Option<&'a RawValue>,
+    mode: Option<&'a str>,
+    #[serde(default)]
+    strict: bool,
+}
+
+/// Why a request is not done. The codes are those of HTTP, where it has one.
+struct Failure {
+    code: u16,
+    message: String,
+}
+
+impl Failure {
+    fn new(code: u16, message: impl Into<String>) -> Self {
+        Self { code, message: message.into() }
+    }
+}
+
+/// The first thing that a client is told.
+pub(super) fn welcome(hub: &Hub, channel: &Channel) -> String {
+    let streams: Vec<_> = channel.rings.iter().map(|ring| ring.stream().as_str()).collect();
+    let epochs: serde_json::Map<String, serde_json::Value> = channel
+        .rings
+        .iter()
+        .filter_map(|ring| Some((ring.stream().to_string(), ring.mark()?.epoch.to_string().into())))
+        .collect();
+    json!({
+        "t": "welcome",
+        "v": 1,
+        "streams": streams,
+        "epoch": epochs,
+        "ping": hub.config.ping_interval.as_secs(),
+        "max": hub.config.max_message_bytes.as_u64(),
+        "now": now_ms(),
+    })
+    .to_string()
+}
+
+/// Does what a text message asks for. Says what to answer, if anything.
+pub(super) fn handle(text: &str, subscriptions: &mut Subscriptions, hub: &Hub, channel: &Channel) -> Option<String> {
+    let (id, outcome) = match serde_json::from_str::<Request<'_>>(text) {
+        Ok(request) => (request.id, perform(&request, subscriptions, hub, channel)),
+        Err(error) => (None, Err(Failure::new(400, format!("not a request: {error}")))),
+    };
+    match outcome {
+        Ok(answer) => answer.map(|answer| answer.to_string()),
+        Err(failure) => Some(
+            json!({"t": "error", "id": id, "code": failure.code, "msg": failure.message, "retry": false}).to_string(),
+        ),
+    }
+}
+
+fn perform(
+    request: &Request<'_>,
+    subscriptions: &mut Subscriptions,
+    hub: &Hub,
+    channel: &Channel,
+) -> Result<Option<serde_json::Value>, Failure> {
+    let ok = |members: serde_json::Value| {
+        let mut answer = json!({"t": "ok", "id": request.id});
+        if let (Some(answer), serde_json::Value::Object(members)) = (answer.as_object_mut(), members) {
+            answer.extend(members);
+        }
+        Ok(Some(answer))
+    };
+    match request.op {
+        "subscribe" => {
+            let stream = stream_of(request, channel)?;
+            if subscriptions.of(&stream).is_some() {
+                return Err(Failure::new(
+                    409,
+                    format!("already subscribed to `{stream}`; change its filter, or unsubscribe"),
+                ));
+            }
+            let rings = channel.rings_of(Some(&stream)).map_err(|error| Failure::new(404, error.to_string()))?;
+            let params = params_of(request)?;
+            let answers = Some(request.id.unwrap_or_default());
+            subscriptions.add(Subscription::new(rings, params, Form::Rich, answers, hub, channel));
+            // Answered in its place among the alerts, once it is known where it begins.
+            Ok(None)
+        }
+        "unsubscribe" => {
+            let stream = stream_of(request, channel)?;
+            let position = subscriptions.remove(&stream).ok_or_else(|| not_subscribed(&stream))?;
+            ok(json!({"s": stream.as_str(), "p": position}))
+        }
+        "filter" => {
+            let stream = stream_of(request, channel)?;
+            let filter = filter_of(request)?;
+            let subscription = subscriptions.of(&stream).ok_or_else(|| not_subscribed(&stream))?;
+            subscription.replace_filter(filter);
+            ok(json!({"s": stream.as_str(), "p": subscription.positions()}))
+        }
+        "ack" => request.id.map_or(Ok(None), |_| ok(json!({}))),
+        "ping" => Ok(Some(json!({"t": "pong", "id": request.id, "now": now_ms()}))),
+        _ if request.id.is_none() => Ok(None),
+        other => Err(Failure::new(400, format!("there is no op `{other}`"))),
+    }
+}
+
+fn not_subscribed(stream: &StreamName) -> Failure {
+    Failure::new(404, format!("not subscribed to `{stream}`"))
+}
+
+/// The stream that a request names; with one stream in the channel it need not.
+fn stream_of(request: &Request<'_>, channel: &Channel) -> Result<StreamName, Failure> {
+    let names = || channel.rings.iter().map(|ring| ring.stream().as_str()).collect::<Vec<_>>().join(", ");
+    match (request.stream, &*channel.rings) {
+        (Some(name), rings) => {
+            let named = rings.iter().find(|ring| ring.stream().as_str() == name).map(|ring| ring.stream().clone());
+            named.ok_or_else(|| Failure::new(404, format!("`stream` must be one of this channel's: {}", names())))
+        }
+        (None, [ring]) => Ok(ring.stream().clone()),
+        (None, _) => Err(Failure::new(422, format!("`stream` is missing: one of {}", names()))),
+    }
+}
+
+fn filter_of(request: &Request<'_>) -> Result<Filter, Failure> {
+    match request.filter {
+        None => Ok(Filter::default()),
+        Some(filter) => Filter::parse(filter.get()).map_err(|error| Failure::new(422, format!("`filter` {error}"))),
+    }
+}
+
+fn params_of(request: &Request<'_>) -> Result<SubscribeParams, Failure> {
+    let invalid = |name: &str, problem: &str| Failure::new(422, format!("`{name}` {problem}"));
+    let is_latest = match request.mode {
+        None | Some("lossless") => false,
+        Some("latest") => true,
+        Some(_) => return Err(invalid("mode", "must be lossless or latest")),
+    };
+    if request.snapshot > MAX_SNAPSHOT {
+        return Err(invalid("snapshot", &format!("must be a number from 0 to {MAX_SNAPSHOT}")));
+    }
+    Ok(SubscribeParams {
+        since: request.since.map(str::parse).transpose().map_err(|problem: String| invalid("since", &problem))?,
+        snapshot: request.snapshot,
+        filter: filter_of(request)?,
+        meta: false,
+        stream: None,
+        is_latest,
+        is_strict: request.strict,
+    })
+}

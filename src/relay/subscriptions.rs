@@ -1,0 +1,93 @@
+//! What one client is subscribed to, and who is next.
+
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use super::outgoing::Outgoing;
+use super::subscription::{Fetched, Subscription, Work};
+use super::{Channel, CloseCode, Hub};
+use crate::event::StreamName;
+
+/// The subscriptions of one session: one in plain mode, up to one per stream of the channel in rich mode.
+#[derive(Default)]
+pub(super) struct Subscriptions {
+    held: Vec<Held>,
+    /// Which of them is served first the next time.
+    first: usize,
+}
+
+struct Held {
+    subscription: Subscription,
+    /// The read of the store that is under way for it.
+    work: Option<Work>,
+}
+
+impl Subscriptions {
+    pub(super) fn add(&mut self, subscription: Subscription) {
+        self.held.push(Held { subscription, work: None });
+    }
+
+    /// Ends the subscription to a stream, if there is one, and says where it stood.
+    pub(super) fn remove(&mut self, stream: &StreamName) -> Option<String> {
+        let index = self.held.iter().position(|held| held.subscription.is_to(stream))?;
+        Some(self.held.swap_remove(index).subscription.positions())
+    }
+
+    /// The subscription to a stream.
+    pub(super) fn of(&mut self, stream: &StreamName) -> Option<&mut Subscription> {
+        self.held.iter_mut().map(|held| &mut held.subscription).find(|subscription| subscription.is_to(stream))
+    }
+
+    /// Adds what can be written now, and begins the reads of the store that come next. An error is how the session
+    /// must end.
+    pub(super) fn fill(&mut self, hub: &Arc<Hub>, channel: &Channel, out: &mut Outgoing) -> Result<(), CloseCode> {
+        let count = self.held.len();
+        self.first = (self.first + 1).checked_rem(count).unwrap_or(0);
+        for turn in 0..count {
+            let Held { subscription, work } = &mut self.held[(self.first + turn) % count];
+            subscription.fill(hub, channel, out);
+            if subscription.is_lost() {
+                return Err(CloseCode::StateLost);
+            }
+            if work.is_none() {
+                *work = subscription.work(hub);
+            }
+        }
+        Ok(())
+    }
+
+    /// Ready when one of the reads is done, and then with the index of whose it is.
+    pub(super) fn poll_work(&mut self, cx: &mut Context<'_>) -> Poll<(usize, Fetched)> {
+        for (index, held) in self.held.iter_mut().enumerate() {
+            if let Some(Poll::Ready(fetched)) = held.work.as_mut().map(|work| work.as_mut().poll(cx)) {
+                held.work = None;
+                return Poll::Ready((index, fetched));
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Takes in what was read. An error is how the session must end.
+    pub(super) fn apply(
+        &mut self,
+        index: usize,
+        fetched: Fetched,
+        hub: &Hub,
+        channel: &Channel,
+    ) -> Result<(), CloseCode> {
+        self.held[index].subscription.apply(fetched, hub, channel)
+    }
+
+    /// Tells where the client stands in streams of which nothing passed since it was told last.
+    pub(super) fn mark(&mut self, out: &mut Outgoing) {
+        for held in &mut self.held {
+            held.subscription.mark(out);
+        }
+    }
+}
+
+impl std::fmt::Debug for Subscriptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.held.iter().map(|held| &held.subscription)).finish()
+    }
+}

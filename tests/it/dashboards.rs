@@ -1,0 +1,323 @@
+//! Dashboards that speak `aurora.v1`, and those that read an HTTP answer, on the real binary.
+
+use std::time::Duration;
+
+use futures_util::{SinkExt as _, StreamExt as _};
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+use tokio::time::timeout;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
+use tokio_tungstenite::tungstenite::http::HeaderValue;
+use tokio_tungstenite::tungstenite::{Error, Message};
+
+use crate::support::app::{BOUND, Daemon, Home, Socket, client, next_text};
+
+const STREAMS: &str = r#"
+[relay]
+drain_window = "500ms"
+ring_entries = 100
+[[streams]]
+name = "aurora:alerts"
+relay = true
+[[streams]]
+name = "aurora:cps:alerts"
+relay = true
+"#;
+const ALERTS: &str = "aurora:alerts";
+const CPS: &str = "aurora:cps:alerts";
+
+fn numbered(numbers: impl IntoIterator<Item = usize>) -> Vec<String> {
+    let severity = |n: usize| if n.is_multiple_of(2) { "high" } else { "low" };
+    numbers.into_iter().map(|n| format!(r#"{{"n":{n},"severity":"{}"}}"#, severity(n))).collect()
+}
+
+async fn publish(daemon: &Daemon, stream: &str, numbers: impl IntoIterator<Item = usize>) {
+    daemon.publish(stream, &numbered(numbers)).await.expect("accepted");
+}
+
+/// A client of `aurora.v1`.
+struct Rich(Socket);
+
+impl Rich {
+    async fn connect(daemon: &Daemon) -> Self {
+        let mut request = daemon.url("/api/v1/ws/alerts").replace("http", "ws").into_client_request().expect("a URL");
+        request.headers_mut().insert("sec-websocket-protocol", HeaderValue::from_static("aurora.v9, aurora.v1"));
+        let (socket, response) = tokio_tungstenite::connect_async(request).await.expect("a handshake");
+        assert_eq!(response.headers()["sec-websocket-protocol"], "aurora.v1");
+        let mut rich = Self(socket);
+        let welcome = rich.frame().await;
+        assert_eq!((&welcome["t"], &welcome["v"]), (&json!("welcome"), &json!(1)));
+        assert_eq!(welcome["streams"], json!([ALERTS, CPS]));
+        rich
+    }
+
+    async fn frame(&mut self) -> Value {
+        serde_json::from_str(&next_text(&mut self.0).await).expect("a JSON frame")
+    }
+
+    /// The next frame, which must be of that type.
+    async fn expect(&mut self, kind: &str) -> Value {
+        let frame = self.frame().await;
+        assert_eq!(frame["t"], kind, "{frame}");
+        frame
+    }
+
+    /// The numbers of the next events, and the last one's position.
+    async fn events(&mut self, stream: &str, count: usize) -> (Vec<u64>, String) {
+        let (mut numbers, mut position) = (Vec::new(), String::new());
+        while numbers.len() < count {
+            let event = self.expect("event").await;
+            assert_eq!(event["s"], stream);
+            numbers.push(event["d"]["n"].as_u64().expect("a number"));
+            event["p"].as_str().expect("a position").clone_into(&mut position);
+        }
+        (numbers, position)
+    }
+
+    async fn send(&mut self, request: Value) {
+        self.0.send(Message::text(request.to_string())).await.expect("sent");
+    }
+}
+
+#[tokio::test]
+async fn a_rich_client_subscribes_stream_by_stream_and_resumes_without_hole_or_duplicate() {
+    let home = Home::new(STREAMS);
+    let daemon = home.start().await;
+    publish(&daemon, ALERTS, 0..300).await;
+    let mut rich = Rich::connect(&daemon).await;
+    rich.send(json!({"op": "subscribe", "id": 1, "stream": ALERTS, "since": "earliest"})).await;
+    let subscribed = rich.expect("subscribed").await;
+    assert_eq!((&subscribed["id"], &subscribed["recovered"]), (&json!(1), &json!(false)));
+    let (numbers, _) = rich.events(ALERTS, 300).await;
+    assert!(numbers.into_iter().eq(0..300));
+    assert_eq!(rich.expect("live").await["s"], ALERTS);
+    publish(&daemon, CPS, 0..5).await;
+    publish(&daemon, ALERTS, 300..303).await;
+    let (numbers, position) = rich.events(ALERTS, 3).await;
+    assert_eq!(numbers, [300, 301, 302], "the other stream was not asked for");
+    rich.send(json!({"op": "subscribe", "id": 2, "stream": CPS, "snapshot": 2})).await;
+    rich.expect("subscribed").await;
+    assert_eq!(rich.events(CPS, 2).await.0, [3, 4]);
+    rich.expect("live").await;
+    rich.send(json!({"op": "unsubscribe", "id": 3, "stream": ALERTS})).await;
+    let ok = rich.expect("ok").await;
+    assert_eq!((&ok["id"], &ok["p"]), (&json!(3), &json!(position)));
+    publish(&daemon, ALERTS, 303..310).await;
+    publish(&daemon, CPS, [5]).await;
+    assert_eq!(rich.events(CPS, 1).await.0, [5]);
+    drop(rich);
+
+    let mut rich = Rich::connect(&daemon).await;
+    rich.send(json!({"op": "subscribe", "id": 7, "stream": ALERTS, "since": position})).await;
+    let subscribed = rich.expect("subscribed").await;
+    assert_eq!((&subscribed["from"], &subscribed["recovered"]), (&json!(position), &json!(true)));
+    assert!(rich.events(ALERTS, 7).await.0.into_iter().eq(303..310));
+    rich.expect("live").await;
+    daemon.signal("TERM");
+    assert!(rich.expect("drain").await["after_ms"].as_u64().is_some_and(|ms| ms <= 500));
+    daemon.ended().await;
+}
+
+#[tokio::test]
+async fn a_position_of_another_life_is_told_as_a_gap() {
+    let home = Home::new(STREAMS);
+    let daemon = home.start().await;
+    publish(&daemon, ALERTS, 0..3).await;
+    let mut rich = Rich::connect(&daemon).await;
+    rich.send(json!({"op": "subscribe", "stream": ALERTS, "since": "0123abcd:5-0"})).await;
+    let subscribed = rich.expect("subscribed").await;
+    assert_eq!(subscribed["recovered"], json!(false));
+    let gap = rich.expect("gap").await;
+    assert_eq!((&gap["s"], &gap["reason"]), (&json!(ALERTS), &json!("epoch")));
+    assert_eq!(rich.events(ALERTS, 3).await.0, [0, 1, 2], "what there is, is given");
+
+    let url = daemon.url("/api/v1/ws/alerts?stream=aurora:alerts&since=0123abcd:5-0&strict=1").replace("http", "ws");
+    let (mut strict, _) = tokio_tungstenite::connect_async(url).await.expect("a handshake");
+    let close = timeout(BOUND, strict.next()).await.expect("in time");
+    assert!(matches!(close, Some(Ok(Message::Close(Some(frame)))) if u16::from(frame.code) == 4002));
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn a_filter_is_replaced_in_place_and_the_position_moves_on_without_alerts() {
+    let home = Home::new(STREAMS);
+    let daemon = home.start().await;
+    let high = json!({"key": "severity", "cmp": "gte", "val": "high"});
+    let mut rich = Rich::connect(&daemon).await;
+    rich.send(json!({"op": "subscribe", "stream": ALERTS, "filter": high})).await;
+    rich.expect("subscribed").await;
+    rich.expect("live").await;
+    publish(&daemon, ALERTS, 0..4).await;
+    assert_eq!(rich.events(ALERTS, 2).await.0, [0, 2]);
+    publish(&daemon, ALERTS, (0..1500).map(|n| 2 * n + 1)).await;
+    let mark = rich.expect("mark").await;
+    let mark = mark["p"].as_str().expect("a position").to_owned();
+    rich.send(json!({"op": "filter", "id": 4, "stream": ALERTS})).await;
+    // Whatever came before the answer is filtered as before.
+    let holds_from = rich.expect("ok").await;
+    assert!(holds_from["p"].as_str().expect("a position") >= mark.as_str());
+    publish(&daemon, ALERTS, [5, 7]).await;
+    assert_eq!(rich.events(ALERTS, 2).await.0, [5, 7]);
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn what_a_rich_client_gets_wrong_is_told_and_it_goes_on() {
+    let home = Home::new(STREAMS);
+    let daemon = home.start().await;
+    let mut rich = Rich::connect(&daemon).await;
+    let subscribe = |extra: Value| {
+        let mut request = json!({"op": "subscribe", "id": 9, "stream": ALERTS});
+        request.as_object_mut().expect("an object").extend(extra.as_object().expect("an object").clone());
+        request
+    };
+    let cases = [
+        (json!([1]), 400, "not a request"),
+        (json!({"op": "fly", "id": 9}), 400, "no op `fly`"),
+        (subscribe(json!({"stream": "aurora:audit"})), 404, "aurora:alerts, aurora:cps:alerts"),
+        (json!({"op": "subscribe", "id": 9}), 422, "`stream` is missing"),
+        (subscribe(json!({"since": "yesterday"})), 422, "`since`"),
+        (subscribe(json!({"mode": "fast"})), 422, "`mode`"),
+        (subscribe(json!({"snapshot": 100_000})), 422, "`snapshot`"),
+        (subscribe(json!({"filter": {"op": "and", "nodes": [{"key": "x"}]}})), 422, "`filter` nodes[0]"),
+        (json!({"op": "unsubscribe", "id": 9, "stream": CPS}), 404, "not subscribed"),
+    ];
+    for (request, code, words) in cases {
+        rich.send(request.clone()).await;
+        let error = rich.expect("error").await;
+        assert_eq!(error["code"], code, "{request}: {error}");
+        assert!(error["msg"].as_str().is_some_and(|message| message.contains(words)), "{request}: {error}");
+    }
+    rich.send(json!({"op": "not known, and nobody waits"})).await;
+    rich.send(subscribe(json!({}))).await;
+    rich.expect("subscribed").await;
+    rich.expect("live").await;
+    rich.send(subscribe(json!({}))).await;
+    assert_eq!(rich.expect("error").await["code"], 409);
+    rich.send(json!({"op": "ping", "id": 5})).await;
+    assert_eq!(rich.expect("pong").await["id"], 5);
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn a_version_that_is_not_spoken_here_is_refused() {
+    let home = Home::new(STREAMS);
+    let daemon = home.start().await;
+    let connect = |origin: Option<&'static str>| {
+        let mut request = daemon.url("/api/v1/ws/alerts").replace("http", "ws").into_client_request().expect("a URL");
+        request.headers_mut().insert("sec-websocket-protocol", HeaderValue::from_static("aurora.v9"));
+        origin.map(|origin| request.headers_mut().insert("origin", HeaderValue::from_static(origin)));
+        tokio_tungstenite::connect_async(request)
+    };
+    let refused = connect(None).await.expect_err("no version in common");
+    assert!(matches!(refused, Error::Http(response) if response.status() == 400));
+    daemon.stop().await;
+}
+
+/// The answer of a feed, piece by piece.
+struct Feed {
+    response: reqwest::Response,
+    text: String,
+}
+
+impl Feed {
+    async fn open(daemon: &Daemon, query: &str, headers: &[(&str, &str)]) -> Self {
+        let request = client().get(daemon.url(&format!("/api/v1/feeds/alerts{query}"))).timeout(BOUND);
+        let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
+        let response = request.send().await.expect("an answer");
+        assert_eq!(response.status(), StatusCode::OK);
+        Self { response, text: String::new() }
+    }
+
+    /// Everything up to and with the `count`-th `end`.
+    async fn until(&mut self, end: &str, count: usize) -> String {
+        loop {
+            if let Some((at, _)) = self.text.match_indices(end).nth(count - 1) {
+                let rest = self.text.split_off(at + end.len());
+                return std::mem::replace(&mut self.text, rest);
+            }
+            let piece = timeout(BOUND, self.response.chunk()).await.expect("in time").expect("a piece").expect("more");
+            self.text.push_str(std::str::from_utf8(&piece).expect("text"));
+        }
+    }
+}
+
+const EVENTS: (&str, &str) = ("accept", "text/event-stream");
+
+#[tokio::test]
+async fn an_event_source_resumes_by_its_last_event_id() {
+    let home = Home::new(STREAMS);
+    let daemon = home.start().await;
+    publish(&daemon, ALERTS, 0..250).await;
+    let mut feed = Feed::open(&daemon, "?stream=aurora:alerts&since=earliest", &[EVENTS]).await;
+    assert_eq!(feed.response.headers()["content-type"], "text/event-stream");
+    let past = feed.until("\n\n", 250).await;
+    let data = past.lines().filter_map(|line| line.strip_prefix("data: "));
+    assert!(data.eq(numbered(0..250)));
+    assert!(feed.until("\n\n", 1).await.starts_with("event: live\n"));
+    let last_id = past.lines().filter_map(|line| line.strip_prefix("id: ")).next_back().expect("ids").to_owned();
+    drop(feed);
+    publish(&daemon, ALERTS, 250..260).await;
+    // What it asked for at first is older than what it has seen.
+    let query = "?stream=aurora:alerts&since=earliest";
+    let mut feed = Feed::open(&daemon, query, &[EVENTS, ("last-event-id", &last_id)]).await;
+    let missed = feed.until("\n\n", 10).await;
+    assert!(missed.lines().filter_map(|line| line.strip_prefix("data: ")).eq(numbered(250..260)));
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn an_event_source_of_two_streams_has_one_id_for_both() {
+    let home = Home::new(STREAMS);
+    let daemon = home.start().await;
+    let mut feed = Feed::open(&daemon, "", &[EVENTS]).await;
+    publish(&daemon, ALERTS, [0]).await;
+    let first = feed.until("id: ", 1).await;
+    assert!(first.ends_with(&format!("data: {}\n\nid: ", numbered([0])[0])), "{first}");
+    let id = feed.until("\n\n", 1).await;
+    assert_eq!(id.trim().split(',').count(), 2, "{id}");
+    drop(feed);
+    publish(&daemon, CPS, [1]).await;
+    publish(&daemon, ALERTS, [2]).await;
+    let mut feed = Feed::open(&daemon, "", &[EVENTS, ("last-event-id", id.trim())]).await;
+    let missed = feed.until("event: live", 1).await;
+    let data = missed.lines().filter_map(|line| line.strip_prefix("data: "));
+    assert!(data.eq(numbered([1, 2])), "{missed}");
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn lines_of_json_come_as_they_are_stored_and_end_with_the_daemon() {
+    let home = Home::new(STREAMS);
+    let daemon = home.start().await;
+    publish(&daemon, ALERTS, 0..20).await;
+    let mut feed = Feed::open(&daemon, "?snapshot=5&min_severity=high", &[]).await;
+    assert_eq!(feed.response.headers()["content-type"], "application/x-ndjson");
+    assert!(feed.until("\n", 5).await.lines().eq(numbered([10, 12, 14, 16, 18])));
+    publish(&daemon, ALERTS, 20..23).await;
+    assert!(feed.until("\n", 2).await.lines().eq(numbered([20, 22])));
+    let mut meta = Feed::open(&daemon, "?since=earliest&meta=1&stream=aurora:alerts", &[]).await;
+    let lines = meta.until("\n", 23).await;
+    assert!(lines.lines().all(|line| serde_json::from_str::<Value>(line).is_ok_and(|v| v["_stream"] == ALERTS)));
+    daemon.signal("TERM");
+    let rest = timeout(Duration::from_secs(20), feed.response.chunk()).await.expect("it ends").expect("properly");
+    assert_eq!(rest, None);
+    daemon.ended().await;
+}
+
+#[tokio::test]
+async fn a_feed_refuses_what_the_websocket_refuses() {
+    let home = Home::new(STREAMS);
+    let daemon = home.start().await;
+    let cases = [
+        ("/api/v1/feeds/nothing", EVENTS, StatusCode::NOT_FOUND),
+        ("/api/v1/feeds/alerts?since=never", EVENTS, StatusCode::BAD_REQUEST),
+        ("/api/v1/feeds/alerts", ("last-event-id", "odd"), StatusCode::BAD_REQUEST),
+        ("/api/v1/feeds/alerts", ("origin", "https://evil.example"), StatusCode::FORBIDDEN),
+    ];
+    for (path, (name, value), status) in cases {
+        let response = client().get(daemon.url(path)).header(name, value).send().await.expect("an answer");
+        assert_eq!(response.status(), status, "{path} {name}");
+    }
+    daemon.stop().await;
+}
