@@ -18,7 +18,7 @@ use crate::http::{self, Api};
 use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
 use crate::relay::Relay;
-use crate::sink::Sink;
+use crate::sink::{self, Sink};
 use crate::store::{Metered, Store, StoreStatus};
 
 /// How often the store is asked whether it can do its work.
@@ -63,7 +63,10 @@ impl App {
         })?;
         let address = listener.local_addr().context("cannot read the listener's address")?;
         let store: Arc<dyn Store> = Arc::new(Metered::new(open_store(&config).await?, metrics.clone()));
-        let sinks = open_sinks(&config).await?;
+        let mut sinks = open_sinks(&config).await?;
+        for (name, sink) in &mut sinks {
+            *sink = Arc::new(sink::Metered::new(name, Arc::clone(sink), &metrics));
+        }
 
         let streams: Vec<_> = config.streams.iter().map(|stream| (stream.name.clone(), stream.dead_letter())).collect();
         let names = || config.streams.iter().map(|stream| stream.name.clone());

@@ -250,6 +250,10 @@ impl Config {
             problems.push(Problem::new("store.redis", error.to_string()));
         }
         problems.extend(self.stream_problems());
+        for (name, sink) in &self.sinks {
+            let own = sink.problems().into_iter();
+            problems.extend(own.map(|(key, message)| Problem::new(format!("sinks.{name}.{key}"), message)));
+        }
         let relay = self.relay.problems(&self.relayed()).into_iter();
         problems.extend(relay.map(|(key, message)| Problem::new(format!("relay.{key}"), message)));
         problems

@@ -113,6 +113,10 @@ metrics! {
     handler_seconds: HistogramVec = "aurora_bus_handler_seconds" ["stream", "group"];
     /// Failed sink deliveries, by class.
     sink_errors: IntCounterVec = "aurora_bus_sink_errors_total" ["sink", "class"];
+    /// Entries a sink took, repeated ones included.
+    sink_deliveries: IntCounterVec = "aurora_bus_sink_deliveries_total" ["sink"];
+    /// Time of the calls of a sink, in seconds.
+    sink_seconds: HistogramVec = "aurora_bus_sink_seconds" ["sink"];
     /// Entries a group has not been given yet; absent while the store can't tell.
     group_lag: IntGaugeVec = "aurora_bus_group_lag" ["stream", "group"];
     /// Entries given to a group and not settled.

@@ -5,6 +5,9 @@
 
 mod audit;
 mod log;
+mod metered;
+mod tls;
+mod webhook;
 
 use std::error::Error;
 use std::fmt;
@@ -16,6 +19,8 @@ use serde::{Deserialize, Serialize};
 
 pub use audit::{AuditConfig, AuditSink, Flaw, Problem, VerifyReport, verify};
 pub use log::{LogConfig, LogSink};
+pub use metered::Metered;
+pub use webhook::{WebhookConfig, WebhookSink};
 
 use crate::event::{Delivery, GroupName, StreamName};
 
@@ -124,24 +129,35 @@ impl Error for SinkError {
 }
 
 /// One sink of the configuration.
-#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
 pub enum SinkConfig {
     /// Writes a line per entry to the daemon's own log.
     Log(LogConfig),
     /// Appends tamper-evident records to files.
     Audit(AuditConfig),
+    /// Posts entries to an HTTP receiver.
+    Webhook(WebhookConfig),
 }
 
 impl SinkConfig {
     /// What `type` may be.
-    pub const TYPES: [&str; 2] = ["log", "audit"];
+    pub const TYPES: [&str; 3] = ["log", "audit", "webhook"];
+
+    /// Every value that makes no sense, by its key. Reads no files and talks to no other machine.
+    pub fn problems(&self) -> Vec<(String, String)> {
+        match self {
+            Self::Log(_) | Self::Audit(_) => Vec::new(),
+            Self::Webhook(config) => config.problems(),
+        }
+    }
 
     /// Makes the sink. Opens files and takes their locks, but talks to no other machine.
     pub async fn build(self, name: &str) -> Result<Arc<dyn Sink>, SinkError> {
         Ok(match self {
             Self::Log(config) => Arc::new(LogSink::new(name, &config)),
             Self::Audit(config) => Arc::new(AuditSink::open(name, config).await?),
+            Self::Webhook(config) => Arc::new(WebhookSink::open(name, &config)?),
         })
     }
 }

@@ -1,0 +1,56 @@
+//! TLS as sinks speak it to their receivers.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::{self, PemObject as _};
+use rustls::{ClientConfig, RootCertStore};
+
+/// Why there is nothing to trust.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NoTrust {
+    #[error("cannot read {}: {error}", path.display())]
+    File { path: PathBuf, error: io::Error },
+    #[error("{} holds no usable certificate: {error}", path.display())]
+    Certificates { path: PathBuf, error: String },
+    #[error("is not given, and the system has no certificates to trust")]
+    NoneInSystem,
+}
+
+/// Trusts the certificates in that file, or those of the system where there is none.
+pub(super) fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, NoTrust> {
+    let mut roots = RootCertStore::empty();
+    match ca_file {
+        Some(path) => add_file(path, &mut roots)?,
+        None => {
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+            if roots.is_empty() {
+                return Err(NoTrust::NoneInSystem);
+            }
+        }
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("the provider supports the default versions")
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Ok(config)
+}
+
+fn add_file(path: &Path, roots: &mut RootCertStore) -> Result<(), NoTrust> {
+    let unusable = |error: String| NoTrust::Certificates { path: path.to_owned(), error };
+    let text = std::fs::read(path).map_err(|error| NoTrust::File { path: path.to_owned(), error })?;
+    let certificates: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&text)
+        .collect::<Result<_, pem::Error>>()
+        .map_err(|e| unusable(e.to_string()))?;
+    if certificates.is_empty() {
+        return Err(unusable("there is none in it".to_owned()));
+    }
+    for certificate in certificates {
+        roots.add(certificate).map_err(|error| unusable(error.to_string()))?;
+    }
+    Ok(())
+}
