@@ -22,13 +22,12 @@ pub(super) enum NoTrust {
 /// Trusts the certificates in that file, or those of the system where there is none.
 pub(super) fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, NoTrust> {
     let mut roots = RootCertStore::empty();
-    match ca_file {
-        Some(path) => add_file(path, &mut roots)?,
-        None => {
-            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-            if roots.is_empty() {
-                return Err(NoTrust::NoneInSystem);
-            }
+    if let Some(path) = ca_file {
+        add_file(path, &mut roots)?;
+    } else {
+        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        if roots.is_empty() {
+            return Err(NoTrust::NoneInSystem);
         }
     }
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());

@@ -134,21 +134,27 @@ impl WebhookSink {
 
     /// Connects as a delivery would, with a TLS handshake where there is one, and lets go.
     async fn connect(&self) -> Result<(), Box<dyn Error + Send + Sync>> {
-        let mut failure = None;
-        for address in self.guard.addresses(&self.url).await? {
-            match TcpStream::connect(address).await {
-                Ok(stream) => {
-                    if let Some(tls) = &self.tls {
-                        let host = self.url.host_str().unwrap_or_default().trim_matches(['[', ']']);
-                        let name = ServerName::try_from(host.to_owned())?;
-                        TlsConnector::from(Arc::clone(tls)).connect(name, stream).await?;
-                    }
-                    return Ok(());
-                }
-                Err(error) => failure = Some(error),
+        let addresses = self.guard.addresses(&self.url).await?;
+        // An address that does not answer leaves time for the others.
+        let share = self.connect_timeout / u32::try_from(addresses.len()).unwrap_or(u32::MAX).max(1);
+        let mut failure: Box<dyn Error + Send + Sync> = "it has no address".into();
+        for address in addresses {
+            match timeout(share, TcpStream::connect(address)).await {
+                Ok(Ok(stream)) => return self.shake_hands(stream).await,
+                Ok(Err(error)) => failure = error.into(),
+                Err(elapsed) => failure = elapsed.into(),
             }
         }
-        Err(failure.map_or_else(|| "it has no address".into(), Into::into))
+        Err(failure)
+    }
+
+    async fn shake_hands(&self, stream: TcpStream) -> Result<(), Box<dyn Error + Send + Sync>> {
+        if let Some(tls) = &self.tls {
+            let host = self.url.host_str().unwrap_or_default().trim_matches(['[', ']']);
+            let name = ServerName::try_from(host.to_owned())?;
+            TlsConnector::from(Arc::clone(tls)).connect(name, stream).await?;
+        }
+        Ok(())
     }
 }
 

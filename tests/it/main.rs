@@ -10,6 +10,7 @@ mod deploy;
 mod docs;
 mod redis_faults;
 mod relay;
+mod sinks;
 mod store_contract;
 mod store_embedded;
 mod store_model;

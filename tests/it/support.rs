@@ -3,6 +3,7 @@
 pub(crate) mod app;
 pub(crate) mod install;
 pub(crate) mod proxy;
+pub(crate) mod receiver;
 pub(crate) mod redis;
 
 use std::time::{Duration, Instant};

@@ -271,8 +271,8 @@ fn secret_lines(path: &Path) -> std::io::Result<Vec<SecretString>> {
 fn header(name: &str, value: &SecretString) -> Result<(HeaderName, HeaderValue), Invalid> {
     let key = format!("headers.{name}");
     let parsed: HeaderName = name.parse().map_err(|_error| invalid(&key, "is not a name that a header can have"))?;
-    let is_ours = |ours: &&str| if ours.ends_with('-') { parsed.as_str().starts_with(*ours) } else { parsed == **ours };
-    if OURS.iter().any(|ours| is_ours(&ours)) {
+    let is_ours = |ours: &str| if ours.ends_with('-') { parsed.as_str().starts_with(ours) } else { parsed == *ours };
+    if OURS.iter().any(|ours| is_ours(ours)) {
         return Err(invalid(&key, "is a header that the bus sets itself"));
     }
     let mut value = HeaderValue::from_str(value.expose_secret())

@@ -23,7 +23,7 @@ pub(super) enum Zone {
 
 /// Networks by their first address and the bits that count; what is in none of them is public.
 const V4: &[(Ipv4Addr, u32, Zone)] = &[
-    (Ipv4Addr::new(0, 0, 0, 0), 8, Zone::Forbidden),
+    (Ipv4Addr::UNSPECIFIED, 8, Zone::Forbidden),
     (Ipv4Addr::new(10, 0, 0, 0), 8, Zone::Private),
     // Metadata of one cloud, within the addresses that providers share among customers.
     (Ipv4Addr::new(100, 100, 100, 200), 32, Zone::Forbidden),

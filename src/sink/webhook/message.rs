@@ -71,7 +71,8 @@ impl Message {
         let ids: Vec<String> = batch.iter().map(|delivery| first_id(&delivery.entry).to_string()).collect();
         let ids = ids.join(",");
         // A batch that is retried may have other entries beside the same first one: it is another message then.
-        let digest: String = Sha256::digest(&ids).iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+        let mut digest = format!("{:x}", Sha256::digest(&ids));
+        digest.truncate(32);
         let id = format!("{}/{digest}", safe(origin.stream.as_str()));
         let attempt = batch.iter().map(|delivery| delivery.attempt).max().unwrap_or_default();
         let mut headers = headers(origin, &id, attempt);
@@ -124,11 +125,13 @@ mod tests {
     use super::*;
     use crate::event::Fields;
 
+    type Field = (&'static str, &'static [u8]);
+
     fn origin() -> Origin {
         Origin { stream: "aurora:a.b".parse().unwrap(), group: "siem".parse().unwrap() }
     }
 
-    fn delivery(ms: u64, attempt: u32, pairs: &[(&'static str, &'static [u8])]) -> Delivery {
+    fn delivery(ms: u64, attempt: u32, pairs: &[Field]) -> Delivery {
         let fields: Fields = pairs.iter().map(|(n, v)| (Bytes::from(*n), Bytes::from_static(v))).collect();
         Delivery { entry: Entry { id: EntryId::new(ms, 0), fields }, attempt, delivered_at: Instant::now() }
     }
@@ -201,7 +204,7 @@ mod tests {
 
     #[test]
     fn what_is_no_json_is_undecodable() {
-        let cases: [(&[(&'static str, &'static [u8])], &str); 5] = [
+        let cases: [(&[Field], &str); 5] = [
             (&[("severity", b"high")], "the entry has no `data`"),
             (&[("data", b"")], "the entry's `data` is not JSON"),
             (&[("data", b"{\"a\":1} x")], "the entry's `data` is not JSON"),

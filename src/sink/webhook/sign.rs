@@ -6,7 +6,7 @@ use std::fmt;
 
 use aws_lc_rs::hmac;
 use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD as BASE64;
+use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};
 use reqwest::header::HeaderValue;
 
 /// What begins a secret that is written in base64.
@@ -44,7 +44,7 @@ impl Signer {
             let mut context = hmac::Context::with_key(key);
             context.update(head.as_bytes());
             context.update(body);
-            format!("v1,{}", BASE64.encode(context.sign()))
+            format!("v1,{}", STANDARD.encode(context.sign()))
         };
         let signatures: Vec<String> = self.0.iter().map(of_key).collect();
         let value = || HeaderValue::try_from(signatures.join(" ")).expect("base64 is visible ASCII");
@@ -54,7 +54,10 @@ impl Signer {
 
 fn key(secret: &str) -> Result<hmac::Key, InvalidSecret> {
     let decoded = match secret.strip_prefix(BASE64_PREFIX) {
-        Some(text) => BASE64.decode(text).map_err(|_undecodable| InvalidSecret::Base64)?,
+        Some(text) => {
+            let text = text.trim_end_matches('=');
+            STANDARD_NO_PAD.decode(text).map_err(|_undecodable| InvalidSecret::Base64)?
+        }
         None => secret.as_bytes().to_vec(),
     };
     if decoded.is_empty() {
@@ -85,6 +88,7 @@ mod tests {
         let other = sign(&["whsec_AAECAwQFBgc="], "s/1-0", 5, "{}").unwrap();
         assert_eq!(sign(&["a plain secret", "whsec_AAECAwQFBgc="], "s/1-0", 5, "{}"), Some(format!("{one} {other}")));
         assert_eq!(sign(&[], "s/1-0", 5, "{}"), None);
+        assert_eq!(sign(&["whsec_AAECAwQFBgc"], "s/1-0", 5, "{}"), Some(other), "padding is optional");
     }
 
     #[test]

@@ -234,7 +234,8 @@ fn find_file(folder: &Path, name: &str) -> Option<PathBuf> {
     None
 }
 
-fn make_certificates(folder: &Path) {
+/// Makes `ca.pem`, and `server.pem` and `server.key` for 127.0.0.1, in that folder.
+pub(crate) fn make_certificates(folder: &Path) {
     install::program("openssl", "openssl");
     let script = "
         openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj '/CN=test authority' \

@@ -1,0 +1,336 @@
+//! What every sink promises, and what only some do: one suite, run for each kind in a [`World`] of its own.
+
+mod audit;
+mod daemon;
+mod log;
+mod webhook;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use aurora_bus::event::{Delivery, Entry, EntryId, Fields, field};
+use aurora_bus::metrics::Metrics;
+use aurora_bus::sink::{Metered, Origin, Sink, SinkConfig, SinkError, SinkErrorClass};
+use bytes::Bytes;
+use tokio::task::JoinSet;
+
+use crate::support::until;
+
+/// The longest a test waits for a state.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A sink's receiver, and how to find out what arrived there.
+#[async_trait]
+trait World: Sized + Send + Sync + 'static {
+    /// The `type` of the sink.
+    const TYPE: &str;
+    /// Whether a delivery that is repeated has no second effect.
+    const REFUSES_DUPLICATES: bool;
+
+    /// A fresh receiver.
+    async fn open() -> Self;
+
+    /// How to reach it.
+    fn config(&self) -> SinkConfig;
+
+    /// A sink that reaches it.
+    async fn sink(&self) -> Arc<dyn Sink> {
+        self.config().build("it").await.expect("a valid configuration")
+    }
+
+    /// Every effect, as `stream/entry id`, in any order, by the receiver's own means. The sink is closed by now.
+    async fn effects(&self) -> Vec<String>;
+
+    /// Secrets in the configuration.
+    fn secrets(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Configurations that can't work, and a part of what must be told of them when the sink is made or checked.
+    fn misconfigured(&self) -> Vec<(SinkConfig, &'static str)> {
+        Vec::new()
+    }
+}
+
+/// A receiver that can be away.
+#[async_trait]
+trait Outage: World {
+    async fn go_down(&mut self);
+    async fn come_up(&mut self);
+}
+
+/// An entry's delivery: number `n` of its stream.
+fn delivery(n: u64, attempt: u32) -> Delivery {
+    let data = format!(r#"{{ "title": "event {n}", "severity": "high", "pad": "{}" }}"#, "x".repeat(300));
+    let event_id = format!("0195e2a0-0000-7000-8000-{n:012}");
+    of_fields(n, attempt, &[(field::ID, event_id.as_bytes()), (field::DATA, data.as_bytes())])
+}
+
+fn of_fields(n: u64, attempt: u32, fields: &[(&'static str, &[u8])]) -> Delivery {
+    let fields: Fields = fields.iter().map(|(n, v)| (Bytes::from(*n), Bytes::copy_from_slice(v))).collect();
+    Delivery { entry: Entry { id: EntryId::new(n, 0), fields }, attempt, delivered_at: Instant::now() }
+}
+
+fn deliveries(numbers: impl IntoIterator<Item = u64>, attempt: u32) -> Vec<Delivery> {
+    numbers.into_iter().map(|n| delivery(n, attempt)).collect()
+}
+
+fn origin(stream: &str) -> Origin {
+    Origin { stream: stream.parse().expect("a valid name"), group: "siem".parse().expect("a valid name") }
+}
+
+const STREAM: &str = "aurora:test.alerts";
+
+/// Delivers as a worker does: in batches that the sink takes, up to the first failure.
+async fn deliver(sink: &dyn Sink, stream: &str, batch: &[Delivery]) -> Result<(), SinkError> {
+    for part in batch.chunks(sink.max_batch()) {
+        sink.deliver(&origin(stream), part).await?;
+    }
+    Ok(())
+}
+
+/// What the receiver has once the sink is closed, in order.
+async fn outcome<W: World>(world: &W, sink: Arc<dyn Sink>) -> Vec<String> {
+    sink.close().await;
+    drop(sink);
+    let mut effects = world.effects().await;
+    effects.sort_by_key(|effect| {
+        let (stream, id) = effect.rsplit_once('/').expect("stream/id");
+        (stream.to_owned(), id.parse::<EntryId>().expect("an id"))
+    });
+    if !W::REFUSES_DUPLICATES {
+        effects.dedup();
+    }
+    effects
+}
+
+fn expected(stream: &str, numbers: impl IntoIterator<Item = u64>) -> Vec<String> {
+    numbers.into_iter().map(|n| format!("{stream}/{n}-0")).collect()
+}
+
+/// An error with all its causes, and how it is shown in traces.
+fn told(error: &SinkError) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    format!("{text} {error:?}")
+}
+
+/// What making or checking the sink says of a configuration that can't work.
+async fn complaint(config: SinkConfig) -> String {
+    match config.build("it").await {
+        Err(error) => told(&error),
+        Ok(sink) => told(&sink.check().await.expect_err("this can't work")),
+    }
+}
+
+async fn every_entry_has_its_effect_once<W: World>() {
+    let world = W::open().await;
+    let sink = world.sink().await;
+    deliver(&*sink, STREAM, &deliveries(1..=40, 1)).await.expect("taken");
+    assert_eq!(outcome(&world, sink).await, expected(STREAM, 1..=40));
+}
+
+async fn the_largest_batch_is_taken_whole<W: World>() {
+    let world = W::open().await;
+    let sink = world.sink().await;
+    let most = sink.max_batch() as u64;
+    sink.deliver(&origin(STREAM), &deliveries(1..=most, 1)).await.expect("taken");
+    assert_eq!(outcome(&world, sink).await, expected(STREAM, 1..=most));
+}
+
+async fn a_repeated_delivery_has_no_second_effect_where_that_is_promised<W: World>() {
+    let world = W::open().await;
+    let sink = world.sink().await;
+    for attempt in 1..=3 {
+        deliver(&*sink, STREAM, &deliveries(1..=10, attempt)).await.expect("taken");
+    }
+    sink.close().await;
+    drop(sink);
+    // A daemon that was started again doesn't know what the one before it has delivered.
+    let sink = world.sink().await;
+    deliver(&*sink, STREAM, &deliveries(1..=10, 4)).await.expect("taken");
+    assert_eq!(outcome(&world, sink).await, expected(STREAM, 1..=10));
+}
+
+async fn entries_of_two_streams_with_one_id_are_two<W: World>() {
+    let world = W::open().await;
+    let sink = world.sink().await;
+    for stream in ["a.b", "a:b"] {
+        deliver(&*sink, stream, &deliveries(1..=3, 1)).await.expect("taken");
+    }
+    let both = [expected("a.b", 1..=3), expected("a:b", 1..=3)].concat();
+    assert_eq!(outcome(&world, sink).await, both);
+}
+
+async fn workers_share_a_sink<W: World>() {
+    let world = W::open().await;
+    let sink = world.sink().await;
+    let mut workers = JoinSet::new();
+    for worker in 0..8 {
+        let sink = Arc::clone(&sink);
+        workers.spawn(async move {
+            let batch = deliveries(worker * 10 + 1..=worker * 10 + 10, 1);
+            deliver(&*sink, STREAM, &batch).await.expect("taken");
+        });
+    }
+    workers.join_all().await;
+    assert_eq!(outcome(&world, sink).await, expected(STREAM, 1..=80));
+}
+
+async fn a_delivery_that_is_given_up_does_no_harm<W: World>() {
+    let world = W::open().await;
+    let sink = world.sink().await;
+    let batch = deliveries(1..=20, 1);
+    for micros in [0, 20, 100, 500, 1000, 2000, 5000] {
+        // Whether it came to its end in that time or not is all the same.
+        drop(tokio::time::timeout(Duration::from_micros(micros), deliver(&*sink, STREAM, &batch)).await);
+    }
+    deliver(&*sink, STREAM, &deliveries(1..=20, 2)).await.expect("taken");
+    assert_eq!(outcome(&world, sink).await, expected(STREAM, 1..=20));
+}
+
+async fn a_check_has_no_effect<W: World>() {
+    let world = W::open().await;
+    let sink = world.sink().await;
+    for _ in 0..3 {
+        sink.check().await.expect("it can work");
+    }
+    assert_eq!(outcome(&world, sink).await, [""; 0]);
+}
+
+async fn what_cannot_work_is_told<W: World>() {
+    let world = W::open().await;
+    for (config, part) in world.misconfigured() {
+        let complaint = complaint(config).await;
+        assert!(complaint.contains(part), "{part:?} is not in {complaint:?}");
+    }
+}
+
+async fn nothing_that_is_shown_holds_a_secret<W: World>() {
+    let world = W::open().await;
+    let config = world.config();
+    let mut shown = vec![format!("{config:?}"), toml::to_string(&config).expect("TOML")];
+    for (config, _) in world.misconfigured() {
+        shown.push(format!("{config:?} {:?}", config.problems()));
+        shown.push(complaint(config).await);
+    }
+    shown.push(format!("{:?}", world.sink().await));
+    for secret in world.secrets() {
+        for shown in &shown {
+            assert!(!shown.contains(&secret), "{secret:?} is in {shown}");
+        }
+    }
+}
+
+async fn every_sink_has_the_same_metrics<W: World>() {
+    let world = W::open().await;
+    let metrics = Metrics::new();
+    let inner = world.sink().await;
+    let sink = Metered::new("the-sink", Arc::clone(&inner), &metrics);
+    assert_eq!(sink.max_batch(), inner.max_batch());
+    let calls = 30_usize.div_ceil(sink.max_batch());
+    deliver(&sink, STREAM, &deliveries(1..=30, 1)).await.expect("taken");
+    let text = metrics.render();
+    for line in [
+        "aurora_bus_sink_deliveries_total{sink=\"the-sink\"} 30".to_owned(),
+        format!("aurora_bus_sink_seconds_count{{sink=\"the-sink\"}} {calls}"),
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line} is not in {text}");
+    }
+    sink.check().await.expect("it can work");
+}
+
+async fn an_outage_is_told_and_loses_nothing<W: Outage>() {
+    let mut world = W::open().await;
+    let sink = world.sink().await;
+    deliver(&*sink, STREAM, &deliveries(1..=5, 1)).await.expect("taken");
+    world.go_down().await;
+    let batch = deliveries(6..=45, 1);
+    let error = deliver(&*sink, STREAM, &batch).await.expect_err("it is down");
+    assert_eq!(error.class(), SinkErrorClass::Transient, "{}", told(&error));
+    let down = sink.check().await.expect_err("it is down");
+    for secret in world.secrets() {
+        let told = format!("{} {}", told(&error), told(&down));
+        assert!(!told.contains(&secret), "{secret:?} is in {told}");
+    }
+    world.come_up().await;
+    until("a sink that is up", PATIENCE, async || sink.check().await.ok()).await;
+    deliver(&*sink, STREAM, &deliveries(6..=45, 2)).await.expect("taken");
+    assert_eq!(outcome(&world, sink).await, expected(STREAM, 1..=45));
+}
+
+/// Entries that hold no JSON.
+fn unreadable() -> Vec<Delivery> {
+    [
+        &[(field::SEVERITY, &b"high"[..])][..],
+        &[(field::DATA, b"{\"title\":")],
+        &[(field::DATA, b"no json")],
+        &[(field::DATA, b"{\"title\":\"\xff\"}")],
+        &[],
+    ]
+    .into_iter()
+    .zip(100..)
+    .map(|(fields, n)| of_fields(n, 1, fields))
+    .collect()
+}
+
+async fn what_is_no_json_is_given_up_at_once<W: World>() {
+    let world = W::open().await;
+    let sink = world.sink().await;
+    for bad in unreadable() {
+        let mut batch = vec![bad];
+        if sink.max_batch() > 1 {
+            batch.insert(0, delivery(1, 1));
+        }
+        let error = sink.deliver(&origin(STREAM), &batch).await.expect_err("it has no JSON");
+        assert_eq!(error.class(), SinkErrorClass::Undecodable, "{}", told(&error));
+    }
+    deliver(&*sink, STREAM, &deliveries(1..=2, 1)).await.expect("taken");
+    assert_eq!(outcome(&world, sink).await, expected(STREAM, 1..=2));
+}
+
+async fn any_bytes_are_taken<W: World>() {
+    let world = W::open().await;
+    let sink = world.sink().await;
+    deliver(&*sink, STREAM, &unreadable()).await.expect("taken");
+    assert_eq!(outcome(&world, sink).await, expected(STREAM, 100..=104));
+}
+
+/// Runs the suite for a world: what every sink promises, and after it what this one does.
+macro_rules! sink_tests {
+    ($world:ident: $($promise:ident)*) => {
+        $crate::sinks::sink_tests!(@ $world;
+            every_entry_has_its_effect_once
+            the_largest_batch_is_taken_whole
+            a_repeated_delivery_has_no_second_effect_where_that_is_promised
+            entries_of_two_streams_with_one_id_are_two
+            workers_share_a_sink
+            a_delivery_that_is_given_up_does_no_harm
+            a_check_has_no_effect
+            what_cannot_work_is_told
+            nothing_that_is_shown_holds_a_secret
+            every_sink_has_the_same_metrics
+            $($promise)*
+        );
+    };
+    (@ $world:ident; $($case:ident)*) => {
+        $(
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $case() {
+                $crate::sinks::$case::<super::$world>().await;
+            }
+        )*
+    };
+}
+
+use sink_tests;
+
+#[test]
+fn every_kind_of_sink_is_in_the_suite() {
+    assert_eq!(SinkConfig::TYPES, [log::Log::TYPE, audit::Audit::TYPE, webhook::Single::TYPE]);
+}

@@ -1,0 +1,217 @@
+//! An HTTP receiver that answers as a test says and keeps what it was sent.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use futures_util::stream;
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use reqwest::header::HeaderMap;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
+use tokio::sync::Barrier;
+use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
+
+/// A piece of a body without end.
+const PIECE_BYTES: usize = 64 * 1024;
+
+/// What a receiver does with a request.
+#[derive(Debug, Clone)]
+pub(crate) enum Reply {
+    /// Answers with that status alone.
+    Status(u16),
+    /// Answers with a status, a header and a body.
+    With(u16, (&'static str, String), String),
+    /// Answers with a status and a body without end.
+    Endless(u16),
+    /// Never answers.
+    Silence,
+    /// Answers 204 once as many requests are there as the barrier waits for.
+    Meet(Arc<Barrier>),
+}
+
+/// A request.
+#[derive(Debug, Clone)]
+pub(crate) struct Received {
+    pub(crate) method: String,
+    pub(crate) path: String,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
+    /// Whether it was answered 2xx.
+    pub(crate) is_taken: bool,
+}
+
+impl Received {
+    /// A header's value, empty where there is none.
+    pub(crate) fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", |value| value.to_str().expect("visible ASCII"))
+    }
+}
+
+type Script = dyn Fn(&Received) -> Reply + Send + Sync;
+
+struct State {
+    script: Box<Script>,
+    received: Mutex<Vec<Received>>,
+    connections: AtomicU64,
+    endless_bytes: AtomicU64,
+    tls: Option<TlsAcceptor>,
+}
+
+/// A receiver on a free port of the loopback address. It is gone when this is dropped.
+pub(crate) struct Receiver {
+    address: SocketAddr,
+    state: Arc<State>,
+    /// The accept loop, which owns its connections; none while the receiver is down.
+    tasks: JoinSet<()>,
+}
+
+impl Receiver {
+    /// Starts one.
+    pub(crate) async fn start(script: impl Fn(&Received) -> Reply + Send + Sync + 'static) -> Self {
+        Self::listening(None, Box::new(script)).await
+    }
+
+    /// Starts one that takes everything and speaks TLS, with `server.pem` and `server.key` of that folder.
+    pub(crate) async fn with_tls(folder: &Path) -> Self {
+        let certificate = CertificateDer::from_pem_file(folder.join("server.pem")).expect("a certificate");
+        let key = PrivateKeyDer::from_pem_file(folder.join("server.key")).expect("a key");
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("the default versions")
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate], key)
+            .expect("a certificate with its key");
+        Self::listening(Some(TlsAcceptor::from(Arc::new(config))), Box::new(|_| Reply::Status(204))).await
+    }
+
+    async fn listening(tls: Option<TlsAcceptor>, script: Box<Script>) -> Self {
+        let state = State {
+            script,
+            received: Mutex::default(),
+            connections: AtomicU64::new(0),
+            endless_bytes: AtomicU64::new(0),
+            tls,
+        };
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut receiver = Self { address, state: Arc::new(state), tasks: JoinSet::new() };
+        receiver.come_up().await;
+        receiver
+    }
+
+    /// Ends as a killed process does: every connection is cut, new ones are refused.
+    pub(crate) async fn go_down(&mut self) {
+        self.tasks.shutdown().await;
+    }
+
+    /// Listens again where it did before.
+    pub(crate) async fn come_up(&mut self) {
+        let listener = TcpListener::bind(self.address).await.expect("a free port");
+        self.address = listener.local_addr().expect("a bound listener");
+        self.tasks.spawn(accept(listener, Arc::clone(&self.state)));
+    }
+
+    /// The port it listens on.
+    pub(crate) fn port(&self) -> u16 {
+        self.address.port()
+    }
+
+    /// The URL of a path.
+    pub(crate) fn url(&self, path: &str) -> String {
+        let scheme = if self.state.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}{path}", self.address)
+    }
+
+    /// Every request so far, in the order of their coming.
+    pub(crate) fn received(&self) -> Vec<Received> {
+        self.state.received.lock().expect("unpoisoned").clone()
+    }
+
+    /// How many connections were made to it.
+    pub(crate) fn connections(&self) -> u64 {
+        self.state.connections.load(Ordering::SeqCst)
+    }
+
+    /// How much it has sent of bodies without end.
+    pub(crate) fn endless_bytes(&self) -> u64 {
+        self.state.endless_bytes.load(Ordering::SeqCst)
+    }
+}
+
+async fn accept(listener: TcpListener, state: Arc<State>) {
+    let mut connections = JoinSet::new();
+    loop {
+        let Ok((stream, _)) = listener.accept().await else { continue };
+        state.connections.fetch_add(1, Ordering::SeqCst);
+        stream.set_nodelay(true).expect("a socket");
+        let state = Arc::clone(&state);
+        connections.spawn(async move {
+            match state.tls.clone() {
+                Some(tls) => {
+                    if let Ok(stream) = tls.accept(stream).await {
+                        serve(stream, state).await;
+                    }
+                }
+                None => serve(stream, state).await,
+            }
+        });
+        while connections.try_join_next().is_some() {}
+    }
+}
+
+async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, state: Arc<State>) {
+    let service = service_fn(move |request| answer(request, Arc::clone(&state)));
+    // A client may go at any time.
+    drop(http1::Builder::new().serve_connection(TokioIo::new(stream), service).await);
+}
+
+async fn answer(
+    request: hyper::Request<Incoming>,
+    state: Arc<State>,
+) -> Result<hyper::Response<BoxBody<Bytes, Infallible>>, hyper::Error> {
+    let (head, body) = request.into_parts();
+    let mut received = Received {
+        method: head.method.to_string(),
+        path: head.uri.to_string(),
+        headers: head.headers,
+        body: body.collect().await?.to_bytes(),
+        is_taken: false,
+    };
+    let reply = (state.script)(&received);
+    received.is_taken = match &reply {
+        Reply::Status(status) | Reply::With(status, ..) | Reply::Endless(status) => (200..300).contains(status),
+        Reply::Meet(_) => true,
+        Reply::Silence => false,
+    };
+    state.received.lock().expect("unpoisoned").push(received);
+    let respond = |status: u16| hyper::Response::builder().status(status);
+    let whole = |text: String| Full::new(Bytes::from(text)).boxed();
+    let response = match reply {
+        Reply::Status(status) => respond(status).body(whole(String::new())),
+        Reply::With(status, (name, value), body) => respond(status).header(name, value).body(whole(body)),
+        Reply::Endless(status) => {
+            respond(status).body(BodyExt::boxed(StreamBody::new(stream::repeat_with(move || {
+                state.endless_bytes.fetch_add(PIECE_BYTES as u64, Ordering::SeqCst);
+                Ok(Frame::data(Bytes::from(vec![b'x'; PIECE_BYTES])))
+            }))))
+        }
+        Reply::Silence => std::future::pending().await,
+        Reply::Meet(barrier) => {
+            barrier.wait().await;
+            respond(204).body(whole(String::new()))
+        }
+    };
+    Ok(response.expect("a status and headers that are valid"))
+}
