@@ -30,13 +30,21 @@ pub(super) fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, NoTr
             return Err(NoTrust::NoneInSystem);
         }
     }
+    Ok(trusting(roots))
+}
+
+/// Trusts no one, for clients that must be given something though they speak no TLS.
+pub(super) fn trusting_none() -> ClientConfig {
+    trusting(RootCertStore::empty())
+}
+
+fn trusting(roots: RootCertStore) -> ClientConfig {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
+    ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .expect("the provider supports the default versions")
         .with_root_certificates(roots)
-        .with_no_client_auth();
-    Ok(config)
+        .with_no_client_auth()
 }
 
 fn add_file(path: &Path, roots: &mut RootCertStore) -> Result<(), NoTrust> {

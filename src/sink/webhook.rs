@@ -73,7 +73,8 @@ impl WebhookSink {
         let unusable = || SinkError::new(SinkErrorClass::Permanent, format!("the webhook sink `{name}` can't be used"));
         let settings = config.settings().map_err(|problem| unusable().with_source(problem))?;
         let Settings { url, guard, tls, signer, headers, mask } = settings;
-        let mut builder = Client::builder()
+        let client_tls = tls.as_deref().cloned().unwrap_or_else(super::tls::trusting_none);
+        let client = Client::builder()
             .default_headers(headers)
             .dns_resolver(guard)
             .redirect(Policy::none())
@@ -81,11 +82,10 @@ impl WebhookSink {
             .referer(false)
             .timeout(config.timeout)
             .connect_timeout(config.connect_timeout)
-            .pool_idle_timeout(IDLE_TIME);
-        if let Some(tls) = &tls {
-            builder = builder.tls_backend_preconfigured(ClientConfig::clone(tls));
-        }
-        let client = builder.build().map_err(|error| unusable().with_source(innermost(&error)))?;
+            .pool_idle_timeout(IDLE_TIME)
+            .tls_backend_preconfigured(client_tls)
+            .build()
+            .map_err(|error| unusable().with_source(innermost(&error)))?;
         Ok(Self {
             client,
             receiver: url.origin().ascii_serialization(),
