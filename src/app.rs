@@ -63,10 +63,7 @@ impl App {
         })?;
         let address = listener.local_addr().context("cannot read the listener's address")?;
         let store: Arc<dyn Store> = Arc::new(Metered::new(open_store(&config).await?, metrics.clone()));
-        let mut sinks = open_sinks(&config).await?;
-        for (name, sink) in &mut sinks {
-            *sink = Arc::new(sink::Metered::new(name, Arc::clone(sink), &metrics));
-        }
+        let sinks = open_sinks(&config).await?;
 
         let streams: Vec<_> = config.streams.iter().map(|stream| (stream.name.clone(), stream.dead_letter())).collect();
         let names = || config.streams.iter().map(|stream| stream.name.clone());
@@ -77,6 +74,7 @@ impl App {
         let retained = config.streams.iter().map(|stream| (stream.name.clone(), stream.retention)).collect();
         let janitor = Janitor::new(Arc::clone(&store), retained);
 
+        let sinks = metered(sinks, &metrics);
         let mut workers = Vec::new();
         let mut declared = Vec::new();
         for stream in &config.streams {
@@ -241,6 +239,15 @@ async fn open_sinks(config: &Config) -> anyhow::Result<BTreeMap<String, Arc<dyn 
         sinks.insert(name.clone(), built);
     }
     Ok(sinks)
+}
+
+/// Gives every sink the same metrics.
+fn metered(sinks: BTreeMap<String, Arc<dyn Sink>>, metrics: &Metrics) -> BTreeMap<String, Arc<dyn Sink>> {
+    let metered = |(name, sink): (String, Arc<dyn Sink>)| {
+        let metered: Arc<dyn Sink> = Arc::new(sink::Metered::new(&name, sink, metrics));
+        (name, metered)
+    };
+    sinks.into_iter().map(metered).collect()
 }
 
 /// Gives a task's end its name.

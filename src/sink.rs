@@ -144,8 +144,8 @@ impl SinkConfig {
     /// What `type` may be.
     pub const TYPES: [&str; 3] = ["log", "audit", "webhook"];
 
-    /// Every value that makes no sense, by its key. Reads no files and talks to no other machine.
-    pub fn problems(&self) -> Vec<(String, String)> {
+    /// Every key that makes no sense, with the reason.
+    pub fn problems(&self) -> Vec<(&'static str, String)> {
         match self {
             Self::Log(_) | Self::Audit(_) => Vec::new(),
             Self::Webhook(config) => config.problems(),

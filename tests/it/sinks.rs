@@ -36,7 +36,7 @@ trait World: Sized + Send + Sync + 'static {
 
     /// A sink that reaches it.
     async fn sink(&self) -> Arc<dyn Sink> {
-        self.config().build("it").await.expect("a valid configuration")
+        build(self.config()).await.expect("a valid configuration")
     }
 
     /// Every effect, as `stream/entry id`, in any order, by the receiver's own means. The sink is closed by now.
@@ -58,6 +58,11 @@ trait World: Sized + Send + Sync + 'static {
 trait Outage: World {
     async fn go_down(&mut self);
     async fn come_up(&mut self);
+}
+
+/// Makes a sink as the daemon does.
+async fn build(config: SinkConfig) -> Result<Arc<dyn Sink>, SinkError> {
+    config.build("it").await
 }
 
 /// An entry's delivery: number `n` of its stream.
@@ -122,7 +127,7 @@ fn told(error: &SinkError) -> String {
 
 /// What making or checking the sink says of a configuration that can't work.
 async fn complaint(config: SinkConfig) -> String {
-    match config.build("it").await {
+    match build(config).await {
         Err(error) => told(&error),
         Ok(sink) => told(&sink.check().await.expect_err("this can't work")),
     }

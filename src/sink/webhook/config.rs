@@ -115,7 +115,7 @@ fn origin_only<S: Serializer>(url: &SecretString, serializer: S) -> Result<S::Ok
 /// Why a configuration can't be used: a key, and what is wrong with it. Never holds a secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Invalid {
-    key: String,
+    key: &'static str,
     problem: String,
 }
 
@@ -127,8 +127,8 @@ impl fmt::Display for Invalid {
 
 impl std::error::Error for Invalid {}
 
-fn invalid(key: &str, problem: impl fmt::Display) -> Invalid {
-    Invalid { key: key.to_owned(), problem: problem.to_string() }
+fn invalid(key: &'static str, problem: impl fmt::Display) -> Invalid {
+    Invalid { key, problem: problem.to_string() }
 }
 
 /// Everything that sending needs, checked.
@@ -159,7 +159,7 @@ impl WebhookConfig {
     }
 
     /// Every value that makes no sense, by its key. The files that are named are not read.
-    pub fn problems(&self) -> Vec<(String, String)> {
+    pub fn problems(&self) -> Vec<(&'static str, String)> {
         self.invalid().into_iter().map(|invalid| (invalid.key, invalid.problem)).collect()
     }
 
@@ -269,14 +269,14 @@ fn secret_lines(path: &Path) -> std::io::Result<Vec<SecretString>> {
 
 /// A further header, hidden where requests are shown.
 fn header(name: &str, value: &SecretString) -> Result<(HeaderName, HeaderValue), Invalid> {
-    let key = format!("headers.{name}");
-    let parsed: HeaderName = name.parse().map_err(|_error| invalid(&key, "is not a name that a header can have"))?;
+    let refuse = |problem: &str| invalid("headers", format!("`{name}` {problem}"));
+    let parsed: HeaderName = name.parse().map_err(|_error| refuse("is no name that a header can have"))?;
     let is_ours = |ours: &str| if ours.ends_with('-') { parsed.as_str().starts_with(ours) } else { parsed == *ours };
     if OURS.iter().any(|ours| is_ours(ours)) {
-        return Err(invalid(&key, "is a header that the bus sets itself"));
+        return Err(refuse("is a header that the bus sets itself"));
     }
     let mut value = HeaderValue::from_str(value.expose_secret())
-        .map_err(|_error| invalid(&key, "has a value that a header can't have, such as a line end"))?;
+        .map_err(|_error| refuse("has a value that a header can't have, such as a line end"))?;
     value.set_sensitive(true);
     Ok((parsed, value))
 }
@@ -316,10 +316,10 @@ mod tests {
             "timeout: must be longer than 0s",
             "connect_timeout: must be longer than 0s",
             "ca_file: has no use: the scheme of url is not https",
-            "headers.Host: is a header that the bus sets itself",
-            "headers.Webhook-Id: is a header that the bus sets itself",
-            "headers.X-Token: has a value that a header can't have, such as a line end",
-            "headers.a b: is not a name that a header can have",
+            "headers: `Host` is a header that the bus sets itself",
+            "headers: `Webhook-Id` is a header that the bus sets itself",
+            "headers: `X-Token` has a value that a header can't have, such as a line end",
+            "headers: `a b` is no name that a header can have",
         ];
         assert_eq!(found, expected);
     }

@@ -10,7 +10,7 @@ use serde_json::Value;
 use tracing::Dispatch;
 use tracing::instrument::WithSubscriber as _;
 
-use super::World;
+use super::{World, build};
 
 /// A log of its own.
 pub(super) struct Log {
@@ -71,7 +71,7 @@ impl World for Log {
     }
 
     async fn sink(&self) -> Arc<dyn Sink> {
-        let inner = self.config().build("it").await.expect("a valid configuration");
+        let inner = build(self.config()).await.expect("a valid configuration");
         Arc::new(Within { inner, dispatch: self.dispatch.clone() })
     }
 

@@ -16,7 +16,7 @@ use secrecy::SecretString;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::{Outage, STREAM, World, deliver, deliveries, delivery, of_fields, origin, told};
+use super::{Outage, STREAM, World, build, deliver, deliveries, delivery, of_fields, origin, told};
 use crate::support::install;
 use crate::support::receiver::{Receiver, Reply};
 use crate::support::redis::make_certificates;
@@ -40,7 +40,7 @@ fn config(receiver: &Receiver) -> WebhookConfig {
 }
 
 async fn sink(config: WebhookConfig) -> Arc<dyn Sink> {
-    SinkConfig::Webhook(config).build("it").await.expect("a valid configuration")
+    build(SinkConfig::Webhook(config)).await.expect("a valid configuration")
 }
 
 /// What delivering an entry to a receiver that does this brings.

@@ -234,7 +234,7 @@ fn find_file(folder: &Path, name: &str) -> Option<PathBuf> {
     None
 }
 
-/// Makes `ca.pem`, and `server.pem` and `server.key` for 127.0.0.1, in that folder.
+/// Puts an authority `ca.pem` and a certificate `server.pem` for 127.0.0.1, with its key, into a folder.
 pub(crate) fn make_certificates(folder: &Path) {
     install::program("openssl", "openssl");
     let script = "
