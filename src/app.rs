@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bus::{Bus, Catalogue};
 use crate::config::{Backend, Config};
+use crate::dead_letters::{DeadLetters, Keeper, Source};
 use crate::delivery::{Declared, GroupSpec, Janitor, Sampler, Worker};
 use crate::event::ConsumerName;
 use crate::http::{self, Api};
@@ -44,6 +45,7 @@ pub struct App {
     declared: Vec<Declared>,
     janitor: Janitor,
     sampler: Sampler,
+    dead_letters: (Keeper, Part),
     relay: Relay,
     api: Api,
     stop_sessions: CancellationToken,
@@ -75,6 +77,22 @@ impl App {
         let janitor = Janitor::new(Arc::clone(&store), retained);
 
         let sinks = metered(sinks, &metrics);
+        let sources = config.streams.iter().map(|stream| Source {
+            stream: stream.name.clone(),
+            dead_letter: stream.dead_letter(),
+            groups: stream.groups.iter().map(|group| group.name.clone()).collect(),
+        });
+        let (dead_letters, instance) = (config.dead_letters, config.instance.clone());
+        let dead_letters = DeadLetters::new(
+            Arc::clone(&store),
+            bus.clone(),
+            dead_letters,
+            sources.collect(),
+            instance,
+            metrics.clone(),
+        );
+        let keeper = (dead_letters.keeper(), readiness.part("dead letters", None));
+
         let mut workers = Vec::new();
         let mut declared = Vec::new();
         for stream in &config.streams {
@@ -100,8 +118,16 @@ impl App {
 
         let store_part = readiness.part("store", Some(STALE_AFTER));
         let stop_sessions = CancellationToken::new();
-        let api =
-            Api::new(config.http, bus, Arc::clone(&store), relay.clone(), metrics, readiness, stop_sessions.clone());
+        let api = Api::new(
+            config.http,
+            bus,
+            dead_letters,
+            Arc::clone(&store),
+            relay.clone(),
+            metrics,
+            readiness,
+            stop_sessions.clone(),
+        );
         let grace = config.shutdown.grace;
         Ok(Self {
             listener,
@@ -113,6 +139,7 @@ impl App {
             declared,
             janitor,
             sampler,
+            dead_letters: keeper,
             relay,
             api,
             stop_sessions,
@@ -139,6 +166,8 @@ impl App {
         }
         tasks.spawn(named("janitor", self.janitor.run(work.clone())));
         tasks.spawn(named("sampler", self.sampler.run(work.clone())));
+        let (keeper, keeper_part) = self.dead_letters;
+        tasks.spawn(named("keeper of dead letters", keeper.run(keeper_part, work.clone())));
         let relay = self.relay.clone();
         let relay_stop = work.clone();
         tasks.spawn(named("relay", async move { relay.run(relay_stop).await }));

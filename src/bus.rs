@@ -217,7 +217,8 @@ impl Bus {
         Ok(event.into_entry(timestamp, idempotency))
     }
 
-    async fn append(&self, stream: &StreamName, entries: Vec<NewEntry>) -> Result<Vec<Appended>, PublishError> {
+    /// Appends up to [`MAX_APPEND`] entries as they are, all or none: those that were in a stream before.
+    pub async fn append(&self, stream: &StreamName, entries: Vec<NewEntry>) -> Result<Vec<Appended>, PublishError> {
         let started = Instant::now();
         let result = self.store.append(stream, entries).await;
         let labels = [stream.as_str()];

@@ -2,6 +2,7 @@
 
 mod audit;
 mod client;
+mod dead;
 mod inspect;
 mod publish;
 mod serve;
@@ -52,6 +53,9 @@ enum Command {
     Publish(publish::PublishArgs),
     /// Print the entries of a stream as they come, one JSON object per line
     Tail(tail::TailArgs),
+    /// Dead letters: entries that a group could not handle
+    #[command(subcommand)]
+    Dead(dead::DeadCommand),
     /// Ask a running daemon whether it is healthy; for container health checks
     Health(client::ClientArgs),
     /// The tamper-evident audit files
@@ -73,6 +77,7 @@ impl Cli {
             Some(Command::Config(args)) => inspect::print(&self.config, args),
             Some(Command::Publish(args)) => publish::run(&self.config, args).await,
             Some(Command::Tail(args)) => tail::run(&self.config, args).await,
+            Some(Command::Dead(command)) => dead::run(&self.config, command).await,
             Some(Command::Health(args)) => client::health(&self.config, &args).await,
             Some(Command::Audit(command)) => audit::run(&self.config, command),
             Some(Command::Bench(args)) => crate::bench::run(args).await,

@@ -16,7 +16,7 @@ pub use load::{DEFAULT_FILE, Layers, load};
 
 use crate::event::{GroupName, StreamName};
 use crate::sink::SinkConfig;
-use crate::{bus, delivery, http, relay, store, telemetry};
+use crate::{bus, dead_letters, delivery, http, relay, store, telemetry};
 
 /// The whole configuration.
 #[derive(Debug, Clone, Deserialize, Serialize)]
@@ -35,6 +35,8 @@ pub struct Config {
     pub publish: bus::Config,
     /// What dashboards are given.
     pub relay: relay::Config,
+    /// What is kept of dead letters.
+    pub dead_letters: dead_letters::Config,
     /// What is logged, and how.
     pub log: telemetry::Config,
     /// How the daemon ends.
@@ -183,6 +185,7 @@ impl Default for Config {
             store: StoreConfig::default(),
             publish: bus::Config::default(),
             relay: relay::Config::default(),
+            dead_letters: dead_letters::Config::default(),
             log: telemetry::Config::default(),
             shutdown: ShutdownConfig::default(),
             streams: vec![
@@ -239,6 +242,9 @@ impl Config {
         problems.extend(
             self.publish.problems().into_iter().map(|(key, message)| Problem::new(format!("publish.{key}"), message)),
         );
+        let declared: Vec<StreamName> = self.streams.iter().map(|stream| stream.name.clone()).collect();
+        let dead_letters = self.dead_letters.problems(&declared).into_iter();
+        problems.extend(dead_letters.map(|(key, message)| Problem::new(format!("dead_letters.{key}"), message)));
         let log = self.log.problems().into_iter();
         problems.extend(log.map(|(key, message)| Problem::new(format!("log.{key}"), message)));
         if self.store.embedded.reserve > ByteSize::tib(1) {

@@ -3,6 +3,7 @@
 //! Owns the listener, routes, request parsing and problem documents. Promises that every answer is within limits and
 //! that bad input goes no further than here. The only module that knows HTTP statuses and axum.
 
+mod dead_letters;
 mod extract;
 mod feed;
 mod health;
@@ -37,10 +38,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower_http::catch_panic::CatchPanicLayer;
 
+pub use dead_letters::CLI_AGENT;
 pub use problem::ApiError;
 pub use server::serve;
 
 use crate::bus::Bus;
+use crate::dead_letters::DeadLetters;
 use crate::metrics::Metrics;
 use crate::readiness::Readiness;
 use crate::relay::{Relay, counted_address};
@@ -141,6 +144,7 @@ pub struct Api {
 struct Inner {
     config: Config,
     bus: Bus,
+    dead_letters: DeadLetters,
     store: Arc<dyn Store>,
     relay: Relay,
     metrics: Metrics,
@@ -158,9 +162,11 @@ struct Inner {
 
 impl Api {
     /// Puts the parts together. `stop_sessions` tells dashboards' sessions to end.
+    #[expect(clippy::too_many_arguments, reason = "the parts of the daemon, put together in one place")]
     pub fn new(
         config: Config,
         bus: Bus,
+        dead_letters: DeadLetters,
         store: Arc<dyn Store>,
         relay: Relay,
         metrics: Metrics,
@@ -178,6 +184,7 @@ impl Api {
             sessions: TaskTracker::new(),
             config,
             bus,
+            dead_letters,
             store,
             relay,
             metrics,
@@ -210,6 +217,12 @@ impl Api {
             .route("/api/v1/streams/{stream}/events", get(streams::events).post(publish::to_stream))
             .route("/api/v1/alerts", post(publish::alerts))
             .route("/api/alerts", post(publish::alerts))
+            .route("/api/v1/dead-letters", get(dead_letters::streams))
+            .route("/api/v1/dead-letters/{stream}", get(dead_letters::list).delete(dead_letters::discard_matching))
+            .route("/api/v1/dead-letters/{stream}/replay", post(dead_letters::replay))
+            .route("/api/v1/dead-letters/{stream}/discard", post(dead_letters::discard))
+            .route("/api/v1/dead-letters/{stream}/{id}", get(dead_letters::show).delete(dead_letters::discard_one))
+            .route("/api/v1/dead-letters/{stream}/{id}/replay", post(dead_letters::replay_one))
             .route("/api/v1/ws/{channel}", get(websocket::connect))
             .route("/api/v1/feeds/{channel}", get(feed::open))
             .route_layer(from_fn_with_state(self.clone(), guard));

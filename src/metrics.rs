@@ -99,6 +99,16 @@ metrics! {
     retries: IntCounterVec = "aurora_bus_retries_total" ["stream", "group"];
     /// Entries moved to the dead letters, by reason.
     dead_letters: IntCounterVec = "aurora_bus_dead_letters_total" ["stream", "group", "reason"];
+    /// Dead letters kept now.
+    dead_letter_length: IntGaugeVec = "aurora_bus_dead_letter_length" ["stream"];
+    /// Dead letters kept, as a part of the most that are kept.
+    dead_letter_capacity_ratio: GaugeVec = "aurora_bus_dead_letter_capacity_ratio" ["stream"];
+    /// Dead letters removed unhandled by their own limits.
+    dead_letters_expired: IntCounterVec = "aurora_bus_dead_letters_expired_total" ["stream"];
+    /// Dead letters replayed by operators.
+    dead_letters_replayed: IntCounterVec = "aurora_bus_dead_letters_replayed_total" ["stream"];
+    /// Dead letters discarded by operators.
+    dead_letters_discarded: IntCounterVec = "aurora_bus_dead_letters_discarded_total" ["stream"];
     /// Entries found lost before they were handled, by reason.
     lost: IntCounterVec = "aurora_bus_lost_total" ["stream", "group", "reason"];
     /// Entries taken over from consumers that were idle for too long.

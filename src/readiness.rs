@@ -17,6 +17,7 @@ pub struct Readiness {
 struct State {
     /// `None` while the part is ready.
     reason: Option<String>,
+    note: Option<String>,
     reported_at: Instant,
     stale_after: Option<Duration>,
 }
@@ -35,12 +36,14 @@ pub struct PartReport {
     pub name: String,
     /// Why it is not ready; nothing when it is.
     pub reason: Option<String>,
+    /// What an operator should see to although the part can work.
+    pub note: Option<String>,
 }
 
 impl Readiness {
     /// Declares a part: not ready until it says so, and stuck when it says nothing for `stale_after`.
     pub fn part(&self, name: &str, stale_after: Option<Duration>) -> Part {
-        let state = State { reason: Some("starting".to_owned()), reported_at: Instant::now(), stale_after };
+        let state = State { reason: Some("starting".to_owned()), note: None, reported_at: Instant::now(), stale_after };
         self.lock().insert(name.to_owned(), state);
         Part { name: name.into(), readiness: self.clone() }
     }
@@ -53,7 +56,7 @@ impl Readiness {
             let silence = now.duration_since(state.reported_at);
             let is_stuck = state.stale_after.is_some_and(|limit| silence > limit);
             let stuck = || is_stuck.then(|| format!("no progress for {} s", silence.as_secs()));
-            PartReport { name: name.clone(), reason: state.reason.clone().or_else(stuck) }
+            PartReport { name: name.clone(), reason: state.reason.clone().or_else(stuck), note: state.note.clone() }
         };
         parts.iter().map(report).collect()
     }
@@ -66,17 +69,23 @@ impl Readiness {
 impl Part {
     /// The part has just made progress.
     pub fn ready(&self) {
-        self.set(None);
+        self.set(None, None);
+    }
+
+    /// The same, and something that an operator should see to.
+    pub fn ready_but(&self, note: impl Into<String>) {
+        self.set(None, Some(note.into()));
     }
 
     /// The part can't do its work, and why, in words for an operator.
     pub fn not_ready(&self, reason: impl Into<String>) {
-        self.set(Some(reason.into()));
+        self.set(Some(reason.into()), None);
     }
 
-    fn set(&self, reason: Option<String>) {
+    fn set(&self, reason: Option<String>, note: Option<String>) {
         if let Some(state) = self.readiness.lock().get_mut(self.name.as_ref()) {
             state.reason = reason;
+            state.note = note;
             state.reported_at = Instant::now();
         }
     }
@@ -93,6 +102,9 @@ mod tests {
         assert_eq!(readiness.report()[0].reason.as_deref(), Some("starting"));
         part.ready();
         assert_eq!(readiness.report()[0].reason, None);
+        part.ready_but("nearly full");
+        let report = readiness.report().remove(0);
+        assert_eq!((report.reason, report.note.as_deref()), (None, Some("nearly full")));
         part.not_ready("loading");
         assert_eq!(readiness.report()[0].reason.as_deref(), Some("loading"));
     }

@@ -34,7 +34,8 @@ impl ClientArgs {
 
 /// A client for a daemon that is near: no proxy, no redirects.
 pub(super) fn client(timeout: Duration) -> anyhow::Result<Client> {
-    let builder = Client::builder().no_proxy().redirect(reqwest::redirect::Policy::none());
+    let builder =
+        Client::builder().user_agent(crate::http::CLI_AGENT).no_proxy().redirect(reqwest::redirect::Policy::none());
     builder.timeout(timeout).connect_timeout(Duration::from_secs(5)).build().context("cannot make an HTTP client")
 }
 

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use bytes::Bytes;
 use jiff::Timestamp;
 
-use super::entry::rfc3339;
+use super::entry::{field, rfc3339};
 use super::{Entry, EntryId, Fields, GroupName, StreamName};
 
 /// Why an entry went to the dead letters.
@@ -91,6 +91,9 @@ const FIRST_FAILURE: &str = "dead.first_failure";
 const LAST_FAILURE: &str = "dead.last_failure";
 const REPLAYS: &str = "dead.replays";
 
+/// What tells of an earlier replay; a later one says it anew.
+const OF_REPLAYS: [&str; 4] = [field::REPLAY_GROUP, field::REPLAY_OF, field::REPLAY_COUNT, field::REPLAY_ATTEMPTS];
+
 const OURS: [&str; 9] = [STREAM, ID, GROUP, REASON, ERROR, ATTEMPTS, FIRST_FAILURE, LAST_FAILURE, REPLAYS];
 
 impl DeadLetter {
@@ -142,6 +145,27 @@ impl DeadLetter {
     }
 }
 
+impl DeadLetter {
+    /// The fields to append to its stream once more: every original field byte for byte, then whom it is for (one
+    /// group, or all where there is none), which entry it was at first, and how many replays it has had with this one.
+    pub fn to_replay(&self, group: Option<&GroupName>) -> Fields {
+        let mut fields = Fields::with_capacity(self.fields.len() + 3);
+        for (name, value) in self.fields.iter() {
+            if !OF_REPLAYS.iter().any(|ours| ours.as_bytes() == name.as_ref()) {
+                fields.push(name.clone(), value.clone());
+            }
+        }
+        let mut push = |name: &'static str, value: Bytes| fields.push(Bytes::from_static(name.as_bytes()), value);
+        if let Some(group) = group {
+            push(field::REPLAY_GROUP, group.to_string().into());
+        }
+        let first = self.fields.get(field::REPLAY_OF).cloned();
+        push(field::REPLAY_OF, first.unwrap_or_else(|| self.id.to_string().into()));
+        push(field::REPLAY_COUNT, self.replays.saturating_add(1).to_string().into());
+        fields
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -173,6 +197,25 @@ mod tests {
         assert_eq!(read, second);
         let inner = Entry { id: EntryId::new(8, 0), fields: read.fields };
         assert_eq!(DeadLetter::from_entry(&inner), Some(first));
+    }
+
+    #[test]
+    fn a_replay_keeps_every_original_field_and_names_the_first_entry_whatever_comes_between() {
+        let mut original = Fields::default();
+        original.push("data", Bytes::from_static(b"\xff not utf-8"));
+        original.push("data", "twice");
+        let mut letter = dead_letter(original.clone());
+        let group: GroupName = "siem".parse().expect("a valid name");
+        let copy = letter.to_replay(Some(&group));
+        assert_eq!(copy.iter().take(2).collect::<Vec<_>>(), original.iter().collect::<Vec<_>>());
+        let texts = |fields: &Fields| OF_REPLAYS.map(|name| fields.text(name).map(str::to_owned));
+        let some = |text: &str| Some(text.to_owned());
+        assert_eq!(texts(&copy), [some("siem"), some("7-1"), some("1"), None]);
+        (letter.id, letter.replays, letter.fields) = (EntryId::new(99, 0), 1, copy);
+        letter.fields.push(field::REPLAY_ATTEMPTS, "9");
+        let second = letter.to_replay(None);
+        assert_eq!(texts(&second), [None, some("7-1"), some("2"), None]);
+        assert_eq!(second.len(), 4);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use super::{AlertView, EntryId, Severity};
+use super::{AlertView, EntryId, GroupName, Severity};
 
 /// The names of the fields that the bus itself reads or writes. Any other field is passed on untouched.
 pub mod field {
@@ -119,6 +119,21 @@ impl Entry {
     pub fn severity(&self) -> Option<Severity> {
         let named = self.fields.text(field::SEVERITY).and_then(|text| text.parse().ok());
         named.or_else(|| self.data().and_then(|data| AlertView::parse(data).ok()).and_then(|view| view.severity))
+    }
+
+    /// Whether it was appended again for one group alone: no other group, and no dashboard, is to see it.
+    pub fn is_for_one_group(&self) -> bool {
+        self.fields.get(field::REPLAY_GROUP).is_some()
+    }
+
+    /// Whether the group is to handle it: it is for every group, or for this one.
+    pub fn is_for(&self, group: &GroupName) -> bool {
+        self.fields.get(field::REPLAY_GROUP).is_none_or(|only| only.as_ref() == group.as_str().as_bytes())
+    }
+
+    /// How many times it was replayed from the dead letters.
+    pub fn replays(&self) -> u32 {
+        self.fields.text(field::REPLAY_COUNT).and_then(|count| count.parse().ok()).unwrap_or(0)
     }
 }
 
@@ -269,6 +284,22 @@ mod tests {
         }
         let error = NewEvent::parse(Bytes::from_static(b"{\"a\":\"\xff\"}")).expect_err("invalid UTF-8");
         assert_eq!(error.to_string(), "the event is not UTF-8: byte 6 starts an invalid sequence");
+    }
+
+    #[test]
+    fn an_entry_appended_again_for_one_group_is_for_no_other() {
+        let entry = |pairs: &[(&'static str, &'static str)]| Entry {
+            id: EntryId::MIN,
+            fields: pairs.iter().map(|(n, v)| (Bytes::from(*n), Bytes::from(*v))).collect(),
+        };
+        let (siem, soar): (GroupName, GroupName) = ("siem".parse().expect("a name"), "soar".parse().expect("a name"));
+        let usual = entry(&[("data", "{}")]);
+        assert!(usual.is_for(&siem) && usual.is_for(&soar) && !usual.is_for_one_group());
+        assert_eq!(usual.replays(), 0);
+        let again = entry(&[("data", "{}"), (field::REPLAY_GROUP, "siem"), (field::REPLAY_COUNT, "2")]);
+        assert!(again.is_for(&siem) && !again.is_for(&soar) && again.is_for_one_group());
+        assert_eq!(again.replays(), 2);
+        assert_eq!(entry(&[(field::REPLAY_COUNT, "many")]).replays(), 0);
     }
 
     #[test]

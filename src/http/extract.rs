@@ -31,3 +31,16 @@ impl<S: Send + Sync> FromRequestParts<S> for Segment {
         path.map(|path| Self(path.0)).map_err(|error| ApiError::bad_parameter("path", error.body_text()))
     }
 }
+
+/// The two variable segments of the path.
+#[derive(Debug)]
+pub(super) struct Segments(pub(super) String, pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Segments {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let path = Path::<(String, String)>::from_request_parts(parts, state).await;
+        path.map(|Path((one, two))| Self(one, two)).map_err(|error| ApiError::bad_parameter("path", error.body_text()))
+    }
+}

@@ -27,6 +27,9 @@ struct Part {
     ready: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
+    /// What an operator should see to although the part can work.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    note: Option<String>,
 }
 
 /// `GET /health`: the process answers. Nothing else is asked, so that a lost store never restarts the daemon.
@@ -39,11 +42,11 @@ pub(super) async fn ready(State(api): State<Api>) -> impl IntoResponse {
     let report = api.inner.readiness.report();
     let mut parts: Vec<Part> = report
         .into_iter()
-        .map(|part| Part { name: part.name, ready: part.reason.is_none(), reason: part.reason })
+        .map(|part| Part { name: part.name, ready: part.reason.is_none(), reason: part.reason, note: part.note })
         .collect();
     if api.is_draining() {
         let reason = Some("shutting down".to_owned());
-        parts.insert(0, Part { name: "daemon".to_owned(), ready: false, reason });
+        parts.insert(0, Part { name: "daemon".to_owned(), ready: false, reason, note: None });
     }
     let ready = parts.iter().all(|part| part.ready);
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
@@ -64,6 +67,7 @@ pub(super) async fn index() -> impl IntoResponse {
         "POST /api/v1/streams/{stream}/events  publish: a JSON object, an array, or NDJSON\n",
         "GET  /api/v1/streams/{stream}/events  read: from, to, limit, order, wait_ms\n",
         "GET  /api/v1/streams[/{stream}]       length, groups, lag, pending\n",
+        "GET  /api/v1/dead-letters[/{stream}]  what could not be handled; replay, discard\n",
         "POST /api/v1/alerts                   publish an alert to its stream\n",
         "GET  /api/v1/ws/alerts                WebSocket: one alert per message\n",
         "GET  /api/v1/ws/agent-thoughts        WebSocket: the audit stream\n",

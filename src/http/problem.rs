@@ -145,6 +145,15 @@ impl ApiError {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "draining", detail).with_retry_after(Duration::from_secs(1))
     }
 
+    pub(super) fn no_such_dead_letter(id: &str) -> Self {
+        let detail = format!("there is no dead letter `{id}`: it was replayed, discarded or has expired");
+        Self::new(StatusCode::NOT_FOUND, "no_such_dead_letter", detail).with_field("id")
+    }
+
+    pub(super) fn not_replayable(code: &'static str, detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, code, detail)
+    }
+
     pub(super) fn internal() -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "something went wrong here; the log has the cause")
     }

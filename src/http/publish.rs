@@ -140,7 +140,7 @@ fn dedup_window(params: &Params) -> Result<Option<Duration>, ApiError> {
 }
 
 /// The whole body, within its limits of size and time.
-async fn read(api: &Api, headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
+pub(super) async fn read(api: &Api, headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
     let config = &api.inner.config;
     let max = config.max_body.as_u64();
     let too_large =

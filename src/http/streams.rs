@@ -29,6 +29,8 @@ pub(super) struct StreamView {
     entries_added: u64,
     groups: Vec<GroupView>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    dead_letters: Option<super::dead_letters::LevelView>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
 }
 
@@ -76,7 +78,7 @@ pub(super) struct EventsView {
 /// An entry as callers see it. `data` is the payload as JSON; a payload that is none is in `data_text`, or, where it
 /// is not even text, in `data_hex`.
 #[derive(Debug, Serialize)]
-struct EventView {
+pub(super) struct EventView {
     id: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     event_id: Option<String>,
@@ -97,10 +99,12 @@ struct EventView {
 pub(super) async fn list(State(api): State<Api>) -> Json<StreamsView> {
     let mut streams = Vec::new();
     for name in api.inner.bus.catalogue().streams() {
-        streams.push(match api.inner.store.describe(name).await {
+        let mut stream = match api.inner.store.describe(name).await {
             Ok(status) => view(name, status),
             Err(error) => failed(name, &error),
-        });
+        };
+        stream.dead_letters = super::dead_letters::level_of(&api, name).await;
+        streams.push(stream);
     }
     Json(StreamsView { streams })
 }
@@ -109,7 +113,8 @@ pub(super) async fn list(State(api): State<Api>) -> Json<StreamsView> {
 pub(super) async fn show(State(api): State<Api>, Segment(name): Segment) -> Result<Json<StreamView>, ApiError> {
     let name = readable(&api, &name)?;
     let status = api.inner.store.describe(&name).await.map_err(|error| ApiError::from(&error))?;
-    Ok(Json(view(&name, status)))
+    let dead_letters = super::dead_letters::level_of(&api, &name).await;
+    Ok(Json(StreamView { dead_letters, ..view(&name, status) }))
 }
 
 /// `GET /api/v1/streams/{stream}/events`: a range, both ends included; with `wait_ms` waits for the first entry.
@@ -212,6 +217,7 @@ fn view(name: &StreamName, status: Option<StreamStatus>) -> StreamView {
             last_id: None,
             entries_added: 0,
             groups: Vec::new(),
+            dead_letters: None,
             error: None,
         };
     };
@@ -222,6 +228,7 @@ fn view(name: &StreamName, status: Option<StreamStatus>) -> StreamView {
         last_id: (status.last_id > EntryId::MIN).then(|| status.last_id.to_string()),
         entries_added: status.entries_added,
         groups: status.groups.iter().map(group).collect(),
+        dead_letters: None,
         error: None,
     }
 }
@@ -256,7 +263,7 @@ fn age_seconds(id: EntryId) -> f64 {
     now.saturating_sub(Duration::from_millis(id.ms)).as_secs_f64()
 }
 
-fn event(entry: &Entry) -> EventView {
+pub(super) fn event(entry: &Entry) -> EventView {
     let text = |name| entry.fields.text(name).map(str::to_owned);
     let data = entry.data();
     let data_text = data.and_then(|data| std::str::from_utf8(data).ok());

@@ -72,7 +72,7 @@ impl Batch {
         let mut undecodable = 0;
         for entry in &entries[..taken] {
             let Some(payload) = relayable(entry) else {
-                undecodable += 1;
+                undecodable += u64::from(!entry.is_for_one_group());
                 continue;
             };
             frames::push_text(&mut bytes, payload);

@@ -202,9 +202,11 @@ impl Tags {
     }
 }
 
-/// The payload of an entry that can be sent as a text message: there is one, and it is UTF-8.
+/// The payload of an entry that can be sent as a text message: there is one, it is UTF-8, and it is not there for one
+/// group alone, in which case dashboards have seen it before.
 pub(super) fn relayable(entry: &Entry) -> Option<&[u8]> {
-    entry.data().map(AsRef::as_ref).filter(|data| str::from_utf8(data).is_ok())
+    let data = entry.data().map(AsRef::as_ref).filter(|data| str::from_utf8(data).is_ok());
+    data.filter(|_| !entry.is_for_one_group())
 }
 
 #[cfg(test)]

@@ -121,7 +121,7 @@ impl Pump {
             attempts: delivery.attempt,
             first_failure: self.retries.failed(id, now),
             last_failure: now,
-            replays: 0,
+            replays: delivery.entry.replays(),
             fields: delivery.entry.fields.clone(),
         };
         self.retries.forget(id);

@@ -208,6 +208,11 @@ impl Pump {
         let max_deliveries = self.group.config.max_deliveries;
         let min_severity = self.group.config.min_severity.filter(|severity| *severity > Severity::Info);
         for delivery in deliveries {
+            if !delivery.entry.is_for(&self.group.config.name) {
+                self.meters.filtered.inc();
+                self.settlements.push(delivery, Outcome::Acknowledge);
+                continue;
+            }
             if delivery.attempt > max_deliveries {
                 let text = format!("delivered {max_deliveries} times without a result");
                 self.bury(delivery, DeadLetterReason::Crashed, text);

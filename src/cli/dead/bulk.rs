@@ -1,0 +1,203 @@
+//! Replaying and discarding many: request after request until all is done.
+
+use std::collections::BTreeMap;
+
+use anyhow::bail;
+use indicatif::{ProgressBar, ProgressStyle};
+use reqwest::Url;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{BulkArgs, Remote};
+use crate::cli::{ConfigArgs, say, tell};
+
+/// The most ids in one request.
+const IDS_AT_A_TIME: usize = 500;
+
+/// What one request did, or all of them together.
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+struct Counts {
+    dry_run: bool,
+    matched: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    replayed: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    repeated: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    discarded: Option<u64>,
+    gone: u64,
+    refused: BTreeMap<String, u64>,
+    refusal: Option<String>,
+    by_group: BTreeMap<String, u64>,
+    by_reason: BTreeMap<String, u64>,
+    first_id: Option<String>,
+    last_id: Option<String>,
+    #[serde(skip_serializing)]
+    next: Option<String>,
+}
+
+impl Counts {
+    fn add(&mut self, other: Self) {
+        let sum = |all: &mut Option<u64>, more: Option<u64>| {
+            if let Some(more) = more {
+                *all = Some(all.unwrap_or_default() + more);
+            }
+        };
+        let merge = |all: &mut BTreeMap<String, u64>, more: BTreeMap<String, u64>| {
+            for (name, count) in more {
+                *all.entry(name).or_default() += count;
+            }
+        };
+        self.dry_run = other.dry_run;
+        self.matched += other.matched;
+        sum(&mut self.replayed, other.replayed);
+        sum(&mut self.repeated, other.repeated);
+        sum(&mut self.discarded, other.discarded);
+        self.gone += other.gone;
+        merge(&mut self.refused, other.refused);
+        merge(&mut self.by_group, other.by_group);
+        merge(&mut self.by_reason, other.by_reason);
+        self.refusal = self.refusal.take().or(other.refusal);
+        self.first_id = self.first_id.take().or(other.first_id);
+        self.last_id = other.last_id.or(self.last_id.take());
+        self.next = other.next;
+    }
+
+    fn refused(&self) -> u64 {
+        self.refused.values().sum()
+    }
+}
+
+/// The whole work: where to, with what, and what it is called.
+struct Work<'a> {
+    remote: &'a Remote,
+    args: &'a BulkArgs,
+    url: Url,
+    body: Value,
+}
+
+pub(super) async fn run(config: &ConfigArgs, args: BulkArgs, replay: Option<(String, bool)>) -> anyhow::Result<()> {
+    let remote = Remote::new(config, &args.client)?;
+    let filters = &args.filters;
+    let mut body = json!({
+        "group": filters.group, "reason": filters.reason, "since": filters.since, "all": true,
+    });
+    let verb = if let Some((to, force)) = &replay {
+        (body["to"], body["force"]) = (json!(to), json!(force));
+        "replay"
+    } else {
+        "discard"
+    };
+    let work = Work { remote: &remote, args: &args, url: remote.url(&[&args.stream, verb])?, body };
+    if args.dry_run {
+        let counts = work.count().await?;
+        return report(&counts, args.json);
+    }
+    if !args.ids.is_empty() {
+        let counts = work.by_ids(false).await?;
+        report(&counts, args.json)?;
+        return judge(&counts);
+    }
+    let planned = work.count().await?;
+    if !args.yes {
+        report(&planned, args.json)?;
+        bail!("nothing was done: add --yes to {verb} these, or name ids");
+    }
+    let bar = ProgressBar::new(planned.matched);
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} {per_sec} {eta}");
+    bar.set_style(style.unwrap_or_else(|_error| ProgressStyle::default_bar()));
+    let (counts, ended) = work.matching(false, &bar).await;
+    if ended.is_ok() {
+        bar.finish_and_clear();
+    } else {
+        bar.abandon();
+    }
+    report(&counts, args.json)?;
+    ended?;
+    judge(&counts)
+}
+
+impl Work<'_> {
+    /// Counts what is meant, and changes nothing.
+    async fn count(&self) -> anyhow::Result<Counts> {
+        if !self.args.ids.is_empty() {
+            return self.by_ids(true).await;
+        }
+        let spinner = ProgressBar::new_spinner();
+        let (counts, ended) = self.matching(true, &spinner).await;
+        spinner.finish_and_clear();
+        ended.map(|()| counts)
+    }
+
+    async fn by_ids(&self, dry_run: bool) -> anyhow::Result<Counts> {
+        let mut all = Counts::default();
+        for ids in self.args.ids.chunks(IDS_AT_A_TIME) {
+            let mut body = self.body.clone();
+            (body["ids"], body["dry_run"]) = (json!(ids), json!(dry_run));
+            all.add(self.remote.send(&self.url, &body, self.args.retries).await?);
+        }
+        Ok(all)
+    }
+
+    /// Request after request; what was done before a failure is told with it.
+    async fn matching(&self, dry_run: bool, bar: &ProgressBar) -> (Counts, anyhow::Result<()>) {
+        let mut all = Counts { dry_run, ..Counts::default() };
+        loop {
+            let mut body = self.body.clone();
+            body["dry_run"] = json!(dry_run);
+            if let Some(cursor) = &all.next {
+                body["cursor"] = json!(cursor);
+            }
+            match self.remote.send(&self.url, &body, self.args.retries).await {
+                Ok(counts) => all.add(counts),
+                Err(error) => return (all, Err(error)),
+            }
+            bar.set_position(all.matched);
+            if all.next.is_none() {
+                return (all, Ok(()));
+            }
+        }
+    }
+}
+
+fn report(counts: &Counts, json: bool) -> anyhow::Result<()> {
+    if json {
+        return Ok(say(&serde_json::to_string(counts)?)?);
+    }
+    let Counts { matched, replayed, repeated, discarded, gone, .. } = counts;
+    let would = if counts.dry_run { "would be " } else { "" };
+    let mut parts = vec![format!("{matched} matched")];
+    parts.extend(replayed.map(|count| format!("{count} {would}replayed")));
+    parts.extend(discarded.map(|count| format!("{count} {would}discarded")));
+    parts.extend(repeated.filter(|count| *count > 0).map(|count| format!("{count} had been replayed before")));
+    parts.extend(Some(counts.refused()).filter(|count| *count > 0).map(|count| format!("{count} refused")));
+    parts.extend(Some(gone).filter(|count| **count > 0).map(|count| format!("{count} gone")));
+    say(&parts.join(", "))?;
+    if counts.dry_run {
+        for (what, by) in [("group", &counts.by_group), ("reason", &counts.by_reason)] {
+            for (name, count) in by {
+                let name = if name.is_empty() { "none: foreign" } else { name };
+                say(&format!("  {what} {name}: {count}"))?;
+            }
+        }
+    }
+    if let (Some(first), Some(last)) = (&counts.first_id, &counts.last_id) {
+        say(&format!("  from {first} to {last}"))?;
+    }
+    for (code, count) in &counts.refused {
+        tell(&format!("{count} refused: {code}\n"));
+    }
+    if let Some(refusal) = &counts.refusal {
+        tell(&format!("the first one: {refusal}\n"));
+    }
+    Ok(())
+}
+
+fn judge(counts: &Counts) -> anyhow::Result<()> {
+    match (counts.refused(), counts.gone) {
+        (0, 0) => Ok(()),
+        (0, gone) => bail!("{gone} dead letters are not there any more"),
+        (refused, _) => bail!("{refused} of {} dead letters were refused", counts.matched),
+    }
+}

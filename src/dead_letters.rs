@@ -1,0 +1,251 @@
+//! What operators do with dead letters: find them, look at them, replay them, discard them.
+//!
+//! Owns the rules of replay and the loop guard, the audit entry of every action, and the dead letters' own retention.
+//! Promises that a replayed dead letter is appended exactly once and is never gone before it was, whatever crashes in
+//! between and however often the replay is repeated: the copy goes in under an idempotency key made of the dead
+//! letter's place, which is remembered for as long as dead letters are kept, and only then is the dead letter removed.
+//! That needs no step over two streams, so that they may be in different slots of a cluster. Knows nothing of HTTP or
+//! of how entries die.
+
+mod actions;
+mod audit;
+mod keeper;
+mod selection;
+mod walk;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+pub use actions::{Bulk, Done, Refusal, Replay, Target};
+pub use audit::DEFAULT_AUDIT_STREAM;
+pub use keeper::Keeper;
+pub use selection::{FOREIGN, Found, Reason, Scope, Selection};
+pub use walk::{Cursor, Page};
+
+use crate::bus::{Bus, PublishError};
+use crate::event::{EntryId, GroupName, StreamName};
+use crate::metrics::Metrics;
+use crate::store::{Order, Range, Store, StoreError, StoreErrorKind, StreamStatus};
+
+/// What is kept of dead letters, and what may be done with them.
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The most dead letters that a stream of them keeps; the oldest go first.
+    pub max_len: u64,
+    /// How long dead letters are kept.
+    #[serde(with = "humantime_serde")]
+    pub max_age: Duration,
+    /// From which part of `max_len` on a stream of dead letters is told of as filling up, more than 0 and at most 1.
+    pub alarm_at: f64,
+    /// How often one entry may be replayed unless a replay is forced.
+    pub max_replays: u32,
+    /// The stream that every action is written to; `aurora:audit` where that is declared.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit: Option<StreamName>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { max_len: 100_000, max_age: Duration::from_hours(30 * 24), alarm_at: 0.8, max_replays: 3, audit: None }
+    }
+}
+
+impl Config {
+    /// Every key that makes no sense beside these declared streams, with the reason.
+    pub fn problems(&self, declared: &[StreamName]) -> Vec<(&'static str, String)> {
+        let mut problems = Vec::new();
+        if self.max_len == 0 {
+            problems.push(("max_len", "must be at least 1".to_owned()));
+        }
+        if self.max_age < Duration::from_secs(1) || self.max_age > Duration::from_hours(3_650 * 24) {
+            problems.push(("max_age", "must be from 1s to 10 years".to_owned()));
+        }
+        if !(self.alarm_at > 0.0 && self.alarm_at <= 1.0) {
+            problems.push(("alarm_at", format!("must be more than 0 and at most 1, not {}", self.alarm_at)));
+        }
+        if let Some(audit) = self.audit.as_ref().filter(|audit| !declared.contains(audit)) {
+            problems.push(("audit", format!("there is no stream `{audit}`")));
+        }
+        problems
+    }
+}
+
+/// A declared stream, as far as its dead letters go.
+#[derive(Debug, Clone)]
+pub struct Source {
+    /// The stream.
+    pub stream: StreamName,
+    /// Where its dead letters go.
+    pub dead_letter: StreamName,
+    /// Its groups.
+    pub groups: BTreeSet<GroupName>,
+}
+
+/// The dead letters of all streams.
+#[derive(Debug, Clone)]
+pub struct DeadLetters {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    store: Arc<dyn Store>,
+    bus: Bus,
+    config: Config,
+    sources: Vec<Source>,
+    /// The stream that actions are written to, if there is one.
+    audit: Option<StreamName>,
+    instance: String,
+    metrics: Metrics,
+}
+
+/// How full a stream of dead letters is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Level {
+    /// How many dead letters it holds.
+    pub length: u64,
+    /// The most it keeps.
+    pub max_len: u64,
+    /// The oldest one.
+    pub first_id: Option<EntryId>,
+    /// The newest one, or the last there was.
+    pub last_id: Option<EntryId>,
+    /// In words, that it is filling up, if it is.
+    pub alarm: Option<String>,
+}
+
+/// Why an action came to nothing: the store did not do its part.
+pub type Failure = Arc<StoreError>;
+
+impl DeadLetters {
+    /// The dead letters of these streams. `instance` names this daemon in the audit entries.
+    pub fn new(
+        store: Arc<dyn Store>,
+        bus: Bus,
+        config: Config,
+        sources: Vec<Source>,
+        instance: String,
+        metrics: Metrics,
+    ) -> Self {
+        let default: StreamName = DEFAULT_AUDIT_STREAM.parse().expect("a valid name");
+        let audit = config.audit.clone().unwrap_or(default);
+        let audit = Some(audit).filter(|audit| bus.catalogue().contains(audit));
+        Self { inner: Arc::new(Inner { store, bus, config, sources, audit, instance, metrics }) }
+    }
+
+    /// The streams of dead letters, each with the streams whose dead letters it holds.
+    pub fn streams(&self) -> Vec<(StreamName, Vec<StreamName>)> {
+        let names: BTreeSet<_> = self.inner.sources.iter().map(|source| source.dead_letter.clone()).collect();
+        let of = |name: &StreamName| {
+            let sources = self.inner.sources.iter().filter(|source| source.dead_letter == *name);
+            sources.map(|source| source.stream.clone()).collect()
+        };
+        names.into_iter().map(|name| (name.clone(), of(&name))).collect()
+    }
+
+    /// The dead letters that a name stands for: those of a stream, or all in a stream of dead letters.
+    pub fn scope(&self, name: &str) -> Option<Scope> {
+        let sources = &self.inner.sources;
+        if let Some(source) = sources.iter().find(|source| source.stream.as_str() == name) {
+            let sharing = sources.iter().filter(|other| other.dead_letter == source.dead_letter).count();
+            return Some(Scope {
+                dead_letter: source.dead_letter.clone(),
+                of: Some(source.stream.clone()),
+                has_foreign: sharing == 1,
+            });
+        }
+        let source = sources.iter().find(|source| source.dead_letter.as_str() == name)?;
+        Some(Scope { dead_letter: source.dead_letter.clone(), of: None, has_foreign: true })
+    }
+
+    /// Where a declared stream's dead letters go.
+    pub fn stream_of(&self, stream: &StreamName) -> Option<&StreamName> {
+        let source = self.inner.sources.iter().find(|source| source.stream == *stream);
+        source.map(|source| &source.dead_letter)
+    }
+
+    /// How full a stream of dead letters is.
+    pub async fn level(&self, dead_letter: &StreamName) -> Result<Level, StoreError> {
+        let status = self.inner.store.describe(dead_letter).await?;
+        Ok(self.inner.level(dead_letter, status.as_ref()))
+    }
+
+    /// One page of the dead letters that match, oldest first, at most `limit`.
+    ///
+    /// Looks at a bounded number of them: there may be more although the page is not full, see [`Page::next`].
+    pub async fn list(
+        &self,
+        scope: &Scope,
+        selection: &Selection,
+        cursor: Cursor,
+        limit: usize,
+    ) -> Result<Page, StoreError> {
+        walk::page(&*self.inner.store, scope, selection, cursor, limit).await
+    }
+
+    /// One dead letter by its id in the stream of dead letters.
+    pub async fn get(&self, scope: &Scope, id: EntryId) -> Result<Option<Found>, StoreError> {
+        let range = Range { from: id, to: id, order: Order::Forward };
+        let entries = self.inner.store.range(&scope.dead_letter, range, 1).await?;
+        let found = entries.into_iter().next().map(Found::new);
+        Ok(found.filter(|found| Selection::default().matches(scope, found)))
+    }
+
+    /// What keeps the dead letters within their limits and tells when they fill up.
+    pub fn keeper(&self) -> Keeper {
+        Keeper::new(Arc::clone(&self.inner))
+    }
+}
+
+impl Inner {
+    fn level(&self, dead_letter: &StreamName, status: Option<&StreamStatus>) -> Level {
+        let length = status.map_or(0, |status| status.length);
+        let max_len = self.config.max_len;
+        let is_high = self.part_full(length) >= self.config.alarm_at;
+        let alarm = || format!("`{dead_letter}` holds {length} of at most {max_len} dead letters: then the oldest go");
+        Level {
+            length,
+            max_len,
+            first_id: status.and_then(|status| status.first_id),
+            last_id: status.map(|status| status.last_id).filter(|id| *id > EntryId::MIN),
+            alarm: is_high.then(alarm),
+        }
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "a ratio of counts far below 2^52")]
+    fn part_full(&self, length: u64) -> f64 {
+        length as f64 / self.config.max_len as f64
+    }
+}
+
+/// Appending entries as they are can fail in the store only.
+fn store_failure(error: PublishError) -> Failure {
+    match error {
+        PublishError::Store(error) => error,
+        other => Arc::new(StoreError::new(StoreErrorKind::Internal, other.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_senseless_value_is_told_with_its_key() {
+        let declared: Vec<StreamName> = vec!["aurora:alerts".parse().expect("a name")];
+        assert_eq!(Config::default().problems(&declared), [], "the default audit stream need not be there");
+        let config = Config {
+            max_len: 0,
+            max_age: Duration::ZERO,
+            alarm_at: f64::NAN,
+            audit: Some("aurora:audit".parse().expect("a name")),
+            ..Config::default()
+        };
+        let keys: Vec<_> = config.problems(&declared).into_iter().map(|(key, _)| key).collect();
+        assert_eq!(keys, ["max_len", "max_age", "alarm_at", "audit"]);
+    }
+}

@@ -1,0 +1,148 @@
+//! The dead letters' own limits: told before they are reached, and never kept in silence.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::audit::{Action, Deed};
+use super::selection::{Found, Selection};
+use super::walk::{Cursor, Walk};
+use super::{Failure, Inner, Level};
+use crate::event::{EntryId, StreamName};
+use crate::readiness::Part;
+use crate::store::{StoreError, StoreErrorKind};
+
+/// How often every stream of dead letters is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// How long one step with the store may take.
+const STEP_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Keeps streams of dead letters within their limits.
+#[derive(Debug)]
+pub struct Keeper {
+    inner: Arc<Inner>,
+    /// Those told of as filling up.
+    high: BTreeSet<StreamName>,
+    /// Those told of as failing.
+    failing: BTreeSet<StreamName>,
+}
+
+impl Keeper {
+    pub(super) fn new(inner: Arc<Inner>) -> Self {
+        Self { inner, high: BTreeSet::new(), failing: BTreeSet::new() }
+    }
+
+    /// Looks after the dead letters until `stop`. `part` hears of what fills up; that never makes it unready.
+    pub async fn run(mut self, part: Part, stop: CancellationToken) {
+        loop {
+            let look = self.look(&part);
+            if stop.run_until_cancelled(look).await.is_none() {
+                return;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(LOOK_EVERY) => {}
+                () = stop.cancelled() => return,
+            }
+        }
+    }
+
+    async fn look(&mut self, part: &Part) {
+        let streams: BTreeSet<_> = self.inner.sources.iter().map(|source| source.dead_letter.clone()).collect();
+        let mut notes = Vec::new();
+        for stream in streams {
+            match self.keep(&stream).await {
+                Ok(level) => {
+                    if self.failing.remove(&stream) {
+                        tracing::info!(stream = %stream, "keeps the dead letters within their limits again");
+                    }
+                    self.tell(&stream, &level);
+                    notes.extend(level.alarm);
+                }
+                Err(error) => {
+                    notes.push(format!("cannot look after `{stream}`: {error}"));
+                    // The store's own watch tells when it is away.
+                    if error.kind() != StoreErrorKind::Unavailable && self.failing.insert(stream.clone()) {
+                        tracing::warn!(stream = %stream, error = %error, "cannot keep the dead letters in their limits");
+                    }
+                }
+            }
+        }
+        if notes.is_empty() {
+            part.ready();
+        } else {
+            part.ready_but(notes.join("; "));
+        }
+    }
+
+    fn tell(&mut self, stream: &StreamName, level: &Level) {
+        let labels = [stream.as_str()];
+        let metrics = &self.inner.metrics;
+        metrics.dead_letter_length.with_label_values(&labels).set(i64::try_from(level.length).unwrap_or(i64::MAX));
+        metrics.dead_letter_capacity_ratio.with_label_values(&labels).set(self.inner.part_full(level.length));
+        // The counter is there from the start, so that its first step is seen as one.
+        metrics.dead_letters_expired.with_label_values(&labels).inc_by(0);
+        let (length, max_len) = (level.length, level.max_len);
+        if level.alarm.is_none() {
+            if self.high.remove(stream) {
+                tracing::info!(stream = %stream, length, max_len, "the dead letters have room again");
+            }
+        } else if self.high.insert(stream.clone()) {
+            tracing::warn!(
+                stream = %stream,
+                length,
+                max_len,
+                "the dead letters fill up: replay or discard them, or the oldest will be removed unhandled"
+            );
+        }
+    }
+
+    /// Removes what is too old or too much, and says how full the stream is then.
+    async fn keep(&self, stream: &StreamName) -> Result<Level, Failure> {
+        let mut walk = Walk::new(Cursor::default(), &Selection::default());
+        loop {
+            let step = timeout(STEP_TIMEOUT, self.step(stream, &mut walk)).await.unwrap_or_else(|_elapsed| {
+                Err(Arc::new(StoreError::new(StoreErrorKind::Unavailable, "the store does not answer")))
+            });
+            let (level, is_done) = step?;
+            if is_done {
+                return Ok(level);
+            }
+        }
+    }
+
+    /// One step; says whether nothing is left to be done now.
+    async fn step(&self, stream: &StreamName, walk: &mut Walk) -> Result<(Level, bool), Failure> {
+        let Inner { store, config, metrics, .. } = &*self.inner;
+        let before = self.inner.level(stream, store.describe(stream).await?.as_ref());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let oldest = EntryId::new(u64::try_from(now.saturating_sub(config.max_age).as_millis()).unwrap_or(0), 0);
+        let is_due = before.length > config.max_len || before.first_id.is_some_and(|first| first < oldest);
+        if !is_due {
+            return Ok((before, true));
+        }
+        let Some(entries) = walk.next(&**store, stream).await? else { return Ok((before, true)) };
+        // The length is asked for after the oldest were read: what other daemons have removed in between only makes
+        // the excess smaller, so that together they never remove more than is too much.
+        let level = self.inner.level(stream, store.describe(stream).await?.as_ref());
+        let excess = usize::try_from(level.length.saturating_sub(config.max_len)).unwrap_or(usize::MAX);
+        let read = entries.len();
+        let goes = entries.into_iter().enumerate().take_while(|(n, entry)| *n < excess || entry.id < oldest);
+        let goes: Vec<Found> = goes.map(|(_, entry)| Found::new(entry)).collect();
+        if goes.is_empty() {
+            return Ok((level, true));
+        }
+        let action = Action { deed: Deed::Expire, actor: "retention", stream, selection: None, replay: None };
+        self.inner.write_down(&action, &goes.iter().collect::<Vec<_>>()).await?;
+        let ids: Vec<EntryId> = goes.iter().map(|found| found.entry.id).collect();
+        let removed = store.discard(stream, &ids).await?;
+        metrics.dead_letters_expired.with_label_values(&[stream.as_str()]).inc_by(removed);
+        let (first, last) = (ids.first().map(ToString::to_string), ids.last().map(ToString::to_string));
+        tracing::warn!(stream = %stream, removed, first, last, "dead letters were removed unhandled by their limits");
+        let is_done = ids.len() < read;
+        let level = if is_done { self.inner.level(stream, store.describe(stream).await?.as_ref()) } else { level };
+        Ok((level, is_done))
+    }
+}
