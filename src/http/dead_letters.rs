@@ -255,7 +255,8 @@ pub(super) async fn replay_one(
     let found = api.inner.dead_letters.get(&scope, place).await.map_err(|error| ApiError::from(&error))?;
     let stream = found.and_then(|found| found.letter).map(|letter| letter.stream.to_string());
     let actor = actor(peer, &head.headers);
-    let done = api.inner.dead_letters.replay(&scope, &one(place), &how, &actor).await.map_err(|failure| failed(&failure))?;
+    let done =
+        api.inner.dead_letters.replay(&scope, &one(place), &how, &actor).await.map_err(|failure| failed(&failure))?;
     if let (Some((code, _)), Some(refusal)) = (done.refused.first_key_value(), &done.refusal) {
         return Err(ApiError::not_replayable(code, refusal));
     }
@@ -277,7 +278,12 @@ pub(super) async fn discard_one(
 ) -> Result<Json<DiscardedView>, ApiError> {
     let scope = scope(&api, &name)?;
     let actor = actor(peer, &headers);
-    let done = api.inner.dead_letters.discard(&scope, &one(entry_id(&id)?), &actor).await.map_err(|failure| failed(&failure))?;
+    let done = api
+        .inner
+        .dead_letters
+        .discard(&scope, &one(entry_id(&id)?), &actor)
+        .await
+        .map_err(|failure| failed(&failure))?;
     if done.done == 0 {
         return Err(ApiError::no_such_dead_letter(&id));
     }

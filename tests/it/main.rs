@@ -5,6 +5,7 @@ mod bench;
 mod browser;
 mod crash;
 mod dashboards;
+mod dead_letters;
 mod delivery;
 mod deploy;
 mod docs;

@@ -1,0 +1,84 @@
+//! Replays that were broken off: repeated, they neither lose nor double an entry.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::*;
+use crate::support::random_below;
+
+/// How often each number is in the stream.
+async fn numbers(daemon: &Daemon) -> BTreeMap<u64, u64> {
+    let mut times = BTreeMap::new();
+    for text in daemon.events(ALERTS).await.into_values() {
+        *times.entry(number(&text)).or_default() += 1;
+    }
+    times
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crash_between_append_and_removal_is_mended_by_a_second_replay() {
+    let site = Site::redis().await;
+    let home = site.home("");
+    let all = site.bury(&home, DEAD, (0..5).map(rejected).collect()).await;
+    let daemon = home.start().await;
+    let server = site.server.as_ref().expect("a server");
+    assert_eq!(server.cli(&["ACL", "SETUSER", "default", "-xdel"]), "OK");
+    let one = format!("/{ALERTS}/{}/replay", all[0]);
+    assert_eq!(refused(&daemon, Method::POST, &one, None).await, (503, "store_denied".to_owned()));
+    let many = format!("/{ALERTS}/replay");
+    let body = json!({ "all": true });
+    assert_eq!(refused(&daemon, Method::POST, &many, Some(body.clone())).await, (503, "store_denied".to_owned()));
+    assert_eq!(ids(&get(&daemon, &format!("/{ALERTS}")).await), all, "what was not removed is still there");
+    daemon.crash();
+    assert_eq!(server.cli(&["ACL", "SETUSER", "default", "+xdel"]), "OK");
+
+    let daemon = home.start().await;
+    let replayed = post(&daemon, &one, json!({})).await;
+    assert_eq!(replayed["repeated"], json!(true));
+    // Whoever asks for something else now still gets what was begun: the entry is in the stream.
+    let replayed = post(&daemon, &many, json!({ "all": true, "to": "stream" })).await;
+    assert_eq!((&replayed["replayed"], &replayed["repeated"]), (&json!(0), &json!(4)));
+    assert_eq!(numbers(&daemon).await, (0..5).map(|n| (n, 1)).collect());
+    assert!(ids(&get(&daemon, &format!("/{ALERTS}")).await).is_empty());
+    metric_is(&daemon, &format!("aurora_bus_dead_letters_replayed_total{{stream=\"{DEAD}\"}}"), 0.0).await;
+}
+
+async fn kills_amid_a_bulk_replay_lose_and_double_nothing(site: Site) {
+    const COUNT: u64 = 4_000;
+    let home = site.home("");
+    site.bury(&home, DEAD, (0..COUNT).map(rejected).collect()).await;
+    let mut kills = 0;
+    loop {
+        let daemon = home.start().await;
+        let url = daemon.url(&format!("/api/v1/dead-letters/{ALERTS}/replay"));
+        let body = json!({ "group": "siem", "limit": 5_000 }).to_string();
+        let replay = client().post(url).body(body).send();
+        let kill_after = Duration::from_millis(random_below(150));
+        let Ok(answer) = tokio::time::timeout(kill_after, replay).await else {
+            daemon.crash();
+            kills += 1;
+            continue;
+        };
+        assert_eq!(answer.expect("an answer").status(), StatusCode::OK);
+        if ids(&get(&daemon, &format!("/{ALERTS}")).await).is_empty() {
+            assert_eq!(numbers(&daemon).await, (0..COUNT).map(|n| (n, 1)).collect(), "after {kills} kills");
+            return;
+        }
+    }
+}
+
+async fn operators_at_the_same_time_replay_every_entry_once(site: Site) {
+    const COUNT: u64 = 600;
+    let home = site.home("");
+    site.bury(&home, DEAD, (0..COUNT).map(rejected).collect()).await;
+    let daemon = home.start().await;
+    let path = format!("/{ALERTS}/replay");
+    let body = || json!({ "all": true });
+    let (a, b, c) =
+        tokio::join!(post(&daemon, &path, body()), post(&daemon, &path, body()), post(&daemon, &path, body()));
+    let replayed: u64 = [&a, &b, &c].iter().filter_map(|done| done["replayed"].as_u64()).sum();
+    assert_eq!(replayed, COUNT);
+    assert_eq!(numbers(&daemon).await, (0..COUNT).map(|n| (n, 1)).collect());
+}
+
+on_both_stores!(kills_amid_a_bulk_replay_lose_and_double_nothing, operators_at_the_same_time_replay_every_entry_once);
