@@ -54,6 +54,11 @@ enum Command {
     /// Print the entries of a stream as they come, one JSON object per line
     Tail(tail::TailArgs),
     /// Dead letters: entries that a group could not handle
+    ///
+    /// STREAM is a declared stream, for its own dead letters, or a stream of dead letters, for all that are in it.
+    ///
+    /// Exit codes: 0 all done; 1 something failed, was refused, is gone or needs --yes; 2 the arguments or the
+    /// configuration are wrong.
     #[command(subcommand)]
     Dead(dead::DeadCommand),
     /// Ask a running daemon whether it is healthy; for container health checks

@@ -14,11 +14,7 @@ use serde_json::value::RawValue;
 use super::client::{ClientArgs, client, endpoint, refusal};
 use super::{ConfigArgs, say, tell};
 
-/// What to do with dead letters. STREAM is a declared stream, for its own dead letters, or a stream of dead letters,
-/// for all that are in it.
-///
-/// Exit codes: 0 all done; 1 something failed, was refused, is gone or needs --yes; 2 the arguments or the
-/// configuration are wrong.
+/// What to do with dead letters.
 #[derive(Debug, Subcommand)]
 pub(super) enum DeadCommand {
     /// List dead letters, oldest first; without a stream, the streams that hold them

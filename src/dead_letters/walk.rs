@@ -10,8 +10,9 @@ use super::selection::{Found, Scope, Selection};
 use crate::event::{Entry, EntryId, StreamName};
 use crate::store::{Order, Range, Store, StoreError};
 
-/// The most entries of one read, and about how many bytes it should have.
-const MAX_READ: usize = 500;
+/// The most entries of one read, and about how many bytes it should have. Each read is one step of a bulk action, for
+/// which a server is busy some milliseconds.
+const MAX_READ: usize = 250;
 const READ_BYTES: usize = 2 * 1024 * 1024;
 /// How many entries are read at first, when their size is not known yet.
 const FIRST_READ: usize = 32;
