@@ -11,7 +11,7 @@ use super::selection::{Found, Scope, Selection};
 use super::walk::{Cursor, Walk};
 use super::{DeadLetters, Failure, Inner, store_failure};
 use crate::event::{DeadLetter, EntryId, Fields, GroupName, IdempotencyKey, NewEntry, StreamName};
-use crate::store::{Order, Range, StoreError};
+use crate::store::{Order, Range};
 
 /// How many dead letters are taken at a time by their ids.
 const IDS_AT_A_TIME: usize = 64;
@@ -153,6 +153,16 @@ impl Done {
         self.last_id = Some(found.entry.id);
     }
 
+    /// What came before a failure is told, with where to go on: the failure comes again with the next try. Where nothing
+    /// came before, the failure is told at once.
+    fn broken_off(mut self, from: EntryId, until: Option<EntryId>, failure: Failure) -> Result<Self, Failure> {
+        if self.done + self.repeated == 0 {
+            return Err(failure);
+        }
+        self.next = Some(Cursor { from, until });
+        Ok(self)
+    }
+
     fn refuse(&mut self, refusal: &Refusal) {
         *self.refused.entry(refusal.code()).or_default() += 1;
         self.refusal.get_or_insert_with(|| refusal.to_string());
@@ -185,10 +195,11 @@ impl Inner {
         let mut done = Done { is_audited: self.audit.is_some() && !bulk.is_dry_run, ..Done::default() };
         let task = Task { scope, bulk, step, actor };
         if let Some(ids) = &bulk.selection.ids {
+            let ids: Vec<EntryId> = ids.iter().copied().filter(|id| *id >= bulk.cursor.from).collect();
             for ids in ids.chunks(IDS_AT_A_TIME) {
-                let found = self.by_ids(scope, &bulk.selection, ids).await?;
-                done.gone += (ids.len() - found.len()) as u64;
-                self.take(&task, &found, &mut done).await?;
+                if let Err(failure) = self.take_by_ids(&task, ids, &mut done).await {
+                    return done.broken_off(ids[0], None, failure);
+                }
             }
             return Ok(done);
         }
@@ -204,14 +215,8 @@ impl Inner {
             let left = bulk.limit.saturating_sub(usize::try_from(done.matched).unwrap_or(usize::MAX));
             let beyond = found.get(left).map(|found| found.entry.id);
             found.truncate(left);
-            let had_done = done.done + done.repeated > 0;
             if let Err(failure) = self.take(&task, &found, &mut done).await {
-                if had_done {
-                    // What came before is told; the failure comes again with the next try.
-                    done.next = Some(Cursor { from: begin, until: Some(until) });
-                    return Ok(done);
-                }
-                return Err(failure);
+                return done.broken_off(begin, Some(until), failure);
             }
             if let Some(beyond) = beyond {
                 done.next = Some(Cursor { from: beyond, until: Some(until) });
@@ -222,14 +227,17 @@ impl Inner {
         Ok(done)
     }
 
-    async fn by_ids(&self, scope: &Scope, selection: &Selection, ids: &[EntryId]) -> Result<Vec<Found>, StoreError> {
+    async fn take_by_ids(&self, task: &Task<'_>, ids: &[EntryId], done: &mut Done) -> Result<(), Failure> {
         let mut found = Vec::with_capacity(ids.len());
         for id in ids {
             let range = Range { from: *id, to: *id, order: Order::Forward };
-            let entries = self.store.range(&scope.dead_letter, range, 1).await?;
-            found.extend(entries.into_iter().map(Found::new).filter(|found| selection.matches(scope, found)));
+            let entries = self.store.range(&task.scope.dead_letter, range, 1).await?;
+            found.extend(entries.into_iter().map(Found::new));
         }
-        Ok(found)
+        found.retain(|found| task.bulk.selection.matches(task.scope, found));
+        self.take(task, &found, done).await?;
+        done.gone += (ids.len() - found.len()) as u64;
+        Ok(())
     }
 
     async fn take(&self, task: &Task<'_>, found: &[Found], done: &mut Done) -> Result<(), Failure> {

@@ -86,7 +86,7 @@ pub struct Selection {
     pub reason: Option<Reason>,
     /// They died after this entry of the stream of dead letters did.
     pub after: EntryId,
-    /// These alone, by their ids in the stream of dead letters.
+    /// These alone, by their ids in the stream of dead letters, ascending and each once.
     pub ids: Option<Vec<EntryId>>,
 }
 

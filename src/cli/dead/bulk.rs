@@ -131,11 +131,11 @@ impl Work<'_> {
     }
 
     async fn by_ids(&self, dry_run: bool) -> anyhow::Result<Counts> {
-        let mut all = Counts::default();
+        let mut all = Counts { dry_run, ..Counts::default() };
         for ids in self.args.ids.chunks(IDS_AT_A_TIME) {
             let mut body = self.body.clone();
             (body["ids"], body["dry_run"]) = (json!(ids), json!(dry_run));
-            all.add(self.remote.send(&self.url, &body, self.args.retries).await?);
+            self.to_the_end(body, &mut all, &ProgressBar::hidden()).await?;
         }
         Ok(all)
     }
@@ -143,19 +143,19 @@ impl Work<'_> {
     /// Request after request; what was done before a failure is told with it.
     async fn matching(&self, dry_run: bool, bar: &ProgressBar) -> (Counts, anyhow::Result<()>) {
         let mut all = Counts { dry_run, ..Counts::default() };
+        let mut body = self.body.clone();
+        body["dry_run"] = json!(dry_run);
+        let ended = self.to_the_end(body, &mut all, bar).await;
+        (all, ended)
+    }
+
+    async fn to_the_end(&self, mut body: Value, all: &mut Counts, bar: &ProgressBar) -> anyhow::Result<()> {
         loop {
-            let mut body = self.body.clone();
-            body["dry_run"] = json!(dry_run);
-            if let Some(cursor) = &all.next {
-                body["cursor"] = json!(cursor);
-            }
-            match self.remote.send(&self.url, &body, self.args.retries).await {
-                Ok(counts) => all.add(counts),
-                Err(error) => return (all, Err(error)),
-            }
+            all.add(self.remote.send(&self.url, &body, self.args.retries).await?);
             bar.set_position(all.matched);
-            if all.next.is_none() {
-                return (all, Ok(()));
+            match &all.next {
+                Some(cursor) => body["cursor"] = json!(cursor),
+                None => return Ok(()),
             }
         }
     }

@@ -43,6 +43,47 @@ async fn a_crash_between_append_and_removal_is_mended_by_a_second_replay() {
     metric_is(&daemon, &format!("aurora_bus_dead_letters_replayed_total{{stream=\"{DEAD}\"}}"), 0.0).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_done_before_a_failure_is_told_with_where_to_go_on() {
+    let site = Site::redis().await;
+    let home = site.home("");
+    let misplaced = DeadLetter {
+        stream: "aurora:agent:results".parse().expect("a name"),
+        ..letter(999, "siem", DeadLetterReason::Rejected)
+    };
+    for by_ids in [true, false] {
+        let mut letters: Vec<Fields> = (0..70).map(rejected).collect();
+        letters.push(misplaced.to_fields());
+        let all = site.bury(&home, DEAD, letters).await;
+        let server = site.server.as_ref().expect("a server");
+        assert_eq!(server.cli(&["SET", "aurora:agent:results", "no stream"]), "OK");
+        let daemon = home.start().await;
+        let path = format!("/{DEAD}/replay");
+        let mut body = if by_ids { json!({ "ids": all }) } else { json!({ "all": true }) };
+        body["to"] = json!("stream");
+        let mut replayed = 0;
+        let failed = loop {
+            let (status, done) = ask(&daemon, Method::POST, &path, Some(body.clone())).await;
+            if status != StatusCode::OK {
+                break done;
+            }
+            replayed += done["replayed"].as_u64().expect("a count");
+            assert!(done["next"].is_string() && replayed < 71, "{done}");
+            body["cursor"] = done["next"].clone();
+        };
+        assert_eq!(failed["code"], json!("not_a_stream"));
+        // The misplaced one breaks off its own step only.
+        assert!(replayed >= 60, "{replayed}");
+        assert_eq!(server.cli(&["DEL", "aurora:agent:results"]), "1");
+        let rest = post(&daemon, &path, body).await;
+        assert_eq!((replayed + rest["replayed"].as_u64().expect("a count"), &rest["next"]), (71, &Value::Null));
+        assert!(ids(&get(&daemon, &format!("/{DEAD}")).await).is_empty());
+        daemon.stop().await;
+    }
+    let daemon = home.start().await;
+    assert_eq!(numbers(&daemon).await, (0..70).map(|n| (n, 2)).collect(), "once each time");
+}
+
 async fn kills_amid_a_bulk_replay_lose_and_double_nothing(site: Site) {
     const COUNT: u64 = 4_000;
     let home = site.home("");

@@ -88,6 +88,37 @@ async fn without_an_audit_stream_actions_go_on_and_say_so() {
     assert_eq!((&done["discarded"], &done["audited"]), (&json!(1), &json!(false)));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_audit_stream_that_takes_nothing_is_told_of_and_holds_up_no_discard() {
+    let site = Site::redis().await;
+    let home = site.home("[[streams]]\nname = \"trail\"\n[dead_letters]\naudit = \"trail\"\n");
+    let all = site.bury(&home, DEAD, vec![rejected(1), rejected(2)]).await;
+    assert_eq!(site.server.as_ref().expect("a server").cli(&["SET", "trail", "no stream"]), "OK");
+    let daemon = home.start().await;
+    let (_, done) = ask(&daemon, Method::DELETE, &format!("/{ALERTS}/{}", all[0]), None).await;
+    assert_eq!(done, json!({ "discarded": 1, "audited": false }));
+    let replayed = post(&daemon, &format!("/{ALERTS}/{}/replay", all[1]), json!({})).await;
+    assert_eq!(replayed["audited"], json!(false));
+    daemon.signal("TERM");
+    let log = daemon.ended().await.log;
+    let told: Vec<_> = log.lines().filter(|line| line.contains("is not in the audit stream")).collect();
+    assert_eq!(told.len(), 2, "{log}");
+    assert!(told[0].contains("dead_letters.discard") && told[0].contains(&all[0]), "the log has it instead: {told:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_that_is_taken_by_something_else_is_told_and_leaves_the_daemon_ready() {
+    let site = Site::redis().await;
+    let home = site.home("");
+    assert_eq!(site.server.as_ref().expect("a server").cli(&["SET", DEAD, "no stream"]), "OK");
+    let daemon = home.start().await;
+    assert_eq!(refused(&daemon, Method::GET, &format!("/{ALERTS}"), None).await, (409, "not_a_stream".to_owned()));
+    let streams = get(&daemon, "").await;
+    assert!(streams["dead_letters"][1]["error"].is_string(), "{streams}");
+    let text = until("note", BOUND, async || note(&daemon).await).await;
+    assert!(text.contains("cannot look after `aurora:alerts:dead_letter`"), "{text}");
+}
+
 #[test]
 fn an_audit_stream_that_is_named_must_be_there() {
     let home = Home::new("[dead_letters]\naudit = \"aurora:audits\"\nalarm_at = 7.0\n");
