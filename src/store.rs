@@ -20,6 +20,7 @@
 //!   that meets it and reported there as lost, once.
 //! - **Errors** carry a [`StoreErrorKind`]: whoever calls decides by kind, never by text.
 
+mod account;
 pub mod embedded;
 mod error;
 mod metered;
@@ -31,6 +32,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
+pub use account::{Account, Balance, Consumption, LostReason};
 pub use error::{StoreError, StoreErrorKind};
 pub use metered::Metered;
 pub use types::{

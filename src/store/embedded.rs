@@ -547,6 +547,7 @@ impl Store for EmbeddedStore {
         let endings = settlements.iter().map(|settlement| {
             let how = match &settlement.outcome {
                 Outcome::Acknowledge => How::Acknowledge,
+                Outcome::Filter => How::Filter,
                 Outcome::Retry(due) => How::Retry(millis(*due)),
                 Outcome::Release => How::Release,
                 Outcome::DeadLetter { to, fields } => {

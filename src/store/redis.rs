@@ -9,6 +9,7 @@
 //! read while it runs. No command is sent twice: after an error it is unknown whether it was done, and whoever called
 //! decides. Everything heals on its own: connections are opened again for as long as the store lives.
 
+mod account;
 mod config;
 mod connection;
 mod failure;
@@ -114,7 +115,7 @@ impl RedisStore {
     async fn run_for(&self, script: &Script, cursor: &Cursor, arguments: Arguments) -> Result<reply::Reply, Failure> {
         let mut all = of_consumer(cursor);
         all.append(arguments);
-        self.control.run(script, &[key(&cursor.stream)], all).await
+        self.control.run(script, &[key(&cursor.stream), keys::account(&cursor.stream)], all).await
     }
 
     /// Reads a range in replies of bounded size.
@@ -181,12 +182,13 @@ impl RedisStore {
     }
 
     /// Acknowledges without asking who owns the entries; says how many were pending.
-    async fn acknowledge(&self, cursor: &Cursor, ids: &[EntryId]) -> Result<usize, Failure> {
+    async fn acknowledge(&self, cursor: &Cursor, counter: &'static str, ids: &[EntryId]) -> Result<usize, Failure> {
         let mut acknowledged = 0;
         for ids in ids.chunks(MAX_ACKNOWLEDGE) {
-            let mut arguments = Arguments::with_capacity(ids.len() + 2);
-            arguments.bytes(key(&cursor.stream)).name(cursor.group.as_str()).ids(ids);
-            let count = self.control.call("XACK", cursor.stream.as_str().as_bytes(), arguments).await?.count()?;
+            let keys = [key(&cursor.stream), keys::account(&cursor.stream)];
+            let mut arguments = Arguments::with_capacity(3);
+            arguments.name(cursor.group.as_str()).text(counter).bytes(account::packed(ids));
+            let count = self.control.run(&script::ACKNOWLEDGE, &keys, arguments).await?.count()?;
             acknowledged += usize::try_from(count)
                 .ok()
                 .filter(|count| *count <= ids.len())
@@ -203,6 +205,7 @@ impl RedisStore {
             for (id, step) in steps {
                 let (what, idle) = match step {
                     Step::Acknowledge => ("ack", Duration::ZERO),
+                    Step::Filter => ("filter", Duration::ZERO),
                     Step::Retry { idle } => ("retry", *idle),
                     // Whoever waits for the same idle time may claim it at once.
                     Step::Release => ("release", cursor.claim_idle),
@@ -238,7 +241,7 @@ impl RedisStore {
                     arguments.bytes(name.clone()).bytes(value.clone());
                 }
             }
-            let keys = [key(&cursor.stream), key(to)];
+            let keys = [key(&cursor.stream), keys::account(&cursor.stream), key(to)];
             not_owned += self.control.run(&script::DEAD_LETTER, &keys, arguments).await?.count()?;
         }
         usize::try_from(not_owned).map_err(|e| Failure::unexpected(&e.to_string()))
@@ -279,6 +282,7 @@ impl RedisStore {
 /// What becomes of a pending entry that is not moved away.
 enum Step {
     Acknowledge,
+    Filter,
     Retry { idle: Duration },
     Release,
 }
@@ -326,7 +330,8 @@ impl Store for RedisStore {
             Start::New => arguments.text("$"),
             Start::After(id) => arguments.shown(&id),
         };
-        let answer = self.control.run(&script::ENSURE_GROUP, &[key(stream)], arguments).await;
+        let keys = [key(stream), keys::account(stream)];
+        let answer = self.control.run(&script::ENSURE_GROUP, &keys, arguments).await;
         let outcome = answer.and_then(reply::Reply::count).map(|made| made == 1);
         outcome.map_err(|f| f.because(format_args!("cannot make group `{group}` of stream `{stream}`")))
     }
@@ -392,7 +397,7 @@ impl Store for RedisStore {
     }
 
     async fn settle(&self, cursor: &Cursor, settlements: &[Settlement]) -> Result<Settled, StoreError> {
-        let mut young = Vec::new();
+        let (mut young, mut young_filtered) = (Vec::new(), Vec::new());
         let mut steps = Vec::new();
         let mut dead: Vec<(&StreamName, Vec<(EntryId, &Fields)>)> = Vec::new();
         for Settlement { delivery, outcome } in settlements {
@@ -400,7 +405,9 @@ impl Store for RedisStore {
             match outcome {
                 // No one may have claimed it yet, so there is no owner to ask for.
                 Outcome::Acknowledge if delivery.delivered_at.elapsed() < cursor.claim_idle / 2 => young.push(id),
+                Outcome::Filter if delivery.delivered_at.elapsed() < cursor.claim_idle / 2 => young_filtered.push(id),
                 Outcome::Acknowledge => steps.push((id, Step::Acknowledge)),
+                Outcome::Filter => steps.push((id, Step::Filter)),
                 // A time of delivery in the future is not possible, but the idle time can be set such that what is
                 // missing of it is the delay.
                 Outcome::Retry(delay) => {
@@ -414,7 +421,10 @@ impl Store for RedisStore {
             }
         }
         let failed = |failure: Failure| failure.because(of_group("cannot settle deliveries of", cursor));
-        let mut not_owned = young.len() - self.acknowledge(cursor, &young).await.map_err(failed)?;
+        let mut not_owned = 0;
+        for (counter, ids) in [("acknowledged:", young), ("filtered:", young_filtered)] {
+            not_owned += ids.len() - self.acknowledge(cursor, counter, &ids).await.map_err(failed)?;
+        }
         not_owned += self.settle_owned(cursor, &steps).await.map_err(failed)?;
         for (to, records) in dead {
             let outcome = self.bury(cursor, to, &records).await;
@@ -461,7 +471,8 @@ impl Store for RedisStore {
     }
 
     async fn describe(&self, stream: &StreamName) -> Result<Option<StreamStatus>, StoreError> {
-        let answer = self.control.run(&script::DESCRIBE, &[key(stream)], Arguments::default()).await;
+        let keys = [key(stream), keys::account(stream)];
+        let answer = self.control.run(&script::DESCRIBE, &keys, Arguments::default()).await;
         let outcome = answer.and_then(status::stream);
         outcome.map_err(|failure| failure.because(format_args!("cannot describe stream `{stream}`")))
     }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::Account;
 use crate::event::{ConsumerName, Delivery, EntryId, Fields, GroupName, StreamName};
 
 /// One consumer's place in one group of one stream.
@@ -101,6 +102,8 @@ pub struct Settlement {
 pub enum Outcome {
     /// Handled: acknowledge it.
     Acknowledge,
+    /// Not for this group: acknowledged as well, and counted apart.
+    Filter,
     /// To be tried again: stays pending on this consumer and becomes claimable by anyone after this time, or after
     /// [`Cursor::claim_idle`] if that is shorter. The attempts so far stay counted.
     Retry(Duration),
@@ -157,6 +160,8 @@ pub struct StreamStatus {
     pub last_id: EntryId,
     /// How many entries were ever appended.
     pub entries_added: u64,
+    /// Entries that were removed by others than the store, since it began to count; absent where it does not.
+    pub removed_by_others: Option<u64>,
     /// Its groups, by name.
     pub groups: Vec<GroupStatus>,
 }
@@ -172,10 +177,14 @@ pub struct GroupStatus {
     pub entries_read: Option<u64>,
     /// Entries not delivered yet; absent where the server can't tell.
     pub lag: Option<u64>,
+    /// Entries after `last_delivered` that are there now; absent where the server can't tell.
+    pub undelivered: Option<u64>,
     /// Entries delivered and not settled.
     pub pending: u64,
     /// The oldest of them.
     pub oldest_pending: Option<EntryId>,
+    /// What became of its entries; absent where the group was not made or ensured by a store.
+    pub account: Option<Account>,
     /// Its consumers, by name.
     pub consumers: Vec<ConsumerStatus>,
 }

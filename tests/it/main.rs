@@ -12,6 +12,7 @@ mod docs;
 mod redis_faults;
 mod relay;
 mod sinks;
+mod store_accounts;
 mod store_contract;
 mod store_embedded;
 mod store_model;

@@ -18,7 +18,7 @@ use crate::store_model::{self, Traits};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-async fn open() -> TestStore {
+pub(crate) async fn open() -> TestStore {
     open_with(Config::default()).await
 }
 
@@ -206,7 +206,7 @@ async fn a_newer_format_is_refused_by_name() {
     database.execute("UPDATE meta SET value = 7 WHERE key = 'format'", []).expect("changed");
     drop(database);
     let error = small(folder.path(), Config::default()).open().await.expect_err("a newer format");
-    assert!(error.to_string().contains("has format 7, this aurora-bus knows formats up to 1"), "{error}");
+    assert!(error.to_string().contains("has format 7, this aurora-bus knows formats up to 2"), "{error}");
 }
 
 /// A closed store with 300 entries in chunks of 64, read by a group up to the 10th.

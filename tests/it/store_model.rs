@@ -8,7 +8,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aurora_bus::event::{Delivery, Entry, EntryId, Fields, IdempotencyKey, NewEntry, StreamName};
-use aurora_bus::store::{Cursor, Order, Outcome, Range, Settlement, Start, Store, StoreErrorKind, Trim};
+use aurora_bus::store::{
+    Account, Balance, Consumption, Cursor, GroupStatus, LostReason, Order, Outcome, Range, Settlement, Start, Store,
+    StoreErrorKind, StreamStatus, Trim,
+};
 use bytes::Bytes;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -36,6 +39,7 @@ const CONSUMERS: [&str; 3] = ["a", "b", "c"];
 #[derive(Debug, Clone)]
 enum Ending {
     Acknowledge,
+    Filter,
     RetryNow,
     RetryLater,
     Release,
@@ -64,6 +68,7 @@ fn operation() -> impl Strategy<Value = Operation> {
     let (group, consumer) = (0..GROUPS.len(), 0..CONSUMERS.len());
     let ending = prop_oneof![
         4 => Just(Ending::Acknowledge),
+        1 => Just(Ending::Filter),
         1 => Just(Ending::RetryNow),
         1 => Just(Ending::RetryLater),
         1 => Just(Ending::Release),
@@ -111,6 +116,8 @@ struct Group {
     consumers: BTreeSet<usize>,
     /// Whether `entries_read` and the lag start from a known place on every store.
     read: u64,
+    /// What became of its entries; where the account begins is the store's to say.
+    account: Account,
 }
 
 #[derive(Debug)]
@@ -274,6 +281,10 @@ async fn step(store: &dyn Store, model: &mut Model, operation: Operation, traits
             let ids: BTreeSet<EntryId> = picks.into_iter().map(|pick| model.pick(pick)).collect();
             let asked: Vec<EntryId> = ids.iter().copied().collect();
             let before = model.entries.len();
+            for group in model.groups.values_mut() {
+                let undelivered = model.entries.range(group.cursor.next()..).filter(|(id, _)| ids.contains(id));
+                *group.account.lost_mut(LostReason::TrimmedUndelivered) += undelivered.count() as u64;
+            }
             model.entries.retain(|id, _| !ids.contains(id));
             let removed = store.discard(&model.stream, &asked).await.expect("discarded");
             assert_eq!(removed, (before - model.entries.len()) as u64);
@@ -402,6 +413,7 @@ fn taken(
     for id in &found {
         assert!(!entries.contains_key(id) && asked.contains(id), "{id} is not lost");
         assert!(group.pending.remove(id).is_some(), "{id} was not pending");
+        *group.account.lost_mut(LostReason::TrimmedPending) += 1;
     }
     for (id, attempts) in expected {
         group.pending.insert(id, Held { consumer, attempts, is_aged: false });
@@ -426,7 +438,7 @@ async fn settle(
         let held = state.pending.get(&id);
         let is_owned = held.is_some_and(|held| held.consumer == consumer);
         // A young delivery may be acknowledged without asking who owns it by now.
-        let is_vague = held.is_some() && !is_owned && matches!(ending, Ending::Acknowledge);
+        let is_vague = held.is_some() && !is_owned && matches!(ending, Ending::Acknowledge | Ending::Filter);
         if !seen.insert(id) || is_vague {
             continue;
         }
@@ -440,6 +452,7 @@ async fn settle(
         }
         let outcome = match ending {
             Ending::Acknowledge => Outcome::Acknowledge,
+            Ending::Filter => Outcome::Filter,
             Ending::RetryNow => Outcome::Retry(Duration::ZERO),
             Ending::RetryLater => Outcome::Retry(HOUR * 2),
             Ending::Release => Outcome::Release,
@@ -459,9 +472,17 @@ async fn settle(
                     held.is_aged = true;
                     held.attempts = held.attempts.saturating_sub(1);
                 }
-                Outcome::Acknowledge => drop(state.pending.remove(&id)),
+                Outcome::Acknowledge => {
+                    state.pending.remove(&id);
+                    state.account.acknowledged += 1;
+                }
+                Outcome::Filter => {
+                    state.pending.remove(&id);
+                    state.account.filtered += 1;
+                }
                 Outcome::DeadLetter { fields, .. } => {
                     state.pending.remove(&id);
+                    state.account.dead += 1;
                     model.letters.push(fields.clone());
                 }
             }
@@ -499,6 +520,21 @@ fn assert_same<T: PartialEq + std::fmt::Debug>(got: &[T], expected: &[T]) {
     assert_eq!(got.get(place), expected.get(place), "at {place} of {} and {}", got.len(), expected.len());
 }
 
+/// Compares what became of a group's entries, and sees that it adds up.
+fn compare_accounts(status: &StreamStatus, told: &GroupStatus, group: &Group, traits: Traits) {
+    let mut account = told.account.unwrap_or_default();
+    let undelivered = *account.lost_mut(LostReason::TrimmedUndelivered);
+    if !traits.is_lag_exact {
+        // Found by whoever looks for it, and booked then.
+        *account.lost_mut(LostReason::TrimmedUndelivered) = group.account.lost(LostReason::TrimmedUndelivered);
+    }
+    assert_eq!(account, Account { base: account.base, ..group.account });
+    if traits.is_lag_exact {
+        assert_eq!(Balance::of(status, told, Consumption::Inside).difference, Some(0), "{told:?}");
+        assert_eq!(undelivered, group.account.lost(LostReason::TrimmedUndelivered));
+    }
+}
+
 /// Compares everything that can be seen of the stream.
 async fn compare(store: &dyn Store, model: &Model, traits: Traits) {
     let everything = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
@@ -519,6 +555,7 @@ async fn compare(store: &dyn Store, model: &Model, traits: Traits) {
     assert_eq!(status.groups.len(), model.groups.len());
     for (group, told) in model.groups.iter().zip(&status.groups) {
         let (number, group) = group;
+        compare_accounts(&status, told, group, traits);
         assert_eq!(told.name.as_str(), GROUPS[*number]);
         assert_eq!(told.last_delivered, group.cursor);
         assert_eq!(told.pending, group.pending.len() as u64);

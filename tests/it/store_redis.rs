@@ -14,6 +14,14 @@ async fn open(product: Product) -> TestStore {
     TestStore::new(connect(&server).await, server)
 }
 
+pub(crate) async fn open_redis() -> TestStore {
+    open(Product::Redis).await
+}
+
+pub(crate) async fn open_valkey() -> TestStore {
+    open(Product::Valkey).await
+}
+
 async fn connect(server: &RedisServer) -> Arc<dyn Store> {
     let config = Config { url: server.url().into(), ..Config::default() };
     Arc::new(config.connect().await.expect("a valid configuration"))

@@ -222,7 +222,7 @@ impl Pump {
                 Ok(true) => self.ready.push_back(delivery),
                 Ok(false) => {
                     self.meters.filtered.inc();
-                    self.settlements.push(delivery, Outcome::Acknowledge);
+                    self.settlements.push(delivery, Outcome::Filter);
                 }
                 Err(text) => self.bury(delivery, DeadLetterReason::Undecodable, text),
             }

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::chunk::Chunk;
 use crate::event::{ConsumerName, EntryId, GroupName};
+use crate::store::Account;
 
 /// The most entries that may be pending in one group: it bounds the memory they take (about 60 MiB).
 pub(super) const MAX_PENDING: usize = 1 << 20;
@@ -22,6 +23,8 @@ pub(super) struct Group {
     pub(super) passed: u64,
     /// How many entries were ever delivered.
     pub(super) read: u64,
+    /// What became of its entries. Changed by [`Group::account`].
+    pub(super) counted: Account,
     /// The chunk that the last delivery ended in, if that one was read from disk.
     pub(super) ahead: Option<Chunk>,
     /// Which lease holds an entry.
@@ -35,6 +38,7 @@ pub(super) struct Group {
 #[derive(Debug, Default)]
 pub(super) struct Changes {
     pub(super) is_changed: bool,
+    pub(super) is_account_changed: bool,
     pub(super) leases: BTreeSet<i64>,
     pub(super) consumers: BTreeSet<ConsumerName>,
     pub(super) removed_consumers: Vec<i64>,
@@ -90,12 +94,19 @@ impl Group {
             cursor: EntryId::MIN,
             passed: 0,
             read: 0,
+            counted: Account::default(),
             ahead: None,
             pending: BTreeMap::new(),
             leases: HashMap::new(),
             consumers: BTreeMap::new(),
             changes: Changes::default(),
         }
+    }
+
+    /// The account, to be changed: it is written with the next commit.
+    pub(super) fn account(&mut self) -> &mut Account {
+        self.changes.is_account_changed = true;
+        &mut self.counted
     }
 
     /// Takes over a consumer that was read back.

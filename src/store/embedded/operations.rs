@@ -15,8 +15,8 @@ use super::tables::{self, FirstEntry, ReadFailure, corrupt, engine_error};
 use super::writer::Writer;
 use crate::event::{ConsumerName, EntryId, Epoch, GroupName, StreamName};
 use crate::store::{
-    Appended, ConsumerStatus, Cursor, GroupStatus, Pending, Range, Settled, Start, StoreError, StoreErrorKind,
-    StoreStatus, StreamStatus,
+    Appended, ConsumerStatus, Cursor, GroupStatus, LostReason, Pending, Range, Settled, Start, StoreError,
+    StoreErrorKind, StoreStatus, StreamStatus,
 };
 
 /// A fetch takes no more bytes of chunks than this, if it has at least one entry.
@@ -50,6 +50,7 @@ pub(super) struct Ending {
 #[derive(Debug)]
 pub(super) enum How {
     Acknowledge,
+    Filter,
     /// Claimable after so many milliseconds, if the group's limit is not shorter.
     Retry(u64),
     Release,
@@ -148,6 +149,7 @@ impl Writer {
         } else if let Start::After(id) = start {
             made.cursor = id;
         }
+        made.account().base = Some(made.passed);
         made.changes.is_changed = true;
         self.numbers.group += 1;
         let place = self.place_or_new(name);
@@ -296,6 +298,7 @@ impl Writer {
         for (held, body) in entries.iter().zip(bodies) {
             let Some((chunk, slot)) = body else {
                 group.release(held.id);
+                *group.account().lost_mut(LostReason::TrimmedPending) += 1;
                 taken.lost.push(held.id);
                 continue;
             };
@@ -379,8 +382,19 @@ impl Writer {
                 self.stage(to, fields);
             }
             let Some((group, numbers)) = self.change_group(place, &cursor.group) else { return nothing };
+            let account = &mut group.counted;
+            let counter = match ending.how {
+                How::Acknowledge => Some(&mut account.acknowledged),
+                How::Filter => Some(&mut account.filtered),
+                How::DeadLetter { .. } => Some(&mut account.dead),
+                How::Retry(_) | How::Release => None,
+            };
+            if let Some(counter) = counter {
+                *counter += 1;
+                group.changes.is_account_changed = true;
+            }
             let again = match ending.how {
-                How::Acknowledge | How::DeadLetter { .. } => None,
+                How::Acknowledge | How::Filter | How::DeadLetter { .. } => None,
                 How::Retry(due_ms) => {
                     let delivered_ms = now_ms.saturating_sub(limit_ms - due_ms.min(limit_ms));
                     Some(Held { delivered_ms, ..held })
@@ -454,8 +468,10 @@ impl Writer {
             last_delivered: group.cursor,
             entries_read: Some(group.read),
             lag: Some(stream.row.added.saturating_sub(group.passed)),
+            undelivered: Some(stream.row.added.saturating_sub(group.passed)),
             pending: group.pending_count() as u64,
             oldest_pending: group.oldest_pending(),
+            account: Some(group.counted),
             consumers: group
                 .consumers()
                 .map(|consumer| ConsumerStatus {
@@ -470,6 +486,8 @@ impl Writer {
             first_id,
             last_id: stream.row.last_id,
             entries_added: stream.row.added,
+            // No one else can.
+            removed_by_others: None,
             groups: stream.groups.values().map(group_status).collect(),
         })
     }

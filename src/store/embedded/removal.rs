@@ -8,7 +8,7 @@ use super::log::ChunkRef;
 use super::tables;
 use super::writer::Writer;
 use crate::event::{EntryId, GroupName, StreamName};
-use crate::store::{StoreError, StoreErrorKind, Trim};
+use crate::store::{LostReason, StoreError, StoreErrorKind, Trim};
 
 /// A trim removes no more chunks than this in one transaction.
 const TRIM_CHUNKS: usize = 128;
@@ -69,6 +69,7 @@ impl Writer {
         for (name, passed) in &groups {
             if let Some((group, _)) = self.change_group(place, name) {
                 group.passed += passed;
+                *group.account().lost_mut(LostReason::TrimmedUndelivered) += passed;
             }
         }
         let streams = std::mem::take(&mut self.streams);
@@ -85,7 +86,9 @@ impl Writer {
                 }
             }
             for (name, _) in &groups {
-                tables::save_group(connection, number, &streams[place].groups[name])?;
+                let group = &streams[place].groups[name];
+                tables::save_group(connection, number, group)?;
+                tables::save_account(connection, group)?;
             }
             tables::save_stream(connection, &row)
         });

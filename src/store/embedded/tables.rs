@@ -13,10 +13,10 @@ use super::chunk::{Chunk, Damage, Head, pack_ids, unpack_ids};
 use super::groups::{Consumer, Group, Lease};
 use super::log::ChunkRef;
 use crate::event::{EntryId, Epoch, StreamName};
-use crate::store::{StoreError, StoreErrorKind};
+use crate::store::{Account, StoreError, StoreErrorKind};
 
 /// The layout of the tables. An older program refuses a newer one.
-const FORMAT: i64 = 1;
+const FORMAT: i64 = 2;
 
 /// Marks the file as ours: `PRAGMA application_id`, "aBus".
 const APPLICATION_ID: i64 = 0x6142_7573;
@@ -47,6 +47,14 @@ CREATE TABLE idempotency (
     stream INTEGER NOT NULL, key BLOB NOT NULL, ms INTEGER NOT NULL, seq INTEGER NOT NULL, event_id BLOB NOT NULL,
     expires_ms INTEGER NOT NULL, PRIMARY KEY (stream, key)) WITHOUT ROWID;
 CREATE INDEX idempotency_expiry ON idempotency (expires_ms);
+";
+
+/// What format 2 added.
+const ACCOUNTS: &str = "
+CREATE TABLE accounts (
+    grp INTEGER PRIMARY KEY, base INTEGER NOT NULL, acknowledged INTEGER NOT NULL, filtered INTEGER NOT NULL,
+    dead INTEGER NOT NULL, trimmed_pending INTEGER NOT NULL, trimmed_undelivered INTEGER NOT NULL,
+    dropped INTEGER NOT NULL, damaged INTEGER NOT NULL, crc INTEGER NOT NULL);
 ";
 
 /// What a failure of the engine means.
@@ -129,6 +137,7 @@ pub(super) fn prepare(connection: &mut Connection, path: &Path) -> Result<(), St
         connection.execute_batch("PRAGMA synchronous = FULL").map_err(failed)?;
         let transaction = connection.transaction().map_err(failed)?;
         transaction.execute_batch(SCHEMA).map_err(failed)?;
+        transaction.execute_batch(ACCOUNTS).map_err(failed)?;
         transaction.execute("INSERT INTO meta VALUES ('format', ?1), ('writes', 0)", [FORMAT]).map_err(failed)?;
         transaction.execute_batch(&format!("PRAGMA application_id = {APPLICATION_ID}")).map_err(failed)?;
         return transaction.commit().map_err(failed);
@@ -144,6 +153,12 @@ pub(super) fn prepare(connection: &mut Connection, path: &Path) -> Result<(), St
         .map_err(failed)?;
     match format {
         Some(FORMAT) => Ok(()),
+        Some(1) => {
+            let transaction = connection.transaction().map_err(failed)?;
+            transaction.execute_batch(ACCOUNTS).map_err(failed)?;
+            transaction.execute("UPDATE meta SET value = ?1 WHERE key = 'format'", [FORMAT]).map_err(failed)?;
+            transaction.commit().map_err(failed)
+        }
         Some(newer) if newer > FORMAT => Err(StoreError::new(
             StoreErrorKind::Internal,
             format!("`{name}` has format {newer}, this aurora-bus knows formats up to {FORMAT}; use the newer release"),
@@ -405,6 +420,45 @@ pub(super) fn save_group(connection: &Connection, stream: u32, group: &Group) ->
         .map(|_rows| ())
 }
 
+pub(super) fn save_account(connection: &Connection, group: &Group) -> rusqlite::Result<()> {
+    let Account { base, acknowledged, filtered, dead, lost } = group.counted;
+    let [trimmed_pending, trimmed_undelivered, dropped, damaged] = lost;
+    let base = base.unwrap_or_default();
+    let counters = [base, acknowledged, filtered, dead, trimmed_pending, trimmed_undelivered, dropped, damaged]
+        .map(u64::cast_signed);
+    let numbers: Vec<i64> = std::iter::once(group.number).chain(counters).collect();
+    let crc = checksum(&numbers, &[]);
+    connection
+        .prepare_cached("INSERT OR REPLACE INTO accounts VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)")?
+        .execute(rusqlite::params_from_iter(numbers.into_iter().chain([crc])))
+        .map(|_rows| ())
+}
+
+/// Gives groups their accounts. One from before there were accounts begins now, with what it has still to handle.
+fn load_accounts(connection: &Connection, groups: &mut BTreeMap<i64, (u32, Group)>) -> Result<(), StoreError> {
+    let failed = |error| engine_error("read the accounts", error);
+    for (_, group) in groups.values_mut() {
+        group.counted.base = Some(group.passed.saturating_sub(group.pending_count() as u64));
+    }
+    let mut statement = connection.prepare_cached("SELECT * FROM accounts").map_err(failed)?;
+    let mut rows = statement.query([]).map_err(failed)?;
+    while let Some(row) = rows.next().map_err(failed)? {
+        let mut numbers = [0_i64; 9];
+        for (place, number) in numbers.iter_mut().enumerate() {
+            *number = row.get(place).map_err(failed)?;
+        }
+        let is_right = row.get::<_, i64>(9).map_err(failed)? == checksum(&numbers, &[]);
+        // The row itself can't be trusted to say whose it is: only a group that exists is loaded or refused.
+        let Some((_, group)) = groups.get_mut(&numbers[0]) else { continue };
+        if !is_right {
+            return Err(corrupt(format!("the account of group `{}` is damaged", group.name)));
+        }
+        let [_, base, acknowledged, filtered, dead, lost @ ..] = numbers.map(i64::cast_unsigned);
+        group.counted = Account { base: Some(base), acknowledged, filtered, dead, lost };
+    }
+    Ok(())
+}
+
 pub(super) fn save_consumer(connection: &Connection, group: i64, consumer: &Consumer) -> rusqlite::Result<()> {
     connection
         .prepare_cached(
@@ -460,6 +514,7 @@ pub(super) fn load_groups(
     }
     load_consumers(connection, &mut groups)?;
     load_leases(connection, &mut groups)?;
+    load_accounts(connection, &mut groups)?;
     let mut by_stream: HashMap<u32, Vec<Group>> = HashMap::new();
     for (stream, group) in groups.into_values() {
         by_stream.entry(stream).or_default().push(group);

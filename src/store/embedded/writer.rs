@@ -23,7 +23,7 @@ use super::queue::{Queue, Taken, Work};
 use super::reserve::Reserve;
 use super::tables::{self, FirstEntry, StreamRow, engine_error};
 use crate::event::{EntryId, Epoch, GroupName, StreamName};
-use crate::store::{StoreError, StoreErrorKind};
+use crate::store::{LostReason, StoreError, StoreErrorKind};
 
 /// The files in the store's folder.
 pub(super) const DATABASE: &str = "bus.sqlite3";
@@ -241,6 +241,7 @@ impl Writer {
         stream.is_changed = true;
         for group in stream.groups.values_mut() {
             group.passed += lost;
+            *group.account().lost_mut(LostReason::Damaged) += lost;
             group.changes.is_changed = true;
         }
         self.touched.insert(place);
@@ -612,6 +613,8 @@ impl Writer {
         for group in stream.groups.values_mut().filter(|group| group.cursor >= id) {
             group.passed += 1;
             group.changes.is_changed = true;
+            let base = &mut group.account().base;
+            *base = base.map(|base| base + 1);
         }
         if stream.staged.last().is_none_or(Builder::is_full) {
             stream.staged.push(Builder::new(stream.row.number));
@@ -641,6 +644,9 @@ fn write_stream(connection: &Connection, stream: &Stream) -> rusqlite::Result<()
     for group in stream.groups.values() {
         if group.changes.is_changed {
             tables::save_group(connection, stream.row.number, group)?;
+        }
+        if group.changes.is_account_changed {
+            tables::save_account(connection, group)?;
         }
         for name in &group.changes.consumers {
             if let Some(consumer) = group.consumer_named(name) {

@@ -18,6 +18,11 @@ pub(super) fn epoch(stream: &StreamName) -> Bytes {
     beside(stream, b"epoch", b"")
 }
 
+/// Where what became of a stream's entries is counted.
+pub(super) fn account(stream: &StreamName) -> Bytes {
+    beside(stream, b"account", b"")
+}
+
 fn beside(stream: &StreamName, kind: &[u8], name: &[u8]) -> Bytes {
     let stream = stream.as_str().as_bytes();
     let mut key = BytesMut::with_capacity(stream.len() + kind.len() + name.len() + 3);
@@ -39,7 +44,8 @@ mod tests {
         assert_eq!(idempotency(&stream, b"a}{b"), "{aurora:alerts}:dedup:a}{b");
         assert_eq!(epoch(&stream), "{aurora:alerts}:epoch");
         let slot = fred::util::redis_keyslot(stream.as_str().as_bytes());
-        for key in [idempotency(&stream, b"a}{b"), epoch(&stream)] {
+        assert_eq!(account(&stream), "{aurora:alerts}:account");
+        for key in [idempotency(&stream, b"a}{b"), epoch(&stream), account(&stream)] {
             assert_eq!(fred::util::redis_keyslot(&key), slot);
         }
     }

@@ -33,12 +33,20 @@ impl Script {
     }
 }
 
+/// A script after what those share that keep accounts.
+macro_rules! with_account {
+    ($file:literal) => {
+        concat!(include_str!("lua/account.lua"), include_str!($file))
+    };
+}
+
+pub(super) static ACKNOWLEDGE: Script = Script::new(include_str!("lua/acknowledge.lua"));
 pub(super) static APPEND: Script = Script::new(include_str!("lua/append.lua"));
 pub(super) static APPEND_ONCE: Script = Script::new(include_str!("lua/append_once.lua"));
 pub(super) static CLAIM: Script = Script::new(include_str!("lua/claim.lua"));
 pub(super) static DEAD_LETTER: Script = Script::new(include_str!("lua/dead_letter.lua"));
 pub(super) static DESCRIBE: Script = Script::new(include_str!("lua/describe.lua"));
-pub(super) static ENSURE_GROUP: Script = Script::new(include_str!("lua/ensure_group.lua"));
+pub(super) static ENSURE_GROUP: Script = Script::new(with_account!("lua/ensure_group.lua"));
 pub(super) static EPOCH: Script = Script::new(include_str!("lua/epoch.lua"));
 pub(super) static EXTEND: Script = Script::new(include_str!("lua/extend.lua"));
 pub(super) static REMOVE_CONSUMER: Script = Script::new(include_str!("lua/remove_consumer.lua"));

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::account::Accounts;
 use super::failure::Failure;
 use super::reply::{Named, Reply};
 use crate::event::EntryId;
@@ -12,35 +13,67 @@ pub(super) fn stream(reply: Reply) -> Result<Option<StreamStatus>, Failure> {
     if reply.is_nil() {
         return Ok(None);
     }
-    let [info, groups] = reply.tuple()?;
+    let [info, groups, accounts] = reply.tuple()?;
     let mut info = info.named()?;
+    let accounts = Accounts::read(accounts)?;
     let length = info.take("length")?.count()?;
-    let first = info.take("first-entry")?.bytes()?;
-    let mut groups = groups.list()?.into_iter().map(group).collect::<Result<Vec<_>, _>>()?;
+    let (first, last) = (info.take("first-entry")?.bytes()?, info.take("last-entry")?.bytes()?);
+    // Servers before 7.0 don't count them.
+    let added = info.find("entries-added").map(Reply::count).transpose()?;
+    let held = Held { length, ends: optional_id(&first)?.zip(optional_id(&last)?), added };
+    let groups = groups.list()?.into_iter().map(|reply| group(reply, &held, &accounts));
+    let mut groups = groups.collect::<Result<Vec<_>, _>>()?;
     groups.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(Some(StreamStatus {
         length,
         first_id: optional_id(&first)?,
         last_id: info.take("last-generated-id")?.id()?,
-        // Servers before 7.0 don't count them.
-        entries_added: info.find("entries-added").map_or(Ok(length), Reply::count)?,
+        entries_added: added.unwrap_or(length),
+        removed_by_others: added
+            .zip(accounts.removed())
+            .map(|(added, removed)| added.saturating_sub(length).saturating_sub(removed)),
         groups,
     }))
 }
 
-fn group(reply: Reply) -> Result<GroupStatus, Failure> {
+/// What a stream holds.
+struct Held {
+    length: u64,
+    /// The oldest entry and the newest.
+    ends: Option<(EntryId, EntryId)>,
+    added: Option<u64>,
+}
+
+impl Held {
+    /// How many entries there are after this one. Certain at both ends; in between, `lag` is the server's count, which
+    /// is right unless entries after it were removed.
+    fn after(&self, id: EntryId, lag: Option<u64>) -> Option<u64> {
+        match self.ends {
+            Some((first, _)) if id < first => Some(self.length),
+            Some((_, last)) if id < last => lag,
+            _ => Some(0),
+        }
+    }
+}
+
+fn group(reply: Reply, held: &Held, accounts: &Accounts) -> Result<GroupStatus, Failure> {
     let [info, oldest, consumers] = reply.tuple()?;
     let mut info = info.named()?;
+    let name = info.take("name")?.bytes()?;
+    let last_delivered = info.take("last-delivered-id")?.id()?;
+    let lag = info.find("lag").map_or(Ok(None), Reply::count_if_known)?;
     let mut consumers =
         consumers.list()?.into_iter().map(|reply| consumer(reply.named()?)).collect::<Result<Vec<_>, _>>()?;
     consumers.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(GroupStatus {
-        name: name_of(&info.take("name")?.bytes()?)?,
-        last_delivered: info.take("last-delivered-id")?.id()?,
+        name: name_of(&name)?,
+        last_delivered,
         entries_read: info.find("entries-read").map_or(Ok(None), Reply::count_if_known)?,
-        lag: info.find("lag").map_or(Ok(None), Reply::count_if_known)?,
+        lag,
+        undelivered: held.after(last_delivered, lag),
         pending: info.take("pending")?.count()?,
         oldest_pending: optional_id(&oldest.bytes()?)?,
+        account: accounts.of(&name, held.added),
         consumers,
     })
 }

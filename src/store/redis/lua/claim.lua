@@ -1,5 +1,5 @@
 -- Takes over pending entries that have been idle for long enough, and finds those whose bodies are gone.
--- KEYS: the stream. ARGV: group, consumer, least idle time in milliseconds, then either
+-- KEYS: the stream, its account. ARGV: group, consumer, least idle time in milliseconds, then either
 --   'ids' and the ids, or 'from', the id to begin with, how many to take, and how many to look at.
 -- Returns the entries taken, how often each was delivered before, the ids lost, and the last id looked at where
 --   there may be more after it.
@@ -43,4 +43,5 @@ for _, id in ipairs(ids) do
     lost[#lost + 1] = id
   end
 end
+if #lost > 0 then call('HINCRBY', KEYS[2], 'trimmed_pending:' .. group, #lost) end
 return {taken, counts, lost, more}

@@ -1,14 +1,13 @@
--- What a stream and its groups are, at one instant. KEYS: the stream.
--- Returns nil where there is none, else XINFO STREAM and per group XINFO's row, the oldest pending id, and
--- XINFO CONSUMERS.
+-- What a stream and its groups are, at one instant. KEYS: the stream, its account.
+-- Returns nil where there is none, else XINFO STREAM, per group XINFO's row, the oldest pending id, and
+-- XINFO CONSUMERS, and the account.
 local call, stream = redis.call, KEYS[1]
 if call('EXISTS', stream) == 0 then return false end
 local groups = {}
 local info = call('XINFO', 'STREAM', stream)
 for i = 1, #info, 2 do
-  -- The bodies of the first and last entry are not wanted, only the id.
-  if info[i] == 'last-entry' then info[i + 1] = '' end
-  if info[i] == 'first-entry' then info[i + 1] = info[i + 1] and info[i + 1][1] or '' end
+  -- The bodies of the first and last entry are not wanted, only their ids.
+  if info[i] == 'first-entry' or info[i] == 'last-entry' then info[i + 1] = info[i + 1] and info[i + 1][1] or '' end
 end
 for n, group in ipairs(call('XINFO', 'GROUPS', stream)) do
   local name
@@ -18,4 +17,4 @@ for n, group in ipairs(call('XINFO', 'GROUPS', stream)) do
   local oldest = call('XPENDING', stream, name)[2] or ''
   groups[n] = {group, oldest, call('XINFO', 'CONSUMERS', stream, name)}
 end
-return {info, groups}
+return {info, groups, call('HGETALL', KEYS[2])}

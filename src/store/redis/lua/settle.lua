@@ -1,9 +1,9 @@
 -- Acknowledges, re-arms or releases pending entries, those that the consumer still holds.
--- KEYS: the stream. ARGV: group, consumer, then per entry its id, what to do ('ack', 'retry' or 'release'), and how
---   long it counts as idle from now on, in milliseconds.
+-- KEYS: the stream, its account. ARGV: group, consumer, then per entry its id, what to do ('ack', 'filter', 'retry' or
+--   'release'), and how long it counts as idle from now on, in milliseconds.
 -- Returns how many the consumer does not hold.
 local call, stream, group, consumer = redis.call, KEYS[1], ARGV[1], ARGV[2]
-local acks, not_owned = {}, 0
+local acks, filtered, not_owned = {}, {}, 0
 for i = 3, #ARGV, 3 do
   local id, what, idle = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   local row = call('XPENDING', stream, group, id, id, 1)[1]
@@ -11,6 +11,8 @@ for i = 3, #ARGV, 3 do
     not_owned = not_owned + 1
   elseif what == 'ack' then
     acks[#acks + 1] = id
+  elseif what == 'filter' then
+    filtered[#filtered + 1] = id
   elseif #call('XRANGE', stream, id, id) > 0 then
     -- An entry whose body is gone stays as it is: XCLAIM would drop it, and no one would be told of the loss.
     if what == 'retry' then
@@ -22,5 +24,9 @@ for i = 3, #ARGV, 3 do
     end
   end
 end
-if #acks > 0 then call('XACK', stream, group, unpack(acks)) end
+local function acknowledge(ids, counter)
+  if #ids > 0 then call('HINCRBY', KEYS[2], counter .. group, call('XACK', stream, group, unpack(ids))) end
+end
+acknowledge(acks, 'acknowledged:')
+acknowledge(filtered, 'filtered:')
 return not_owned

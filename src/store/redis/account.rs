@@ -1,0 +1,87 @@
+//! Accounts as the scripts keep them, read into our terms; and what acknowledging one costs.
+
+use std::collections::HashMap;
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+use super::failure::Failure;
+use super::reply::Reply;
+use crate::event::EntryId;
+use crate::store::{Account, LostReason};
+
+/// The accounts of a stream's groups, as they are in its hash: by counter and group.
+#[derive(Debug)]
+pub(super) struct Accounts(HashMap<Bytes, u64>);
+
+impl Accounts {
+    pub(super) fn read(reply: Reply) -> Result<Self, Failure> {
+        let mut fields = HashMap::new();
+        let mut list = reply.list()?.into_iter();
+        while let (Some(name), Some(value)) = (list.next(), list.next()) {
+            let (name, value) = (name.bytes()?, value.text()?);
+            let number = value.parse().map_err(|_not_a_number| {
+                Failure::unexpected(&format!("`{value}` instead of a count in `{}`", String::from_utf8_lossy(&name)))
+            })?;
+            fields.insert(name, number);
+        }
+        Ok(Self(fields))
+    }
+
+    /// How many entries the store itself removed from the stream, where it counts them.
+    pub(super) fn removed(&self) -> Option<u64> {
+        self.0.get(&b"removed"[..]).copied()
+    }
+
+    /// The account of a group, if it has one.
+    pub(super) fn of(&self, group: &[u8], entries_added: Option<u64>) -> Option<Account> {
+        let find = |counter: &str| {
+            let name = [counter.as_bytes(), b":", group].concat();
+            self.0.get(&name[..]).copied()
+        };
+        let base = find("base");
+        // An account that began after all entries there are is of an earlier life of the stream.
+        if base.zip(entries_added).is_some_and(|(base, added)| base > added) {
+            return None;
+        }
+        let count = |counter: &str| find(counter).unwrap_or(0);
+        let counters = [count("acknowledged"), count("filtered"), count("dead")];
+        let lost = LostReason::ALL.map(|reason| count(reason.as_str()));
+        if base.is_none() && counters.iter().chain(&lost).all(|count| *count == 0) {
+            return None;
+        }
+        let [acknowledged, filtered, dead] = counters;
+        Some(Account { base, acknowledged, filtered, dead, lost })
+    }
+}
+
+/// Ids in one argument, as `MessagePack`: a script that hands them on one by one takes half again as long.
+pub(super) fn packed(ids: &[EntryId]) -> Bytes {
+    use std::io::Write as _;
+    let mut packed = BytesMut::with_capacity(ids.len() * 20).writer();
+    let mut text = Vec::with_capacity(41);
+    for id in ids {
+        text.clear();
+        write!(text, "{id}").expect("a buffer that grows takes everything");
+        let length = u8::try_from(text.len()).expect("an id has at most 41 bytes");
+        let packed = packed.get_mut();
+        if length < 32 {
+            packed.put_u8(0xa0 | length);
+        } else {
+            packed.put_slice(&[0xda, 0, length]);
+        }
+        packed.put_slice(&text);
+    }
+    packed.into_inner().freeze()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_of_every_length_are_packed() {
+        let ids = [EntryId::new(1, 0), EntryId::MAX];
+        let expected = [&b"\xa31-0"[..], &b"\xda\x00\x2918446744073709551615-18446744073709551615"[..]].concat();
+        assert_eq!(packed(&ids), expected);
+    }
+}
