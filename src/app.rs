@@ -20,7 +20,7 @@ use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
 use crate::relay::Relay;
 use crate::sink::{self, Sink};
-use crate::store::{Metered, Store, StoreStatus};
+use crate::store::{Metered, Store, StoreError, StoreErrorKind, StoreStatus};
 
 /// How often the store is asked whether it can do its work.
 const CHECK_EVERY: Duration = Duration::from_secs(2);
@@ -65,12 +65,15 @@ impl App {
         })?;
         let address = listener.local_addr().context("cannot read the listener's address")?;
         let store: Arc<dyn Store> = Arc::new(Metered::new(open_store(&config).await?, metrics.clone()));
+        refuse_unsuitable(store.as_ref(), &config).await?;
         let sinks = open_sinks(&config).await?;
 
         let streams: Vec<_> = config.streams.iter().map(|stream| (stream.name.clone(), stream.dead_letter())).collect();
         let names = || config.streams.iter().map(|stream| stream.name.clone());
         let relayed = config.relayed();
-        let bus = Bus::new(Arc::clone(&store), config.publish, Catalogue::new(streams), metrics.clone());
+        let durability = config.streams.iter().map(|stream| (stream.name.clone(), stream.durability));
+        let catalogue = Catalogue::new(streams).with_durability(durability);
+        let bus = Bus::new(Arc::clone(&store), config.publish, catalogue, metrics.clone());
         let relay = Relay::new(Arc::clone(&store), config.relay, &relayed, metrics.clone(), &readiness);
         let sampler = Sampler::new(Arc::clone(&store), names().collect(), metrics.clone());
         let retained = config.streams.iter().map(|stream| (stream.name.clone(), stream.retention)).collect();
@@ -225,7 +228,7 @@ pub async fn check(config: &Config) -> anyhow::Result<StoreStatus> {
         loop {
             match store.check().await {
                 // A connection that is still being made is no failure yet.
-                Err(error) if error.kind() == crate::store::StoreErrorKind::Unavailable => {
+                Err(error) if error.kind() == StoreErrorKind::Unavailable => {
                     tokio::time::sleep(Duration::from_millis(200)).await;
                 }
                 other => return other,
@@ -236,12 +239,36 @@ pub async fn check(config: &Config) -> anyhow::Result<StoreStatus> {
         Ok(status) => status,
         Err(_) => store.check().await,
     };
+    let suits = if status.is_ok() { refuse_unsuitable(store.as_ref(), config).await } else { Ok(()) };
     store.close().await;
     let status = status.context("the store can't do its work")?;
+    suits?;
     for (name, sink) in open_sinks(config).await? {
         sink.check().await.with_context(|| format!("the sink `{name}` can't take entries"))?;
     }
     Ok(status)
+}
+
+/// Fails where the store would lose what it is given, or can't be as durable as a stream wants. One that can't be
+/// reached yet is asked again once it can.
+async fn refuse_unsuitable(store: &dyn Store, config: &Config) -> anyhow::Result<()> {
+    let is_final =
+        |error: &StoreError| matches!(error.kind(), StoreErrorKind::Unsuitable | StoreErrorKind::Unsupported);
+    match tokio::time::timeout(CHECK_TIMEOUT, store.check()).await {
+        Ok(Err(error)) if is_final(&error) => return Err(error).context("the store can't be used"),
+        Ok(Ok(_)) => {}
+        Ok(Err(_)) | Err(_) => return Ok(()),
+    }
+    for stream in &config.streams {
+        match tokio::time::timeout(CHECK_TIMEOUT, store.check_durability(stream.durability)).await {
+            Ok(Err(error)) if is_final(&error) => {
+                let name = &stream.name;
+                return Err(error).with_context(|| format!("the store can't be used for stream `{name}`"));
+            }
+            Ok(_) | Err(_) => {}
+        }
+    }
+    Ok(())
 }
 
 async fn open_store(config: &Config) -> anyhow::Result<Arc<dyn Store>> {
@@ -298,7 +325,10 @@ async fn watch_store(store: Arc<dyn Store>, part: Part, stop: CancellationToken)
     let mut known: Option<Result<StoreStatus, String>> = None;
     loop {
         let checked = match tokio::time::timeout(CHECK_TIMEOUT, store.check()).await {
-            Ok(checked) => checked.map_err(|error| error.to_string()),
+            // What is measured changes all the time, and is told by metrics.
+            Ok(checked) => checked
+                .map(|status| StoreStatus { clock_ahead_ms: None, evicted_keys: None, ..status })
+                .map_err(|error| error.to_string()),
             Err(_) => Err("the store does not answer".to_owned()),
         };
         match &checked {

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::event::{IdempotencyKey, NewEntry, NewEvent, StreamName};
 use crate::metrics::Metrics;
-use crate::store::{Appended, MAX_APPEND, Store, StoreError};
+use crate::store::{Appended, Durability, MAX_APPEND, Store, StoreError, StoreErrorKind};
 
 /// What publishers may do.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
@@ -51,12 +51,25 @@ impl Config {
 #[derive(Debug, Clone, Default)]
 pub struct Catalogue {
     streams: BTreeMap<StreamName, StreamName>,
+    durability: BTreeMap<StreamName, Durability>,
 }
 
 impl Catalogue {
     /// From streams and their dead-letter streams.
     pub fn new(streams: impl IntoIterator<Item = (StreamName, StreamName)>) -> Self {
-        Self { streams: streams.into_iter().collect() }
+        Self { streams: streams.into_iter().collect(), durability: BTreeMap::new() }
+    }
+
+    /// The same where these streams take events only as durably as that.
+    #[must_use]
+    pub fn with_durability(mut self, streams: impl IntoIterator<Item = (StreamName, Durability)>) -> Self {
+        self.durability.extend(streams);
+        self
+    }
+
+    /// How durable an event of this stream is at least when it is accepted.
+    pub fn durability(&self, stream: &StreamName) -> Durability {
+        self.durability.get(stream).copied().unwrap_or_default()
     }
 
     /// The declared streams, by name.
@@ -121,6 +134,15 @@ pub enum Dedup {
     OwnId,
 }
 
+/// What a publisher wants beside the storing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Promise {
+    /// For how long idempotency keys are remembered, if that is shorter than [`Config::dedup_window`].
+    pub window: Option<Duration>,
+    /// How durable the events are when they are accepted, if that is more than their stream's.
+    pub durability: Durability,
+}
+
 /// The only writer.
 #[derive(Debug, Clone)]
 pub struct Bus {
@@ -154,10 +176,11 @@ impl Bus {
         &self,
         stream: &StreamName,
         events: Vec<(Dedup, NewEvent)>,
-        window: Option<Duration>,
+        promise: Promise,
     ) -> Vec<Result<Appended, PublishError>> {
         let timestamp = NewEntry::timestamp_now();
-        let window = window.unwrap_or(self.config.dedup_window).min(self.config.dedup_window);
+        let durability = promise.durability.and(self.catalogue.durability(stream));
+        let window = promise.window.unwrap_or(self.config.dedup_window).min(self.config.dedup_window);
         let mut results: Vec<Option<Result<Appended, PublishError>>> = Vec::with_capacity(events.len());
         let mut chunk = Vec::with_capacity(events.len().min(MAX_APPEND));
         let mut places = Vec::with_capacity(chunk.capacity());
@@ -177,7 +200,7 @@ impl Bus {
             if !is_due || chunk.is_empty() {
                 continue;
             }
-            match self.append(stream, std::mem::take(&mut chunk)).await {
+            match self.append_durably(stream, std::mem::take(&mut chunk), durability).await {
                 Ok(appended) => {
                     for (place, appended) in places.drain(..).zip(appended) {
                         results[place] = Some(Ok(appended));
@@ -187,7 +210,7 @@ impl Bus {
                     for place in places.drain(..) {
                         results[place] = Some(Err(error.clone()));
                     }
-                    failed = Some(error);
+                    failed = Some(not_tried_after(error));
                 }
             }
         }
@@ -219,8 +242,17 @@ impl Bus {
 
     /// Appends up to [`MAX_APPEND`] entries as they are, all or none: those that were in a stream before.
     pub async fn append(&self, stream: &StreamName, entries: Vec<NewEntry>) -> Result<Vec<Appended>, PublishError> {
+        self.append_durably(stream, entries, self.catalogue.durability(stream)).await
+    }
+
+    async fn append_durably(
+        &self,
+        stream: &StreamName,
+        entries: Vec<NewEntry>,
+        durability: Durability,
+    ) -> Result<Vec<Appended>, PublishError> {
         let started = Instant::now();
-        let result = self.store.append(stream, entries).await;
+        let result = self.store.append_durably(stream, entries, durability).await;
         let labels = [stream.as_str()];
         self.metrics.publish_seconds.with_label_values(&labels).observe(started.elapsed().as_secs_f64());
         let appended = result.map_err(|error| PublishError::Store(Arc::new(error)))?;
@@ -228,5 +260,16 @@ impl Bus {
         self.metrics.published.with_label_values(&labels).inc_by(appended.len() as u64 - duplicates);
         self.metrics.duplicates.with_label_values(&labels).inc_by(duplicates);
         Ok(appended)
+    }
+}
+
+/// What is said of events that were not tried because earlier ones failed.
+fn not_tried_after(error: PublishError) -> PublishError {
+    match &error {
+        PublishError::Store(cause) if cause.kind() == StoreErrorKind::NotDurable => {
+            let message = "the event was not stored, because earlier events of the request are not as durable as asked";
+            PublishError::Store(Arc::new(StoreError::new(StoreErrorKind::Unavailable, message)))
+        }
+        _ => error,
     }
 }

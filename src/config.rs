@@ -119,6 +119,9 @@ pub struct StreamConfig {
     /// Where entries go that can't be handled; `<name>:dead_letter` by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dead_letter: Option<StreamName>,
+    /// How durable an event is at least when it is accepted: `memory`, `fsync`, `replicated` or `fsync+replicated`.
+    #[serde(default)]
+    pub durability: store::Durability,
     /// Who handles its entries.
     #[serde(default)]
     pub groups: Vec<delivery::GroupConfig>,
@@ -169,6 +172,7 @@ impl Default for Config {
             let group: GroupName = group.parse().expect("a valid name");
             StreamConfig {
                 dead_letter: None,
+                durability: store::Durability::MEMORY,
                 name,
                 relay,
                 retention: delivery::Retention::default(),
@@ -276,6 +280,14 @@ impl Config {
             if stream.dead_letter() == stream.name {
                 problems
                     .push(Problem::new(format!("{path}.dead_letter"), "a stream can't be its own dead-letter stream"));
+            }
+            let is_embedded = self.store.backend == Backend::Embedded;
+            let is_synced = self.store.embedded.durability == store::embedded::Durability::Commit;
+            if is_embedded && stream.durability.replicated {
+                problems.push(Problem::new(format!("{path}.durability"), "the embedded store has no replicas"));
+            } else if is_embedded && stream.durability.fsync && !is_synced {
+                let message = "must be `memory` where store.embedded.durability is `interval`";
+                problems.push(Problem::new(format!("{path}.durability"), message));
             }
             let mut groups = BTreeSet::new();
             for (index, group) in stream.groups.iter().enumerate() {

@@ -5,7 +5,8 @@
 
 use prometheus::core::Collector;
 use prometheus::{
-    Encoder, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    Encoder, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
 };
 
 /// Seconds from 100 microseconds to 30 seconds.
@@ -36,6 +37,12 @@ impl Metric for GaugeVec {
 }
 
 impl Metric for IntGauge {
+    fn make(name: &str, help: &str, _: &[&str]) -> prometheus::Result<Self> {
+        Self::new(name, help)
+    }
+}
+
+impl Metric for Gauge {
     fn make(name: &str, help: &str, _: &[&str]) -> prometheus::Result<Self> {
         Self::new(name, help)
     }
@@ -139,6 +146,10 @@ metrics! {
     store_seconds: HistogramVec = "aurora_bus_store_seconds" ["operation"];
     /// Failed store operations, by kind.
     store_errors: IntCounterVec = "aurora_bus_store_errors_total" ["operation", "kind"];
+    /// How far the clock of a Redis server is ahead of this machine's, in seconds.
+    store_clock_ahead_seconds: Gauge = "aurora_bus_store_clock_ahead_seconds" [];
+    /// Keys that the Redis servers have evicted since they started; anything but 0 is loss.
+    store_evicted_keys: IntGauge = "aurora_bus_store_evicted_keys" [];
     /// Dashboards connected to the relay.
     relay_connections: IntGaugeVec = "aurora_bus_relay_connections" ["channel"];
     /// Alerts written to dashboards.

@@ -10,7 +10,8 @@
 //!   step back. A stream exists from its first entry or group on; reading one that does not exist finds nothing.
 //! - **Durable on return.** When [`Store::append`] returns, the entries survive a crash of this process. On the
 //!   embedded store with `durability = "commit"` they also survive a power cut; on Redis they are as durable as the
-//!   server's own persistence makes them. Entries are visible to readers only once that is so.
+//!   server's own persistence makes them. Entries are visible to readers only once that is so. More can be asked for
+//!   with [`Store::append_durably`]; then entries may be visible before it is confirmed.
 //! - **Groups** have a cursor of their own. An entry that [`Store::fetch`] returns is *pending*: it belongs to the
 //!   consumer that fetched it until it is settled, claimed by another, or found lost. Settling may be forgotten by
 //!   a power cut, never by a crash: the entry is then delivered again.
@@ -36,8 +37,8 @@ pub use account::{Account, Balance, Consumption, LostReason};
 pub use error::{StoreError, StoreErrorKind};
 pub use metered::Metered;
 pub use types::{
-    Appended, Claimed, ConsumerStatus, Cursor, GroupStatus, Order, Outcome, Pending, Range, Reclaimed, Settled,
-    Settlement, Start, StoreStatus, StreamStatus, Trim,
+    Appended, Claimed, ConsumerStatus, Cursor, Durability, GroupStatus, Order, Outcome, Pending, Range, Reclaimed,
+    Settled, Settlement, Start, StoreStatus, StreamStatus, Trim,
 };
 
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
@@ -57,6 +58,30 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// names the first one. After an error it is unknown whether the entries were stored; repeating the call is only
     /// safe with idempotency keys. Cancel-safe: the append then happens or not, as a whole.
     async fn append(&self, stream: &StreamName, entries: Vec<NewEntry>) -> Result<Vec<Appended>, StoreError>;
+
+    /// Appends as [`Store::append`] does, and returns only when the entries are as durable as asked.
+    ///
+    /// Fails with [`StoreErrorKind::Unsupported`], nothing stored, where the store can't be as durable as that. Fails with
+    /// [`StoreErrorKind::NotDurable`] where the entries are stored, but it was not confirmed in time that they are as
+    /// durable as asked; repeating the call with idempotency keys asks for the confirmation again.
+    async fn append_durably(
+        &self,
+        stream: &StreamName,
+        entries: Vec<NewEntry>,
+        durability: Durability,
+    ) -> Result<Vec<Appended>, StoreError> {
+        self.check_durability(durability).await?;
+        self.append(stream, entries).await
+    }
+
+    /// Fails with [`StoreErrorKind::Unsupported`] where the store can't be as durable as that, whatever is appended.
+    async fn check_durability(&self, durability: Durability) -> Result<(), StoreError> {
+        if durability == Durability::MEMORY {
+            return Ok(());
+        }
+        let message = format!("the store can't be more durable than it is (durability {durability})");
+        Err(StoreError::new(StoreErrorKind::Unsupported, message))
+    }
 
     /// The entries within a range, in its order, at most `limit`. Cancel-safe.
     async fn range(&self, stream: &StreamName, range: Range, limit: usize) -> Result<Vec<Entry>, StoreError>;

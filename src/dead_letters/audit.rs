@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::selection::{Found, Selection};
 use super::{Failure, Inner, store_failure};
-use crate::bus::{Dedup, PublishError};
+use crate::bus::{Dedup, Promise, PublishError};
 use crate::event::{EntryId, NewEvent, StreamName};
 use crate::store::{StoreError, StoreErrorKind};
 
@@ -116,7 +116,8 @@ impl Inner {
         let internal = |message: String| std::sync::Arc::new(StoreError::new(StoreErrorKind::Internal, message));
         let event = NewEvent::parse(bytes::Bytes::copy_from_slice(text.as_bytes()));
         let event = event.map_err(|error| internal(error.to_string()))?;
-        let results: Vec<Result<_, PublishError>> = self.bus.publish(audit, vec![(Dedup::Off, event)], None).await;
+        let results: Vec<Result<_, PublishError>> =
+            self.bus.publish(audit, vec![(Dedup::Off, event)], Promise::default()).await;
         let failed = results.into_iter().find_map(Result::err);
         failed.map_or(Ok(()), |error| Err(store_failure(error)))
     }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use bytes::Bytes;
+use bytes::{Buf as _, Bytes, BytesMut};
 use jiff::Timestamp;
 
 use super::entry::{field, rfc3339};
@@ -54,7 +54,8 @@ impl FromStr for DeadLetterReason {
 /// A dead letter: where the entry came from, why it is here, and every original field byte for byte.
 ///
 /// As an entry it has the original fields first, in their order, and then ours, so that original fields of the same
-/// names are neither lost nor mistaken for ours.
+/// names are neither lost nor mistaken for ours. Thousands of fields are one field `dead.fields` instead, which has each
+/// name and each value after its length and a colon: `4:data2:{}`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeadLetter {
     /// The stream the entry was in.
@@ -80,6 +81,11 @@ pub struct DeadLetter {
 }
 
 const ERROR_BYTES: usize = 2048;
+/// An entry of more fields is kept as one field that holds them all: stores bound how many they take at once.
+const MAX_PLAIN_FIELDS: usize = 3000;
+
+/// All original fields in one, see [`packed`].
+const FIELDS: &str = "dead.fields";
 
 const STREAM: &str = "dead.stream";
 const ID: &str = "dead.id";
@@ -100,8 +106,13 @@ impl DeadLetter {
     /// The fields to store.
     pub fn to_fields(&self) -> Fields {
         let mut fields = Fields::with_capacity(self.fields.len() + OURS.len());
-        for (name, value) in self.fields.iter() {
-            fields.push(name.clone(), value.clone());
+        let is_alike = self.fields.len() == 1 && self.fields.get(FIELDS).is_some();
+        if self.fields.len() > MAX_PLAIN_FIELDS || is_alike {
+            fields.push(Bytes::from_static(FIELDS.as_bytes()), packed(&self.fields));
+        } else {
+            for (name, value) in self.fields.iter() {
+                fields.push(name.clone(), value.clone());
+            }
         }
         let mut error = self.error.clone();
         error.truncate(error.floor_char_boundary(ERROR_BYTES));
@@ -130,6 +141,13 @@ impl DeadLetter {
             if is_ours { std::str::from_utf8(value).ok() } else { None }
         });
         let mut next = || values.next().flatten();
+        let mut fields: Fields =
+            entry.fields.iter().take(original_fields).map(|(n, v)| (n.clone(), v.clone())).collect();
+        if fields.len() == 1
+            && let Some(all) = fields.get(FIELDS)
+        {
+            fields = unpacked(all)?;
+        }
         Some(Self {
             stream: next()?.parse().ok()?,
             id: next()?.parse().ok()?,
@@ -140,7 +158,7 @@ impl DeadLetter {
             first_failure: next()?.parse().ok()?,
             last_failure: next()?.parse().ok()?,
             replays: next()?.parse().ok()?,
-            fields: entry.fields.iter().take(original_fields).map(|(n, v)| (n.clone(), v.clone())).collect(),
+            fields,
         })
     }
 }
@@ -164,6 +182,32 @@ impl DeadLetter {
         push(field::REPLAY_COUNT, self.replays.saturating_add(1).to_string().into());
         fields
     }
+}
+
+/// Each name and each value after its length and a colon.
+fn packed(fields: &Fields) -> Bytes {
+    let mut all = BytesMut::with_capacity(fields.size_bytes() + fields.len() * 8);
+    for part in fields.iter().flat_map(|(name, value)| [name, value]) {
+        all.extend_from_slice(part.len().to_string().as_bytes());
+        all.extend_from_slice(b":");
+        all.extend_from_slice(part);
+    }
+    all.freeze()
+}
+
+fn unpacked(all: &Bytes) -> Option<Fields> {
+    let mut rest = all.clone();
+    let mut part = || {
+        let colon = rest.iter().position(|byte| *byte == b':')?;
+        let length: usize = std::str::from_utf8(&rest.split_to(colon)).ok()?.parse().ok()?;
+        rest.advance(1);
+        (length <= rest.len()).then(|| rest.split_to(length))
+    };
+    let mut fields = Fields::default();
+    while let Some(name) = part() {
+        fields.push(name, part()?);
+    }
+    rest.is_empty().then_some(fields)
 }
 
 #[cfg(test)]
@@ -216,6 +260,32 @@ mod tests {
         let second = letter.to_replay(None);
         assert_eq!(texts(&second), [None, some("7-1"), some("2"), None]);
         assert_eq!(second.len(), 4);
+    }
+
+    #[test]
+    fn thousands_of_fields_are_kept_in_one() {
+        let mut many = Fields::default();
+        for n in 0..5000 {
+            many.push(format!("name:{n}"), vec![u8::try_from(n % 256).expect("a byte"); n % 7]);
+        }
+        let mut alike = Fields::default();
+        alike.push(FIELDS, "4:data9:x");
+        let few: Fields = many.iter().take(MAX_PLAIN_FIELDS).map(|(n, v)| (n.clone(), v.clone())).collect();
+        for (fields, stored) in [(many, 1), (alike, 1), (few, MAX_PLAIN_FIELDS)] {
+            let letter = dead_letter(fields);
+            let entry = Entry { id: EntryId::new(9, 0), fields: letter.to_fields() };
+            assert_eq!(entry.fields.len(), stored + OURS.len());
+            assert_eq!(DeadLetter::from_entry(&entry), Some(letter));
+        }
+    }
+
+    #[test]
+    fn a_packed_field_that_is_damaged_is_no_dead_letter() {
+        let unpack = |text: &'static str| unpacked(&Bytes::from_static(text.as_bytes()));
+        assert!(unpack("1:a1:b").is_some_and(|fields| fields.len() == 1));
+        for text in ["1:a", "1:a9:b", "x", "-1:a1:b", "1:a1:b1", "99999999999999999999:a1:b"] {
+            assert_eq!(unpack(text), None, "{text}");
+        }
     }
 
     #[test]

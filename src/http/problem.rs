@@ -171,6 +171,14 @@ impl From<&StoreError> for ApiError {
             StoreErrorKind::Denied => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "store_denied", "the store refuses the daemon's credentials")
             }
+            StoreErrorKind::Unsuitable => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "store_unsuitable", error.to_string())
+            }
+            StoreErrorKind::Unsupported => {
+                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "durability_unsupported", error.to_string())
+                    .with_field("durability")
+            }
+            StoreErrorKind::NotDurable => Self::new(StatusCode::SERVICE_UNAVAILABLE, "not_durable", error.to_string()),
             StoreErrorKind::Corrupt | StoreErrorKind::Internal => Self::internal(),
         };
         match error.retry_after() {

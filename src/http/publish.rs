@@ -17,19 +17,20 @@ use serde_json::value::RawValue;
 use super::extract::{Query, Segment};
 use super::problem::ItemError;
 use super::{Api, ApiError};
-use crate::bus::{Dedup, PublishError};
+use crate::bus::{Dedup, Promise, PublishError};
 use crate::event::{NewEvent, StreamName};
-use crate::store::Appended;
+use crate::store::{Appended, Durability};
 
 /// How much of a body that is too large is read before the answer.
 const MAX_DROPPED_BYTES: usize = 64 * 1024 * 1024;
 
-/// `?dedup=id` and `?dedup_window=10m`.
+/// `?dedup=id`, `?dedup_window=10m` and `?durability=replicated`.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Params {
     dedup: Option<String>,
     dedup_window: Option<String>,
+    durability: Option<String>,
 }
 
 /// One event's result.
@@ -103,7 +104,7 @@ async fn publish<'a>(
 ) -> Result<Response, ApiError> {
     let _slot = api.inner.publishes.try_acquire().map_err(|_error| ApiError::too_many_in_flight())?;
     let (head, body) = request.into_parts();
-    let window = dedup_window(params)?;
+    let promise = Promise { window: dedup_window(params)?, durability: durability(params)? };
     let dedup = dedup(params, &head.headers)?;
     let traceparent = head.headers.get("traceparent").and_then(|value| value.to_str().ok());
     let body = read(api, &head.headers, body).await?;
@@ -111,7 +112,7 @@ async fn publish<'a>(
     if let Some(traceparent) = traceparent {
         batch.events.iter_mut().flatten().for_each(|event| event.set_traceparent(traceparent));
     }
-    store(api, batch, &dedup, window, route).await
+    store(api, batch, &dedup, promise, route).await
 }
 
 fn dedup(params: &Params, headers: &HeaderMap) -> Result<Dedup, ApiError> {
@@ -137,6 +138,13 @@ fn dedup_window(params: &Params) -> Result<Option<Duration>, ApiError> {
             .ok_or_else(|| ApiError::bad_parameter("dedup_window", detail))
     };
     params.dedup_window.as_ref().map(parse).transpose()
+}
+
+fn durability(params: &Params) -> Result<Durability, ApiError> {
+    let wanted = params.durability.as_deref().map(str::parse).transpose();
+    // A plus sign in a query means a space.
+    let wanted = wanted.or_else(|_| params.durability.as_deref().map(|d| d.replace(' ', "+").parse()).transpose());
+    wanted.map(Option::unwrap_or_default).map_err(|detail: String| ApiError::bad_parameter("durability", detail))
 }
 
 /// The whole body, within its limits of size and time.
@@ -270,7 +278,7 @@ async fn store<'a>(
     api: &Api,
     batch: Batch,
     dedup: &Dedup,
-    window: Option<Duration>,
+    promise: Promise,
     route: impl Fn(&NewEvent) -> &'a StreamName,
 ) -> Result<Response, ApiError> {
     let is_single = batch.is_single;
@@ -293,7 +301,7 @@ async fn store<'a>(
     }
     let mut accepted = 0_usize;
     for Share { stream, places, events } in by_stream {
-        let published = api.inner.bus.publish(stream, events, window).await;
+        let published = api.inner.bus.publish(stream, events, promise).await;
         for (place, result) in places.into_iter().zip(published) {
             accepted += usize::from(result.is_ok());
             results[place] = Some(result.map_err(|error| refused(stream, &error)));

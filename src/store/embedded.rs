@@ -164,7 +164,8 @@ fn start(config: &Config) -> Result<(Writer, EmbeddedStore, Files), StoreError> 
     let (readers, mut threads) = Readers::start(&file)?;
     threads.push(readers::start_checkpointer(&file, &shared, asked)?);
     shared.readers.get_or_init(|| readers);
-    let store = EmbeddedStore { shared: shared.clone(), ended: CancellationToken::new() };
+    let is_synced_each = config.durability == Durability::Commit;
+    let store = EmbeddedStore { shared: shared.clone(), ended: CancellationToken::new(), is_synced_each };
     Ok((writer, store, Files { shared, threads, lock }))
 }
 
@@ -273,6 +274,8 @@ pub struct EmbeddedStore {
     shared: Arc<Shared>,
     /// Cancelled when the writer's thread has let go of everything.
     ended: CancellationToken,
+    /// Whether what is accepted is on the disk.
+    is_synced_each: bool,
 }
 
 impl fmt::Debug for EmbeddedStore {
@@ -454,6 +457,18 @@ impl Store for EmbeddedStore {
         }
         let (stream, new) = (stream.clone(), encode(entries)?);
         self.call(new.bytes.len(), move |writer| writer.append(&stream, &new)).await
+    }
+
+    async fn check_durability(&self, durability: super::Durability) -> Result<(), StoreError> {
+        if durability.replicated {
+            let message = "the embedded store has no replicas (durability replicated)";
+            return Err(StoreError::new(StoreErrorKind::Unsupported, message));
+        }
+        if durability.fsync && !self.is_synced_each {
+            let message = "the embedded store writes to the disk at intervals only (store.embedded.durability)";
+            return Err(StoreError::new(StoreErrorKind::Unsupported, message));
+        }
+        Ok(())
     }
 
     async fn range(&self, stream: &StreamName, range: Range, limit: usize) -> Result<Vec<Entry>, StoreError> {

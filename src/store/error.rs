@@ -17,6 +17,13 @@ pub enum StoreErrorKind {
     NoGroup,
     /// The store refuses our credentials or rights. Someone must act.
     Denied,
+    /// The store is set up so that it would lose what it is given, or is too old. Someone must act.
+    Unsuitable,
+    /// The store can't be as durable as asked. Nothing was stored.
+    Unsupported,
+    /// The entries are stored, but it is not confirmed that they are as durable as asked. Appending them again is
+    /// safe with idempotency keys only.
+    NotDurable,
     /// What is stored is damaged. Someone must act.
     Corrupt,
     /// The call itself is wrong, or an answer makes no sense: a defect.
@@ -32,6 +39,9 @@ impl StoreErrorKind {
             Self::WrongType => "wrong_type",
             Self::NoGroup => "no_group",
             Self::Denied => "denied",
+            Self::Unsuitable => "unsuitable",
+            Self::Unsupported => "unsupported",
+            Self::NotDurable => "not_durable",
             Self::Corrupt => "corrupt",
             Self::Internal => "internal",
         }
@@ -67,7 +77,8 @@ impl StoreError {
 
     /// How long to wait before trying again makes sense, where trying again can help.
     pub fn retry_after(&self) -> Option<Duration> {
-        matches!(self.kind, StoreErrorKind::Unavailable | StoreErrorKind::Full).then_some(Duration::from_secs(1))
+        matches!(self.kind, StoreErrorKind::Unavailable | StoreErrorKind::Full | StoreErrorKind::NotDurable)
+            .then_some(Duration::from_secs(1))
     }
 }
 

@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use prometheus::Histogram;
 
 use super::{
-    Appended, Claimed, Cursor, Pending, Range, Reclaimed, Settled, Settlement, Start, Store, StoreError, StoreStatus,
-    StreamStatus, Trim,
+    Appended, Claimed, Cursor, Durability, Pending, Range, Reclaimed, Settled, Settlement, Start, Store, StoreError,
+    StoreStatus, StreamStatus, Trim,
 };
 use crate::event::{Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
 use crate::metrics::Metrics;
@@ -69,9 +69,22 @@ impl Metered {
 #[async_trait]
 impl Store for Metered {
     async fn append(&self, stream: &StreamName, entries: Vec<NewEntry>) -> Result<Vec<Appended>, StoreError> {
+        self.append_durably(stream, entries, Durability::MEMORY).await
+    }
+
+    async fn append_durably(
+        &self,
+        stream: &StreamName,
+        entries: Vec<NewEntry>,
+        durability: Durability,
+    ) -> Result<Vec<Appended>, StoreError> {
         let started = Instant::now();
-        let result = self.inner.append(stream, entries).await;
+        let result = self.inner.append_durably(stream, entries, durability).await;
         self.timed("append", &self.seconds.append, started, result)
+    }
+
+    async fn check_durability(&self, durability: Durability) -> Result<(), StoreError> {
+        self.inner.check_durability(durability).await
     }
 
     async fn range(&self, stream: &StreamName, range: Range, limit: usize) -> Result<Vec<Entry>, StoreError> {
@@ -166,7 +179,15 @@ impl Store for Metered {
     }
 
     async fn check(&self) -> Result<StoreStatus, StoreError> {
-        self.counted("check", self.inner.check().await)
+        let status = self.counted("check", self.inner.check().await)?;
+        if let Some(ahead_ms) = status.clock_ahead_ms {
+            #[expect(clippy::cast_precision_loss, reason = "no clock is wrong by so much that it matters")]
+            self.metrics.store_clock_ahead_seconds.set(ahead_ms as f64 / 1000.0);
+        }
+        if let Some(keys) = status.evicted_keys {
+            self.metrics.store_evicted_keys.set(i64::try_from(keys).unwrap_or(i64::MAX));
+        }
+        Ok(status)
     }
 
     async fn close(&self) {

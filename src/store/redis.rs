@@ -10,19 +10,28 @@
 //! decides. Everything heals on its own: connections are opened again for as long as the store lives.
 
 mod account;
+mod address;
+mod advice;
+mod burial;
 mod config;
 mod connection;
+mod durable;
 mod failure;
 mod keys;
+mod line;
+mod link;
+mod pool;
 mod publish;
 mod reply;
+mod rights;
 mod script;
+mod servers;
 mod sizes;
 mod status;
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -32,14 +41,18 @@ use tokio_util::task::TaskTracker;
 pub use config::{Config, InvalidConfig};
 
 use self::config::Settings;
-use self::connection::{Arguments, Link, Readers};
+use self::connection::Arguments;
 use self::failure::Failure;
+use self::link::{Link, Readers};
+use self::pool::Pool;
 use self::publish::Publisher;
+use self::rights::Rights;
 use self::script::Script;
+use self::servers::Servers;
 use self::sizes::Sizes;
 use super::{
-    Appended, Claimed, Cursor, Order, Outcome, Pending, Range, Reclaimed, Settled, Settlement, Start, Store,
-    StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
+    Appended, Claimed, Cursor, Durability, Order, Outcome, Pending, Range, Reclaimed, Settled, Settlement, Start,
+    Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, Fields, GroupName, NewEntry, StreamName};
 
@@ -54,13 +67,17 @@ const LOOKED_AT_PER_CLAIM: usize = 10;
 
 /// A store on a Redis or Valkey server. Made by [`Config::connect`].
 pub struct RedisStore {
-    address: String,
-    /// Appends only, so that nothing slow stands before them.
-    publisher: Publisher,
+    settings: Arc<Settings>,
+    servers: Servers,
+    /// Appends only, so that nothing slow stands before them; for each durability.
+    publishers: [(Durability, Publisher); Durability::ALL.len()],
     publish: Link,
     /// Everything else that does not block.
     control: Link,
     readers: Readers,
+    /// Connections for appends that are waited for.
+    pool: Arc<Pool>,
+    rights: Rights,
     sizes: Sizes,
     /// No appends are taken any more; those taken are still sent.
     closing: CancellationToken,
@@ -73,7 +90,7 @@ pub struct RedisStore {
 /// Without the URL, which holds the password.
 impl fmt::Debug for RedisStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RedisStore").field("address", &self.address).finish_non_exhaustive()
+        f.debug_struct("RedisStore").field("topology", &self.settings.topology).finish_non_exhaustive()
     }
 }
 
@@ -89,25 +106,35 @@ impl RedisStore {
         let settings = Arc::new(settings);
         let (closing, stop) = (CancellationToken::new(), CancellationToken::new());
         let (publishing, links) = (TaskTracker::new(), TaskTracker::new());
-        let (publish, keep_publish_up) = Link::new("publish", Arc::clone(&settings), stop.clone());
-        let (control, keep_control_up) = Link::new("control", Arc::clone(&settings), stop.clone());
-        let (publisher, run) = Publisher::new(publish.clone(), settings.command_timeout, closing.clone());
-        links.spawn(keep_publish_up);
-        links.spawn(keep_control_up);
-        publishing.spawn(run);
+        let (servers, keep_finding) = Servers::new(Arc::clone(&settings), stop.clone());
+        links.spawn(keep_finding);
+        let pool = Arc::new(Pool::new(Arc::clone(&settings)));
+        let link = |purpose| {
+            let (settings, servers, pool) = (Arc::clone(&settings), servers.clone(), Arc::clone(&pool));
+            Link::new(purpose, settings, servers, pool, links.clone(), stop.clone())
+        };
+        let (publish, control) = (link("publish"), link("control"));
+        let publishers = Durability::ALL.map(|durability| {
+            let link = publish.waiting_for(durability);
+            let (publisher, run) = Publisher::new(link, settings.command_timeout, closing.clone());
+            publishing.spawn(run);
+            (durability, publisher)
+        });
         tokio::join!(publish.first_attempt(), control.first_attempt());
-        let readers = Readers::new(&settings, control.clone());
         Self {
-            address: settings.address.clone(),
-            publisher,
+            servers,
+            publishers,
             publish,
+            readers: Readers::new(Arc::clone(&settings), control.clone()),
             control,
-            readers,
+            pool,
+            rights: Rights::default(),
             sizes: Sizes::default(),
             closing,
             publishing,
             stop,
             links,
+            settings,
         }
     }
 
@@ -206,6 +233,7 @@ impl RedisStore {
                 let (what, idle) = match step {
                     Step::Acknowledge => ("ack", Duration::ZERO),
                     Step::Filter => ("filter", Duration::ZERO),
+                    Step::Bury => ("dead", Duration::ZERO),
                     Step::Retry { idle } => ("retry", *idle),
                     // Whoever waits for the same idle time may claim it at once.
                     Step::Release => ("release", cursor.claim_idle),
@@ -213,36 +241,6 @@ impl RedisStore {
                 arguments.shown(id).text(what).shown(&idle.as_millis());
             }
             not_owned += self.run_for(&script::SETTLE, cursor, arguments).await?.count()?;
-        }
-        usize::try_from(not_owned).map_err(|e| Failure::unexpected(&e.to_string()))
-    }
-
-    /// Moves what the consumer still owns to the dead letters; says how many it does not.
-    async fn bury(&self, cursor: &Cursor, to: &StreamName, records: &[(EntryId, &Fields)]) -> Result<usize, Failure> {
-        let mut not_owned = 0;
-        let mut rest = records;
-        while !rest.is_empty() {
-            // As many as are about a megabyte, so that the server is not held up for long.
-            let mut bytes = 0;
-            let fits = rest.iter().take(script::MAX_IDS).take_while(|(_, fields)| {
-                bytes += fields.size_bytes();
-                bytes <= 1 << 20
-            });
-            let (batch, later) = rest.split_at(fits.count().max(1));
-            rest = later;
-            let mut arguments = of_consumer(cursor);
-            for (id, fields) in batch {
-                if fields.is_empty() || fields.len() * 2 > script::MAX_ENTRY_ARGUMENTS {
-                    let reason = format!("the record of entry {id} has {} fields", fields.len());
-                    return Err(Failure::new(StoreErrorKind::Internal, reason));
-                }
-                arguments.shown(id).shown(&(fields.len() * 2));
-                for (name, value) in fields.iter() {
-                    arguments.bytes(name.clone()).bytes(value.clone());
-                }
-            }
-            let keys = [key(&cursor.stream), keys::account(&cursor.stream), key(to)];
-            not_owned += self.control.run(&script::DEAD_LETTER, &keys, arguments).await?.count()?;
         }
         usize::try_from(not_owned).map_err(|e| Failure::unexpected(&e.to_string()))
     }
@@ -262,36 +260,46 @@ impl RedisStore {
             }
         }
     }
-
-    async fn probe(&self) -> Result<StoreStatus, Failure> {
-        self.publish.up().await?;
-        let mut arguments = Arguments::with_capacity(4);
-        arguments.text(keys::PROBE).text("1").text("PX").text("1000");
-        self.control.call("SET", keys::PROBE.as_bytes(), arguments).await?;
-        let info = match self.control.call("INFO", keys::PROBE.as_bytes(), Arguments::default()).await {
-            Ok(info) => info.text()?,
-            // It writes, so it is ready; only what to warn about stays unknown.
-            Err(failure) if failure.kind == StoreErrorKind::Denied => String::new(),
-            Err(failure) => return Err(failure),
-        };
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok();
-        Ok(status::server(&info, now.and_then(|now| i128::try_from(now.as_micros()).ok())))
-    }
 }
 
-/// What becomes of a pending entry that is not moved away.
+/// What becomes of a pending entry.
 enum Step {
     Acknowledge,
     Filter,
-    Retry { idle: Duration },
+    /// Acknowledged, its letter being in another part of the cluster.
+    Bury,
+    Retry {
+        idle: Duration,
+    },
     Release,
 }
 
 #[async_trait]
 impl Store for RedisStore {
     async fn append(&self, stream: &StreamName, entries: Vec<NewEntry>) -> Result<Vec<Appended>, StoreError> {
-        let outcome = self.publisher.append(stream, entries).await;
-        outcome.map_err(|failure| failure.because(format_args!("cannot append to stream `{stream}`")))
+        self.append_durably(stream, entries, Durability::MEMORY).await
+    }
+
+    async fn append_durably(
+        &self,
+        stream: &StreamName,
+        entries: Vec<NewEntry>,
+        durability: Durability,
+    ) -> Result<Vec<Appended>, StoreError> {
+        let publisher = self.publishers.iter().find(|(known, _)| *known == durability);
+        let (_, publisher) = publisher.expect("there is one for each durability");
+        let outcome = publisher.append(stream, entries).await;
+        outcome.map_err(|failure| match failure.kind {
+            StoreErrorKind::NotDurable => {
+                failure.because(format_args!("an append to stream `{stream}` is not confirmed"))
+            }
+            _ => failure.because(format_args!("cannot append to stream `{stream}`")),
+        })
+    }
+
+    async fn check_durability(&self, durability: Durability) -> Result<(), StoreError> {
+        let checked = self.check_disks(durability).await;
+        checked.map_err(|failure| failure.because(format_args!("the durability {durability} can't be had")))
     }
 
     async fn range(&self, stream: &StreamName, range: Range, limit: usize) -> Result<Vec<Entry>, StoreError> {
@@ -513,8 +521,8 @@ impl Store for RedisStore {
     }
 
     async fn check(&self) -> Result<StoreStatus, StoreError> {
-        let address = &self.address;
-        self.probe().await.map_err(|failure| failure.because(format_args!("the server at {address} is not ready")))
+        let topology = &self.settings.topology;
+        self.probe().await.map_err(|failure| failure.because(format_args!("the server ({topology}) is not ready")))
     }
 
     async fn close(&self) {
@@ -523,6 +531,7 @@ impl Store for RedisStore {
         self.publishing.wait().await;
         self.stop.cancel();
         self.readers.close();
+        self.pool.close();
         self.links.close();
         self.links.wait().await;
     }

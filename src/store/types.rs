@@ -1,8 +1,11 @@
 //! The values that go in and out of a store.
 
+use std::fmt;
+use std::str::FromStr;
 use std::time::Duration;
 
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 
 use super::Account;
 use crate::event::{ConsumerName, Delivery, EntryId, Fields, GroupName, StreamName};
@@ -30,6 +33,74 @@ pub struct Appended {
     pub event_id: Bytes,
     /// Whether its idempotency key had been seen before, so that it was not stored again.
     pub duplicate: bool,
+}
+
+/// How durable an append is at least when it returns, beyond what a store always promises.
+///
+/// As text it is `memory`, `fsync`, `replicated` or `fsync+replicated`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "&'static str")]
+pub struct Durability {
+    /// It is on the disk: it survives a power cut.
+    pub fsync: bool,
+    /// It is on as many replicas as the store is told to wait for: it survives the loss of the server.
+    pub replicated: bool,
+}
+
+impl Durability {
+    /// As durable as the store always is.
+    pub const MEMORY: Self = Self { fsync: false, replicated: false };
+    /// On the disk.
+    pub const FSYNC: Self = Self { fsync: true, replicated: false };
+    /// On replicas.
+    pub const REPLICATED: Self = Self { fsync: false, replicated: true };
+    /// Every kind there is.
+    pub const ALL: [Self; 4] = [Self::MEMORY, Self::FSYNC, Self::REPLICATED, Self { fsync: true, replicated: true }];
+
+    /// As durable as both.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self { fsync: self.fsync || other.fsync, replicated: self.replicated || other.replicated }
+    }
+
+    /// Its text.
+    pub const fn as_str(self) -> &'static str {
+        match (self.fsync, self.replicated) {
+            (false, false) => "memory",
+            (true, false) => "fsync",
+            (false, true) => "replicated",
+            (true, true) => "fsync+replicated",
+        }
+    }
+}
+
+impl fmt::Display for Durability {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Durability {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|durability| durability.as_str() == text);
+        found.ok_or_else(|| format!("must be memory, fsync, replicated or fsync+replicated, not `{text}`"))
+    }
+}
+
+impl TryFrom<String> for Durability {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Durability> for &'static str {
+    fn from(durability: Durability) -> Self {
+        durability.as_str()
+    }
 }
 
 /// A part of a stream, both ends included.
@@ -201,10 +272,21 @@ pub struct ConsumerStatus {
 }
 
 /// What a store says of itself.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct StoreStatus {
     /// What it is, such as `redis 7.0.15` or `embedded`.
     pub description: String,
     /// What an operator should know, such as persistence that is off. Empty when all is as it should be.
     pub warnings: Vec<String>,
+    /// By how many milliseconds the store's clock is ahead of ours, where it has one of its own.
+    pub clock_ahead_ms: Option<i64>,
+    /// How many keys the server has evicted since it started, where it can.
+    pub evicted_keys: Option<u64>,
+}
+
+impl StoreStatus {
+    /// A store of that description about which there is nothing else to say.
+    pub fn new(description: impl Into<String>) -> Self {
+        Self { description: description.into(), ..Self::default() }
+    }
 }

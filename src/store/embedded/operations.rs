@@ -507,6 +507,6 @@ impl Writer {
         self.fail_if_full()?;
         self.staged.must_write = true;
         let description = format!("embedded (SQLite {}, `{}`)", rusqlite::version(), self.path().display());
-        Ok(StoreStatus { description, warnings: self.warnings.clone() })
+        Ok(StoreStatus { warnings: self.warnings.clone(), ..StoreStatus::new(description) })
     }
 }

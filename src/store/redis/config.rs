@@ -5,22 +5,24 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fred::types::config::{
-    Blocking, Config as FredConfig, ConnectionConfig, PerformanceConfig, ServerConfig, TcpConfig, TlsConfig,
-    TlsConnector, TlsHostMapping, UnresponsiveConfig,
+    Blocking, Config as FredConfig, ConnectionConfig, PerformanceConfig, TcpConfig, TlsConfig, TlsConnector,
+    TlsHostMapping, UnresponsiveConfig,
 };
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize, Serializer};
-use url::{Host, Url};
 
 use super::RedisStore;
+use super::address::{self, Target, Topology};
 
 /// Where the server is and how to speak to it.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// `redis://` or, over TLS, `rediss://`, then `[user:password@]host[:port][/database]`.
+    /// `redis://[user:password@]host[:port][/database]`; over TLS `rediss://`. The primary that sentinels name:
+    /// `redis-sentinel://[user:password@]host[:port][,host…]/<service>[/database]`. A cluster, by some of its nodes:
+    /// `redis-cluster://[user:password@]host[:port][,host…]`. Over TLS these begin with `rediss-`.
     #[serde(serialize_with = "masked_url")]
     pub url: SecretString,
     /// The user, instead of the one in the URL.
@@ -32,6 +34,15 @@ pub struct Config {
     /// A file that holds the password, instead of one written here. A line end after it is ignored.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub password_file: Option<PathBuf>,
+    /// The user that the sentinels know, which is not the servers'.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sentinel_username: Option<String>,
+    /// The password that the sentinels ask for, if they ask.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "masked")]
+    pub sentinel_password: Option<SecretString>,
+    /// A file that holds it, instead of one written here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sentinel_password_file: Option<PathBuf>,
     /// The certificates to trust with `rediss://`, in PEM; those of the system where it is absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca_file: Option<PathBuf>,
@@ -43,6 +54,13 @@ pub struct Config {
     pub reconnect_max: Duration,
     /// The most blocking reads at a time, each on a connection of its own: one per worker and tailed stream.
     pub max_readers: usize,
+    /// How many replicas must confirm what is published with the durability `replicated`.
+    pub replicas: u8,
+    /// How long to wait for replicas or the disk to confirm what is published.
+    #[serde(with = "humantime_serde")]
+    pub wait_timeout: Duration,
+    /// Work with a server whose eviction policy lets it drop streams at its memory limit, instead of refusing.
+    pub allow_eviction: bool,
 }
 
 /// What stands for a secret where the configuration is printed.
@@ -54,11 +72,7 @@ fn masked<S: Serializer>(_: &Option<SecretString>, serializer: S) -> Result<S::O
 }
 
 fn masked_url<S: Serializer>(url: &SecretString, serializer: S) -> Result<S::Ok, S::Error> {
-    let Ok(mut url) = Url::parse(url.expose_secret()) else { return serializer.serialize_str(MASK) };
-    if url.password().is_some() && url.set_password(Some(MASK)).is_err() {
-        return serializer.serialize_str(MASK);
-    }
-    serializer.serialize_str(url.as_str())
+    serializer.serialize_str(address::masked(url.expose_secret(), MASK).as_deref().unwrap_or(MASK))
 }
 
 impl Default for Config {
@@ -68,10 +82,16 @@ impl Default for Config {
             username: None,
             password: None,
             password_file: None,
+            sentinel_username: None,
+            sentinel_password: None,
+            sentinel_password_file: None,
             ca_file: None,
             command_timeout: Duration::from_secs(5),
             reconnect_max: Duration::from_secs(2),
             max_readers: 256,
+            replicas: 1,
+            wait_timeout: Duration::from_secs(2),
+            allow_eviction: false,
         }
     }
 }
@@ -83,8 +103,23 @@ pub enum InvalidConfig {
     #[error("url: not a URL: {0}")]
     Url(url::ParseError),
     /// The URL asks for what there is not.
-    #[error("url: the scheme is `{0}`, but those understood are redis:// and rediss://")]
+    #[error(
+        "url: the scheme is `{0}`, but those understood are redis://, redis-sentinel:// and redis-cluster://, and over \
+         TLS rediss://, rediss-sentinel:// and rediss-cluster://"
+    )]
     Scheme(String),
+    /// The URL of sentinels does not say whom to ask for.
+    #[error("url: names no service: redis-sentinel://host:port,host:port/<service>")]
+    Service,
+    /// A cluster has no databases.
+    #[error("url: `{0}` after the hosts: a cluster has database 0 only")]
+    ClusterDatabase(String),
+    /// Several hosts, and no word about what they are.
+    #[error("url: names several hosts: is it redis-sentinel:// or redis-cluster://?")]
+    SeveralHosts,
+    /// Settings behind a question mark.
+    #[error("url: nothing may follow the database: other settings are keys of their own")]
+    Query,
     /// The URL names no host.
     #[error("url: names no host")]
     Host,
@@ -95,8 +130,14 @@ pub enum InvalidConfig {
     #[error("url: the user or password is not percent-encoded UTF-8")]
     Credentials,
     /// The password is given twice.
-    #[error("password and password_file can't both be given")]
-    TwoPasswords,
+    #[error("{0} and {0}_file can't both be given")]
+    TwoPasswords(&'static str),
+    /// Sentinels have a password, but there are none.
+    #[error("{0} is given, but the scheme of url is not redis-sentinel://")]
+    UselessSentinel(&'static str),
+    /// More time to confirm than any publisher waits.
+    #[error("wait_timeout must not be more than 1m")]
+    WaitTooLong,
     /// Certificates are given, but no TLS is asked for.
     #[error("ca_file is given, but the scheme of url is not rediss://")]
     UselessCa,
@@ -121,20 +162,25 @@ pub enum InvalidConfig {
 /// Everything that opening a connection needs, checked.
 #[derive(Clone)]
 pub(super) struct Settings {
+    pub(super) topology: Topology,
+    /// For the servers; which one is to be filled in.
     pub(super) config: FredConfig,
+    /// For the sentinels; likewise.
+    pub(super) sentinel: FredConfig,
     pub(super) performance: PerformanceConfig,
     pub(super) connection: ConnectionConfig,
     pub(super) command_timeout: Duration,
     pub(super) reconnect_max: Duration,
     pub(super) max_readers: usize,
-    /// Host and port, for logs.
-    pub(super) address: String,
+    pub(super) replicas: u8,
+    pub(super) wait_timeout: Duration,
+    pub(super) allow_eviction: bool,
 }
 
 /// Without the credentials.
 impl std::fmt::Debug for Settings {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Settings").field("address", &self.address).finish_non_exhaustive()
+        f.debug_struct("Settings").field("topology", &self.topology).finish_non_exhaustive()
     }
 }
 
@@ -154,44 +200,51 @@ impl Config {
     }
 
     pub(super) fn settings(&self) -> Result<Settings, InvalidConfig> {
-        for (name, value) in [("command_timeout", self.command_timeout), ("reconnect_max", self.reconnect_max)] {
-            if value.is_zero() {
-                return Err(InvalidConfig::Zero(name));
-            }
+        let zeros = [
+            ("command_timeout", self.command_timeout.is_zero()),
+            ("reconnect_max", self.reconnect_max.is_zero()),
+            ("wait_timeout", self.wait_timeout.as_millis() == 0),
+            ("max_readers", self.max_readers == 0),
+            ("replicas", self.replicas == 0),
+        ];
+        if let Some((name, _)) = zeros.into_iter().find(|(_, is_zero)| *is_zero) {
+            return Err(InvalidConfig::Zero(name));
         }
-        if self.max_readers == 0 {
-            return Err(InvalidConfig::Zero("max_readers"));
+        if self.wait_timeout > Duration::from_mins(1) {
+            return Err(InvalidConfig::WaitTooLong);
         }
-        let url = Url::parse(self.url.expose_secret()).map_err(InvalidConfig::Url)?;
-        let with_tls = match url.scheme() {
-            "redis" => false,
-            "rediss" => true,
-            other => return Err(InvalidConfig::Scheme(other.to_owned())),
-        };
-        if self.ca_file.is_some() && !with_tls {
+        let target = Target::parse(self.url.expose_secret())?;
+        if self.ca_file.is_some() && !target.with_tls {
             return Err(InvalidConfig::UselessCa);
         }
-        let host = match url.host().ok_or(InvalidConfig::Host)? {
-            Host::Domain("") => return Err(InvalidConfig::Host),
-            Host::Domain(name) => name.to_owned(),
-            Host::Ipv4(address) => address.to_string(),
-            Host::Ipv6(address) => address.to_string(),
-        };
-        let port = url.port().unwrap_or(6379);
-        let tls = with_tls.then(|| self.tls()).transpose()?;
-        let config = FredConfig {
+        let of_sentinels = [
+            ("sentinel_username", self.sentinel_username.is_some()),
+            ("sentinel_password", self.sentinel_password.is_some()),
+            ("sentinel_password_file", self.sentinel_password_file.is_some()),
+        ];
+        if let Some((name, _)) = of_sentinels.into_iter().find(|(_, is_given)| *is_given)
+            && !matches!(target.topology, Topology::Sentinel { .. })
+        {
+            return Err(InvalidConfig::UselessSentinel(name));
+        }
+        let tls = target.with_tls.then(|| self.tls()).transpose()?;
+        let of = |username, password, database| FredConfig {
             fail_fast: true,
             blocking: Blocking::Block,
-            username: match &self.username {
-                Some(name) => Some(name.clone()),
-                None => Some(decoded(url.username())?).filter(|name| !name.is_empty()),
-            },
-            password: self.password(&url)?,
-            server: ServerConfig::new_centralized(host.clone(), port),
-            database: database(&url)?,
-            tls,
+            username,
+            password,
+            database,
+            tls: tls.clone(),
             ..FredConfig::default()
         };
+        let password = password("password", self.password.as_ref(), self.password_file.as_deref())?;
+        let config = of(self.username.clone().or(target.username), password.or(target.password), target.database);
+        let sentinel_password = self::password(
+            "sentinel_password",
+            self.sentinel_password.as_ref(),
+            self.sentinel_password_file.as_deref(),
+        )?;
+        let sentinel = of(self.sentinel_username.clone(), sentinel_password, None);
         let connection = ConnectionConfig {
             connection_timeout: self.command_timeout,
             internal_command_timeout: self.command_timeout,
@@ -202,36 +255,26 @@ impl Config {
                 interval: Duration::from_secs(1),
             },
             max_command_buffer_len: 10_000,
+            // What an error means for the connection is judged where its kind is known.
+            reconnect_errors: Vec::new(),
             tcp: TcpConfig { nodelay: Some(true), ..TcpConfig::default() },
             ..ConnectionConfig::default()
         };
         let performance =
             PerformanceConfig { default_command_timeout: self.command_timeout, ..PerformanceConfig::default() };
         Ok(Settings {
+            topology: target.topology,
             config,
+            sentinel,
             performance,
             connection,
             command_timeout: self.command_timeout,
             reconnect_max: self.reconnect_max,
             max_readers: self.max_readers,
-            address: format!("{host}:{port}"),
+            replicas: self.replicas,
+            wait_timeout: self.wait_timeout,
+            allow_eviction: self.allow_eviction,
         })
-    }
-
-    fn password(&self, url: &Url) -> Result<Option<String>, InvalidConfig> {
-        match (&self.password, &self.password_file) {
-            (Some(_), Some(_)) => Err(InvalidConfig::TwoPasswords),
-            (Some(password), None) => Ok(Some(password.expose_secret().to_owned())),
-            (None, Some(path)) => {
-                let text = std::fs::read_to_string(path).map_err(|source| InvalidConfig::File {
-                    key: "password_file",
-                    path: path.clone(),
-                    source,
-                })?;
-                Ok(Some(text.trim_end_matches(['\r', '\n']).to_owned()))
-            }
-            (None, None) => url.password().map(decoded).transpose(),
-        }
     }
 
     fn tls(&self) -> Result<TlsConfig, InvalidConfig> {
@@ -267,32 +310,26 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, InvalidConf
         .map_err(|e| InvalidConfig::Certificates(e.to_string()))
 }
 
-fn database(url: &Url) -> Result<Option<u8>, InvalidConfig> {
-    match url.path().trim_matches('/') {
-        "" => Ok(None),
-        text => match text.parse() {
-            Ok(number) => Ok(Some(number)),
-            Err(_) => Err(InvalidConfig::Database(text.chars().take(64).collect())),
-        },
-    }
-}
-
-/// Text of a URL with its %-escapes resolved.
-fn decoded(text: &str) -> Result<String, InvalidConfig> {
-    let mut out = Vec::with_capacity(text.len());
-    let mut bytes = text.bytes();
-    while let Some(byte) = bytes.next() {
-        if byte != b'%' {
-            out.push(byte);
-            continue;
+/// A password that is written down, or in a file.
+fn password(
+    key: &'static str,
+    written: Option<&SecretString>,
+    file: Option<&Path>,
+) -> Result<Option<String>, InvalidConfig> {
+    match (written, file) {
+        (Some(_), Some(_)) => Err(InvalidConfig::TwoPasswords(key)),
+        (Some(password), None) => Ok(Some(password.expose_secret().to_owned())),
+        (None, Some(path)) => {
+            let key = if key == "password" { "password_file" } else { "sentinel_password_file" };
+            let text = std::fs::read_to_string(path).map_err(|source| InvalidConfig::File {
+                key,
+                path: path.to_owned(),
+                source,
+            })?;
+            Ok(Some(text.trim_end_matches(['\r', '\n']).to_owned()))
         }
-        let mut digit = || bytes.next().and_then(|b| char::from(b).to_digit(16)).and_then(|d| u8::try_from(d).ok());
-        match (digit(), digit()) {
-            (Some(high), Some(low)) => out.push(high * 16 + low),
-            _ => return Err(InvalidConfig::Credentials),
-        }
+        (None, None) => Ok(None),
     }
-    String::from_utf8(out).or(Err(InvalidConfig::Credentials))
 }
 
 #[cfg(test)]
@@ -306,7 +343,7 @@ mod tests {
     #[test]
     fn a_url_gives_host_port_database_and_credentials() {
         let settings = settings("redis://bob:p%40ss%2Fword@redis.example:7000/3").expect("valid");
-        assert_eq!(settings.address, "redis.example:7000");
+        assert_eq!(settings.topology.to_string(), "redis.example:7000");
         assert_eq!(settings.config.database, Some(3));
         assert_eq!(settings.config.username.as_deref(), Some("bob"));
         assert_eq!(settings.config.password.as_deref(), Some("p@ss/word"));
@@ -316,7 +353,7 @@ mod tests {
     #[test]
     fn defaults_are_the_port_of_redis_and_no_credentials() {
         let settings = settings("redis://[::1]").expect("valid");
-        assert_eq!(settings.address, "::1:6379");
+        assert_eq!(settings.topology.to_string(), "[::1]:6379");
         assert_eq!((settings.config.username, settings.config.password), (None, None));
         assert_eq!(settings.connection.max_command_attempts, 1);
     }
@@ -324,10 +361,7 @@ mod tests {
     #[test]
     fn what_cannot_be_used_is_refused_in_words() {
         let refused = |url: &str| settings(url).expect_err(url).to_string();
-        assert_eq!(
-            refused("redis-sentinel://a:1/x"),
-            "url: the scheme is `redis-sentinel`, but those understood are redis:// and rediss://"
-        );
+        assert!(refused("redis-ring://a:1/x").starts_with("url: the scheme is `redis-ring`, but those understood are"));
         assert_eq!(refused("redis://h/seven"), "url: `seven` is no database, which is a number from 0 to 255");
         assert_eq!(refused("redis:///0"), "url: names no host");
         assert!(refused("no url").starts_with("url: not a URL"));

@@ -2,7 +2,17 @@
 
 use fred::error::{Error as FredError, ErrorKind as FredKind};
 
+use super::address::Address;
+
 use crate::store::{StoreError, StoreErrorKind};
+
+/// Where a cluster wants a command that it did not run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Elsewhere {
+    pub(super) address: Address,
+    /// Only this once, and only when asked so: the key is being moved there.
+    pub(super) is_asking: bool,
+}
 
 /// A failed call: its kind, and what is wrong in words.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,35 +24,79 @@ pub(super) struct Failure {
     pub(super) is_unknown_script: bool,
     /// Nothing more may be sent on the connection: it is broken, or a reply may still be under way on it.
     pub(super) breaks_connection: bool,
+    /// The server is not the one that takes writes: another may be, or this one after a while. It ran nothing.
+    pub(super) is_wrong_server: bool,
+    /// The cluster named another node for this.
+    pub(super) elsewhere: Option<Box<Elsewhere>>,
 }
 
-/// What the first words of a server's error mean.
-const KNOWN: [(&str, StoreErrorKind, &str); 24] = {
-    use StoreErrorKind::{Denied, Full, Internal, NoGroup, Unavailable, WrongType};
+/// What the first words of a server's error mean, and what to do about it.
+const KNOWN: [(&str, StoreErrorKind, &str); 38] = {
+    use StoreErrorKind::{Denied, Full, Internal, NoGroup, Unavailable, Unsuitable, WrongType};
+    const NO_RIGHT: &str = "the user lacks the right to a command or a key (see ACL LOG on the server)";
+    const ONE_SCRIPT: &str = "the server is busy with a script; wait, or end it with SCRIPT KILL";
     [
-        ("LOADING", Unavailable, "the server is loading its data"),
-        ("READONLY", Unavailable, "the server is a read-only replica"),
-        ("MASTERDOWN", Unavailable, "the server is a replica that has lost its primary"),
-        ("CLUSTERDOWN", Unavailable, "the cluster is down"),
+        ("LOADING", Unavailable, "the server is loading its data; it answers when it has"),
+        ("READONLY", Unavailable, "the server is a read-only replica; the primary is looked for"),
+        (
+            "MASTERDOWN",
+            Unavailable,
+            "the server is a replica that has lost its primary (replica-serve-stale-data no); the primary is looked for",
+        ),
+        (
+            "CLUSTERDOWN",
+            Unavailable,
+            "the cluster is down: a part of it has no server (see CLUSTER INFO and CLUSTER NODES)",
+        ),
         ("TRYAGAIN", Unavailable, "the cluster is moving the key"),
-        ("MISCONF", Unavailable, "the server refuses writes because it cannot save its data to disk"),
-        ("NOREPLICAS", Unavailable, "the server refuses writes because too few replicas are connected"),
-        ("BUSY ", Unavailable, "the server is busy with a script"),
-        ("UNKILLABLE", Unavailable, "the server is busy with a script"),
+        ("CROSSSLOT", Internal, "the keys of one command are in different parts of the cluster"),
+        (
+            "MISCONF",
+            Unavailable,
+            "the server refuses writes because it cannot save its data to disk: look at its log and its disk",
+        ),
+        (
+            "NOREPLICAS",
+            Unavailable,
+            "the server refuses writes because too few replicas are connected (min-replicas-to-write)",
+        ),
+        ("NOGOODSLAVE", Unavailable, "no replica can take over"),
+        ("BUSY ", Unavailable, ONE_SCRIPT),
+        ("UNKILLABLE", Unavailable, "the server is busy with a script that writes and cannot be ended"),
         ("UNBLOCKED force unblock", Unavailable, "the server has changed its role"),
-        ("ERR max number of clients", Unavailable, "the server has too many clients"),
+        ("ERR max number of clients", Unavailable, "the server has too many clients (maxclients)"),
         ("ERR Server started in protected mode", Denied, "the server is in protected mode"),
-        ("DENIED", Denied, "the server is in protected mode"),
-        ("OOM", Full, "the server has reached its memory limit"),
+        ("DENIED", Denied, "the server is in protected mode: give it a password, or bind it to this machine"),
+        ("OOM", Full, "the server has reached its memory limit (maxmemory): raise it, or keep less"),
+        ("ERR command not allowed when used memory", Full, "the server has reached its memory limit (maxmemory)"),
         ("ERR The stream has exhausted", Full, "the stream has used up its last id"),
         ("WRONGTYPE", WrongType, "the key holds something that is no stream"),
         ("NOGROUP", NoGroup, "the group, or its stream, is gone"),
         ("UNBLOCKED", NoGroup, "the stream is gone"),
         ("ERR no such key", NoGroup, "the stream is gone"),
-        ("NOAUTH", Denied, "the server asks for a password"),
+        ("NOAUTH", Denied, "the server asks for a password (store.redis.password)"),
         ("WRONGPASS", Denied, "the server refuses the user name or the password"),
         ("ERR invalid password", Denied, "the server refuses the password"),
-        ("NOPERM", Denied, "the user lacks the right to a command or a key"),
+        ("ERR AUTH <password> called without any password", Denied, "a password is given, but the server has none"),
+        ("ERR Client sent AUTH, but no password", Denied, "a password is given, but the server has none"),
+        ("NOPERM", Denied, NO_RIGHT),
+        ("ERR The user executing the script can't", Denied, NO_RIGHT),
+        ("The user executing the script can't", Denied, NO_RIGHT),
+        ("ACL failure in script", Denied, NO_RIGHT),
+        ("ERR ACL failure in script", Denied, NO_RIGHT),
+        (
+            "ERR This instance has cluster support disabled",
+            Unsuitable,
+            "the server is no part of a cluster: write redis://",
+        ),
+        ("ERR DB index is out of range", Unsuitable, "the server has fewer databases than the url asks for"),
+        ("ERR No such master with that name", Unsuitable, "the sentinels know no service of that name"),
+        ("IDONTKNOW", Unavailable, "the sentinel does not know the primary yet"),
+        (
+            "ERR SELECT is not allowed in cluster mode",
+            Unsuitable,
+            "the server is part of a cluster: write redis-cluster://",
+        ),
         ("NOSCRIPT", Internal, "the server does not know the script"),
     ]
 };
@@ -65,7 +119,14 @@ impl Failure {
     }
 
     pub(super) fn new(kind: StoreErrorKind, reason: impl Into<String>) -> Self {
-        Self { kind, reason: reason.into(), is_unknown_script: false, breaks_connection: false }
+        Self {
+            kind,
+            reason: reason.into(),
+            is_unknown_script: false,
+            breaks_connection: false,
+            is_wrong_server: false,
+            elsewhere: None,
+        }
     }
 
     /// From the text of an error reply, such as `OOM command not allowed when used memory > 'maxmemory'.`
@@ -81,10 +142,29 @@ impl Failure {
         };
         let own_words = own_words.trim_start_matches(|c: char| c.is_ascii_digit() || matches!(c, ':' | ' ' | '-'));
         if let Some((words, kind, reason)) = KNOWN.iter().find(|(words, ..)| own_words.starts_with(words)) {
-            return Self { is_unknown_script: *words == "NOSCRIPT", ..Self::new(*kind, *reason) };
+            let is_wrong_server = matches!(*words, "READONLY" | "MASTERDOWN" | "UNBLOCKED force unblock");
+            let is_unknown_script = *words == "NOSCRIPT";
+            return Self { is_unknown_script, is_wrong_server, ..Self::new(*kind, *reason) };
         }
         let shown: String = text.chars().filter(|c| !c.is_control()).take(200).collect();
         Self::new(StoreErrorKind::Internal, format!("the server answers: {shown}"))
+    }
+
+    /// From an error reply of this server, which may name another one.
+    pub(super) fn from_reply_of(asked: &Address, text: &str) -> Self {
+        let mut words = text.split_ascii_whitespace();
+        let is_asking = match words.next() {
+            Some("MOVED") => false,
+            Some("ASK") => true,
+            _ => return Self::from_reply(text),
+        };
+        match words.nth(1).and_then(|told| Address::told(told, asked)) {
+            Some(address) => {
+                let elsewhere = Some(Box::new(Elsewhere { address, is_asking }));
+                Self { elsewhere, ..Self::unavailable("the cluster has moved the key") }
+            }
+            None => Self::from_reply(text),
+        }
     }
 
     /// The error for whoever called: `what` could not be done.
@@ -103,9 +183,7 @@ impl From<FredError> for Failure {
                 Self { breaks_connection: true, ..Self::unavailable("the connection to the server was lost") }
             }
             FredKind::IO | FredKind::Tls | FredKind::Routing | FredKind::Sentinel => {
-                // Some errors of the system come in their debugging form: `Os { code: 111, …, message: "…" }`.
-                let message = details.split_once("message: \"").and_then(|(_, rest)| rest.split('"').next());
-                let reason = format!("no connection to the server: {}", message.unwrap_or(details));
+                let reason = format!("no connection to the server: {}", plain(details));
                 Self { breaks_connection: true, ..Self::unavailable(reason) }
             }
             FredKind::Protocol | FredKind::Parse => Self::unexpected(details),
@@ -120,13 +198,27 @@ impl From<FredError> for Failure {
     }
 }
 
+/// The words of an error of the system that comes in its debugging form: `Os { code: 111, …, message: "…" }`, or
+/// `Custom { kind: …, error: "…" }`.
+fn plain(details: &str) -> &str {
+    let quoted = |mark| details.split_once(mark).and_then(|(_, rest)| rest.split('"').next());
+    let words = quoted("message: \"").or_else(|| quoted("error: \"")).unwrap_or(details);
+    match words {
+        words if words.starts_with("failed to lookup address information") => {
+            "its name is not known: check the host in store.redis.url, and the name service"
+        }
+        "" => "it was closed",
+        words => words,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn server_errors_are_sorted_by_their_first_words() {
-        use StoreErrorKind::{Denied, Full, Internal, NoGroup, Unavailable, WrongType};
+        use StoreErrorKind::{Denied, Full, Internal, NoGroup, Unavailable, Unsuitable, WrongType};
         let cases = [
             ("LOADING Redis is loading the dataset in memory", Unavailable),
             ("READONLY You can't write against a read only replica.", Unavailable),
@@ -143,6 +235,12 @@ mod tests {
             ("NOAUTH Authentication required.", Denied),
             ("WRONGPASS invalid username-password pair or user is disabled.", Denied),
             ("NOPERM this user has no permissions to run the 'xadd' command", Denied),
+            ("MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.", Unavailable),
+            ("CLUSTERDOWN Hash slot not served", Unavailable),
+            ("TRYAGAIN Multiple keys request during rehashing of slot", Unavailable),
+            ("BUSY Redis is busy running a script.", Unavailable),
+            ("NOREPLICAS Not enough good replicas to write.", Unavailable),
+            ("ERR This instance has cluster support disabled", Unsuitable),
             ("ERR syntax error", Internal),
             ("", Internal),
             (
@@ -173,6 +271,29 @@ mod tests {
     #[test]
     fn an_error_says_what_was_tried_and_what_is_wrong() {
         let error = Failure::from_reply("LOADING …").because("cannot append to stream `x`");
-        assert_eq!(error.to_string(), "cannot append to stream `x`: the server is loading its data");
+        assert_eq!(
+            error.to_string(),
+            "cannot append to stream `x`: the server is loading its data; it answers when it has"
+        );
+    }
+
+    #[test]
+    fn a_cluster_names_the_node_for_a_key() {
+        let asked = Address::new("10.0.0.1", 7000);
+        let told = |text| Failure::from_reply_of(&asked, text).elsewhere.map(|there| (there.address, there.is_asking));
+        assert_eq!(told("MOVED 3999 10.0.0.2:7001"), Some((Address::new("10.0.0.2", 7001), false)));
+        assert_eq!(told("ASK 3999 :7002"), Some((Address::new("10.0.0.1", 7002), true)));
+        assert_eq!(told("MOVED"), None);
+        assert_eq!(told("ERR syntax error"), None);
+    }
+
+    #[test]
+    fn errors_of_the_system_are_told_in_its_words() {
+        let told = |details: &'static str| Failure::from(FredError::new(FredKind::IO, details)).reason;
+        let refused = "Os { code: 111, kind: ConnectionRefused, message: \"Connection refused\" }";
+        assert_eq!(told(refused), "no connection to the server: Connection refused");
+        let unknown = "Custom { kind: Uncategorized, error: \"failed to lookup address information: Name or service \
+                       not known\" }";
+        assert!(told(unknown).contains("its name is not known"), "{}", told(unknown));
     }
 }

@@ -3,10 +3,10 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use crate::event::StreamName;
+use crate::event::{EntryId, GroupName, StreamName};
 
 /// What a check of the write path writes. Rights for it, `aurora:*` and `{aurora:*` are all a server must grant.
-pub(super) const PROBE: &str = "aurora:bus:probe";
+const PROBE: &str = "aurora:bus:probe";
 
 /// Where an idempotency key of a stream is remembered.
 pub(super) fn idempotency(stream: &StreamName, key: &[u8]) -> Bytes {
@@ -21,6 +21,25 @@ pub(super) fn epoch(stream: &StreamName) -> Bytes {
 /// Where what became of a stream's entries is counted.
 pub(super) fn account(stream: &StreamName) -> Bytes {
     beside(stream, b"account", b"")
+}
+
+/// Where it is remembered that an entry of another part of the cluster was moved to these dead letters.
+pub(super) fn moved(dead_letters: &StreamName, from: &StreamName, group: &GroupName, id: EntryId) -> Bytes {
+    beside(dead_letters, b"moved:", format!("{from}/{group}/{id}").as_bytes())
+}
+
+/// What is written beside a stream for the sake of writing.
+pub(super) fn mark(stream: &[u8]) -> Bytes {
+    let mut key = BytesMut::with_capacity(stream.len() + 7);
+    key.put_u8(b'{');
+    key.put_slice(stream);
+    key.put_slice(b"}:mark");
+    key.freeze()
+}
+
+/// The key that a check writes in a part of the cluster; the number decides in which.
+pub(super) fn probe(number: u32) -> Bytes {
+    if number == 0 { Bytes::from_static(PROBE.as_bytes()) } else { format!("{PROBE}:{number}").into() }
 }
 
 fn beside(stream: &StreamName, kind: &[u8], name: &[u8]) -> Bytes {
@@ -45,7 +64,11 @@ mod tests {
         assert_eq!(epoch(&stream), "{aurora:alerts}:epoch");
         let slot = fred::util::redis_keyslot(stream.as_str().as_bytes());
         assert_eq!(account(&stream), "{aurora:alerts}:account");
-        for key in [idempotency(&stream, b"a}{b"), epoch(&stream), account(&stream)] {
+        let group: GroupName = "g".parse().expect("a valid name");
+        let moved = moved(&stream, &"other".parse().expect("a valid name"), &group, EntryId::MIN);
+        assert_eq!(moved, "{aurora:alerts}:moved:other/g/0-0");
+        let beside = [idempotency(&stream, b"a}{b"), epoch(&stream), account(&stream), moved, mark(b"aurora:alerts")];
+        for key in beside {
             assert_eq!(fred::util::redis_keyslot(&key), slot);
         }
     }

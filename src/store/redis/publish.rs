@@ -12,9 +12,10 @@ use futures_util::stream::FuturesUnordered;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use super::connection::{Arguments, Link};
+use super::connection::Arguments;
 use super::failure::Failure;
 use super::keys;
+use super::link::Link;
 use super::reply::{Reply, parse_id};
 use super::script::{APPEND, APPEND_ONCE, MAX_ENTRY_ARGUMENTS};
 use crate::event::{NewEntry, StreamName, field};

@@ -7,6 +7,7 @@
 use bytes::Bytes;
 use fred::types::Resp3Frame;
 
+use super::address::Address;
 use super::failure::Failure;
 use crate::event::{Entry, EntryId, Fields};
 
@@ -15,11 +16,11 @@ use crate::event::{Entry, EntryId, Fields};
 pub(super) struct Reply(Resp3Frame);
 
 impl Reply {
-    /// A reply that is not an error.
-    pub(super) fn accept(frame: Resp3Frame) -> Result<Self, Failure> {
+    /// A reply that is not an error, of the server that was asked.
+    pub(super) fn accept(asked: &Address, frame: Resp3Frame) -> Result<Self, Failure> {
         match frame {
-            Resp3Frame::SimpleError { data, .. } => Err(Failure::from_reply(&data)),
-            Resp3Frame::BlobError { data, .. } => Err(Failure::from_reply(&String::from_utf8_lossy(&data))),
+            Resp3Frame::SimpleError { data, .. } => Err(Failure::from_reply_of(asked, &data)),
+            Resp3Frame::BlobError { data, .. } => Err(Failure::from_reply_of(asked, &String::from_utf8_lossy(&data))),
             frame => Ok(Self(frame)),
         }
     }
@@ -225,7 +226,7 @@ mod tests {
     #[test]
     fn error_replies_are_failures() {
         let error = |data: &'static str| Resp3Frame::SimpleError { data: data.into(), attributes: None };
-        let failure = Reply::accept(error("NOGROUP No such key")).expect_err("an error");
+        let failure = Reply::accept(&Address::new("h", 1), error("NOGROUP No such key")).expect_err("an error");
         assert_eq!(failure.kind, StoreErrorKind::NoGroup);
         assert!(!failure.breaks_connection);
     }

@@ -44,6 +44,7 @@ pub(super) static ACKNOWLEDGE: Script = Script::new(include_str!("lua/acknowledg
 pub(super) static APPEND: Script = Script::new(include_str!("lua/append.lua"));
 pub(super) static APPEND_ONCE: Script = Script::new(include_str!("lua/append_once.lua"));
 pub(super) static CLAIM: Script = Script::new(include_str!("lua/claim.lua"));
+pub(super) static BURY: Script = Script::new(include_str!("lua/bury.lua"));
 pub(super) static DEAD_LETTER: Script = Script::new(include_str!("lua/dead_letter.lua"));
 pub(super) static DESCRIBE: Script = Script::new(include_str!("lua/describe.lua"));
 pub(super) static ENSURE_GROUP: Script = Script::new(with_account!("lua/ensure_group.lua"));

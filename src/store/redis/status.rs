@@ -1,4 +1,4 @@
-//! What the server says of its streams and of itself, read into our terms.
+//! What the server says of its streams, read into our terms.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use super::account::Accounts;
 use super::failure::Failure;
 use super::reply::{Named, Reply};
 use crate::event::EntryId;
-use crate::store::{ConsumerStatus, GroupStatus, Pending, StoreStatus, StreamStatus};
+use crate::store::{ConsumerStatus, GroupStatus, Pending, StreamStatus};
 
 /// The reply of the `describe` script.
 pub(super) fn stream(reply: Reply) -> Result<Option<StreamStatus>, Failure> {
@@ -112,78 +112,10 @@ fn name_of<N: std::str::FromStr>(text: &[u8]) -> Result<N, Failure> {
     shown.parse().or(Err(Failure::unexpected("a name that can't be shown")))
 }
 
-/// What the text of INFO says to an operator.
-pub(super) fn server(info: &str, now_us: Option<i128>) -> StoreStatus {
-    let value = |name: &str| {
-        info.lines().find_map(|line| line.split_once(':').filter(|(n, _)| *n == name).map(|(_, value)| value.trim()))
-    };
-    let (product, version) = match (value("valkey_version"), value("redis_version")) {
-        (Some(version), _) => ("valkey", version),
-        (None, Some(version)) => ("redis", version),
-        (None, None) => ("redis", "of unknown version"),
-    };
-    let mut warnings = Vec::new();
-    let major: Option<u32> = version.split('.').next().and_then(|major| major.parse().ok());
-    if product == "redis" && major.is_some_and(|major| major < 7) {
-        warnings.push(format!("the server is version {version}: before 7.0 it can't tell how far groups lag behind"));
-    }
-    if value("aof_enabled") == Some("0") {
-        warnings.push(
-            "the server's append-only file is off (appendonly no): when it crashes, what it accepted since its last \
-             snapshot is lost"
-                .to_owned(),
-        );
-    }
-    if value("aof_enabled") == Some("1") && value("aof_last_write_status").is_some_and(|status| status != "ok") {
-        warnings.push("the server's last write to its append-only file failed".to_owned());
-    }
-    if value("rdb_last_bgsave_status").is_some_and(|status| status != "ok") {
-        warnings.push("the server's last snapshot failed".to_owned());
-    }
-    if let Some(policy) = value("maxmemory_policy").filter(|policy| policy.starts_with("allkeys")) {
-        warnings.push(format!(
-            "the server's eviction policy is {policy}: at its memory limit it drops whole streams, groups included; \
-             set maxmemory-policy noeviction"
-        ));
-    }
-    if let Some(policy) = value("maxmemory_policy").filter(|policy| policy.starts_with("volatile")) {
-        warnings.push(format!(
-            "the server's eviction policy is {policy}: at its memory limit it forgets idempotency keys, and repeated \
-             events are stored again; set maxmemory-policy noeviction"
-        ));
-    }
-    if let Some(evicted) = value("evicted_keys").filter(|count| *count != "0") {
-        warnings.push(format!("the server has evicted {evicted} keys since it started"));
-    }
-    if let (Some(now), Some(server)) = (now_us, value("server_time_usec").and_then(|text| text.parse::<i128>().ok())) {
-        let seconds = (now - server).abs() / 1_000_000;
-        if seconds > 2 {
-            warnings.push(format!("the server's clock differs from this machine's by {seconds} s"));
-        }
-    }
-    StoreStatus { description: format!("{product} {version}"), warnings }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::event::{ConsumerName, GroupName};
-
-    #[test]
-    fn a_server_without_aof_and_with_eviction_is_warned_about() {
-        let info = "# Server\r\nredis_version:6.2.1\r\naof_enabled:0\r\nmaxmemory_policy:allkeys-lru\r\n\
-                    rdb_last_bgsave_status:err\r\nevicted_keys:5\r\nserver_time_usec:1000000\r\n";
-        let status = server(info, Some(9_000_000));
-        assert_eq!(status.description, "redis 6.2.1");
-        assert_eq!(status.warnings.len(), 6, "{:?}", status.warnings);
-    }
-
-    #[test]
-    fn a_sound_valkey_is_named_without_warnings() {
-        let info = "server_name:valkey\r\nredis_version:7.2.4\r\nvalkey_version:9.1.2\r\naof_enabled:1\r\n\
-                    aof_last_write_status:ok\r\nmaxmemory_policy:noeviction\r\nevicted_keys:0\r\n";
-        assert_eq!(server(info, None), StoreStatus { description: "valkey 9.1.2".to_owned(), warnings: Vec::new() });
-    }
 
     #[test]
     fn foreign_names_are_shown_as_far_as_they_can_be() {

@@ -1,18 +1,16 @@
 -- Acknowledges, re-arms or releases pending entries, those that the consumer still holds.
--- KEYS: the stream, its account. ARGV: group, consumer, then per entry its id, what to do ('ack', 'filter', 'retry' or
---   'release'), and how long it counts as idle from now on, in milliseconds.
+-- KEYS: the stream, its account. ARGV: group, consumer, then per entry its id, what to do ('ack', 'filter', 'dead',
+--   'retry' or 'release'), and how long it counts as idle from now on, in milliseconds.
 -- Returns how many the consumer does not hold.
 local call, stream, group, consumer = redis.call, KEYS[1], ARGV[1], ARGV[2]
-local acks, filtered, not_owned = {}, {}, 0
+local done, not_owned = {ack = {}, filter = {}, dead = {}}, 0
 for i = 3, #ARGV, 3 do
   local id, what, idle = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   local row = call('XPENDING', stream, group, id, id, 1)[1]
   if not row or row[2] ~= consumer then
     not_owned = not_owned + 1
-  elseif what == 'ack' then
-    acks[#acks + 1] = id
-  elseif what == 'filter' then
-    filtered[#filtered + 1] = id
+  elseif done[what] then
+    table.insert(done[what], id)
   elseif #call('XRANGE', stream, id, id) > 0 then
     -- An entry whose body is gone stays as it is: XCLAIM would drop it, and no one would be told of the loss.
     if what == 'retry' then
@@ -27,6 +25,7 @@ end
 local function acknowledge(ids, counter)
   if #ids > 0 then call('HINCRBY', KEYS[2], counter .. group, call('XACK', stream, group, unpack(ids))) end
 end
-acknowledge(acks, 'acknowledged:')
-acknowledge(filtered, 'filtered:')
+acknowledge(done.ack, 'acknowledged:')
+acknowledge(done.filter, 'filtered:')
+acknowledge(done.dead, 'dead:')
 return not_owned

@@ -1,0 +1,253 @@
+//! Links: the way of a command to the server that has its key, and to the one which that server names instead.
+//!
+//! A command that a server has sent elsewhere was not run, so it is sent again, there. Nothing else is ever sent twice.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::address::Address;
+use super::config::Settings;
+use super::connection::Arguments;
+use super::durable;
+use super::failure::Failure;
+use super::line::Line;
+use super::pool::{Leased, Pool};
+use super::reply::Reply;
+use super::script::Script;
+use super::servers::{Map, Route, Servers};
+use crate::store::Durability;
+
+/// What a blocking read may take beyond the time it blocks.
+const READ_MARGIN: Duration = Duration::from_millis(1500);
+
+/// A line to each server that is needed, for one purpose.
+#[derive(Debug, Clone)]
+pub(super) struct Link {
+    shared: Arc<Shared>,
+    /// What scripts that append wait for, each on a connection of its own.
+    durability: Durability,
+}
+
+#[derive(Debug)]
+struct Shared {
+    purpose: &'static str,
+    settings: Arc<Settings>,
+    servers: Servers,
+    lines: Mutex<Lines>,
+    /// For what needs a connection to itself.
+    pool: Arc<Pool>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+#[derive(Debug, Default)]
+struct Lines {
+    by_server: HashMap<Address, Line>,
+    /// The map by which lines were given up last.
+    pruned_by: Option<Arc<Map>>,
+}
+
+impl Link {
+    /// A link whose lines are kept up by `tasks` until `stop` is cancelled.
+    pub(super) fn new(
+        purpose: &'static str,
+        settings: Arc<Settings>,
+        servers: Servers,
+        pool: Arc<Pool>,
+        tasks: TaskTracker,
+        stop: CancellationToken,
+    ) -> Self {
+        let shared = Shared { purpose, settings, servers, lines: Mutex::default(), pool, tasks, stop };
+        Self { shared: Arc::new(shared), durability: Durability::MEMORY }
+    }
+
+    /// The same, but scripts return only when what they wrote is as durable as that.
+    pub(super) fn waiting_for(&self, durability: Durability) -> Self {
+        Self { shared: Arc::clone(&self.shared), durability }
+    }
+
+    /// Waits for the outcome of the first attempt to connect, within bounds.
+    pub(super) async fn first_attempt(&self) {
+        if let Ok(map) = self.shared.servers.map().await {
+            for (server, _) in map.servers() {
+                self.line(&server).first_attempt().await;
+            }
+        }
+    }
+
+    /// Why the line to this server is down, if it is.
+    pub(super) async fn up(&self, server: &Address) -> Result<(), Failure> {
+        self.line(server).connection().await.map(|_| ())
+    }
+
+    /// Sends one command, once. Cancel-safe, though the server may then have run it.
+    pub(super) async fn call(&self, command: &'static str, key: &[u8], arguments: Arguments) -> Result<Reply, Failure> {
+        let mut route = self.shared.servers.route(key).await?;
+        if !self.shared.servers.is_cluster() {
+            let answer = self.call_at(&route, command, arguments).await;
+            return answer.map_err(|failure| self.shared.servers.judged(failure));
+        }
+        loop {
+            match self.call_at(&route, command, arguments.clone()).await {
+                Err(failure) => route = self.shared.servers.after(&route, failure)?,
+                answer => return answer,
+            }
+        }
+    }
+
+    /// Sends one command to this server.
+    pub(super) async fn call_server(
+        &self,
+        server: &Address,
+        command: &'static str,
+        arguments: Arguments,
+    ) -> Result<Reply, Failure> {
+        let connection = self.line(server).connection().await?;
+        let answer = connection.call(command, arguments, self.shared.settings.command_timeout, false).await;
+        answer.map_err(|failure| self.shared.servers.judged(failure))
+    }
+
+    /// Runs a script, loading it where the server does not know it. The first key tells the cluster's node.
+    pub(super) async fn run(&self, script: &Script, keys: &[Bytes], arguments: Arguments) -> Result<Reply, Failure> {
+        let again = |all: &mut Arguments| {
+            all.append(arguments.clone());
+        };
+        self.run_with(script, keys, again).await
+    }
+
+    /// The same with arguments that are made when they are needed: copying many costs more than making them again.
+    pub(super) async fn run_with(
+        &self,
+        script: &Script,
+        keys: &[Bytes],
+        add: impl Fn(&mut Arguments),
+    ) -> Result<Reply, Failure> {
+        let mut route = self.shared.servers.route(keys.first().map_or(&b""[..], AsRef::as_ref)).await?;
+        loop {
+            match self.run_at(&route, script, keys, &add).await {
+                Err(failure) => route = self.shared.servers.after(&route, failure)?,
+                answer => return answer,
+            }
+        }
+    }
+
+    async fn run_at(
+        &self,
+        route: &Route,
+        script: &Script,
+        keys: &[Bytes],
+        add: impl Fn(&mut Arguments),
+    ) -> Result<Reply, Failure> {
+        let settings = &self.shared.settings;
+        if !route.is_asking && self.durability == Durability::MEMORY {
+            let connection = self.line(&route.address).connection().await?;
+            return connection.evaluate(false, script, keys, add, settings.command_timeout).await;
+        }
+        let leased = self.lease(route).await?;
+        durable::prepare(&leased.connection, self.durability, settings).await?;
+        let answer = leased.connection.evaluate(route.is_asking, script, keys, add, settings.command_timeout).await;
+        let confirmed = match &answer {
+            Ok(_) => durable::confirm(&leased.connection, self.durability, keys, route.is_asking, settings).await,
+            Err(_) => Ok(()),
+        };
+        // A connection that broke is not kept.
+        self.shared.pool.give_back(leased);
+        confirmed.and(answer)
+    }
+
+    async fn call_at(&self, route: &Route, command: &'static str, arguments: Arguments) -> Result<Reply, Failure> {
+        let limit = self.shared.settings.command_timeout;
+        if !route.is_asking {
+            let connection = self.line(&route.address).connection().await?;
+            return connection.call(command, arguments, limit, false).await;
+        }
+        let leased = self.lease(route).await?;
+        let answer = leased.connection.ask(true, command, arguments, limit, false).await;
+        self.shared.pool.give_back(leased);
+        answer
+    }
+
+    async fn lease(&self, route: &Route) -> Result<Leased, Failure> {
+        self.up(&route.address).await?;
+        self.shared.pool.take(&route.address).await
+    }
+
+    /// The line to a server. Lines to servers that the newest map does not have are given up.
+    fn line(&self, server: &Address) -> Line {
+        let shared = &self.shared;
+        let mut lines = shared.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(map) = shared.servers.known()
+            && lines.pruned_by.as_ref().is_none_or(|by| !Arc::ptr_eq(by, &map))
+        {
+            lines.by_server.retain(|address, line| {
+                let is_needed = map.has(address) || address == server;
+                if !is_needed {
+                    line.give_up();
+                }
+                is_needed
+            });
+            lines.pruned_by = Some(map);
+        }
+        if let Some(line) = lines.by_server.get(server) {
+            return line.clone();
+        }
+        let (line, keep_up) = Line::new(
+            shared.purpose,
+            server.clone(),
+            Arc::clone(&shared.settings),
+            shared.servers.clone(),
+            &shared.stop,
+        );
+        shared.tasks.spawn(keep_up);
+        lines.by_server.insert(server.clone(), line.clone());
+        line
+    }
+}
+
+/// Blocking reads: each has a connection to itself while it runs.
+#[derive(Debug)]
+pub(super) struct Readers {
+    pool: Pool,
+    /// Tells whether it makes sense to open a connection.
+    link: Link,
+}
+
+impl Readers {
+    pub(super) fn new(settings: Arc<Settings>, link: Link) -> Self {
+        Self { pool: Pool::new(settings), link }
+    }
+
+    /// Runs one command that blocks for up to `wait`. A call that is dropped costs its connection, nothing else.
+    pub(super) async fn read(
+        &self,
+        command: &'static str,
+        key: &[u8],
+        arguments: Arguments,
+        wait: Duration,
+    ) -> Result<Reply, Failure> {
+        let shared = &self.link.shared;
+        let limit = if wait.is_zero() { shared.settings.command_timeout } else { wait + READ_MARGIN };
+        let mut route = shared.servers.route(key).await?;
+        loop {
+            self.link.up(&route.address).await?;
+            let leased = self.pool.take(&route.address).await?;
+            let answer =
+                leased.connection.ask(route.is_asking, command, arguments.clone(), limit, !wait.is_zero()).await;
+            self.pool.give_back(leased);
+            match answer {
+                Err(failure) => route = shared.servers.after(&route, failure)?,
+                answer => return answer,
+            }
+        }
+    }
+
+    /// Closes what is idle.
+    pub(super) fn close(&self) {
+        self.pool.close();
+    }
+}
