@@ -128,7 +128,7 @@ pub(crate) fn new_entry(text: &str) -> NewEntry {
     NewEntry { fields, idempotency: None }
 }
 
-fn keyed(text: &str, key: &str, window: Duration) -> NewEntry {
+pub(crate) fn keyed(text: &str, key: &str, window: Duration) -> NewEntry {
     let idempotency = IdempotencyKey { key: Bytes::copy_from_slice(key.as_bytes()), window };
     NewEntry { idempotency: Some(idempotency), ..new_entry(text) }
 }

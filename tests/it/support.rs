@@ -1,10 +1,12 @@
 //! What the tests share: the servers they need, and how they come onto the machine.
 
 pub(crate) mod app;
+pub(crate) mod cluster;
 pub(crate) mod install;
 pub(crate) mod proxy;
 pub(crate) mod receiver;
 pub(crate) mod redis;
+pub(crate) mod sentinel;
 
 use std::time::{Duration, Instant};
 

@@ -57,6 +57,11 @@ impl Proxy {
         *self.faults.drop_reply_to.lock().expect("unpoisoned") = Some(part.to_vec());
     }
 
+    /// How many connections were asked for so far.
+    pub(crate) fn connections(&self) -> u64 {
+        self.faults.next_connection.load(Ordering::SeqCst)
+    }
+
     /// How many replies were dropped so far.
     pub(crate) fn dropped(&self) -> u64 {
         self.faults.dropped.load(Ordering::SeqCst)

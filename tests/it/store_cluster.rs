@@ -1,0 +1,194 @@
+//! The store on a cluster: its contract, and what it does when the cluster changes.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use aurora_bus::event::{EntryId, Fields, StreamName};
+use aurora_bus::store::redis::Config;
+use aurora_bus::store::{Cursor, Durability, Order, Outcome, Range, Settled, Settlement, Start, Store, StoreErrorKind};
+
+use crate::store_contract::{TestStore, cursor, keyed, new_entry, unique_stream};
+use crate::support::cluster::Cluster;
+use crate::support::redis::{Product, RedisServer};
+use crate::support::until;
+
+const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
+const BOUND: Duration = Duration::from_secs(30);
+const HOUR: Duration = Duration::from_hours(1);
+
+async fn connect(url: &str) -> Arc<dyn Store> {
+    let config = Config { url: url.into(), ..Config::default() };
+    Arc::new(config.connect().await.expect("a valid configuration"))
+}
+
+async fn open() -> TestStore {
+    let cluster = Cluster::shared().await;
+    TestStore::new(connect(&cluster.url()).await, cluster)
+}
+
+mod contract {
+    crate::store_contract::contract_tests!(super::open);
+}
+
+/// A stream whose keys are in another part of the cluster than those of `other`.
+fn apart_from(cluster: &Cluster, other: &StreamName) -> StreamName {
+    let (place, _) = cluster.nodes_of(other.as_str());
+    std::iter::repeat_with(unique_stream)
+        .find(|stream| cluster.nodes_of(stream.as_str()).0 != place)
+        .expect("there is always another")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_letter_in_another_part_of_the_cluster_is_written_once() {
+    let cluster = Cluster::shared().await;
+    let store = connect(&cluster.url()).await;
+    let a = cursor(&unique_stream(), "g", "a");
+    let to = apart_from(&cluster, &a.stream);
+    let ids: Vec<EntryId> = store
+        .append(&a.stream, vec![new_entry("x"), new_entry("y")])
+        .await
+        .expect("appended")
+        .into_iter()
+        .map(|appended| appended.id)
+        .collect();
+    store.ensure_group(&a.stream, &a.group, Start::Oldest).await.expect("a group");
+    let letters = || async {
+        let deliveries = store.fetch(&a, 10, Duration::ZERO).await.expect("fetched");
+        let letter = |delivery| {
+            let mut fields = Fields::default();
+            fields.push("reason", "x");
+            Settlement { delivery, outcome: Outcome::DeadLetter { to: to.clone(), fields } }
+        };
+        deliveries.into_iter().map(letter).collect::<Vec<_>>()
+    };
+    let settlements = letters().await;
+    let other = Cursor { consumer: "b".parse().expect("a name"), ..a.clone() };
+    assert_eq!(store.settle(&other, &settlements).await.expect("settled"), Settled { settled: 0, not_owned: 2 });
+    assert_eq!(store.settle(&a, &settlements).await.expect("settled"), Settled { settled: 2, not_owned: 0 });
+    assert_eq!(store.settle(&a, &settlements).await.expect("settled"), Settled { settled: 0, not_owned: 2 });
+    assert_eq!(store.range(&to, EVERYTHING, 10).await.expect("read").len(), 2);
+
+    // As after a crash between the two steps: the letters are there and the entries pending.
+    let (place, _) = cluster.nodes_of(a.stream.as_str());
+    cluster.node(place).cli(&["XGROUP", "SETID", a.stream.as_str(), "g", "0"]);
+    let settlements = letters().await;
+    assert_eq!(settlements.len(), 2);
+    assert_eq!(store.settle(&a, &settlements).await.expect("settled"), Settled { settled: 2, not_owned: 0 });
+    assert_eq!(store.range(&to, EVERYTHING, 10).await.expect("read").len(), 2, "written again");
+    assert!(store.pending(&a, false, EntryId::MIN, 10).await.expect("listed").is_empty());
+
+    // A letter that is gone again does not stand for another.
+    let first = store.range(&to, EVERYTHING, 1).await.expect("read")[0].id;
+    store.discard(&to, &[first]).await.expect("discarded");
+    cluster.node(place).cli(&["XGROUP", "SETID", a.stream.as_str(), "g", "0"]);
+    store.settle(&a, &letters().await).await.expect("settled");
+    assert_eq!(store.range(&to, EVERYTHING, 10).await.expect("read").len(), 2);
+    assert_eq!(store.range(&a.stream, EVERYTHING, 10).await.expect("read").len(), ids.len());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_moves_to_another_node_is_followed() {
+    let cluster = Cluster::start().await;
+    let store = connect(&cluster.url()).await;
+    let a = cursor(&unique_stream(), "g", "a");
+    store.ensure_group(&a.stream, &a.group, Start::Oldest).await.expect("a group");
+    store.append(&a.stream, vec![new_entry("before")]).await.expect("appended");
+    let (from, _) = cluster.nodes_of(a.stream.as_str());
+    let (to, _) = cluster.nodes_of(apart_from(&cluster, &a.stream).as_str());
+    let (from, to) = (cluster.node(from), cluster.node(to));
+    let slot = from.cli(&["CLUSTER", "KEYSLOT", a.stream.as_str()]);
+    let (from_id, to_id) = (from.cli(&["CLUSTER", "MYID"]), to.cli(&["CLUSTER", "MYID"]));
+    to.cli(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &from_id]);
+    from.cli(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to_id]);
+    let port = to.port().to_string();
+    assert_eq!(from.cli(&["MIGRATE", "127.0.0.1", &port, a.stream.as_str(), "0", "5000"]), "OK");
+
+    // The key is there already, and the slot not yet.
+    store.append(&a.stream, vec![new_entry("while moving")]).await.expect("appended");
+    let fetched = store.fetch(&a, 1, Duration::from_millis(100)).await.expect("fetched");
+    assert_eq!(fetched.len(), 1);
+    let acknowledge = |delivery| Settlement { delivery, outcome: Outcome::Acknowledge };
+    let settlements: Vec<_> = fetched.into_iter().map(acknowledge).collect();
+    store.settle(&a, &settlements).await.expect("settled");
+    assert_eq!(store.range(&a.stream, EVERYTHING, 10).await.expect("read").len(), 2);
+
+    for node in [to, from] {
+        assert_eq!(node.cli(&["CLUSTER", "SETSLOT", &slot, "NODE", &to_id]), "OK");
+    }
+    store.append(&a.stream, vec![keyed("after", "after", HOUR)]).await.expect("appended");
+    assert_eq!(store.fetch(&a, 10, Duration::from_millis(100)).await.expect("fetched").len(), 2);
+    let tailed = store.tail(&a.stream, EntryId::MIN, 10, Duration::from_millis(100)).await.expect("tailed");
+    assert_eq!(tailed.len(), 3);
+    assert_eq!(store.describe(&a.stream).await.expect("described").expect("a stream").length, 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_primary_is_replaced_and_loses_nothing_that_was_replicated() {
+    let mut cluster = Cluster::start().await;
+    let store = connect(&cluster.url()).await;
+    assert!(store.check().await.expect("ready").description.ends_with("a cluster of 3"));
+    let stream = unique_stream();
+    let a = cursor(&stream, "g", "a");
+    store.ensure_group(&stream, &a.group, Start::Oldest).await.expect("a group");
+    let elsewhere = apart_from(&cluster, &stream);
+    let stop = tokio_util::sync::CancellationToken::new();
+    let accepted = Arc::new(Mutex::new(Vec::new()));
+    let mut publishers = tokio::task::JoinSet::new();
+    for publisher in 0..4 {
+        let (store, stream, stop) = (Arc::clone(&store), stream.clone(), stop.clone());
+        let accepted = Arc::clone(&accepted);
+        publishers.spawn(async move {
+            for number in 0.. {
+                if stop.is_cancelled() {
+                    break;
+                }
+                let key = format!("{publisher}-{number}");
+                let id = loop {
+                    let entries = vec![keyed(&key, &key, HOUR)];
+                    if let Ok(appended) = store.append_durably(&stream, entries, Durability::REPLICATED).await {
+                        break appended[0].id;
+                    }
+                };
+                accepted.lock().expect("unpoisoned").push((id, key));
+            }
+        });
+    }
+    until("appends", BOUND, async || store.describe(&stream).await.ok().flatten().filter(|status| status.length > 200))
+        .await;
+    let (primary, replica) = cluster.nodes_of(stream.as_str());
+    // Of which there is none for the promoted one: what it takes from now on is not replicated.
+    cluster.crash(primary);
+    store.append(&elsewhere, vec![new_entry("x")]).await.expect("the others go on");
+    stop.cancel();
+    cluster.promoted(replica).await;
+    let promoted = Instant::now();
+    until("accepted append", BOUND, async || store.append(&stream, vec![new_entry("after")]).await.ok()).await;
+    assert!(promoted.elapsed() < Duration::from_secs(10), "back after {:?}", promoted.elapsed());
+    let replicated = store.append_durably(&stream, vec![new_entry("alone")], Durability::REPLICATED).await;
+    let error = replicated.expect_err("there is no replica any more");
+    assert_eq!(error.kind(), StoreErrorKind::NotDurable, "{error}");
+    // Some wait for a replica that never comes.
+    publishers.shutdown().await;
+    let stored = store.range(&stream, EVERYTHING, 1_000_000).await.expect("read");
+    let accepted = accepted.lock().expect("unpoisoned").clone();
+    assert!(accepted.len() > 100, "only {} were accepted", accepted.len());
+    for (id, key) in accepted {
+        let entry = stored.iter().find(|entry| entry.id == id).unwrap_or_else(|| panic!("{key} is lost"));
+        assert_eq!(entry.fields.text("data"), Some(key.as_str()));
+    }
+    until("ready store", BOUND, async || store.check().await.ok()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_url_of_the_wrong_kind_is_told_so() {
+    let cluster = Cluster::shared().await;
+    let node = cluster.node(0);
+    let error = connect(&node.url()).await.check().await.expect_err("a node of a cluster");
+    assert_eq!(error.kind(), StoreErrorKind::Unsuitable, "{error}");
+    assert!(error.to_string().contains("redis-cluster://"), "{error}");
+    let server = RedisServer::shared(Product::Valkey).await;
+    let url = format!("redis-cluster://127.0.0.1:{}", server.port());
+    let error = connect(&url).await.check().await.expect_err("no cluster");
+    assert_eq!(error.kind(), StoreErrorKind::Unsuitable, "{error}");
+    assert!(error.to_string().contains("no part of a cluster"), "{error}");
+}

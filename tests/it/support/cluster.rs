@@ -1,0 +1,127 @@
+//! A cluster of the tests' own: three primaries with a replica each, on free ports of the loopback address.
+
+use std::net::TcpListener;
+use std::process::Command;
+use std::sync::{Arc, LazyLock, Weak};
+use std::time::Duration;
+
+use super::redis::{Product, RedisServer, free_port};
+use super::{install, until};
+
+/// How long the cluster may take to come together, or to agree on something.
+const BOUND: Duration = Duration::from_mins(1);
+
+/// Six servers that make a cluster. They are killed when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Cluster {
+    nodes: Vec<RedisServer>,
+}
+
+impl Cluster {
+    /// Starts one and waits until it works.
+    pub(crate) async fn start() -> Self {
+        let options = [
+            "--cluster-enabled",
+            "yes",
+            "--cluster-config-file",
+            "nodes.conf",
+            "--cluster-node-timeout",
+            "1500",
+            "--repl-diskless-sync-delay",
+            "0",
+        ];
+        let mut nodes = Vec::new();
+        for _ in 0..6 {
+            nodes.push(RedisServer::start_on(free_port_pair(), Product::Redis, &options).await);
+        }
+        let addresses = nodes.iter().map(|node| format!("127.0.0.1:{}", node.port()));
+        let output = Command::new(install::program("redis-cli", "redis-server"))
+            .args(["--cluster", "create"])
+            .args(addresses)
+            .args(["--cluster-replicas", "1", "--cluster-yes"])
+            .output()
+            .expect("redis-cli runs");
+        assert!(output.status.success(), "no cluster: {}", String::from_utf8_lossy(&output.stdout));
+        let cluster = Self { nodes };
+        until("cluster that works", BOUND, async || {
+            let is_well = |node: &RedisServer| {
+                let is_ok = node.cli(&["CLUSTER", "INFO"]).contains("cluster_state:ok");
+                let info = node.cli(&["INFO", "replication"]);
+                let is_linked = info.contains("master_link_status:up") || info.contains("connected_slaves:1");
+                let replicas = node.cli(&["CLUSTER", "NODES"]).lines().filter(|line| line.contains("slave")).count();
+                is_ok && is_linked && replicas == 3
+            };
+            cluster.nodes.iter().all(is_well).then_some(())
+        })
+        .await;
+        cluster
+    }
+
+    /// One that tests share while at least one of them uses it. They use distinct keys and kill nothing.
+    pub(crate) async fn shared() -> Arc<Self> {
+        static SHARED: LazyLock<tokio::sync::Mutex<Weak<Cluster>>> = LazyLock::new(Default::default);
+        let mut cluster = SHARED.lock().await;
+        if let Some(cluster) = cluster.upgrade() {
+            return cluster;
+        }
+        let started = Arc::new(Self::start().await);
+        *cluster = Arc::downgrade(&started);
+        started
+    }
+
+    /// The URL for clients; it names two of the nodes.
+    pub(crate) fn url(&self) -> String {
+        format!("redis-cluster://127.0.0.1:{},127.0.0.1:{}", self.nodes[4].port(), self.nodes[1].port())
+    }
+
+    /// The place of the node that has a key now, and of its replica.
+    pub(crate) fn nodes_of(&self, key: &str) -> (usize, usize) {
+        let slot: u16 = self.nodes[0].cli(&["CLUSTER", "KEYSLOT", key]).parse().expect("a slot");
+        let nodes = self.nodes.iter().find_map(|node| {
+            let nodes = node.cli(&["CLUSTER", "NODES"]);
+            (!nodes.is_empty()).then_some(nodes)
+        });
+        let nodes = nodes.expect("a node that answers");
+        let rows: Vec<Vec<&str>> = nodes.lines().map(|line| line.split_whitespace().collect()).collect();
+        let has = |row: &Vec<&str>| {
+            row.iter().skip(8).any(|range| {
+                let (first, last) = range.split_once('-').unwrap_or((range, range));
+                matches!((first.parse::<u16>(), last.parse::<u16>()), (Ok(f), Ok(l)) if (f..=l).contains(&slot))
+            })
+        };
+        let primary = rows.iter().find(|row| has(row)).expect("someone has the slot");
+        let replica = rows.iter().find(|row| row[3] == primary[0]).expect("a replica");
+        let place = |row: &Vec<&str>| {
+            let port = row[1].split('@').next().and_then(|address| address.rsplit(':').next());
+            let port = port.and_then(|port| port.parse::<u16>().ok()).expect("a port");
+            self.nodes.iter().position(|node| node.port() == port).expect("one of ours")
+        };
+        (place(primary), place(replica))
+    }
+
+    pub(crate) fn node(&self, place: usize) -> &RedisServer {
+        &self.nodes[place]
+    }
+
+    /// Kills a node at once, as a crash would.
+    pub(crate) fn crash(&mut self, place: usize) {
+        self.nodes[place].crash();
+    }
+
+    /// Waits until that node is a primary.
+    pub(crate) async fn promoted(&self, place: usize) {
+        until("promoted replica", BOUND, async || self.nodes[place].cli(&["ROLE"]).starts_with("master").then_some(()))
+            .await;
+    }
+}
+
+/// A free port whose fellow for the nodes' own talk, 10 000 above, is free as well.
+fn free_port_pair() -> u16 {
+    loop {
+        let port = free_port();
+        let fellow = port.checked_add(10_000);
+        if fellow.is_some_and(|fellow| TcpListener::bind(("127.0.0.1", fellow)).is_ok()) {
+            return port;
+        }
+    }
+}
