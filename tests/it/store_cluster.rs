@@ -101,9 +101,11 @@ async fn a_stream_that_moves_to_another_node_is_followed() {
     to.cli(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &from_id]);
     from.cli(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to_id]);
     let port = to.port().to_string();
-    assert_eq!(from.cli(&["MIGRATE", "127.0.0.1", &port, a.stream.as_str(), "0", "5000"]), "OK");
+    let account = format!("{{{}}}:account", a.stream);
+    let keys = ["", "0", "5000", "KEYS", a.stream.as_str(), &account];
+    assert_eq!(from.cli(&[["MIGRATE", "127.0.0.1", &port].as_slice(), &keys].concat()), "OK");
 
-    // The key is there already, and the slot not yet.
+    // The keys are there already, and the slot not yet.
     store.append(&a.stream, vec![new_entry("while moving")]).await.expect("appended");
     let fetched = store.fetch(&a, 1, Duration::from_millis(100)).await.expect("fetched");
     assert_eq!(fetched.len(), 1);
