@@ -66,14 +66,11 @@ impl App {
         let address = listener.local_addr().context("cannot read the listener's address")?;
         let store: Arc<dyn Store> = Arc::new(Metered::new(open_store(&config).await?, metrics.clone()));
         refuse_unsuitable(store.as_ref(), &config).await?;
-        let sinks = open_sinks(&config).await?;
+        let bus = open_bus(&config, Arc::clone(&store), metrics.clone());
+        let sinks = open_sinks(&config, &bus).await?;
 
-        let streams: Vec<_> = config.streams.iter().map(|stream| (stream.name.clone(), stream.dead_letter())).collect();
         let names = || config.streams.iter().map(|stream| stream.name.clone());
         let relayed = config.relayed();
-        let durability = config.streams.iter().map(|stream| (stream.name.clone(), stream.durability));
-        let catalogue = Catalogue::new(streams).with_durability(durability);
-        let bus = Bus::new(Arc::clone(&store), config.publish, catalogue, metrics.clone());
         let relay = Relay::new(Arc::clone(&store), config.relay, &relayed, metrics.clone(), &readiness);
         let sampler = Sampler::new(Arc::clone(&store), names().collect(), metrics.clone());
         let retained = config.streams.iter().map(|stream| (stream.name.clone(), stream.retention)).collect();
@@ -239,14 +236,29 @@ pub async fn check(config: &Config) -> anyhow::Result<StoreStatus> {
         Ok(status) => status,
         Err(_) => store.check().await,
     };
-    let suits = if status.is_ok() { refuse_unsuitable(store.as_ref(), config).await } else { Ok(()) };
+    let status = status.context("the store can't do its work");
+    let checked = match status {
+        Ok(status) => check_parts(config, &store).await.map(|()| status),
+        Err(error) => Err(error),
+    };
     store.close().await;
-    let status = status.context("the store can't do its work")?;
-    suits?;
-    for (name, sink) in open_sinks(config).await? {
+    checked
+}
+
+async fn check_parts(config: &Config, store: &Arc<dyn Store>) -> anyhow::Result<()> {
+    refuse_unsuitable(store.as_ref(), config).await?;
+    let bus = open_bus(config, Arc::clone(store), Metrics::new());
+    for (name, sink) in open_sinks(config, &bus).await? {
         sink.check().await.with_context(|| format!("the sink `{name}` can't take entries"))?;
     }
-    Ok(status)
+    Ok(())
+}
+
+fn open_bus(config: &Config, store: Arc<dyn Store>, metrics: Metrics) -> Bus {
+    let streams = config.streams.iter().map(|stream| (stream.name.clone(), stream.dead_letter()));
+    let durability = config.streams.iter().map(|stream| (stream.name.clone(), stream.durability));
+    let catalogue = Catalogue::new(streams).with_durability(durability);
+    Bus::new(store, config.publish.clone(), catalogue, metrics)
 }
 
 /// Fails where the store would lose what it is given, or can't be as durable as a stream wants. One that can't be
@@ -284,14 +296,18 @@ async fn open_store(config: &Config) -> anyhow::Result<Arc<dyn Store>> {
     })
 }
 
-/// Opens the sinks that a group names.
-async fn open_sinks(config: &Config) -> anyhow::Result<BTreeMap<String, Arc<dyn Sink>>> {
+/// Opens the sinks that a group names; what they forward goes through the bus.
+async fn open_sinks(config: &Config, bus: &Bus) -> anyhow::Result<BTreeMap<String, Arc<dyn Sink>>> {
     let groups = config.streams.iter().flat_map(|stream| &stream.groups);
     let used: std::collections::BTreeSet<&String> = groups.filter_map(|group| group.sink.as_ref()).collect();
     let mut sinks = BTreeMap::new();
     for name in used {
         let sink = config.sinks.get(name).with_context(|| format!("there is no sink `{name}`"))?;
-        let built = sink.clone().build(name).await.with_context(|| format!("cannot open the sink `{name}`"))?;
+        let built = sink
+            .clone()
+            .build(name, Arc::new(bus.clone()))
+            .await
+            .with_context(|| format!("cannot open the sink `{name}`"))?;
         sinks.insert(name.clone(), built);
     }
     Ok(sinks)

@@ -57,6 +57,9 @@ pub struct BenchArgs {
     /// An empty database of a running Redis to use instead; it is emptied again
     #[arg(long, value_name = "URL", conflicts_with = "redis_server")]
     redis_url: Option<Url>,
+    /// The database to write rows to, for `postgres`: in a table of its own that is dropped again
+    #[arg(long, value_name = "URL")]
+    postgres_url: Option<String>,
     /// Start Redis with its append-only file on, written each second
     #[arg(long, conflicts_with = "redis_url")]
     aof: bool,
@@ -89,7 +92,7 @@ pub struct BenchArgs {
 /// One measurement, or all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum What {
-    /// Everything below
+    /// Everything below but postgres
     All,
     /// Events accepted over HTTP, in batches and one by one
     Publish,
@@ -103,6 +106,8 @@ enum What {
     Idle,
     /// Start, memory at rest, size of the program
     Start,
+    /// Rows written by the sink, beside COPY by psql; needs --postgres-url
+    Postgres,
 }
 
 impl What {
@@ -116,6 +121,7 @@ impl What {
             Self::Fanout => 4 * args.clients.len() as u64,
             Self::Consume | Self::Latency => 2,
             Self::Idle | Self::Start => 1,
+            Self::Postgres => 3,
         }
     }
 }
@@ -198,7 +204,8 @@ fn measure(args: BenchArgs, stop: CancellationToken) -> Result<()> {
 
     let mut redis_process: Option<Process> = None;
     let mut backends = Vec::new();
-    if args.store != "embedded" {
+    let with_stores = args.what.iter().any(|what| *what != What::Postgres);
+    if with_stores && args.store != "embedded" {
         let url = if let Some(url) = &args.redis_url {
             url.clone()
         } else {
@@ -210,14 +217,16 @@ fn measure(args: BenchArgs, stop: CancellationToken) -> Result<()> {
         versions.insert(name, version);
         backends.push(Backend::Redis(url));
     }
-    if args.store != "redis" {
+    if with_stores && args.store != "redis" {
         backends.push(Backend::Embedded);
     }
 
     let whats: Vec<_> =
         What::EACH.into_iter().filter(|what| args.what.contains(what) || args.what.contains(&What::All)).collect();
     let settings = settings(&args);
+    let with_postgres = args.what.contains(&What::Postgres);
     let runs = whats.iter().map(|what| what.runs(&args)).sum::<u64>() * args.rounds * backends.len() as u64;
+    let runs = runs + if with_postgres { What::Postgres.runs(&args) * args.rounds } else { 0 };
     let style = ProgressStyle::with_template("{elapsed_precise} {bar:24} {pos}/{len} {wide_msg}")?;
     let mut bench = Bench { args, site, progress: ProgressBar::new(runs).with_style(style), figures: Vec::new() };
     let mut failures = Vec::new();
@@ -230,6 +239,10 @@ fn measure(args: BenchArgs, stop: CancellationToken) -> Result<()> {
             }
             bench.reset(backend)?;
         }
+    }
+    if with_postgres && let Err(error) = works::measure(&mut bench, What::Postgres, &Backend::Embedded) {
+        bench.site.check()?;
+        failures.push(format!("postgres: {error:#}"));
     }
     bench.progress.finish_and_clear();
     drop(redis_process);

@@ -8,12 +8,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
 use bytes::Bytes;
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 
-use crate::event::{IdempotencyKey, NewEntry, NewEvent, StreamName};
+use crate::event::{Fields, IdempotencyKey, NewEntry, NewEvent, StreamName, field};
 use crate::metrics::Metrics;
+use crate::sink::{Forward, SinkError, SinkErrorClass};
 use crate::store::{Appended, Durability, MAX_APPEND, Store, StoreError, StoreErrorKind};
 
 /// What publishers may do.
@@ -271,5 +273,49 @@ fn not_tried_after(error: PublishError) -> PublishError {
             PublishError::Store(Arc::new(StoreError::new(StoreErrorKind::Unavailable, message)))
         }
         _ => error,
+    }
+}
+
+/// What groups forward goes the way of everything that is published.
+#[async_trait]
+impl Forward for Bus {
+    async fn check(&self, stream: &StreamName) -> Result<(), SinkError> {
+        if !self.catalogue.contains(stream) {
+            let message = format!("the stream `{stream}` is not declared");
+            return Err(SinkError::new(SinkErrorClass::Transient, message));
+        }
+        let checked = self.store.check().await;
+        checked.map(drop).map_err(|error| refused(stream, Arc::new(error)))
+    }
+
+    async fn forward(&self, stream: &StreamName, entries: Vec<(String, Fields)>) -> Result<(), SinkError> {
+        let max = self.config.max_event.as_u64();
+        let window = self.config.dedup_window;
+        let size = |fields: &Fields| fields.get(field::DATA).map_or(0, Bytes::len);
+        if let Some(size) = entries.iter().map(|(_, fields)| size(fields)).find(|size| *size as u64 > max) {
+            let error = PublishError::TooLarge { size, max };
+            return Err(SinkError::new(SinkErrorClass::Permanent, error.to_string()));
+        }
+        let mut entries = entries
+            .into_iter()
+            .map(|(key, fields)| NewEntry { fields, idempotency: Some(IdempotencyKey { key: key.into(), window }) })
+            .peekable();
+        while entries.peek().is_some() {
+            let chunk = entries.by_ref().take(MAX_APPEND).collect();
+            if let Err(PublishError::Store(error)) = self.append(stream, chunk).await {
+                return Err(refused(stream, error));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// None of these is the fault of an entry: the store heals, or someone makes room.
+fn refused(stream: &StreamName, error: Arc<StoreError>) -> SinkError {
+    let retry_after = error.retry_after();
+    let refusal = SinkError::new(SinkErrorClass::Transient, format!("cannot forward to `{stream}`")).with_source(error);
+    match retry_after {
+        Some(after) => refusal.with_retry_after(after),
+        None => refusal,
     }
 }

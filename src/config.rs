@@ -3,6 +3,7 @@
 //! Each module owns its own part; this one puts them together. [`load`] reads the layers: built-in default,
 //! file, environment, flags. Reading the environment happens here and in `main` alone.
 
+mod forwards;
 mod load;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -264,6 +265,7 @@ impl Config {
             let own = sink.problems().into_iter();
             problems.extend(own.map(|(key, message)| Problem::new(format!("sinks.{name}.{key}"), message)));
         }
+        problems.extend(forwards::problems(self));
         let relay = self.relay.problems(&self.relayed()).into_iter();
         problems.extend(relay.map(|(key, message)| Problem::new(format!("relay.{key}"), message)));
         problems

@@ -4,8 +4,11 @@
 //! attempts or acknowledgements: a sink either took a batch, or says why not.
 
 mod audit;
+mod envelope;
 mod log;
 mod metered;
+mod postgres;
+mod stream;
 mod tls;
 mod webhook;
 
@@ -20,9 +23,11 @@ use serde::{Deserialize, Serialize};
 pub use audit::{AuditConfig, AuditSink, Flaw, Problem, VerifyReport, verify};
 pub use log::{LogConfig, LogSink};
 pub use metered::Metered;
+pub use postgres::{InvalidTableName, PostgresConfig, PostgresSink, TableName};
+pub use stream::{ForwardAs, StreamSink, StreamSinkConfig};
 pub use webhook::{WebhookConfig, WebhookSink};
 
-use crate::event::{Delivery, GroupName, StreamName};
+use crate::event::{Delivery, Fields, GroupName, StreamName};
 
 /// Where a batch comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,6 +57,17 @@ pub trait Sink: fmt::Debug + Send + Sync + 'static {
 
     /// Finishes what is under way before the process ends.
     async fn close(&self) {}
+}
+
+/// The way into other streams of the same store, as a sink sees it.
+#[async_trait]
+pub trait Forward: fmt::Debug + Send + Sync + 'static {
+    /// Whether an entry could be appended to that stream now. Has no effect.
+    async fn check(&self, stream: &StreamName) -> Result<(), SinkError>;
+
+    /// Appends entries in order, each under a key of 1 to 256 bytes: an entry whose key was seen within the window of
+    /// `publish.dedup_window` is there already. `Ok` means that all are stored; an error, that any of them may be.
+    async fn forward(&self, stream: &StreamName, entries: Vec<(String, Fields)>) -> Result<(), SinkError>;
 }
 
 /// What kind of failure it is, and so whether trying again can help.
@@ -138,26 +154,43 @@ pub enum SinkConfig {
     Audit(AuditConfig),
     /// Posts entries to an HTTP receiver.
     Webhook(WebhookConfig),
+    /// Writes rows into a table of `PostgreSQL`.
+    Postgres(PostgresConfig),
+    /// Appends to another stream of the same store.
+    Stream(StreamSinkConfig),
 }
 
 impl SinkConfig {
     /// What `type` may be.
-    pub const TYPES: [&str; 3] = ["log", "audit", "webhook"];
+    pub const TYPES: [&str; 5] = ["log", "audit", "webhook", "postgres", "stream"];
 
     /// Every key that makes no sense, with the reason.
     pub fn problems(&self) -> Vec<(&'static str, String)> {
         match self {
             Self::Log(_) | Self::Audit(_) => Vec::new(),
             Self::Webhook(config) => config.problems(),
+            Self::Postgres(config) => config.problems(),
+            Self::Stream(config) => config.problems(),
         }
     }
 
-    /// Makes the sink. Opens files and takes their locks, but talks to no other machine.
-    pub async fn build(self, name: &str) -> Result<Arc<dyn Sink>, SinkError> {
+    /// The stream that it forwards to, if it does.
+    pub fn forwards_to(&self) -> Option<&StreamName> {
+        match self {
+            Self::Stream(config) => Some(&config.stream),
+            _ => None,
+        }
+    }
+
+    /// Makes the sink; one that forwards does so by `forward`. Opens files and takes their locks, and waits for no other
+    /// machine.
+    pub async fn build(self, name: &str, forward: Arc<dyn Forward>) -> Result<Arc<dyn Sink>, SinkError> {
         Ok(match self {
             Self::Log(config) => Arc::new(LogSink::new(name, &config)),
             Self::Audit(config) => Arc::new(AuditSink::open(name, config).await?),
             Self::Webhook(config) => Arc::new(WebhookSink::open(name, &config)?),
+            Self::Postgres(config) => Arc::new(PostgresSink::open(name, &config)?),
+            Self::Stream(config) => Arc::new(StreamSink::new(config, forward)),
         })
     }
 }

@@ -1,6 +1,7 @@
 //! The measurements: which processes run in which order, and which figures come of it.
 
 mod consume;
+mod postgres;
 mod publish;
 mod relay;
 mod rest;
@@ -35,6 +36,7 @@ pub(super) fn measure(bench: &mut Bench, what: What, backend: &Backend) -> Resul
         What::Fanout => relay::fanout(bench, backend),
         What::Idle => rest::idle(bench, backend),
         What::Start => rest::start(bench, backend),
+        What::Postgres => postgres::measure(bench),
     }
 }
 

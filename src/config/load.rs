@@ -106,6 +106,8 @@ fn take_sinks(root: &mut Value, problems: &mut Vec<Problem>) -> Vec<(String, Sin
             "log" => collect(value, &path, problems).map(SinkConfig::Log),
             "audit" => collect(value, &path, problems).map(SinkConfig::Audit),
             "webhook" => collect(value, &path, problems).map(SinkConfig::Webhook),
+            "postgres" => collect(value, &path, problems).map(SinkConfig::Postgres),
+            "stream" => collect(value, &path, problems).map(SinkConfig::Stream),
             other => {
                 let hint = nearest(other, SinkConfig::TYPES.into_iter());
                 problems.push(Problem::new(format!("{path}.type"), format!("`{other}` is none of {known}{hint}")));
@@ -316,7 +318,7 @@ mod tests {
         );
         let expected = [
             "sinks.audit.pathh: unknown key, did you mean `path`?",
-            "sinks.siem.type: `logg` is none of log, audit, webhook, did you mean `log`?",
+            "sinks.siem.type: `logg` is none of log, audit, webhook, postgres, stream, did you mean `log`?",
             "instanse: unknown key, did you mean `instance`?",
             "http.max_bdy: unknown key, did you mean `max_body`?",
             "streams[1].groups[0].wrokers: unknown key, did you mean `workers`?",

@@ -1,0 +1,115 @@
+//! What tasks for agents and their results have in common: the keys that say what belongs together.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde_json::value::RawValue;
+
+use crate::event::{Entry, EntryId, field};
+
+/// The correlation keys of a payload, as they stand in it.
+#[derive(Debug, Default)]
+pub(super) struct Envelope<'a> {
+    pub(super) task_id: Option<&'a RawValue>,
+    pub(super) agent_type: Option<&'a RawValue>,
+    pub(super) case_id: Option<&'a RawValue>,
+    pub(super) alert_id: Option<&'a RawValue>,
+    pub(super) assignment_id: Option<&'a RawValue>,
+    pub(super) network_attack_id: Option<&'a RawValue>,
+}
+
+impl<'a> Envelope<'a> {
+    /// Reads JSON text. Of what is no object only the syntax is checked.
+    pub(super) fn parse(text: &'a str) -> Result<Self, serde_json::Error> {
+        if text.trim_start().starts_with('{') {
+            serde_json::from_str(text)
+        } else {
+            serde_json::from_str::<IgnoredAny>(text).map(|_| Self::default())
+        }
+    }
+}
+
+/// A key's value as text, where it is a text or a number that says anything.
+pub(super) fn plain(value: Option<&RawValue>) -> Option<Cow<'_, str>> {
+    let raw = value?.get();
+    let text = if raw.starts_with('"') {
+        serde_json::from_str::<Text<'_>>(raw).ok()?.0
+    } else {
+        let is_number = raw.starts_with(|c: char| c == '-' || c.is_ascii_digit());
+        Cow::Borrowed(is_number.then_some(raw)?)
+    };
+    (!text.is_empty()).then_some(text)
+}
+
+/// The id under which an entry has its effect: that of its first life where it was appended again.
+pub(super) fn first_id(entry: &Entry) -> EntryId {
+    entry.fields.text(field::REPLAY_OF).and_then(|id| id.parse().ok()).unwrap_or(entry.id)
+}
+
+/// A text, borrowed where it has no escapes.
+#[derive(serde::Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+impl<'de> Deserialize<'de> for Envelope<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Members;
+
+        impl<'de> Visitor<'de> for Members {
+            type Value = Envelope<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a JSON object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Envelope<'de>, A::Error> {
+                let mut envelope = Envelope::default();
+                while let Some(Text(key)) = map.next_key()? {
+                    let place = match key.as_ref() {
+                        "task_id" => &mut envelope.task_id,
+                        "agent_type" => &mut envelope.agent_type,
+                        "case_id" => &mut envelope.case_id,
+                        "alert_id" => &mut envelope.alert_id,
+                        "assignment_id" => &mut envelope.assignment_id,
+                        "network_attack_id" => &mut envelope.network_attack_id,
+                        _ => {
+                            map.next_value::<IgnoredAny>()?;
+                            continue;
+                        }
+                    };
+                    *place = Some(map.next_value()?);
+                }
+                Ok(envelope)
+            }
+        }
+
+        deserializer.deserialize_map(Members)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_read_as_text_whether_they_are_texts_or_numbers() {
+        let text = r#" {"task_id":"t\u0031","case_id":7,"alert_id":["x"],"agent_type":"","x":{"task_id":"no"}}"#;
+        let envelope = Envelope::parse(text).expect("JSON");
+        assert_eq!(plain(envelope.task_id).as_deref(), Some("t1"));
+        assert_eq!(plain(envelope.case_id).as_deref(), Some("7"));
+        assert_eq!(
+            [plain(envelope.alert_id), plain(envelope.agent_type), plain(envelope.assignment_id)],
+            [None, None, None]
+        );
+    }
+
+    #[test]
+    fn any_json_passes_and_nothing_else() {
+        for json in ["[1,2]", "7", "null", "\"x\"", " {} "] {
+            assert!(Envelope::parse(json).is_ok(), "{json}");
+        }
+        for bad in ["", "{", "{}{}", "[1,]", "nul", "{\"task_id\":}"] {
+            assert!(Envelope::parse(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! How the server is reached, and what is written there.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use secrecy::{ExposeSecret as _, SecretString};
+use serde::{Deserialize, Serialize, Serializer};
+use tokio_postgres::config::{Host, SslMode};
+use tokio_postgres_rustls::MakeRustlsConnect;
+use url::Url;
+
+use super::table::TableName;
+use crate::sink::tls::{self, NoTrust};
+
+/// What stands for a secret where the configuration is printed.
+const MASK: &str = "********";
+
+/// Where rows are written, and how.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct PostgresConfig {
+    /// `postgres://[user[:password]@]host[:port][,…]/database[?sslmode=disable|prefer|require&…]`. Where TLS is used,
+    /// the server's certificate is verified; `prefer` (the default) goes without where the server has none.
+    #[serde(serialize_with = "masked_url")]
+    pub url: SecretString,
+    /// A file that holds the password, instead of one in the URL. Read for each connection; a line end is ignored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub password_file: Option<PathBuf>,
+    /// The certificates to trust, in PEM; those of the system where it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// `table` or `schema.table`.
+    #[serde(default = "default::table")]
+    pub table: TableName,
+    /// Whether to create the table where it is missing.
+    #[serde(default = "default::create_table")]
+    pub create_table: bool,
+    /// The most rows in one transaction, 1 to 10,000.
+    #[serde(default = "default::batch")]
+    pub batch: usize,
+    /// The most connections, 1 to 64. They are opened as they are needed: one for each call that a group makes at a
+    /// time.
+    #[serde(default = "default::connections")]
+    pub connections: usize,
+    /// How long connecting may take, and then each transaction; 100 ms to 5 min.
+    #[serde(default = "default::timeout", with = "humantime_serde")]
+    pub timeout: Duration,
+}
+
+mod default {
+    use std::time::Duration;
+
+    use super::TableName;
+
+    pub(super) fn table() -> TableName {
+        "agent_results".parse().expect("a valid table name")
+    }
+
+    pub(super) const fn create_table() -> bool {
+        true
+    }
+
+    pub(super) const fn batch() -> usize {
+        1000
+    }
+
+    pub(super) const fn connections() -> usize {
+        4
+    }
+
+    pub(super) const fn timeout() -> Duration {
+        Duration::from_secs(10)
+    }
+}
+
+fn masked_url<S: Serializer>(url: &SecretString, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&masked(url.expose_secret()))
+}
+
+/// The URL without its password; no part of it where it can't be told what the password is.
+fn masked(url: &str) -> String {
+    let Ok(mut url) = Url::parse(url) else { return MASK.to_owned() };
+    if url.password().is_some() && url.set_password(Some(MASK)).is_err() {
+        return MASK.to_owned();
+    }
+    let pairs: Vec<(String, String)> = url.query_pairs().into_owned().collect();
+    if pairs.iter().any(|(name, _)| name == "password") {
+        let mask =
+            |(name, value): (String, String)| if name == "password" { (name, MASK.to_owned()) } else { (name, value) };
+        url.query_pairs_mut().clear().extend_pairs(pairs.into_iter().map(mask));
+    }
+    url.into()
+}
+
+/// Why the configuration can't be used. Never holds a password.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum InvalidConfig {
+    #[error("url: {0}")]
+    Url(String),
+    #[error("password_file: cannot read {path}", path = path.display())]
+    File { path: PathBuf, source: io::Error },
+    #[error("ca_file: {0}")]
+    Trust(NoTrust),
+}
+
+/// Everything that opening a connection needs, checked.
+#[derive(Clone)]
+pub(super) struct Settings {
+    pub(super) server: tokio_postgres::Config,
+    pub(super) password_file: Option<PathBuf>,
+    pub(super) tls: MakeRustlsConnect,
+    pub(super) timeout: Duration,
+    /// Hosts, for messages.
+    pub(super) address: String,
+}
+
+/// Without the credentials.
+impl std::fmt::Debug for Settings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Settings").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
+impl PostgresConfig {
+    /// Every key that makes no sense, with the reason.
+    pub fn problems(&self) -> Vec<(&'static str, String)> {
+        let mut problems = Vec::new();
+        if let Err(error) = self.server() {
+            problems.push(("url", error));
+        }
+        if !(1..=10_000).contains(&self.batch) {
+            problems.push(("batch", format!("must be 1 to 10000, not {}", self.batch)));
+        }
+        if !(1..=64).contains(&self.connections) {
+            problems.push(("connections", format!("must be 1 to 64, not {}", self.connections)));
+        }
+        if !(Duration::from_millis(100)..=Duration::from_mins(5)).contains(&self.timeout) {
+            let timeout = humantime_serde::re::humantime::format_duration(self.timeout);
+            problems.push(("timeout", format!("must be 100ms to 5min, not {timeout}")));
+        }
+        problems
+    }
+
+    pub(super) fn settings(&self) -> Result<Settings, InvalidConfig> {
+        let mut server = self.server().map_err(InvalidConfig::Url)?;
+        if let Some(path) = &self.password_file {
+            std::fs::metadata(path).map_err(|source| InvalidConfig::File { path: path.clone(), source })?;
+        }
+        if server.get_application_name().is_none() {
+            server.application_name("aurora-bus");
+        }
+        // One host that swallows packets must leave time for the others.
+        let hosts = u32::try_from(server.get_hosts().len().max(server.get_hostaddrs().len()).max(1)).unwrap_or(1);
+        if server.get_connect_timeout().is_none() {
+            server.connect_timeout(self.timeout / hosts);
+        }
+        if server.get_tcp_user_timeout().is_none() {
+            server.tcp_user_timeout(self.timeout);
+        }
+        server
+            .keepalives_idle(Duration::from_secs(15))
+            .keepalives_interval(Duration::from_secs(5))
+            .keepalives_retries(3);
+        let address = address(&server);
+        let tls = match server.get_ssl_mode() {
+            SslMode::Disable => tls::trusting_none(),
+            // Without a certificate to trust, a server that offers TLS is refused when it is met.
+            SslMode::Prefer if self.ca_file.is_none() => {
+                tls::client_config(None).unwrap_or_else(|_| tls::trusting_none())
+            }
+            _ => tls::client_config(self.ca_file.as_deref()).map_err(InvalidConfig::Trust)?,
+        };
+        let tls = MakeRustlsConnect::new(tls);
+        Ok(Settings { server, password_file: self.password_file.clone(), tls, timeout: self.timeout, address })
+    }
+
+    /// The server as the URL has it.
+    fn server(&self) -> Result<tokio_postgres::Config, String> {
+        let url = self.url.expose_secret();
+        if !["postgres://", "postgresql://"].iter().any(|scheme| url.starts_with(scheme)) {
+            return Err("must begin with postgres:// or postgresql://".to_owned());
+        }
+        // The library's words for its modes are fewer; verification is always on here.
+        let url = url.replace("sslmode=verify-full", "sslmode=require").replace("sslmode=verify-ca", "sslmode=require");
+        let server: tokio_postgres::Config = url.parse().map_err(|error: tokio_postgres::Error| {
+            let cause = std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
+            format!("{error}{cause}")
+        })?;
+        if server.get_hosts().is_empty() && server.get_hostaddrs().is_empty() {
+            return Err("names no host".to_owned());
+        }
+        if server.get_ssl_mode() == SslMode::Disable && self.ca_file.is_some() {
+            return Err("has sslmode=disable, but ca_file is given".to_owned());
+        }
+        if server.get_password().is_some() && self.password_file.is_some() {
+            return Err("has a password, but password_file is given too".to_owned());
+        }
+        Ok(server)
+    }
+}
+
+fn address(server: &tokio_postgres::Config) -> String {
+    let name = |host: &Host| match host {
+        Host::Tcp(name) => name.clone(),
+        Host::Unix(path) => path.display().to_string(),
+    };
+    let mut names: Vec<String> = server.get_hosts().iter().map(name).collect();
+    if names.is_empty() {
+        names = server.get_hostaddrs().iter().map(ToString::to_string).collect();
+    }
+    let ports = server.get_ports();
+    let with_port = |(n, name): (usize, &String)| match ports.get(n).or(ports.first()) {
+        Some(port) => format!("{name}:{port}"),
+        None => name.clone(),
+    };
+    names.iter().enumerate().map(with_port).collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(text: &str) -> PostgresConfig {
+        toml::from_str(text).expect("every key is known")
+    }
+
+    #[test]
+    fn a_url_is_all_it_needs() {
+        let config = config("url = 'postgres://aurora@localhost/aurora'");
+        assert_eq!(config.problems(), []);
+        assert_eq!((config.table.to_string().as_str(), config.create_table), ("agent_results", true));
+        assert!(toml::from_str::<PostgresConfig>("table = 'x'").is_err());
+    }
+
+    #[test]
+    fn every_senseless_value_is_told_with_its_key() {
+        let config = config("url = 'mysql://x'\nbatch = 0\nconnections = 65\ntimeout = '1h'");
+        let keys: Vec<_> = config.problems().into_iter().map(|(key, _)| key).collect();
+        assert_eq!(keys, ["url", "batch", "connections", "timeout"]);
+    }
+
+    #[test]
+    fn urls_that_contradict_themselves_are_told() {
+        let told = |text: &str| config(text).problems().pop().map(|(_, problem)| problem).unwrap_or_default();
+        assert!(told("url = 'postgres://localhost/x?sslmode=maybe'").contains("sslmode"));
+        assert!(told("url = 'postgres://a:b@localhost/x'\npassword_file = 'p'").contains("password_file"));
+        assert!(told("url = 'postgres://localhost/x?sslmode=disable'\nca_file = 'p'").contains("ca_file"));
+        assert!(told("url = 'postgres:///x'").contains("host"));
+        assert_eq!(told("url = 'postgresql://h1:1,h2:2/x?sslmode=verify-full'"), "");
+    }
+
+    #[test]
+    fn no_password_is_ever_printed() {
+        let urls = [
+            "postgres://aurora:hunter2@localhost/aurora",
+            "postgres://aurora@localhost/aurora?password=hunter2&sslmode=disable",
+            "postgres://aurora:hunter2@h1,h2/aurora",
+            "postgres://aurora:hunter2@%2Frun%2Fpostgresql/aurora",
+            "postgres://aurora:hunter2@h:x/aurora",
+        ];
+        for url in urls {
+            let config = config(&format!("url = '{url}'"));
+            let printed = toml::to_string(&config).expect("TOML");
+            let settings = config.settings().map(|settings| format!("{settings:?}"));
+            let problems = config.problems();
+            let all = format!("{printed} {config:?} {settings:?} {problems:?}");
+            assert!(!all.contains("hunter2"), "{all}");
+        }
+    }
+}
