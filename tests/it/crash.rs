@@ -289,10 +289,14 @@ async fn a_folder_that_cannot_be_written_is_refused_with_its_name() {
 
 /// A small file system of its own, gone with this value.
 #[derive(Debug)]
-struct SmallDisk(TempDir);
+pub(crate) struct SmallDisk(TempDir);
 
 impl SmallDisk {
-    fn new(mebibytes: u32) -> Self {
+    pub(crate) fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    pub(crate) fn new(mebibytes: u32) -> Self {
         let folder = TempDir::new().expect("a temporary folder");
         let size = format!("size={mebibytes}m");
         let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(folder.path()).output();

@@ -5,7 +5,9 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+use aurora_bus::config::{Config, Layers, load};
 use aurora_bus::metrics::Metrics;
+use aurora_bus::sink::SinkConfig;
 
 use crate::support::app::Home;
 use crate::support::install;
@@ -38,6 +40,21 @@ fn prometheus_accepts_the_alert_rules() {
 #[test]
 fn alerts_go_off_when_they_should() {
     promtool_accepts("test", "rules", "prometheus/aurora-bus.rules.test.yml");
+}
+
+#[test]
+fn the_composed_daemon_is_the_default_one_with_results_in_postgresql() {
+    let layers = Layers { file: Some(deployed("compose/aurora-bus.toml")), ..Layers::default() };
+    let mut composed = load(&layers).expect("a valid configuration");
+    assert!(matches!(composed.sinks.remove("results"), Some(SinkConfig::Postgres(_))));
+    let groups = composed.streams.iter_mut().flat_map(|stream| &mut stream.groups);
+    let results = groups.into_iter().find(|group| group.name.as_str() == "api-agent-results").expect("the group");
+    assert_eq!(results.sink.replace("log".to_owned()).as_deref(), Some("results"));
+    assert_eq!(composed.to_toml(), Config::default().to_toml());
+
+    let compose = concat!(env!("CARGO_MANIFEST_DIR"), "/docker-compose.yml");
+    let compose = std::fs::read_to_string(compose).expect("the Compose file");
+    assert!(compose.contains("- ./deploy/compose/aurora-bus.toml:/aurora-bus/config/aurora-bus.toml:ro"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,6 +9,8 @@ mod dead_letters;
 mod delivery;
 mod deploy;
 mod docs;
+mod forward;
+mod postgres;
 mod redis_durability;
 mod redis_faults;
 mod redis_sentinel;

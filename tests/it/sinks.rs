@@ -3,15 +3,17 @@
 mod audit;
 mod daemon;
 mod log;
+mod postgres;
+mod stream;
 mod webhook;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use aurora_bus::event::{Delivery, Entry, EntryId, Fields, field};
+use aurora_bus::event::{Delivery, Entry, EntryId, Fields, StreamName, field};
 use aurora_bus::metrics::Metrics;
-use aurora_bus::sink::{Metered, Origin, Sink, SinkConfig, SinkError, SinkErrorClass};
+use aurora_bus::sink::{Forward, Metered, Origin, Sink, SinkConfig, SinkError, SinkErrorClass};
 use bytes::Bytes;
 use tokio::task::JoinSet;
 
@@ -60,9 +62,24 @@ trait Outage: World {
     async fn come_up(&mut self);
 }
 
+/// A store without streams, for sinks that forward to none.
+#[derive(Debug)]
+struct Nowhere;
+
+#[async_trait]
+impl Forward for Nowhere {
+    async fn check(&self, stream: &StreamName) -> Result<(), SinkError> {
+        Err(SinkError::new(SinkErrorClass::Transient, format!("there is no stream `{stream}`")))
+    }
+
+    async fn forward(&self, stream: &StreamName, _: Vec<(String, Fields)>) -> Result<(), SinkError> {
+        self.check(stream).await
+    }
+}
+
 /// Makes a sink as the daemon does.
 async fn build(config: SinkConfig) -> Result<Arc<dyn Sink>, SinkError> {
-    config.build("it").await
+    config.build("it", Arc::new(Nowhere)).await
 }
 
 /// An entry's delivery: number `n` of its stream.
@@ -337,5 +354,6 @@ use sink_tests;
 
 #[test]
 fn every_kind_of_sink_is_in_the_suite() {
-    assert_eq!(SinkConfig::TYPES, [log::Log::TYPE, audit::Audit::TYPE, webhook::Single::TYPE]);
+    let suite = [log::Log::TYPE, audit::Audit::TYPE, webhook::Single::TYPE, postgres::Rows::TYPE, stream::Tasks::TYPE];
+    assert_eq!(SinkConfig::TYPES, suite);
 }

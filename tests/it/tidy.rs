@@ -15,7 +15,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("telemetry", &["metrics"]),
     ("store", &["event", "metrics", "readiness"]),
     ("sink", &["event", "metrics", "readiness"]),
-    ("bus", &["event", "metrics", "readiness", "store"]),
+    ("bus", &["event", "metrics", "readiness", "store", "sink"]),
     ("delivery", &["event", "metrics", "readiness", "store", "sink"]),
     ("relay", &["event", "metrics", "readiness", "store"]),
     ("dead_letters", &["event", "metrics", "readiness", "store", "bus"]),

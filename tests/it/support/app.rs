@@ -228,6 +228,14 @@ impl Daemon {
         body
     }
 
+    /// The body of a path, whatever its status; empty where no answer came.
+    pub(crate) async fn body(&self, path: &str) -> String {
+        match self.client.get(self.url(path)).send().await {
+            Ok(response) => response.text().await.unwrap_or_default(),
+            Err(_) => String::new(),
+        }
+    }
+
     /// Waits until `/ready` answers that.
     pub(crate) async fn ready(&self, status: StatusCode) {
         until(&format!("/ready {status}"), BOUND, async || (self.status("/ready").await? == status).then_some(()))

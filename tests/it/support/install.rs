@@ -21,7 +21,9 @@ pub(crate) fn program(name: &str, package: &str) -> PathBuf {
 }
 
 fn find(name: &str) -> Option<PathBuf> {
-    let output = Command::new("sh").args(["-c", "command -v \"$1\"", "sh", name]).output().expect("sh runs");
+    // Debian keeps PostgreSQL's server programs beside the path, a folder for each version.
+    let script = "command -v \"$1\" || ls -d /usr/lib/postgresql/*/bin/\"$1\" 2>/dev/null | tail -n 1 | grep .";
+    let output = Command::new("sh").args(["-c", script, "sh", name]).output().expect("sh runs");
     let path = String::from_utf8(output.stdout).expect("paths of programs are UTF-8");
     output.status.success().then(|| PathBuf::from(path.trim()))
 }

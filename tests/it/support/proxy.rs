@@ -51,6 +51,11 @@ impl Proxy {
         format!("redis://{}/0", self.address)
     }
 
+    /// The port for clients of other servers.
+    pub(crate) fn port(&self) -> u16 {
+        self.address.port()
+    }
+
     /// The next request that contains `part` reaches the server, but its reply does not come back: the connection is
     /// cut instead.
     pub(crate) fn drop_reply_to(&self, part: &[u8]) {
