@@ -1,6 +1,6 @@
 //! The daemon, put together: what is built from what, what runs, and how it ends.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::bus::{Bus, Catalogue};
 use crate::config::{Backend, Config};
 use crate::dead_letters::{DeadLetters, Keeper, Source};
-use crate::delivery::{Declared, GroupSpec, Janitor, Sampler, Worker};
+use crate::delivery::{GroupSpec, Guard, Janitor, Reaper, Sampler, Worker};
 use crate::event::ConsumerName;
 use crate::http::{self, Api};
 use crate::metrics::Metrics;
@@ -42,7 +42,8 @@ pub struct App {
     store: Arc<dyn Store>,
     sinks: BTreeMap<String, Arc<dyn Sink>>,
     workers: Vec<Worker>,
-    declared: Vec<Declared>,
+    guards: Vec<Guard>,
+    reaper: Reaper,
     janitor: Janitor,
     sampler: Sampler,
     dead_letters: (Keeper, Part),
@@ -94,20 +95,26 @@ impl App {
         let keeper = (dead_letters.keeper(), readiness.part("dead letters", None));
 
         let mut workers = Vec::new();
-        let mut declared = Vec::new();
+        let mut guards = Vec::new();
+        let (mut groups, mut consumers) = (Vec::new(), HashSet::new());
         for stream in &config.streams {
             for group in &stream.groups {
                 let part = |name: String| readiness.part(&name, Some(STALE_AFTER));
                 let full_name = format!("{}/{}", stream.name, group.name);
                 let spec =
                     GroupSpec { stream: stream.name.clone(), dead_letter: stream.dead_letter(), config: group.clone() };
+                groups.push(spec.clone());
                 let Some(sink) = &group.sink else {
-                    declared.push(Declared::new(Arc::clone(&store), spec, part(format!("group {full_name}"))));
+                    let consumer: ConsumerName = format!("{}-guard", config.instance).parse()?;
+                    consumers.insert(consumer.clone());
+                    let part = part(format!("group {full_name}"));
+                    guards.push(Guard::new(Arc::clone(&store), spec, consumer, &metrics, part));
                     continue;
                 };
                 let sink = sinks.get(sink).context("a group names a sink that is not there")?;
                 for index in 0..group.workers {
                     let consumer: ConsumerName = format!("{}-{index}", config.instance).parse()?;
+                    consumers.insert(consumer.clone());
                     let name = if group.workers == 1 { full_name.clone() } else { format!("{full_name} {index}") };
                     let part = part(format!("worker {name}"));
                     let (store, sink) = (Arc::clone(&store), Arc::clone(sink));
@@ -116,6 +123,7 @@ impl App {
             }
         }
 
+        let reaper = Reaper::new(Arc::clone(&store), groups, consumers, metrics.clone());
         let store_part = readiness.part("store", Some(STALE_AFTER));
         let stop_sessions = CancellationToken::new();
         let api = Api::new(
@@ -136,7 +144,8 @@ impl App {
             store,
             sinks,
             workers,
-            declared,
+            guards,
+            reaper,
             janitor,
             sampler,
             dead_letters: keeper,
@@ -161,9 +170,10 @@ impl App {
         for worker in self.workers {
             tasks.spawn(named("worker", worker.run(work.clone())));
         }
-        for group in self.declared {
-            tasks.spawn(named("declared group", group.run(work.clone())));
+        for guard in self.guards {
+            tasks.spawn(named("guard", guard.run(work.clone())));
         }
+        tasks.spawn(named("reaper", self.reaper.run(work.clone())));
         tasks.spawn(named("janitor", self.janitor.run(work.clone())));
         tasks.spawn(named("sampler", self.sampler.run(work.clone())));
         let (keeper, keeper_part) = self.dead_letters;

@@ -3,20 +3,22 @@
 //! Owns what happens between [`Store::fetch`] and [`Store::settle`]: batches, deadlines, retries, dead letters, taking
 //! over what crashed workers left, and handing back at the end. It promises that an entry leaves a group only
 //! acknowledged after its sink took it, as a dead letter, or counted as filtered or lost. It knows nothing of the
-//! relay, of HTTP, or of which store and sink it works with.
+//! relay, of HTTP, or of which store and sink it works with. Groups consumed from outside have a [`Guard`] instead.
 //!
 //! One [`Worker`] is one consumer of one group. It fetches the next batch while the sink handles the last one and the
 //! one before it is being acknowledged; each of these three steps has at most one store call under way, and what
 //! comes up meanwhile goes into the next call together.
 
+mod breaker;
 mod call;
 mod config;
-mod declared;
+mod guard;
 mod meters;
 mod outbox;
 mod patience;
 mod policy;
 mod pump;
+mod reaper;
 mod retention;
 mod retries;
 mod sampler;
@@ -27,9 +29,11 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, info_span};
 
+pub use breaker::BreakerPolicy;
 pub use config::{GroupConfig, GroupStart, InvalidValue};
-pub use declared::Declared;
+pub use guard::Guard;
 pub use policy::{RetryPolicy, Verdict};
+pub use reaper::Reaper;
 pub use retention::{Janitor, Retention};
 pub use sampler::Sampler;
 

@@ -120,6 +120,10 @@ metrics! {
     lost: IntCounterVec = "aurora_bus_lost_total" ["stream", "group", "reason"];
     /// Entries taken over from consumers that were idle for too long.
     claimed: IntCounterVec = "aurora_bus_claimed_total" ["stream", "group"];
+    /// Entries that consumers outside left half done, appended again for others.
+    redelivered: IntCounterVec = "aurora_bus_redelivered_total" ["stream", "group"];
+    /// Consumers removed from a group after asking for nothing for long.
+    consumers_reaped: IntCounterVec = "aurora_bus_consumers_reaped_total" ["stream", "group"];
     /// Results that came too late: another consumer had taken the entry over.
     not_owned: IntCounterVec = "aurora_bus_not_owned_total" ["stream", "group"];
     /// Times a group was found missing and made again.
@@ -134,6 +138,10 @@ metrics! {
     sink_deliveries: IntCounterVec = "aurora_bus_sink_deliveries_total" ["sink"];
     /// Time of the calls of a sink, in seconds.
     sink_seconds: HistogramVec = "aurora_bus_sink_seconds" ["sink"];
+    /// Workers of a group that have paused because their sink is down.
+    breaker_open: IntGaugeVec = "aurora_bus_breaker_open" ["stream", "group"];
+    /// Times a worker of a group has paused because its sink was down.
+    breaker_opened: IntCounterVec = "aurora_bus_breaker_opened_total" ["stream", "group"];
     /// Entries a group has not been given yet; absent while the store can't tell.
     group_lag: IntGaugeVec = "aurora_bus_group_lag" ["stream", "group"];
     /// Entries given to a group and not settled.

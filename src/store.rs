@@ -38,7 +38,7 @@ pub use error::{StoreError, StoreErrorKind};
 pub use metered::Metered;
 pub use types::{
     Appended, Claimed, ConsumerStatus, Cursor, Durability, GroupStatus, Order, Outcome, Pending, Range, Reclaimed,
-    Settled, Settlement, Start, StoreStatus, StreamStatus, Trim,
+    Redelivered, Redelivery, Settled, Settlement, Start, StoreStatus, StreamStatus, Trim,
 };
 
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
@@ -126,6 +126,35 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         from: EntryId,
         limit: usize,
     ) -> Result<Reclaimed, StoreError>;
+
+    /// Hands on pending entries that whoever held them has left, for consumers that read new entries only.
+    ///
+    /// Looks at a bounded number of pending entries from `from` on, and acts on those idle for long enough, at most
+    /// `limit` (100 or less). Each is appended again at the end of the stream and acknowledged, in one step. The new
+    /// entry has the fields of the old one and [`field::REPLAY_GROUP`] (this group: it is for no other),
+    /// [`field::REPLAY_OF`] (the id that it had first) and [`field::REPLAY_ATTEMPTS`] (how often it was delivered so
+    /// far, under all its ids). Else:
+    ///
+    /// - One that was delivered [`Redelivery::max_deliveries`] times or more becomes pending on the cursor's consumer,
+    ///   which counts no attempt, and is returned to be given up by [`Store::settle`]. Its attempt is the number of all
+    ///   its deliveries.
+    /// - One for another group is acknowledged.
+    /// - One whose body was trimmed away is not pending any more, and told as lost.
+    ///
+    /// Go on from [`Redelivered::next`] until it is [`EntryId::MIN`]. Safe to repeat, and for several callers at once:
+    /// who comes second finds nothing pending, or it idle for too short. Fails with [`StoreErrorKind::NoGroup`] where
+    /// the group is gone.
+    ///
+    /// [`field::REPLAY_GROUP`]: crate::event::field::REPLAY_GROUP
+    /// [`field::REPLAY_OF`]: crate::event::field::REPLAY_OF
+    /// [`field::REPLAY_ATTEMPTS`]: crate::event::field::REPLAY_ATTEMPTS
+    async fn redeliver(
+        &self,
+        cursor: &Cursor,
+        redelivery: Redelivery,
+        from: EntryId,
+        limit: usize,
+    ) -> Result<Redelivered, StoreError>;
 
     /// Settles deliveries of this cursor's consumer: acknowledges, re-arms, dead-letters or releases.
     ///

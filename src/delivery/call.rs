@@ -1,18 +1,16 @@
-//! Calling the sink: deadlines, panics, refused batches, and sinks that are down.
+//! Calling the sink: deadlines, panics, refused batches, and asking whether it is down.
 
 use std::any::Any;
 use std::future::Future;
 use std::ops::Range;
 use std::panic::AssertUnwindSafe;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt as _;
 use prometheus::{Histogram, IntCounter};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
 
-use super::patience::{Backoff, Trouble};
 use crate::event::Delivery;
 use crate::sink::{Origin, Sink, SinkError, SinkErrorClass};
 
@@ -28,16 +26,9 @@ pub(super) struct Caller {
     pub(super) timeout: Duration,
     pub(super) deliveries: IntCounter,
     pub(super) handler_seconds: Histogram,
-    /// Cancelled when no call should wait for a sink that is down.
-    pub(super) stop: CancellationToken,
     /// Cancelled when calls under way must end.
     pub(super) abort: CancellationToken,
-    pub(super) outage: Outage,
 }
-
-/// Whether the sink is down, as far as is known, and why.
-#[derive(Debug, Default)]
-pub(super) struct Outage(Mutex<(Trouble, Option<String>)>);
 
 /// A batch after it was delivered, and the parts of it that were not taken, in order.
 #[derive(Debug)]
@@ -51,15 +42,32 @@ pub(super) struct Delivered {
 pub(super) enum Failure {
     /// The sink failed.
     Refused(SinkError),
-    /// The worker stopped while the sink was down.
-    NotBegun,
+    /// The sink failed, and says that it is down: why it failed, and what it says.
+    Down(SinkError, String),
+    /// The sink says that it is down, so it was not called.
+    NotBegun(String),
     /// The worker stopped amid the call.
     Aborted,
 }
 
+impl Delivered {
+    /// Whether the sink took anything, or said no to anything for good.
+    pub(super) fn was_answered(&self) -> bool {
+        let failed: usize = self.failures.iter().map(|(part, _)| part.len()).sum();
+        let is_final =
+            |failure: &Failure| matches!(failure, Failure::Refused(e) if e.class() == SinkErrorClass::Permanent);
+        failed < self.batch.len() || self.failures.iter().any(|(_, failure)| is_final(failure))
+    }
+}
+
 impl Caller {
-    /// Delivers a batch; what the sink refuses of it is halved until the bad entries are alone.
-    pub(super) async fn deliver(&self, batch: Vec<Delivery>) -> Delivered {
+    /// Delivers a batch; what the sink refuses of it is halved until the bad entries are alone. With `is_probe`, the sink
+    /// is asked first whether it is up.
+    pub(super) async fn deliver(&self, batch: Vec<Delivery>, is_probe: bool) -> Delivered {
+        if is_probe && let Err(reason) = self.check().await {
+            let failures = Vec::from([(Range { start: 0, end: batch.len() }, Failure::NotBegun(reason))]);
+            return Delivered { batch, failures };
+        }
         let mut failures = Vec::new();
         // The next part is the last one here.
         let mut parts = Vec::from([Range { start: 0, end: batch.len() }]);
@@ -69,6 +77,12 @@ impl Caller {
                 let middle = part.start + part.len() / 2;
                 parts.push(middle..part.end);
                 parts.push(part.start..middle);
+                continue;
+            }
+            if let Failure::Down(_, reason) = &failure {
+                let reason = reason.clone();
+                failures.push((part, failure));
+                failures.extend(parts.drain(..).rev().map(|part| (part, Failure::NotBegun(reason.clone()))));
             } else {
                 failures.push((part, failure));
             }
@@ -78,26 +92,18 @@ impl Caller {
 
     /// Delivers a part at once. A failure comes with whether a single entry of it may have caused it.
     async fn deliver_part(&self, part: &[Delivery]) -> Result<(), (Failure, bool)> {
-        let mut has_waited = false;
-        loop {
-            let Err(call) = self.call(part).await else { return Ok(()) };
-            let error = match call {
-                CallError::Aborted => return Err((Failure::Aborted, false)),
-                CallError::Panicked(error) => return Err((Failure::Refused(error), true)),
-                CallError::Refused(error) => error,
-            };
-            if error.class() != SinkErrorClass::Transient {
-                return Err((Failure::Refused(error), true));
-            }
-            // An outage must not use up the attempts of every entry that comes. But an entry that brings the sink
-            // down each time must not hold up the others for ever: so waiting is for once.
-            if has_waited || self.check().await.is_ok() {
-                return Err((Failure::Refused(error), false));
-            }
-            if !self.wait_until_up().await {
-                return Err((Failure::NotBegun, false));
-            }
-            has_waited = true;
+        let Err(call) = self.call(part).await else { return Ok(()) };
+        let error = match call {
+            CallError::Aborted => return Err((Failure::Aborted, false)),
+            CallError::Panicked(error) => return Err((Failure::Refused(error), true)),
+            CallError::Refused(error) => error,
+        };
+        if error.class() != SinkErrorClass::Transient {
+            return Err((Failure::Refused(error), true));
+        }
+        match self.check().await {
+            Ok(()) => Err((Failure::Refused(error), false)),
+            Err(reason) => Err((Failure::Down(error, reason), false)),
         }
     }
 
@@ -112,10 +118,7 @@ impl Caller {
         self.handler_seconds.observe(started.elapsed().as_secs_f64());
         self.deliveries.inc_by(part.len() as u64);
         match outcome {
-            Ok(Ok(Ok(()))) => {
-                self.is_up();
-                Ok(())
-            }
+            Ok(Ok(Ok(()))) => Ok(()),
             Ok(Ok(Err(error))) => Err(CallError::Refused(error)),
             Ok(Err(panic)) => {
                 let message = format!("the sink panicked: {panic}");
@@ -128,51 +131,20 @@ impl Caller {
         }
     }
 
-    /// Whether the sink says it is up.
-    async fn check(&self) -> Result<(), ()> {
-        let text = match tokio::time::timeout(CHECK_TIMEOUT, guarded(self.sink.check())).await {
-            Ok(Ok(Ok(()))) => {
-                self.is_up();
-                return Ok(());
-            }
-            Ok(Ok(Err(error))) => chain(&error),
-            Ok(Err(panic)) => format!("its check panicked: {panic}"),
-            Err(_elapsed) => format!("its check took more than {CHECK_TIMEOUT:?}"),
+    /// Whether the sink says it is up; if not, what it says.
+    async fn check(&self) -> Result<(), String> {
+        let check = tokio::time::timeout(CHECK_TIMEOUT, guarded(self.sink.check()));
+        let checked = tokio::select! {
+            biased;
+            checked = check => checked,
+            // There is no time to find out.
+            () = self.abort.cancelled() => return Ok(()),
         };
-        let mut outage = self.outage.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(times) = outage.0.occurred() {
-            warn!(
-                sink = self.name, stream = %self.origin.stream, group = %self.origin.group, error = text, times,
-                "the sink is down; its entries wait"
-            );
-        }
-        outage.1 = Some(text);
-        Err(())
-    }
-
-    fn is_up(&self) {
-        let mut outage = self.outage.0.lock().unwrap_or_else(PoisonError::into_inner);
-        outage.1 = None;
-        if let Some(after) = outage.0.ended() {
-            info!(
-                sink = self.name, stream = %self.origin.stream, group = %self.origin.group, ?after,
-                "the sink is up again"
-            );
-        }
-    }
-
-    /// Waits until the sink is up; false when the worker stops before.
-    async fn wait_until_up(&self) -> bool {
-        let mut backoff = Backoff::default();
-        loop {
-            tokio::select! {
-                biased;
-                () = self.stop.cancelled() => return false,
-                () = tokio::time::sleep(backoff.failed()) => {}
-            }
-            if self.check().await.is_ok() {
-                return true;
-            }
+        match checked {
+            Ok(Ok(Ok(()))) => Ok(()),
+            Ok(Ok(Err(error))) => Err(chain(&error)),
+            Ok(Err(panic)) => Err(format!("its check panicked: {panic}")),
+            Err(_elapsed) => Err(format!("its check took more than {CHECK_TIMEOUT:?}")),
         }
     }
 }
@@ -181,13 +153,6 @@ enum CallError {
     Refused(SinkError),
     Panicked(SinkError),
     Aborted,
-}
-
-impl Outage {
-    /// Why the sink is down, if it is.
-    pub(super) fn reason(&self) -> Option<String> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).1.clone()
-    }
 }
 
 /// Awaits a future that may panic; an error holds what the panic said.
@@ -213,6 +178,7 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use async_trait::async_trait;
@@ -260,9 +226,7 @@ mod tests {
             timeout: Duration::from_secs(30),
             deliveries: metrics.deliveries.with_label_values(&["s", "g"]),
             handler_seconds: metrics.handler_seconds.with_label_values(&["s", "g"]),
-            stop: CancellationToken::new(),
             abort: CancellationToken::new(),
-            outage: Outage::default(),
         };
         (sink, caller)
     }
@@ -275,7 +239,9 @@ mod tests {
     fn refused(delivered: &Delivered) -> Vec<(Range<usize>, String)> {
         let text = |failure: &Failure| match failure {
             Failure::Refused(error) => error.to_string(),
-            other => format!("{other:?}"),
+            Failure::Down(error, reason) => format!("Down({error}, {reason})"),
+            Failure::NotBegun(reason) => format!("NotBegun({reason})"),
+            Failure::Aborted => "Aborted".to_owned(),
         };
         delivered.failures.iter().map(|(part, failure)| (part.clone(), text(failure))).collect()
     }
@@ -289,7 +255,7 @@ mod tests {
             },
             0,
         );
-        let delivered = caller.deliver(batch(0..8)).await;
+        let delivered = caller.deliver(batch(0..8), false).await;
         assert_eq!(refused(&delivered), [(3..4, "3".to_owned()), (6..7, "6".to_owned())]);
         let first_ids: Vec<_> = sink.calls.lock().unwrap().iter().map(|ids| ids[0]).collect();
         assert!(first_ids.is_sorted(), "in order: {first_ids:?}");
@@ -298,45 +264,45 @@ mod tests {
     #[tokio::test]
     async fn a_panic_is_blamed_on_its_entry_alone() {
         let (_, caller) = caller(|_, ids| if ids.contains(&2) { panic!("bug {}", 7) } else { Ok(()) }, 0);
-        let delivered = caller.deliver(batch(0..5)).await;
+        let delivered = caller.deliver(batch(0..5), false).await;
         assert_eq!(refused(&delivered), [(2..3, "the sink panicked: bug 7".to_owned())]);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_call_has_a_deadline() {
         let (_, caller) = caller(|_, _| Ok(()), 0);
-        let delivered = caller.deliver(batch(99..100)).await;
+        let delivered = caller.deliver(batch(99..100), false).await;
         assert_eq!(refused(&delivered), [(0..1, "the sink did not answer within 30s".to_owned())]);
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn an_outage_of_the_sink_is_waited_out_without_a_further_attempt() {
-        let down = |call, _: &[u64]| match call {
-            0 => Err(SinkError::new(SinkErrorClass::Transient, "connection refused")),
-            _ => Ok(()),
+    #[tokio::test]
+    async fn a_sink_that_says_it_is_down_is_not_called_any_more() {
+        let fails = |_, ids: &[u64]| match ids {
+            [0..4, .., 7] => Err(SinkError::new(SinkErrorClass::Permanent, "one is bad")),
+            _ => Err(SinkError::new(SinkErrorClass::Transient, "connection reset")),
         };
-        let (sink, caller) = caller(down, 7);
-        let delivered = caller.deliver(batch(0..4)).await;
-        assert_eq!(refused(&delivered), []);
+        let (sink, caller) = caller(fails, usize::MAX);
+        let delivered = caller.deliver(batch(0..8), false).await;
+        let expected = [(0..4, "Down(connection reset, down)".to_owned()), (4..8, "NotBegun(down)".to_owned())];
+        assert_eq!(refused(&delivered), expected);
         assert_eq!(sink.calls.lock().unwrap().len(), 2);
-        assert_eq!(caller.outage.reason(), None);
+        assert!(!delivered.was_answered());
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn an_entry_that_brings_the_sink_down_again_is_refused() {
-        let (_, caller) = caller(|_, _| Err(SinkError::new(SinkErrorClass::Transient, "reset")), 2);
-        let delivered = caller.deliver(batch(0..1)).await;
-        assert_eq!(refused(&delivered), [(0..1, "reset".to_owned())]);
+    #[tokio::test]
+    async fn a_probe_asks_first() {
+        let (sink, caller) = caller(|_, _| Ok(()), 1);
+        let delivered = caller.deliver(batch(0..1), true).await;
+        assert_eq!(refused(&delivered), [(0..1, "NotBegun(down)".to_owned())]);
+        assert_eq!(sink.calls.lock().unwrap().len(), 0);
+        let delivered = caller.deliver(delivered.batch, true).await;
+        assert_eq!(refused(&delivered), []);
+        assert!(delivered.was_answered());
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_worker_that_stops_does_not_wait_for_a_sink_that_is_down() {
-        let (_, caller) = caller(|_, _| Err(SinkError::new(SinkErrorClass::Transient, "reset")), usize::MAX);
-        let (delivered, ()) = tokio::join!(caller.deliver(batch(0..2)), async {
-            tokio::time::sleep(Duration::from_secs(20)).await;
-            assert_eq!(caller.outage.reason().as_deref(), Some("down"));
-            caller.stop.cancel();
-        });
-        assert_eq!(refused(&delivered), [(0..2, "NotBegun".to_owned())]);
+    #[tokio::test]
+    async fn a_sink_that_refuses_for_good_has_answered() {
+        let (_, caller) = caller(|_, _| Err(SinkError::new(SinkErrorClass::Permanent, "no")), 0);
+        assert!(caller.deliver(batch(0..1), false).await.was_answered());
     }
 }

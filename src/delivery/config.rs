@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::breaker::BreakerPolicy;
 use super::policy::RetryPolicy;
 use crate::event::{GroupName, Severity};
 use crate::store::Start;
@@ -14,8 +15,8 @@ use crate::store::Start;
 pub struct GroupConfig {
     /// The group's name in its stream.
     pub name: GroupName,
-    /// The name of the sink that takes its entries. Without one the group is consumed from outside, and all that
-    /// follows but `start` has no effect.
+    /// The name of the sink that takes its entries. Without one the group is consumed from outside, and of what
+    /// follows only `start`, `claim_idle`, `max_deliveries` and `reap_after` have an effect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sink: Option<String>,
     /// How many workers this instance runs for it, 1 to 64. More than one give up the order of entries.
@@ -28,10 +29,12 @@ pub struct GroupConfig {
     /// When and how often a failed delivery is tried again.
     #[serde(default)]
     pub retry: RetryPolicy,
-    /// How often an entry is delivered at most, deliveries that ended in a crash included.
+    /// How often an entry is delivered at most, deliveries that ended in a crash included. To consumers outside as
+    /// well: then it goes to the dead letters.
     #[serde(default = "default::max_deliveries")]
     pub max_deliveries: u32,
-    /// How long a delivery stays its worker's alone without a sign of life; then others take it over.
+    /// How long a delivery stays its worker's alone without a sign of life; then others take it over. What a consumer
+    /// outside has left for so long is appended again for the others.
     #[serde(default = "default::claim_idle", with = "humantime_serde")]
     pub claim_idle: Duration,
     /// Where the group begins when it is made.
@@ -50,6 +53,12 @@ pub struct GroupConfig {
     /// How long one call of the sink may take. Shorter than `claim_idle`.
     #[serde(default = "default::handler_timeout", with = "humantime_serde")]
     pub handler_timeout: Duration,
+    /// When a worker stops calling a sink that is down.
+    #[serde(default)]
+    pub breaker: BreakerPolicy,
+    /// After how long without a sign of life a consumer with nothing pending is removed.
+    #[serde(default = "default::reap_after", with = "humantime_serde")]
+    pub reap_after: Duration,
 }
 
 /// Where a group begins when it is made.
@@ -102,6 +111,10 @@ mod default {
     pub(super) const fn handler_timeout() -> Duration {
         Duration::from_secs(30)
     }
+
+    pub(super) const fn reap_after() -> Duration {
+        Duration::from_hours(1)
+    }
 }
 
 /// A value of a group's configuration that makes no sense.
@@ -129,6 +142,8 @@ impl GroupConfig {
             max_in_flight: default::max_in_flight(),
             concurrency: default::concurrency(),
             handler_timeout: default::handler_timeout(),
+            breaker: BreakerPolicy::default(),
+            reap_after: default::reap_after(),
         }
     }
 
@@ -137,7 +152,9 @@ impl GroupConfig {
         const SECOND: Duration = Duration::from_secs(1);
         const DAY: Duration = Duration::from_hours(24);
         let text = humantime_serde::re::humantime::format_duration;
-        let retry = &self.retry;
+        let (retry, breaker) = (&self.retry, &self.breaker);
+        // Without a sink, nobody makes attempts.
+        let least_deliveries = if self.sink.is_some() { retry.max_attempts } else { 1 };
         let rules = [
             ("workers", !(1..=64).contains(&self.workers), format!("must be 1 to 64, not {}", self.workers)),
             ("retry.max_attempts", retry.max_attempts == 0, "must be at least 1".to_owned()),
@@ -149,8 +166,13 @@ impl GroupConfig {
             ),
             (
                 "max_deliveries",
-                self.max_deliveries < retry.max_attempts,
-                format!("must be at least retry.max_attempts ({}), not {}", retry.max_attempts, self.max_deliveries),
+                self.max_deliveries < least_deliveries,
+                match self.sink {
+                    Some(_) => {
+                        format!("must be at least retry.max_attempts ({least_deliveries}), not {}", self.max_deliveries)
+                    }
+                    None => "must be at least 1".to_owned(),
+                },
             ),
             (
                 "claim_idle",
@@ -170,13 +192,24 @@ impl GroupConfig {
             ),
             (
                 "handler_timeout",
-                self.handler_timeout.is_zero() || self.handler_timeout >= self.claim_idle,
+                self.sink.is_some() && (self.handler_timeout.is_zero() || self.handler_timeout >= self.claim_idle),
                 format!(
                     "must be longer than 0s and shorter than claim_idle ({}), not {}",
                     text(self.claim_idle),
                     text(self.handler_timeout)
                 ),
             ),
+            ("breaker.pause", breaker.pause.is_zero(), "must be longer than 0s".to_owned()),
+            (
+                "breaker.max_pause",
+                breaker.max_pause < breaker.pause || breaker.max_pause > DAY,
+                format!(
+                    "must be from breaker.pause ({}) to 1day, not {}",
+                    text(breaker.pause),
+                    text(breaker.max_pause)
+                ),
+            ),
+            ("reap_after", self.reap_after < SECOND, format!("must be at least 1s, not {}", text(self.reap_after))),
         ];
         let broken = rules.into_iter().filter(|(_, is_broken, _)| *is_broken);
         broken.map(|(key, _, problem)| InvalidValue { key, problem }).collect()
@@ -205,7 +238,8 @@ mod tests {
         let config = parse(
             "name = 'siem'\nsink = 'log'\nworkers = 2\nmin_severity = 'high'\nmax_deliveries = 20\nclaim_idle = '2m'\n\
              start = 'new'\nbatch = 10\nmax_in_flight = 20\nconcurrency = 4\nhandler_timeout = '5s'\n\
-             retry = { max_attempts = 3, base = '250ms', cap = '10s' }",
+             retry = { max_attempts = 3, base = '250ms', cap = '10s' }\nreap_after = '2h'\n\
+             breaker = { failures = 3, pause = '2s', max_pause = '30s' }",
         )
         .unwrap();
         assert_eq!(config.min_severity, Some(Severity::High));
@@ -218,8 +252,9 @@ mod tests {
     #[test]
     fn every_senseless_value_is_told_with_its_key() {
         let config = parse(
-            "name = 'siem'\nworkers = 0\nmax_deliveries = 1\nclaim_idle = '500ms'\nbatch = 0\nmax_in_flight = 0\n\
-             concurrency = 0\nhandler_timeout = '1s'\nretry = { max_attempts = 5, base = '1m', cap = '10s' }",
+            "name = 'siem'\nsink = 'log'\nworkers = 0\nmax_deliveries = 1\nclaim_idle = '500ms'\nbatch = 0\nmax_in_flight = 0\n\
+             concurrency = 0\nhandler_timeout = '1s'\nretry = { max_attempts = 5, base = '1m', cap = '10s' }\n\
+             breaker = { pause = '1m', max_pause = '1s' }\nreap_after = '10ms'",
         )
         .unwrap();
         let keys: Vec<_> = config.validate().into_iter().map(|invalid| invalid.key).collect();
@@ -232,7 +267,15 @@ mod tests {
             "max_in_flight",
             "concurrency",
             "handler_timeout",
+            "breaker.max_pause",
+            "reap_after",
         ];
         assert_eq!(keys, expected);
+    }
+
+    #[test]
+    fn what_only_workers_heed_is_no_matter_for_a_group_consumed_from_outside() {
+        let config = parse("name = 'agents'\nclaim_idle = '10s'\nmax_deliveries = 2").unwrap();
+        assert_eq!(config.validate(), []);
     }
 }

@@ -17,7 +17,9 @@ pub(super) struct Meters {
     pub(super) groups_recreated: IntCounter,
     pub(super) trimmed_pending: IntCounter,
     pub(super) handler_seconds: Histogram,
-    pub(super) in_flight: InFlight,
+    pub(super) in_flight: Share,
+    pub(super) breaker_open: Share,
+    pub(super) breaker_opened: IntCounter,
     dead_letters: [IntCounter; DeadLetterReason::ALL.len()],
     sink_errors: [IntCounter; SINK_ERRORS.len()],
 }
@@ -42,7 +44,9 @@ impl Meters {
             groups_recreated: of_group(&metrics.groups_recreated),
             trimmed_pending: with_reason(&metrics.lost, "trimmed_pending"),
             handler_seconds: metrics.handler_seconds.with_label_values(&labels),
-            in_flight: InFlight { gauge: metrics.in_flight.with_label_values(&labels), ours: 0 },
+            in_flight: Share { gauge: metrics.in_flight.with_label_values(&labels), ours: 0 },
+            breaker_open: Share { gauge: metrics.breaker_open.with_label_values(&labels), ours: 0 },
+            breaker_opened: of_group(&metrics.breaker_opened),
             dead_letters: DeadLetterReason::ALL.map(|reason| with_reason(&metrics.dead_letters, reason.as_str())),
             sink_errors: SINK_ERRORS.map(|class| metrics.sink_errors.with_label_values(&[sink, class.as_str()])),
         }
@@ -61,20 +65,20 @@ impl Meters {
 
 /// One worker's share of a gauge that all workers of the group add to; nothing is left of it when the worker ends.
 #[derive(Debug)]
-pub(super) struct InFlight {
+pub(super) struct Share {
     gauge: IntGauge,
     ours: i64,
 }
 
-impl InFlight {
-    pub(super) fn set(&mut self, entries: usize) {
-        let entries = i64::try_from(entries).unwrap_or(i64::MAX);
-        self.gauge.add(entries - self.ours);
-        self.ours = entries;
+impl Share {
+    pub(super) fn set(&mut self, value: usize) {
+        let value = i64::try_from(value).unwrap_or(i64::MAX);
+        self.gauge.add(value - self.ours);
+        self.ours = value;
     }
 }
 
-impl Drop for InFlight {
+impl Drop for Share {
     fn drop(&mut self) {
         self.gauge.sub(self.ours);
     }

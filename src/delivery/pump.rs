@@ -4,6 +4,7 @@
 //! dropped half-way while the worker lives: a fetch that is dropped leaves entries pending that nobody holds.
 
 mod ends;
+mod outage;
 mod steps;
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -15,8 +16,11 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use self::steps::{Done, Floor};
-use super::call::{Caller, Outage};
+use self::outage::Outage;
+use self::steps::Done;
+pub(super) use self::steps::{Floor, ensure, floor};
+use super::breaker::Breaker;
+use super::call::Caller;
 use super::meters::Meters;
 use super::outbox::Outbox;
 use super::patience::{Backoff, Trouble, jittered};
@@ -65,6 +69,8 @@ struct Running {
     slot: u64,
     ids: Vec<EntryId>,
     oldest: WallInstant,
+    /// Whether it is to tell if the sink is up again.
+    is_probe: bool,
 }
 
 #[derive(Debug)]
@@ -102,6 +108,10 @@ pub(super) struct Pump {
     dead_letters: Outbox,
     /// Why entries in `dead_letters` are there.
     burials: HashMap<EntryId, DeadLetterReason>,
+    breaker: Breaker,
+    /// While the breaker is open.
+    outage: Option<Outage>,
+    sink_trouble: Trouble,
     dead_letter_trouble: Trouble,
     failure_trouble: Trouble,
     step_trouble: Trouble,
@@ -138,10 +148,7 @@ impl Pump {
             timeout: config.handler_timeout,
             deliveries: meters.deliveries.clone(),
             handler_seconds: meters.handler_seconds.clone(),
-            // The sink's calls are told of the stop by the loop, which hears of it first.
-            stop: CancellationToken::new(),
             abort: CancellationToken::new(),
-            outage: Outage::default(),
         };
         let cursor =
             Cursor { stream: stream.clone(), group: config.name.clone(), consumer, claim_idle: config.claim_idle };
@@ -173,6 +180,9 @@ impl Pump {
             settlements: Outbox::new(),
             dead_letters: Outbox::new(),
             burials: HashMap::new(),
+            breaker: Breaker::new(config.breaker.clone()),
+            outage: None,
+            sink_trouble: Trouble::default(),
             dead_letter_trouble: Trouble::default(),
             failure_trouble: Trouble::default(),
             step_trouble: Trouble::default(),
@@ -231,6 +241,9 @@ impl Pump {
 
     /// How many entries may still come in.
     fn free_slots(&self) -> usize {
+        if self.breaker.is_open() {
+            return 0;
+        }
         let fit = (HELD_BYTES / self.entry_bytes).max(1);
         self.group.config.max_in_flight.min(fit).saturating_sub(self.in_hand() + self.expected)
     }
@@ -250,7 +263,7 @@ impl Pump {
     /// Starts every step that can be taken now.
     fn start_what_is_due(&mut self) {
         let now = Instant::now();
-        self.start_sink_calls();
+        self.start_sink_calls(now);
         self.start_settling(now);
         if now >= self.extend_at && !self.is_extending {
             self.start_extending();
@@ -285,6 +298,8 @@ impl Pump {
         }
         if let Some((abort_at, end)) = self.deadlines {
             at(if now < abort_at { abort_at } else { end });
+        } else if self.breaker.is_open() {
+            self.next_wake_in_outage().into_iter().for_each(at);
         } else if self.free_slots() > 0 {
             if let (true, Some(due)) = (self.claiming.is_empty(), self.retries.next_due()) {
                 at(due.max(self.claim_not_before));
@@ -312,12 +327,12 @@ impl Pump {
 
     /// Tells readiness how the worker is; `has_progressed` where a call that reads has just succeeded.
     fn report(&mut self, has_progressed: bool) {
-        if let Some(reason) = self.caller.outage.reason() {
-            self.part.not_ready(format!("the sink `{}` is down: {reason}", self.caller.name));
-        } else if let Some(error) = &self.intake_error {
+        if let Some(error) = &self.intake_error {
             self.part.not_ready(error.clone());
         } else if let Some(error) = self.settlements.error.as_ref().or(self.dead_letters.error.as_ref()) {
             self.part.not_ready(error.clone());
+        } else if let Some(Outage { since, reason }) = &self.outage {
+            self.part.ready_but(format!("the sink `{}` is down since {since:.0}: {reason}", self.caller.name));
         } else {
             let is_reading = self.fetch_began.is_some_and(|began| began.elapsed() < FETCH_STUCK);
             let is_busy = !self.intake_under_way && !self.running.is_empty();
@@ -331,7 +346,6 @@ impl Pump {
         debug!(in_hand = self.in_hand(), "the worker stops");
         let abort_at = Instant::now() + self.grace;
         self.deadlines = Some((abort_at, abort_at + FLUSH_TIME));
-        self.caller.stop.cancel();
         for delivery in std::mem::take(&mut self.ready) {
             self.settlements.push(delivery, Outcome::Release);
         }

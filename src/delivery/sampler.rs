@@ -5,20 +5,18 @@ use std::time::Duration;
 
 use tokio::time::{Instant, MissedTickBehavior, interval_at, timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::warn;
 
 use super::patience::{Trouble, jittered};
 use crate::event::{EntryId, StreamName};
 use crate::metrics::Metrics;
-use crate::store::{Cursor, GroupStatus, Store, StoreError};
+use crate::store::{GroupStatus, Store, StoreError};
 
 const INTERVAL: Duration = Duration::from_secs(5);
 /// How long one stream may take.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a consumer without pending entries stays in its group without asking for anything.
-const CONSUMER_IDLE: Duration = Duration::from_hours(1);
 
-/// Keeps the gauges of streams and groups up to date, and removes consumers that are gone for good.
+/// Keeps the gauges of streams and groups up to date.
 #[derive(Debug)]
 pub struct Sampler {
     store: Arc<dyn Store>,
@@ -79,17 +77,12 @@ async fn sample_stream(store: &dyn Store, metrics: &Metrics, stream: &StreamName
     };
     length.set(gauge(status.length));
     for group in &status.groups {
-        sample_group(store, metrics, stream, group).await?;
+        sample_group(metrics, stream, group);
     }
     Ok(())
 }
 
-async fn sample_group(
-    store: &dyn Store,
-    metrics: &Metrics,
-    stream: &StreamName,
-    group: &GroupStatus,
-) -> Result<(), StoreError> {
+fn sample_group(metrics: &Metrics, stream: &StreamName, group: &GroupStatus) {
     let labels = [stream.as_str(), group.name.as_str()];
     match group.lag {
         Some(lag) => metrics.group_lag.with_label_values(&labels).set(gauge(lag)),
@@ -99,19 +92,6 @@ async fn sample_group(
     metrics.group_pending.with_label_values(&labels).set(gauge(group.pending));
     let age = group.oldest_pending.map_or(0.0, age_seconds);
     metrics.group_oldest_pending_seconds.with_label_values(&labels).set(age);
-    for consumer in group.consumers.iter().filter(|consumer| consumer.pending == 0 && consumer.idle > CONSUMER_IDLE) {
-        let cursor = Cursor {
-            stream: stream.clone(),
-            group: group.name.clone(),
-            consumer: consumer.name.clone(),
-            claim_idle: CONSUMER_IDLE,
-        };
-        // The store looks again whether anything is pending, in the same step.
-        if store.remove_consumer(&cursor).await? {
-            debug!(%stream, group = %group.name, consumer = %consumer.name, "removed an idle consumer");
-        }
-    }
-    Ok(())
 }
 
 fn gauge(value: u64) -> i64 {

@@ -16,6 +16,7 @@ mod operations;
 mod queue;
 mod raw;
 mod readers;
+mod redelivery;
 mod removal;
 mod reserve;
 mod tables;
@@ -47,8 +48,8 @@ use self::readers::Readers;
 use self::tables::{ReadFailure, is_closed_error};
 use self::writer::{DATABASE, Options, Syncing, Writer};
 use super::{
-    Appended, Claimed, Cursor, MAX_APPEND, Order, Outcome, Pending, Range, Reclaimed, Settled, Settlement, Start,
-    Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
+    Appended, Claimed, Cursor, MAX_APPEND, Order, Outcome, Pending, Range, Reclaimed, Redelivered, Redelivery, Settled,
+    Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName, field};
 
@@ -555,6 +556,25 @@ impl Store for EmbeddedStore {
         let (asked, delivered_at) = (cursor.clone(), Instant::now());
         let taken = self.call(0, move |writer| writer.reclaim(&asked, millis(idle), from, limit)).await?;
         deliver(&cursor.stream, taken, delivered_at)
+    }
+
+    async fn redeliver(
+        &self,
+        cursor: &Cursor,
+        redelivery: Redelivery,
+        from: EntryId,
+        limit: usize,
+    ) -> Result<Redelivered, StoreError> {
+        let (asked, delivered_at) = (cursor.clone(), Instant::now());
+        let done = self.call(0, move |writer| writer.redeliver(&asked, redelivery, from, limit)).await?;
+        let exhausted = done.exhausted.into_iter();
+        Ok(Redelivered {
+            handed_on: done.handed_on,
+            foreign: done.foreign,
+            exhausted: exhausted.map(|(entry, attempt)| Delivery { entry, attempt, delivered_at }).collect(),
+            lost: done.lost,
+            next: done.next,
+        })
     }
 
     async fn settle(&self, cursor: &Cursor, settlements: &[Settlement]) -> Result<Settled, StoreError> {

@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use prometheus::Histogram;
 
 use super::{
-    Appended, Claimed, Cursor, Durability, Pending, Range, Reclaimed, Settled, Settlement, Start, Store, StoreError,
-    StoreStatus, StreamStatus, Trim,
+    Appended, Claimed, Cursor, Durability, Pending, Range, Reclaimed, Redelivered, Redelivery, Settled, Settlement,
+    Start, Store, StoreError, StoreStatus, StreamStatus, Trim,
 };
 use crate::event::{Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
 use crate::metrics::Metrics;
@@ -27,6 +27,7 @@ struct Seconds {
     range: Histogram,
     claim: Histogram,
     reclaim: Histogram,
+    redeliver: Histogram,
     settle: Histogram,
     describe: Histogram,
     trim: Histogram,
@@ -41,6 +42,7 @@ impl Metered {
             range: of("range"),
             claim: of("claim"),
             reclaim: of("reclaim"),
+            redeliver: of("redeliver"),
             settle: of("settle"),
             describe: of("describe"),
             trim: of("trim"),
@@ -132,6 +134,18 @@ impl Store for Metered {
         let started = Instant::now();
         let result = self.inner.reclaim(cursor, idle, from, limit).await;
         self.timed("reclaim", &self.seconds.reclaim, started, result)
+    }
+
+    async fn redeliver(
+        &self,
+        cursor: &Cursor,
+        redelivery: Redelivery,
+        from: EntryId,
+        limit: usize,
+    ) -> Result<Redelivered, StoreError> {
+        let started = Instant::now();
+        let result = self.inner.redeliver(cursor, redelivery, from, limit).await;
+        self.timed("redeliver", &self.seconds.redeliver, started, result)
     }
 
     async fn settle(&self, cursor: &Cursor, settlements: &[Settlement]) -> Result<Settled, StoreError> {

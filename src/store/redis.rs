@@ -22,6 +22,7 @@ mod line;
 mod link;
 mod pool;
 mod publish;
+mod redelivery;
 mod reply;
 mod rights;
 mod script;
@@ -51,8 +52,8 @@ use self::script::Script;
 use self::servers::Servers;
 use self::sizes::Sizes;
 use super::{
-    Appended, Claimed, Cursor, Durability, Order, Outcome, Pending, Range, Reclaimed, Settled, Settlement, Start,
-    Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
+    Appended, Claimed, Cursor, Durability, Order, Outcome, Pending, Range, Reclaimed, Redelivered, Redelivery, Settled,
+    Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, Fields, GroupName, NewEntry, StreamName};
 
@@ -402,6 +403,17 @@ impl Store for RedisStore {
         how.text("from").shown(&from).shown(&limit).shown(&(limit * LOOKED_AT_PER_CLAIM));
         let outcome = self.take_over(cursor, idle, how).await;
         outcome.map_err(|failure| failure.because(of_group("cannot claim from", cursor)))
+    }
+
+    async fn redeliver(
+        &self,
+        cursor: &Cursor,
+        redelivery: Redelivery,
+        from: EntryId,
+        limit: usize,
+    ) -> Result<Redelivered, StoreError> {
+        let outcome = self.hand_on(cursor, redelivery, from, limit).await;
+        outcome.map_err(|failure| failure.because(of_group("cannot hand on entries of", cursor)))
     }
 
     async fn settle(&self, cursor: &Cursor, settlements: &[Settlement]) -> Result<Settled, StoreError> {

@@ -159,6 +159,30 @@ pub struct Reclaimed {
     pub next: EntryId,
 }
 
+/// Which pending entries are handed on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Redelivery {
+    /// Those idle for at least so long.
+    pub idle: Duration,
+    /// Those delivered as often are given up instead.
+    pub max_deliveries: u32,
+}
+
+/// What was handed on, what is to be given up, and where to go on.
+#[derive(Debug, Default)]
+pub struct Redelivered {
+    /// How many entries were appended again and acknowledged.
+    pub handed_on: usize,
+    /// How many were acknowledged because they are for another group.
+    pub foreign: usize,
+    /// Entries delivered too often, now pending on the cursor's consumer.
+    pub exhausted: Vec<Delivery>,
+    /// Pending entries whose bodies were trimmed away; they are not pending any more.
+    pub lost: Vec<EntryId>,
+    /// Where to go on; [`EntryId::MIN`] when the search has come to the end.
+    pub next: EntryId,
+}
+
 /// One delivery and what becomes of it.
 #[derive(Debug)]
 pub struct Settlement {

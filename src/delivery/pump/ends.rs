@@ -8,6 +8,7 @@ use tracing::{info, warn};
 
 use super::steps::{Done, asked};
 use super::{Pump, Running};
+use crate::delivery::breaker::Allowance;
 use crate::delivery::call::{Delivered, Failure, chain};
 use crate::delivery::outbox::Load;
 use crate::delivery::patience::draw;
@@ -16,14 +17,25 @@ use crate::event::{DeadLetter, DeadLetterReason, Delivery};
 use crate::sink::{SinkError, SinkErrorClass};
 use crate::store::{Outcome, Settled, StoreError, StoreErrorKind};
 
+/// The longest that a sink that is down can ask to be left alone.
+const MAX_POSTPONEMENT: Duration = Duration::from_mins(10);
+
 impl Pump {
     /// Hands what is ready to the sink.
-    pub(super) fn start_sink_calls(&mut self) {
+    pub(super) fn start_sink_calls(&mut self, now: Instant) {
+        let allowance = self.breaker.allows(now);
+        let is_probe = allowance == Allowance::One;
+        if allowance == Allowance::Nothing {
+            return;
+        }
+        if is_probe {
+            self.choose_probe();
+        }
         let config = &self.group.config;
         while self.running.len() < config.concurrency
             && let Some(first) = self.ready.front()
         {
-            let mut limit = config.retry.batch_limit(first.attempt, self.max_batch);
+            let mut limit = if is_probe { 1 } else { config.retry.batch_limit(first.attempt, self.max_batch) };
             let mut entries = 0;
             // An entry that failed before makes the batch smaller that it goes with.
             for delivery in self.ready.iter().take(limit) {
@@ -38,21 +50,29 @@ impl Pump {
             self.next_slot += 1;
             let oldest = batch.iter().map(|delivery| delivery.delivered_at).min().unwrap_or_else(WallInstant::now);
             let ids = batch.iter().map(|delivery| delivery.entry.id).collect();
-            self.running.push(Running { slot, ids, oldest });
+            self.running.push(Running { slot, ids, oldest, is_probe });
             let caller = self.caller.clone();
-            self.tasks.spawn(async move { Done::Delivered { slot, delivered: caller.deliver(batch).await } });
+            self.tasks.spawn(async move { Done::Delivered { slot, delivered: caller.deliver(batch, is_probe).await } });
+            if is_probe {
+                return self.breaker.probe();
+            }
         }
     }
 
     pub(super) fn delivered(&mut self, slot: u64, delivered: Delivered) {
+        let was_probe = self.running.iter().any(|running| running.slot == slot && running.is_probe);
         self.running.retain(|running| running.slot != slot);
+        if delivered.was_answered() {
+            self.sink_answered();
+        }
         let Delivered { batch, failures } = delivered;
-        if !self.retries.is_empty() {
+        if !self.retries.is_empty() || self.breaker.has_accused() {
             let mut failed = failures.iter().peekable();
             for (n, delivery) in batch.iter().enumerate() {
                 while failed.next_if(|(part, _)| part.end <= n).is_some() {}
                 if failed.peek().is_none_or(|(part, _)| !part.contains(&n)) {
                     self.retries.forget(delivery.entry.id);
+                    self.breaker.acquit(delivery.entry.id);
                 }
             }
         }
@@ -66,13 +86,22 @@ impl Pump {
             place = part.end;
             let failed: Vec<Delivery> = batch.by_ref().take(part.len()).collect();
             match failure {
-                Failure::Refused(error) => self.refused(failed, error),
-                // The outage is no fault of theirs: this does not count as an attempt.
-                Failure::NotBegun => self.hand_back(failed, &Outcome::Release),
+                Failure::Refused(error) => self.refused(failed, error, was_probe),
+                Failure::Down(error, reason) => {
+                    self.sink_failed(&reason, true);
+                    self.refused(failed, error, was_probe);
+                }
+                Failure::NotBegun(reason) => {
+                    self.sink_failed(&reason, true);
+                    self.keep(failed);
+                }
                 Failure::Aborted => self.hand_back(failed, &Outcome::Retry(Duration::ZERO)),
             }
         }
         self.settlements.acknowledge(batch.collect());
+        if was_probe {
+            self.breaker.told_nothing();
+        }
     }
 
     pub(super) fn hand_back(&mut self, deliveries: Vec<Delivery>, outcome: &Outcome) {
@@ -81,7 +110,8 @@ impl Pump {
         }
     }
 
-    fn refused(&mut self, failed: Vec<Delivery>, error: SinkError) {
+    /// Judges what the sink refused. What failed because the sink is down is kept: that is no attempt.
+    fn refused(&mut self, failed: Vec<Delivery>, error: SinkError, was_probe: bool) {
         self.meters.sink_errors(error.class()).inc_by(failed.len() as u64);
         let text = chain(&error);
         if error.class() == SinkErrorClass::Transient
@@ -90,8 +120,20 @@ impl Pump {
             let first = failed.first().map(|delivery| delivery.entry.id.to_string());
             warn!(entries = failed.len(), ?first, error = text, times, "a delivery failed");
         }
+        let is_transient = error.class() == SinkErrorClass::Transient;
+        let retry_after = error.retry_after();
+        // Being asked for time is no outage; but whoever asks for it when tried again is not up yet.
+        if is_transient && (retry_after.is_none() || self.breaker.is_open()) {
+            self.sink_failed(&text, false);
+        }
         let outcome = Err(error);
+        let mut kept = Vec::new();
         for delivery in failed {
+            let is_to_blame = !is_transient || self.breaker.accuse(delivery.entry.id);
+            if !is_to_blame && self.breaker.is_open() {
+                kept.push(delivery);
+                continue;
+            }
             match self.group.config.retry.judge(delivery.attempt, &outcome, draw()) {
                 Verdict::Acknowledge => self.settlements.push(delivery, Outcome::Acknowledge),
                 Verdict::RetryIn(wait) => {
@@ -99,8 +141,19 @@ impl Pump {
                     self.retries.failed(delivery.entry.id, Timestamp::now());
                     self.settlements.push(delivery, Outcome::Retry(wait));
                 }
+                // It failed as often as it may, but in all that time the sink took nothing else either.
+                Verdict::DeadLetter(DeadLetterReason::Exhausted) if !is_to_blame && self.sink_failed(&text, true) => {
+                    kept.push(delivery);
+                }
                 Verdict::DeadLetter(reason) => self.bury(delivery, reason, text.clone()),
             }
+        }
+        for delivery in kept.iter().filter(|_| was_probe) {
+            self.breaker.tried(delivery.entry.id);
+        }
+        self.keep(kept);
+        if let Some(retry_after) = retry_after {
+            self.breaker.postpone(Instant::now() + retry_after.min(MAX_POSTPONEMENT));
         }
     }
 
@@ -125,6 +178,7 @@ impl Pump {
             fields: delivery.entry.fields.clone(),
         };
         self.retries.forget(id);
+        self.breaker.acquit(id);
         self.burials.insert(id, reason);
         let outcome = Outcome::DeadLetter { to: self.group.dead_letter.clone(), fields: letter.to_fields() };
         self.dead_letters.push(delivery, outcome);

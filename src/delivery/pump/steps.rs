@@ -17,9 +17,9 @@ const SEARCH_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
 
 /// Before which entry the group has handled everything, in which life of the stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Floor {
+pub(in crate::delivery) struct Floor {
     epoch: Epoch,
-    id: EntryId,
+    pub(in crate::delivery) id: EntryId,
 }
 
 /// Why entries are taken over by their ids.
@@ -80,7 +80,7 @@ impl Pump {
                 self.tasks.spawn(async move { Done::Ensured(asked(ensure(&*store, &cursor, start, floor)).await) });
             }
             Intake::Sweep(from) => {
-                let limit = self.free_slots().min(CLAIM_LIMIT);
+                let limit = self.free_slots().min(CLAIM_LIMIT).max(self.probe_slots());
                 if limit == 0 {
                     return;
                 }
@@ -92,7 +92,7 @@ impl Pump {
             }
             Intake::Read => {
                 let fit = (FETCH_BYTES / self.entry_bytes).max(1);
-                let limit = self.free_slots().min(self.group.config.batch).min(fit);
+                let limit = self.free_slots().min(self.group.config.batch).min(fit).max(self.probe_slots());
                 if limit == 0 {
                     return;
                 }
@@ -235,7 +235,8 @@ impl Pump {
         if self.retries.is_empty() || !self.claiming.is_empty() || now < self.claim_not_before {
             return;
         }
-        let limit = self.free_slots().min(CLAIM_LIMIT);
+        let probe = if self.ready.is_empty() { self.probe_slots() } else { 0 };
+        let limit = self.free_slots().min(CLAIM_LIMIT).max(probe);
         let ids = self.retries.take_due(now, limit);
         if !ids.is_empty() {
             self.claiming.clone_from(&ids);
@@ -374,7 +375,12 @@ impl Pump {
         let running = self.running.iter().filter(|running| running.oldest.elapsed() > age);
         let running = running.flat_map(|running| running.ids.iter().copied());
         let outboxes = self.settlements.older_than(age).chain(self.dead_letters.older_than(age));
-        let ids: Vec<EntryId> = ready.chain(running).chain(outboxes).chain(self.retries.waiting_long()).collect();
+        let mut ids: Vec<EntryId> = ready.chain(running).chain(outboxes).collect();
+        if self.breaker.is_open() {
+            ids.extend(self.retries.waiting());
+        } else {
+            ids.extend(self.retries.waiting_long());
+        }
         if ids.is_empty() {
             return;
         }
@@ -443,7 +449,7 @@ fn passes(delivery: &Delivery, min_severity: Option<Severity>) -> Result<bool, S
 
 /// Makes sure that the group exists. One that is gone begins again where it had handled everything, if the stream
 /// is still the same one.
-async fn ensure(
+pub(in crate::delivery) async fn ensure(
     store: &dyn Store,
     cursor: &Cursor,
     start: Start,
@@ -458,7 +464,8 @@ async fn ensure(
     Ok((is_new, floor(store, cursor).await?))
 }
 
-async fn floor(store: &dyn Store, cursor: &Cursor) -> Result<Option<Floor>, StoreError> {
+/// How far the group has come.
+pub(in crate::delivery) async fn floor(store: &dyn Store, cursor: &Cursor) -> Result<Option<Floor>, StoreError> {
     let Some(status) = store.describe(&cursor.stream).await? else { return Ok(None) };
     let epoch = store.epoch(&cursor.stream).await?;
     let group = status.groups.into_iter().find(|group| group.name == cursor.group);

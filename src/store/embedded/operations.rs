@@ -22,7 +22,7 @@ use crate::store::{
 /// A fetch takes no more bytes of chunks than this, if it has at least one entry.
 const FETCH_BYTES: usize = 4 * 1024 * 1024;
 /// A reclaim looks at no more pending entries than this.
-const RECLAIM_LOOKS: usize = 1000;
+pub(super) const RECLAIM_LOOKS: usize = 1000;
 
 /// Entries to append, encoded one after the other.
 #[derive(Debug, Default)]
@@ -185,7 +185,7 @@ impl Writer {
         place.ok_or_else(|| no_group(cursor))
     }
 
-    fn group(&self, cursor: &Cursor) -> Result<(usize, &Group), StoreError> {
+    pub(super) fn group(&self, cursor: &Cursor) -> Result<(usize, &Group), StoreError> {
         let place = self.place_of_group(cursor)?;
         Ok((place, &self.streams[place].groups[&cursor.group]))
     }
@@ -311,7 +311,7 @@ impl Writer {
     }
 
     /// Where the body of an entry is, if it has one still; `last` is the chunk read last.
-    fn body(
+    pub(super) fn body(
         &self,
         place: usize,
         id: EntryId,

@@ -50,6 +50,7 @@ pub(super) static DESCRIBE: Script = Script::new(include_str!("lua/describe.lua"
 pub(super) static ENSURE_GROUP: Script = Script::new(with_account!("lua/ensure_group.lua"));
 pub(super) static EPOCH: Script = Script::new(include_str!("lua/epoch.lua"));
 pub(super) static EXTEND: Script = Script::new(include_str!("lua/extend.lua"));
+pub(super) static REDELIVER: Script = Script::new(include_str!("lua/redeliver.lua"));
 pub(super) static REMOVE_CONSUMER: Script = Script::new(include_str!("lua/remove_consumer.lua"));
 pub(super) static SETTLE: Script = Script::new(include_str!("lua/settle.lua"));
 pub(super) static TRIM: Script = Script::new(include_str!("lua/trim.lua"));

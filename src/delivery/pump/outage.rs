@@ -1,0 +1,108 @@
+//! What the worker does while its sink is down: it keeps what it has, lets go of nothing and asks for nothing, but one
+//! entry at a time to try the sink with.
+//!
+//! Attempts are not used up meanwhile: entries in hand stay there, those that wait for their next attempt wait on, and
+//! all of them count as being handled, so that no one else takes them over.
+
+use jiff::Timestamp;
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::{HELD_BYTES, Pump};
+use crate::delivery::patience::draw;
+use crate::event::Delivery;
+use crate::store::Outcome;
+
+/// Since when the sink is down, and what it said last.
+#[derive(Debug)]
+pub(super) struct Outage {
+    pub(super) since: Timestamp,
+    pub(super) reason: String,
+}
+
+impl Pump {
+    /// The sink took something, or said no for good: it is there.
+    pub(super) fn sink_answered(&mut self) {
+        if let Some(after) = self.breaker.succeeded(Instant::now()) {
+            self.outage = None;
+            self.sink_trouble.ended();
+            self.ready.make_contiguous().sort_by_key(|delivery| delivery.entry.id);
+            self.meters.breaker_open.set(0);
+            info!(sink = self.caller.name, ?after, "the sink is up again");
+        }
+    }
+
+    /// A call failed for a reason that may pass; `is_certain` where the sink itself says that it is down. Says whether it
+    /// is taken for down now.
+    pub(super) fn sink_failed(&mut self, reason: &str, is_certain: bool) -> bool {
+        let now = Instant::now();
+        let has_opened = if is_certain { self.breaker.trip(now, draw()) } else { self.breaker.failed(now, draw()) };
+        if !self.breaker.is_open() {
+            return false;
+        }
+        if has_opened {
+            self.meters.breaker_opened.inc();
+            self.meters.breaker_open.set(1);
+            // What waits for its next attempt is to stay ours although that does not come.
+            self.extend_at = now;
+        }
+        let since = self.outage.as_ref().map_or_else(Timestamp::now, |outage| outage.since);
+        self.outage = Some(Outage { since, reason: reason.to_owned() });
+        if let Some(times) = self.sink_trouble.occurred() {
+            warn!(sink = self.caller.name, error = reason, times, "the sink is down: its entries wait");
+        }
+        true
+    }
+
+    /// Keeps deliveries in hand, to be made again when the sink is up.
+    pub(super) fn keep(&mut self, deliveries: Vec<Delivery>) {
+        if self.is_stopping() {
+            return self.hand_back(deliveries, &Outcome::Release);
+        }
+        for delivery in deliveries.into_iter().rev() {
+            self.ready.push_front(delivery);
+        }
+    }
+
+    /// Puts the entry in front that the sink is tried with: the oldest that it was not tried with yet, so that an entry
+    /// that always fails does not make the sink look down.
+    pub(super) fn choose_probe(&mut self) {
+        if self.ready.iter().all(|delivery| self.breaker.was_tried(delivery.entry.id)) {
+            self.breaker.try_all_again();
+        }
+        let places = self.ready.iter().enumerate().map(|(place, delivery)| (delivery.entry.id, place));
+        let oldest = places.filter(|(id, _)| !self.breaker.was_tried(*id)).min();
+        if let Some(delivery) = oldest.and_then(|(_, place)| self.ready.remove(place)) {
+            self.ready.push_front(delivery);
+        }
+    }
+
+    /// How many entries may come in while the sink is down: one, if it was tried with all that are in hand.
+    pub(super) fn probe_slots(&self) -> usize {
+        let fit = (HELD_BYTES / self.entry_bytes).max(1);
+        let has_room = self.in_hand() < self.group.config.max_in_flight.min(fit);
+        let has_probe = self.expected > 0 || self.ready.iter().any(|d| !self.breaker.was_tried(d.entry.id));
+        usize::from(self.breaker.is_open() && has_room && !has_probe)
+    }
+
+    /// When something is due while the sink is down.
+    pub(super) fn next_wake_in_outage(&mut self) -> Option<Instant> {
+        let mut wake = None;
+        let mut at = |due: Instant| wake = Some(wake.map_or(due, |wake: Instant| wake.min(due)));
+        if !self.ready.is_empty() && self.running.len() < self.group.config.concurrency {
+            self.breaker.due().into_iter().for_each(&mut at);
+        }
+        if self.probe_slots() > 0 {
+            if self.ready.is_empty()
+                && self.claiming.is_empty()
+                && let Some(due) = self.retries.next_due()
+            {
+                at(due.max(self.claim_not_before));
+            }
+            if self.may_take_in() {
+                at(self.intake_not_before);
+            }
+        }
+        wake
+    }
+}

@@ -1,0 +1,77 @@
+-- Hands on pending entries that whoever held them has left: each is appended again at the end of the stream, for this
+-- group alone, and then acknowledged. One that was delivered too often is taken over instead, without a further
+-- delivery being counted, for the caller to give it up.
+-- KEYS: the stream, its account. ARGV: group, consumer that takes over, least idle time in milliseconds, the id to begin with, how
+--   many entries to act on, how many to look at, how many bytes of entries to act on, from how many deliveries on an
+--   entry is taken over, the most names and values of one entry, and the names of three fields: the group that an entry
+--   is for, the id it had first, and how many deliveries it had before.
+-- Returns how many were handed on, how many were acknowledged because they are for another group, the ids lost, the
+--   entries taken over, how often each was delivered, and the last id looked at where there may be more after it.
+local call, stream, group, consumer, idle = redis.call, KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3])
+local wanted, scan, room = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local limit, widest = tonumber(ARGV[8]), tonumber(ARGV[9])
+local for_group, first_id, deliveries = ARGV[10], ARGV[11], ARGV[12]
+local handed_on, foreign, lost, taken, counts, more = 0, 0, {}, {}, {}, ''
+
+local function act(id, count)
+  local entry = call('XRANGE', stream, id, id)[1]
+  if not entry then
+    call('XACK', stream, group, id)
+    lost[#lost + 1] = id
+    return
+  end
+  local fields, copy, target, first, before = entry[2], {}, nil, id, 0
+  for i = 1, #fields, 2 do
+    local name, value = fields[i], fields[i + 1]
+    room = room - #name - #value
+    if name == for_group then
+      target = value
+    elseif name == first_id then
+      first = value
+    elseif name == deliveries then
+      -- Anyone can write to the stream: only a plain number counts.
+      before = #value <= 9 and value:match('^%d+$') and tonumber(value) or 0
+    else
+      copy[#copy + 1], copy[#copy + 2] = name, value
+    end
+  end
+  if target and target ~= group then
+    call('XACK', stream, group, id)
+    foreign = foreign + 1
+    return
+  end
+  if before + count >= limit then
+    call('XCLAIM', stream, group, consumer, idle, id, 'RETRYCOUNT', count, 'JUSTID')
+    taken[#taken + 1] = entry
+    counts[#counts + 1] = before + count
+  elseif #copy + 6 <= widest then
+    local n = #copy
+    copy[n + 1], copy[n + 2] = for_group, group
+    copy[n + 3], copy[n + 4] = first_id, target and first or id
+    copy[n + 5], copy[n + 6] = deliveries, string.format('%d', before + count)
+    call('XADD', stream, '*', unpack(copy))
+    call('XACK', stream, group, id)
+    handed_on = handed_on + 1
+  end
+end
+
+local acted = 0
+local rows = call('XPENDING', stream, group, ARGV[4], '+', scan)
+for i = 1, #rows do
+  local id, idle_for, count = rows[i][1], rows[i][3], rows[i][4]
+  if idle_for >= idle then
+    act(id, count)
+    acted = acted + 1
+  end
+  if acted == wanted or room <= 0 or i == scan then
+    more = id
+    break
+  end
+end
+local function count(counter, by)
+  if by > 0 then call('HINCRBY', KEYS[2], counter .. ':' .. group, by) end
+end
+count('acknowledged', handed_on)
+count('filtered', foreign)
+count('trimmed_pending', #lost)
+return {handed_on, foreign, lost, taken, counts, more}
