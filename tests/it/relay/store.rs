@@ -8,8 +8,8 @@ use async_trait::async_trait;
 use aurora_bus::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
 use aurora_bus::store::embedded::Config;
 use aurora_bus::store::{
-    Appended, Claimed, Cursor, Pending, Range, Reclaimed, Settled, Settlement, Start, Store, StoreError,
-    StoreErrorKind, StoreStatus, StreamStatus, Trim,
+    Appended, Claimed, Cursor, Pending, Range, Reclaimed, Redelivered, Redelivery, Settled, Settlement, Start, Store,
+    StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
 };
 use tempfile::TempDir;
 
@@ -110,6 +110,16 @@ impl Store for Fragile {
         limit: usize,
     ) -> Result<Reclaimed, StoreError> {
         self.inner()?.reclaim(cursor, idle, from, limit).await
+    }
+
+    async fn redeliver(
+        &self,
+        cursor: &Cursor,
+        redelivery: Redelivery,
+        from: EntryId,
+        limit: usize,
+    ) -> Result<Redelivered, StoreError> {
+        self.inner()?.redeliver(cursor, redelivery, from, limit).await
     }
 
     async fn settle(&self, cursor: &Cursor, settlements: &[Settlement]) -> Result<Settled, StoreError> {
