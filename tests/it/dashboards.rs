@@ -95,6 +95,11 @@ async fn a_rich_client_subscribes_stream_by_stream_and_resumes_without_hole_or_d
     publish(&daemon, ALERTS, 300..303).await;
     let (numbers, position) = rich.events(ALERTS, 3).await;
     assert_eq!(numbers, [300, 301, 302], "the other stream was not asked for");
+    // A snapshot is of what was read of the stream by then.
+    let mut other = daemon.watch("/api/v1/ws/alerts?since=earliest&stream=aurora:cps:alerts").await;
+    for payload in numbered(0..5) {
+        assert_eq!(next_text(&mut other).await, payload);
+    }
     rich.send(json!({"op": "subscribe", "id": 2, "stream": CPS, "snapshot": 2})).await;
     rich.expect("subscribed").await;
     assert_eq!(rich.events(CPS, 2).await.0, [3, 4]);
