@@ -55,6 +55,8 @@ pub use close::{CloseCode, Ending};
 pub use config::Config;
 pub use feed::{Feed, FeedForm};
 pub use filter::{Attribute, Filter, InvalidFilter};
+#[cfg(fuzzing)]
+pub use inbound::fuzz as fuzz_inbound;
 pub use params::{BadParameter, MAX_SNAPSHOT, Since, SubscribeParams};
 pub use rich::PROTOCOL;
 pub use session::Session;

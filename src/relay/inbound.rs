@@ -157,6 +157,21 @@ impl Write for Pipe<'_> {
     }
 }
 
+/// Whatever a client sends, in whatever pieces: no panic, and no more answered than it sent.
+#[cfg(fuzzing)]
+pub fn fuzz(piece_bytes: usize, input: &[u8]) {
+    let (mut inbound, mut output) = (Inbound::new(65_536, Instant::now()), Vec::new());
+    inbound.keep_requests();
+    for piece in input.chunks(piece_bytes.max(1)) {
+        while inbound.next_request().is_some() {}
+        if let Err(code) = inbound.read(piece, &mut output, Instant::now()) {
+            inbound.close(code, code.reason(), &mut output);
+        }
+    }
+    // The longest a close frame may be, besides the pongs.
+    assert!(output.len() <= input.len() + 127, "{} bytes for {}", output.len(), input.len());
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -9,6 +9,7 @@
 //! stored, and about 60 bytes per pending entry.
 
 mod chunk;
+mod damage;
 mod groups;
 mod log;
 mod marks;
@@ -39,8 +40,11 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+#[cfg(fuzzing)]
+pub use chunk::fuzz as fuzz_chunk;
 pub use raw::{RawRate, raw_append_rate};
 
+use self::damage::Damage;
 use self::log::{ChunkRef, Found, Published};
 use self::operations::{Ending, How, NewEntries, Taken, millis};
 use self::queue::Queue;
@@ -158,10 +162,11 @@ fn start(config: &Config) -> Result<(Writer, EmbeddedStore, Files), StoreError> 
         Durability::Commit => Syncing::Each,
         Durability::Interval => Syncing::Every(config.interval),
     };
-    let (shared, asked) = new_shared();
+    let (shared, asked) = new_shared(&file);
     let recent_bytes = usize::try_from(config.recent.as_u64()).unwrap_or(usize::MAX);
     let options = Options { syncing, recent_bytes, reserve_bytes: config.reserve.as_u64() };
-    let writer = Writer::open(&config.path, &options, shared.clone())?;
+    let writer = Writer::open(&config.path, &options, shared.clone());
+    let writer = writer.map_err(|error| damage::explained(error, &file))?;
     let (readers, mut threads) = Readers::start(&file)?;
     threads.push(readers::start_checkpointer(&file, &shared, asked)?);
     shared.readers.get_or_init(|| readers);
@@ -171,12 +176,13 @@ fn start(config: &Config) -> Result<(Writer, EmbeddedStore, Files), StoreError> 
 }
 
 /// What is shared while nothing is open yet, and where requests to checkpoint come out.
-fn new_shared() -> (Arc<Shared>, Receiver<()>) {
+fn new_shared(file: &Path) -> (Arc<Shared>, Receiver<()>) {
     let (checkpoints, asked) = readers::checkpoint_requests();
     let shared = Shared {
         streams: RwLock::default(),
         made: watch::Sender::new(()),
         queue: Queue::new(),
+        damage: Damage::new(file.to_owned()),
         readers: OnceLock::new(),
         is_checkpointed: AtomicBool::new(false),
         checkpoints: RwLock::new(Some(checkpoints)),
@@ -232,6 +238,7 @@ struct Shared {
     /// Changes when a stream comes into being.
     made: watch::Sender<()>,
     queue: Queue,
+    damage: Damage,
     readers: OnceLock<Readers>,
     /// Whether the checkpointer has finished and the writer may let the log begin anew.
     is_checkpointed: AtomicBool,
@@ -329,7 +336,7 @@ impl EmbeddedStore {
         bytes: usize,
         work: impl FnMut(&mut Writer) -> Result<R, StoreError> + Send + 'static,
     ) -> Result<R, StoreError> {
-        self.shared.queue.call(bytes, false, work).await
+        self.shared.queue.call(bytes, false, work).await.inspect_err(|error| self.shared.damage.note(error))
     }
 
     /// Has the writer do `work` when all before is committed, in a transaction of its own.
@@ -337,7 +344,7 @@ impl EmbeddedStore {
         &self,
         work: impl FnMut(&mut Writer) -> Result<R, StoreError> + Send + 'static,
     ) -> Result<R, StoreError> {
-        self.shared.queue.call(0, true, work).await
+        self.shared.queue.call(0, true, work).await.inspect_err(|error| self.shared.damage.note(error))
     }
 
     fn fail_if_closed(&self) -> Result<(), StoreError> {
@@ -392,7 +399,10 @@ impl EmbeddedStore {
             };
             match error {
                 Some(_) if allow_part && !entries.is_empty() => break,
-                Some(error) => return Err(error),
+                Some(error) => {
+                    self.shared.damage.note(&error);
+                    return Err(error);
+                }
                 None => {}
             }
             match (range.order, passed) {
@@ -456,6 +466,7 @@ impl Store for EmbeddedStore {
         if entries.is_empty() {
             return Ok(Vec::new());
         }
+        self.shared.damage.fail_if_any()?;
         let (stream, new) = (stream.clone(), encode(entries)?);
         self.call(new.bytes.len(), move |writer| writer.append(&stream, &new)).await
     }
@@ -647,6 +658,7 @@ impl Store for EmbeddedStore {
     }
 
     async fn check(&self) -> Result<StoreStatus, StoreError> {
+        self.shared.damage.fail_if_any()?;
         self.call(0, Writer::check).await
     }
 

@@ -70,6 +70,13 @@ impl StoreError {
         self
     }
 
+    /// The same with more to say about it, such as what to do.
+    #[must_use]
+    pub(super) fn followed_by(mut self, more: &str) -> Self {
+        self.message = format!("{}; {more}", self.message);
+        self
+    }
+
     /// The kind of failure.
     pub fn kind(&self) -> StoreErrorKind {
         self.kind

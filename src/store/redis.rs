@@ -13,6 +13,7 @@ mod account;
 mod address;
 mod advice;
 mod burial;
+mod clock;
 mod config;
 mod connection;
 mod durable;
@@ -40,7 +41,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use config::{Config, InvalidConfig};
+#[cfg(fuzzing)]
+pub use reply::fuzz as fuzz_reply;
 
+use self::clock::Clock;
 use self::config::Settings;
 use self::connection::Arguments;
 use self::failure::Failure;
@@ -80,6 +84,7 @@ pub struct RedisStore {
     pool: Arc<Pool>,
     rights: Rights,
     sizes: Sizes,
+    clock: Clock,
     /// No appends are taken any more; those taken are still sent.
     closing: CancellationToken,
     publishing: TaskTracker,
@@ -131,6 +136,7 @@ impl RedisStore {
             pool,
             rights: Rights::default(),
             sizes: Sizes::default(),
+            clock: Clock::default(),
             closing,
             publishing,
             stop,
@@ -398,11 +404,16 @@ impl Store for RedisStore {
         if limit == 0 {
             return Ok(Reclaimed { next: from, ..Reclaimed::default() });
         }
+        let failed = |failure: Failure| failure.because(of_group("cannot claim from", cursor));
+        let time = self.control.call("TIME", &key(&cursor.stream), Arguments::default()).await.map_err(failed)?;
+        let server_ms = clock::milliseconds(time).map_err(failed)?;
+        if !idle.is_zero() && !self.clock.is_trusted(&cursor.stream, server_ms, Instant::now(), idle) {
+            return Ok(Reclaimed::default());
+        }
         let limit = self.sizes.bounded(&cursor.stream, limit.min(MAX_CLAIM));
         let mut how = Arguments::with_capacity(4);
         how.text("from").shown(&from).shown(&limit).shown(&(limit * LOOKED_AT_PER_CLAIM));
-        let outcome = self.take_over(cursor, idle, how).await;
-        outcome.map_err(|failure| failure.because(of_group("cannot claim from", cursor)))
+        self.take_over(cursor, idle, how).await.map_err(failed)
     }
 
     async fn redeliver(

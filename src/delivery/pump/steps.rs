@@ -15,6 +15,9 @@ const NAMED_IDS: usize = 5;
 /// Between pages of a search that found nothing, so that a long one does not keep the store busy.
 const SEARCH_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
 
+/// How soon to look again whether all is done that was begun before a suspicious entry.
+const SUSPECT_PAUSE: std::time::Duration = std::time::Duration::from_millis(20);
+
 /// Before which entry the group has handled everything, in which life of the stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::delivery) struct Floor {
@@ -142,7 +145,20 @@ impl Pump {
         let in_hand = self.in_hand_ids();
         let waiting: std::collections::HashSet<EntryId> = self.retries.waiting().collect();
         let is_held = |id: &EntryId| in_hand.contains(id) || waiting.contains(id) || self.claiming.contains(id);
-        let ids: Vec<EntryId> = page.into_iter().map(|pending| pending.id).filter(|id| !is_held(id)).collect();
+        let mut left: Vec<Pending> = page.into_iter().filter(|pending| !is_held(&pending.id)).collect();
+        // One of these may be what the process dies of each time. It goes alone, or its neighbours would share its
+        // fate: for everything that is taken counts one more attempt.
+        let config = &self.group.config;
+        let suspicious = config.retry.max_attempts.min(config.max_deliveries.saturating_sub(1));
+        if let Some(place) = left.iter().position(|pending| pending.attempts >= suspicious) {
+            let is_alone = place == 0 && self.in_hand() == 0;
+            self.intake = Intake::Sweep(if is_alone { left[0].id.next() } else { left[place].id });
+            if place == 0 && !is_alone {
+                self.intake_not_before = Instant::now() + SUSPECT_PAUSE;
+            }
+            left.truncate(if is_alone { 1 } else { place });
+        }
+        let ids: Vec<EntryId> = left.into_iter().map(|pending| pending.id).collect();
         if !ids.is_empty() && !self.is_stopping() {
             self.intake_under_way = true;
             self.start_taking_over(Purpose::Sweep, ids);

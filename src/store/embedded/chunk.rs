@@ -108,6 +108,7 @@ impl Chunk {
         Slots {
             reader: Reader { bytes: &self.body, at: HEADER_BYTES },
             first_ms: self.head.first.ms,
+            before: None,
             left: self.head.count,
         }
     }
@@ -169,6 +170,8 @@ impl Chunk {
 pub(super) struct Slots<'a> {
     reader: Reader<'a>,
     first_ms: u64,
+    /// The slot before. Ids that do not grow are damage: whoever relies on their order must not meet them.
+    before: Option<EntryId>,
     left: u32,
 }
 
@@ -180,6 +183,9 @@ impl Iterator for Slots<'_> {
         let mut slot = || {
             let ms = self.first_ms.checked_add(self.reader.varint()?)?;
             let id = EntryId::new(ms, self.reader.varint()?);
+            if self.before.replace(id).is_some_and(|before| before >= id) {
+                return None;
+            }
             let fields = self.reader.sized()?;
             Some(Slot { id, from: fields.start, to: fields.end })
         };
@@ -250,6 +256,27 @@ impl Builder {
         self.body.shrink_to_fit();
         Chunk { head, body: self.body.into() }
     }
+}
+
+/// Takes bytes for a chunk, their checksum made right, and gives the entries that can be read from it: it never
+/// panics, and the entries are the same once they went through another chunk.
+#[cfg(fuzzing)]
+pub fn fuzz(input: &[u8]) -> Vec<Entry> {
+    let all = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
+    if let Some(ids) = unpack_ids(input) {
+        assert_eq!(unpack_ids(&pack_ids(&ids)), Some(ids));
+    }
+    let checksum = input.get(4..).map_or(0, crc32c::crc32c);
+    let body: Vec<u8> = checksum.to_le_bytes().into_iter().chain(input.iter().skip(4).copied()).collect();
+    let Ok(chunk) = Chunk::open(body.into()) else { return Vec::new() };
+    let (mut entries, mut again) = (Vec::new(), Vec::new());
+    if chunk.collect(all, usize::MAX, &mut entries).is_ok() {
+        let copy = chunk.without(|_| false).expect("every entry was read");
+        assert_eq!(copy.is_some(), !entries.is_empty());
+        copy.map(|copy| copy.collect(all, usize::MAX, &mut again).expect("it was made just now"));
+        assert_eq!(entries, again);
+    }
+    entries
 }
 
 /// Writes fields to the end of `to`, as they stand in a chunk.

@@ -46,6 +46,19 @@ impl Marks {
         (slot == encode(stream, mark)).then_some(mark)
     }
 
+    /// What was noted of streams after these many, which the database does not know any more; forgets them.
+    pub(super) fn take_orphans(&self, streams: u32) -> Vec<Mark> {
+        let noted = self.file.as_ref().and_then(|file| file.metadata().ok()).map_or(0, |file| file.len());
+        let noted = u32::try_from(noted / SLOT_BYTES as u64).unwrap_or(u32::MAX);
+        let orphans = (streams..noted).filter_map(|before| self.read(before + 1)).collect();
+        if let Some(file) = self.file.as_ref().filter(|_| noted > streams)
+            && let Err(error) = file.set_len(place(streams + 1))
+        {
+            tracing::debug!(error = %error, "could not forget how far lost streams came");
+        }
+        orphans
+    }
+
     pub(super) fn write(&self, row: &StreamRow) {
         let Some(file) = &self.file else { return };
         let mark = Mark { last_id: row.last_id, added: row.added };

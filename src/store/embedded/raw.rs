@@ -38,7 +38,7 @@ pub fn raw_append_rate(folder: &Path, payload: &[u8], batch: usize, duration: Du
     let stream: StreamName = "raw"
         .parse()
         .map_err(|_name| StoreError::new(StoreErrorKind::Internal, "the name of the measured stream is not valid"))?;
-    let (shared, asked) = new_shared();
+    let (shared, asked) = new_shared(&folder.join(DATABASE));
     let options = Options { syncing: Syncing::Each, recent_bytes: 0, reserve_bytes: 0 };
     let mut writer = Writer::open(folder, &options, shared.clone())?;
     let checkpointer = readers::start_checkpointer(&folder.join(DATABASE), &shared, asked)?;

@@ -207,7 +207,7 @@ mod tests {
     use crate::store::embedded::writer::{Options, wall_ms};
 
     fn open(folder: &Path) -> Writer {
-        let (shared, _asked) = new_shared();
+        let (shared, _asked) = new_shared(folder);
         let options = Options { syncing: Syncing::Each, recent_bytes: 0, reserve_bytes: 0 };
         Writer::open(folder, &options, shared).expect("opened")
     }

@@ -218,6 +218,7 @@ impl Writer {
             self.streams.push(Stream { row, published, length, groups, is_changed: false, staged: Vec::new() });
             self.compare_mark(place);
         }
+        self.tell_of_lost_streams();
         // What was found missing is settled at once, so that it is told once.
         self.commit()
     }
@@ -246,6 +247,20 @@ impl Writer {
         }
         self.touched.insert(place);
         self.staged.must_sync = true;
+    }
+
+    /// Tells of streams that were noted and that the tables do not know.
+    fn tell_of_lost_streams(&mut self) {
+        let known = u32::try_from(self.streams.len()).unwrap_or(u32::MAX);
+        for mark in self.marks.take_orphans(known).into_iter().filter(|mark| mark.added > 0) {
+            let warning = format!(
+                "a stream with {} accepted entries up to {} is gone: the write-ahead log was damaged, or the database \
+                 was removed or an older one was put in its place",
+                mark.added, mark.last_id
+            );
+            tracing::error!(lost = mark.added, "{warning}");
+            self.warnings.push(warning);
+        }
     }
 
     /// Works until the queue is closed and empty.
@@ -461,7 +476,8 @@ impl Writer {
                 }
             }
         }
-        result.map_err(|error| engine_error(&format!("write to `{}`", self.path.display()), error))
+        let what = || format!("write to `{}`", self.path.display());
+        result.map_err(|error| engine_error(&what(), error)).inspect_err(|error| self.shared.damage.note(error))
     }
 
     pub(super) fn try_transaction(
@@ -505,6 +521,7 @@ impl Writer {
     fn reload(&mut self) {
         self.is_stale = true;
         if let Err(error) = self.read_back() {
+            self.shared.damage.note(&error);
             tracing::error!(error = %error, "the embedded store can't read its tables");
         }
     }

@@ -164,6 +164,30 @@ fn unexpected(wanted: &str, found: &Resp3Frame) -> Failure {
     Failure::unexpected(&format!("{found} instead of {wanted}"))
 }
 
+/// Reads a reply in every way that a command's answer is read: each gives a value or a failure.
+#[cfg(fuzzing)]
+pub fn fuzz(frame: Resp3Frame) {
+    let ways: [fn(Reply) -> bool; 11] = [
+        |reply| reply.bytes().is_ok(),
+        |reply| reply.text().is_ok(),
+        |reply| reply.count().is_ok(),
+        |reply| reply.count_if_known().is_ok(),
+        |reply| reply.list().is_ok(),
+        |reply| reply.tuple::<2>().is_ok(),
+        |reply| reply.id().is_ok(),
+        |reply| reply.ids().is_ok(),
+        |reply| reply.entries().is_ok(),
+        |reply| reply.entries_of_one_stream().is_ok(),
+        |reply| reply.named().is_ok_and(|mut named| named.take("length").and_then(Reply::count).is_ok()),
+    ];
+    for read in ways {
+        match Reply::accept(frame.clone()) {
+            Ok(reply) => std::hint::black_box(read(reply)),
+            Err(failure) => std::hint::black_box(failure.breaks_connection),
+        };
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
