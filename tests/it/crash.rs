@@ -1,5 +1,7 @@
 //! Nothing accepted is lost, whatever is killed, stopped or full, seen on the real binary.
 
+mod kills;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};

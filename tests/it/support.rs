@@ -3,6 +3,7 @@
 pub(crate) mod app;
 pub(crate) mod cluster;
 pub(crate) mod install;
+pub(crate) mod ledger;
 pub(crate) mod postgres;
 pub(crate) mod proxy;
 pub(crate) mod receiver;

@@ -27,6 +27,8 @@ pub(crate) const BOUND: Duration = Duration::from_mins(1);
 #[derive(Debug)]
 pub(crate) struct Home {
     folder: PathBuf,
+    /// What daemons here find in their environment besides the address to listen on.
+    environment: BTreeMap<String, String>,
     /// Removes the folder at last; nothing where it belongs to someone else.
     _owned: Option<TempDir>,
 }
@@ -41,10 +43,15 @@ impl Home {
 
     /// The same in a folder that is there already.
     pub(crate) fn at(folder: &Path, config: &str) -> Self {
-        let home = Self { folder: folder.to_owned(), _owned: None };
+        let home = Self { folder: folder.to_owned(), environment: BTreeMap::new(), _owned: None };
         let config = format!("instance = \"it\"\n{config}\n");
         fs::write(home.config_path(), config).expect("a writable folder");
         home
+    }
+
+    /// The daemons started from now on find this in their environment.
+    pub(crate) fn set_env(&mut self, name: &str, value: &str) {
+        self.environment.insert(name.to_owned(), value.to_owned());
     }
 
     /// A path in this folder.
@@ -63,6 +70,7 @@ impl Home {
             .current_dir(&self.folder)
             .env_clear()
             .env("AURORA_BUS__HTTP__LISTEN", "127.0.0.1:0")
+            .envs(&self.environment)
             .stdin(Stdio::null());
         command
     }
@@ -291,6 +299,29 @@ impl Daemon {
         let url = self.url(path).replacen("http", "ws", 1);
         let (socket, _) = tokio_tungstenite::connect_async(url).await.expect("a WebSocket");
         socket
+    }
+
+    /// Takes the lines out that the daemon has logged since the last time.
+    pub(crate) fn take_log(&self) -> Vec<String> {
+        std::mem::take(&mut self.log.lock().lines)
+    }
+
+    /// Whether everything that the daemon wrote has been read: it has ended.
+    pub(crate) fn is_silent(&self) -> bool {
+        self.log.lock().open == 0
+    }
+
+    /// The process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The sum of a metric over all its labels.
+    pub(crate) async fn metric(&self, name: &str) -> u64 {
+        let text = self.get("/metrics").await;
+        let is_this = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']));
+        let values = text.lines().filter(is_this).filter_map(|line| line.rsplit(' ').next());
+        values.map(|value| value.parse::<u64>().expect("a count")).sum()
     }
 
     /// Sends a signal, such as `TERM`.

@@ -25,6 +25,8 @@ struct Faults {
     drop_reply_to: Mutex<Option<Vec<u8>>>,
     /// How many replies were dropped.
     dropped: AtomicU64,
+    /// The connection over which a request comes that contains this passes no byte any more, that request included.
+    black_hole_at: Mutex<Option<Vec<u8>>>,
     /// Connections below this number pass no byte any more, in either direction.
     black_hole_below: AtomicU64,
     delay_ms: AtomicU64,
@@ -78,12 +80,23 @@ impl Proxy {
         self.faults.black_hole_below.store(next, Ordering::SeqCst);
     }
 
+    /// The next request that contains `part` does not reach the server, and its connection passes no byte any more,
+    /// though it stays open; all others work.
+    pub(crate) fn black_hole_at(&self, part: &[u8]) {
+        *self.faults.black_hole_at.lock().expect("unpoisoned") = Some(part.to_vec());
+    }
+
+    /// Whether a connection became a black hole since [`Self::black_hole_at`].
+    pub(crate) fn has_black_hole(&self) -> bool {
+        self.faults.black_hole_at.lock().expect("unpoisoned").is_none()
+    }
+
     /// Every read from either side is passed on only after this time.
     pub(crate) fn delay(&self, delay: Duration) {
         self.faults.delay_ms.store(u64::try_from(delay.as_millis()).expect("a short delay"), Ordering::SeqCst);
     }
 
-    /// Cuts the connections there are.
+    /// Resets the connections there are.
     pub(crate) fn reset(&self) {
         let mut cut = self.faults.cut.lock().expect("unpoisoned");
         std::mem::take(&mut *cut).cancel();
@@ -115,35 +128,51 @@ async fn accept(listener: TcpListener, port: u16, faults: Arc<Faults>, stop: Can
         }
         let faults = Arc::clone(&faults);
         connections.spawn(async move {
-            let Ok(server) = TcpStream::connect(("127.0.0.1", port)).await else { return };
+            let mut client = client;
+            let Ok(mut server) = TcpStream::connect(("127.0.0.1", port)).await else { return };
             tokio::select! {
                 () = cut.cancelled() => {}
-                () = pass(client, server, number, &faults) => {}
+                () = pass(&mut client, &mut server, number, &faults) => return,
+            }
+            // A reset, not an end: what is under way is lost.
+            for socket in [client, server] {
+                socket.set_zero_linger().expect("a socket option");
             }
         });
     }
 }
 
-async fn pass(client: TcpStream, server: TcpStream, number: u64, faults: &Faults) {
-    let (from_client, to_client) = client.into_split();
-    let (from_server, to_server) = server.into_split();
-    // Set by a request whose reply must not come back.
-    let swallow = AtomicBool::new(false);
-    let requests = pump(from_client, to_server, number, faults, |bytes| {
-        let mut wanted = faults.drop_reply_to.lock().expect("unpoisoned");
+async fn pass(client: &mut TcpStream, server: &mut TcpStream, number: u64, faults: &Faults) {
+    let (from_client, to_client) = client.split();
+    let (from_server, to_server) = server.split();
+    // Set by a request whose reply must not come back, and by one that makes a black hole of its connection.
+    let (swallow, is_hole) = (AtomicBool::new(false), AtomicBool::new(false));
+    let hits = |wanted: &Mutex<Option<Vec<u8>>>, bytes: &[u8]| {
+        let mut wanted = wanted.lock().expect("unpoisoned");
         let is_hit = wanted.as_ref().is_some_and(|part| bytes.windows(part.len()).any(|window| window == part));
         if is_hit {
             *wanted = None;
+        }
+        is_hit
+    };
+    let requests = pump(from_client, to_server, number, faults, |bytes| {
+        if hits(&faults.black_hole_at, bytes) {
+            is_hole.store(true, Ordering::SeqCst);
+        }
+        if hits(&faults.drop_reply_to, bytes) {
             swallow.store(true, Ordering::SeqCst);
         }
-        true
+        if is_hole.load(Ordering::SeqCst) { Passage::Nowhere } else { Passage::On }
     });
     let replies = pump(from_server, to_client, number, faults, |_| {
-        let is_dropped = swallow.load(Ordering::SeqCst);
-        if is_dropped {
-            faults.dropped.fetch_add(1, Ordering::SeqCst);
+        if is_hole.load(Ordering::SeqCst) {
+            return Passage::Nowhere;
         }
-        !is_dropped
+        if swallow.load(Ordering::SeqCst) {
+            faults.dropped.fetch_add(1, Ordering::SeqCst);
+            return Passage::Cut;
+        }
+        Passage::On
     });
     tokio::select! {
         () = requests => {}
@@ -151,13 +180,21 @@ async fn pass(client: TcpStream, server: TcpStream, number: u64, faults: &Faults
     }
 }
 
-/// Passes bytes on until either side ends or `may_pass` refuses.
+/// What becomes of some bytes and their connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Passage {
+    On,
+    Cut,
+    Nowhere,
+}
+
+/// Passes bytes on until either side ends or the connection is cut.
 async fn pump(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
     number: u64,
     faults: &Faults,
-    may_pass: impl Fn(&[u8]) -> bool,
+    passage: impl Fn(&[u8]) -> Passage,
 ) {
     let mut buffer = vec![0; 64 * 1024];
     loop {
@@ -173,8 +210,10 @@ async fn pump(
             std::future::pending::<()>().await;
         }
         let bytes = &buffer[..length];
-        if !may_pass(bytes) || to.write_all(bytes).await.is_err() {
-            return;
+        match passage(bytes) {
+            Passage::On if to.write_all(bytes).await.is_ok() => {}
+            Passage::On | Passage::Cut => return,
+            Passage::Nowhere => std::future::pending().await,
         }
     }
 }

@@ -34,6 +34,9 @@ pub(crate) struct RedisServer {
     options: Vec<String>,
 }
 
+/// The file in a server's folder that says by how much its clock is wrong, if it has such a clock.
+const CLOCK: &str = "clock";
+
 impl RedisServer {
     /// Starts a server with these options, such as `["--requirepass", "x"]`. `{dir}` in them stands for its folder.
     /// Nothing is kept on disk unless they say so.
@@ -54,6 +57,21 @@ impl RedisServer {
         let mut server = Self { product, child, port, folder, options };
         server.listens().await;
         server
+    }
+
+    /// Starts a Valkey whose clock can be set with [`Self::set_clock`]. (Debian's Redis hangs with such a clock.)
+    pub(crate) async fn with_clock(options: &[&str]) -> Self {
+        let folder = TempDir::new().expect("a temporary folder");
+        fs::write(folder.path().join(CLOCK), "+0\n").expect("a writable folder");
+        Self::start_in(folder, Product::Valkey, free_port(), options).await
+    }
+
+    /// Sets the server's clock ahead of the true time by so many seconds, or behind it.
+    pub(crate) fn set_clock(&self, seconds: i64) {
+        let (clock, new) = (self.folder.path().join(CLOCK), self.folder.path().join("new-clock"));
+        fs::write(&new, format!("{seconds:+}\n")).expect("a writable folder");
+        // As a whole: the server reads it with every look at the clock.
+        fs::rename(new, clock).expect("a writable folder");
     }
 
     /// Starts a Redis that has every write on disk before it answers.
@@ -178,7 +196,16 @@ fn spawn(product: Product, port: u16, folder: &TempDir, options: &[String]) -> C
         Product::Redis => install::program("redis-server", "redis-server"),
         Product::Valkey => valkey(),
     };
-    Command::new(program)
+    let mut command = Command::new(program);
+    let clock = folder.path().join(CLOCK);
+    if clock.exists() {
+        command
+            .env("LD_PRELOAD", faketime_library())
+            .env("FAKETIME_TIMESTAMP_FILE", clock)
+            .env("FAKETIME_NO_CACHE", "1")
+            .env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+    }
+    command
         .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--daemonize", "no"])
         .args(["--maxmemory-policy", "noeviction", "--loglevel", "notice", "--enable-debug-command", "yes"])
         .arg("--dir")
@@ -191,6 +218,16 @@ fn spawn(product: Product, port: u16, folder: &TempDir, options: &[String]) -> C
         .stderr(Stdio::null())
         .spawn()
         .expect("the server runs")
+}
+
+/// The library that `faketime` preloads.
+pub(crate) fn faketime_library() -> PathBuf {
+    install::program("faketime", "faketime");
+    let script = "find /usr/lib /usr/local/lib -name 'libfaketime.so.1' -type f | head -n 1";
+    let output = Command::new("sh").args(["-c", script]).output().expect("sh runs");
+    let path = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    assert!(!path.is_empty(), "the package `faketime` has no libfaketime.so.1");
+    path.into()
 }
 
 /// Where Valkey's server is, after bringing it onto the machine if need be.

@@ -1,0 +1,357 @@
+//! The soak: two daemons on one Redis at 2000 events a second, while something breaks every few seconds.
+//!
+//! Too long for every test run. Two minutes, or half an hour, with a line of progress every five seconds and a verdict
+//! at the end:
+//!
+//! ```text
+//! cargo test --release --test it -- --ignored --nocapture soak_of_two_minutes
+//! cargo test --release --test it -- --ignored --nocapture soak_of_half_an_hour
+//! ```
+//!
+//! Faults, at random: a daemon or Redis killed with `kill -9`, a Redis that stands still, connections that are cut,
+//! refused, delayed or swallow everything, and lost replies. The verdict: every event that was accepted was handled,
+//! and stored once; whatever was handled twice had a higher attempt; the memory of the daemon that lived through it
+//! all, the consumers and the stream stay bounded.
+
+use std::fs;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use reqwest::StatusCode;
+use serde_json::Value;
+use tokio::task::JoinSet;
+
+use crate::support::app::{BOUND, Daemon, Home, client};
+use crate::support::proxy::Proxy;
+use crate::support::redis::{Product, RedisServer};
+use crate::support::{random_below, until};
+
+const STREAM: &str = "aurora:alerts";
+const GROUP: &str = "alert-processor";
+const PER_SECOND: u64 = 2000;
+const BATCH: u64 = 20;
+const PUBLISHERS: usize = 16;
+const MAX_LEN: u64 = 50_000;
+
+const CONFIG: &str = r#"
+[http]
+rate_limit = 1_000_000
+
+[publish]
+dedup_window = "2m"
+
+[[streams]]
+name = "aurora:alerts"
+relay = true
+retention = { max_len = 50_000 }
+[[streams.groups]]
+name = "alert-processor"
+sink = "log"
+claim_idle = "5s"
+handler_timeout = "2s"
+
+[sinks.log]
+type = "log"
+
+[store]
+backend = "redis"
+[store.redis]
+command_timeout = "3s"
+"#;
+
+/// What became of each event, by its number: a byte each, for there are millions.
+struct Tally {
+    accepted: Vec<AtomicBool>,
+    handled: Vec<AtomicU8>,
+    /// How often it was handled at its first attempt.
+    firsts: Vec<AtomicU8>,
+    next: AtomicU64,
+    accepted_count: AtomicU64,
+    handled_count: AtomicU64,
+    repeated_count: AtomicU64,
+}
+
+impl Tally {
+    fn new(events: u64) -> Self {
+        let events = usize::try_from(events).expect("fits");
+        Self {
+            accepted: (0..events).map(|_| AtomicBool::new(false)).collect(),
+            handled: (0..events).map(|_| AtomicU8::new(0)).collect(),
+            firsts: (0..events).map(|_| AtomicU8::new(0)).collect(),
+            next: AtomicU64::new(0),
+            accepted_count: AtomicU64::new(0),
+            handled_count: AtomicU64::new(0),
+            repeated_count: AtomicU64::new(0),
+        }
+    }
+
+    /// Notes what a daemon's sink has told; gives its warnings and errors.
+    fn read_log(&self, daemon: &Daemon) {
+        for line in daemon.take_log() {
+            let Ok(told) = serde_json::from_str::<Value>(&line) else { continue };
+            let Some(title) = told["title"].as_str().filter(|_| told["sink"] == "log") else { continue };
+            let number: usize = title.parse().expect("titles are numbers");
+            if told["attempt"] == 1 {
+                self.firsts[number].fetch_add(1, Ordering::Relaxed);
+            }
+            if self.handled[number].fetch_add(1, Ordering::Relaxed) == 0 {
+                self.handled_count.fetch_add(1, Ordering::Relaxed);
+            } else {
+                self.repeated_count.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// Publishes its share of the events, each batch again and again until one of the daemons has accepted it.
+async fn publish(tally: Arc<Tally>, daemons: Arc<Mutex<[String; 2]>>, begun: Instant) {
+    let client = client();
+    loop {
+        let first = tally.next.fetch_add(BATCH, Ordering::Relaxed);
+        let numbers = first..(first + BATCH).min(tally.accepted.len() as u64);
+        if numbers.is_empty() {
+            return;
+        }
+        let due = begun + Duration::from_millis(first * 1000 / PER_SECOND);
+        tokio::time::sleep_until(due.into()).await;
+        let event =
+            |number| format!(r#"{{"id":"{number}","title":"{number}","severity":"high","pad":"{:0>300}"}}"#, "");
+        let body = numbers.clone().map(event).collect::<Vec<_>>().join("\n");
+        for round in 0.. {
+            let base = daemons.lock().expect("unpoisoned")[usize::from((first / BATCH + round) % 2 == 1)].clone();
+            let request = client
+                .post(format!("{base}/api/v1/streams/{STREAM}/events?dedup=id"))
+                .header("content-type", "application/x-ndjson")
+                .timeout(Duration::from_secs(10))
+                .body(body.clone());
+            // Without the whole body the answer did not arrive.
+            let is_accepted = match request.send().await {
+                Ok(answer) if answer.status() == StatusCode::CREATED => answer.bytes().await.is_ok(),
+                _ => false,
+            };
+            if is_accepted {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        for number in numbers {
+            tally.accepted[usize::try_from(number).expect("fits")].store(true, Ordering::Relaxed);
+            tally.accepted_count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// One thing that breaks.
+#[derive(Debug, Clone, Copy)]
+enum Fault {
+    KillDaemon,
+    KillRedis,
+    StopRedis,
+    Cut,
+    Refuse,
+    Delay,
+    BlackHole,
+    LoseFetch,
+    LoseScript,
+    LoseAcknowledgement,
+}
+
+const FAULTS: [Fault; 10] = [
+    Fault::KillDaemon,
+    Fault::KillRedis,
+    Fault::StopRedis,
+    Fault::Cut,
+    Fault::Refuse,
+    Fault::Delay,
+    Fault::BlackHole,
+    Fault::LoseFetch,
+    Fault::LoseScript,
+    Fault::LoseAcknowledgement,
+];
+
+struct Soak {
+    server: RedisServer,
+    proxy: Proxy,
+    /// Its daemon is killed now and then.
+    mortal_home: Home,
+    mortal: Daemon,
+    /// Lives through everything.
+    survivor: Daemon,
+    tally: Arc<Tally>,
+    urls: Arc<Mutex<[String; 2]>>,
+    faults: u64,
+    /// Memory of the survivor over time, in KiB.
+    memory: Vec<u64>,
+}
+
+impl Soak {
+    async fn new(events: u64) -> Self {
+        let server = RedisServer::start(Product::Redis, &["--appendonly", "yes"]).await;
+        let proxy = Proxy::start(server.port()).await;
+        let home = |instance: &str| {
+            let mut home = Home::new(&format!("{CONFIG}\nurl = \"{}\"\n", proxy.url()));
+            home.set_env("AURORA_BUS__INSTANCE", instance);
+            home
+        };
+        let (mortal_home, survivor_home) = (home("mortal"), home("survivor"));
+        let (mortal, survivor) = (mortal_home.start().await, survivor_home.start().await);
+        let urls = Arc::new(Mutex::new([mortal.url(""), survivor.url("")]));
+        let tally = Arc::new(Tally::new(events));
+        Self { server, proxy, mortal_home, mortal, survivor, tally, urls, faults: 0, memory: Vec::new() }
+    }
+
+    async fn break_something(&mut self) -> Fault {
+        self.faults += 1;
+        // Each in turn, from a random one on, would be too regular; but each comes before long.
+        let fault = FAULTS[usize::try_from(random_below(FAULTS.len() as u64)).expect("fits")];
+        match fault {
+            Fault::KillDaemon => {
+                self.mortal.signal("KILL");
+                until("the end of the log", BOUND, async || self.mortal.is_silent().then_some(())).await;
+                self.tally.read_log(&self.mortal);
+                self.mortal = self.mortal_home.spawn().await.expect("it starts again");
+                self.urls.lock().expect("unpoisoned")[0] = self.mortal.url("");
+            }
+            Fault::KillRedis => {
+                self.server.crash();
+                tokio::time::sleep(Duration::from_millis(random_below(2000))).await;
+                self.server.restart().await;
+            }
+            Fault::StopRedis => {
+                self.server.signal("STOP");
+                tokio::time::sleep(Duration::from_millis(500 + random_below(4000))).await;
+                self.server.signal("CONT");
+            }
+            Fault::Cut => self.proxy.reset(),
+            Fault::Refuse => {
+                self.proxy.refuse(true);
+                self.proxy.reset();
+                tokio::time::sleep(Duration::from_millis(random_below(2000))).await;
+                self.proxy.refuse(false);
+            }
+            Fault::Delay => {
+                self.proxy.delay(Duration::from_millis(random_below(60)));
+                tokio::time::sleep(Duration::from_secs(3)).await;
+                self.proxy.delay(Duration::ZERO);
+            }
+            Fault::BlackHole => self.proxy.black_hole_existing(),
+            Fault::LoseFetch => self.proxy.drop_reply_to(b"XREADGROUP"),
+            Fault::LoseScript => self.proxy.drop_reply_to(b"EVALSHA"),
+            Fault::LoseAcknowledgement => self.proxy.drop_reply_to(b"XACK"),
+        }
+        fault
+    }
+
+    fn note_memory(&mut self) {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.survivor.pid())).expect("it lives");
+        let memory = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("its memory");
+        self.memory.push(memory.trim().trim_end_matches(" kB").parse().expect("a number"));
+    }
+
+    fn read_logs(&self) {
+        self.tally.read_log(&self.mortal);
+        self.tally.read_log(&self.survivor);
+    }
+
+    fn number(&self, command: &[&str]) -> u64 {
+        let answer = self.server.cli(command);
+        answer.lines().next().and_then(|line| line.parse().ok()).unwrap_or_else(|| panic!("{command:?}: {answer}"))
+    }
+
+    fn stream_info(&self, name: &str) -> u64 {
+        let info = self.server.cli(&["XINFO", "STREAM", STREAM]);
+        let mut lines = info.lines().skip_while(|line| *line != name);
+        lines.nth(1).and_then(|line| line.parse().ok()).unwrap_or_else(|| panic!("no {name}: {info}"))
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "who waits for it wants to see how it goes")]
+async fn soak(duration: Duration, fault_every: Duration, may_repeat_percent: u64) {
+    let events = duration.as_secs() * PER_SECOND;
+    let mut soak = Soak::new(events).await;
+    let tally = Arc::clone(&soak.tally);
+    let begun = Instant::now();
+    let mut publishers: JoinSet<()> =
+        (0..PUBLISHERS).map(|_| publish(tally.clone(), soak.urls.clone(), begun)).collect();
+    let mut next_fault = begun + fault_every;
+    let mut next_line = begun;
+    let mut last_fault = None;
+    let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    let mut at_rest_since: Option<Instant> = None;
+    loop {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        soak.read_logs();
+        if let Some(ended) = publishers.try_join_next() {
+            ended.expect("a publisher");
+        }
+        if Instant::now() >= next_fault && begun.elapsed() < duration {
+            last_fault = Some(soak.break_something().await);
+            next_fault = Instant::now() + fault_every;
+        }
+        if Instant::now() >= next_line {
+            next_line += Duration::from_secs(5);
+            soak.note_memory();
+            eprintln!(
+                "{:>5} s: {} accepted, {} handled, {} repeated, {} faults (last: {last_fault:?}), {} MiB",
+                begun.elapsed().as_secs(),
+                count(&tally.accepted_count),
+                count(&tally.handled_count),
+                count(&tally.repeated_count),
+                soak.faults,
+                soak.memory.last().expect("noted just now") / 1024,
+            );
+        }
+        if publishers.is_empty() && begun.elapsed() >= duration {
+            let since = *at_rest_since.get_or_insert_with(Instant::now);
+            let is_at_rest =
+                count(&tally.handled_count) >= events && soak.server.cli(&["XPENDING", STREAM, GROUP]).starts_with('0');
+            if is_at_rest {
+                break;
+            }
+            assert!(since.elapsed() < Duration::from_mins(2), "no rest: {} handled", count(&tally.handled_count));
+        }
+    }
+
+    let is_owed = |number: &usize| {
+        tally.accepted[*number].load(Ordering::Relaxed) && tally.handled[*number].load(Ordering::Relaxed) == 0
+    };
+    let owed: Vec<usize> = (0..tally.accepted.len()).filter(is_owed).collect();
+    assert!(owed.is_empty(), "accepted and never handled: {owed:?}");
+    assert_eq!(soak.stream_info("entries-added"), events, "each event is stored once");
+    let unexplained = tally.firsts.iter().filter(|firsts| firsts.load(Ordering::Relaxed) > 1).count();
+    assert_eq!(unexplained, 0, "handled twice as if it were the first time");
+    let repeated = count(&tally.repeated_count);
+    assert!(repeated * 100 < events * may_repeat_percent, "{repeated} of {events} were handled again");
+    let dead = soak.number(&["XLEN", &format!("{STREAM}:dead_letter")]);
+    assert_eq!(dead, 0, "nothing here deserves to be dead");
+    let groups = soak.server.cli(&["XINFO", "CONSUMERS", STREAM, GROUP]);
+    let consumers = groups.lines().filter(|line| *line == "name").count();
+    assert!(consumers <= 2, "{groups}");
+    until("a trimmed stream", BOUND, async || (soak.stream_info("length") <= 2 * MAX_LEN).then_some(())).await;
+    // Half of the time to settle in.
+    let (early, late) = soak.memory.split_at(soak.memory.len() / 2);
+    let (early, late) = (early.iter().max().expect("noted"), late.iter().max().expect("noted"));
+    assert!(*late < early + early / 4 + 20 * 1024, "memory grew from {early} to {late} KiB");
+    eprintln!(
+        "balanced: {events} accepted, all handled, {repeated} of them again, {} faults, {consumers} consumers, memory \
+         at most {} MiB in the first half and {} MiB in the second",
+        soak.faults,
+        early / 1024,
+        late / 1024
+    );
+    soak.mortal.stop().await;
+    soak.survivor.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes two minutes: cargo test --release --test it -- --ignored --nocapture soak_of_two_minutes"]
+async fn soak_of_two_minutes() {
+    soak(Duration::from_mins(2), Duration::from_secs(10), 5).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "takes half an hour: cargo test --release --test it -- --ignored --nocapture soak_of_half_an_hour"]
+async fn soak_of_half_an_hour() {
+    soak(Duration::from_mins(30), Duration::from_secs(20), 1).await;
+}
