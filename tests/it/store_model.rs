@@ -439,7 +439,9 @@ async fn settle(
         let is_owned = held.is_some_and(|held| held.consumer == consumer);
         // A young delivery may be acknowledged without asking who owns it by now.
         let is_vague = held.is_some() && !is_owned && matches!(ending, Ending::Acknowledge | Ending::Filter);
-        if !seen.insert(id) || is_vague {
+        // One that others may take over already counts as released: whether this is the same release is not known.
+        let is_repeated = held.is_some_and(|held| held.is_aged) && matches!(ending, Ending::Release);
+        if !seen.insert(id) || is_vague || is_repeated {
             continue;
         }
         let attempt = held.map_or(1, |held| held.attempts);

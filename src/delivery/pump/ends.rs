@@ -117,8 +117,8 @@ impl Pump {
         if error.class() == SinkErrorClass::Transient
             && let Some(times) = self.failure_trouble.occurred()
         {
-            let first = failed.first().map(|delivery| delivery.entry.id.to_string());
-            warn!(entries = failed.len(), ?first, error = text, times, "a delivery failed");
+            let first = failed.first().map(|delivery| tracing::field::display(delivery.entry.id));
+            warn!(entries = failed.len(), first, error = text, times, "a delivery failed");
         }
         let is_transient = error.class() == SinkErrorClass::Transient;
         let retry_after = error.retry_after();
