@@ -11,16 +11,16 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::bus::{Bus, Catalogue};
-use crate::config::{Backend, Config};
+use crate::config::{Backend, Config, StreamConfig};
 use crate::dead_letters::{DeadLetters, Keeper, Source};
-use crate::delivery::{GroupSpec, Guard, Janitor, Reaper, Sampler, Worker};
+use crate::delivery::{GroupSpec, Guard, Janitor, Reaper, Sampler, StreamSpec, Worker};
 use crate::event::ConsumerName;
 use crate::http::{self, Api};
 use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
 use crate::relay::Relay;
 use crate::sink::{self, Sink};
-use crate::store::{Metered, Store, StoreError, StoreErrorKind, StoreStatus};
+use crate::store::{Bounded, Limits, Metered, Store, StoreError, StoreErrorKind, StoreStatus};
 
 /// How often the store is asked whether it can do its work.
 const CHECK_EVERY: Duration = Duration::from_secs(2);
@@ -65,17 +65,19 @@ impl App {
             format!("cannot listen on {listen} (http.listen): is another daemon running, or the port taken?")
         })?;
         let address = listener.local_addr().context("cannot read the listener's address")?;
+        let limit = |stream: &StreamConfig| Some((stream.name.clone(), stream.retention.publish_limit()?));
+        let limits = Limits::new(config.streams.iter().filter_map(limit));
         let store: Arc<dyn Store> = Arc::new(Metered::new(open_store(&config).await?, metrics.clone()));
         refuse_unsuitable(store.as_ref(), &config).await?;
+        let store: Arc<dyn Store> = Arc::new(Bounded::new(store, limits.clone()));
         let bus = open_bus(&config, Arc::clone(&store), metrics.clone());
         let sinks = open_sinks(&config, &bus).await?;
 
-        let names = || config.streams.iter().map(|stream| stream.name.clone());
+        let specs: Vec<StreamSpec> = config.streams.iter().map(spec_of).collect();
         let relayed = config.relayed();
         let relay = Relay::new(Arc::clone(&store), config.relay, &relayed, metrics.clone(), &readiness);
-        let sampler = Sampler::new(Arc::clone(&store), names().collect(), metrics.clone());
-        let retained = config.streams.iter().map(|stream| (stream.name.clone(), stream.retention)).collect();
-        let janitor = Janitor::new(Arc::clone(&store), retained);
+        let sampler = Sampler::new(Arc::clone(&store), specs.clone(), metrics.clone(), &readiness);
+        let janitor = Janitor::new(Arc::clone(&store), specs, limits, metrics.clone());
 
         let sinks = metered(sinks, &metrics);
         let sources = config.streams.iter().map(|stream| Source {
@@ -264,10 +266,20 @@ async fn check_parts(config: &Config, store: &Arc<dyn Store>) -> anyhow::Result<
     Ok(())
 }
 
+fn spec_of(stream: &StreamConfig) -> StreamSpec {
+    StreamSpec { name: stream.name.clone(), retention: stream.retention, groups: stream.groups.clone() }
+}
+
 fn open_bus(config: &Config, store: Arc<dyn Store>, metrics: Metrics) -> Bus {
     let streams = config.streams.iter().map(|stream| (stream.name.clone(), stream.dead_letter()));
     let durability = config.streams.iter().map(|stream| (stream.name.clone(), stream.durability));
-    let catalogue = Catalogue::new(streams).with_durability(durability);
+    let specs: Vec<StreamSpec> = config.streams.iter().map(spec_of).collect();
+    let groups = specs
+        .iter()
+        .flat_map(|spec| spec.groups.iter().map(|group| (spec.name.clone(), group.name.clone(), group.consumption())));
+    let silent = specs.iter().map(|spec| (spec.name.clone(), spec.retention.abandoned_after));
+    let catalogue =
+        Catalogue::new(streams).with_durability(durability).with_groups(groups).with_abandoned_after(silent);
     Bus::new(store, config.publish.clone(), catalogue, metrics)
 }
 

@@ -13,10 +13,10 @@ use bytes::Bytes;
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 
-use crate::event::{Fields, IdempotencyKey, NewEntry, NewEvent, StreamName, field};
+use crate::event::{Fields, GroupName, IdempotencyKey, NewEntry, NewEvent, StreamName, field};
 use crate::metrics::Metrics;
 use crate::sink::{Forward, SinkError, SinkErrorClass};
-use crate::store::{Appended, Durability, MAX_APPEND, Store, StoreError, StoreErrorKind};
+use crate::store::{Appended, Consumption, Durability, MAX_APPEND, Store, StoreError, StoreErrorKind};
 
 /// What publishers may do.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
@@ -54,12 +54,14 @@ impl Config {
 pub struct Catalogue {
     streams: BTreeMap<StreamName, StreamName>,
     durability: BTreeMap<StreamName, Durability>,
+    groups: BTreeMap<(StreamName, GroupName), Consumption>,
+    abandoned_after: BTreeMap<StreamName, Duration>,
 }
 
 impl Catalogue {
     /// From streams and their dead-letter streams.
     pub fn new(streams: impl IntoIterator<Item = (StreamName, StreamName)>) -> Self {
-        Self { streams: streams.into_iter().collect(), durability: BTreeMap::new() }
+        Self { streams: streams.into_iter().collect(), ..Self::default() }
     }
 
     /// The same where these streams take events only as durably as that.
@@ -72,6 +74,30 @@ impl Catalogue {
     /// How durable an event of this stream is at least when it is accepted.
     pub fn durability(&self, stream: &StreamName) -> Durability {
         self.durability.get(stream).copied().unwrap_or_default()
+    }
+
+    /// The same with the groups that are declared, and who settles their entries.
+    #[must_use]
+    pub fn with_groups(mut self, groups: impl IntoIterator<Item = (StreamName, GroupName, Consumption)>) -> Self {
+        self.groups.extend(groups.into_iter().map(|(stream, group, consumption)| ((stream, group), consumption)));
+        self
+    }
+
+    /// The same with how long a group of a stream that is not declared may be silent before it counts as abandoned.
+    #[must_use]
+    pub fn with_abandoned_after(mut self, times: impl IntoIterator<Item = (StreamName, Duration)>) -> Self {
+        self.abandoned_after.extend(times);
+        self
+    }
+
+    /// How long a group of that stream that is not declared may be silent before it counts as abandoned, if ever.
+    pub fn abandoned_after(&self, stream: &StreamName) -> Option<Duration> {
+        self.abandoned_after.get(stream).copied()
+    }
+
+    /// Who settles a group's entries, if the group is declared.
+    pub fn consumption(&self, stream: &StreamName, group: &GroupName) -> Option<Consumption> {
+        self.groups.get(&(stream.clone(), group.clone())).copied()
     }
 
     /// The declared streams, by name.

@@ -5,6 +5,7 @@ mod client;
 mod dead;
 mod inspect;
 mod publish;
+mod reconcile;
 mod serve;
 mod tail;
 
@@ -61,6 +62,8 @@ enum Command {
     /// configuration are wrong.
     #[command(subcommand)]
     Dead(dead::DeadCommand),
+    /// Check for every group that each published entry is accounted for; exit code 1 where one is not
+    Reconcile(reconcile::ReconcileArgs),
     /// Ask a running daemon whether it is healthy; for container health checks
     Health(client::ClientArgs),
     /// The tamper-evident audit files
@@ -83,6 +86,7 @@ impl Cli {
             Some(Command::Publish(args)) => publish::run(&self.config, args).await,
             Some(Command::Tail(args)) => tail::run(&self.config, args).await,
             Some(Command::Dead(command)) => dead::run(&self.config, command).await,
+            Some(Command::Reconcile(args)) => reconcile::run(&self.config, args).await,
             Some(Command::Health(args)) => client::health(&self.config, &args).await,
             Some(Command::Audit(command)) => audit::run(&self.config, command),
             Some(Command::Bench(args)) => crate::bench::run(args).await,
@@ -100,20 +104,21 @@ impl ConfigArgs {
     }
 }
 
-/// Tells an error with its causes, and the exit code: 2 where the configuration is to blame, else 1.
+/// Tells an error with its causes, and the exit code: 2 where the configuration is to blame, or where `reconcile` got no answer, else 1.
 pub fn fail(error: &anyhow::Error) -> ExitCode {
     let mut text = format!("error: {error}");
     if let Some(invalid) = error.downcast_ref::<InvalidConfig>() {
         tell(&format!("error: {invalid}\n"));
         return ExitCode::from(2);
     }
+    let is_unknown = error.downcast_ref::<reconcile::CannotReconcile>().is_some();
     let mut cause = error.source();
     while let Some(next) = cause {
         text = format!("{text}\n  because: {next}");
         cause = next.source();
     }
     tell(&format!("{text}\n"));
-    ExitCode::FAILURE
+    if is_unknown { ExitCode::from(2) } else { ExitCode::FAILURE }
 }
 
 /// Writes to standard error, where a closed one is no reason to fail.

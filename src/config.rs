@@ -291,6 +291,8 @@ impl Config {
                 let message = "must be `memory` where store.embedded.durability is `interval`";
                 problems.push(Problem::new(format!("{path}.durability"), message));
             }
+            let own = stream.retention.validate().into_iter();
+            problems.extend(own.map(|value| Problem::new(format!("{path}.retention.{}", value.key), value.problem)));
             let mut groups = BTreeSet::new();
             for (index, group) in stream.groups.iter().enumerate() {
                 let path = format!("{path}.groups[{index}]");

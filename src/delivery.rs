@@ -13,6 +13,7 @@ mod breaker;
 mod call;
 mod config;
 mod guard;
+mod ledger;
 mod meters;
 mod outbox;
 mod patience;
@@ -34,7 +35,7 @@ pub use config::{GroupConfig, GroupStart, InvalidValue};
 pub use guard::Guard;
 pub use policy::{RetryPolicy, Verdict};
 pub use reaper::Reaper;
-pub use retention::{Janitor, Retention};
+pub use retention::{Janitor, Retention, StreamSpec, WhenFull};
 pub use sampler::Sampler;
 
 use self::pump::Pump;

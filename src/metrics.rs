@@ -148,6 +148,14 @@ metrics! {
     group_pending: IntGaugeVec = "aurora_bus_group_pending" ["stream", "group"];
     /// Age of the oldest pending entry of a group, in seconds.
     group_oldest_pending_seconds: GaugeVec = "aurora_bus_group_oldest_pending_seconds" ["stream", "group"];
+    /// Entries of a group's account as the store keeps it, by term: what was published to it and what became of that.
+    account_entries: IntGaugeVec = "aurora_bus_account_entries" ["stream", "group", "term"];
+    /// Entries published to a group and nowhere to be found, or found and never published if negative; 0 when the account adds up, absent while that is unknown.
+    account_difference: IntGaugeVec = "aurora_bus_account_difference" ["stream", "group"];
+    /// 1 for a group that is not declared, holds entries back and has had no consumer for a long time.
+    group_abandoned: IntGaugeVec = "aurora_bus_group_abandoned" ["stream", "group"];
+    /// Entries of a stream that were removed by others than the bus.
+    removed_by_others: IntGaugeVec = "aurora_bus_removed_by_others" ["stream"];
     /// Entries a stream holds.
     stream_length: IntGaugeVec = "aurora_bus_stream_length" ["stream"];
     /// Time of store operations, in seconds.

@@ -19,9 +19,12 @@
 //!   claim. They survive restarts.
 //! - **Loss is told.** A pending entry whose body was trimmed away is removed from the pending entries by the claim
 //!   that meets it and reported there as lost, once.
+//! - **Accounts.** What becomes of a group's entries is counted in the step in which it happens, see [`Account`]; the
+//!   counters are as durable as that step.
 //! - **Errors** carry a [`StoreErrorKind`]: whoever calls decides by kind, never by text.
 
 mod account;
+mod bounded;
 pub mod embedded;
 mod error;
 mod metered;
@@ -34,11 +37,12 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 pub use account::{Account, Balance, Consumption, LostReason};
+pub use bounded::{Bounded, Limits};
 pub use error::{StoreError, StoreErrorKind};
 pub use metered::Metered;
 pub use types::{
-    Appended, Claimed, ConsumerStatus, Cursor, Durability, GroupStatus, Order, Outcome, Pending, Range, Reclaimed,
-    Redelivered, Redelivery, Settled, Settlement, Start, StoreStatus, StreamStatus, Trim,
+    Appended, Claimed, ConsumerStatus, Cursor, Dropped, Durability, GroupStatus, Loser, Order, Outcome, Pending, Range,
+    Reclaimed, Redelivered, Redelivery, Settled, Settlement, Start, StoreStatus, StreamStatus, Trim,
 };
 
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
@@ -99,6 +103,9 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     ) -> Result<Vec<Entry>, StoreError>;
 
     /// Makes sure that a group exists, and its stream; says whether it was created now. Safe to repeat.
+    ///
+    /// With the group its [`Account`] begins, at zero also where an earlier group of that name had one. Where the
+    /// group was made by others, it begins now, such that it adds up.
     async fn ensure_group(&self, stream: &StreamName, group: &GroupName, start: Start) -> Result<bool, StoreError>;
 
     /// The next entries that no consumer of the group has seen, at most `limit`; waits up to `wait` for the first.
@@ -189,7 +196,31 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// Removes the oldest entries as `trim` says, but never one that a group has still to handle, that is at or
     /// after the group's oldest pending entry or after its cursor. Says how many were removed. May leave up to 100
     /// more than asked for. Safe to repeat.
-    async fn trim(&self, stream: &StreamName, trim: Trim) -> Result<u64, StoreError>;
+    async fn trim(&self, stream: &StreamName, trim: Trim) -> Result<u64, StoreError> {
+        self.trim_past(stream, trim, &[]).await
+    }
+
+    /// The same, but passes what these groups have still to handle. For them nothing is counted.
+    async fn trim_past(&self, stream: &StreamName, trim: Trim, ignored: &[GroupName]) -> Result<u64, StoreError>;
+
+    /// Removes the oldest entries until `keep` are left, whoever has still to handle them: one bounded step of it.
+    ///
+    /// In the same step, each entry that a group had pending or had not been given is counted as lost in its account,
+    /// by [`LostReason::Dropped`], and is not pending any more. May leave up to 100 more than asked for. After an
+    /// error it is unknown whether entries were removed; what was removed is counted.
+    async fn drop_oldest(&self, stream: &StreamName, keep: u64) -> Result<Dropped, StoreError>;
+
+    /// Counts `missing` entries as lost that the group was never given, by [`LostReason::TrimmedUndelivered`], if
+    /// `known` is still how many the account says were lost so; says whether it did. So of many who miss the same
+    /// entries, one counts them. Also where nothing is missing, a server that counts wrongly what the group has still
+    /// to be given is made to count anew, where it can. Safe to repeat.
+    async fn write_off(
+        &self,
+        stream: &StreamName,
+        group: &GroupName,
+        known: u64,
+        missing: u64,
+    ) -> Result<bool, StoreError>;
 
     /// Removes single entries, pending or not. Says how many there were. Safe to repeat.
     async fn discard(&self, stream: &StreamName, ids: &[EntryId]) -> Result<u64, StoreError>;

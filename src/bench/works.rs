@@ -80,7 +80,7 @@ impl Bench {
              [http]\nlisten = \"{address}\"\nrate_limit = 1_000_000\n\
              {store}\
              [[streams]]\nname = \"{STREAM}\"\nrelay = {relay}\n\
-             retention = {{ max_len = 100_000_000 }}\n\
+             retention = {{ max_len = 100_000_000, hard_max_len = 100_000_000 }}\n\
              {group}\
              [relay]\nmax_connections_per_address = 0\n\
              [sinks.log]\ntype = \"log\"\nlevel = \"trace\"\n\

@@ -16,8 +16,10 @@ struct Health {
 }
 
 #[derive(Debug, Serialize)]
-struct Ready {
+struct Report {
     ready: bool,
+    /// `ok`, `degraded` where a part has a note, or `unavailable`.
+    status: &'static str,
     parts: Vec<Part>,
 }
 
@@ -50,7 +52,13 @@ pub(super) async fn ready(State(api): State<Api>) -> impl IntoResponse {
     }
     let ready = parts.iter().all(|part| part.ready);
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(Ready { ready, parts }))
+    let is_degraded = parts.iter().any(|part| part.note.is_some());
+    let word = match (ready, is_degraded) {
+        (false, _) => "unavailable",
+        (true, true) => "degraded",
+        (true, false) => "ok",
+    };
+    (status, Json(Report { ready, status: word, parts }))
 }
 
 /// `GET /metrics`: Prometheus' text format.

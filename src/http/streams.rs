@@ -1,5 +1,6 @@
 //! Streams, groups and ranges of entries, as JSON.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Json;
@@ -9,8 +10,9 @@ use serde_json::value::RawValue;
 
 use super::extract::{Query, Segment};
 use super::{Api, ApiError};
+use crate::bus::Catalogue;
 use crate::event::{Entry, EntryId, StreamName, field};
-use crate::store::{GroupStatus, Order, Range, StoreError, StreamStatus};
+use crate::store::{Balance, Consumption, GroupStatus, LostReason, Order, Range, StoreError, StreamStatus};
 
 /// The longest time a reader may wait for new entries.
 const MAX_WAIT: Duration = Duration::from_secs(20);
@@ -27,6 +29,8 @@ pub(super) struct StreamView {
     first_id: Option<String>,
     last_id: Option<String>,
     entries_added: u64,
+    /// Entries that others than the bus removed; absent where no one counts.
+    removed_by_others: Option<u64>,
     groups: Vec<GroupView>,
     #[serde(skip_serializing_if = "Option::is_none")]
     dead_letters: Option<super::dead_letters::LevelView>,
@@ -35,6 +39,7 @@ pub(super) struct StreamView {
 }
 
 #[derive(Debug, Serialize)]
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, each with its own name in the answer")]
 struct GroupView {
     name: String,
     lag: Option<u64>,
@@ -42,6 +47,24 @@ struct GroupView {
     pending: u64,
     oldest_pending_seconds: Option<f64>,
     last_delivered_id: String,
+    /// Whether the configuration names it.
+    declared: bool,
+    /// Whether it is not declared, keeps old entries from being trimmed, and has had no consumer for a long time.
+    abandoned: bool,
+    /// Entries published to the group since its account began, and what became of them.
+    published: Option<u64>,
+    acknowledged: u64,
+    filtered: u64,
+    dead: u64,
+    lost: u64,
+    lost_by_reason: BTreeMap<&'static str, u64>,
+    undelivered: Option<u64>,
+    /// Whether all of that adds up; absent while it can't be told.
+    balanced: Option<bool>,
+    /// Published and nowhere to be found; negative where more is found than was published.
+    difference: Option<i64>,
+    /// Whether consumers outside of the daemon settle entries as well: then `acknowledged` is what is left over.
+    consumed_outside: bool,
     consumers: Vec<ConsumerView>,
 }
 
@@ -99,9 +122,10 @@ pub(super) struct EventView {
 pub(super) async fn list(State(api): State<Api>) -> Json<StreamsView> {
     let mut streams = Vec::new();
     for name in api.inner.bus.catalogue().streams() {
+        let catalogue = api.inner.bus.catalogue();
         let mut stream = match api.inner.store.describe(name).await {
-            Ok(status) => view(name, status),
-            Err(error) => failed(name, &error),
+            Ok(status) => view(catalogue, name, status),
+            Err(error) => failed(catalogue, name, &error),
         };
         stream.dead_letters = super::dead_letters::level_of(&api, name).await;
         streams.push(stream);
@@ -114,7 +138,7 @@ pub(super) async fn show(State(api): State<Api>, Segment(name): Segment) -> Resu
     let name = readable(&api, &name)?;
     let status = api.inner.store.describe(&name).await.map_err(|error| ApiError::from(&error))?;
     let dead_letters = super::dead_letters::level_of(&api, &name).await;
-    Ok(Json(StreamView { dead_letters, ..view(&name, status) }))
+    Ok(Json(StreamView { dead_letters, ..view(api.inner.bus.catalogue(), &name, status) }))
 }
 
 /// `GET /api/v1/streams/{stream}/events`: a range, both ends included; with `wait_ms` waits for the first entry.
@@ -207,8 +231,8 @@ fn number(text: Option<&str>, name: &str, default: u64) -> Result<u64, ApiError>
     text.parse().map_err(|_error| ApiError::bad_parameter(name, format!("must be a number, not `{text}`")))
 }
 
-fn view(name: &StreamName, status: Option<StreamStatus>) -> StreamView {
-    let name = name.to_string();
+fn view(catalogue: &Catalogue, stream: &StreamName, status: Option<StreamStatus>) -> StreamView {
+    let name = stream.to_string();
     let Some(status) = status else {
         return StreamView {
             name,
@@ -216,6 +240,7 @@ fn view(name: &StreamName, status: Option<StreamStatus>) -> StreamView {
             first_id: None,
             last_id: None,
             entries_added: 0,
+            removed_by_others: None,
             groups: Vec::new(),
             dead_letters: None,
             error: None,
@@ -227,24 +252,44 @@ fn view(name: &StreamName, status: Option<StreamStatus>) -> StreamView {
         first_id: status.first_id.map(|id| id.to_string()),
         last_id: (status.last_id > EntryId::MIN).then(|| status.last_id.to_string()),
         entries_added: status.entries_added,
-        groups: status.groups.iter().map(group).collect(),
+        removed_by_others: status.removed_by_others,
+        groups: status.groups.iter().map(|one| group(catalogue, stream, &status, one)).collect(),
         dead_letters: None,
         error: None,
     }
 }
 
-fn failed(name: &StreamName, error: &StoreError) -> StreamView {
-    StreamView { error: Some(error.to_string()), ..view(name, None) }
+fn failed(catalogue: &Catalogue, name: &StreamName, error: &StoreError) -> StreamView {
+    StreamView { error: Some(error.to_string()), ..view(catalogue, name, None) }
 }
 
-fn group(group: &GroupStatus) -> GroupView {
+fn group(catalogue: &Catalogue, name: &StreamName, stream: &StreamStatus, group: &GroupStatus) -> GroupView {
+    let declared = catalogue.consumption(name, &group.name);
+    let is_abandoned = |after| group.is_abandoned(stream, after, now_ms());
+    let abandoned = declared.is_none() && catalogue.abandoned_after(name).is_some_and(is_abandoned);
+    let consumption = declared.unwrap_or(Consumption::Outside);
+    let balance = Balance::of(stream, group, consumption);
+    let account = group.account.unwrap_or_default();
+    let lag = group.undelivered.or(group.lag);
     GroupView {
         name: group.name.to_string(),
-        lag: group.lag,
-        lag_known: group.lag.is_some(),
+        lag,
+        lag_known: lag.is_some(),
         pending: group.pending,
         oldest_pending_seconds: group.oldest_pending.map(age_seconds),
         last_delivered_id: group.last_delivered.to_string(),
+        declared: declared.is_some(),
+        abandoned,
+        published: balance.published,
+        acknowledged: balance.acknowledged,
+        filtered: account.filtered,
+        dead: account.dead,
+        lost: account.lost.iter().sum(),
+        lost_by_reason: LostReason::ALL.iter().map(|reason| (reason.as_str(), account.lost(*reason))).collect(),
+        undelivered: balance.undelivered,
+        balanced: balance.is_balanced(),
+        difference: balance.difference,
+        consumed_outside: consumption == Consumption::Outside,
         consumers: group
             .consumers
             .iter()
@@ -259,8 +304,12 @@ fn group(group: &GroupStatus) -> GroupView {
 
 /// How long ago an entry was added, by its id.
 fn age_seconds(id: EntryId) -> f64 {
+    Duration::from_millis(now_ms().saturating_sub(id.ms)).as_secs_f64()
+}
+
+fn now_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    now.saturating_sub(Duration::from_millis(id.ms)).as_secs_f64()
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
 pub(super) fn event(entry: &Entry) -> EventView {

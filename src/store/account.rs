@@ -9,7 +9,10 @@
 //! The first four are counters, which the store changes in the same step as what they count. The last two are what
 //! the group has now. `published` is how many entries were added since the account began, plus those it began with.
 
+use std::time::Duration;
+
 use super::{GroupStatus, StreamStatus};
+use crate::event::{EntryId, GroupName};
 
 /// How entries were lost: gone from the stream before the group had handled them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -118,5 +121,30 @@ impl Balance {
     /// Whether every published entry is accounted for; absent while that is unknown.
     pub fn is_balanced(&self) -> Option<bool> {
         self.difference.map(|difference| difference == 0)
+    }
+}
+
+impl GroupStatus {
+    /// The first entry that the group has still to handle, if there is one.
+    pub fn floor(&self, stream: &StreamStatus) -> Option<EntryId> {
+        let unread = self.last_delivered.next();
+        let next = (unread <= stream.last_id).then(|| stream.first_id.map_or(unread, |first| unread.max(first)));
+        self.oldest_pending.into_iter().chain(next).min()
+    }
+
+    /// Whether the group holds back entries older than `after` while no consumer of it gave a sign of life for as long.
+    pub fn is_abandoned(&self, stream: &StreamStatus, after: Duration, now_ms: u64) -> bool {
+        let is_silent = self.consumers.iter().all(|consumer| consumer.idle > after);
+        let age = |floor: EntryId| Duration::from_millis(now_ms.saturating_sub(floor.ms));
+        is_silent && self.floor(stream).is_some_and(|floor| age(floor) > after)
+    }
+}
+
+impl StreamStatus {
+    /// The group that has still to handle the oldest entry, of all that are not `ignored`.
+    pub fn floor_holder(&self, ignored: &[GroupName]) -> Option<&GroupStatus> {
+        let counted = self.groups.iter().filter(|group| !ignored.contains(&group.name));
+        let holding = counted.filter_map(|group| Some((group.floor(self)?, group)));
+        holding.min_by_key(|(floor, _)| *floor).map(|(_, group)| group)
     }
 }

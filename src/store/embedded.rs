@@ -8,8 +8,10 @@
 //! entries; one process at a time. Memory is bounded by [`Config::recent`], about 100 bytes per 32 or more entries
 //! stored, and about 60 bytes per pending entry.
 
+mod accounts;
 mod chunk;
 mod damage;
+mod folder;
 mod groups;
 mod log;
 mod marks;
@@ -26,7 +28,6 @@ mod writer;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, SyncSender};
@@ -45,6 +46,7 @@ pub use chunk::fuzz as fuzz_chunk;
 pub use raw::{RawRate, raw_append_rate};
 
 use self::damage::Damage;
+use self::folder::{FolderLock, lock};
 use self::log::{ChunkRef, Found, Published};
 use self::operations::{Ending, How, NewEntries, Taken, millis};
 use self::queue::Queue;
@@ -52,8 +54,8 @@ use self::readers::Readers;
 use self::tables::{ReadFailure, is_closed_error};
 use self::writer::{DATABASE, Options, Syncing, Writer};
 use super::{
-    Appended, Claimed, Cursor, MAX_APPEND, Order, Outcome, Pending, Range, Reclaimed, Redelivered, Redelivery, Settled,
-    Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
+    Appended, Claimed, Cursor, Dropped, MAX_APPEND, Order, Outcome, Pending, Range, Reclaimed, Redelivered, Redelivery,
+    Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName, field};
 
@@ -96,8 +98,6 @@ pub enum Durability {
     Interval,
 }
 
-/// The file whose lock says that the folder is in use.
-const LOCK: &str = "lock";
 /// An entry may not be larger than this; it has to fit into memory several times.
 const MAX_ENTRY_BYTES: usize = 64 * 1024 * 1024;
 
@@ -189,46 +189,6 @@ fn new_shared(file: &Path) -> (Arc<Shared>, Receiver<()>) {
         closed: CancellationToken::new(),
     };
     (Arc::new(shared), asked)
-}
-
-/// Holds the folder for this process until it is dropped.
-#[derive(Debug)]
-struct FolderLock(File);
-
-impl Drop for FolderLock {
-    fn drop(&mut self) {
-        // Closing alone would not do: a child process that is just being started shares the lock with us.
-        if let Err(error) = self.0.unlock() {
-            tracing::warn!(error = %error, "cannot let go of the store's folder");
-        }
-    }
-}
-
-/// Takes the folder for this process.
-fn lock(folder: &Path) -> Result<FolderLock, StoreError> {
-    let name = folder.display();
-    let unusable = |what: &str, error: std::io::Error| {
-        let hint = "give the daemon a folder that it may write to with store.embedded.path";
-        let kind = match error.kind() {
-            std::io::ErrorKind::PermissionDenied => StoreErrorKind::Denied,
-            std::io::ErrorKind::StorageFull => StoreErrorKind::Full,
-            _ => StoreErrorKind::Unavailable,
-        };
-        StoreError::new(kind, format!("cannot {what} the folder `{name}`: {error}; {hint}"))
-    };
-    std::fs::create_dir_all(folder).map_err(|error| unusable("make", error))?;
-    let file = File::options().create(true).truncate(false).write(true).open(folder.join(LOCK));
-    let file = file.map_err(|error| unusable("write to", error))?;
-    match file.try_lock() {
-        Ok(()) => Ok(FolderLock(file)),
-        Err(TryLockError::WouldBlock) => Err(StoreError::new(
-            StoreErrorKind::Unavailable,
-            format!(
-                "another aurora-bus holds the folder `{name}`; stop it, or set store.embedded.path to a folder of its own"
-            ),
-        )),
-        Err(TryLockError::Error(error)) => Err(unusable("lock", error)),
-    }
 }
 
 /// What the writer, the readers and the callers share.
@@ -635,16 +595,32 @@ impl Store for EmbeddedStore {
         self.call(0, move |writer| Ok(writer.epoch(&stream))).await
     }
 
-    async fn trim(&self, stream: &StreamName, trim: Trim) -> Result<u64, StoreError> {
+    async fn trim_past(&self, stream: &StreamName, trim: Trim, ignored: &[GroupName]) -> Result<u64, StoreError> {
         let mut removed = 0;
         loop {
-            let stream = stream.clone();
-            let (more, goes_on) = self.call_alone(move |writer| writer.trim(&stream, trim)).await?;
+            let (stream, ignored) = (stream.clone(), ignored.to_vec());
+            let (more, goes_on) = self.call_alone(move |writer| writer.trim(&stream, trim, &ignored)).await?;
             removed += more;
             if !goes_on {
                 return Ok(removed);
             }
         }
+    }
+
+    async fn drop_oldest(&self, stream: &StreamName, keep: u64) -> Result<Dropped, StoreError> {
+        let stream = stream.clone();
+        self.call_alone(move |writer| writer.drop_oldest(&stream, keep)).await
+    }
+
+    async fn write_off(
+        &self,
+        stream: &StreamName,
+        group: &GroupName,
+        known: u64,
+        missing: u64,
+    ) -> Result<bool, StoreError> {
+        let (stream, group) = (stream.clone(), group.clone());
+        self.call(0, move |writer| Ok(writer.write_off(&stream, &group, known, missing))).await
     }
 
     async fn discard(&self, stream: &StreamName, ids: &[EntryId]) -> Result<u64, StoreError> {
@@ -671,21 +647,5 @@ impl Store for EmbeddedStore {
 impl fmt::Debug for Queue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Queue").finish_non_exhaustive()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_folder_is_free_at_once_though_a_child_process_inherited_the_lock() {
-        let folder = tempfile::TempDir::new().expect("a temporary folder");
-        let held = lock(folder.path()).expect("a free folder");
-        assert!(lock(folder.path()).is_err());
-        let inherited = held.0.try_clone().expect("a handle");
-        drop(held);
-        assert!(lock(folder.path()).is_ok());
-        drop(inherited);
     }
 }

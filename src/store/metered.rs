@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use prometheus::Histogram;
 
 use super::{
-    Appended, Claimed, Cursor, Durability, Pending, Range, Reclaimed, Redelivered, Redelivery, Settled, Settlement,
-    Start, Store, StoreError, StoreStatus, StreamStatus, Trim,
+    Appended, Claimed, Cursor, Dropped, Durability, Pending, Range, Reclaimed, Redelivered, Redelivery, Settled,
+    Settlement, Start, Store, StoreError, StoreStatus, StreamStatus, Trim,
 };
 use crate::event::{Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
 use crate::metrics::Metrics;
@@ -178,10 +178,24 @@ impl Store for Metered {
         self.counted("epoch", self.inner.epoch(stream).await)
     }
 
-    async fn trim(&self, stream: &StreamName, trim: Trim) -> Result<u64, StoreError> {
+    async fn trim_past(&self, stream: &StreamName, trim: Trim, ignored: &[GroupName]) -> Result<u64, StoreError> {
         let started = Instant::now();
-        let result = self.inner.trim(stream, trim).await;
+        let result = self.inner.trim_past(stream, trim, ignored).await;
         self.timed("trim", &self.seconds.trim, started, result)
+    }
+
+    async fn drop_oldest(&self, stream: &StreamName, keep: u64) -> Result<Dropped, StoreError> {
+        self.counted("drop_oldest", self.inner.drop_oldest(stream, keep).await)
+    }
+
+    async fn write_off(
+        &self,
+        stream: &StreamName,
+        group: &GroupName,
+        known: u64,
+        missing: u64,
+    ) -> Result<bool, StoreError> {
+        self.counted("write_off", self.inner.write_off(stream, group, known, missing).await)
     }
 
     async fn discard(&self, stream: &StreamName, ids: &[EntryId]) -> Result<u64, StoreError> {

@@ -56,8 +56,8 @@ use self::script::Script;
 use self::servers::Servers;
 use self::sizes::Sizes;
 use super::{
-    Appended, Claimed, Cursor, Durability, Order, Outcome, Pending, Range, Reclaimed, Redelivered, Redelivery, Settled,
-    Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
+    Appended, Claimed, Cursor, Dropped, Durability, Order, Outcome, Pending, Range, Reclaimed, Redelivered, Redelivery,
+    Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, Fields, GroupName, NewEntry, StreamName};
 
@@ -252,7 +252,7 @@ impl RedisStore {
         usize::try_from(not_owned).map_err(|e| Failure::unexpected(&e.to_string()))
     }
 
-    async fn trim_all(&self, stream: &StreamName, trim: Trim) -> Result<u64, Failure> {
+    async fn trim_all(&self, stream: &StreamName, trim: Trim, ignored: &[GroupName]) -> Result<u64, Failure> {
         let mut removed = 0;
         loop {
             let mut arguments = Arguments::with_capacity(2);
@@ -260,7 +260,11 @@ impl RedisStore {
                 Trim::ToLength(length) => arguments.text("length").shown(&length),
                 Trim::Before(id) => arguments.text("before").shown(&id),
             };
-            let [count, more] = self.control.run(&script::TRIM, &[key(stream)], arguments).await?.tuple()?;
+            for group in ignored {
+                arguments.name(group.as_str());
+            }
+            let keys = [key(stream), keys::account(stream)];
+            let [count, more] = self.control.run(&script::TRIM, &keys, arguments).await?.tuple()?;
             removed += count.count()?;
             if more.count()? == 0 {
                 return Ok(removed);
@@ -518,9 +522,26 @@ impl Store for RedisStore {
         outcome.map_err(|failure| failure.because(format_args!("cannot tell the epoch of stream `{stream}`")))
     }
 
-    async fn trim(&self, stream: &StreamName, trim: Trim) -> Result<u64, StoreError> {
-        let outcome = self.trim_all(stream, trim).await;
+    async fn trim_past(&self, stream: &StreamName, trim: Trim, ignored: &[GroupName]) -> Result<u64, StoreError> {
+        let outcome = self.trim_all(stream, trim, ignored).await;
         outcome.map_err(|failure| failure.because(format_args!("cannot trim stream `{stream}`")))
+    }
+
+    async fn drop_oldest(&self, stream: &StreamName, keep: u64) -> Result<Dropped, StoreError> {
+        let outcome = self.drop_step(stream, keep).await;
+        outcome.map_err(|failure| failure.because(format_args!("cannot drop the oldest entries of stream `{stream}`")))
+    }
+
+    async fn write_off(
+        &self,
+        stream: &StreamName,
+        group: &GroupName,
+        known: u64,
+        missing: u64,
+    ) -> Result<bool, StoreError> {
+        let outcome = self.count_missing(stream, group, known, missing).await;
+        let what = format_args!("cannot count what group `{group}` of stream `{stream}` misses");
+        outcome.map_err(|failure| failure.because(what))
     }
 
     async fn discard(&self, stream: &StreamName, ids: &[EntryId]) -> Result<u64, StoreError> {

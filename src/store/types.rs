@@ -244,6 +244,30 @@ pub enum Trim {
     Before(EntryId),
 }
 
+/// What one step of [`crate::store::Store::drop_oldest`] removed.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Dropped {
+    /// How many entries.
+    pub removed: u64,
+    /// The first and the last of them.
+    pub range: Option<(EntryId, EntryId)>,
+    /// The groups that still had some of them to handle.
+    pub losers: Vec<Loser>,
+    /// Whether there is more to remove.
+    pub is_more: bool,
+}
+
+/// A group that lost entries it had still to handle.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Loser {
+    /// The group.
+    pub group: GroupName,
+    /// How many were pending.
+    pub pending: u64,
+    /// How many it had not been given yet.
+    pub undelivered: u64,
+}
+
 /// A stream as it is now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StreamStatus {

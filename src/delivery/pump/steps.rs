@@ -226,7 +226,7 @@ impl Pump {
         for delivery in deliveries {
             if !delivery.entry.is_for(&self.group.config.name) {
                 self.meters.filtered.inc();
-                self.settlements.push(delivery, Outcome::Acknowledge);
+                self.settlements.push(delivery, Outcome::Filter);
                 continue;
             }
             if delivery.attempt > max_deliveries {

@@ -51,7 +51,7 @@ pub(super) struct Lease {
     pub(super) consumer: i64,
     pub(super) delivered_ms: u64,
     pub(super) attempts: u32,
-    /// Ascending. May name entries that left the lease since it was written last.
+    /// Ascending between commits. May name entries that left the lease since it was written last.
     pub(super) ids: Vec<EntryId>,
 }
 
@@ -71,6 +71,8 @@ impl Consumer {
     }
 }
 
+/// A search for one consumer's entries looks at so many before it asks the leases where the next one is.
+const OWN_LOOKS: usize = 1024;
 const SEEN_EVERY_MS: u64 = 60_000;
 
 /// One pending entry as its group knows it.
@@ -180,6 +182,41 @@ impl Group {
     /// The pending entries from `from` on, oldest first.
     pub(super) fn held_from(&self, from: EntryId) -> impl Iterator<Item = Held> {
         self.pending.range(from..).map(|(id, lease)| self.held_in(*id, *lease))
+    }
+
+    /// The pending entries of one consumer from `from` on, oldest first: `limit` of them, or fewer where finding more
+    /// would take long; none only where there are none.
+    pub(super) fn held_by(&self, consumer: i64, mut from: EntryId, limit: usize) -> Vec<Held> {
+        let mut found = Vec::new();
+        let mut looks = 0;
+        loop {
+            let mut last = None;
+            for held in self.held_from(from).take(OWN_LOOKS) {
+                looks += 1;
+                last = Some(held.id);
+                if held.consumer == consumer {
+                    found.push(held);
+                    if found.len() >= limit {
+                        return found;
+                    }
+                }
+            }
+            let is_enough = !found.is_empty() && looks >= 4 * OWN_LOOKS;
+            let Some(last) = last.filter(|_| !is_enough) else { return found };
+            // What comes next may be far behind entries of others.
+            let Some(next) = self.first_held_by(consumer, last.next()) else { return found };
+            from = next;
+        }
+    }
+
+    /// The first pending entry of a consumer from `from` on, found by its leases.
+    fn first_held_by(&self, consumer: i64, from: EntryId) -> Option<EntryId> {
+        let own = self.leases.iter().filter(|(_, lease)| lease.consumer == consumer);
+        let first = own.filter_map(|(number, lease)| {
+            let start = lease.ids.partition_point(|id| *id < from);
+            lease.ids.iter().skip(start).copied().find(|id| self.pending.get(id) == Some(number))
+        });
+        first.min()
     }
 
     fn held_in(&self, id: EntryId, lease: i64) -> Held {

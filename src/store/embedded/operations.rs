@@ -401,7 +401,10 @@ impl Writer {
                 }
                 How::Release => {
                     let delivered_ms = now_ms.saturating_sub(limit_ms);
-                    Some(Held { delivered_ms, attempts: held.attempts.saturating_sub(1), ..held })
+                    // One that is idle for as long was released already: this is the same settlement once more.
+                    let is_again = held.delivered_ms <= delivered_ms;
+                    let attempts = held.attempts.saturating_sub(u32::from(!is_again));
+                    Some(Held { delivered_ms, attempts, ..held })
                 }
             };
             match again {
@@ -443,10 +446,13 @@ impl Writer {
         let (_, group) = self.group(cursor)?;
         let names: HashMap<i64, &ConsumerName> =
             group.consumers().map(|consumer| (consumer.number, &consumer.name)).collect();
-        let own = group.number_of(&cursor.consumer);
-        Ok(group
-            .held_from(from)
-            .filter(|held| !own_only || Some(held.consumer) == own)
+        let held = match group.number_of(&cursor.consumer) {
+            Some(own) if own_only => group.held_by(own, from, limit),
+            None if own_only => Vec::new(),
+            _ => group.held_from(from).take(limit).collect(),
+        };
+        Ok(held
+            .into_iter()
             .filter_map(|held| {
                 Some(Pending {
                     id: held.id,
@@ -455,7 +461,6 @@ impl Writer {
                     attempts: held.attempts,
                 })
             })
-            .take(limit)
             .collect())
     }
 

@@ -16,10 +16,16 @@ const TRIM_CHUNKS: usize = 128;
 impl Writer {
     /// Removes the oldest chunks as far as `trim` and the groups let it, in its own transaction. Says how many entries
     /// that were, and whether there may be more.
-    pub(super) fn trim(&mut self, name: &StreamName, trim: Trim) -> Result<(u64, bool), StoreError> {
+    pub(super) fn trim(
+        &mut self,
+        name: &StreamName,
+        trim: Trim,
+        ignored: &[GroupName],
+    ) -> Result<(u64, bool), StoreError> {
         let Some(place) = self.made(name) else { return Ok((0, false)) };
         let stream = &self.streams[place];
-        let floor = stream.groups.values().map(Group::floor).min().unwrap_or(EntryId::MAX);
+        let groups = stream.groups.values().filter(|group| !ignored.contains(&group.name));
+        let floor = groups.map(Group::floor).min().unwrap_or(EntryId::MAX);
         let mut removed = 0;
         let mut chunks: Vec<ChunkRef> = Vec::new();
         for chunk in &stream.published.log().chunks {

@@ -654,7 +654,7 @@ fn advance(row: &mut StreamRow, last: Option<&ChunkRef>) {
     }
 }
 
-fn write_stream(connection: &Connection, stream: &Stream) -> rusqlite::Result<()> {
+pub(super) fn write_stream(connection: &Connection, stream: &Stream) -> rusqlite::Result<()> {
     if stream.is_changed {
         tables::save_stream(connection, &stream.row)?;
     }

@@ -4,10 +4,12 @@ use std::collections::HashMap;
 
 use bytes::{BufMut, Bytes, BytesMut};
 
+use super::connection::Arguments;
 use super::failure::Failure;
-use super::reply::Reply;
-use crate::event::EntryId;
-use crate::store::{Account, LostReason};
+use super::reply::{Reply, parse_id};
+use super::{RedisStore, key, keys, script, status};
+use crate::event::{EntryId, GroupName, StreamName};
+use crate::store::{Account, Dropped, Loser, LostReason};
 
 /// The accounts of a stream's groups, as they are in its hash: by counter and group.
 #[derive(Debug)]
@@ -51,6 +53,38 @@ impl Accounts {
         }
         let [acknowledged, filtered, dead] = counters;
         Some(Account { base, acknowledged, filtered, dead, lost })
+    }
+}
+
+impl RedisStore {
+    pub(super) async fn drop_step(&self, stream: &StreamName, keep: u64) -> Result<Dropped, Failure> {
+        let mut arguments = Arguments::with_capacity(1);
+        arguments.shown(&keep);
+        let keys = [key(stream), keys::account(stream)];
+        let reply = self.control.run(&script::DROP_OLDEST, &keys, arguments).await?;
+        let [removed, more, first, last, losers] = reply.tuple()?;
+        let (removed, first, last) = (removed.count()?, first.bytes()?, last.bytes()?);
+        let range = if removed == 0 { None } else { Some((parse_id(&first)?, parse_id(&last)?)) };
+        let loser = |reply: Reply| {
+            let [group, pending, undelivered] = reply.tuple()?;
+            let group = status::name_of(&group.bytes()?)?;
+            Ok(Loser { group, pending: pending.count()?, undelivered: undelivered.count()? })
+        };
+        let losers = losers.list()?.into_iter().map(loser).collect::<Result<_, Failure>>()?;
+        Ok(Dropped { removed, range, losers, is_more: more.count()? == 1 })
+    }
+
+    pub(super) async fn count_missing(
+        &self,
+        stream: &StreamName,
+        group: &GroupName,
+        known: u64,
+        missing: u64,
+    ) -> Result<bool, Failure> {
+        let mut arguments = Arguments::with_capacity(3);
+        arguments.name(group.as_str()).shown(&known).shown(&missing);
+        let keys = [key(stream), keys::account(stream)];
+        self.control.run(&script::WRITE_OFF, &keys, arguments).await?.count().map(|counted| counted == 1)
     }
 }
 

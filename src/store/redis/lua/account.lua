@@ -60,3 +60,32 @@ local function open(account, info, group)
   redis.pcall('HSET', account, 'base:' .. name, text(math.max(added - found, 0)))
   redis.pcall('HSETNX', account, 'removed', text(added - field(info, 'length')))
 end
+
+-- After entries are gone that a group was never given, the server's count of what it still has to be given is wrong
+-- until the group comes to the end of the stream. Has the server estimate it anew where it can do so rightly: at both
+-- ends. Telling it a number would be worse: Redis 7.0 forgets what was read since when it loads its append-only file,
+-- but not that number, and would count from there.
+local function recount(stream, group)
+  local info, row = redis.call('XINFO', 'STREAM', stream)
+  for _, known in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+    if field(known, 'name') == group then row = known end
+  end
+  if not row then return end
+  local delivered, lag = field(row, 'last-delivered-id'), field(row, 'lag')
+  local first, last = field(info, 'first-entry'), field(info, 'last-entry')
+  if last and less(delivered, last[1]) and not less(delivered, first[1]) then return end
+  if lag and lag ~= undelivered(info, row) then redis.call('XGROUP', 'SETID', stream, group, delivered) end
+end
+
+-- How many entries a script may read at once: fewer where they are so large that few of them share a node.
+local function step(info)
+  local per_node = field(info, 'length') / math.max(field(info, 'radix-tree-nodes'), 1)
+  return math.floor(math.max(20, math.min(1000, per_node * 20)))
+end
+
+-- Counts what the store itself removed, where the stream's account has begun.
+local function count_removed(account, removed)
+  if removed > 0 and redis.call('HEXISTS', account, 'removed') == 1 then
+    redis.call('HINCRBY', account, 'removed', removed)
+  end
+end

@@ -1,25 +1,9 @@
 -- Removes the oldest entries, but none that a group has still to handle. One bounded step.
--- KEYS: the stream. ARGV: 'length' and how many to keep, or 'before' and the smallest id to keep.
+-- KEYS: the stream, its account. ARGV: 'length' and how many to keep, or 'before' and the smallest id to keep; then
+--   the groups that don't matter.
 -- Returns how many were removed, and 1 where another step may remove more.
-local STEP = 1000
-local call, stream = redis.call, KEYS[1]
+local call, stream, account = redis.call, KEYS[1], KEYS[2]
 if call('EXISTS', stream) == 0 then return {0, 0} end
-
-local function field(flat, name)
-  for i = 1, #flat, 2 do
-    if flat[i] == name then return flat[i + 1] end
-  end
-end
-
--- Whether id a is smaller than id b. Their parts have up to 20 digits, more than a number of Lua can hold.
-local function less(a, b)
-  local am, as = a:match('^(%d+)-(%d+)$')
-  local bm, bs = b:match('^(%d+)-(%d+)$')
-  if #am ~= #bm then return #am < #bm end
-  if am ~= bm then return am < bm end
-  if #as ~= #bs then return #as < #bs end
-  return as < bs
-end
 
 -- The id after this one; the id itself where the sequence number is too great to count with, which keeps one more.
 local function after(id)
@@ -28,9 +12,12 @@ local function after(id)
   return ms .. '-' .. string.format('%.0f', tonumber(seq) + 1)
 end
 
+local ignored = {}
+for i = 3, #ARGV do ignored[ARGV[i]] = true end
+
 -- The smallest id that some group has still to handle.
 local floor
-for _, group in ipairs(call('XINFO', 'GROUPS', stream)) do
+local function consider(group)
   local needed = after(field(group, 'last-delivered-id'))
   if field(group, 'pending') > 0 then
     local oldest = call('XPENDING', stream, field(group, 'name'))[2]
@@ -38,17 +25,26 @@ for _, group in ipairs(call('XINFO', 'GROUPS', stream)) do
   end
   if not floor or less(needed, floor) then floor = needed end
 end
+for _, group in ipairs(call('XINFO', 'GROUPS', stream)) do
+  if not ignored[field(group, 'name')] then consider(group) end
+end
+
+local function done(removed, more)
+  count_removed(account, removed)
+  return {removed, more and removed > 0 and 1 or 0}
+end
 
 local length = call('XLEN', stream)
 if ARGV[1] == 'before' then
   local id = ARGV[2]
   if floor and less(floor, id) then id = floor end
   local removed = call('XTRIM', stream, 'MINID', '~', id, 'LIMIT', 10000)
-  return {removed, removed > 0 and 1 or 0}
+  return done(removed, true)
 end
 
 local keep = tonumber(ARGV[2])
 if length <= keep then return {0, 0} end
+local STEP = step(call('XINFO', 'STREAM', stream))
 local kept_by_groups = 0
 if floor then
   kept_by_groups = #call('XRANGE', stream, floor, '+', 'COUNT', STEP + 1)
@@ -60,7 +56,7 @@ if kept_by_groups <= STEP then
   else
     removed = call('XTRIM', stream, 'MINID', '~', floor, 'LIMIT', 10000)
   end
-  return {removed, removed > 0 and 1 or 0}
+  return done(removed, true)
 end
 -- Too many entries after the floor to count them: go from the oldest on, as far as the floor.
 local want = math.min(length - keep, STEP)
@@ -69,4 +65,4 @@ local cut = 0
 while cut < want and oldest[cut + 1] and less(oldest[cut + 1][1], floor) do cut = cut + 1 end
 if cut == 0 then return {0, 0} end
 local removed = call('XTRIM', stream, 'MINID', oldest[cut + 1] and oldest[cut + 1][1] or floor)
-return {removed, cut == want and removed > 0 and 1 or 0}
+return done(removed, cut == want)

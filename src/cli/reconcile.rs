@@ -1,0 +1,251 @@
+//! `aurora-bus reconcile`: whether every published entry is accounted for, group by group.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+use reqwest::{Client, Url};
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+
+use super::client::{ClientArgs, client, endpoint, refusal};
+use super::{ConfigArgs, say};
+
+/// Between two looks at accounts that do not add up.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
+/// What to check.
+#[derive(Debug, Args)]
+pub(super) struct ReconcileArgs {
+    /// The stream; every declared stream where none is given
+    stream: Option<String>,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+    /// How long an account may take to add up: losses are found by looking every few seconds
+    #[arg(long, value_name = "TIME", default_value = "15s", value_parser = humantime_serde::re::humantime::parse_duration)]
+    wait: Duration,
+    #[command(flatten)]
+    client: ClientArgs,
+}
+
+/// The accounts could not be had. The exit code is then 2.
+#[derive(Debug)]
+pub(super) struct CannotReconcile;
+
+impl fmt::Display for CannotReconcile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("cannot reconcile")
+    }
+}
+
+#[derive(Debug, Deserialize)]
+struct Streams {
+    streams: Vec<Stream>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Stream {
+    name: String,
+    groups: Vec<Group>,
+    #[serde(default)]
+    error: Option<String>,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+struct Group {
+    name: String,
+    #[serde(skip_serializing)]
+    declared: bool,
+    published: Option<u64>,
+    acknowledged: u64,
+    filtered: u64,
+    pending: u64,
+    undelivered: Option<u64>,
+    dead: u64,
+    lost: u64,
+    lost_by_reason: BTreeMap<String, u64>,
+    balanced: Option<bool>,
+    difference: Option<i64>,
+    consumed_outside: bool,
+}
+
+/// One group's line in the JSON.
+#[derive(Debug, Serialize)]
+struct Line<'a> {
+    stream: &'a str,
+    #[serde(flatten)]
+    group: &'a Group,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<&'static str>,
+}
+
+impl Group {
+    /// Why the account does not add up, if it does not.
+    fn reason(&self) -> Option<&'static str> {
+        match self.difference {
+            Some(0) => None,
+            Some(missing) if missing > 0 => Some(
+                "published and nowhere to be found: acknowledged outside of the daemon, or taken away with a consumer",
+            ),
+            Some(_) if self.consumed_outside => Some("more is found than was published: the group was set back"),
+            Some(_) => Some("more is found than was published: the group was set back, or the stream was restored"),
+            None => Some(
+                "can't be told now: the server can't count the entries before the group has come to the end of the \
+                 stream (before Redis 7.0 it never can)",
+            ),
+        }
+    }
+}
+
+/// `aurora-bus reconcile`
+pub(super) async fn run(config: &ConfigArgs, args: ReconcileArgs) -> anyhow::Result<()> {
+    let streams = look(config, &args).await.context(CannotReconcile)?;
+    let lines: Vec<Line<'_>> = streams
+        .iter()
+        .flat_map(|stream| stream.groups.iter().map(move |group| (stream, group)))
+        .map(|(stream, group)| Line { stream: &stream.name, group, reason: group.reason() })
+        .collect();
+    if args.json {
+        say(&serde_json::to_string_pretty(&lines)?)?;
+    } else {
+        table(&lines)?;
+    }
+    let open = lines.iter().filter(|line| line.reason.is_some()).count();
+    match open {
+        0 => Ok(()),
+        1 => bail!("the account of 1 group of {} does not add up", lines.len()),
+        _ => bail!("the accounts of {open} groups of {} do not add up", lines.len()),
+    }
+}
+
+/// The declared groups of the streams, looked at until all add up or the time is over. All numbers of a group are of
+/// one instant, so that traffic does not matter; but what others remove is found only after a while.
+async fn look(config: &ConfigArgs, args: &ReconcileArgs) -> anyhow::Result<Vec<Stream>> {
+    let base = args.client.base(config)?;
+    let client = client(Duration::from_secs(30))?;
+    let deadline = Instant::now() + args.wait;
+    loop {
+        let mut streams = fetch(&client, &base, args.stream.as_deref()).await?;
+        for stream in &mut streams {
+            if let Some(error) = &stream.error {
+                bail!("stream {}: {error}", stream.name);
+            }
+            stream.groups.retain(|group| group.declared);
+        }
+        let is_balanced = streams.iter().all(|stream| stream.groups.iter().all(|group| group.reason().is_none()));
+        if is_balanced || Instant::now() >= deadline {
+            return Ok(streams);
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
+async fn fetch(client: &Client, base: &Url, stream: Option<&str>) -> anyhow::Result<Vec<Stream>> {
+    let url = endpoint(base, &["api", "v1", "streams"])?;
+    let url = match stream {
+        Some(stream) => endpoint(&url, &[stream])?,
+        None => url,
+    };
+    let response = client.get(url.clone()).send().await.with_context(|| format!("no answer from {url}"))?;
+    if !response.status().is_success() {
+        bail!("{url} answered {}", refusal(response).await);
+    }
+    let odd = || format!("{url} answered something else than streams");
+    Ok(match stream {
+        Some(_) => vec![response.json::<Stream>().await.with_context(odd)?],
+        None => response.json::<Streams>().await.with_context(odd)?.streams,
+    })
+}
+
+fn table(lines: &[Line<'_>]) -> std::io::Result<()> {
+    const HEAD: [&str; 10] = [
+        "stream",
+        "group",
+        "published",
+        "acknowledged",
+        "filtered",
+        "pending",
+        "undelivered",
+        "dead",
+        "lost",
+        "difference",
+    ];
+    let number = |value: Option<u64>| value.map_or_else(|| "unknown".to_owned(), |value| value.to_string());
+    let rows: Vec<[String; 10]> = lines
+        .iter()
+        .map(|Line { stream, group, .. }| {
+            [
+                (*stream).to_owned(),
+                group.name.clone(),
+                number(group.published),
+                group.acknowledged.to_string(),
+                group.filtered.to_string(),
+                group.pending.to_string(),
+                number(group.undelivered),
+                group.dead.to_string(),
+                group.lost.to_string(),
+                group.difference.map_or_else(|| "unknown".to_owned(), |difference| difference.to_string()),
+            ]
+        })
+        .collect();
+    let width = |column: usize| {
+        let cells = rows.iter().map(|row| row[column].len());
+        cells.chain([HEAD[column].len()]).max().unwrap_or_default()
+    };
+    let widths: Vec<usize> = (0..HEAD.len()).map(width).collect();
+    let line = |cells: [&str; 10]| {
+        let padded = cells.iter().zip(&widths).enumerate().map(|(column, (cell, width))| match column {
+            0 | 1 => format!("{cell:<width$}"),
+            _ => format!("{cell:>width$}"),
+        });
+        padded.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    };
+    say(&line(HEAD))?;
+    for row in &rows {
+        say(&line(std::array::from_fn(|column| row[column].as_str())))?;
+    }
+    for Line { stream, group, reason } in lines {
+        for (why, entries) in group.lost_by_reason.iter().filter(|(_, entries)| **entries > 0) {
+            say(&format!("{stream} {}: {entries} lost: {why}", group.name))?;
+        }
+        if let Some(reason) = reason {
+            let difference = group.difference.map_or_else(String::new, |difference| format!("{difference} "));
+            say(&format!("{stream} {}: {difference}{reason}", group.name))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn group(difference: Option<i64>) -> Group {
+        Group {
+            name: "siem".to_owned(),
+            declared: true,
+            published: Some(7),
+            acknowledged: 7,
+            filtered: 0,
+            pending: 0,
+            undelivered: Some(0),
+            dead: 0,
+            lost: 0,
+            lost_by_reason: BTreeMap::new(),
+            balanced: difference.map(|difference| difference == 0),
+            difference,
+            consumed_outside: false,
+        }
+    }
+
+    #[test]
+    fn only_an_account_that_adds_up_has_no_reason_to_tell() {
+        assert_eq!(group(Some(0)).reason(), None);
+        for difference in [Some(3), Some(-3), None] {
+            assert!(group(difference).reason().is_some(), "{difference:?}");
+        }
+    }
+}
