@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use aurora_bus::delivery::{GroupConfig, GroupSpec, RetryPolicy, Sampler, Worker};
+use aurora_bus::delivery::{GroupConfig, GroupSpec, Retention, RetryPolicy, Sampler, StreamSpec, Worker};
 use aurora_bus::event::{
     DeadLetter, DeadLetterReason, Delivery, Entry, EntryId, Fields, NewEntry, Severity, StreamName, field,
 };
@@ -475,7 +475,12 @@ pub(crate) async fn a_sampler_keeps_the_gauges_and_stops(store: Arc<dyn Store>) 
     bus.store.fetch(&bus.cursor("soc-a-0"), 4, Duration::ZERO).await.expect("the store answers");
     let stop = CancellationToken::new();
     let absent: StreamName = format!("{}:absent", bus.stream).parse().expect("a valid name");
-    let sampler = Sampler::new(bus.store.clone(), vec![absent, bus.stream.clone()], bus.metrics.clone());
+    let specs = [absent, bus.stream.clone()].map(|name| StreamSpec {
+        name,
+        retention: Retention::default(),
+        groups: vec![group()],
+    });
+    let sampler = Sampler::new(bus.store.clone(), specs.to_vec(), bus.metrics.clone(), &Readiness::default());
     bus.workers.spawn(sampler.run(stop.clone()));
     bus.counts("aurora_bus_group_pending{", 4).await;
     bus.counts("aurora_bus_group_lag{", 6).await;

@@ -1,10 +1,12 @@
 //! What a store counts of the entries of its groups, on every backend: each case is about one term of the account, and
 //! all of them end with an account that adds up.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use aurora_bus::event::{EntryId, Fields, StreamName};
+use aurora_bus::store::embedded::Config;
 use aurora_bus::store::{
     Account, Balance, Consumption, Cursor, LostReason, Outcome, Settlement, Start, Store, StreamStatus, Trim,
 };
@@ -19,6 +21,11 @@ macro_rules! account_tests {
             what_is_settled_again_is_counted_once
             an_account_begins_with_what_the_group_is_to_be_given
             an_account_does_not_begin_anew_when_the_group_is_ensured_again
+            a_drop_counts_what_each_group_loses
+            a_drop_goes_on_in_steps_to_the_limit
+            a_drop_leaves_alone_what_every_group_has_handled
+            missing_entries_are_written_off_once
+            a_trim_passes_groups_that_are_ignored
         );
     };
     ($open:path; $($case:ident)*) => {
@@ -154,4 +161,110 @@ pub(crate) async fn an_account_does_not_begin_anew_when_the_group_is_ensured_aga
     let (account, balance) = account(&*store, &cursor).await;
     assert_eq!((account.base, account.done()), (Some(0), 3));
     assert_eq!((balance.published, balance.difference), (Some(10), Some(0)));
+}
+
+/// Drops until `keep` entries are left; says how many went, and what each group lost.
+async fn drop_to(store: &dyn Store, stream: &StreamName, keep: u64) -> (u64, BTreeMap<String, (u64, u64)>) {
+    let (mut removed, mut losers) = (0, BTreeMap::new());
+    loop {
+        let step = store.drop_oldest(stream, keep).await.expect("dropped");
+        removed += step.removed;
+        for loser in step.losers {
+            let sums: &mut (u64, u64) = losers.entry(loser.group.to_string()).or_default();
+            sums.0 += loser.pending;
+            sums.1 += loser.undelivered;
+        }
+        if !step.is_more {
+            return (removed, losers);
+        }
+    }
+}
+
+pub(crate) async fn a_drop_counts_what_each_group_loses(store: Arc<dyn Store>) {
+    let slow = grouped(&*store, 300).await;
+    let fast = cursor(&slow.stream, "fast", "a");
+    store.ensure_group(&fast.stream, &fast.group, Start::Oldest).await.expect("a group");
+    settle(&*store, &fast, (0..300).map(|_| Outcome::Acknowledge)).await;
+    settle(&*store, &slow, [Outcome::Acknowledge, Outcome::Filter]).await;
+    let held = store.fetch(&slow, 8, Duration::ZERO).await.expect("fetched");
+    let (removed, losers) = drop_to(&*store, &slow.stream, 100).await;
+    assert!((100..=200).contains(&removed), "{removed}");
+    assert_eq!(losers, BTreeMap::from([("g".to_owned(), (8, removed - 10))]));
+    // What was dropped is not pending any more, so that a late result is not taken for one.
+    let late = held.into_iter().map(|delivery| Settlement { delivery, outcome: Outcome::Acknowledge });
+    assert_eq!(store.settle(&slow, &late.collect::<Vec<_>>()).await.expect("settled").settled, 0);
+    for (cursor, lost) in [(&slow, removed - 2), (&fast, 0)] {
+        let (account, balance) = account(&*store, cursor).await;
+        assert_eq!(account.lost(LostReason::Dropped), lost);
+        assert_eq!((balance.published, balance.difference), (Some(300), Some(0)));
+    }
+    // The account stays right when the group goes on behind the gap.
+    let left = usize::try_from(300 - removed).expect("a small number");
+    settle(&*store, &slow, (0..left / 2).map(|_| Outcome::Acknowledge)).await;
+    assert_eq!(account(&*store, &slow).await.1.difference, Some(0));
+    settle(&*store, &slow, (left / 2..left).map(|_| Outcome::Acknowledge)).await;
+    let (_, balance) = account(&*store, &slow).await;
+    assert_eq!((balance.undelivered, balance.difference), (Some(0), Some(0)));
+    assert_eq!(describe(&*store, &slow.stream).await.removed_by_others.unwrap_or(0), 0);
+}
+
+pub(crate) async fn a_drop_goes_on_in_steps_to_the_limit(store: Arc<dyn Store>) {
+    let cursor = grouped(&*store, 0).await;
+    for _ in 0..10 {
+        fill(&*store, &cursor.stream, 500).await;
+    }
+    let (removed, losers) = drop_to(&*store, &cursor.stream, 250).await;
+    assert!((4650..=4750).contains(&removed), "{removed}");
+    assert_eq!(losers, BTreeMap::from([("g".to_owned(), (0, removed))]));
+    assert_eq!(drop_to(&*store, &cursor.stream, 5000).await, (0, BTreeMap::new()));
+    let (_, balance) = account(&*store, &cursor).await;
+    assert_eq!((balance.undelivered, balance.difference), (Some(5000 - removed), Some(0)));
+}
+
+pub(crate) async fn a_drop_leaves_alone_what_every_group_has_handled(store: Arc<dyn Store>) {
+    assert_eq!(drop_to(&*store, &unique_stream(), 1).await, (0, BTreeMap::new()));
+    let cursor = grouped(&*store, 200).await;
+    settle(&*store, &cursor, (0..200).map(|_| Outcome::Acknowledge)).await;
+    let (removed, losers) = drop_to(&*store, &cursor.stream, 50).await;
+    assert!((50..=150).contains(&removed) && losers.is_empty(), "{removed}, {losers:?}");
+    assert_eq!(account(&*store, &cursor).await.0.lost, [0; 4]);
+}
+
+pub(crate) async fn missing_entries_are_written_off_once(store: Arc<dyn Store>) {
+    let cursor = grouped(&*store, 10).await;
+    let (stream, group) = (&cursor.stream, &cursor.group);
+    assert!(store.write_off(stream, group, 0, 3).await.expect("counted"));
+    assert!(!store.write_off(stream, group, 0, 3).await.expect("looked"));
+    assert!(store.write_off(stream, group, 3, 2).await.expect("counted"));
+    assert_eq!(account(&*store, &cursor).await.0.lost(LostReason::TrimmedUndelivered), 5);
+}
+
+pub(crate) async fn a_trim_passes_groups_that_are_ignored(store: Arc<dyn Store>) {
+    let cursor = grouped(&*store, 500).await;
+    let (stream, to_length) = (&cursor.stream, Trim::ToLength(100));
+    let other = ["other".parse().expect("a valid name")];
+    assert_eq!(store.trim_past(stream, to_length, &other).await.expect("trimmed"), 0);
+    let removed = store.trim_past(stream, to_length, std::slice::from_ref(&cursor.group)).await.expect("trimmed");
+    assert!((300..=400).contains(&removed), "{removed}");
+}
+
+#[tokio::test]
+async fn a_folder_from_before_there_were_accounts_gets_them() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = Config { path: folder.path().to_owned(), ..Config::default() };
+    let store = config.clone().open().await.expect("opened");
+    let cursor = grouped(&store, 30).await;
+    settle(&store, &cursor, [Outcome::Acknowledge, Outcome::Retry(Duration::ZERO)]).await;
+    store.close().await;
+    let database = rusqlite::Connection::open(folder.path().join("bus.sqlite3")).expect("a database");
+    database.execute_batch("DROP TABLE accounts; UPDATE meta SET value = 1 WHERE key = 'format'").expect("changed");
+    drop(database);
+    let store = config.clone().open().await.expect("opened");
+    let (counted, balance) = account(&store, &cursor).await;
+    assert_eq!((counted.done(), balance.published, balance.difference), (0, Some(29), Some(0)));
+    settle(&store, &cursor, [Outcome::Acknowledge]).await;
+    store.close().await;
+    let store = config.open().await.expect("opened");
+    let (counted, balance) = account(&store, &cursor).await;
+    assert_eq!((counted.acknowledged, balance.published, balance.difference), (1, Some(29), Some(0)));
 }

@@ -471,8 +471,9 @@ async fn settle(
                 Outcome::Retry(_) | Outcome::Release if is_frozen => {}
                 Outcome::Retry(due) => held.is_aged = due.is_zero(),
                 Outcome::Release => {
+                    // One that is due already may be released for the second time: the same settlement once more.
+                    held.attempts = held.attempts.saturating_sub(u32::from(!held.is_aged));
                     held.is_aged = true;
-                    held.attempts = held.attempts.saturating_sub(1);
                 }
                 Outcome::Acknowledge => {
                     state.pending.remove(&id);

@@ -8,8 +8,8 @@ use async_trait::async_trait;
 use aurora_bus::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
 use aurora_bus::store::embedded::Config;
 use aurora_bus::store::{
-    Appended, Claimed, Cursor, Pending, Range, Reclaimed, Redelivered, Redelivery, Settled, Settlement, Start, Store,
-    StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
+    Appended, Claimed, Cursor, Dropped, Pending, Range, Reclaimed, Redelivered, Redelivery, Settled, Settlement, Start,
+    Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
 };
 use tempfile::TempDir;
 
@@ -148,8 +148,22 @@ impl Store for Fragile {
         self.inner_for(stream)?.epoch(stream).await
     }
 
-    async fn trim(&self, stream: &StreamName, trim: Trim) -> Result<u64, StoreError> {
-        self.inner_for(stream)?.trim(stream, trim).await
+    async fn trim_past(&self, stream: &StreamName, trim: Trim, ignored: &[GroupName]) -> Result<u64, StoreError> {
+        self.inner_for(stream)?.trim_past(stream, trim, ignored).await
+    }
+
+    async fn drop_oldest(&self, stream: &StreamName, keep: u64) -> Result<Dropped, StoreError> {
+        self.inner_for(stream)?.drop_oldest(stream, keep).await
+    }
+
+    async fn write_off(
+        &self,
+        stream: &StreamName,
+        group: &GroupName,
+        known: u64,
+        missing: u64,
+    ) -> Result<bool, StoreError> {
+        self.inner_for(stream)?.write_off(stream, group, known, missing).await
     }
 
     async fn discard(&self, stream: &StreamName, ids: &[EntryId]) -> Result<u64, StoreError> {

@@ -1,0 +1,360 @@
+//! Retention and accounts of running daemons: what others take away is counted once, a full stream refuses or drops,
+//! and `aurora-bus reconcile` tells.
+
+use std::time::Duration;
+
+use reqwest::StatusCode;
+use serde_json::Value;
+
+use crate::support::app::{BOUND, Daemon, Home};
+use crate::support::redis::{Product, RedisServer};
+use crate::support::until;
+
+const STREAM: &str = "aurora:ledger";
+
+/// A configuration of one stream with two groups: `siem`, which the daemon works for, and `agents`, which it does not.
+fn config(store: &str, instance: &str, retention: &str) -> String {
+    format!(
+        "{store}\n\
+         [log]\nformat = \"json\"\n\
+         [[streams]]\nname = \"{STREAM}\"\nretention = {{ {retention} }}\n\
+         [[streams.groups]]\nname = \"siem\"\nsink = \"{instance}\"\nclaim_idle = \"1s\"\nhandler_timeout = \"500ms\"\n\
+         [[streams.groups]]\nname = \"agents\"\n\
+         [sinks.{instance}]\ntype = \"log\"\n"
+    )
+}
+
+fn on(server: &RedisServer) -> String {
+    format!("[store]\nbackend = \"redis\"\n[store.redis]\nurl = \"{}\"", server.url())
+}
+
+/// The same where the daemon works for no group.
+fn outside_only(store: &str, retention: &str) -> String {
+    format!(
+        "{store}\n[[streams]]\nname = \"{STREAM}\"\nretention = {{ {retention} }}\n\
+         [[streams.groups]]\nname = \"agents\"\n"
+    )
+}
+
+fn payloads(count: usize) -> Vec<String> {
+    (0..count).map(|n| format!("{{\"n\":{n}}}")).collect()
+}
+
+async fn group(daemon: &Daemon, name: &str) -> Value {
+    let text = daemon.get(&format!("/api/v1/streams/{STREAM}")).await;
+    let stream: Value = serde_json::from_str(&text).expect("the state of a stream");
+    let groups = stream["groups"].as_array().expect("groups").clone();
+    groups.into_iter().find(|group| group["name"] == name).unwrap_or_default()
+}
+
+async fn lost(daemon: &Daemon, name: &str, reason: &str) -> u64 {
+    group(daemon, name).await["lost_by_reason"][reason].as_u64().unwrap_or_default()
+}
+
+/// The sum of a metric's samples that have these labels, over daemons.
+async fn counted(daemons: &[&Daemon], metric: &str, labels: &[&str]) -> u64 {
+    let mut sum = 0;
+    for daemon in daemons {
+        let text = daemon.get("/metrics").await;
+        let samples = text.lines().filter(|line| line.starts_with(metric));
+        let samples = samples.filter(|line| labels.iter().all(|label| line.contains(label)));
+        let values = samples.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok());
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a small count")]
+        let value = values.sum::<f64>() as u64;
+        sum += value;
+    }
+    sum
+}
+
+async fn is_lost(daemon: &Daemon, name: &str, reason: &str, entries: u64) {
+    until(&format!("{entries} {reason}"), BOUND, async || (lost(daemon, name, reason).await == entries).then_some(()))
+        .await;
+}
+
+/// What `aurora-bus reconcile` says of a daemon: the exit code and standard output.
+fn reconcile(home: &Home, daemon: &Daemon, more: &[&str]) -> (Option<i32>, String) {
+    let url = daemon.url("");
+    let output = home.run(&[&["reconcile", "--url", &url, "--wait", "7s"], more].concat());
+    (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+async fn wait_for_warning(daemon: &Daemon, words: &str) {
+    until(&format!("warning: {words}"), BOUND, async || {
+        let text = daemon.get("/ready").await;
+        let report: Value = serde_json::from_str(&text).expect("a report");
+        (report["status"] == "degraded" && report["ready"] == true && text.contains(words)).then_some(())
+    })
+    .await;
+}
+
+/// Entries trimmed by others, while pending and before delivery, with two daemons that look.
+async fn trimmed_by_others(product: Product) {
+    let server = RedisServer::start(product, &[]).await;
+    let first = Home::new(&outside_only(&on(&server), "max_len = 1000"));
+    let second = Home::new(&outside_only(&on(&server), "max_len = 1000"));
+    let daemons = [first.start().await, second.start().await];
+    let both = [&daemons[0], &daemons[1]];
+    daemons[0].publish(STREAM, &payloads(20)).await.expect("published");
+    let read = ["XREADGROUP", "GROUP", "agents", "worker", "COUNT", "10", "STREAMS", STREAM, ">"];
+    server.cli(&read);
+    until("look at the group", BOUND, async || {
+        (counted(&both, "aurora_bus_account_entries", &["agents", "term=\"pending\""]).await == 20).then_some(())
+    })
+    .await;
+    // Ten that are pending, and five that were not delivered yet.
+    server.cli(&["XTRIM", STREAM, "MAXLEN", "5"]);
+    is_lost(&daemons[0], "agents", "trimmed_undelivered", 5).await;
+    for daemon in &daemons {
+        wait_for_warning(daemon, "others remove entries").await;
+        wait_for_warning(daemon, "group `agents` lost 5 entries").await;
+        wait_for_warning(daemon, "pending entries that others removed").await;
+    }
+    assert_eq!(counted(&both, "aurora_bus_lost_total", &["agents", "trimmed_undelivered"]).await, 5);
+    // Read past the gap, so that a server that corrects its own count has done so, and acknowledge all that is there.
+    let rest = server.cli(&["XREADGROUP", "GROUP", "agents", "worker", "COUNT", "10", "STREAMS", STREAM, ">"]);
+    let is_number = |text: &str| text.parse::<u64>().is_ok();
+    let is_id = |line: &&str| line.split_once('-').is_some_and(|(ms, seq)| is_number(ms) && is_number(seq));
+    let mut acknowledge = vec!["XACK", STREAM, "agents"];
+    acknowledge.extend(rest.lines().map(str::trim).filter(is_id));
+    assert_eq!(server.cli(&acknowledge), "5");
+    until("another look", BOUND, async || {
+        (counted(&both, "aurora_bus_account_entries", &["agents", "term=\"pending\""]).await == 20).then_some(())
+    })
+    .await;
+    assert_eq!(lost(&daemons[0], "agents", "trimmed_undelivered").await, 5, "counted once");
+    let agents = group(&daemons[0], "agents").await;
+    assert_eq!((&agents["published"], &agents["undelivered"], &agents["pending"]), (&20.into(), &0.into(), &10.into()));
+    let (code, told) = reconcile(&first, &daemons[1], &[STREAM]);
+    assert_eq!(code, Some(0), "{told}");
+    assert!(told.contains("5 lost: trimmed_undelivered"), "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_others_trim_is_counted_once_by_two_daemons_on_redis() {
+    trimmed_by_others(Product::Redis).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_others_trim_is_counted_once_by_two_daemons_on_valkey() {
+    trimmed_by_others(Product::Valkey).await;
+}
+
+/// A group that the daemon works for finds pending and undelivered losses by itself, and knows them after a restart.
+async fn lost_with_a_worker(product: Product) {
+    let server = RedisServer::start(product, &[]).await;
+    let home = Home::new(&config(&on(&server), "files", "max_len = 1000"));
+    // Someone read ten entries for the group and died, before any daemon ran.
+    for n in 0..20 {
+        server.cli(&["XADD", STREAM, "*", "data", &format!("{{\"n\":{n}}}")]);
+    }
+    server.cli(&["XGROUP", "CREATE", STREAM, "siem", "0"]);
+    let daemon = home.start().await;
+    daemon.handled(STREAM, "siem").await;
+    daemon.stop().await;
+    for n in 0..20 {
+        server.cli(&["XADD", STREAM, "*", "data", &format!("{{\"n\":{n}}}")]);
+    }
+    server.cli(&["XREADGROUP", "GROUP", "siem", "dead", "COUNT", "10", "STREAMS", STREAM, ">"]);
+    server.cli(&["XTRIM", STREAM, "MAXLEN", "5"]);
+    let daemon = home.start().await;
+    is_lost(&daemon, "siem", "trimmed_pending", 10).await;
+    is_lost(&daemon, "siem", "trimmed_undelivered", 5).await;
+    daemon.handled(STREAM, "siem").await;
+    let siem = group(&daemon, "siem").await;
+    assert_eq!((&siem["published"], &siem["acknowledged"], &siem["lost"]), (&40.into(), &25.into(), &15.into()));
+    assert_eq!(siem["balanced"], true);
+    daemon.crash();
+    let daemon = home.start().await;
+    assert_eq!(lost(&daemon, "siem", "trimmed_pending").await, 10);
+    let (code, told) = reconcile(&home, &daemon, &["--json", STREAM]);
+    assert_eq!(code, Some(0), "{told}");
+    let lines: Value = serde_json::from_str(&told).expect("JSON");
+    assert!(lines.as_array().expect("lines").iter().all(|line| line["balanced"] == true), "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_finds_what_was_lost_while_it_was_away_on_redis() {
+    lost_with_a_worker(Product::Redis).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_finds_what_was_lost_while_it_was_away_on_valkey() {
+    lost_with_a_worker(Product::Valkey).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reconcile_tells_by_its_exit_code_whether_the_accounts_add_up() {
+    let server = RedisServer::start(Product::Redis, &[]).await;
+    let home = Home::new(&config(&on(&server), "files", "max_len = 1000"));
+    let daemon = home.start().await;
+    daemon.publish(STREAM, &payloads(30)).await.expect("published");
+    daemon.handled(STREAM, "siem").await;
+    let (code, told) = reconcile(&home, &daemon, &[]);
+    assert_eq!(code, Some(0), "{told}");
+    assert!(told.contains("siem") && told.contains("agents"), "{told}");
+    // Set back by an operator, the group handles everything twice.
+    server.cli(&["XGROUP", "SETID", STREAM, "siem", "0"]);
+    until("second handling", BOUND, async || (group(&daemon, "siem").await["acknowledged"] == 60).then_some(())).await;
+    let (code, told) = reconcile(&home, &daemon, &[STREAM]);
+    assert_eq!(code, Some(1), "{told}");
+    assert!(told.contains("-30 more is found than was published"), "{told}");
+    wait_for_warning(&daemon, "the account of group `siem` is off by -30").await;
+    assert_eq!(reconcile(&home, &daemon, &["aurora:unknown"]).0, Some(2));
+    assert_eq!(home.run(&["reconcile", "--url", "http://127.0.0.1:1"]).status.code(), Some(2));
+    assert_eq!(home.run(&["reconcile", "--surely"]).status.code(), Some(2));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn accounts_begin_anew_when_the_server_lost_everything() {
+    let server = RedisServer::start(Product::Valkey, &[]).await;
+    let home = Home::new(&config(&on(&server), "files", "max_len = 1000"));
+    let daemon = home.start().await;
+    daemon.publish(STREAM, &payloads(30)).await.expect("published");
+    daemon.handled(STREAM, "siem").await;
+    until("look", BOUND, async || {
+        (counted(&[&daemon], "aurora_bus_account_entries", &["agents", "undelivered"]).await == 30).then_some(())
+    })
+    .await;
+    server.cli(&["FLUSHALL"]);
+    daemon.publish(STREAM, &payloads(7)).await.expect("published");
+    until("7 handled", BOUND, async || {
+        let siem = group(&daemon, "siem").await;
+        (siem["acknowledged"] == 7 && siem["published"] == 7).then_some(())
+    })
+    .await;
+    wait_for_warning(&daemon, "group `agents` lost 30 entries").await;
+    assert_eq!(reconcile(&home, &daemon, &[]).0, Some(0));
+}
+
+/// A full stream of a store refuses publishers, and takes entries again when the group has gone on.
+async fn refuses_when_full(store: &str) {
+    let home = Home::new(&outside_only(store, "max_len = 10, hard_max_len = 200"));
+    let daemon = home.start().await;
+    daemon.publish(STREAM, &payloads(199)).await.expect("published");
+    assert_eq!(daemon.publish(STREAM, &payloads(2)).await.expect_err("full"), Some(StatusCode::INSUFFICIENT_STORAGE));
+    // What was published while the daemon took its first look may count twice until the next one.
+    until("room for one", BOUND, async || daemon.publish(STREAM, &payloads(1)).await.ok()).await;
+    let client = crate::support::app::client();
+    let detail = until("group in the detail", BOUND, async || {
+        let url = daemon.url(&format!("/api/v1/streams/{STREAM}/events"));
+        let response = client.post(url).body("{}").send().await.expect("an answer");
+        assert_eq!(response.status(), StatusCode::INSUFFICIENT_STORAGE);
+        let problem: Value = response.json().await.expect("a problem");
+        problem["detail"].as_str().filter(|detail| detail.contains("`agents`")).map(str::to_owned)
+    })
+    .await;
+    assert!(detail.contains("holds 200 entries, 200 are allowed (retention.hard_max_len)"), "{detail}");
+    assert!(detail.contains(STREAM), "{detail}");
+    wait_for_warning(&daemon, "holds 200 entries of 200").await;
+    assert_eq!(reconcile(&home, &daemon, &[]).0, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_stream_of_the_embedded_store_refuses_publishers() {
+    refuses_when_full("").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_stream_on_redis_refuses_publishers_until_there_is_room() {
+    let server = RedisServer::start(Product::Redis, &[]).await;
+    refuses_when_full(&on(&server)).await;
+    let home = Home::new(&outside_only(&on(&server), "max_len = 10, hard_max_len = 200"));
+    let daemon = home.start().await;
+    until("refusal", BOUND, async || daemon.publish(STREAM, &payloads(1)).await.err()).await;
+    server.cli(&["XGROUP", "DESTROY", STREAM, "agents"]);
+    server.cli(&["XGROUP", "CREATE", STREAM, "agents", "$"]);
+    until("room", BOUND, async || daemon.publish(STREAM, &payloads(1)).await.ok()).await;
+}
+
+/// A full stream drops its oldest entries, and counts them for the group that misses them.
+async fn drops_when_full(store: &str) {
+    let home = Home::new(&outside_only(store, "max_len = 10, hard_max_len = 300, when_full = \"drop_oldest\""));
+    let daemon = home.start().await;
+    for _ in 0..5 {
+        daemon.publish(STREAM, &payloads(200)).await.expect("published");
+    }
+    let agents = until("dropped entries", BOUND, async || {
+        let agents = group(&daemon, "agents").await;
+        let lost = agents["lost_by_reason"]["dropped"].as_u64()?;
+        // A drop goes on in steps, and is told of when it is done.
+        let is_told = counted(&[&daemon], "aurora_bus_lost_total", &["agents", "dropped"]).await == lost;
+        (lost >= 637 && is_told).then_some(agents)
+    })
+    .await;
+    let dropped = agents["lost_by_reason"]["dropped"].as_u64().expect("a count");
+    assert!((637..=700).contains(&dropped), "{agents}");
+    let (code, told) = reconcile(&home, &daemon, &[]);
+    assert_eq!(code, Some(0), "{told}");
+    assert!(told.contains("lost: dropped"), "{told}");
+    daemon.stop().await;
+    let daemon = home.start().await;
+    assert_eq!(lost(&daemon, "agents", "dropped").await, dropped, "known after a restart");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_stream_of_the_embedded_store_drops_its_oldest_and_counts_them() {
+    drops_when_full("").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_stream_on_valkey_drops_its_oldest_and_counts_them() {
+    let server = RedisServer::start(Product::Valkey, &[]).await;
+    drops_when_full(&on(&server)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_abandoned_group_is_told_of_and_ignored_only_where_that_is_configured() {
+    let server = RedisServer::start(Product::Redis, &[]).await;
+    let long_ago = "1700000000000-0";
+    server.cli(&["XADD", STREAM, long_ago, "data", "{}"]);
+    server.cli(&["XGROUP", "CREATE", STREAM, "forgotten", "0"]);
+    let home = Home::new(&outside_only(&on(&server), "max_len = 10, max_age = \"1h\""));
+    let daemon = home.start().await;
+    wait_for_warning(&daemon, "group `forgotten` is abandoned").await;
+    assert_eq!(group(&daemon, "forgotten").await["abandoned"], true);
+    assert_eq!(group(&daemon, "agents").await["abandoned"], false);
+    let gauge = ["forgotten"];
+    until("gauge", BOUND, async || {
+        (counted(&[&daemon], "aurora_bus_group_abandoned", &gauge).await == 1).then_some(())
+    })
+    .await;
+    assert_eq!(server.cli(&["XLEN", STREAM]), "1");
+    for _ in 0..3 {
+        daemon.publish(STREAM, &payloads(100)).await.expect("published");
+    }
+    server.cli(&["XGROUP", "SETID", STREAM, "agents", "$"]);
+    daemon.stop().await;
+    let home = Home::new(&outside_only(&on(&server), "max_len = 10, max_age = \"1h\", ignore_abandoned = true"));
+    let daemon = home.start().await;
+    until("trim", Duration::from_secs(30), async || {
+        let first = daemon.get(&format!("/api/v1/streams/{STREAM}/events?limit=1")).await;
+        (!first.contains(long_ago)).then_some(())
+    })
+    .await;
+}
+
+/// A server that comes back from its append-only file may count what groups have read from an older number.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn accounts_add_up_after_the_server_was_restarted() {
+    let mut server = RedisServer::durable().await;
+    let home = Home::new(&config(&on(&server), "files", "max_len = 1000"));
+    let daemon = home.start().await;
+    daemon.publish(STREAM, &payloads(50)).await.expect("published");
+    daemon.handled(STREAM, "siem").await;
+    // As for a group that was made at the end of its stream.
+    let last = server.cli(&["XINFO", "STREAM", STREAM]);
+    let id = last.lines().skip_while(|line| *line != "last-generated-id").nth(1).expect("an id").to_owned();
+    server.cli(&["XGROUP", "SETID", STREAM, "siem", &id, "ENTRIESREAD", "50"]);
+    daemon.publish(STREAM, &payloads(30)).await.expect("published");
+    daemon.handled(STREAM, "siem").await;
+    server.cli(&["XDEL", STREAM, &id]);
+    server.crash();
+    server.restart().await;
+    until("publishing again", BOUND, async || daemon.publish(STREAM, &payloads(20)).await.ok()).await;
+    until("100 handled", BOUND, async || (group(&daemon, "siem").await["acknowledged"] == 100).then_some(())).await;
+    let (code, told) = reconcile(&home, &daemon, &[]);
+    assert_eq!(code, Some(0), "{told}");
+    for name in ["siem", "agents"] {
+        assert_eq!(group(&daemon, name).await["lost"], 0, "{name}: {told}");
+    }
+}
