@@ -13,8 +13,10 @@ mod breaker;
 mod call;
 mod config;
 mod guard;
+mod lanes;
 mod ledger;
 mod meters;
+mod ordering;
 mod outbox;
 mod patience;
 mod policy;
@@ -23,22 +25,25 @@ mod reaper;
 mod retention;
 mod retries;
 mod sampler;
+mod tenure;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument as _, info_span};
+use tracing::{Instrument as _, info_span, warn};
 
 pub use breaker::BreakerPolicy;
 pub use config::{GroupConfig, GroupStart, InvalidValue};
 pub use guard::Guard;
+pub use ordering::{InvalidOrderBy, OnPoison, OrderBy, Ordering};
 pub use policy::{RetryPolicy, Verdict};
 pub use reaper::Reaper;
 pub use retention::{Janitor, Retention, StreamSpec, WhenFull};
 pub use sampler::Sampler;
 
-use self::pump::Pump;
+use self::pump::{End, Pump};
+use self::tenure::{Applicant, Lost};
 use crate::event::{ConsumerName, StreamName};
 use crate::metrics::Metrics;
 use crate::readiness::Part;
@@ -47,6 +52,9 @@ use crate::store::Store;
 
 /// How long a worker that is told to stop lets the sink finish what it has begun.
 const GRACE: Duration = Duration::from_secs(20);
+
+/// How long a consumer's name stays taken without a sign of life of its worker.
+const NAME_TTL: Duration = Duration::from_secs(3);
 
 /// Which group a worker works for, and how.
 #[derive(Debug, Clone)]
@@ -69,13 +77,14 @@ pub struct Worker {
     metrics: Metrics,
     readiness: Part,
     grace: Duration,
+    name_ttl: Duration,
 }
 
 impl Worker {
     /// A worker that is not running yet.
     ///
-    /// `consumer` is its name in the group, the same after each restart, and of no other worker at a time: what is
-    /// pending on it is taken for left over by an earlier life. `readiness` hears of it whenever a fetch
+    /// `consumer` is its name in the group, the same after each restart: what is pending on it is taken for left over
+    /// by an earlier life. Where another worker is found alive under that name, this one takes another. `readiness` hears of it whenever a fetch
     /// succeeded, about every second.
     pub fn new(
         store: Arc<dyn Store>,
@@ -85,7 +94,7 @@ impl Worker {
         metrics: Metrics,
         readiness: Part,
     ) -> Self {
-        Self { store, sink, group, consumer, metrics, readiness, grace: GRACE }
+        Self { store, sink, group, consumer, metrics, readiness, grace: GRACE, name_ttl: NAME_TTL }
     }
 
     /// The same with another time to finish in after being told to stop, instead of 20 s.
@@ -95,18 +104,42 @@ impl Worker {
         self
     }
 
+    /// The same with another time that its consumer's name stays taken after a crash, instead of 3 s.
+    #[must_use]
+    pub fn with_name_lease(mut self, ttl: Duration) -> Self {
+        self.name_ttl = ttl;
+        self
+    }
+
     /// Works until `stop` is cancelled, then finishes what the sink has begun, settles it, and hands the rest back;
     /// that takes the grace time and 5 s at most. Failures of store and sink are waited out, however long.
     ///
     /// Dropping the future is a crash: what is in hand stays pending until this consumer runs again or another one
     /// takes it over.
     pub async fn run(self, stop: CancellationToken) {
-        let span = info_span!(
-            "worker",
-            stream = %self.group.stream,
-            group = %self.group.config.name,
-            consumer = %self.consumer
-        );
-        Pump::new(self, stop).run().instrument(span).await;
+        let applicant = Applicant::new(&self, &stop);
+        while let Some(tenure) = applicant.begin().await {
+            let span = info_span!(
+                "worker",
+                stream = %self.group.stream,
+                group = %self.group.config.name,
+                consumer = %tenure.consumer
+            );
+            let pump = Pump::new(&self, &tenure, stop.clone());
+            let lost = tokio::select! {
+                biased;
+                end = pump.run().instrument(span.clone()) => match end {
+                    End::Stopped => return applicant.end(&tenure).await,
+                    End::LeaseLost => Lost::Turn,
+                },
+                lost = applicant.keep(&tenure) => lost,
+            };
+            // What it had in hand is pending still, and whoever comes next takes it over. A turn is not given up here, it
+            // runs out: calls of the sink that were broken off may take a moment to end.
+            span.in_scope(|| match lost {
+                Lost::Name => warn!("another daemon has taken this consumer's name; beginning anew"),
+                Lost::Turn => warn!("the group's lease was not renewed in time; beginning anew"),
+            });
+        }
     }
 }

@@ -17,6 +17,8 @@
 //!   a power cut, never by a crash: the entry is then delivered again.
 //! - **Attempts** are counted by the store, per group and entry: 1 with the first delivery, one more with each
 //!   claim. They survive restarts.
+//! - **Leases** are names within a stream that one holder has at a time, until it gives them up or does not renew them
+//!   in time. A cursor that carries a lease can do nothing once another may have it.
 //! - **Loss is told.** A pending entry whose body was trimmed away is removed from the pending entries by the claim
 //!   that meets it and reported there as lost, once.
 //! - **Accounts.** What becomes of a group's entries is counted in the step in which it happens, see [`Account`]; the
@@ -41,8 +43,8 @@ pub use bounded::{Bounded, Limits};
 pub use error::{StoreError, StoreErrorKind};
 pub use metered::Metered;
 pub use types::{
-    Appended, Claimed, ConsumerStatus, Cursor, Dropped, Durability, GroupStatus, Loser, Order, Outcome, Pending, Range,
-    Reclaimed, Redelivered, Redelivery, Settled, Settlement, Start, StoreStatus, StreamStatus, Trim,
+    Appended, Claimed, ConsumerStatus, Cursor, Dropped, Durability, GroupStatus, Lease, Leased, Loser, Order, Outcome,
+    Pending, Range, Reclaimed, Redelivered, Redelivery, Settled, Settlement, Start, StoreStatus, StreamStatus, Trim,
 };
 
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
@@ -227,6 +229,16 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
 
     /// Removes a consumer from its group if nothing is pending on it, in one step; says whether it did.
     async fn remove_consumer(&self, cursor: &Cursor) -> Result<bool, StoreError>;
+
+    /// Takes the lease on `name` within the stream for `holder`, or renews it, for `ttl` from now on.
+    ///
+    /// The stream need not exist. A holder that renews in time keeps its fence; a lease that ran out, or was given up,
+    /// is taken with a greater one. `holder` is one line of text. Safe to repeat. Cancel-safe: the lease is then taken
+    /// or not.
+    async fn lease(&self, stream: &StreamName, name: &str, holder: &str, ttl: Duration) -> Result<Leased, StoreError>;
+
+    /// Gives up a lease, so that others may take it at once; says whether it was still held. Safe to repeat.
+    async fn release_lease(&self, stream: &StreamName, lease: &Lease) -> Result<bool, StoreError>;
 
     /// Whether the store can do its work now: a cheap write-path check, for readiness.
     async fn check(&self) -> Result<StoreStatus, StoreError>;

@@ -11,6 +11,8 @@ use futures_util::FutureExt as _;
 use prometheus::{Histogram, IntCounter};
 use tokio_util::sync::CancellationToken;
 
+use super::lanes::{Batch, LaneId};
+use super::tenure::Permit;
 use crate::event::Delivery;
 use crate::sink::{Origin, Sink, SinkError, SinkErrorClass};
 
@@ -28,6 +30,8 @@ pub(super) struct Caller {
     pub(super) handler_seconds: Histogram,
     /// Cancelled when calls under way must end.
     pub(super) abort: CancellationToken,
+    /// Whether the worker's turn lasts: where order matters, no call may begin after it.
+    pub(super) permit: Permit,
 }
 
 /// A batch after it was delivered, and the parts of it that were not taken, in order.
@@ -48,6 +52,8 @@ pub(super) enum Failure {
     NotBegun(String),
     /// The worker stopped amid the call.
     Aborted,
+    /// Not begun: an entry before it in its lane has failed.
+    Behind,
 }
 
 impl Delivered {
@@ -61,17 +67,30 @@ impl Delivered {
 }
 
 impl Caller {
-    /// Delivers a batch; what the sink refuses of it is halved until the bad entries are alone. With `is_probe`, the sink
-    /// is asked first whether it is up.
-    pub(super) async fn deliver(&self, batch: Vec<Delivery>, is_probe: bool) -> Delivered {
+    /// Delivers a batch; what the sink refuses of it is halved until the bad entries are alone. Of a lane, nothing is
+    /// begun behind an entry that failed. With `is_probe`, the sink is asked first whether it is up.
+    pub(super) async fn deliver(&self, batch: Batch, is_probe: bool) -> Delivered {
+        let Batch { deliveries: batch, lanes } = batch;
         if is_probe && let Err(reason) = self.check().await {
             let failures = Vec::from([(Range { start: 0, end: batch.len() }, Failure::NotBegun(reason))]);
             return Delivered { batch, failures };
         }
         let mut failures = Vec::new();
+        let mut failed: Vec<LaneId> = Vec::new();
         // The next part is the last one here.
         let mut parts = Vec::from([Range { start: 0, end: batch.len() }]);
-        while let Some(part) = parts.pop() {
+        while let Some(mut part) = parts.pop() {
+            let is_behind = |n: &usize| lanes.get(*n).is_some_and(|lane| failed.contains(lane));
+            if let Some(behind) = part.clone().find(is_behind) {
+                if behind == part.start {
+                    failures.push((behind..behind + 1, Failure::Behind));
+                    part.start += 1;
+                    parts.extend((!part.is_empty()).then_some(part));
+                    continue;
+                }
+                parts.push(behind..part.end);
+                part.end = behind;
+            }
             let Err((failure, may_be_of_one_entry)) = self.deliver_part(&batch[part.clone()]).await else { continue };
             if may_be_of_one_entry && part.len() > 1 {
                 let middle = part.start + part.len() / 2;
@@ -84,6 +103,7 @@ impl Caller {
                 failures.push((part, failure));
                 failures.extend(parts.drain(..).rev().map(|part| (part, Failure::NotBegun(reason.clone()))));
             } else {
+                failed.extend(lanes.get(part.clone()).into_iter().flatten());
                 failures.push((part, failure));
             }
         }
@@ -108,6 +128,9 @@ impl Caller {
     }
 
     async fn call(&self, part: &[Delivery]) -> Result<(), CallError> {
+        if !self.permit.may_deliver() {
+            return Err(CallError::Aborted);
+        }
         let started = Instant::now();
         let call = tokio::time::timeout(self.timeout, guarded(self.sink.deliver(&self.origin, part)));
         let outcome = tokio::select! {
@@ -227,13 +250,15 @@ mod tests {
             deliveries: metrics.deliveries.with_label_values(&["s", "g"]),
             handler_seconds: metrics.handler_seconds.with_label_values(&["s", "g"]),
             abort: CancellationToken::new(),
+            permit: Permit::unbounded(),
         };
         (sink, caller)
     }
 
-    fn batch(ids: Range<u64>) -> Vec<Delivery> {
+    fn unordered(ids: Range<u64>) -> Batch {
         let entry = |ms| Entry { id: EntryId::new(ms, 0), fields: Fields::default() };
-        ids.map(|ms| Delivery { entry: entry(ms), attempt: 1, delivered_at: Instant::now() }).collect()
+        let delivery = |ms| Delivery { entry: entry(ms), attempt: 1, delivered_at: Instant::now() };
+        Batch { deliveries: ids.map(delivery).collect(), lanes: Vec::new() }
     }
 
     fn refused(delivered: &Delivered) -> Vec<(Range<usize>, String)> {
@@ -242,6 +267,7 @@ mod tests {
             Failure::Down(error, reason) => format!("Down({error}, {reason})"),
             Failure::NotBegun(reason) => format!("NotBegun({reason})"),
             Failure::Aborted => "Aborted".to_owned(),
+            Failure::Behind => "Behind".to_owned(),
         };
         delivered.failures.iter().map(|(part, failure)| (part.clone(), text(failure))).collect()
     }
@@ -255,23 +281,40 @@ mod tests {
             },
             0,
         );
-        let delivered = caller.deliver(batch(0..8), false).await;
+        let delivered = caller.deliver(unordered(0..8), false).await;
         assert_eq!(refused(&delivered), [(3..4, "3".to_owned()), (6..7, "6".to_owned())]);
         let first_ids: Vec<_> = sink.calls.lock().unwrap().iter().map(|ids| ids[0]).collect();
         assert!(first_ids.is_sorted(), "in order: {first_ids:?}");
     }
 
     #[tokio::test]
+    async fn behind_a_refused_entry_nothing_of_its_lane_is_begun() {
+        let script: Script = |_, ids| match ids.iter().find(|id| [2, 5].contains(id)) {
+            Some(bad) => Err(SinkError::new(SinkErrorClass::Permanent, format!("{bad}"))),
+            None => Ok(()),
+        };
+        let (sink, caller) = caller(script, 0);
+        let lanes = (0..8).map(|n| LaneId::Key(n % 2)).collect();
+        let delivered = caller.deliver(Batch { lanes, ..unordered(0..8) }, false).await;
+        let (two, five) = ((2..3, "2".to_owned()), (5..6, "5".to_owned()));
+        let behind = |n| (n..n + 1, "Behind".to_owned());
+        assert_eq!(refused(&delivered), [two, behind(4), five, behind(6), behind(7)]);
+        let calls = sink.calls.lock().unwrap();
+        let after_two = calls.iter().skip_while(|ids| **ids != [2]);
+        assert!(after_two.flatten().all(|id| [2, 3, 5].contains(id)), "{calls:?}");
+    }
+
+    #[tokio::test]
     async fn a_panic_is_blamed_on_its_entry_alone() {
         let (_, caller) = caller(|_, ids| if ids.contains(&2) { panic!("bug {}", 7) } else { Ok(()) }, 0);
-        let delivered = caller.deliver(batch(0..5), false).await;
+        let delivered = caller.deliver(unordered(0..5), false).await;
         assert_eq!(refused(&delivered), [(2..3, "the sink panicked: bug 7".to_owned())]);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_call_has_a_deadline() {
         let (_, caller) = caller(|_, _| Ok(()), 0);
-        let delivered = caller.deliver(batch(99..100), false).await;
+        let delivered = caller.deliver(unordered(99..100), false).await;
         assert_eq!(refused(&delivered), [(0..1, "the sink did not answer within 30s".to_owned())]);
     }
 
@@ -282,7 +325,7 @@ mod tests {
             _ => Err(SinkError::new(SinkErrorClass::Transient, "connection reset")),
         };
         let (sink, caller) = caller(fails, usize::MAX);
-        let delivered = caller.deliver(batch(0..8), false).await;
+        let delivered = caller.deliver(unordered(0..8), false).await;
         let expected = [(0..4, "Down(connection reset, down)".to_owned()), (4..8, "NotBegun(down)".to_owned())];
         assert_eq!(refused(&delivered), expected);
         assert_eq!(sink.calls.lock().unwrap().len(), 2);
@@ -292,10 +335,10 @@ mod tests {
     #[tokio::test]
     async fn a_probe_asks_first() {
         let (sink, caller) = caller(|_, _| Ok(()), 1);
-        let delivered = caller.deliver(batch(0..1), true).await;
+        let delivered = caller.deliver(unordered(0..1), true).await;
         assert_eq!(refused(&delivered), [(0..1, "NotBegun(down)".to_owned())]);
         assert_eq!(sink.calls.lock().unwrap().len(), 0);
-        let delivered = caller.deliver(delivered.batch, true).await;
+        let delivered = caller.deliver(Batch { deliveries: delivered.batch, lanes: Vec::new() }, true).await;
         assert_eq!(refused(&delivered), []);
         assert!(delivered.was_answered());
     }
@@ -303,6 +346,6 @@ mod tests {
     #[tokio::test]
     async fn a_sink_that_refuses_for_good_has_answered() {
         let (_, caller) = caller(|_, _| Err(SinkError::new(SinkErrorClass::Permanent, "no")), 0);
-        assert!(caller.deliver(batch(0..1), false).await.was_answered());
+        assert!(caller.deliver(unordered(0..1), false).await.was_answered());
     }
 }

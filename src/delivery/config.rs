@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::breaker::BreakerPolicy;
+use super::ordering::{OnPoison, OrderBy, Ordering};
 use super::policy::RetryPolicy;
 use crate::event::{GroupName, Severity};
 use crate::store::Start;
@@ -26,6 +27,17 @@ pub struct GroupConfig {
     /// alert too many is better than one missed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_severity: Option<Severity>,
+    /// What is kept in the order of the stream, also when deliveries fail and when several daemons work: one of them
+    /// works for the group at a time then.
+    #[serde(default)]
+    pub ordering: Ordering,
+    /// With `ordering = "key"`, what the key is: a field such as `source`, or `data.<name>` for a member of the
+    /// payload. Entries without it have no order.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub order_by: Option<OrderBy>,
+    /// With `ordering = "stream"`, what happens when an entry is given up.
+    #[serde(default)]
+    pub on_poison: OnPoison,
     /// When and how often a failed delivery is tried again.
     #[serde(default)]
     pub retry: RetryPolicy,
@@ -134,6 +146,9 @@ impl GroupConfig {
             sink: None,
             workers: default::workers(),
             min_severity: None,
+            ordering: Ordering::default(),
+            order_by: None,
+            on_poison: OnPoison::default(),
             retry: RetryPolicy::default(),
             max_deliveries: default::max_deliveries(),
             claim_idle: default::claim_idle(),
@@ -147,6 +162,11 @@ impl GroupConfig {
         }
     }
 
+    /// Whether the group stops when an entry is given up.
+    pub(super) fn halts(&self) -> bool {
+        self.ordering == Ordering::Stream && self.on_poison == OnPoison::Halt
+    }
+
     /// Every value that makes no sense.
     pub fn validate(&self) -> Vec<InvalidValue> {
         const SECOND: Duration = Duration::from_secs(1);
@@ -157,6 +177,31 @@ impl GroupConfig {
         let least_deliveries = if self.sink.is_some() { retry.max_attempts } else { 1 };
         let rules = [
             ("workers", !(1..=64).contains(&self.workers), format!("must be 1 to 64, not {}", self.workers)),
+            (
+                "workers",
+                self.ordering != Ordering::None && self.workers > 1,
+                "must be 1 where an order is kept: one worker at a time keeps it".to_owned(),
+            ),
+            (
+                "concurrency",
+                self.ordering == Ordering::Stream && self.concurrency > 1,
+                "must be 1 with ordering = \"stream\": one delivery at a time keeps the order".to_owned(),
+            ),
+            (
+                "order_by",
+                self.ordering == Ordering::Key && self.order_by.is_none(),
+                "is missing: ordering = \"key\" needs to know the key, such as \"source\" or \"data.host\"".to_owned(),
+            ),
+            (
+                "order_by",
+                self.ordering != Ordering::Key && self.order_by.is_some(),
+                "has an effect only with ordering = \"key\"".to_owned(),
+            ),
+            (
+                "on_poison",
+                self.ordering != Ordering::Stream && self.on_poison == OnPoison::Halt,
+                "can be \"halt\" only with ordering = \"stream\"".to_owned(),
+            ),
             ("retry.max_attempts", retry.max_attempts == 0, "must be at least 1".to_owned()),
             ("retry.base", retry.base.is_zero(), "must be longer than 0s".to_owned()),
             (
@@ -236,12 +281,15 @@ mod tests {
     #[test]
     fn every_key_is_read() {
         let config = parse(
-            "name = 'siem'\nsink = 'log'\nworkers = 2\nmin_severity = 'high'\nmax_deliveries = 20\nclaim_idle = '2m'\n\
+            "name = 'siem'\nsink = 'log'\nworkers = 1\nmin_severity = 'high'\nmax_deliveries = 20\nclaim_idle = '2m'\n\
              start = 'new'\nbatch = 10\nmax_in_flight = 20\nconcurrency = 4\nhandler_timeout = '5s'\n\
              retry = { max_attempts = 3, base = '250ms', cap = '10s' }\nreap_after = '2h'\n\
+             ordering = 'key'\norder_by = 'data.host'\non_poison = 'dead_letter'\n\
              breaker = { failures = 3, pause = '2s', max_pause = '30s' }",
         )
         .unwrap();
+        assert_eq!(config.ordering, Ordering::Key);
+        assert_eq!(config.order_by, Some(OrderBy::Data("host".to_owned())));
         assert_eq!(config.min_severity, Some(Severity::High));
         assert_eq!(config.claim_idle, Duration::from_mins(2));
         assert_eq!(config.retry.base, Duration::from_millis(250));
@@ -277,5 +325,19 @@ mod tests {
     fn what_only_workers_heed_is_no_matter_for_a_group_consumed_from_outside() {
         let config = parse("name = 'agents'\nclaim_idle = '10s'\nmax_deliveries = 2").unwrap();
         assert_eq!(config.validate(), []);
+    }
+
+    #[test]
+    fn an_order_needs_one_worker_and_to_know_what_it_is() {
+        let keys = |text: &str| -> Vec<&str> {
+            let config = parse(&format!("name = 'siem'\n{text}")).unwrap();
+            config.validate().into_iter().map(|invalid| invalid.key).collect()
+        };
+        assert_eq!(keys("ordering = 'stream'\non_poison = 'halt'"), [""; 0]);
+        assert_eq!(keys("ordering = 'key'\norder_by = 'source'\nconcurrency = 8"), [""; 0]);
+        assert_eq!(keys("ordering = 'stream'\nworkers = 2\nconcurrency = 2"), ["workers", "concurrency"]);
+        assert_eq!(keys("ordering = 'key'\nworkers = 2\non_poison = 'halt'"), ["workers", "order_by", "on_poison"]);
+        assert_eq!(keys("order_by = 'source'"), ["order_by"]);
+        assert!(parse("name = 'siem'\norder_by = 'data.'").is_err());
     }
 }

@@ -68,6 +68,7 @@ impl Guard {
             group: spec.config.name.clone(),
             consumer,
             claim_idle: spec.config.claim_idle,
+            lease: None,
         };
         let now = Instant::now();
         Self {

@@ -7,7 +7,7 @@ mod ends;
 mod outage;
 mod steps;
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant as WallInstant};
 
@@ -21,12 +21,15 @@ use self::steps::Done;
 pub(super) use self::steps::{Floor, ensure, floor};
 use super::breaker::Breaker;
 use super::call::Caller;
+use super::lanes::{LaneId, Queue};
 use super::meters::Meters;
+use super::ordering::Ordering;
 use super::outbox::Outbox;
 use super::patience::{Backoff, Trouble, jittered};
 use super::retries::Retries;
+use super::tenure::{Permit, Tenure};
 use super::{GroupSpec, Worker};
-use crate::event::{DeadLetterReason, Delivery, EntryId};
+use crate::event::{DeadLetterReason, EntryId};
 use crate::readiness::Part;
 use crate::sink::Origin;
 use crate::store::{Cursor, Outcome, Store};
@@ -63,11 +66,21 @@ enum Intake {
     Read,
 }
 
+/// Why a pump has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// It was told to stop, and has handed back what it had.
+    Stopped,
+    /// The store says that the group's lease is not held any more.
+    LeaseLost,
+}
+
 /// A batch that the sink has now.
 #[derive(Debug)]
 struct Running {
     slot: u64,
     ids: Vec<EntryId>,
+    lanes: Vec<LaneId>,
     oldest: WallInstant,
     /// Whether it is to tell if the sink is up again.
     is_probe: bool,
@@ -86,6 +99,15 @@ pub(super) struct Pump {
     grace: Duration,
     tasks: JoinSet<Done>,
 
+    permit: Permit,
+    /// The permit's life that is known.
+    life: u64,
+    /// Whether an order is kept: everything pending in the group is then this worker's.
+    is_ordered: bool,
+    is_lease_lost: bool,
+    /// What an operator should know while all is well.
+    note: Option<String>,
+
     intake: Intake,
     intake_under_way: bool,
     intake_not_before: Instant,
@@ -101,7 +123,11 @@ pub(super) struct Pump {
     expected: usize,
     entry_bytes: usize,
 
-    ready: VecDeque<Delivery>,
+    ready: Queue,
+    /// Entries among `ready` that no sink is to see, and why, where the group stops at such an entry.
+    unfit: HashMap<EntryId, (DeadLetterReason, String)>,
+    /// Why the group has stopped, if it has.
+    halted: Option<String>,
     running: Vec<Running>,
     next_slot: u64,
     settlements: Outbox,
@@ -111,6 +137,9 @@ pub(super) struct Pump {
     breaker: Breaker,
     /// While the breaker is open.
     outage: Option<Outage>,
+    /// Whether an entry was given up and the sink has taken nothing since: where an order is kept, no other entry can
+    /// show that the sink works.
+    gave_up_in_vain: bool,
     sink_trouble: Trouble,
     dead_letter_trouble: Trouble,
     failure_trouble: Trouble,
@@ -127,6 +156,11 @@ pub(super) struct Pump {
 
     extend_at: Instant,
     is_extending: bool,
+    /// Whether this process stood still for so long that others may have what it has in hand: nothing goes to the sink
+    /// until the store has said what is still this worker's.
+    is_in_doubt: bool,
+    /// When the loop was to look at what is due, at the latest.
+    wake_at: Instant,
     pulse_at: Instant,
 
     stop: CancellationToken,
@@ -135,33 +169,50 @@ pub(super) struct Pump {
 }
 
 impl Pump {
-    pub(super) fn new(worker: Worker, stop: CancellationToken) -> Self {
-        let Worker { store, sink, group, consumer, metrics, readiness, grace } = worker;
+    pub(super) fn new(worker: &Worker, tenure: &Tenure, stop: CancellationToken) -> Self {
+        let group = worker.group.clone();
         let (stream, config) = (&group.stream, &group.config);
         let sink_name = config.sink.clone().unwrap_or_default();
-        let meters = Meters::new(&metrics, stream, &config.name, &sink_name);
-        let max_batch = sink.max_batch().max(1);
+        let meters = Meters::new(&worker.metrics, stream, &config.name, &sink_name);
+        let permit = tenure.permit.clone();
         let caller = Caller {
-            sink,
+            sink: worker.sink.clone(),
             name: sink_name,
             origin: Origin { stream: stream.clone(), group: config.name.clone() },
             timeout: config.handler_timeout,
             deliveries: meters.deliveries.clone(),
             handler_seconds: meters.handler_seconds.clone(),
             abort: CancellationToken::new(),
+            permit: permit.clone(),
         };
-        let cursor =
-            Cursor { stream: stream.clone(), group: config.name.clone(), consumer, claim_idle: config.claim_idle };
+        let cursor = Cursor {
+            stream: stream.clone(),
+            group: config.name.clone(),
+            consumer: tenure.consumer.clone(),
+            claim_idle: config.claim_idle,
+            lease: tenure.turn.clone(),
+        };
+        let is_ordered = config.ordering != Ordering::None;
+        // Where an order is kept, no search would find again what was forgotten.
+        let remembered = if is_ordered { config.max_in_flight.max(REMEMBERED_FAILURES) } else { REMEMBERED_FAILURES };
+        let has_other_name = tenure.consumer != worker.consumer;
+        let note = has_other_name
+            .then(|| format!("works as {}: another daemon has the name {}", tenure.consumer, worker.consumer));
         let now = Instant::now();
         Self {
-            store,
+            store: worker.store.clone(),
             cursor,
+            max_batch: worker.sink.max_batch().max(1),
             caller: Arc::new(caller),
-            max_batch,
             meters,
-            part: readiness,
-            grace,
+            part: worker.readiness.clone(),
+            grace: worker.grace,
             tasks: JoinSet::new(),
+            life: permit.life(),
+            permit,
+            is_ordered,
+            is_lease_lost: false,
+            note,
             intake: Intake::Ensure,
             intake_under_way: false,
             intake_not_before: now,
@@ -174,7 +225,9 @@ impl Pump {
             fetch_began: None,
             expected: 0,
             entry_bytes: FIRST_GUESS_BYTES,
-            ready: VecDeque::new(),
+            ready: Queue::new(config),
+            unfit: HashMap::new(),
+            halted: None,
             running: Vec::new(),
             next_slot: 0,
             settlements: Outbox::new(),
@@ -182,11 +235,12 @@ impl Pump {
             burials: HashMap::new(),
             breaker: Breaker::new(config.breaker.clone()),
             outage: None,
+            gave_up_in_vain: false,
             sink_trouble: Trouble::default(),
             dead_letter_trouble: Trouble::default(),
             failure_trouble: Trouble::default(),
             step_trouble: Trouble::default(),
-            retries: Retries::new(REMEMBERED_FAILURES),
+            retries: Retries::new(remembered),
             claiming: Vec::new(),
             claim_not_before: now,
             claim_backoff: Backoff::default(),
@@ -195,6 +249,8 @@ impl Pump {
             is_searching: false,
             extend_at: now + group.config.claim_idle / 3,
             is_extending: false,
+            is_in_doubt: false,
+            wake_at: now,
             pulse_at: now + PULSE,
             stop,
             deadlines: None,
@@ -202,13 +258,16 @@ impl Pump {
         }
     }
 
-    pub(super) async fn run(mut self) {
+    pub(super) async fn run(mut self) -> End {
         loop {
             self.start_what_is_due();
+            if self.is_lease_lost {
+                return End::LeaseLost;
+            }
             if self.is_finished() {
                 break;
             }
-            let wake = self.next_wake();
+            self.wake_at = self.next_wake();
             tokio::select! {
                 biased;
                 () = self.stop.cancelled(), if self.deadlines.is_none() => self.begin_stop(),
@@ -218,10 +277,12 @@ impl Pump {
                         self.finish(done);
                     }
                 }
-                () = sleep_until(wake) => {}
+                () = self.permit.changed() => {}
+                () = sleep_until(self.wake_at) => {}
             }
         }
         self.leave().await;
+        End::Stopped
     }
 
     /// A search and a sweep never run beside each other: the sweep would take what the search has just taken for left
@@ -235,6 +296,11 @@ impl Pump {
         !(self.intake_under_way || is_sweep && self.is_searching)
     }
 
+    /// Whether anything may be taken in hand now.
+    fn is_open(&self) -> bool {
+        !self.is_stopping() && self.halted.is_none() && self.permit.may_take_in()
+    }
+
     fn is_stopping(&self) -> bool {
         self.deadlines.is_some()
     }
@@ -245,7 +311,9 @@ impl Pump {
             return 0;
         }
         let fit = (HELD_BYTES / self.entry_bytes).max(1);
-        self.group.config.max_in_flight.min(fit).saturating_sub(self.in_hand() + self.expected)
+        // What holds a lane back is not in hand, but what comes behind it has to wait here.
+        let taken = self.in_hand() + self.ready.held() + self.expected;
+        self.group.config.max_in_flight.min(fit).saturating_sub(taken)
     }
 
     fn in_hand(&self) -> usize {
@@ -263,12 +331,20 @@ impl Pump {
     /// Starts every step that can be taken now.
     fn start_what_is_due(&mut self) {
         let now = Instant::now();
+        let life = self.permit.life();
+        if std::mem::replace(&mut self.life, life) != life {
+            self.doubt();
+        }
+        if now > self.wake_at + self.group.config.claim_idle / 2 {
+            self.is_in_doubt = true;
+            self.extend_at = now;
+        }
         self.start_sink_calls(now);
         self.start_settling(now);
         if now >= self.extend_at && !self.is_extending {
             self.start_extending();
         }
-        if !self.is_stopping() {
+        if self.is_open() {
             self.start_retries(now);
             self.start_search(now);
             self.start_intake(now);
@@ -298,16 +374,19 @@ impl Pump {
         }
         if let Some((abort_at, end)) = self.deadlines {
             at(if now < abort_at { abort_at } else { end });
-        } else if self.breaker.is_open() {
+        } else if self.breaker.is_open() && self.is_open() {
             self.next_wake_in_outage().into_iter().for_each(at);
-        } else if self.free_slots() > 0 {
-            if let (true, Some(due)) = (self.claiming.is_empty(), self.retries.next_due()) {
+        } else if self.is_open() {
+            let has_room = self.free_slots() > 0;
+            if let (true, Some(due)) = (self.claiming.is_empty(), self.retries.next_due())
+                && (has_room || self.is_ordered)
+            {
                 at(due.max(self.claim_not_before));
             }
-            if self.may_search() {
+            if has_room && self.may_search() {
                 at(self.search_at);
             }
-            if self.may_take_in() {
+            if has_room && self.may_take_in() {
                 at(self.intake_not_before);
             }
         }
@@ -327,17 +406,26 @@ impl Pump {
 
     /// Tells readiness how the worker is; `has_progressed` where a call that reads has just succeeded.
     fn report(&mut self, has_progressed: bool) {
-        if let Some(error) = &self.intake_error {
+        if let Some(reason) = &self.halted {
+            self.part.not_ready(reason.clone());
+        } else if let Some(error) = &self.intake_error {
             self.part.not_ready(error.clone());
         } else if let Some(error) = self.settlements.error.as_ref().or(self.dead_letters.error.as_ref()) {
             self.part.not_ready(error.clone());
+        } else if !self.permit.may_take_in() {
+            let reason = self.permit.trouble().unwrap_or_else(|| "its lease has run out".to_owned());
+            self.part.not_ready(reason);
         } else if let Some(Outage { since, reason }) = &self.outage {
             self.part.ready_but(format!("the sink `{}` is down since {since:.0}: {reason}", self.caller.name));
         } else {
             let is_reading = self.fetch_began.is_some_and(|began| began.elapsed() < FETCH_STUCK);
             let is_busy = !self.intake_under_way && !self.running.is_empty();
-            if has_progressed || is_reading || is_busy {
-                self.part.ready();
+            let waits_for_retries = self.ready.held() > 0;
+            if has_progressed || is_reading || is_busy || waits_for_retries {
+                match &self.note {
+                    Some(note) => self.part.ready_but(note.clone()),
+                    None => self.part.ready(),
+                }
             }
         }
     }
@@ -346,7 +434,7 @@ impl Pump {
         debug!(in_hand = self.in_hand(), "the worker stops");
         let abort_at = Instant::now() + self.grace;
         self.deadlines = Some((abort_at, abort_at + FLUSH_TIME));
-        for delivery in std::mem::take(&mut self.ready) {
+        for delivery in self.ready.drain() {
             self.settlements.push(delivery, Outcome::Release);
         }
     }

@@ -79,6 +79,7 @@ impl Reaper {
                     group: config.name.clone(),
                     consumer: consumer.name.clone(),
                     claim_idle: config.claim_idle,
+                    lease: None,
                 };
                 if self.store.remove_consumer(&cursor).await? {
                     self.metrics.consumers_reaped.with_label_values(&labels).inc();

@@ -19,7 +19,7 @@ pub enum InvalidName {
     #[error("a name must not be longer than {MAX_BYTES} bytes, this one has {0}")]
     TooLong(usize),
     /// The text has a character that would break keys, labels or paths.
-    #[error("a name may hold letters, digits and `:_.-`, not {0:?}")]
+    #[error("a name may hold letters, digits and `:_.~-`, not {0:?}")]
     Character(char),
 }
 
@@ -30,7 +30,7 @@ fn check(text: &str) -> Result<(), InvalidName> {
     if text.len() > MAX_BYTES {
         return Err(InvalidName::TooLong(text.len()));
     }
-    let is_allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, ':' | '_' | '.' | '-');
+    let is_allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, ':' | '_' | '.' | '~' | '-');
     match text.chars().find(|c| !is_allowed(*c)) {
         Some(c) => Err(InvalidName::Character(c)),
         None => Ok(()),
@@ -99,6 +99,14 @@ name! {
 name! {
     /// The name of one consumer in a group, such as `soc-a-0`.
     ConsumerName
+}
+
+impl ConsumerName {
+    /// Another name like this one: `soc-a-0~2`.
+    #[must_use]
+    pub fn numbered(&self, number: u32) -> Self {
+        Self(format!("{self}~{number}").into())
+    }
 }
 
 impl StreamName {

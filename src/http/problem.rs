@@ -179,7 +179,7 @@ impl From<&StoreError> for ApiError {
                     .with_field("durability")
             }
             StoreErrorKind::NotDurable => Self::new(StatusCode::SERVICE_UNAVAILABLE, "not_durable", error.to_string()),
-            StoreErrorKind::Corrupt | StoreErrorKind::Internal => Self::internal(),
+            StoreErrorKind::LeaseLost | StoreErrorKind::Corrupt | StoreErrorKind::Internal => Self::internal(),
         };
         match error.retry_after() {
             Some(wait) => error_to_client.with_retry_after(wait),

@@ -9,8 +9,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use super::{
-    Appended, Claimed, Cursor, Dropped, Durability, Pending, Range, Reclaimed, Redelivered, Redelivery, Settled,
-    Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
+    Appended, Claimed, Cursor, Dropped, Durability, Lease, Leased, Pending, Range, Reclaimed, Redelivered, Redelivery,
+    Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
 
@@ -184,6 +184,14 @@ impl Store for Bounded {
 
     async fn settle(&self, cursor: &Cursor, settlements: &[Settlement]) -> Result<Settled, StoreError> {
         self.inner.settle(cursor, settlements).await
+    }
+
+    async fn lease(&self, stream: &StreamName, name: &str, holder: &str, ttl: Duration) -> Result<Leased, StoreError> {
+        self.inner.lease(stream, name, holder, ttl).await
+    }
+
+    async fn release_lease(&self, stream: &StreamName, lease: &Lease) -> Result<bool, StoreError> {
+        self.inner.release_lease(stream, lease).await
     }
 
     async fn extend(&self, cursor: &Cursor, ids: &[EntryId]) -> Result<Vec<EntryId>, StoreError> {

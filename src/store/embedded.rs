@@ -13,6 +13,7 @@ mod chunk;
 mod damage;
 mod folder;
 mod groups;
+mod leases;
 mod log;
 mod marks;
 mod operations;
@@ -46,7 +47,8 @@ pub use chunk::fuzz as fuzz_chunk;
 pub use raw::{RawRate, raw_append_rate};
 
 use self::damage::Damage;
-use self::folder::{FolderLock, lock};
+use self::folder::FolderLock;
+use self::leases::Leases;
 use self::log::{ChunkRef, Found, Published};
 use self::operations::{Ending, How, NewEntries, Taken, millis};
 use self::queue::Queue;
@@ -54,8 +56,9 @@ use self::readers::Readers;
 use self::tables::{ReadFailure, is_closed_error};
 use self::writer::{DATABASE, Options, Syncing, Writer};
 use super::{
-    Appended, Claimed, Cursor, Dropped, MAX_APPEND, Order, Outcome, Pending, Range, Reclaimed, Redelivered, Redelivery,
-    Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
+    Appended, Claimed, Cursor, Dropped, Lease, Leased, MAX_APPEND, Order, Outcome, Pending, Range, Reclaimed,
+    Redelivered, Redelivery, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus,
+    Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName, field};
 
@@ -156,7 +159,7 @@ impl Files {
 }
 
 fn start(config: &Config) -> Result<(Writer, EmbeddedStore, Files), StoreError> {
-    let lock = lock(&config.path)?;
+    let lock = folder::lock(&config.path)?;
     let file = config.path.join(DATABASE);
     let syncing = match config.durability {
         Durability::Commit => Syncing::Each,
@@ -171,7 +174,12 @@ fn start(config: &Config) -> Result<(Writer, EmbeddedStore, Files), StoreError> 
     threads.push(readers::start_checkpointer(&file, &shared, asked)?);
     shared.readers.get_or_init(|| readers);
     let is_synced_each = config.durability == Durability::Commit;
-    let store = EmbeddedStore { shared: shared.clone(), ended: CancellationToken::new(), is_synced_each };
+    let store = EmbeddedStore {
+        shared: shared.clone(),
+        leases: Leases::default(),
+        ended: CancellationToken::new(),
+        is_synced_each,
+    };
     Ok((writer, store, Files { shared, threads, lock }))
 }
 
@@ -240,6 +248,7 @@ impl Shared {
 /// The store on the local disk. See [`Config::open`].
 pub struct EmbeddedStore {
     shared: Arc<Shared>,
+    leases: Leases,
     /// Cancelled when the writer's thread has let go of everything.
     ended: CancellationToken,
     /// Whether what is accepted is on the disk.
@@ -498,9 +507,9 @@ impl Store for EmbeddedStore {
             if let Some(newest) = &mut newest {
                 newest.mark_unchanged();
             }
-            let asked = cursor.clone();
+            let (asked, may_work) = (cursor.clone(), self.leases.guard(cursor));
             let delivered_at = Instant::now();
-            let taken = self.call(0, move |writer| writer.fetch(&asked, limit)).await?;
+            let taken = self.call(0, move |writer| may_work().and_then(|()| writer.fetch(&asked, limit))).await?;
             let is_done = !taken.entries.is_empty() || limit == 0;
             let Some(newest) = newest.as_mut().filter(|_| !is_done) else {
                 return Ok(deliver(&cursor.stream, taken, delivered_at)?.claimed.deliveries);
@@ -513,7 +522,9 @@ impl Store for EmbeddedStore {
 
     async fn claim(&self, cursor: &Cursor, ids: &[EntryId], idle: Duration) -> Result<Claimed, StoreError> {
         let (asked, ids, delivered_at) = (cursor.clone(), ids.to_vec(), Instant::now());
-        let taken = self.call(0, move |writer| writer.claim(&asked, &ids, millis(idle))).await?;
+        let may_work = self.leases.guard(cursor);
+        let claim = move |writer: &mut Writer| may_work().and_then(|()| writer.claim(&asked, &ids, millis(idle)));
+        let taken = self.call(0, claim).await?;
         Ok(deliver(&cursor.stream, taken, delivered_at)?.claimed)
     }
 
@@ -525,7 +536,10 @@ impl Store for EmbeddedStore {
         limit: usize,
     ) -> Result<Reclaimed, StoreError> {
         let (asked, delivered_at) = (cursor.clone(), Instant::now());
-        let taken = self.call(0, move |writer| writer.reclaim(&asked, millis(idle), from, limit)).await?;
+        let may_work = self.leases.guard(cursor);
+        let reclaim =
+            move |writer: &mut Writer| may_work().and_then(|()| writer.reclaim(&asked, millis(idle), from, limit));
+        let taken = self.call(0, reclaim).await?;
         deliver(&cursor.stream, taken, delivered_at)
     }
 
@@ -565,13 +579,13 @@ impl Store for EmbeddedStore {
             };
             Ending { id: settlement.delivery.entry.id, how }
         });
-        let (cursor, endings) = (cursor.clone(), endings.collect::<Vec<_>>());
-        self.call(bytes, move |writer| Ok(writer.settle(&cursor, &endings))).await
+        let (cursor, endings, may_work) = (cursor.clone(), endings.collect::<Vec<_>>(), self.leases.guard(cursor));
+        self.call(bytes, move |writer| may_work().map(|()| writer.settle(&cursor, &endings))).await
     }
 
     async fn extend(&self, cursor: &Cursor, ids: &[EntryId]) -> Result<Vec<EntryId>, StoreError> {
-        let (cursor, ids) = (cursor.clone(), ids.to_vec());
-        self.call(0, move |writer| Ok(writer.extend(&cursor, &ids))).await
+        let (cursor, ids, may_work) = (cursor.clone(), ids.to_vec(), self.leases.guard(cursor));
+        self.call(0, move |writer| may_work().map(|()| writer.extend(&cursor, &ids))).await
     }
 
     async fn pending(
@@ -631,6 +645,16 @@ impl Store for EmbeddedStore {
     async fn remove_consumer(&self, cursor: &Cursor) -> Result<bool, StoreError> {
         let cursor = cursor.clone();
         self.call(0, move |writer| writer.remove_consumer(&cursor)).await
+    }
+
+    async fn lease(&self, stream: &StreamName, name: &str, holder: &str, ttl: Duration) -> Result<Leased, StoreError> {
+        self.fail_if_closed()?;
+        Ok(self.leases.lease(stream, name, holder, ttl))
+    }
+
+    async fn release_lease(&self, stream: &StreamName, lease: &Lease) -> Result<bool, StoreError> {
+        self.fail_if_closed()?;
+        Ok(self.leases.release(stream, lease))
     }
 
     async fn check(&self) -> Result<StoreStatus, StoreError> {

@@ -15,6 +15,8 @@ pub enum StoreErrorKind {
     WrongType,
     /// The group, or its stream, is gone. Ensure it and go on.
     NoGroup,
+    /// The lease that the call was made under is not held any more. Nothing was done.
+    LeaseLost,
     /// The store refuses our credentials or rights. Someone must act.
     Denied,
     /// The store is set up so that it would lose what it is given, or is too old. Someone must act.
@@ -38,6 +40,7 @@ impl StoreErrorKind {
             Self::Full => "full",
             Self::WrongType => "wrong_type",
             Self::NoGroup => "no_group",
+            Self::LeaseLost => "lease_lost",
             Self::Denied => "denied",
             Self::Unsuitable => "unsuitable",
             Self::Unsupported => "unsupported",

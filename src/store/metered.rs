@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use prometheus::Histogram;
 
 use super::{
-    Appended, Claimed, Cursor, Dropped, Durability, Pending, Range, Reclaimed, Redelivered, Redelivery, Settled,
-    Settlement, Start, Store, StoreError, StoreStatus, StreamStatus, Trim,
+    Appended, Claimed, Cursor, Dropped, Durability, Lease, Leased, Pending, Range, Reclaimed, Redelivered, Redelivery,
+    Settled, Settlement, Start, Store, StoreError, StoreStatus, StreamStatus, Trim,
 };
 use crate::event::{Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
 use crate::metrics::Metrics;
@@ -204,6 +204,14 @@ impl Store for Metered {
 
     async fn remove_consumer(&self, cursor: &Cursor) -> Result<bool, StoreError> {
         self.counted("remove_consumer", self.inner.remove_consumer(cursor).await)
+    }
+
+    async fn lease(&self, stream: &StreamName, name: &str, holder: &str, ttl: Duration) -> Result<Leased, StoreError> {
+        self.counted("lease", self.inner.lease(stream, name, holder, ttl).await)
+    }
+
+    async fn release_lease(&self, stream: &StreamName, lease: &Lease) -> Result<bool, StoreError> {
+        self.counted("release_lease", self.inner.release_lease(stream, lease).await)
     }
 
     async fn check(&self) -> Result<StoreStatus, StoreError> {

@@ -19,6 +19,7 @@ mod connection;
 mod durable;
 mod failure;
 mod keys;
+mod lease;
 mod line;
 mod link;
 mod pool;
@@ -56,8 +57,9 @@ use self::script::Script;
 use self::servers::Servers;
 use self::sizes::Sizes;
 use super::{
-    Appended, Claimed, Cursor, Dropped, Durability, Order, Outcome, Pending, Range, Reclaimed, Redelivered, Redelivery,
-    Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
+    Appended, Claimed, Cursor, Dropped, Durability, Lease, Leased, Order, Outcome, Pending, Range, Reclaimed,
+    Redelivered, Redelivery, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus,
+    Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, Fields, GroupName, NewEntry, StreamName};
 
@@ -149,7 +151,7 @@ impl RedisStore {
     async fn run_for(&self, script: &Script, cursor: &Cursor, arguments: Arguments) -> Result<reply::Reply, Failure> {
         let mut all = of_consumer(cursor);
         all.append(arguments);
-        self.control.run(script, &[key(&cursor.stream), keys::account(&cursor.stream)], all).await
+        self.run_as(script, cursor, vec![key(&cursor.stream), keys::account(&cursor.stream)], all).await
     }
 
     /// Reads a range in replies of bounded size.
@@ -360,6 +362,10 @@ impl Store for RedisStore {
             return Ok(Vec::new());
         }
         let wait = wait.min(MAX_WAIT);
+        if cursor.lease.is_some() {
+            let outcome = self.fetch_under_lease(cursor, limit, wait).await;
+            return outcome.map_err(|failure| failure.because(of_group("cannot fetch from", cursor)));
+        }
         let mut arguments = Arguments::with_capacity(10);
         arguments.text("GROUP").name(cursor.group.as_str()).name(cursor.consumer.as_str());
         arguments.text("COUNT").shown(&self.sizes.bounded(&cursor.stream, limit));
@@ -435,12 +441,15 @@ impl Store for RedisStore {
         let (mut young, mut young_filtered) = (Vec::new(), Vec::new());
         let mut steps = Vec::new();
         let mut dead: Vec<(&StreamName, Vec<(EntryId, &Fields)>)> = Vec::new();
+        // Who takes a lease over takes what is pending at once, however young.
+        let is_young =
+            |delivery: &Delivery| cursor.lease.is_none() && delivery.delivered_at.elapsed() < cursor.claim_idle / 2;
         for Settlement { delivery, outcome } in settlements {
             let id = delivery.entry.id;
             match outcome {
                 // No one may have claimed it yet, so there is no owner to ask for.
-                Outcome::Acknowledge if delivery.delivered_at.elapsed() < cursor.claim_idle / 2 => young.push(id),
-                Outcome::Filter if delivery.delivered_at.elapsed() < cursor.claim_idle / 2 => young_filtered.push(id),
+                Outcome::Acknowledge if is_young(delivery) => young.push(id),
+                Outcome::Filter if is_young(delivery) => young_filtered.push(id),
                 Outcome::Acknowledge => steps.push((id, Step::Acknowledge)),
                 Outcome::Filter => steps.push((id, Step::Filter)),
                 // A time of delivery in the future is not possible, but the idle time can be set such that what is
@@ -562,6 +571,17 @@ impl Store for RedisStore {
         let outcome = answer.and_then(reply::Reply::count).map(|removed| removed == 1);
         let consumer = &cursor.consumer;
         outcome.map_err(|f| f.because(of_group(&format!("cannot remove consumer `{consumer}` from"), cursor)))
+    }
+
+    async fn lease(&self, stream: &StreamName, name: &str, holder: &str, ttl: Duration) -> Result<Leased, StoreError> {
+        let outcome = self.take_lease(stream, name, holder, ttl).await;
+        outcome.map_err(|failure| failure.because(format_args!("cannot lease `{name}` of stream `{stream}`")))
+    }
+
+    async fn release_lease(&self, stream: &StreamName, lease: &Lease) -> Result<bool, StoreError> {
+        let outcome = self.drop_lease(stream, lease).await;
+        let name = &lease.name;
+        outcome.map_err(|failure| failure.because(format_args!("cannot give up `{name}` of stream `{stream}`")))
     }
 
     async fn check(&self) -> Result<StoreStatus, StoreError> {

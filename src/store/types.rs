@@ -22,6 +22,35 @@ pub struct Cursor {
     /// How long a delivery stays this consumer's alone: others claim entries idle for longer. A store may
     /// acknowledge without asking who owns an entry while it is younger than half of this.
     pub claim_idle: Duration,
+    /// Where only one consumer of the group may work at a time, its lease: fetches, claims, extensions and settlements
+    /// then fail with [`StoreErrorKind::LeaseLost`](super::StoreErrorKind::LeaseLost), and do nothing, where the lease
+    /// is not held any more.
+    pub lease: Option<Lease>,
+}
+
+/// A lease as its holder has it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Lease {
+    /// What is leased, a name within its stream, such as `group/siem`.
+    pub name: String,
+    /// Who holds it.
+    pub holder: String,
+    /// Greater each time the lease is taken anew, by whomever; the same for as long as it is renewed.
+    pub fence: u64,
+}
+
+/// What became of asking for a lease.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Leased {
+    /// It is the asker's, for the time asked for from now on.
+    Held(Lease),
+    /// Another holds it.
+    Taken {
+        /// Who.
+        by: String,
+        /// After what time it is free, if that one does not renew it.
+        expires_in: Duration,
+    },
 }
 
 /// What became of one appended entry.

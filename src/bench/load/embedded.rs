@@ -72,6 +72,7 @@ impl StoreMixedJob {
             group: "bench".parse()?,
             consumer: "bench".parse()?,
             claim_idle: Duration::from_mins(1),
+            lease: None,
         };
         store.ensure_group(&cursor.stream, &cursor.group, Start::Oldest).await?;
         let start = Instant::now();

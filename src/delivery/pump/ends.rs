@@ -13,7 +13,7 @@ use crate::delivery::call::{Delivered, Failure, chain};
 use crate::delivery::outbox::Load;
 use crate::delivery::patience::draw;
 use crate::delivery::policy::Verdict;
-use crate::event::{DeadLetter, DeadLetterReason, Delivery};
+use crate::event::{DeadLetter, DeadLetterReason, Delivery, EntryId};
 use crate::sink::{SinkError, SinkErrorClass};
 use crate::store::{Outcome, Settled, StoreError, StoreErrorKind};
 
@@ -23,7 +23,8 @@ const MAX_POSTPONEMENT: Duration = Duration::from_mins(10);
 impl Pump {
     /// Hands what is ready to the sink.
     pub(super) fn start_sink_calls(&mut self, now: Instant) {
-        let allowance = self.breaker.allows(now);
+        let may_call = self.halted.is_none() && !self.is_in_doubt && self.permit.may_deliver();
+        let allowance = if may_call { self.breaker.allows(now) } else { Allowance::Nothing };
         let is_probe = allowance == Allowance::One;
         if allowance == Allowance::Nothing {
             return;
@@ -31,26 +32,30 @@ impl Pump {
         if is_probe {
             self.choose_probe();
         }
-        let config = &self.group.config;
-        while self.running.len() < config.concurrency
-            && let Some(first) = self.ready.front()
+        while self.running.len() < self.group.config.concurrency
+            && let Some(first) = self.ready.first().map(|delivery| delivery.entry.id)
         {
-            let mut limit = if is_probe { 1 } else { config.retry.batch_limit(first.attempt, self.max_batch) };
-            let mut entries = 0;
-            // An entry that failed before makes the batch smaller that it goes with.
-            for delivery in self.ready.iter().take(limit) {
-                limit = limit.min(config.retry.batch_limit(delivery.attempt, self.max_batch));
-                if entries >= limit {
-                    break;
-                }
-                entries += 1;
+            if let Some((_, text)) = self.unfit.remove(&first) {
+                let mut left = 1..=1;
+                let stopped_at = self.ready.take(|_| left.next().is_some());
+                stopped_at.deliveries.into_iter().for_each(|delivery| self.halt(delivery, &text));
+                return;
             }
-            let batch: Vec<Delivery> = self.ready.drain(..entries).collect();
+            let (retry, unfit) = (&self.group.config.retry, &self.unfit);
+            let (mut limit, mut entries) = (if is_probe { 1 } else { self.max_batch }, 0);
+            // An entry that failed before makes the batch smaller that it goes with.
+            let batch = self.ready.take(|delivery| {
+                limit = limit.min(retry.batch_limit(delivery.attempt, self.max_batch));
+                let fits = entries < limit && !unfit.contains_key(&delivery.entry.id);
+                entries += usize::from(fits);
+                fits
+            });
             let slot = self.next_slot;
             self.next_slot += 1;
-            let oldest = batch.iter().map(|delivery| delivery.delivered_at).min().unwrap_or_else(WallInstant::now);
-            let ids = batch.iter().map(|delivery| delivery.entry.id).collect();
-            self.running.push(Running { slot, ids, oldest, is_probe });
+            let deliveries = &batch.deliveries;
+            let oldest = deliveries.iter().map(|delivery| delivery.delivered_at).min().unwrap_or_else(WallInstant::now);
+            let ids = deliveries.iter().map(|delivery| delivery.entry.id).collect();
+            self.running.push(Running { slot, ids, lanes: batch.lanes.clone(), oldest, is_probe });
             let caller = self.caller.clone();
             self.tasks.spawn(async move { Done::Delivered { slot, delivered: caller.deliver(batch, is_probe).await } });
             if is_probe {
@@ -60,29 +65,18 @@ impl Pump {
     }
 
     pub(super) fn delivered(&mut self, slot: u64, delivered: Delivered) {
-        let was_probe = self.running.iter().any(|running| running.slot == slot && running.is_probe);
-        self.running.retain(|running| running.slot != slot);
+        let place = self.running.iter().position(|running| running.slot == slot);
+        let running = place.map(|place| self.running.swap_remove(place));
+        let was_probe = running.as_ref().is_some_and(|running| running.is_probe);
+        let lanes = running.map(|running| running.lanes).unwrap_or_default();
         if delivered.was_answered() {
             self.sink_answered();
         }
         let Delivered { batch, failures } = delivered;
-        if !self.retries.is_empty() || self.breaker.has_accused() {
-            let mut failed = failures.iter().peekable();
-            for (n, delivery) in batch.iter().enumerate() {
-                while failed.next_if(|(part, _)| part.end <= n).is_some() {}
-                if failed.peek().is_none_or(|(part, _)| !part.contains(&n)) {
-                    self.retries.forget(delivery.entry.id);
-                    self.breaker.acquit(delivery.entry.id);
-                }
-            }
-        }
-        if failures.is_empty() {
-            return self.settlements.acknowledge(batch);
-        }
         let mut batch = batch.into_iter();
         let mut place = 0;
         for (part, failure) in failures {
-            self.settlements.acknowledge(batch.by_ref().take(part.start - place).collect());
+            self.taken_by_sink(batch.by_ref().take(part.start - place).collect());
             place = part.end;
             let failed: Vec<Delivery> = batch.by_ref().take(part.len()).collect();
             match failure {
@@ -96,12 +90,25 @@ impl Pump {
                     self.keep(failed);
                 }
                 Failure::Aborted => self.hand_back(failed, &Outcome::Retry(Duration::ZERO)),
+                Failure::Behind => self.keep(failed),
             }
         }
-        self.settlements.acknowledge(batch.collect());
+        self.taken_by_sink(batch.collect());
+        self.ready.returned(&lanes);
         if was_probe {
             self.breaker.told_nothing();
         }
+    }
+
+    fn taken_by_sink(&mut self, batch: Vec<Delivery>) {
+        if !self.retries.is_empty() || self.breaker.has_accused() || self.is_ordered {
+            for delivery in &batch {
+                self.retries.forget(delivery.entry.id);
+                self.breaker.acquit(delivery.entry.id);
+                self.ready.done(delivery.entry.id);
+            }
+        }
+        self.settlements.acknowledge(batch);
     }
 
     pub(super) fn hand_back(&mut self, deliveries: Vec<Delivery>, outcome: &Outcome) {
@@ -123,13 +130,19 @@ impl Pump {
         let is_transient = error.class() == SinkErrorClass::Transient;
         let retry_after = error.retry_after();
         // Being asked for time is no outage; but whoever asks for it when tried again is not up yet.
-        if is_transient && (retry_after.is_none() || self.breaker.is_open()) {
+        let may_be_outage = retry_after.is_none() && !self.is_ordered;
+        if is_transient && (may_be_outage || self.breaker.is_open()) {
             self.sink_failed(&text, false);
         }
         let outcome = Err(error);
         let mut kept = Vec::new();
         for delivery in failed {
-            let is_to_blame = !is_transient || self.breaker.accuse(delivery.entry.id);
+            // It waits for the one before it, whatever becomes of that.
+            if self.ready.is_held_back(delivery.entry.id) {
+                kept.push(delivery);
+                continue;
+            }
+            let is_to_blame = !is_transient || self.is_to_blame(delivery.entry.id);
             if !is_to_blame && self.breaker.is_open() {
                 kept.push(delivery);
                 continue;
@@ -139,13 +152,23 @@ impl Pump {
                 Verdict::RetryIn(wait) => {
                     self.meters.retries.inc();
                     self.retries.failed(delivery.entry.id, Timestamp::now());
+                    self.ready.hold(delivery.entry.id);
                     self.settlements.push(delivery, Outcome::Retry(wait));
                 }
                 // It failed as often as it may, but in all that time the sink took nothing else either.
-                Verdict::DeadLetter(DeadLetterReason::Exhausted) if !is_to_blame && self.sink_failed(&text, true) => {
+                Verdict::DeadLetter(DeadLetterReason::Exhausted)
+                    if (!is_to_blame || self.gave_up_in_vain) && self.sink_failed(&text, true) =>
+                {
                     kept.push(delivery);
                 }
-                Verdict::DeadLetter(reason) => self.bury(delivery, reason, text.clone()),
+                Verdict::DeadLetter(reason) => {
+                    self.gave_up_in_vain |= self.is_ordered && reason == DeadLetterReason::Exhausted;
+                    if self.group.config.halts() {
+                        self.halt(delivery, &text);
+                    } else {
+                        self.bury(delivery, reason, text.clone());
+                    }
+                }
             }
         }
         for delivery in kept.iter().filter(|_| was_probe) {
@@ -157,7 +180,28 @@ impl Pump {
         }
     }
 
-    /// Gives an entry up.
+    /// Whether it is the entry's own fault that it failed, as far as can be told. Where an order is kept, no other may
+    /// pass it to show that the sink works: then it is, unless the sink itself says that it is down.
+    fn is_to_blame(&mut self, id: EntryId) -> bool {
+        if self.is_ordered { !self.breaker.is_open() } else { self.breaker.accuse(id) }
+    }
+
+    /// Stops the group at this entry: it stays pending, and nothing after it is delivered.
+    fn halt(&mut self, delivery: Delivery, error: &str) {
+        let (id, attempts) = (delivery.entry.id, delivery.attempt);
+        self.ready.hold(id);
+        self.retries.forget(id);
+        let text = format!(
+            "stopped at entry {id}, given up after delivery {attempts}: {error}; mend what refuses it and restart, or \
+             restart with on_poison = \"dead_letter\" to send it to the dead letters"
+        );
+        tracing::error!(entry.id = %id, attempts, error, "the group has stopped at an entry that its sink does not take");
+        self.part.not_ready(text.clone());
+        self.halted = Some(text);
+        self.settlements.push(delivery, Outcome::Retry(Duration::ZERO));
+    }
+
+    /// Gives an entry up. Those behind it wait until that is written down: if it came back, it would come too late.
     pub(super) fn bury(&mut self, delivery: Delivery, reason: DeadLetterReason, error: String) {
         let id = delivery.entry.id;
         if let Some(times) = self.dead_letter_trouble.occurred() {
@@ -179,6 +223,7 @@ impl Pump {
         };
         self.retries.forget(id);
         self.breaker.acquit(id);
+        self.ready.hold(id);
         self.burials.insert(id, reason);
         let outcome = Outcome::DeadLetter { to: self.group.dead_letter.clone(), fields: letter.to_fields() };
         self.dead_letters.push(delivery, outcome);
@@ -201,6 +246,9 @@ impl Pump {
     }
 
     pub(super) fn settled(&mut self, is_dead_letters: bool, load: Load, result: Result<Settled, StoreError>) {
+        if result.as_ref().is_err_and(|error| self.loses_lease(error)) {
+            return;
+        }
         let outbox = if is_dead_letters { &mut self.dead_letters } else { &mut self.settlements };
         match result {
             Ok(settled) => {
@@ -221,6 +269,7 @@ impl Pump {
                 self.meters.not_owned.inc_by(load.settlements.len() as u64);
                 for settlement in &load.settlements {
                     self.retries.forget(settlement.delivery.entry.id);
+                    self.ready.done(settlement.delivery.entry.id);
                     self.burials.remove(&settlement.delivery.entry.id);
                 }
                 self.group_is_gone();
@@ -249,6 +298,9 @@ impl Pump {
     }
 
     fn count_burials(&mut self, load: &Load, not_owned: usize) {
+        for settlement in &load.settlements {
+            self.ready.done(settlement.delivery.entry.id);
+        }
         let reasons =
             load.settlements.iter().filter_map(|settlement| self.burials.remove(&settlement.delivery.entry.id));
         let reasons: Vec<DeadLetterReason> = reasons.collect();

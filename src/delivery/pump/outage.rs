@@ -23,10 +23,11 @@ pub(super) struct Outage {
 impl Pump {
     /// The sink took something, or said no for good: it is there.
     pub(super) fn sink_answered(&mut self) {
+        self.gave_up_in_vain = false;
         if let Some(after) = self.breaker.succeeded(Instant::now()) {
             self.outage = None;
             self.sink_trouble.ended();
-            self.ready.make_contiguous().sort_by_key(|delivery| delivery.entry.id);
+            self.ready.sort();
             self.meters.breaker_open.set(0);
             info!(sink = self.caller.name, ?after, "the sink is up again");
         }
@@ -59,22 +60,24 @@ impl Pump {
         if self.is_stopping() {
             return self.hand_back(deliveries, &Outcome::Release);
         }
-        for delivery in deliveries.into_iter().rev() {
-            self.ready.push_front(delivery);
-        }
+        self.ready.put_back(deliveries);
     }
 
     /// Puts the entry in front that the sink is tried with: the oldest that it was not tried with yet, so that an entry
     /// that always fails does not make the sink look down.
     pub(super) fn choose_probe(&mut self) {
-        if self.ready.iter().all(|delivery| self.breaker.was_tried(delivery.entry.id)) {
+        if self.ready.may_go().all(|delivery| self.breaker.was_tried(delivery.entry.id)) {
             self.breaker.try_all_again();
         }
-        let places = self.ready.iter().enumerate().map(|(place, delivery)| (delivery.entry.id, place));
-        let oldest = places.filter(|(id, _)| !self.breaker.was_tried(*id)).min();
-        if let Some(delivery) = oldest.and_then(|(_, place)| self.ready.remove(place)) {
-            self.ready.push_front(delivery);
+        let untried = self.ready.may_go().map(|delivery| delivery.entry.id).filter(|id| !self.breaker.was_tried(*id));
+        if let Some(oldest) = untried.min() {
+            self.ready.prefer(oldest);
         }
+    }
+
+    /// Whether the sink can't be tried with anything in hand: all of it waits for what is to be taken again.
+    pub(super) fn is_without_probe(&self) -> bool {
+        self.ready.first().is_none() && self.running.is_empty()
     }
 
     /// How many entries may come in while the sink is down: one, if it was tried with all that are in hand.
@@ -89,19 +92,19 @@ impl Pump {
     pub(super) fn next_wake_in_outage(&mut self) -> Option<Instant> {
         let mut wake = None;
         let mut at = |due: Instant| wake = Some(wake.map_or(due, |wake: Instant| wake.min(due)));
-        if !self.ready.is_empty() && self.running.len() < self.group.config.concurrency {
+        if self.ready.first().is_some() && self.running.len() < self.group.config.concurrency {
             self.breaker.due().into_iter().for_each(&mut at);
         }
-        if self.probe_slots() > 0 {
-            if self.ready.is_empty()
-                && self.claiming.is_empty()
-                && let Some(due) = self.retries.next_due()
-            {
-                at(due.max(self.claim_not_before));
-            }
-            if self.may_take_in() {
-                at(self.intake_not_before);
-            }
+        let may_probe_by_retry =
+            if self.is_ordered { self.is_without_probe() } else { self.probe_slots() > 0 && self.ready.len() == 0 };
+        if may_probe_by_retry
+            && self.claiming.is_empty()
+            && let Some(due) = self.retries.next_due()
+        {
+            at(due.max(self.claim_not_before));
+        }
+        if self.probe_slots() > 0 && self.may_take_in() {
+            at(self.intake_not_before);
         }
         wake
     }

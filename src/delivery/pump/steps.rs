@@ -1,5 +1,7 @@
 //! The steps of the loop: each is started as a task, and its end changes what is in hand.
 
+use std::time::Duration;
+
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 
@@ -13,10 +15,10 @@ use crate::store::{Claimed, Cursor, Outcome, Pending, Reclaimed, Settled, Start,
 /// Ids that a log line names; there may be many.
 const NAMED_IDS: usize = 5;
 /// Between pages of a search that found nothing, so that a long one does not keep the store busy.
-const SEARCH_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
+const SEARCH_PAUSE: Duration = Duration::from_millis(100);
 
 /// How soon to look again whether all is done that was begun before a suspicious entry.
-const SUSPECT_PAUSE: std::time::Duration = std::time::Duration::from_millis(20);
+const SUSPECT_PAUSE: Duration = Duration::from_millis(20);
 
 /// Before which entry the group has handled everything, in which life of the stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,7 +49,7 @@ pub(super) enum Done {
     Fetched { limit: usize, result: Result<Vec<Delivery>, StoreError> },
     TookOver { purpose: Purpose, ids: Vec<EntryId>, result: Result<TakenOver, StoreError> },
     Searched { limit: usize, result: Result<(Reclaimed, Option<Floor>), StoreError> },
-    Extended(Result<Vec<EntryId>, StoreError>),
+    Extended { was_in_doubt: bool, result: Result<Vec<EntryId>, StoreError> },
     Delivered { slot: u64, delivered: Delivered },
     Settled { is_dead_letters: bool, load: Load, result: Result<Settled, StoreError> },
 }
@@ -60,7 +62,7 @@ impl Pump {
             Done::Fetched { limit, result } => self.fetched(limit, result),
             Done::TookOver { purpose, ids, result } => self.took_over(purpose, &ids, result),
             Done::Searched { limit, result } => self.searched(limit, result),
-            Done::Extended(result) => self.extended(result),
+            Done::Extended { was_in_doubt, result } => self.extended(was_in_doubt, result),
             Done::Delivered { slot, delivered } => self.delivered(slot, delivered),
             Done::Settled { is_dead_letters, load, result } => self.settled(is_dead_letters, load, result),
         }
@@ -88,8 +90,9 @@ impl Pump {
                     return;
                 }
                 self.expected += limit;
+                let own_only = !self.is_ordered;
                 self.tasks.spawn(async move {
-                    let result = asked(store.pending(&cursor, true, from, limit)).await;
+                    let result = asked(store.pending(&cursor, own_only, from, limit)).await;
                     Done::Looked { limit, result }
                 });
             }
@@ -158,6 +161,8 @@ impl Pump {
             }
             left.truncate(if is_alone { 1 } else { place });
         }
+        let others = left.iter().filter(|pending| pending.consumer != self.cursor.consumer).count();
+        self.meters.claimed.inc_by(others as u64);
         let ids: Vec<EntryId> = left.into_iter().map(|pending| pending.id).collect();
         if !ids.is_empty() && !self.is_stopping() {
             self.intake_under_way = true;
@@ -168,13 +173,20 @@ impl Pump {
     fn fetched(&mut self, limit: usize, result: Result<Vec<Delivery>, StoreError>) {
         self.expected -= limit;
         self.intake_under_way = false;
-        self.fetch_began = None;
+        let began = self.fetch_began.take();
         match result {
             Err(error) => self.intake_failed(&error),
             Ok(deliveries) => {
                 self.intake_succeeded();
                 self.guess_entry_bytes(&deliveries);
-                self.admit(deliveries);
+                // An answer that lay about for so long, as when this process stood still, may be of entries that
+                // others have by now: the sweep finds those that they have not.
+                let is_stale = began.is_some_and(|began| began.elapsed() > FETCH_WAIT + self.cursor.claim_idle / 2);
+                if is_stale {
+                    self.sweep_due = true;
+                } else {
+                    self.admit(deliveries);
+                }
                 if std::mem::take(&mut self.sweep_due) {
                     self.intake = Intake::Sweep(EntryId::MIN);
                 }
@@ -192,6 +204,9 @@ impl Pump {
     }
 
     fn intake_failed(&mut self, error: &StoreError) {
+        if self.loses_lease(error) {
+            return;
+        }
         let text = chain(error);
         if let Some(times) = self.intake_trouble.occurred() {
             warn!(error = text, kind = error.kind().as_str(), times, "the worker cannot read its stream");
@@ -229,18 +244,28 @@ impl Pump {
                 self.settlements.push(delivery, Outcome::Filter);
                 continue;
             }
-            if delivery.attempt > max_deliveries {
-                let text = format!("delivered {max_deliveries} times without a result");
-                self.bury(delivery, DeadLetterReason::Crashed, text);
-                continue;
-            }
-            match passes(&delivery, min_severity) {
-                Ok(true) => self.ready.push_back(delivery),
-                Ok(false) => {
-                    self.meters.filtered.inc();
-                    self.settlements.push(delivery, Outcome::Filter);
+            let unfit = if delivery.attempt > max_deliveries {
+                Some((DeadLetterReason::Crashed, format!("delivered {max_deliveries} times without a result")))
+            } else {
+                match passes(&delivery, min_severity) {
+                    Ok(true) => None,
+                    Ok(false) => {
+                        self.meters.filtered.inc();
+                        self.ready.done(delivery.entry.id);
+                        self.settlements.push(delivery, Outcome::Filter);
+                        continue;
+                    }
+                    Err(text) => Some((DeadLetterReason::Undecodable, text)),
                 }
-                Err(text) => self.bury(delivery, DeadLetterReason::Undecodable, text),
+            };
+            match unfit {
+                None => self.ready.push(delivery),
+                // The group stops there when its turn comes.
+                Some(unfit) if self.group.config.halts() => {
+                    self.unfit.insert(delivery.entry.id, unfit);
+                    self.ready.push(delivery);
+                }
+                Some((reason, text)) => self.bury(delivery, reason, text),
             }
         }
     }
@@ -251,8 +276,15 @@ impl Pump {
         if self.retries.is_empty() || !self.claiming.is_empty() || now < self.claim_not_before {
             return;
         }
-        let probe = if self.ready.is_empty() { self.probe_slots() } else { 0 };
-        let limit = self.free_slots().min(CLAIM_LIMIT).max(probe);
+        let limit = match (self.is_ordered, self.breaker.is_open()) {
+            // Where an order is kept there is always room for those that others wait for.
+            (true, false) => CLAIM_LIMIT,
+            (true, true) => usize::from(self.is_without_probe()),
+            (false, _) => {
+                let probe = if self.ready.len() == 0 { self.probe_slots() } else { 0 };
+                self.free_slots().min(CLAIM_LIMIT).max(probe)
+            }
+        };
         let ids = self.retries.take_due(now, limit);
         if !ids.is_empty() {
             self.claiming.clone_from(&ids);
@@ -263,8 +295,16 @@ impl Pump {
     fn start_taking_over(&mut self, purpose: Purpose, ids: Vec<EntryId>) {
         self.expected += ids.len();
         let (store, cursor) = (self.store.clone(), self.cursor.clone());
+        let takes_from_others = self.is_ordered && purpose == Purpose::Sweep;
         self.tasks.spawn(async move {
-            let result = asked(take_over(&*store, &cursor, &ids)).await;
+            let take_over = async {
+                if !takes_from_others {
+                    return take_over(&*store, &cursor, &ids).await;
+                }
+                let claimed = store.claim(&cursor, &ids, Duration::ZERO).await?;
+                Ok(TakenOver { claimed, not_owned: Vec::new() })
+            };
+            let result = asked(take_over).await;
             Done::TookOver { purpose, ids, result }
         });
     }
@@ -282,6 +322,7 @@ impl Pump {
                 let taken: Vec<EntryId> = claimed.deliveries.iter().map(|delivery| delivery.entry.id).collect();
                 for id in ids.iter().filter(|id| !taken.contains(id)) {
                     self.retries.forget(*id);
+                    self.ready.done(*id);
                 }
                 self.claimed(claimed);
             }
@@ -289,6 +330,7 @@ impl Pump {
             (Err(error), Purpose::Retry) if error.kind() == StoreErrorKind::NoGroup => {
                 for id in ids {
                     self.retries.forget(*id);
+                    self.ready.done(*id);
                 }
                 self.group_is_gone();
             }
@@ -340,9 +382,14 @@ impl Pump {
         self.is_searching = true;
         self.expected += limit;
         let (store, cursor, from) = (self.store.clone(), self.cursor.clone(), self.search_from);
+        let is_sweep_enough = self.is_ordered;
         self.tasks.spawn(async move {
             let search = async {
-                let found = store.reclaim(&cursor, cursor.claim_idle, from, limit).await?;
+                let found = if is_sweep_enough {
+                    Reclaimed::default()
+                } else {
+                    store.reclaim(&cursor, cursor.claim_idle, from, limit).await?
+                };
                 // Once per search is enough, and an answer about the floor is not worth the entries just claimed.
                 let floor =
                     if found.next == EntryId::MIN { floor(&*store, &cursor).await.ok().flatten() } else { None };
@@ -359,6 +406,9 @@ impl Pump {
         match result {
             Ok((Reclaimed { claimed, next }, floor)) => {
                 self.floor = floor.or(self.floor.take());
+                if self.is_ordered {
+                    self.doubt();
+                }
                 self.search_from = next;
                 self.search_at = match (next == EntryId::MIN, claimed.deliveries.is_empty()) {
                     (true, _) => self.next_search(),
@@ -385,7 +435,8 @@ impl Pump {
     pub(super) fn start_extending(&mut self) {
         let claim_idle = self.group.config.claim_idle;
         self.extend_at = Instant::now() + claim_idle / 3;
-        let age = claim_idle / 4;
+        let was_in_doubt = self.is_in_doubt;
+        let age = if was_in_doubt { Duration::ZERO } else { claim_idle / 4 };
         let ready = self.ready.iter().filter(|delivery| delivery.delivered_at.elapsed() > age);
         let ready = ready.map(|delivery| delivery.entry.id);
         let running = self.running.iter().filter(|running| running.oldest.elapsed() > age);
@@ -398,6 +449,7 @@ impl Pump {
             ids.extend(self.retries.waiting_long());
         }
         if ids.is_empty() {
+            self.is_in_doubt = false;
             return;
         }
         self.is_extending = true;
@@ -410,12 +462,16 @@ impl Pump {
                 }
                 Ok(gone)
             };
-            Done::Extended(asked(extend).await)
+            Done::Extended { was_in_doubt, result: asked(extend).await }
         });
     }
 
-    fn extended(&mut self, result: Result<Vec<EntryId>, StoreError>) {
+    fn extended(&mut self, was_in_doubt: bool, result: Result<Vec<EntryId>, StoreError>) {
         self.is_extending = false;
+        if self.is_in_doubt && (!was_in_doubt || result.is_err()) {
+            self.extend_at = Instant::now();
+        }
+        self.is_in_doubt &= !was_in_doubt || result.is_err();
         match result {
             Err(error) => {
                 // There is time for several more tries before anyone takes the entries over.
@@ -424,10 +480,11 @@ impl Pump {
             }
             Ok(gone) if gone.is_empty() => {}
             Ok(gone) => {
-                let before = self.ready.len();
-                self.ready.retain(|delivery| !gone.contains(&delivery.entry.id));
-                let waiting = gone.iter().filter(|id| self.retries.forget(**id)).count();
-                let dropped = before - self.ready.len() + waiting;
+                let waiting: Vec<EntryId> = gone.iter().copied().filter(|id| self.retries.forget(*id)).collect();
+                for id in &waiting {
+                    self.ready.done(*id);
+                }
+                let dropped = self.ready.remove(&gone) + waiting.len();
                 // Those that the sink has now are counted when they are settled.
                 self.meters.not_owned.inc_by(dropped as u64);
                 warn!(entries = gone.len(), dropped, "others have taken over entries of this worker");
@@ -441,7 +498,25 @@ impl Pump {
         }
     }
 
+    /// Another life of this name may have been there: what is pending on it is looked through again.
+    pub(super) fn doubt(&mut self) {
+        match self.intake {
+            Intake::Read | Intake::Sweep(_) if !self.intake_under_way => self.intake = Intake::Sweep(EntryId::MIN),
+            _ => self.sweep_due = true,
+        }
+    }
+
+    /// Whether the error says that the group's lease is lost, and with it everything in hand.
+    pub(super) fn loses_lease(&mut self, error: &StoreError) -> bool {
+        let is_lost = error.kind() == StoreErrorKind::LeaseLost;
+        self.is_lease_lost |= is_lost;
+        is_lost
+    }
+
     fn step_failed(&mut self, error: &StoreError, message: &'static str) {
+        if self.loses_lease(error) {
+            return;
+        }
         if error.kind() == StoreErrorKind::NoGroup {
             self.group_is_gone();
         } else if let Some(times) = self.step_trouble.occurred() {
@@ -497,7 +572,7 @@ async fn take_over(store: &dyn Store, cursor: &Cursor, ids: &[EntryId]) -> Resul
     if owned.is_empty() {
         return Ok(TakenOver { claimed: Claimed::default(), not_owned });
     }
-    let claimed = store.claim(cursor, &owned, std::time::Duration::ZERO).await?;
+    let claimed = store.claim(cursor, &owned, Duration::ZERO).await?;
     Ok(TakenOver { claimed, not_owned })
 }
 

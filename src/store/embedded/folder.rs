@@ -1,4 +1,4 @@
-//! The folder of the store: one process at a time has it.
+//! The folder of the store, and that one process has it at a time.
 
 use std::fs::{File, TryLockError};
 use std::path::Path;

@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use super::chunk;
+use super::folder::lock;
 use super::writer::{DATABASE, Options, Syncing, Writer};
-use super::{lock, new_shared, readers};
+use super::{new_shared, readers};
 use crate::event::{Fields, StreamName, field};
 use crate::store::{StoreError, StoreErrorKind};
 

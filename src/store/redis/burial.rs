@@ -66,8 +66,8 @@ impl RedisStore {
             arguments.shown(id);
             add_fields(&mut arguments, fields);
         }
-        let keys = [key(&cursor.stream), keys::account(&cursor.stream), key(to)];
-        let not_owned = self.control.run(&script::DEAD_LETTER, &keys, arguments).await?;
+        let keys = vec![key(&cursor.stream), keys::account(&cursor.stream), key(to)];
+        let not_owned = self.run_as(&script::DEAD_LETTER, cursor, keys, arguments).await?;
         usize::try_from(not_owned.count()?).map_err(|e| Failure::unexpected(&e.to_string()))
     }
 

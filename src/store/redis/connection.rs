@@ -239,7 +239,7 @@ impl Connection {
         match self.ask(is_asking, "EVALSHA", arguments(), limit, false).await {
             Err(failure) if failure.is_unknown_script => {
                 let mut load = Arguments::with_capacity(2);
-                load.text("LOAD").text(script.source());
+                load.text("LOAD").name(script.source());
                 self.call("SCRIPT", load, limit, false).await?;
                 self.ask(is_asking, "EVALSHA", arguments(), limit, false).await
             }

@@ -31,8 +31,8 @@ pub(super) struct Failure {
 }
 
 /// What the first words of a server's error mean, and what to do about it.
-const KNOWN: [(&str, StoreErrorKind, &str); 38] = {
-    use StoreErrorKind::{Denied, Full, Internal, NoGroup, Unavailable, Unsuitable, WrongType};
+const KNOWN: [(&str, StoreErrorKind, &str); 39] = {
+    use StoreErrorKind::{Denied, Full, Internal, LeaseLost, NoGroup, Unavailable, Unsuitable, WrongType};
     const NO_RIGHT: &str = "the user lacks the right to a command or a key (see ACL LOG on the server)";
     const ONE_SCRIPT: &str = "the server is busy with a script; wait, or end it with SCRIPT KILL";
     [
@@ -74,6 +74,7 @@ const KNOWN: [(&str, StoreErrorKind, &str); 38] = {
         ("NOGROUP", NoGroup, "the group, or its stream, is gone"),
         ("UNBLOCKED", NoGroup, "the stream is gone"),
         ("ERR no such key", NoGroup, "the stream is gone"),
+        ("LEASELOST", LeaseLost, "the lease is not held any more"),
         ("NOAUTH", Denied, "the server asks for a password (store.redis.password)"),
         ("WRONGPASS", Denied, "the server refuses the user name or the password"),
         ("ERR invalid password", Denied, "the server refuses the password"),

@@ -42,6 +42,16 @@ pub(super) fn probe(number: u32) -> Bytes {
     if number == 0 { Bytes::from_static(PROBE.as_bytes()) } else { format!("{PROBE}:{number}").into() }
 }
 
+/// Where a lease is kept while it is held.
+pub(super) fn lease(stream: &StreamName, name: &str) -> Bytes {
+    beside(stream, b"lease:", name.as_bytes())
+}
+
+/// Where the leases of a stream that were ever taken are counted.
+pub(super) fn fence(stream: &StreamName) -> Bytes {
+    beside(stream, b"fence", b"")
+}
+
 fn beside(stream: &StreamName, kind: &[u8], name: &[u8]) -> Bytes {
     let stream = stream.as_str().as_bytes();
     let mut key = BytesMut::with_capacity(stream.len() + kind.len() + name.len() + 3);
@@ -67,7 +77,9 @@ mod tests {
         let group: GroupName = "g".parse().expect("a valid name");
         let moved = moved(&stream, &"other".parse().expect("a valid name"), &group, EntryId::MIN);
         assert_eq!(moved, "{aurora:alerts}:moved:other/g/0-0");
-        let beside = [idempotency(&stream, b"a}{b"), epoch(&stream), account(&stream), moved, mark(b"aurora:alerts")];
+        let (lease, fence) = (lease(&stream, "group/siem"), fence(&stream));
+        let dedup = idempotency(&stream, b"a}{b");
+        let beside = [dedup, epoch(&stream), account(&stream), moved, mark(b"aurora:alerts"), lease, fence];
         for key in beside {
             assert_eq!(fred::util::redis_keyslot(&key), slot);
         }

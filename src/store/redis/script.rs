@@ -2,6 +2,7 @@
 //!
 //! Each is safe to run twice, writes nothing before its last check, and appends before it acknowledges.
 
+use std::borrow::Cow;
 use std::sync::OnceLock;
 
 use bytes::Bytes;
@@ -15,21 +16,30 @@ pub(super) const MAX_IDS: usize = 500;
 /// A script and its hash, by which the server knows it.
 #[derive(Debug)]
 pub(super) struct Script {
-    source: &'static str,
+    source: Cow<'static, str>,
     sha: OnceLock<Bytes>,
+    under_lease: OnceLock<Box<Self>>,
 }
 
 impl Script {
     const fn new(source: &'static str) -> Self {
-        Self { source, sha: OnceLock::new() }
+        Self { source: Cow::Borrowed(source), sha: OnceLock::new(), under_lease: OnceLock::new() }
     }
 
-    pub(super) fn source(&self) -> &'static str {
-        self.source
+    pub(super) fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// The same script, run only where a lease is held: one more key, the lease's, and one more argument, its value.
+    pub(super) fn under_lease(&self) -> &Self {
+        self.under_lease.get_or_init(|| {
+            let source = Cow::Owned(format!("{}{}", include_str!("lua/under_lease.lua"), self.source));
+            Box::new(Self { source, sha: OnceLock::new(), under_lease: OnceLock::new() })
+        })
     }
 
     pub(super) fn sha(&self) -> &Bytes {
-        self.sha.get_or_init(|| fred::util::sha1_hash(self.source).into())
+        self.sha.get_or_init(|| fred::util::sha1_hash(&self.source).into())
     }
 }
 
@@ -52,6 +62,9 @@ pub(super) static ENSURE_GROUP: Script = Script::new(with_account!("lua/ensure_g
 pub(super) static EPOCH: Script = Script::new(include_str!("lua/epoch.lua"));
 pub(super) static EXTEND: Script = Script::new(include_str!("lua/extend.lua"));
 pub(super) static REDELIVER: Script = Script::new(include_str!("lua/redeliver.lua"));
+pub(super) static FETCH: Script = Script::new(include_str!("lua/fetch.lua"));
+pub(super) static LEASE: Script = Script::new(include_str!("lua/lease.lua"));
+pub(super) static RELEASE_LEASE: Script = Script::new(include_str!("lua/release_lease.lua"));
 pub(super) static REMOVE_CONSUMER: Script = Script::new(include_str!("lua/remove_consumer.lua"));
 pub(super) static SETTLE: Script = Script::new(include_str!("lua/settle.lua"));
 pub(super) static TRIM: Script = Script::new(with_account!("lua/trim.lua"));

@@ -106,7 +106,7 @@ fn optional_id(text: &[u8]) -> Result<Option<EntryId>, Failure> {
 
 /// A name that may be of foreign making: what our names can't hold is shown as `_`.
 pub(super) fn name_of<N: std::str::FromStr>(text: &[u8]) -> Result<N, Failure> {
-    let allowed = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b':' | b'_' | b'.' | b'-');
+    let allowed = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b':' | b'_' | b'.' | b'~' | b'-');
     let shown: String = text.iter().map(|byte| if allowed(byte) { char::from(*byte) } else { '_' }).take(200).collect();
     let shown = if shown.is_empty() { "_".to_owned() } else { shown };
     shown.parse().or(Err(Failure::unexpected("a name that can't be shown")))
