@@ -27,6 +27,9 @@ use crate::support::until;
 /// The longest any test waits for a state.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// How long the name of a worker that crashed stays taken.
+const NAME_LEASE: Duration = Duration::from_secs(1);
+
 /// What the sink does with an entry.
 #[derive(Debug, Clone, Copy)]
 enum Deed {
@@ -171,12 +174,15 @@ impl Bus {
     }
 
     fn start(&mut self, consumer: &str, sink: &Arc<TestSink>, config: GroupConfig) -> Running {
+        self.start_with(consumer, Arc::<TestSink>::clone(sink), config)
+    }
+
+    fn start_with(&mut self, consumer: &str, sink: Arc<dyn Sink>, config: GroupConfig) -> Running {
         let group = GroupSpec { stream: self.stream.clone(), dead_letter: self.dead_letters.clone(), config };
         let part = self.readiness.part("worker", None);
-        let sink = Arc::<TestSink>::clone(sink);
         let consumer = consumer.parse().expect("a valid name");
         let worker = Worker::new(self.store.clone(), sink, group, consumer, self.metrics.clone(), part);
-        let worker = worker.with_grace(Duration::from_millis(200));
+        let worker = worker.with_grace(Duration::from_millis(200)).with_name_lease(NAME_LEASE);
         let stop = CancellationToken::new();
         let crash = self.workers.spawn(worker.run(stop.clone()));
         Running { stop, crash }
@@ -201,6 +207,7 @@ impl Bus {
             group: "siem".parse().expect("a valid name"),
             consumer: consumer.parse().expect("a valid name"),
             claim_idle: Duration::from_mins(1),
+            lease: None,
         }
     }
 
@@ -614,5 +621,7 @@ macro_rules! delivery_tests {
 pub(crate) use delivery_tests;
 
 mod embedded;
+mod names;
+mod ordering;
 mod outage;
 mod redis;

@@ -174,7 +174,7 @@ impl History {
 
     fn cursor(&self) -> Cursor {
         let (group, consumer) = ("g".parse().expect("a valid name"), "auditor".parse().expect("a valid name"));
-        Cursor { stream: self.stream.clone(), group, consumer, claim_idle: Duration::from_millis(400) }
+        Cursor { stream: self.stream.clone(), group, consumer, claim_idle: Duration::from_millis(400), lease: None }
     }
 
     async fn happen(&mut self, happening: &Happening) {

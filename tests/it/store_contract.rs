@@ -118,6 +118,7 @@ pub(crate) fn cursor(stream: &StreamName, group: &str, consumer: &str) -> Cursor
         group: group.parse().expect("a valid name"),
         consumer: consumer.parse().expect("a valid name"),
         claim_idle: HOUR,
+        lease: None,
     }
 }
 

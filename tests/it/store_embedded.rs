@@ -46,6 +46,7 @@ fn small(folder: &Path, mut config: Config) -> Config {
 mod contract {
     use super::{contract_tests, open};
     contract_tests!(open);
+    crate::store_leases::lease_tests!(open);
 }
 
 /// The same with nothing in memory, so that every entry is read back from its row.

@@ -44,6 +44,7 @@ mod redis {
     }
 
     crate::store_contract::contract_tests!(open);
+    crate::store_leases::lease_tests!(open);
 
     #[test]
     fn random_operations_agree_with_the_model() {
@@ -57,6 +58,7 @@ mod valkey {
     }
 
     crate::store_contract::contract_tests!(open);
+    crate::store_leases::lease_tests!(open);
 
     #[test]
     fn random_operations_agree_with_the_model() {

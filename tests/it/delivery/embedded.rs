@@ -13,3 +13,5 @@ async fn open() -> TestStore {
 }
 
 super::delivery_tests!(open);
+super::names::name_tests!(open);
+super::ordering::ordering_tests!(open);

@@ -25,6 +25,8 @@ async fn on(server: Arc<RedisServer>) -> TestStore {
 }
 
 super::delivery_tests!(open);
+super::names::name_tests!(open);
+super::ordering::ordering_tests!(open);
 
 /// A worker that has delivered 1 to 100 on a server of its own.
 async fn settled() -> (Arc<RedisServer>, TestStore, Bus, Arc<TestSink>, GroupConfig) {
@@ -158,4 +160,26 @@ async fn a_network_that_breaks_again_and_again_loses_nothing() {
     })
     .await;
     assert_eq!(bus.counter("aurora_bus_dead_letters_total"), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_result_that_comes_after_another_took_the_entry_over_does_not_count() {
+    let server = Arc::new(RedisServer::start(Product::Redis, &[]).await);
+    let test = on(server.clone()).await;
+    let mut bus = Bus::new(test.store.clone()).await;
+    bus.publish(1..=1).await;
+    let sink = TestSink::new(1, |_, _| Deed::Sleep(Duration::from_millis(800)));
+    let mut config = group();
+    config.claim_idle = Duration::from_secs(1);
+    config.handler_timeout = Duration::from_millis(950);
+    bus.start("soc-a-0", &sink, config);
+    sink.has_begun(1).await;
+    let first = server.cli(&["XRANGE", bus.stream.as_str(), "-", "+", "COUNT", "1"]);
+    let id = first.lines().next().expect("an entry");
+    server.cli(&["XCLAIM", bus.stream.as_str(), "siem", "soc-b-0", "0", id]);
+    sink.has_taken(1).await;
+    bus.counts("aurora_bus_not_owned_total", 1).await;
+    assert_eq!(bus.counter("aurora_bus_acknowledged_total"), 0);
+    let pending = server.cli(&["XPENDING", bus.stream.as_str(), "siem", "-", "+", "1", "soc-b-0"]);
+    assert!(pending.starts_with(id), "it is still the other's: {pending}");
 }

@@ -8,8 +8,8 @@ use async_trait::async_trait;
 use aurora_bus::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
 use aurora_bus::store::embedded::Config;
 use aurora_bus::store::{
-    Appended, Claimed, Cursor, Dropped, Pending, Range, Reclaimed, Redelivered, Redelivery, Settled, Settlement, Start,
-    Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
+    Appended, Claimed, Cursor, Dropped, Lease, Leased, Pending, Range, Reclaimed, Redelivered, Redelivery, Settled,
+    Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
 };
 use tempfile::TempDir;
 
@@ -172,6 +172,14 @@ impl Store for Fragile {
 
     async fn remove_consumer(&self, cursor: &Cursor) -> Result<bool, StoreError> {
         self.inner()?.remove_consumer(cursor).await
+    }
+
+    async fn lease(&self, stream: &StreamName, name: &str, holder: &str, ttl: Duration) -> Result<Leased, StoreError> {
+        self.inner()?.lease(stream, name, holder, ttl).await
+    }
+
+    async fn release_lease(&self, stream: &StreamName, lease: &Lease) -> Result<bool, StoreError> {
+        self.inner()?.release_lease(stream, lease).await
     }
 
     async fn check(&self) -> Result<StoreStatus, StoreError> {

@@ -41,6 +41,13 @@ impl Home {
         Self { _owned: Some(folder), ..home }
     }
 
+    /// The same for a daemon of that name.
+    pub(crate) fn named(instance: &str, config: &str) -> Self {
+        let home = Self::new(config);
+        fs::write(home.config_path(), format!("instance = \"{instance}\"\n{config}\n")).expect("a writable folder");
+        home
+    }
+
     /// The same in a folder that is there already.
     pub(crate) fn at(folder: &Path, config: &str) -> Self {
         let home = Self { folder: folder.to_owned(), environment: BTreeMap::new(), _owned: None };

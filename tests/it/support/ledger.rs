@@ -89,7 +89,7 @@ impl Account {
     pub(crate) fn cursor(&self) -> Cursor {
         let consumer = "auditor".parse().expect("a valid name");
         let claim_idle = Duration::from_mins(1);
-        Cursor { stream: self.stream.clone(), group: self.group.clone(), consumer, claim_idle }
+        Cursor { stream: self.stream.clone(), group: self.group.clone(), consumer, claim_idle, lease: None }
     }
 }
 

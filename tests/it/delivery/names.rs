@@ -1,0 +1,95 @@
+//! Workers and their consumers' names: one of each, however many daemons are given it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use aurora_bus::store::Store;
+
+use super::{Bus, Deed, NAME_LEASE, PATIENCE, TestSink, firsts, group};
+use crate::support::until;
+
+/// Makes one test per case; `$open` is an async function that gives a `TestStore`.
+macro_rules! name_tests {
+    ($open:path) => {
+        $crate::delivery::names::name_tests!($open;
+            a_second_worker_of_a_name_takes_another_one
+            a_name_that_was_given_up_is_free_at_once
+            the_name_of_a_crashed_worker_is_free_soon
+        );
+    };
+    ($open:path; $($case:ident)*) => {
+        $(
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $case() {
+                let test = $open().await;
+                $crate::delivery::names::$case(test.store.clone()).await;
+            }
+        )*
+    };
+}
+pub(crate) use name_tests;
+
+impl Bus {
+    async fn has_note(&self) -> String {
+        until("note of a worker", PATIENCE, async || self.readiness.report()[0].note.clone()).await
+    }
+
+    async fn consumers(&self) -> Vec<String> {
+        self.group().await.consumers.into_iter().map(|consumer| consumer.name.to_string()).collect()
+    }
+}
+
+pub(super) async fn a_second_worker_of_a_name_takes_another_one(store: Arc<dyn Store>) {
+    let mut bus = Bus::new(store).await;
+    bus.publish(1..=100).await;
+    let sink = TestSink::new(1, |_, _| Deed::Sleep(Duration::from_millis(20)));
+    let mut config = group();
+    config.max_in_flight = 20;
+    bus.start("soc-a-0", &sink, config.clone());
+    sink.has_taken(3).await;
+    bus.start("soc-a-0", &sink, config.clone());
+    until("word of the name", PATIENCE, async || {
+        (bus.has_note().await == "works as soc-a-0~2: another daemon has the name soc-a-0").then_some(())
+    })
+    .await;
+    until("two consumers", PATIENCE, async || (bus.consumers().await == ["soc-a-0", "soc-a-0~2"]).then_some(())).await;
+    bus.start("soc-a-0", &sink, config);
+    let mut taken = sink.has_taken(100).await;
+    bus.is_settled().await;
+    taken.sort_unstable();
+    assert_eq!(taken, firsts(1..=100), "no one took what another had in hand for left over");
+    assert_eq!(bus.counter("aurora_bus_claimed_total"), 0);
+}
+
+pub(super) async fn a_name_that_was_given_up_is_free_at_once(store: Arc<dyn Store>) {
+    let mut bus = Bus::new(store).await;
+    let sink = TestSink::takes_all(10);
+    let mut longest = Duration::ZERO;
+    for round in 0..3 {
+        let began = Instant::now();
+        let worker = bus.start("soc-a-0", &sink, group());
+        bus.publish(round * 10 + 1..=round * 10 + 10).await;
+        assert_eq!(sink.has_taken(usize::try_from(round + 1).expect("small") * 10).await, firsts(1..=round * 10 + 10));
+        longest = longest.max(began.elapsed());
+        bus.stop(worker).await;
+    }
+    assert!(longest < NAME_LEASE / 2, "it took {longest:?}");
+}
+
+pub(super) async fn the_name_of_a_crashed_worker_is_free_soon(store: Arc<dyn Store>) {
+    let mut bus = Bus::new(store).await;
+    bus.publish(1..=10).await;
+    let hanging = TestSink::new(1, |_, _| Deed::Hang);
+    let worker = bus.start("soc-a-0", &hanging, group());
+    hanging.has_begun(1).await;
+    until("pending entries", PATIENCE, async || (bus.group().await.pending == 10).then_some(())).await;
+    bus.crash(worker).await;
+    let sink = TestSink::takes_all(10);
+    let began = Instant::now();
+    bus.start("soc-a-0", &sink, group());
+    assert!(bus.has_note().await.starts_with("waiting: "));
+    sink.has_taken(10).await;
+    assert!(began.elapsed() < NAME_LEASE * 2, "it took {:?}", began.elapsed());
+    assert_eq!(bus.consumers().await, ["soc-a-0"]);
+    bus.is_settled().await;
+}
