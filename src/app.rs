@@ -11,11 +11,11 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::bus::{Bus, Catalogue};
-use crate::config::{Backend, Config, StreamConfig};
+use crate::config::{Backend, Config, InvalidConfig, Problem, StreamConfig};
 use crate::dead_letters::{DeadLetters, Keeper, Source};
 use crate::delivery::{GroupSpec, Guard, Janitor, Reaper, Sampler, StreamSpec, Worker};
 use crate::event::ConsumerName;
-use crate::http::{self, Api};
+use crate::http::{self, Access, Api};
 use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
 use crate::relay::Relay;
@@ -60,6 +60,7 @@ impl App {
         metrics.build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let readiness = Readiness::default();
 
+        let access = open_access(&config)?;
         let listen = config.http.listen;
         let listener = TcpListener::bind(listen).await.with_context(|| {
             format!("cannot listen on {listen} (http.listen): is another daemon running, or the port taken?")
@@ -130,6 +131,7 @@ impl App {
         let stop_sessions = CancellationToken::new();
         let api = Api::new(
             config.http,
+            access,
             bus,
             dead_letters,
             Arc::clone(&store),
@@ -232,6 +234,8 @@ impl App {
 
 /// Opens what `serve` would open, asks each part whether it can work, and lets go of it again.
 pub async fn check(config: &Config) -> anyhow::Result<StoreStatus> {
+    let access = open_access(config)?;
+    access.check().await.map_err(in_auth)?;
     let store = open_store(config).await?;
     let status = tokio::time::timeout(CHECK_TIMEOUT, async {
         loop {
@@ -303,6 +307,16 @@ async fn refuse_unsuitable(store: &dyn Store, config: &Config) -> anyhow::Result
         }
     }
     Ok(())
+}
+
+/// Reads the files that `auth` names.
+fn open_access(config: &Config) -> Result<Access, InvalidConfig> {
+    let opened = Access::open(&config.auth, config.http.listen.ip().is_loopback());
+    opened.map_err(|problems| InvalidConfig(problems.into_iter().flat_map(|problem| in_auth(problem).0).collect()))
+}
+
+fn in_auth((key, message): (String, String)) -> InvalidConfig {
+    InvalidConfig(vec![Problem::new(format!("auth.{key}"), message)])
 }
 
 async fn open_store(config: &Config) -> anyhow::Result<Arc<dyn Store>> {

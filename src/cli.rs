@@ -8,6 +8,7 @@ mod publish;
 mod reconcile;
 mod serve;
 mod tail;
+mod token;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -66,6 +67,9 @@ enum Command {
     Reconcile(reconcile::ReconcileArgs),
     /// Ask a running daemon whether it is healthy; for container health checks
     Health(client::ClientArgs),
+    /// Make API keys and test tokens
+    #[command(subcommand)]
+    Token(token::TokenCommand),
     /// The tamper-evident audit files
     #[command(subcommand)]
     Audit(audit::AuditCommand),
@@ -88,6 +92,7 @@ impl Cli {
             Some(Command::Dead(command)) => dead::run(&self.config, command).await,
             Some(Command::Reconcile(args)) => reconcile::run(&self.config, args).await,
             Some(Command::Health(args)) => client::health(&self.config, &args).await,
+            Some(Command::Token(command)) => token::run(&self.config, command),
             Some(Command::Audit(command)) => audit::run(&self.config, command),
             Some(Command::Bench(args)) => crate::bench::run(args).await,
             Some(Command::BenchLoad(args)) => crate::bench::load(args).await,

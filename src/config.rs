@@ -29,7 +29,7 @@ pub struct Config {
     /// The listener and its limits.
     pub http: http::Config,
     /// Who may do what.
-    pub auth: AuthConfig,
+    pub auth: http::AuthConfig,
     /// Where streams are kept.
     pub store: StoreConfig,
     /// What publishers may do.
@@ -46,25 +46,6 @@ pub struct Config {
     pub streams: Vec<StreamConfig>,
     /// Where groups deliver to, by name. `log` and `audit` are there unless they are declared otherwise.
     pub sinks: BTreeMap<String, SinkConfig>,
-}
-
-/// Who may do what.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, Serialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct AuthConfig {
-    /// What callers must show.
-    pub mode: AuthMode,
-}
-
-/// What callers must show.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum AuthMode {
-    /// Nothing, but only this machine can connect: any other listen address is refused.
-    #[default]
-    Loopback,
-    /// Nothing. Whoever reaches the listener may do everything.
-    None,
 }
 
 /// Which store, and its settings.
@@ -145,7 +126,8 @@ pub struct Problem {
 }
 
 impl Problem {
-    fn new(path: impl Into<String>, message: impl Into<String>) -> Self {
+    /// What is wrong at that key.
+    pub fn new(path: impl Into<String>, message: impl Into<String>) -> Self {
         Self { path: path.into(), message: message.into() }
     }
 }
@@ -186,7 +168,7 @@ impl Default for Config {
         Self {
             instance: default_instance(),
             http: http::Config::default(),
-            auth: AuthConfig::default(),
+            auth: http::AuthConfig::default(),
             store: StoreConfig::default(),
             publish: bus::Config::default(),
             relay: relay::Config::default(),
@@ -228,15 +210,22 @@ impl Config {
         if format!("{}-0", self.instance).parse::<crate::event::ConsumerName>().is_err() || self.instance.len() > 100 {
             problems.push(Problem::new("instance", "must be 1 to 100 letters, digits and `_.-`"));
         }
-        if self.auth.mode == AuthMode::Loopback && !self.http.listen.ip().is_loopback() {
+        let is_open = self.auth.mode == http::AuthMode::Loopback && !self.auth.is_required();
+        if is_open && !self.http.listen.ip().is_loopback() {
             problems.push(Problem::new(
                 "http.listen",
                 format!(
-                    "{} can be reached from other machines, and no credentials are asked for: listen on 127.0.0.1, or \
-                     write auth.mode = \"none\" if whoever reaches it may do everything",
+                    "{} can be reached from other machines, and no credentials are asked for: listen on 127.0.0.1, \
+                     declare auth.keys or auth.issuers, or write auth.mode = \"none\" if whoever reaches it may do \
+                     everything",
                     self.http.listen
                 ),
             ));
+        }
+        let auth = self.auth.problems().into_iter();
+        problems.extend(auth.map(|(key, message)| Problem::new(format!("auth.{key}"), message)));
+        if self.relay.channels.contains_key("ticket") {
+            problems.push(Problem::new("relay.channels.ticket", "the name is taken by /api/v1/ws/ticket"));
         }
         if self.streams.is_empty() {
             problems.push(Problem::new("streams", "no stream is declared"));

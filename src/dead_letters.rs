@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 pub use actions::{Bulk, Done, Refusal, Replay, Target};
 pub use audit::DEFAULT_AUDIT_STREAM;
 pub use keeper::Keeper;
-pub use selection::{FOREIGN, Found, Reason, Scope, Selection};
+pub use selection::{FOREIGN, Found, Reason, Scope, Selection, Sight};
 pub use walk::{Cursor, Page};
 
 use crate::bus::{Bus, PublishError};
@@ -156,10 +156,12 @@ impl DeadLetters {
                 dead_letter: source.dead_letter.clone(),
                 of: Some(source.stream.clone()),
                 has_foreign: sharing == 1,
+                sight: Sight::default(),
             });
         }
         let source = sources.iter().find(|source| source.dead_letter.as_str() == name)?;
-        Some(Scope { dead_letter: source.dead_letter.clone(), of: None, has_foreign: true })
+        let dead_letter = source.dead_letter.clone();
+        Some(Scope { dead_letter, of: None, has_foreign: true, sight: Sight::default() })
     }
 
     /// Where a declared stream's dead letters go.

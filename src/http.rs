@@ -3,6 +3,7 @@
 //! Owns the listener, routes, request parsing and problem documents. Promises that every answer is within limits and
 //! that bad input goes no further than here. The only module that knows HTTP statuses and axum.
 
+mod auth;
 mod dead_letters;
 mod extract;
 mod feed;
@@ -10,8 +11,10 @@ mod health;
 mod origin;
 mod problem;
 mod publish;
+mod routes;
 mod server;
 mod streams;
+mod ticket;
 mod timed;
 mod websocket;
 
@@ -28,7 +31,6 @@ use axum::http::request::Parts;
 use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
-use axum::routing::{get, post};
 use bytesize::ByteSize;
 use governor::clock::{Clock as _, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
@@ -38,8 +40,13 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower_http::catch_panic::CatchPanicLayer;
 
+pub use auth::{
+    Access, AuthConfig, AuthMode, InvalidKeyHash, IssuerConfig, KeyConfig, KeyHash, MetricsAccess, Names, NotSigned,
+    Scope, TokenRequest, UnknownScope, new_key, sign,
+};
 pub use dead_letters::CLI_AGENT;
 pub use problem::ApiError;
+pub use routes::{Need, Route, routes};
 pub use server::serve;
 
 use crate::bus::Bus;
@@ -143,6 +150,7 @@ pub struct Api {
 #[derive(Debug)]
 struct Inner {
     config: Config,
+    access: Access,
     bus: Bus,
     dead_letters: DeadLetters,
     store: Arc<dyn Store>,
@@ -165,6 +173,7 @@ impl Api {
     #[expect(clippy::too_many_arguments, reason = "the parts of the daemon, put together in one place")]
     pub fn new(
         config: Config,
+        access: Access,
         bus: Bus,
         dead_letters: DeadLetters,
         store: Arc<dyn Store>,
@@ -183,6 +192,7 @@ impl Api {
             draining: AtomicBool::new(false),
             sessions: TaskTracker::new(),
             config,
+            access,
             bus,
             dead_letters,
             store,
@@ -211,27 +221,8 @@ impl Api {
 
     /// Every route.
     pub fn router(&self) -> Router {
-        let api = Router::new()
-            .route("/api/v1/streams", get(streams::list))
-            .route("/api/v1/streams/{stream}", get(streams::show))
-            .route("/api/v1/streams/{stream}/events", get(streams::events).post(publish::to_stream))
-            .route("/api/v1/alerts", post(publish::alerts))
-            .route("/api/alerts", post(publish::alerts))
-            .route("/api/v1/dead-letters", get(dead_letters::streams))
-            .route("/api/v1/dead-letters/{stream}", get(dead_letters::list).delete(dead_letters::discard_matching))
-            .route("/api/v1/dead-letters/{stream}/replay", post(dead_letters::replay))
-            .route("/api/v1/dead-letters/{stream}/discard", post(dead_letters::discard))
-            .route("/api/v1/dead-letters/{stream}/{id}", get(dead_letters::show).delete(dead_letters::discard_one))
-            .route("/api/v1/dead-letters/{stream}/{id}/replay", post(dead_letters::replay_one))
-            .route("/api/v1/ws/{channel}", get(websocket::connect))
-            .route("/api/v1/feeds/{channel}", get(feed::open))
-            .route_layer(from_fn_with_state(self.clone(), guard));
-        Router::new()
-            .route("/", get(health::index))
-            .route("/health", get(health::health))
-            .route("/ready", get(health::ready))
-            .route("/metrics", get(health::metrics))
-            .merge(api)
+        let (guarded, open) = routes::routers(self);
+        open.merge(guarded.route_layer(from_fn_with_state(self.clone(), guard)))
             .fallback(|| async { ApiError::no_such_route() })
             .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
             .layer(CatchPanicLayer::custom(problem::after_panic))

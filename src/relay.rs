@@ -17,6 +17,7 @@
 //! ([`PROTOCOL`]) frames have types, clients ask for streams one by one, and gaps and positions are told. The same
 //! subscriptions feed Server-Sent Events and lines of JSON ([`Feed`]).
 
+mod admission;
 mod backoff;
 mod batch;
 mod close;
@@ -51,6 +52,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+pub use admission::{Admission, NotRenewed, Renewal};
 pub use close::{CloseCode, Ending};
 pub use config::Config;
 pub use feed::{Feed, FeedForm};
@@ -142,6 +144,15 @@ pub enum Refused {
     /// The client offers versions of the protocol, and none that is spoken here.
     #[error("no version of the protocol that is offered is spoken here; there is aurora.v1")]
     Version,
+    /// Credentials are asked for, and there are none, or none that are any good; in words.
+    #[error("{0}")]
+    Unauthenticated(String),
+    /// Whoever asks may not watch this; in words.
+    #[error("{0}")]
+    Forbidden(String),
+    /// It can't be told now who asks. Later it may be.
+    #[error("{0}")]
+    Unavailable(String),
     /// This instance is stopping; another one, or this one later, will serve.
     #[error("this instance is stopping")]
     Draining,
@@ -155,6 +166,9 @@ impl Refused {
             Self::ConnectionLimit => CloseCode::ConnectionLimit,
             Self::Origin => CloseCode::Origin,
             Self::Version => CloseCode::Version,
+            Self::Unauthenticated(_) => CloseCode::Unauthenticated,
+            Self::Forbidden(_) => CloseCode::Forbidden,
+            Self::Unavailable(_) => CloseCode::ServerError,
             Self::Draining => CloseCode::GoingAway,
         }
     }
@@ -163,6 +177,9 @@ impl Refused {
         match self {
             Self::UnknownChannel(_) => format!("unknown_channel: {self}"),
             Self::BadParameter(_) => format!("bad_parameter: {self}"),
+            Self::Unauthenticated(_) => format!("unauthenticated: {self}"),
+            Self::Forbidden(_) => format!("forbidden: {self}"),
+            Self::Unavailable(_) => format!("server_error: {self}"),
             Self::ConnectionLimit | Self::Origin | Self::Version | Self::Draining => {
                 self.close_code().reason().to_owned()
             }
@@ -230,7 +247,11 @@ impl Relay {
             (name.clone(), Arc::new(Channel::new(name, rings, &metrics)))
         };
         let channels = config.channels.iter().map(channel).collect();
-        let slots = Slots::new(config.max_connections, config.max_connections_per_address);
+        let slots = Slots::new(slots::Most {
+            total: config.max_connections,
+            per_address: config.max_connections_per_address,
+            per_principal: config.max_connections_per_principal,
+        });
         let rings: Vec<Arc<Ring>> = rings.into_values().collect();
         let part = |ring: &Arc<Ring>| readiness.part(&format!("relay {}", ring.stream()), Some(STALE_AFTER));
         let parts = rings.iter().map(part).collect();
@@ -273,17 +294,24 @@ impl Relay {
     /// Lets a client in, who is then given everything that comes after this call, and what it asked for of the past.
     ///
     /// Does not wait, and does no I/O: a client is let in while the store is away, and served when it is back.
-    pub fn connect(&self, channel: &str, params: SubscribeParams, peer: IpAddr) -> Result<Session, Refused> {
-        let Admitted { channel, rings, slot } = self.admit(channel, params.stream.as_ref(), peer)?;
+    pub fn connect(
+        &self,
+        channel: &str,
+        mut params: SubscribeParams,
+        peer: IpAddr,
+        admission: Admission,
+    ) -> Result<Session, Refused> {
+        let Admitted { channel, rings, slot } = self.admit(channel, params.stream.as_ref(), peer, &admission)?;
+        params.narrow(admission.filter.clone());
         let form = if params.meta { Form::WithPosition } else { Form::Plain };
         let subscription = Subscription::new(rings, params, form, None, &self.hub, &channel);
-        Ok(Session::plain(self.hub.clone(), channel, subscription, slot))
+        Ok(Session::plain(self.hub.clone(), channel, subscription, admission, slot))
     }
 
     /// Lets a client in that speaks [`PROTOCOL`], and will say what it wants.
-    pub fn connect_rich(&self, channel: &str, peer: IpAddr) -> Result<Session, Refused> {
-        let Admitted { channel, slot, .. } = self.admit(channel, None, peer)?;
-        Ok(Session::rich(self.hub.clone(), channel, slot))
+    pub fn connect_rich(&self, channel: &str, peer: IpAddr, admission: Admission) -> Result<Session, Refused> {
+        let Admitted { channel, slot, .. } = self.admit(channel, None, peer, &admission)?;
+        Ok(Session::rich(self.hub.clone(), channel, admission, slot))
     }
 
     /// Lets a client in that reads the alerts in the answer to an HTTP request. Otherwise as [`Relay::connect`].
@@ -292,22 +320,31 @@ impl Relay {
     pub fn feed(
         &self,
         channel: &str,
-        params: SubscribeParams,
+        mut params: SubscribeParams,
         form: FeedForm,
         peer: IpAddr,
+        admission: Admission,
         stop: CancellationToken,
     ) -> Result<Feed, Refused> {
-        let Admitted { channel, rings, slot } = self.admit(channel, params.stream.as_ref(), peer)?;
+        let Admitted { channel, rings, slot } = self.admit(channel, params.stream.as_ref(), peer, &admission)?;
+        let expires_at = admission.deadline();
+        params.narrow(admission.filter);
         let meta = params.meta;
         let form = match form {
             FeedForm::EventStream => Form::EventStream { ids: rings.len() == 1, meta },
             FeedForm::Lines => Form::Lines { meta },
         };
         let subscription = Subscription::new(rings, params, form, None, &self.hub, &channel);
-        Ok(Feed::new(self.hub.clone(), channel, subscription, form, slot, stop))
+        Ok(Feed::new(self.hub.clone(), channel, subscription, form, slot, stop).until(expires_at))
     }
 
-    fn admit(&self, channel: &str, stream: Option<&StreamName>, peer: IpAddr) -> Result<Admitted, Refused> {
+    fn admit(
+        &self,
+        channel: &str,
+        stream: Option<&StreamName>,
+        peer: IpAddr,
+        admission: &Admission,
+    ) -> Result<Admitted, Refused> {
         let hub = &self.hub;
         if hub.is_draining.load(Ordering::Acquire) {
             return Err(Refused::Draining);
@@ -315,7 +352,8 @@ impl Relay {
         let unknown = || Refused::UnknownChannel(channel.chars().take(64).collect());
         let channel = hub.channels.get(channel).ok_or_else(unknown)?;
         let rings = channel.rings_of(stream)?;
-        let slot = hub.slots.take(peer, &channel.connections).ok_or(Refused::ConnectionLimit)?;
+        let slot =
+            hub.slots.take(peer, admission.principal.as_ref(), &channel.connections).ok_or(Refused::ConnectionLimit)?;
         Ok(Admitted { channel: channel.clone(), rings, slot })
     }
 

@@ -9,7 +9,7 @@ mod log;
 mod metered;
 mod postgres;
 mod stream;
-mod tls;
+pub(crate) mod tls;
 mod webhook;
 
 use std::error::Error;

@@ -55,7 +55,8 @@ pub enum TelemetryError {
 
 /// Starts logging for the whole process.
 pub fn init(config: &Config) -> Result<(), TelemetryError> {
-    let filter = EnvFilter::try_new(&config.level)?;
+    // On its finest levels the WebSocket library writes out what clients send, tokens among it.
+    let filter = EnvFilter::try_new(&config.level)?.add_directive("tungstenite=info".parse()?);
     let is_pretty = match config.format {
         Format::Auto => std::io::stderr().is_terminal(),
         Format::Pretty => true,

@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use clap::Args;
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
+use reqwest::redirect::Policy;
 use reqwest::{Client, Response, Url};
+use secrecy::{ExposeSecret as _, SecretString};
 
 use super::{ConfigArgs, say};
 
@@ -14,9 +17,26 @@ pub(super) struct ClientArgs {
     /// The daemon's URL [default: where the configuration says it listens]
     #[arg(long, env = "AURORA_BUS_URL", value_name = "URL")]
     url: Option<Url>,
+    /// The API key or token to show, where the daemon asks for one
+    #[arg(long, env = "AURORA_BUS_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    token: Option<SecretString>,
 }
 
 impl ClientArgs {
+    /// A client for that daemon: no proxy, no redirects.
+    pub(super) fn http(&self, timeout: Duration) -> anyhow::Result<Client> {
+        let builder = Client::builder().user_agent(crate::http::CLI_AGENT).no_proxy().redirect(Policy::none());
+        let mut headers = HeaderMap::new();
+        if let Some(token) = &self.token {
+            let value = HeaderValue::from_str(&format!("Bearer {}", token.expose_secret()));
+            let mut value = value.map_err(|_error| anyhow!("the token has characters that no token has"))?;
+            value.set_sensitive(true);
+            headers.insert(AUTHORIZATION, value);
+        }
+        let builder = builder.default_headers(headers).timeout(timeout).connect_timeout(Duration::from_secs(5));
+        builder.build().context("cannot make an HTTP client")
+    }
+
     /// The daemon's URL: as given, or where the configuration says that it listens.
     pub(super) fn base(&self, config: &ConfigArgs) -> anyhow::Result<Url> {
         if let Some(url) = &self.url {
@@ -30,13 +50,6 @@ impl ClientArgs {
         }
         Url::parse(&format!("http://{listen}")).context("cannot make a URL of http.listen")
     }
-}
-
-/// A client for a daemon that is near: no proxy, no redirects.
-pub(super) fn client(timeout: Duration) -> anyhow::Result<Client> {
-    let builder =
-        Client::builder().user_agent(crate::http::CLI_AGENT).no_proxy().redirect(reqwest::redirect::Policy::none());
-    builder.timeout(timeout).connect_timeout(Duration::from_secs(5)).build().context("cannot make an HTTP client")
 }
 
 /// The daemon's URL with a path of its API.
@@ -66,7 +79,7 @@ pub(super) async fn refusal(response: Response) -> String {
 /// `aurora-bus health`
 pub(super) async fn health(config: &ConfigArgs, args: &ClientArgs) -> anyhow::Result<()> {
     let url = endpoint(&args.base(config)?, &["health"])?;
-    let response = client(Duration::from_secs(3))?.get(url.clone()).send().await;
+    let response = args.http(Duration::from_secs(3))?.get(url.clone()).send().await;
     let response = response.with_context(|| format!("no answer from {url}"))?;
     if !response.status().is_success() {
         bail!("{url} answered {}", refusal(response).await);

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
-use super::client::{ClientArgs, client, endpoint, refusal};
+use super::client::{ClientArgs, endpoint, refusal};
 use super::{ConfigArgs, say, tell};
 
 /// What to do with dead letters.
@@ -132,7 +132,7 @@ struct Remote {
 
 impl Remote {
     fn new(config: &ConfigArgs, args: &ClientArgs) -> anyhow::Result<Self> {
-        Ok(Self { client: client(Duration::from_mins(1))?, base: args.base(config)? })
+        Ok(Self { client: args.http(Duration::from_mins(1))?, base: args.base(config)? })
     }
 
     fn url(&self, segments: &[&str]) -> anyhow::Result<Url> {

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt as _, BufReader};
 use uuid::Uuid;
 
-use super::client::{ClientArgs, client, endpoint, refusal};
+use super::client::{ClientArgs, endpoint, refusal};
 use super::{ConfigArgs, say, tell};
 
 /// What to publish, and where to.
@@ -72,7 +72,7 @@ pub(super) async fn run(config: &ConfigArgs, args: PublishArgs) -> anyhow::Resul
     let base = args.client.base(config)?;
     let mut url = endpoint(&base, &["api", "v1", "streams", &args.stream, "events"])?;
     url.query_pairs_mut().append_pair("dedup_window", DEDUP_WINDOW);
-    let client = client(Duration::from_mins(1))?;
+    let client = args.client.http(Duration::from_mins(1))?;
     let (mut input, size): (Box<dyn AsyncBufRead + Unpin>, Option<u64>) = if args.file.as_os_str() == "-" {
         (Box::new(BufReader::new(tokio::io::stdin())), None)
     } else {

@@ -10,7 +10,7 @@ use reqwest::{Client, Url};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use super::client::{ClientArgs, client, endpoint, refusal};
+use super::client::{ClientArgs, endpoint, refusal};
 use super::{ConfigArgs, say};
 
 /// Between two looks at accounts that do not add up.
@@ -125,7 +125,7 @@ pub(super) async fn run(config: &ConfigArgs, args: ReconcileArgs) -> anyhow::Res
 /// one instant, so that traffic does not matter; but what others remove is found only after a while.
 async fn look(config: &ConfigArgs, args: &ReconcileArgs) -> anyhow::Result<Vec<Stream>> {
     let base = args.client.base(config)?;
-    let client = client(Duration::from_secs(30))?;
+    let client = args.client.http(Duration::from_secs(30))?;
     let deadline = Instant::now() + args.wait;
     loop {
         let mut streams = fetch(&client, &base, args.stream.as_deref()).await?;

@@ -7,7 +7,7 @@ use clap::Args;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use super::client::{ClientArgs, client, endpoint, refusal};
+use super::client::{ClientArgs, endpoint, refusal};
 use super::{ConfigArgs, say, tell};
 
 /// What to print.
@@ -52,7 +52,7 @@ struct Stream {
 
 pub(super) async fn run(config: &ConfigArgs, args: TailArgs) -> anyhow::Result<()> {
     let base = args.client.base(config)?;
-    let client = client(Duration::from_secs(40))?;
+    let client = args.client.http(Duration::from_secs(40))?;
     let events = endpoint(&base, &["api", "v1", "streams", &args.stream, "events"])?;
     let mut from = start(&client, &base, &args).await?;
     let mut left = args.count.unwrap_or(u64::MAX);
@@ -87,10 +87,11 @@ pub(super) async fn run(config: &ConfigArgs, args: TailArgs) -> anyhow::Result<(
             print(event, args.data)?;
         }
         left -= page.events.len() as u64;
-        if page.events.is_empty() && args.no_follow {
+        let next = page.next.context("the daemon's answer has no `next`")?;
+        if page.events.is_empty() && args.no_follow && next == from {
             break;
         }
-        from = page.next.context("the daemon's answer has no `next`")?;
+        from = next;
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use crate::event::{DeadLetter, DeadLetterReason, Entry, EntryId, GroupName, StreamName};
 
@@ -17,6 +18,35 @@ pub struct Scope {
     pub of: Option<StreamName>,
     /// Whether entries that someone else wrote there belong to it: nobody can tell which stream they are of.
     pub has_foreign: bool,
+    /// What of them whoever asks may see, and so replay and discard.
+    pub sight: Sight,
+}
+
+/// Which entries someone may see: all of them by default.
+#[derive(Clone, Default)]
+pub struct Sight(Option<Arc<Passes>>);
+
+type Passes = dyn Fn(&Entry) -> bool + Send + Sync;
+
+impl Sight {
+    /// Those for which this is true. A dead letter is asked about as the entry that it was before.
+    pub fn only(passes: impl Fn(&Entry) -> bool + Send + Sync + 'static) -> Self {
+        Self(Some(Arc::new(passes)))
+    }
+
+    fn sees(&self, found: &Found) -> bool {
+        let Some(passes) = &self.0 else { return true };
+        match &found.letter {
+            Some(letter) => passes(&Entry { id: letter.id, fields: letter.fields.clone() }),
+            None => passes(&found.entry),
+        }
+    }
+}
+
+impl fmt::Debug for Sight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "Sight(some)" } else { "Sight(all)" })
+    }
 }
 
 /// An entry of a stream of dead letters.
@@ -98,7 +128,7 @@ impl Selection {
 
     /// Whether a dead letter is meant, but for its id.
     pub fn matches(&self, scope: &Scope, found: &Found) -> bool {
-        if found.entry.id <= self.after {
+        if found.entry.id <= self.after || !scope.sight.sees(found) {
             return false;
         }
         match &found.letter {
@@ -147,7 +177,20 @@ mod tests {
             dead_letter: "dead".parse().expect("a name"),
             of: of.map(|of| of.parse().expect("a name")),
             has_foreign,
+            sight: Sight::default(),
         }
+    }
+
+    #[test]
+    fn what_may_not_be_seen_is_not_there() {
+        let fields = [("tenant".into(), "acme".into())].into_iter().collect();
+        let acme = Found::new(Entry { id: EntryId::new(5, 0), fields });
+        let scope =
+            Scope { sight: Sight::only(|entry| entry.fields.text("tenant") == Some("acme")), ..scope(None, true) };
+        let all = Selection::default();
+        assert!(all.matches(&scope, &acme));
+        assert!(!all.matches(&scope, &foreign()));
+        assert!(!all.matches(&scope, &letter("a", "g", DeadLetterReason::Crashed)));
     }
 
     #[test]

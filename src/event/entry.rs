@@ -218,6 +218,16 @@ impl NewEvent {
         self.category.as_deref()
     }
 
+    /// Whose event it is, if it says so.
+    pub fn tenant(&self) -> Option<&str> {
+        self.tenant.as_deref()
+    }
+
+    /// Whose event it is, where the payload does not say so itself.
+    pub fn set_tenant(&mut self, tenant: &str) {
+        self.tenant.get_or_insert_with(|| tenant.to_owned());
+    }
+
     /// The trace the event belongs to, where the payload does not say so itself.
     pub fn set_traceparent(&mut self, traceparent: &str) {
         self.traceparent.get_or_insert_with(|| traceparent.to_owned());

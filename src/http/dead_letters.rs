@@ -13,11 +13,14 @@ use axum::http::HeaderMap;
 use axum::http::header::USER_AGENT;
 use serde::{Deserialize, Serialize};
 
+use super::auth::{Denied, Principal};
 use super::extract::{Query, Segment, Segments};
 use super::publish::read;
 use super::streams::{EventView, event};
 use super::{Api, ApiError, Peer};
-use crate::dead_letters::{Bulk, Cursor, Done, FOREIGN, Failure, Found, Level, Replay, Scope, Selection, Target};
+use crate::dead_letters::{
+    Bulk, Cursor, Done, FOREIGN, Failure, Found, Level, Replay, Scope, Selection, Sight, Target,
+};
 use crate::event::{Entry, EntryId, StreamName};
 use crate::relay::Since;
 use crate::store::StoreError;
@@ -183,14 +186,17 @@ pub(super) struct DiscardedView {
 }
 
 /// `GET /api/v1/dead-letters`: the streams of dead letters, and how full they are.
-pub(super) async fn streams(State(api): State<Api>) -> Json<StreamsView> {
+pub(super) async fn streams(State(api): State<Api>, principal: Principal) -> Result<Json<StreamsView>, ApiError> {
+    if principal.tenant().is_some() {
+        return Err(ApiError::from(&Denied::AllTenants));
+    }
     let mut views = Vec::new();
     for (stream, of) in api.inner.dead_letters.streams() {
         let mut view = level(&api, &stream).await;
         view.of = of.iter().map(ToString::to_string).collect();
         views.push(view);
     }
-    Json(StreamsView { dead_letters: views })
+    Ok(Json(StreamsView { dead_letters: views }))
 }
 
 /// How full the dead letters of a declared stream are.
@@ -220,8 +226,9 @@ pub(super) async fn list(
     State(api): State<Api>,
     Segment(name): Segment,
     Query(params): Query<ListParams>,
+    principal: Principal,
 ) -> Result<Json<ListView>, ApiError> {
-    let scope = scope(&api, &name)?;
+    let scope = scope(&api, &name, &principal)?;
     let (group, reason, since) = (params.group.as_deref(), params.reason.as_deref(), params.since.as_deref());
     let selection = selection(&api, &scope, group, reason, since).await?;
     let cursor = cursor(params.cursor.as_deref())?;
@@ -234,8 +241,12 @@ pub(super) async fn list(
 }
 
 /// `GET /api/v1/dead-letters/{stream}/{id}`
-pub(super) async fn show(State(api): State<Api>, Segments(name, id): Segments) -> Result<Json<LetterView>, ApiError> {
-    let scope = scope(&api, &name)?;
+pub(super) async fn show(
+    State(api): State<Api>,
+    Segments(name, id): Segments,
+    principal: Principal,
+) -> Result<Json<LetterView>, ApiError> {
+    let scope = scope(&api, &name, &principal)?;
     let found = api.inner.dead_letters.get(&scope, entry_id(&id)?).await.map_err(|error| ApiError::from(&error))?;
     found.map(|found| Json(letter(found))).ok_or_else(|| ApiError::no_such_dead_letter(&id))
 }
@@ -244,17 +255,18 @@ pub(super) async fn show(State(api): State<Api>, Segments(name, id): Segments) -
 pub(super) async fn replay_one(
     State(api): State<Api>,
     Segments(name, id): Segments,
+    principal: Principal,
     peer: Peer,
     request: Request,
 ) -> Result<Json<ReplayedView>, ApiError> {
     let (head, body) = request.into_parts();
     let body: ReplayBody = json(&api, &head.headers, body).await?;
-    let scope = scope(&api, &name)?;
+    let scope = scope(&api, &name, &principal)?;
     let how = Replay { to: target(body.to.as_deref())?, force: body.force };
     let place = entry_id(&id)?;
     let found = api.inner.dead_letters.get(&scope, place).await.map_err(|error| ApiError::from(&error))?;
     let stream = found.and_then(|found| found.letter).map(|letter| letter.stream.to_string());
-    let actor = actor(peer, &head.headers);
+    let actor = actor(&principal, peer, &head.headers);
     let done =
         api.inner.dead_letters.replay(&scope, &one(place), &how, &actor).await.map_err(|failure| failed(&failure))?;
     if let (Some((code, _)), Some(refusal)) = (done.refused.first_key_value(), &done.refusal) {
@@ -273,11 +285,12 @@ pub(super) async fn replay_one(
 pub(super) async fn discard_one(
     State(api): State<Api>,
     Segments(name, id): Segments,
+    principal: Principal,
     peer: Peer,
     headers: HeaderMap,
 ) -> Result<Json<DiscardedView>, ApiError> {
-    let scope = scope(&api, &name)?;
-    let actor = actor(peer, &headers);
+    let scope = scope(&api, &name, &principal)?;
+    let actor = actor(&principal, peer, &headers);
     let done = api
         .inner
         .dead_letters
@@ -294,16 +307,17 @@ pub(super) async fn discard_one(
 pub(super) async fn replay(
     State(api): State<Api>,
     Segment(name): Segment,
+    principal: Principal,
     peer: Peer,
     request: Request,
 ) -> Result<Json<DoneView>, ApiError> {
     let (head, body) = request.into_parts();
     let body: BulkBody = json(&api, &head.headers, body).await?;
-    let scope = scope(&api, &name)?;
+    let scope = scope(&api, &name, &principal)?;
     let how = Replay { to: target(body.to.as_deref())?, force: body.force.unwrap_or(false) };
     let bulk = bulk(&api, &scope, body).await?;
     let _reading = api.inner.reads.acquire().await;
-    let done = api.inner.dead_letters.replay(&scope, &bulk, &how, &actor(peer, &head.headers)).await;
+    let done = api.inner.dead_letters.replay(&scope, &bulk, &how, &actor(&principal, peer, &head.headers)).await;
     let done = done.map_err(|failure| failed(&failure))?;
     let (replayed, repeated) = (Some(done.done), Some(done.repeated));
     Ok(Json(DoneView { replayed, repeated, ..view(done, bulk.is_dry_run) }))
@@ -313,6 +327,7 @@ pub(super) async fn replay(
 pub(super) async fn discard(
     State(api): State<Api>,
     Segment(name): Segment,
+    principal: Principal,
     peer: Peer,
     request: Request,
 ) -> Result<Json<DoneView>, ApiError> {
@@ -323,7 +338,7 @@ pub(super) async fn discard(
             return Err(ApiError::bad_parameter(member, "is for replays; what is discarded goes nowhere"));
         }
     }
-    discard_bulk(&api, &name, body, &actor(peer, &head.headers)).await
+    discard_bulk(&api, &name, body, &principal, &actor(&principal, peer, &head.headers)).await
 }
 
 /// `DELETE /api/v1/dead-letters/{stream}`: the same, by a query.
@@ -331,16 +346,23 @@ pub(super) async fn discard_matching(
     State(api): State<Api>,
     Segment(name): Segment,
     Query(params): Query<DiscardParams>,
+    principal: Principal,
     peer: Peer,
     headers: HeaderMap,
 ) -> Result<Json<DoneView>, ApiError> {
     let DiscardParams { group, reason, since, all, limit, cursor, dry_run } = params;
     let body = BulkBody { group, reason, since, all, limit, cursor, dry_run, ..BulkBody::default() };
-    discard_bulk(&api, &name, body, &actor(peer, &headers)).await
+    discard_bulk(&api, &name, body, &principal, &actor(&principal, peer, &headers)).await
 }
 
-async fn discard_bulk(api: &Api, name: &str, body: BulkBody, actor: &str) -> Result<Json<DoneView>, ApiError> {
-    let scope = scope(api, name)?;
+async fn discard_bulk(
+    api: &Api,
+    name: &str,
+    body: BulkBody,
+    principal: &Principal,
+    actor: &str,
+) -> Result<Json<DoneView>, ApiError> {
+    let scope = scope(api, name, principal)?;
     let bulk = bulk(api, &scope, body).await?;
     let _reading = api.inner.reads.acquire().await;
     let done = api.inner.dead_letters.discard(&scope, &bulk, actor).await.map_err(|failure| failed(&failure))?;
@@ -391,9 +413,13 @@ fn one(id: EntryId) -> Bulk {
     Bulk { selection: Selection { ids: Some(vec![id]), ..Selection::default() }, limit: 1, ..Bulk::default() }
 }
 
-fn scope(api: &Api, name: &str) -> Result<Scope, ApiError> {
+fn scope(api: &Api, name: &str, principal: &Principal) -> Result<Scope, ApiError> {
     let known = || api.inner.bus.catalogue().streams().map(StreamName::as_str);
-    api.inner.dead_letters.scope(name).ok_or_else(|| ApiError::no_such_stream(name, known()))
+    let scope = api.inner.dead_letters.scope(name).ok_or_else(|| ApiError::no_such_stream(name, known()))?;
+    let principal = principal.clone();
+    let is_bound = principal.tenant().is_some();
+    let sight = if is_bound { Sight::only(move |entry| principal.sees(entry)) } else { Sight::default() };
+    Ok(Scope { sight, ..scope })
 }
 
 async fn bulk(api: &Api, scope: &Scope, body: BulkBody) -> Result<Bulk, ApiError> {
@@ -495,10 +521,13 @@ fn failed(failure: &Failure) -> ApiError {
     ApiError::from(&**failure)
 }
 
-/// Who asks, as far as is known without credentials: through what, and from how near.
-fn actor(peer: Peer, headers: &HeaderMap) -> String {
+/// Who asks: through what, and by which credentials; where none are asked for, from how near.
+fn actor(principal: &Principal, peer: Peer, headers: &HeaderMap) -> String {
     let agent = headers.get(USER_AGENT).and_then(|agent| agent.to_str().ok()).unwrap_or_default();
     let through = if agent.starts_with("aurora-bus-cli/") { "cli" } else { "http" };
+    if let Some(id) = principal.id() {
+        return format!("{through}:{id}");
+    }
     let near = match peer.0.ip().to_canonical() {
         address if address.is_loopback() => "loopback",
         IpAddr::V4(v4) if v4.is_private() || v4.is_link_local() => "private",

@@ -11,6 +11,7 @@ use futures_util::stream;
 
 use super::extract::Segment;
 use super::origin::is_allowed;
+use super::websocket::admission;
 use super::{Api, ApiError, Peer};
 use crate::relay::{BadParameter, FeedForm, Refused, SubscribeParams};
 
@@ -33,10 +34,13 @@ pub(super) async fn open(
     if !is_allowed(&headers, &api.inner.config.origins) {
         return Err(ApiError::from(&Refused::Origin));
     }
-    let params = params(query.as_deref(), &headers).map_err(|bad| ApiError::from(&Refused::BadParameter(bad)))?;
     let form = form(&headers);
+    let admission = admission(&api, &channel, query.as_deref(), &headers).await;
+    let admission = admission.map_err(|refused| ApiError::from(&refused))?;
+    let params = params(query.as_deref(), &headers).map_err(|bad| ApiError::from(&Refused::BadParameter(bad)))?;
     let stop = api.inner.stop_sessions.clone();
-    let feed = api.inner.relay.feed(&channel, params, form, peer.0.ip(), stop).map_err(|r| ApiError::from(&r))?;
+    let feed = api.inner.relay.feed(&channel, params, form, peer.0.ip(), admission, stop);
+    let feed = feed.map_err(|refused| ApiError::from(&refused))?;
     let pieces = stream::unfold(feed, |mut feed| async {
         let piece = feed.next().await?;
         Some((Ok::<_, Infallible>(piece), feed))

@@ -3,11 +3,12 @@
 use std::any::Any;
 use std::time::Duration;
 
-use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
+use axum::http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
+use super::auth::Denied;
 use crate::bus::PublishError;
 use crate::store::{StoreError, StoreErrorKind};
 
@@ -140,6 +141,28 @@ impl ApiError {
         Self::new(StatusCode::FORBIDDEN, "forbidden_origin", detail).with_field("Origin")
     }
 
+    pub(super) fn unauthenticated(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::UNAUTHORIZED, "unauthenticated", detail)
+    }
+
+    pub(super) fn forbidden(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "forbidden", detail)
+    }
+
+    pub(super) fn auth_unavailable(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "auth_unavailable", detail).with_retry_after(Duration::from_secs(5))
+    }
+
+    pub(super) fn forbidden_tenant(tenant: &str) -> Self {
+        let detail = format!("the event is another tenant's, and you are bound to `{tenant}`");
+        Self::new(StatusCode::FORBIDDEN, "forbidden_tenant", detail).with_field("tenant")
+    }
+
+    pub(super) fn too_many_tickets() -> Self {
+        let detail = "too many tickets wait to be used";
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_tickets", detail).with_retry_after(Duration::from_secs(30))
+    }
+
     pub(super) fn draining() -> Self {
         let detail = "the daemon is shutting down: connect again in a moment";
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "draining", detail).with_retry_after(Duration::from_secs(1))
@@ -156,6 +179,16 @@ impl ApiError {
 
     pub(super) fn internal() -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "something went wrong here; the log has the cause")
+    }
+}
+
+impl From<&Denied> for ApiError {
+    fn from(denied: &Denied) -> Self {
+        match denied {
+            Denied::Unavailable => Self::auth_unavailable(denied.to_string()),
+            Denied::Scope(_) | Denied::AllTenants => Self::forbidden(denied.to_string()),
+            _ => Self::unauthenticated(denied.to_string()),
+        }
     }
 }
 
@@ -214,6 +247,9 @@ impl IntoResponse for ApiError {
         let mut response = (self.status, body).into_response();
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"aurora-bus\""));
+        }
         if let Some(wait) = self.retry_after {
             let seconds = wait.as_millis().div_ceil(1000).max(1);
             headers.insert(RETRY_AFTER, HeaderValue::from_str(&seconds.to_string()).expect("digits"));

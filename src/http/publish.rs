@@ -14,6 +14,7 @@ use serde::de::{Deserializer as _, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use super::auth::{Deed, Denied, Principal};
 use super::extract::{Query, Segment};
 use super::problem::ItemError;
 use super::{Api, ApiError};
@@ -58,6 +59,7 @@ pub(super) async fn to_stream(
     State(api): State<Api>,
     Segment(stream): Segment,
     Query(params): Query<Params>,
+    principal: Principal,
     request: Request,
 ) -> Result<Response, ApiError> {
     let known = || api.inner.bus.catalogue().streams().map(StreamName::as_str);
@@ -67,7 +69,7 @@ pub(super) async fn to_stream(
         .filter(|stream| api.inner.bus.catalogue().contains(stream))
         .ok_or_else(|| ApiError::no_such_stream(&stream, known()));
     let answer = match stream {
-        Ok(stream) => publish(&api, &params, request, |_| &stream).await,
+        Ok(stream) => publish(&api, &params, &principal, request, |_| &stream).await,
         Err(error) => Err(error),
     };
     count_refused(&api, answer)
@@ -77,6 +79,7 @@ pub(super) async fn to_stream(
 pub(super) async fn alerts(
     State(api): State<Api>,
     Query(params): Query<Params>,
+    principal: Principal,
     request: Request,
 ) -> Result<Response, ApiError> {
     let alerts: StreamName = "aurora:alerts".parse().expect("a valid name");
@@ -87,7 +90,7 @@ pub(super) async fn alerts(
         Err(ApiError::no_such_stream(stream.as_str(), catalogue.streams().map(StreamName::as_str)))
     } else {
         let route = |event: &NewEvent| if event.category() == Some("cps") { &cps_alerts } else { &alerts };
-        publish(&api, &params, request, route).await
+        publish(&api, &params, &principal, request, route).await
     };
     count_refused(&api, answer)
 }
@@ -99,6 +102,7 @@ fn count_refused(api: &Api, answer: Result<Response, ApiError>) -> Result<Respon
 async fn publish<'a>(
     api: &Api,
     params: &Params,
+    principal: &Principal,
     request: Request,
     route: impl Fn(&NewEvent) -> &'a StreamName,
 ) -> Result<Response, ApiError> {
@@ -112,7 +116,7 @@ async fn publish<'a>(
     if let Some(traceparent) = traceparent {
         batch.events.iter_mut().flatten().for_each(|event| event.set_traceparent(traceparent));
     }
-    store(api, batch, &dedup, promise, route).await
+    store(api, batch, principal, &dedup, promise, route).await
 }
 
 fn dedup(params: &Params, headers: &HeaderMap) -> Result<Dedup, ApiError> {
@@ -277,6 +281,7 @@ struct Share<'a> {
 async fn store<'a>(
     api: &Api,
     batch: Batch,
+    principal: &Principal,
     dedup: &Dedup,
     promise: Promise,
     route: impl Fn(&NewEvent) -> &'a StreamName,
@@ -285,15 +290,15 @@ async fn store<'a>(
     let mut results: Vec<Option<Result<Appended, ApiError>>> = Vec::with_capacity(batch.events.len());
     let mut by_stream: Vec<Share<'_>> = Vec::with_capacity(2);
     for (index, event) in batch.events.into_iter().enumerate() {
-        match event {
-            Ok(event) => {
-                let stream = route(&event);
+        match event.and_then(|event| admit(principal, event, &route)) {
+            Ok((stream, event)) => {
                 let place = by_stream.iter().position(|share| share.stream == stream).unwrap_or_else(|| {
                     by_stream.push(Share { stream, places: Vec::new(), events: Vec::new() });
                     by_stream.len() - 1
                 });
                 by_stream[place].places.push(index);
-                by_stream[place].events.push((dedup_of(dedup, index, is_single), event));
+                let dedup = within_tenant(dedup_of(dedup, index, is_single), &event, principal);
+                by_stream[place].events.push((dedup, event));
                 results.push(None);
             }
             Err(error) => results.push(Some(Err(error))),
@@ -324,6 +329,33 @@ async fn store<'a>(
     let body = serde_json::to_vec(&answer).expect("an answer is JSON");
     let content_type = (CONTENT_TYPE, HeaderValue::from_static("application/json"));
     Ok((status, [content_type], body).into_response())
+}
+
+/// The event's stream, where the principal may publish to it, and the event, which is its tenant's then.
+fn admit<'a>(
+    principal: &Principal,
+    mut event: NewEvent,
+    route: impl Fn(&NewEvent) -> &'a StreamName,
+) -> Result<(&'a StreamName, NewEvent), ApiError> {
+    let stream = route(&event);
+    let deed = Deed::Publish(stream.as_str());
+    if !principal.may(deed) {
+        return Err(ApiError::from(&Denied::Scope(deed.to_string())));
+    }
+    principal.claim(&mut event).map_err(ApiError::forbidden_tenant)?;
+    Ok((stream, event))
+}
+
+/// Keys of one tenant are not those of another, or one could learn of the other's events, and hold them up.
+fn within_tenant(dedup: Dedup, event: &NewEvent, principal: &Principal) -> Dedup {
+    let Some(tenant) = principal.tenant() else { return dedup };
+    let within = |key: &str| Dedup::Key(format!("{}:{tenant}/{key}", tenant.len()));
+    match (&dedup, &event.own_id) {
+        // An empty key is refused as one.
+        (Dedup::Key(key), _) if !key.is_empty() => within(key),
+        (Dedup::OwnId, Some(id)) if !id.is_empty() => within(id),
+        _ => dedup,
+    }
 }
 
 /// How to recognise one event of a request. A key counts the places of the request itself, so that a client that mends

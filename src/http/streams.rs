@@ -8,6 +8,7 @@ use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use super::auth::{Deed, Principal};
 use super::extract::{Query, Segment};
 use super::{Api, ApiError};
 use crate::bus::Catalogue;
@@ -18,6 +19,8 @@ use crate::store::{Balance, Consumption, GroupStatus, LostReason, Order, Range, 
 const MAX_WAIT: Duration = Duration::from_secs(20);
 /// The most entries in one answer.
 const MAX_LIMIT: usize = 1_000;
+/// How long entries are looked through that may not be shown to whoever asks, until one is found.
+const MAX_SEARCH: Duration = Duration::from_secs(2);
 /// Bytes of an answer after which no further entry is added.
 const MAX_ANSWER_BYTES: usize = 8 * 1024 * 1024;
 
@@ -25,13 +28,17 @@ const MAX_ANSWER_BYTES: usize = 8 * 1024 * 1024;
 #[derive(Debug, Serialize)]
 pub(super) struct StreamView {
     name: String,
-    length: u64,
+    /// Of all tenants, like everything here that may be absent: not shown to those who are bound to one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    length: Option<u64>,
     first_id: Option<String>,
     last_id: Option<String>,
-    entries_added: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    entries_added: Option<u64>,
     /// Entries that others than the bus removed; absent where no one counts.
     removed_by_others: Option<u64>,
-    groups: Vec<GroupView>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    groups: Option<Vec<GroupView>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     dead_letters: Option<super::dead_letters::LevelView>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -118,27 +125,33 @@ pub(super) struct EventView {
     fields: Vec<(String, String)>,
 }
 
-/// `GET /api/v1/streams`: every declared stream. One that can't be read tells its error in its place.
-pub(super) async fn list(State(api): State<Api>) -> Json<StreamsView> {
+/// `GET /api/v1/streams`: every declared stream that may be read. One that can't be read now tells its error in its
+/// place.
+pub(super) async fn list(State(api): State<Api>, principal: Principal) -> Json<StreamsView> {
     let mut streams = Vec::new();
-    for name in api.inner.bus.catalogue().streams() {
-        let catalogue = api.inner.bus.catalogue();
+    let catalogue = api.inner.bus.catalogue();
+    for name in catalogue.streams().filter(|name| principal.may(Deed::Read(name.as_str()))) {
         let mut stream = match api.inner.store.describe(name).await {
             Ok(status) => view(catalogue, name, status),
             Err(error) => failed(catalogue, name, &error),
         };
         stream.dead_letters = super::dead_letters::level_of(&api, name).await;
-        streams.push(stream);
+        streams.push(stream.for_eyes_of(&principal));
     }
     Json(StreamsView { streams })
 }
 
 /// `GET /api/v1/streams/{stream}`
-pub(super) async fn show(State(api): State<Api>, Segment(name): Segment) -> Result<Json<StreamView>, ApiError> {
+pub(super) async fn show(
+    State(api): State<Api>,
+    Segment(name): Segment,
+    principal: Principal,
+) -> Result<Json<StreamView>, ApiError> {
     let name = readable(&api, &name)?;
     let status = api.inner.store.describe(&name).await.map_err(|error| ApiError::from(&error))?;
     let dead_letters = super::dead_letters::level_of(&api, &name).await;
-    Ok(Json(StreamView { dead_letters, ..view(api.inner.bus.catalogue(), &name, status) }))
+    let view = view(api.inner.bus.catalogue(), &name, status);
+    Ok(Json(StreamView { dead_letters, ..view }.for_eyes_of(&principal)))
 }
 
 /// `GET /api/v1/streams/{stream}/events`: a range, both ends included; with `wait_ms` waits for the first entry.
@@ -146,6 +159,7 @@ pub(super) async fn events(
     State(api): State<Api>,
     Segment(name): Segment,
     Query(params): Query<RangeParams>,
+    principal: Principal,
 ) -> Result<Json<EventsView>, ApiError> {
     let name = readable(&api, &name)?;
     let range = range(&params)?;
@@ -154,44 +168,81 @@ pub(super) async fn events(
     let wait = Duration::from_millis(number(params.wait_ms.as_deref(), "wait_ms", 0)?).min(MAX_WAIT);
     let store = &api.inner.store;
     let failed = |error: StoreError| ApiError::from(&error);
+    let mut found = Answer::new(range, &principal);
     let reading = api.inner.reads.acquire().await;
-    let mut entries = store.range(&name, range, limit).await.map_err(failed)?;
+    let searched_until = tokio::time::Instant::now() + MAX_SEARCH;
+    while let Some(rest) = found.rest() {
+        let entries = store.range(&name, rest, limit).await.map_err(failed)?;
+        let is_end = entries.len() < limit;
+        found.add(entries);
+        if is_end || !found.events.is_empty() || tokio::time::Instant::now() >= searched_until {
+            break;
+        }
+    }
     drop(reading);
     let deadline = tokio::time::Instant::now() + wait;
     let can_wait = range.order == Order::Forward && range.to == EntryId::MAX && !wait.is_zero();
     // Each one that waits holds a blocking read of the store, of which workers and dashboards need theirs.
-    let waiting = (can_wait && entries.is_empty()).then(|| api.inner.waits.try_acquire());
+    let waiting = (can_wait && found.events.is_empty()).then(|| api.inner.waits.try_acquire());
     let _waiting = waiting.transpose().map_err(|_error| ApiError::too_many_waiting())?;
-    while entries.is_empty() && can_wait && !api.is_draining() {
+    while found.events.is_empty() && can_wait && !api.is_draining() {
         let left = deadline.saturating_duration_since(tokio::time::Instant::now());
-        if left.is_zero() {
-            break;
-        }
-        let after = range.from.previous();
-        entries = store.tail(&name, after, limit, left.min(Duration::from_secs(1))).await.map_err(failed)?;
+        let Some(rest) = found.rest().filter(|_| !left.is_zero()) else { break };
+        let after = rest.from.previous();
+        found.add(store.tail(&name, after, limit, left.min(Duration::from_secs(1))).await.map_err(failed)?);
     }
-    Ok(Json(answer(entries, range)))
+    Ok(Json(EventsView { next: found.next(), events: found.events }))
 }
 
-fn answer(entries: Vec<Entry>, range: Range) -> EventsView {
-    let mut bytes = 0;
-    let mut next = (range.order == Order::Forward).then(|| range.from.to_string());
-    let mut events = Vec::with_capacity(entries.len());
-    for entry in entries {
-        bytes += entry.fields.size_bytes();
-        next = match range.order {
-            Order::Forward => Some(entry.id.next().to_string()),
-            Order::Backward => (entry.id > range.from).then(|| entry.id.previous().to_string()),
-        };
-        events.push(event(&entry));
-        if bytes > MAX_ANSWER_BYTES {
-            break;
+/// What was found of a range so far.
+struct Answer<'a> {
+    range: Range,
+    principal: &'a Principal,
+    events: Vec<EventView>,
+    bytes: usize,
+    /// The last entry that was looked at, shown or not.
+    seen: Option<EntryId>,
+    is_full: bool,
+}
+
+impl<'a> Answer<'a> {
+    fn new(range: Range, principal: &'a Principal) -> Self {
+        Self { range, principal, events: Vec::new(), bytes: 0, seen: None, is_full: false }
+    }
+
+    fn add(&mut self, entries: Vec<Entry>) {
+        for entry in entries {
+            if self.is_full {
+                break;
+            }
+            self.seen = Some(entry.id);
+            if self.principal.sees(&entry) {
+                self.bytes += entry.fields.size_bytes();
+                self.is_full = self.bytes > MAX_ANSWER_BYTES;
+                self.events.push(event(&entry));
+            }
         }
     }
-    if events.is_empty() && range.order == Order::Backward {
-        next = None;
+
+    /// What of the range was not looked at; nothing at its end.
+    fn rest(&self) -> Option<Range> {
+        let Range { from, to, order } = self.range;
+        match (self.seen, order) {
+            (None, _) => Some(self.range),
+            (Some(seen), Order::Forward) => (seen < to).then(|| Range { from: seen.next(), to, order }),
+            (Some(seen), Order::Backward) => (seen > from).then(|| Range { from, to: seen.previous(), order }),
+        }
     }
-    EventsView { events, next }
+
+    /// Where to go on: after the end too when the order is forward, since more may come.
+    fn next(&self) -> Option<String> {
+        match (self.seen, self.range.order) {
+            (None, Order::Forward) => Some(self.range.from.to_string()),
+            (None, Order::Backward) => None,
+            (Some(seen), Order::Forward) => Some(seen.next().to_string()),
+            (Some(seen), Order::Backward) => (seen > self.range.from).then(|| seen.previous().to_string()),
+        }
+    }
 }
 
 /// A stream that may be read, by its name in the path.
@@ -236,26 +287,36 @@ fn view(catalogue: &Catalogue, stream: &StreamName, status: Option<StreamStatus>
     let Some(status) = status else {
         return StreamView {
             name,
-            length: 0,
+            length: Some(0),
             first_id: None,
             last_id: None,
-            entries_added: 0,
+            entries_added: Some(0),
             removed_by_others: None,
-            groups: Vec::new(),
+            groups: Some(Vec::new()),
             dead_letters: None,
             error: None,
         };
     };
     StreamView {
         name,
-        length: status.length,
+        length: Some(status.length),
         first_id: status.first_id.map(|id| id.to_string()),
         last_id: (status.last_id > EntryId::MIN).then(|| status.last_id.to_string()),
-        entries_added: status.entries_added,
+        entries_added: Some(status.entries_added),
         removed_by_others: status.removed_by_others,
-        groups: status.groups.iter().map(|one| group(catalogue, stream, &status, one)).collect(),
+        groups: Some(status.groups.iter().map(|one| group(catalogue, stream, &status, one)).collect()),
         dead_letters: None,
         error: None,
+    }
+}
+
+impl StreamView {
+    /// Without what is of all tenants, for those who are bound to one.
+    fn for_eyes_of(self, principal: &Principal) -> Self {
+        if principal.tenant().is_none() {
+            return self;
+        }
+        Self { length: None, entries_added: None, removed_by_others: None, groups: None, dead_letters: None, ..self }
     }
 }
 

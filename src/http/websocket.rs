@@ -16,12 +16,13 @@ use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_util::sync::CancellationToken;
 
+use super::auth::{Denied, Shown};
 use super::extract::Segment;
 use super::origin::is_allowed;
 use super::server::Open;
 use super::timed::Timed;
 use super::{Api, ApiError, Peer};
-use crate::relay::{PROTOCOL, Refused, Session, SubscribeParams};
+use crate::relay::{Admission, PROTOCOL, Refused, Session, SubscribeParams};
 
 /// `GET /api/v1/ws/{channel}`
 ///
@@ -39,7 +40,7 @@ pub(super) async fn connect(
     };
     let is_browser = request.headers().contains_key(ORIGIN);
     let protocol = offered(request.headers(), query.as_deref());
-    let admitted = admit(&api, &channel, query.as_deref(), protocol, peer, request.headers());
+    let admitted = admit(&api, &channel, query.as_deref(), protocol, peer, request.headers()).await;
     let session = match admitted {
         Ok(session) => Ok(session),
         Err(refused) if is_browser => Err(refused),
@@ -109,7 +110,7 @@ fn offered(headers: &HeaderMap, query: Option<&str>) -> Protocol {
     }
 }
 
-fn admit(
+async fn admit(
     api: &Api,
     channel: &str,
     query: Option<&str>,
@@ -123,14 +124,36 @@ fn admit(
     if !is_allowed(headers, &api.inner.config.origins) {
         return Err(Refused::Origin);
     }
+    let admission = admission(api, channel, query, headers).await?;
     match protocol {
-        Protocol::Rich { .. } => api.inner.relay.connect_rich(channel, peer.0.ip()),
+        Protocol::Rich { .. } => api.inner.relay.connect_rich(channel, peer.0.ip(), admission),
         Protocol::Unknown => Err(Refused::Version),
         Protocol::Plain => {
             let params = SubscribeParams::parse(query.unwrap_or_default())?;
-            api.inner.relay.connect(channel, params, peer.0.ip())
+            api.inner.relay.connect(channel, params, peer.0.ip(), admission)
         }
     }
+}
+
+/// On what terms whoever asks may watch a channel.
+pub(super) async fn admission(
+    api: &Api,
+    channel: &str,
+    query: Option<&str>,
+    headers: &HeaderMap,
+) -> Result<Admission, Refused> {
+    let access = &api.inner.access;
+    let principal = access.principal(Shown { headers, query, origins: &api.inner.config.origins }).await;
+    let admission = principal.and_then(|principal| access.admission(&principal, channel));
+    admission.map_err(|denied| {
+        super::routes::refuse(api, &denied);
+        let text = denied.to_string();
+        match denied {
+            Denied::Scope(_) | Denied::AllTenants => Refused::Forbidden(text),
+            Denied::Unavailable => Refused::Unavailable(text),
+            _ => Refused::Unauthenticated(text),
+        }
+    })
 }
 
 /// What the client must be answered to its key, if it asks for a WebSocket properly.
@@ -175,6 +198,9 @@ impl From<&Refused> for ApiError {
             Refused::UnknownChannel(_) => Self::no_such_channel(refused.to_string()),
             Refused::BadParameter(parameter) => Self::bad_parameter(parameter.name, refused.to_string()),
             Refused::ConnectionLimit => Self::connection_limit(refused.to_string()),
+            Refused::Unauthenticated(detail) => Self::unauthenticated(detail),
+            Refused::Forbidden(detail) => Self::forbidden(detail),
+            Refused::Unavailable(detail) => Self::auth_unavailable(detail),
             Refused::Draining => Self::draining(),
             Refused::Origin => Self::forbidden_origin(refused.to_string()),
             Refused::Version => Self::bad_handshake(refused.to_string()),

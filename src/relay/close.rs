@@ -13,14 +13,22 @@ pub enum CloseCode {
     TooSlow,
     /// 4002: something can't be given, and the client asked to be told by this.
     StateLost,
+    /// 4003: what the client showed has expired.
+    Expired,
     /// 4004: no answer to a ping in time.
     NoPong,
     /// 4005: the client sends too much.
     RateLimited,
+    /// 4006: something is missing here that the request needs.
+    ServerError,
     /// 4008: the socket took no bytes in time.
     WriteTimeout,
     /// 4500: what the client sent is no WebSocket, or its request makes no sense.
     Protocol,
+    /// 4501: credentials are asked for, and those shown are no good.
+    Unauthenticated,
+    /// 4502: whoever asks may not watch this.
+    Forbidden,
     /// 4503: too many connections.
     ConnectionLimit,
     /// 4504: pages of this origin are not let in.
@@ -38,10 +46,14 @@ impl CloseCode {
             Self::GoingAway => 4000,
             Self::TooSlow => 4001,
             Self::StateLost => 4002,
+            Self::Expired => 4003,
             Self::NoPong => 4004,
             Self::RateLimited => 4005,
+            Self::ServerError => 4006,
             Self::WriteTimeout => 4008,
             Self::Protocol => 4500,
+            Self::Unauthenticated => 4501,
+            Self::Forbidden => 4502,
             Self::ConnectionLimit => 4503,
             Self::Origin => 4504,
             Self::TooBig => 4505,
@@ -55,10 +67,14 @@ impl CloseCode {
             Self::GoingAway => "going_away: this instance stops, reconnect",
             Self::TooSlow => "too_slow: too far behind, resume with your last position",
             Self::StateLost => "state_lost: something can't be given any more, load a snapshot",
+            Self::Expired => "expired: your token has expired, reconnect with a new one",
             Self::NoPong => "no_pong: no answer to a ping in time",
             Self::RateLimited => "rate_limited: you send too much, reconnect after 10 s",
+            Self::ServerError => "server_error: something is missing here, reconnect in a moment",
             Self::WriteTimeout => "write_timeout: the socket took no bytes in time",
             Self::Protocol => "protocol: what was sent makes no sense here",
+            Self::Unauthenticated => "unauthenticated: credentials are asked for, and those shown are no good",
+            Self::Forbidden => "forbidden: you may not watch this",
             Self::ConnectionLimit => "connection_limit: too many connections",
             Self::Origin => "origin: pages of this origin are not let in",
             Self::TooBig => "too_big: the message is too long",

@@ -36,6 +36,8 @@ pub struct Config {
     pub max_connections: usize,
     /// Clients at a time from one address (for IPv6: one /64 network); 0 means without limit.
     pub max_connections_per_address: usize,
+    /// Clients at a time that show the same key, or tokens of the same user; 0 means without limit.
+    pub max_connections_per_principal: usize,
     /// When this instance stops, its clients are closed spread over this time.
     #[serde(with = "humantime_serde")]
     pub drain_window: Duration,
@@ -57,6 +59,7 @@ impl Default for Config {
             max_message_bytes: ByteSize::kib(64),
             max_connections: 20_000,
             max_connections_per_address: 500,
+            max_connections_per_principal: 100,
             drain_window: Duration::from_secs(5),
             channels: BTreeMap::from([
                 ("alerts".to_owned(), vec![stream("aurora:alerts"), stream("aurora:cps:alerts")]),

@@ -39,6 +39,8 @@ pub struct Feed {
     beat_at: Instant,
     stop: CancellationToken,
     ends_at: Option<Instant>,
+    /// When what the client showed has expired.
+    expires_at: Option<Instant>,
     _slot: Slot,
 }
 
@@ -53,7 +55,25 @@ impl Feed {
     ) -> Self {
         let (wake, beat_at) = (channel.wake.subscribe(), Instant::now() + BEAT);
         let outgoing = Outgoing::default();
-        Self { hub, channel, subscription, form, outgoing, work: None, wake, beat_at, stop, ends_at: None, _slot: slot }
+        Self {
+            hub,
+            channel,
+            subscription,
+            form,
+            outgoing,
+            work: None,
+            wake,
+            beat_at,
+            stop,
+            ends_at: None,
+            expires_at: None,
+            _slot: slot,
+        }
+    }
+
+    /// The same feed, which ends then, if not before.
+    pub(super) fn until(self, ends_at: Option<Instant>) -> Self {
+        Self { expires_at: ends_at, ..self }
     }
 
     /// The next piece of the body, whole alerts; nothing when the feed is over. Waits for it.
@@ -62,6 +82,9 @@ impl Feed {
     /// costs a few pieces. Cancel-safe.
     pub async fn next(&mut self) -> Option<Bytes> {
         loop {
+            if self.expires_at.is_some_and(|at| Instant::now() >= at) {
+                return None;
+            }
             if let Some(piece) = self.outgoing.pop() {
                 self.beat_at = Instant::now() + BEAT;
                 return Some(piece);
@@ -90,6 +113,7 @@ impl Feed {
                 // The sender lives as long as the channel, which this holds.
                 _ = self.wake.changed() => {}
                 () = tokio::time::sleep_until(self.beat_at) => self.beat(),
+                () = tokio::time::sleep_until(self.expires_at.unwrap_or(self.beat_at)), if self.expires_at.is_some() => {}
                 () = self.stop.cancelled(), if ends_at.is_none() => {
                     self.ends_at = Some(Instant::now() + jitter(self.hub.config.drain_window));
                 }

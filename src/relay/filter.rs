@@ -96,6 +96,15 @@ impl Filter {
         self.root.is_none()
     }
 
+    /// Whether an entry as the store has it passes: by its fields, and by its payload where those do not tell.
+    pub fn passes(&self, entry: &Entry) -> bool {
+        let tags = || {
+            let declared = Tags::declared(&entry.fields);
+            entry.data().map_or_else(|| declared.clone(), |data| declared.completed(data))
+        };
+        self.is_empty() || self.matches(&tags())
+    }
+
     /// Whether an alert with these tags passes.
     pub(super) fn matches(&self, tags: &Tags) -> bool {
         self.root.as_ref().is_none_or(|root| root.matches(tags))

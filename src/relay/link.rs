@@ -31,6 +31,9 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 /// A timer that fires later than this tells that this process was stalled, not the client.
 const STALL: Duration = Duration::from_millis(500);
 
+/// How long before its token expires a client in rich mode is told.
+const WARNING: Duration = Duration::from_mins(1);
+
 /// How often a client in rich mode is told where it stands, if nothing else has told it.
 const MARK_INTERVAL: Duration = Duration::from_secs(20);
 
@@ -51,6 +54,10 @@ pub(super) struct Link<S> {
     next_ping: Instant,
     pong_due: Option<Instant>,
     drain_at: Option<Instant>,
+    /// When what the client showed expires.
+    expires_at: Option<Instant>,
+    /// When it is told that this is near, if it wants to know.
+    warn_at: Option<Instant>,
     /// When the client is told next where it stands, if it wants to know.
     mark_at: Option<Instant>,
     closing: Option<Closing>,
@@ -85,6 +92,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
             next_ping,
             pong_due: None,
             drain_at: None,
+            expires_at: None,
+            warn_at: None,
             mark_at: None,
             closing: None,
             ping_interval: config.ping_interval,
@@ -224,12 +233,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
         let blocked = self.blocked_since.map(|since| since + self.write_timeout);
         // While something is on its way nothing is told, so that time is not waited for.
         let mark_at = self.mark_at.filter(|_| self.is_told());
-        [blocked, self.drain_at, mark_at].into_iter().flatten().fold(ping_or_pong, Instant::min)
+        [blocked, self.drain_at, mark_at, self.expires_at, self.warn_at]
+            .into_iter()
+            .flatten()
+            .fold(ping_or_pong, Instant::min)
     }
 
     /// Closes the client at that moment, unless it ends before.
     pub(super) fn drain_at(&mut self, at: Instant) {
         self.drain_at = Some(at);
+    }
+
+    /// Closes the client when what it showed expires, and tells it before that.
+    pub(super) fn expires_at(&mut self, at: Option<Instant>, is_told: bool) {
+        self.expires_at = at;
+        // Clients that were let in at once, after a restart, should not all come with a new token at once.
+        let early = WARNING + jitter(WARNING / 4);
+        let warn_at = at.map(|at| at.checked_sub(early).unwrap_or_else(Instant::now));
+        self.warn_at = warn_at.filter(|_| is_told);
     }
 
     /// From now on the client's messages are requests, and it is told from time to time where it stands.
@@ -273,8 +294,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
             self.close(CloseCode::WriteTimeout);
         } else if is_over(self.pong_due) {
             self.close(CloseCode::NoPong);
+        } else if is_over(self.expires_at) {
+            self.close(CloseCode::Expired);
         } else if is_over(self.drain_at) {
             self.close(CloseCode::GoingAway);
+        } else if is_over(self.warn_at) {
+            self.warn_at = None;
+            let left = self.expires_at.map(|at| at.saturating_duration_since(now)).unwrap_or_default();
+            self.answer(&format!(r#"{{"t":"expiring","in":{}}}"#, left.as_secs()));
         } else if self.pong_due.is_none() && now >= self.next_ping && self.closing.is_none() {
             self.answers.extend_from_slice(PING);
             self.pong_due = Some(now + self.pong_timeout);

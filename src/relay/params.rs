@@ -129,7 +129,7 @@ impl SubscribeParams {
         Ok(())
     }
 
-    fn narrow(&mut self, filter: Filter) {
+    pub(super) fn narrow(&mut self, filter: Filter) {
         self.filter = mem::take(&mut self.filter).and(filter);
     }
 }

@@ -3,14 +3,23 @@
 //! Every request may carry an `id`, a number that its answer repeats. Members that are not known are ignored, and so
 //! are requests that are not known and carry no `id`.
 
+use std::borrow::Cow;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use futures_util::future::BoxFuture;
 use serde::Deserialize;
 use serde_json::json;
 use serde_json::value::RawValue;
 
+use tokio::time::Instant;
+
+use super::admission::deadline;
 use super::form::Form;
 use super::subscription::{Subscription, now_ms};
 use super::subscriptions::Subscriptions;
-use super::{Channel, Filter, Hub, MAX_SNAPSHOT, SubscribeParams};
+use super::{Admission, Channel, Filter, Hub, MAX_SNAPSHOT, NotRenewed, SubscribeParams};
 use crate::event::StreamName;
 
 /// The name of the protocol in the handshake.
@@ -30,6 +39,60 @@ struct Request<'a> {
     mode: Option<&'a str>,
     #[serde(default)]
     strict: bool,
+    #[serde(borrow)]
+    token: Option<Cow<'a, str>>,
+}
+
+/// Whoever asks.
+pub(super) struct Asker<'a> {
+    pub(super) subscriptions: &'a mut Subscriptions,
+    pub(super) admission: &'a Admission,
+    /// The token that is being looked at, of which there is one at a time.
+    pub(super) renewing: &'a mut Option<Renewing>,
+}
+
+/// A token that is being looked at.
+pub(super) struct Renewing {
+    id: Option<u64>,
+    work: BoxFuture<'static, Result<Option<SystemTime>, NotRenewed>>,
+}
+
+/// A token that was looked at, with what to answer.
+pub(super) enum Renewed {
+    /// It lets the client stay until then, or for as long as it likes.
+    Good { answer: String, expires_at: Option<Instant> },
+    /// It changes nothing.
+    Bad { answer: String },
+}
+
+impl Future for Renewing {
+    type Output = Renewed;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Renewed> {
+        let id = self.id;
+        self.work.as_mut().poll(cx).map(|outcome| match outcome {
+            Ok(until) => {
+                let answer = json!({"t": "ok", "id": id, "exp": until.map(seconds)}).to_string();
+                Renewed::Good { answer, expires_at: until.map(deadline) }
+            }
+            Err(error) => {
+                let code = match error {
+                    NotRenewed::Unauthenticated(_) => 401,
+                    NotRenewed::Forbidden(_) => 403,
+                    NotRenewed::Unavailable(_) => 503,
+                };
+                Renewed::Bad { answer: refusal(id, code, &error.to_string(), code == 503) }
+            }
+        })
+    }
+}
+
+fn seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+fn refusal(id: Option<u64>, code: u16, message: &str, may_retry: bool) -> String {
+    json!({"t": "error", "id": id, "code": code, "msg": message, "retry": may_retry}).to_string()
 }
 
 /// Why a request is not done. The codes are those of HTTP, where it has one.
@@ -45,14 +108,14 @@ impl Failure {
 }
 
 /// The first thing that a client is told.
-pub(super) fn welcome(hub: &Hub, channel: &Channel) -> String {
+pub(super) fn welcome(hub: &Hub, channel: &Channel, expires_at: Option<SystemTime>) -> String {
     let streams: Vec<_> = channel.rings.iter().map(|ring| ring.stream().as_str()).collect();
     let epochs: serde_json::Map<String, serde_json::Value> = channel
         .rings
         .iter()
         .filter_map(|ring| Some((ring.stream().to_string(), ring.mark()?.epoch.to_string().into())))
         .collect();
-    json!({
+    let mut welcome = json!({
         "t": "welcome",
         "v": 1,
         "streams": streams,
@@ -60,30 +123,32 @@ pub(super) fn welcome(hub: &Hub, channel: &Channel) -> String {
         "ping": hub.config.ping_interval.as_secs(),
         "max": hub.config.max_message_bytes.as_u64(),
         "now": now_ms(),
-    })
-    .to_string()
+    });
+    if let Some(expires_at) = expires_at {
+        welcome["exp"] = seconds(expires_at).into();
+    }
+    welcome.to_string()
 }
 
 /// Does what a text message asks for. Says what to answer, if anything.
-pub(super) fn handle(text: &str, subscriptions: &mut Subscriptions, hub: &Hub, channel: &Channel) -> Option<String> {
+pub(super) fn handle(text: &str, asker: &mut Asker<'_>, hub: &Hub, channel: &Channel) -> Option<String> {
     let (id, outcome) = match serde_json::from_str::<Request<'_>>(text) {
-        Ok(request) => (request.id, perform(&request, subscriptions, hub, channel)),
+        Ok(request) => (request.id, perform(&request, asker, hub, channel)),
         Err(error) => (None, Err(Failure::new(400, format!("not a request: {error}")))),
     };
     match outcome {
         Ok(answer) => answer.map(|answer| answer.to_string()),
-        Err(failure) => Some(
-            json!({"t": "error", "id": id, "code": failure.code, "msg": failure.message, "retry": false}).to_string(),
-        ),
+        Err(failure) => Some(refusal(id, failure.code, &failure.message, false)),
     }
 }
 
 fn perform(
     request: &Request<'_>,
-    subscriptions: &mut Subscriptions,
+    asker: &mut Asker<'_>,
     hub: &Hub,
     channel: &Channel,
 ) -> Result<Option<serde_json::Value>, Failure> {
+    let (subscriptions, admission) = (&mut *asker.subscriptions, asker.admission);
     let ok = |members: serde_json::Value| {
         let mut answer = json!({"t": "ok", "id": request.id});
         if let (Some(answer), serde_json::Value::Object(members)) = (answer.as_object_mut(), members) {
@@ -101,7 +166,8 @@ fn perform(
                 ));
             }
             let rings = channel.rings_of(Some(&stream)).map_err(|error| Failure::new(404, error.to_string()))?;
-            let params = params_of(request)?;
+            let mut params = params_of(request)?;
+            params.narrow(admission.filter.clone());
             let answers = Some(request.id.unwrap_or_default());
             subscriptions.add(Subscription::new(rings, params, Form::Rich, answers, hub, channel));
             // Answered in its place among the alerts, once it is known where it begins.
@@ -114,12 +180,22 @@ fn perform(
         }
         "filter" => {
             let stream = stream_of(request, channel)?;
-            let filter = filter_of(request)?;
+            let filter = admission.filter.clone().and(filter_of(request)?);
             let subscription = subscriptions.of(&stream).ok_or_else(|| not_subscribed(&stream))?;
             subscription.replace_filter(filter);
             ok(json!({"s": stream.as_str(), "p": subscription.positions()}))
         }
         "ack" => request.id.map_or(Ok(None), |_| ok(json!({}))),
+        "auth" => {
+            let token = request.token.as_deref().ok_or_else(|| Failure::new(400, "`token` is missing"))?;
+            let renewal = admission.renewal.as_ref();
+            let renewal = renewal.ok_or_else(|| Failure::new(400, "no token is asked for here"))?;
+            if asker.renewing.is_some() {
+                return Err(Failure::new(429, "another token is being looked at: wait for its answer"));
+            }
+            *asker.renewing = Some(Renewing { id: request.id, work: renewal.renew(token.to_owned()) });
+            Ok(None)
+        }
         "ping" => Ok(Some(json!({"t": "pong", "id": request.id, "now": now_ms()}))),
         _ if request.id.is_none() => Ok(None),
         other => Err(Failure::new(400, format!("there is no op `{other}`"))),

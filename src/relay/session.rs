@@ -17,7 +17,7 @@ use super::link::Link;
 use super::slots::Slot;
 use super::subscription::{Fetched, Subscription};
 use super::subscriptions::Subscriptions;
-use super::{Channel, CloseCode, Ending, Hub, Refused, rich};
+use super::{Admission, Channel, CloseCode, Ending, Hub, Refused, rich};
 
 /// A client that was let in: what it asked for, from the moment of [`super::Relay::connect`] on.
 ///
@@ -28,20 +28,27 @@ pub struct Session {
     channel: Arc<Channel>,
     subscriptions: Subscriptions,
     is_rich: bool,
+    admission: Admission,
     _slot: Slot,
 }
 
 impl Session {
     /// A client that has one subscription, and nothing to say.
-    pub(super) fn plain(hub: Arc<Hub>, channel: Arc<Channel>, subscription: Subscription, slot: Slot) -> Self {
+    pub(super) fn plain(
+        hub: Arc<Hub>,
+        channel: Arc<Channel>,
+        subscription: Subscription,
+        admission: Admission,
+        slot: Slot,
+    ) -> Self {
         let mut subscriptions = Subscriptions::default();
         subscriptions.add(subscription);
-        Self { hub, channel, subscriptions, is_rich: false, _slot: slot }
+        Self { hub, channel, subscriptions, is_rich: false, admission, _slot: slot }
     }
 
     /// A client that will say what it wants.
-    pub(super) fn rich(hub: Arc<Hub>, channel: Arc<Channel>, slot: Slot) -> Self {
-        Self { hub, channel, subscriptions: Subscriptions::default(), is_rich: true, _slot: slot }
+    pub(super) fn rich(hub: Arc<Hub>, channel: Arc<Channel>, admission: Admission, slot: Slot) -> Self {
+        Self { hub, channel, subscriptions: Subscriptions::default(), is_rich: true, admission, _slot: slot }
     }
 
     /// Serves the client on `io`, whose WebSocket handshake is done, until one side closes.
@@ -52,12 +59,14 @@ impl Session {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send,
     {
-        let Self { hub, channel, mut subscriptions, is_rich, _slot } = self;
+        let Self { hub, channel, mut subscriptions, is_rich, admission, _slot } = self;
         let mut link = Link::new(io, &hub.config);
         if is_rich {
             link.converse();
-            link.answer(&rich::welcome(&hub, &channel));
+            link.answer(&rich::welcome(&hub, &channel, admission.expires_at));
         }
+        link.expires_at(admission.deadline(), is_rich);
+        let mut renewing: Option<rich::Renewing> = None;
         let mut wake = channel.wake.subscribe();
         let mut timer = pin!(tokio::time::sleep_until(link.next_deadline()));
         let mut stop = pin!(Some(stop.cancelled_owned()));
@@ -65,7 +74,9 @@ impl Session {
             // Only what changes after this line needs to wake us.
             wake.mark_unchanged();
             while let Some(request) = link.next_request() {
-                if let Some(answer) = rich::handle(&request, &mut subscriptions, &hub, &channel) {
+                let mut asker =
+                    rich::Asker { subscriptions: &mut subscriptions, admission: &admission, renewing: &mut renewing };
+                if let Some(answer) = rich::handle(&request, &mut asker, &hub, &channel) {
                     link.answer(&answer);
                 }
             }
@@ -80,8 +91,15 @@ impl Session {
             let is_hungry = link.is_hungry();
             let event = {
                 let mut changed = pin!(is_hungry.then(|| wake.changed()));
-                let work = &mut subscriptions;
-                poll_fn(|cx| poll_event(cx, &mut link, work, changed.as_mut(), timer.as_mut(), stop.as_mut())).await
+                let (work, renewing) = (&mut subscriptions, &mut renewing);
+                poll_fn(|cx| {
+                    let event = poll_event(cx, &mut link, work, changed.as_mut(), timer.as_mut(), stop.as_mut());
+                    match renewing {
+                        Some(renewal) if event.is_pending() => Pin::new(renewal).poll(cx).map(Event::Renewed),
+                        _ => event,
+                    }
+                })
+                .await
             };
             match event {
                 Event::Written => link.count_written(&channel),
@@ -99,6 +117,16 @@ impl Session {
                         subscriptions.mark(&mut link.outgoing);
                     }
                     timer.as_mut().reset(link.next_deadline());
+                }
+                Event::Renewed(renewed) => {
+                    renewing = None;
+                    match renewed {
+                        rich::Renewed::Good { answer, expires_at } => {
+                            link.expires_at(expires_at, true);
+                            link.answer(&answer);
+                        }
+                        rich::Renewed::Bad { answer } => link.answer(&answer),
+                    }
                 }
                 Event::Stop => {
                     stop.set(None);
@@ -151,6 +179,7 @@ enum Event {
     Wake,
     Fetched(usize, Fetched),
     Timer,
+    Renewed(rich::Renewed),
     Stop,
 }
 

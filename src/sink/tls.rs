@@ -10,7 +10,7 @@ use rustls::{ClientConfig, RootCertStore};
 
 /// Why there is nothing to trust.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum NoTrust {
+pub(crate) enum NoTrust {
     #[error("cannot read {}: {error}", path.display())]
     File { path: PathBuf, error: io::Error },
     #[error("{} holds no usable certificate: {error}", path.display())]
@@ -20,7 +20,7 @@ pub(super) enum NoTrust {
 }
 
 /// Trusts the certificates in that file, or those of the system where there is none.
-pub(super) fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, NoTrust> {
+pub(crate) fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, NoTrust> {
     let mut roots = RootCertStore::empty();
     if let Some(path) = ca_file {
         add_file(path, &mut roots)?;
@@ -34,7 +34,7 @@ pub(super) fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, NoTr
 }
 
 /// Trusts no one, for clients that must be given something though they speak no TLS.
-pub(super) fn trusting_none() -> ClientConfig {
+pub(crate) fn trusting_none() -> ClientConfig {
     trusting(RootCertStore::empty())
 }
 

@@ -1,0 +1,208 @@
+//! Access: who asks, and what they may do, on every route.
+//!
+//! Owns the keys and issuers that are believed, where credentials are looked for, the scopes, the tickets, and the
+//! binding of principals to tenants. Promises that with credentials asked for nobody gets past without them, that a
+//! principal bound to a tenant is shown nothing else on any path, and that nothing of what callers show is ever
+//! printed. Knows nothing of what the routes do: those ask [`Access`] and [`Principal`].
+
+mod config;
+mod extract;
+mod jwks;
+mod jwt;
+mod keys;
+mod principal;
+mod scope;
+mod ticket;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
+use jiff::Timestamp;
+
+pub use config::{AuthConfig, AuthMode, IssuerConfig, KeyConfig, MetricsAccess};
+pub use jwt::{NotSigned, TokenRequest, sign};
+pub use keys::{InvalidKeyHash, KeyHash, new_key};
+pub use scope::{Names, Scope, UnknownScope};
+
+pub(super) use extract::{Shown, page};
+pub(super) use principal::Principal;
+pub(super) use scope::Deed;
+pub(super) use ticket::LIFETIME as TICKET_LIFETIME;
+
+use crate::relay::{Admission, NotRenewed, Renewal};
+use extract::Credential;
+use jwt::Issuers;
+use keys::Keys;
+use ticket::Tickets;
+
+/// Why someone is not let in, or may not do something. Holds nothing of what was shown.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Denied {
+    #[error(
+        "credentials are needed: Authorization: Bearer, X-API-Key, the cookie access_token; for WebSockets and feeds also a ticket"
+    )]
+    Missing,
+    #[error("the Authorization header must be: Bearer, and a key or token")]
+    Scheme,
+    #[error("the token makes no sense")]
+    Malformed,
+    #[error("the key is not known")]
+    UnknownKey,
+    #[error("the ticket is not known: it was used, is older than 30 seconds, or is for another page")]
+    Ticket,
+    #[error("the issuer of the token is not known")]
+    UnknownIssuer,
+    #[error("the token is signed with an algorithm that its issuer does not use")]
+    Algorithm,
+    #[error("the token is signed with a key that its issuer does not have")]
+    UnknownKid,
+    #[error("the signature of the token is wrong")]
+    Signature,
+    #[error("the token is for another audience")]
+    Audience,
+    #[error("the token or key has expired")]
+    Expired,
+    #[error("the token is not good yet")]
+    NotYet,
+    #[error("the claim `{0}` of the token is missing or makes no sense")]
+    Claim(&'static str),
+    #[error("the token must name one tenant")]
+    Tenant,
+    #[error("the keys of the token's issuer can't be read now")]
+    Unavailable,
+    #[error("the scope {0} is needed")]
+    Scope(String),
+    #[error("this shows what all tenants have, and you are bound to one")]
+    AllTenants,
+}
+
+/// Who is let in, and to what. Cheap to clone.
+#[derive(Clone)]
+pub struct Access {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    is_required: bool,
+    are_metrics_open: bool,
+    keys: Keys,
+    issuers: Issuers,
+    tickets: Tickets,
+}
+
+impl fmt::Debug for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Access").field("is_required", &self.inner.is_required).finish_non_exhaustive()
+    }
+}
+
+impl Access {
+    /// Reads the files that the configuration names, and connects to nothing. Fails with every problem and its key
+    /// below `auth`.
+    pub fn open(config: &AuthConfig, is_loopback: bool) -> Result<Self, Vec<(String, String)>> {
+        let is_required = config.is_required();
+        let are_metrics_open = match config.metrics {
+            MetricsAccess::Open => true,
+            MetricsAccess::Loopback => is_loopback,
+            MetricsAccess::Admin => false,
+        };
+        let inner = Inner {
+            is_required,
+            are_metrics_open,
+            keys: Keys::new(&config.keys),
+            issuers: Issuers::open(&config.issuers)?,
+            tickets: Tickets::default(),
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Fetches the key sets of all issuers, to tell whether that works. Fails with the key below `auth`.
+    pub async fn check(&self) -> Result<(), (String, String)> {
+        self.inner.issuers.check().await
+    }
+
+    pub(super) fn are_metrics_open(&self) -> bool {
+        !self.inner.is_required || self.inner.are_metrics_open
+    }
+
+    /// Whoever asks. Waits where an issuer's keys have to be fetched first, some seconds at most.
+    pub(super) async fn principal(&self, shown: Shown<'_>) -> Result<Principal, Denied> {
+        if !self.inner.is_required {
+            return Ok(Principal::anyone());
+        }
+        match Credential::of(shown)?.ok_or(Denied::Missing)? {
+            Credential::Token(token) => self.of_token(&token).await,
+            Credential::Ticket { text, origin } => {
+                let principal = self.inner.tickets.take(&text, origin.as_deref(), Instant::now());
+                let principal = principal.ok_or(Denied::Ticket)?;
+                let is_over = principal.expires_at().is_some_and(|at| at <= SystemTime::now());
+                if is_over { Err(Denied::Expired) } else { Ok(principal) }
+            }
+        }
+    }
+
+    async fn of_token(&self, token: &str) -> Result<Principal, Denied> {
+        if token.starts_with(keys::PREFIX) {
+            self.inner.keys.find(token, Timestamp::now())
+        } else {
+            self.inner.issuers.verify(token).await
+        }
+    }
+
+    /// A ticket for one WebSocket or feed, to be opened by a page of that origin; nothing where too many wait.
+    pub(super) fn ticket(&self, principal: &Principal, origin: Option<String>) -> Option<String> {
+        self.inner.tickets.give(principal, origin, Instant::now())
+    }
+
+    /// On what terms a principal may watch a channel.
+    pub(super) fn admission(&self, principal: &Principal, channel: &str) -> Result<Admission, Denied> {
+        let deed = Deed::Watch(channel);
+        if !principal.may(deed) {
+            return Err(Denied::Scope(deed.to_string()));
+        }
+        let renewer = || -> Arc<dyn Renewal> {
+            Arc::new(Renewer { access: self.clone(), principal: principal.clone(), channel: channel.to_owned() })
+        };
+        Ok(Admission {
+            filter: principal.sight().clone(),
+            principal: principal.shared_id(),
+            expires_at: principal.expires_at(),
+            renewal: self.inner.is_required.then(renewer),
+        })
+    }
+}
+
+/// Lets a principal watch a channel for longer.
+struct Renewer {
+    access: Access,
+    principal: Principal,
+    channel: String,
+}
+
+impl fmt::Debug for Renewer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Renewer")
+    }
+}
+
+impl Renewal for Renewer {
+    fn renew(&self, token: String) -> BoxFuture<'static, Result<Option<SystemTime>, NotRenewed>> {
+        let (access, principal, channel) = (self.access.clone(), self.principal.clone(), self.channel.clone());
+        async move {
+            let renewed = access.of_token(&token).await.map_err(|denied| match denied {
+                Denied::Unavailable => NotRenewed::Unavailable(denied.to_string()),
+                _ => NotRenewed::Unauthenticated(denied.to_string()),
+            })?;
+            if !renewed.is_same(&principal) {
+                let text = "the token is another principal's or tenant's: connect anew with it";
+                return Err(NotRenewed::Forbidden(text.to_owned()));
+            }
+            let admission = access.admission(&renewed, &channel);
+            admission.map(|admission| admission.expires_at).map_err(|denied| NotRenewed::Forbidden(denied.to_string()))
+        }
+        .boxed()
+    }
+}

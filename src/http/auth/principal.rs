@@ -1,0 +1,138 @@
+//! Who asks, and what they may do.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use super::scope::{Deed, Scope};
+use crate::event::{DeadLetter, Entry, NewEvent};
+use crate::relay::{Attribute, Filter};
+
+/// Whoever made a request. Cheap to clone.
+#[derive(Clone, PartialEq)]
+pub(in crate::http) struct Principal(Arc<Who>);
+
+#[derive(PartialEq)]
+struct Who {
+    /// Nothing where nobody is asked for credentials.
+    id: Option<Arc<str>>,
+    scopes: Vec<Scope>,
+    tenant: Option<Box<str>>,
+    /// What of the entries this one may see.
+    sight: Filter,
+    expires_at: Option<SystemTime>,
+}
+
+impl Principal {
+    /// Whoever there is, where nobody is asked for credentials.
+    pub(super) fn anyone() -> Self {
+        let scopes = vec![Scope::Admin];
+        Self(Arc::new(Who { id: None, scopes, tenant: None, sight: Filter::default(), expires_at: None }))
+    }
+
+    pub(super) fn new(id: String, scopes: Vec<Scope>, tenant: Option<String>, expires_at: Option<SystemTime>) -> Self {
+        let sight = tenant.as_ref().map(|tenant| Filter::is(Attribute::Tenant, tenant)).unwrap_or_default();
+        let tenant = tenant.map(String::into_boxed_str);
+        Self(Arc::new(Who { id: Some(id.into()), scopes, tenant, sight, expires_at }))
+    }
+
+    /// `key:<name>`, or the issuer and subject of a token; nothing where nobody is asked for credentials.
+    pub(in crate::http) fn id(&self) -> Option<&str> {
+        self.0.id.as_deref()
+    }
+
+    pub(super) fn shared_id(&self) -> Option<Arc<str>> {
+        self.0.id.clone()
+    }
+
+    /// The tenant that this one is bound to.
+    pub(in crate::http) fn tenant(&self) -> Option<&str> {
+        self.0.tenant.as_deref()
+    }
+
+    pub(super) fn expires_at(&self) -> Option<SystemTime> {
+        self.0.expires_at
+    }
+
+    pub(in crate::http) fn may(&self, deed: Deed<'_>) -> bool {
+        self.0.scopes.iter().any(|scope| scope.allows(deed))
+    }
+
+    /// What of the entries this one may see at most.
+    pub(in crate::http) fn sight(&self) -> &Filter {
+        &self.0.sight
+    }
+
+    /// Whether this one may see an entry; a dead letter is judged as the entry that it was before.
+    pub(in crate::http) fn sees(&self, entry: &Entry) -> bool {
+        if self.0.sight.is_empty() {
+            return true;
+        }
+        match DeadLetter::from_entry(entry) {
+            Some(letter) => self.0.sight.passes(&Entry { id: letter.id, fields: letter.fields }),
+            None => self.0.sight.passes(entry),
+        }
+    }
+
+    /// Makes an event the tenant's, whose it must be if it says. Fails with the tenant that it must be of.
+    pub(in crate::http) fn claim(&self, event: &mut NewEvent) -> Result<(), &str> {
+        let Some(tenant) = self.tenant() else { return Ok(()) };
+        event.set_tenant(tenant);
+        if event.tenant() == Some(tenant) { Ok(()) } else { Err(tenant) }
+    }
+
+    /// Whether it is the same one, bound in the same way, whatever it may do.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        self.id() == other.id() && self.tenant() == other.tenant()
+    }
+}
+
+impl fmt::Debug for Principal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Principal").field("scopes", &self.0.scopes).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+
+    fn bound(tenant: &str) -> Principal {
+        Principal::new("key:x".to_owned(), Vec::new(), Some(tenant.to_owned()), None)
+    }
+
+    fn event(payload: &'static str) -> NewEvent {
+        NewEvent::parse(Bytes::from_static(payload.as_bytes())).expect("an event")
+    }
+
+    #[test]
+    fn an_event_becomes_the_tenants_unless_it_is_anothers() {
+        for payload in
+            ["{}", r#"{"tenant":"acme"}"#, r#"{"tenant_id":"acme"}"#, r#"{"tenant":null}"#, r#"{"tenant":""}"#]
+        {
+            let mut event = event(payload);
+            assert_eq!(bound("acme").claim(&mut event), Ok(()), "{payload}");
+            assert_eq!(event.tenant(), Some("acme"));
+        }
+        for payload in [r#"{"tenant":"globex"}"#, r#"{"tenant":"ACME"}"#, r#"{"tenant_id":"globex"}"#] {
+            assert_eq!(bound("acme").claim(&mut event(payload)), Err("acme"), "{payload}");
+        }
+        let mut anothers = event(r#"{"tenant":"globex"}"#);
+        assert_eq!(Principal::anyone().claim(&mut anothers), Ok(()));
+        assert_eq!(anothers.tenant(), Some("globex"));
+    }
+
+    #[test]
+    fn a_bound_principal_sees_its_tenant_alone() {
+        let entry = |tenant: &'static str| Entry {
+            id: crate::event::EntryId::MIN,
+            fields: [(Bytes::from_static(b"tenant"), Bytes::from_static(tenant.as_bytes()))].into_iter().collect(),
+        };
+        assert!(bound("acme").sees(&entry("acme")) && !bound("acme").sees(&entry("globex")));
+        assert!(Principal::anyone().sees(&entry("globex")));
+        let nobodys = Entry { id: crate::event::EntryId::MIN, fields: crate::event::Fields::default() };
+        assert!(!bound("acme").sees(&nobodys), "what is nobody's is not this one's either");
+    }
+}
