@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use aurora_bus::http::{AuthConfig, IssuerConfig};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::sink::{SinkConfig, WebhookConfig};
 
@@ -23,18 +24,19 @@ fn the_readme_lists_every_metric() {
     assert_eq!(table, expected, "the table in the README should be:\n{expected}");
 }
 
-/// The table of a sink as the configuration file shows it, in comments.
-fn commented_sink(table: &str) -> toml::Table {
+/// A table as the configuration file shows it, in comments.
+fn commented_table(table: &str) -> toml::Table {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(aurora_bus::config::DEFAULT_FILE);
     let text = fs::read_to_string(file).expect("the documented configuration");
-    let (_, rest) = text.split_once(&format!("# [{table}]\n")).expect("the table begins");
+    let begin = [format!("# [{table}]\n"), format!("# [[{table}]]\n")];
+    let (_, rest) = begin.iter().find_map(|begin| text.split_once(begin)).expect("the table begins");
     let lines = rest.lines().map_while(|line| line.strip_prefix("# "));
     toml::from_str(&lines.collect::<Vec<_>>().join("\n")).expect("TOML")
 }
 
 #[test]
 fn every_key_of_a_webhook_is_documented_with_its_default() {
-    let shown = commented_sink("sinks.siem");
+    let shown = commented_table("sinks.siem");
     let config: SinkConfig = shown.clone().try_into().expect("a webhook");
     let SinkConfig::Webhook(config) = config else { panic!("{config:?} is no webhook") };
     let shown_defaults = WebhookConfig { secret_file: None, ca_file: None, headers: [].into(), ..config };
@@ -52,4 +54,22 @@ fn every_key_of_a_webhook_is_documented_with_its_default() {
     let mut shown: Vec<String> = shown.map(str::to_owned).collect();
     shown.sort();
     assert_eq!(keys, shown);
+}
+
+#[test]
+fn every_key_of_keys_and_issuers_is_documented_with_its_default() {
+    let (key, issuer) = (commented_table("auth.keys"), commented_table("auth.issuers"));
+    let mut auth = toml::Table::new();
+    auth.insert("keys".to_owned(), vec![key.clone()].into());
+    auth.insert("issuers".to_owned(), vec![issuer.clone()].into());
+    let config: AuthConfig = auth.try_into().expect("a key and an issuer");
+    assert_eq!(config.problems(), []);
+    let printed = toml::Table::try_from(&config).expect("TOML");
+    assert_eq!(printed["keys"][0].as_table(), Some(&key));
+    assert_eq!(printed["issuers"][0].as_table(), Some(&issuer));
+    let least: IssuerConfig = toml::from_str("issuer = \"i\"\naudience = \"a\"\nalgorithms = []").expect("an issuer");
+    for (name, default) in toml::Table::try_from(&least).expect("TOML") {
+        let is_given = ["issuer", "audience", "algorithms"].contains(&name.as_str());
+        assert!(is_given || issuer.get(&name) == Some(&default), "`{name}` is {default} by default");
+    }
 }

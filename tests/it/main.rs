@@ -1,6 +1,7 @@
 //! The tests that need servers, sockets or files: one binary for all of them.
 
 mod api;
+mod auth;
 mod bench;
 mod browser;
 mod crash;

@@ -1,0 +1,84 @@
+//! What happens to those who are connected when their token expires.
+
+use std::time::{Duration, Instant};
+
+use reqwest::StatusCode;
+use serde_json::json;
+use tokio::time::timeout;
+
+use super::watching::{closed, frame, open, say};
+use super::{STREAMS, ask, bearer, issuer_toml, token};
+use crate::support::app::{BOUND, Home};
+
+const SCOPES: &[&str] = &["ws:alerts"];
+const RICH: (&str, &str) = ("sec-websocket-protocol", "aurora.v1");
+
+fn home() -> Home {
+    Home::new(&format!("{STREAMS}\n{}", issuer_toml()))
+}
+
+#[tokio::test]
+async fn sockets_and_feeds_end_when_their_token_expires() {
+    let home = home();
+    let daemon = home.start().await;
+    let token = bearer(&token("ann", SCOPES, None, 3));
+    let began = Instant::now();
+    let (mut plain, _) = open(&daemon, "alerts", &[("authorization", &token)]).await.expect("let in");
+    let (mut rich, _) = open(&daemon, "alerts", &[("authorization", &token), RICH]).await.expect("let in");
+    let mut feed = ask(&daemon, "GET", "/api/v1/feeds/alerts", &[("authorization", &token)], "").await;
+    assert_eq!(feed.status(), StatusCode::OK);
+    assert_eq!(frame(&mut rich).await["t"], "welcome");
+    let warning = frame(&mut rich).await;
+    assert!(warning["t"] == "expiring" && warning["in"].as_u64().is_some_and(|left| left <= 3), "{warning}");
+    assert_eq!(closed(&mut plain).await.0, 4003);
+    let (code, reason) = closed(&mut rich).await;
+    assert!(code == 4003 && reason.starts_with("expired: "), "{code} {reason}");
+    let rest = timeout(BOUND, feed.chunk()).await.expect("it ends").expect("properly");
+    assert_eq!(rest, None);
+    assert!(began.elapsed() >= Duration::from_secs(1), "not before its time");
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn a_newer_token_of_the_same_principal_lets_a_socket_live_on() {
+    let home = home();
+    let daemon = home.start().await;
+    let first = bearer(&token("ann", SCOPES, Some("acme"), 4));
+    let (mut socket, _) = open(&daemon, "alerts", &[("authorization", &first), RICH]).await.expect("let in");
+    assert_eq!(frame(&mut socket).await["t"], "welcome");
+    assert_eq!(frame(&mut socket).await["t"], "expiring");
+    let bad = [
+        (json!(token("bob", SCOPES, Some("acme"), 600)), 403),
+        (json!(token("ann", SCOPES, Some("globex"), 600)), 403),
+        (json!(token("ann", SCOPES, None, 600)), 403),
+        (json!(token("ann", &["ws:agent_thoughts"], Some("acme"), 600)), 403),
+        (json!("nonsense"), 401),
+        (json!("ab_guess"), 401),
+    ];
+    for (index, (token, code)) in bad.into_iter().enumerate() {
+        say(&mut socket, json!({"op": "auth", "id": index, "token": token})).await;
+        let answer = frame(&mut socket).await;
+        assert_eq!(
+            (&answer["t"], &answer["id"], &answer["code"]),
+            (&json!("error"), &json!(index), &json!(code)),
+            "{answer}"
+        );
+    }
+    say(&mut socket, json!({"op": "auth", "id": 90})).await;
+    assert_eq!(frame(&mut socket).await["code"], 400);
+    say(&mut socket, json!({"op": "auth", "id": 91, "token": token("ann", SCOPES, Some("acme"), 600)})).await;
+    let answer = frame(&mut socket).await;
+    assert!(answer["t"] == "ok" && answer["id"] == 91 && answer["exp"].is_u64(), "{answer}");
+    // Past the end of the first token, the socket is still answered.
+    let past = Instant::now() + Duration::from_secs(5);
+    while Instant::now() < past {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        say(&mut socket, json!({"op": "ping", "id": 92})).await;
+        assert_eq!(frame(&mut socket).await["t"], "pong");
+    }
+    // A token that ends sooner shortens the stay.
+    say(&mut socket, json!({"op": "auth", "id": 93, "token": token("ann", SCOPES, Some("acme"), 2)})).await;
+    assert_eq!(frame(&mut socket).await["t"], "ok");
+    assert_eq!(closed(&mut socket).await.0, 4003);
+    daemon.stop().await;
+}

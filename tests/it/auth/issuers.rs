@@ -1,0 +1,129 @@
+//! Tokens whose issuer publishes its keys.
+
+use std::sync::{Arc, Mutex};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use jsonwebtoken::jwk::Jwk;
+use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
+use reqwest::StatusCode;
+use serde_json::json;
+
+use super::{EVENTS, STREAMS, asks};
+use crate::support::app::{BOUND, Home};
+use crate::support::receiver::{Receiver, Reply};
+use crate::support::until;
+
+/// A key pair of an issuer, by its name in tokens.
+struct Pair {
+    kid: &'static str,
+    private: EncodingKey,
+}
+
+impl Pair {
+    fn new(kid: &'static str) -> Self {
+        let pair = aws_lc_rs::signature::Ed25519KeyPair::generate().expect("a key");
+        let der = pair.to_pkcs8v1().expect("a key");
+        Self { kid, private: EncodingKey::from_ed_der(der.as_ref()) }
+    }
+
+    fn jwk(&self) -> Jwk {
+        let mut jwk = Jwk::from_encoding_key(&self.private, Algorithm::EdDSA).expect("a key");
+        jwk.common.key_id = Some(self.kid.to_owned());
+        jwk
+    }
+
+    fn token(&self) -> String {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs();
+        let claims = json!({"iss": "far", "aud": "bus", "sub": "ann", "exp": now + 600, "scope": "read:*"});
+        let header = Header { kid: Some(self.kid.to_owned()), ..Header::new(Algorithm::EdDSA) };
+        encode(&header, &claims, &self.private).expect("a token")
+    }
+}
+
+fn set(pairs: &[&Pair]) -> String {
+    json!({"keys": pairs.iter().map(|pair| pair.jwk()).collect::<Vec<_>>()}).to_string()
+}
+
+fn home(url: &str) -> Home {
+    let issuer = format!(
+        "[[auth.issuers]]\nissuer = \"far\"\naudience = \"bus\"\nalgorithms = [\"EdDSA\"]\njwks_url = \"{url}\"\n\
+         refresh_floor = \"200ms\"\n"
+    );
+    Home::new(&format!("{STREAMS}\n{issuer}"))
+}
+
+#[tokio::test]
+async fn an_issuer_changes_its_keys_while_the_daemon_runs() {
+    let (one, two) = (Pair::new("one"), Pair::new("two"));
+    let published = Arc::new(Mutex::new(set(&[&one])));
+    let shown = published.clone();
+    let server = Receiver::start(move |_| {
+        let body = shown.lock().expect("not poisoned").clone();
+        Reply::With(200, ("content-type", "application/json".to_owned()), body)
+    })
+    .await;
+    let home = home(&server.url("/jwks"));
+    let daemon = home.start().await;
+    assert_eq!(asks(&daemon, &one.token(), "GET", EVENTS, "").await.0, StatusCode::OK);
+    for _ in 0..20 {
+        assert_eq!(asks(&daemon, &one.token(), "GET", EVENTS, "").await.0, StatusCode::OK);
+    }
+    assert_eq!(server.received().len(), 1, "keys are kept");
+    assert_eq!(asks(&daemon, &two.token(), "GET", EVENTS, "").await.0, StatusCode::UNAUTHORIZED);
+
+    *published.lock().expect("not poisoned") = set(&[&one, &two]);
+    until("token of the new key that is taken", BOUND, async || {
+        (asks(&daemon, &two.token(), "GET", EVENTS, "").await.0 == StatusCode::OK).then_some(())
+    })
+    .await;
+    assert_eq!(asks(&daemon, &one.token(), "GET", EVENTS, "").await.0, StatusCode::OK, "both are good");
+
+    *published.lock().expect("not poisoned") = set(&[&two]);
+    let unknown = Pair::new("three");
+    until("reading of the set without the old key", BOUND, async || {
+        asks(&daemon, &unknown.token(), "GET", EVENTS, "").await;
+        (asks(&daemon, &one.token(), "GET", EVENTS, "").await.0 == StatusCode::UNAUTHORIZED).then_some(())
+    })
+    .await;
+    assert_eq!(asks(&daemon, &two.token(), "GET", EVENTS, "").await.0, StatusCode::OK);
+
+    let before = server.received().len();
+    let began = std::time::Instant::now();
+    for _ in 0..50 {
+        asks(&daemon, &unknown.token(), "GET", EVENTS, "").await;
+    }
+    let most = began.elapsed().as_millis() / 200 + 2;
+    let asked = server.received().len() - before;
+    assert!(asked as u128 <= most, "made-up keys made the daemon ask {asked} times in {:?}", began.elapsed());
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn an_issuer_that_is_away_or_talks_nonsense_locks_nobody_out_for_good() {
+    let pair = Pair::new("one");
+    let mut server = Receiver::start({
+        let body = set(&[&pair]);
+        let answers =
+            Mutex::new(vec![Reply::Endless(200), Reply::Status(500), Reply::With(200, ("x", "y".into()), "{}".into())]);
+        move |_| {
+            let first = answers.lock().expect("not poisoned").pop();
+            first.unwrap_or_else(|| Reply::With(200, ("content-type", "application/json".to_owned()), body.clone()))
+        }
+    })
+    .await;
+    let home = home(&server.url("/jwks"));
+    server.go_down().await;
+    let daemon = home.start().await;
+    let (status, problem) = asks(&daemon, &pair.token(), "GET", EVENTS, "").await;
+    assert_eq!((status, &problem["code"]), (StatusCode::SERVICE_UNAVAILABLE, &json!("auth_unavailable")));
+    server.come_up().await;
+    until("token that is taken", BOUND, async || {
+        (asks(&daemon, &pair.token(), "GET", EVENTS, "").await.0 == StatusCode::OK).then_some(())
+    })
+    .await;
+    assert_eq!(server.received().len(), 4, "three bad answers before the good one");
+    server.go_down().await;
+    assert_eq!(asks(&daemon, &Pair::new("two").token(), "GET", EVENTS, "").await.0, StatusCode::UNAUTHORIZED);
+    assert_eq!(asks(&daemon, &pair.token(), "GET", EVENTS, "").await.0, StatusCode::OK, "known keys stay");
+    daemon.stop().await;
+}

@@ -1,0 +1,188 @@
+//! What callers show and what the configuration holds is told to nobody.
+
+use std::fs;
+use std::net::TcpListener;
+
+use futures_util::StreamExt as _;
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+
+use super::watching::{frame, open, say};
+use super::{EVENTS, Keys, SECRET, STREAMS, ask, asks, bearer, issuer_toml, token};
+use crate::support::app::Home;
+
+#[tokio::test]
+async fn the_log_holds_no_credentials_at_its_finest_level() {
+    let mut keys = Keys::default();
+    let key = keys.add("ops", &["admin"], None);
+    let home = Home::new(&format!("{STREAMS}\n[log]\nlevel = \"trace\"\n{}{}", keys.toml, issuer_toml()));
+    let daemon = home.start().await;
+    let good = token("ann", &["admin"], None, 600);
+    let expired = {
+        let token = token("ann", &["admin"], None, 0);
+        format!("{token}x")
+    };
+    for shown in [&key, &good, &expired] {
+        let cookie = format!("access_token={shown}");
+        for (name, value) in [("authorization", bearer(shown)), ("x-api-key", shown.clone()), ("cookie", cookie)] {
+            ask(&daemon, "GET", EVENTS, &[(name, &value)], "").await;
+            ask(&daemon, "POST", "/api/v1/alerts", &[(name, &value)], "{}").await;
+        }
+        for target in ["alerts?v=1&token=", "alerts?token="] {
+            let opened = open(&daemon, &format!("{target}{shown}"), &[]).await;
+            assert_eq!(opened.is_ok(), *shown != expired);
+        }
+        let offer = format!("aurora.v1, bearer.{shown}");
+        if let Ok((mut socket, _)) = open(&daemon, "alerts", &[("sec-websocket-protocol", &offer)]).await {
+            assert_eq!(frame(&mut socket).await["t"], "welcome");
+            say(&mut socket, json!({"op": "auth", "id": 1, "token": shown})).await;
+            assert_eq!(frame(&mut socket).await["t"], "ok");
+        }
+        let page = [("sec-websocket-protocol", offer.as_str()), ("origin", "http://127.0.0.1")];
+        let (mut socket, _) = open(&daemon, "alerts", &page).await.expect("a page is let in");
+        drop(socket.next().await);
+        ask(&daemon, "GET", &format!("/api/v1/feeds/alerts?token={shown}"), &[], "").await;
+    }
+    let (_, answer) = asks(&daemon, &key, "POST", "/api/v1/ws/ticket", "").await;
+    let ticket = answer["ticket"].as_str().expect("a ticket").to_owned();
+    let feed = format!("/api/v1/feeds/alerts?ticket={ticket}");
+    assert_eq!(ask(&daemon, "GET", &feed, &[], "").await.status(), StatusCode::OK);
+    assert_eq!(ask(&daemon, "GET", &feed, &[], "").await.status(), StatusCode::UNAUTHORIZED);
+    daemon.signal("TERM");
+    let ended = daemon.ended().await;
+    assert!(ended.log.contains("request answered"), "the log is at its finest level");
+    let signature = |token: &str| token.rsplit('.').next().expect("a part").to_owned();
+    for secret in [&*key, &*good, &*expired, &*signature(&good), &*ticket, SECRET] {
+        let told = ended.log.lines().find(|line| line.contains(secret));
+        assert_eq!(told, None, "{secret} is in the log");
+    }
+}
+
+#[test]
+fn keys_are_compared_in_a_time_that_tells_nothing() {
+    let source = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/http/auth/keys.rs");
+    let source = fs::read_to_string(source).expect("the source");
+    let (_, rest) = source.split_once("fn find(").expect("where keys are looked for");
+    let (find, _) = rest.split_once("\n    }\n}").expect("its end");
+    assert!(find.contains(".hash.is(&hash)") && !find.contains("=="), "{find}");
+    let (_, rest) = source.split_once("fn is(").expect("how hashes are compared");
+    assert!(rest.lines().nth(1).expect("a line").contains("verify_slices_are_equal"));
+}
+
+#[test]
+fn the_configuration_is_printed_without_its_secrets() {
+    let home = Home::new(&format!("{STREAMS}\n{}", issuer_toml()));
+    let config = home.path("aurora-bus.toml");
+    let output = home.run(&["config", "--config", config.to_str().expect("UTF-8")]);
+    let printed = String::from_utf8(output.stdout).expect("text");
+    assert!(printed.contains("[[auth.issuers]]") && printed.contains("secret = \"********\""), "{printed}");
+    assert!(!printed.contains(SECRET));
+}
+
+#[test]
+fn every_mistake_is_told_with_its_key_and_no_secret() {
+    let secret_file = tempfile::NamedTempFile::new().expect("a temporary file");
+    fs::write(secret_file.path(), "tooshort").expect("written");
+    let toml = format!(
+        "{STREAMS}\n[auth]\nmode = \"none\"\n[[auth.keys]]\nname = \"a b\"\nhash = \"sha256:{}\"\nscopes = []\n\
+         [[auth.issuers]]\nissuer = \"i\"\naudience = \"a\"\nalgorithms = [\"RS256\"]\nsecret = \"{SECRET}\"\n",
+        "0".repeat(64)
+    );
+    let home = Home::new(&toml);
+    let config = home.path("aurora-bus.toml");
+    let output = home.run(&["check", "--config", config.to_str().expect("UTF-8")]);
+    let told = String::from_utf8(output.stderr).expect("text");
+    assert_eq!(output.status.code(), Some(2), "{told}");
+    for path in ["auth.mode: ", "auth.keys[0].name: ", "auth.keys[0].scopes: ", "auth.issuers[0].algorithms: "] {
+        assert!(told.contains(path), "{path} is not in {told}");
+    }
+    assert!(!told.contains(SECRET), "{told}");
+
+    let issuers = format!(
+        "[[auth.issuers]]\nissuer = \"i\"\naudience = \"a\"\nalgorithms = [\"HS256\"]\nsecret_file = {:?}\n\
+         [[auth.issuers]]\nissuer = \"j\"\naudience = \"a\"\nalgorithms = [\"RS256\"]\npublic_key_file = \"nowhere.pem\"\n",
+        secret_file.path()
+    );
+    let home = Home::new(&format!("{STREAMS}\n{issuers}"));
+    let config = home.path("aurora-bus.toml");
+    for arguments in [&["check", "--connect"][..], &["serve"]] {
+        let arguments = [arguments, &["--config", config.to_str().expect("UTF-8")]].concat();
+        let output = home.run(&arguments);
+        let told = String::from_utf8(output.stderr).expect("text");
+        assert_eq!(output.status.code(), Some(2), "{told}");
+        for path in ["auth.issuers[0].secret_file: ", "auth.issuers[1].public_key_file: cannot read nowhere.pem"] {
+            assert!(told.contains(path), "{path} is not in {told}");
+        }
+        assert!(!told.contains("tooshort"), "{told}");
+    }
+}
+
+#[tokio::test]
+async fn a_listener_that_others_can_reach_needs_credentials_or_a_word() {
+    let port = TcpListener::bind("127.0.0.1:0").expect("a free port").local_addr().expect("its address").port();
+    let listen = format!("0.0.0.0:{port}");
+    let mut keys = Keys::default();
+    keys.add("ops", &["admin"], None);
+    for (toml, is_fine) in [("", false), ("[auth]\nmode = \"none\"", true), (keys.toml.as_str(), true)] {
+        let home = Home::new(&format!("{STREAMS}\n{toml}"));
+        let config = home.path("aurora-bus.toml");
+        let output = home.run(&["check", "--config", config.to_str().expect("UTF-8"), "--listen", &listen]);
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.success(), is_fine, "{toml}: {told}");
+        assert_eq!(told.contains("http.listen: "), !is_fine, "{told}");
+    }
+}
+
+#[tokio::test]
+async fn the_command_line_makes_keys_and_tokens_and_shows_them() {
+    let home = Home::new(STREAMS);
+    let made = home.run(&[
+        "token",
+        "key",
+        "--name",
+        "ops",
+        "--scope",
+        "read:*",
+        "--scope",
+        "publish:*",
+        "--expires-in",
+        "90d",
+    ]);
+    let printed = String::from_utf8(made.stdout).expect("text");
+    let (key, declared) = printed.split_once('\n').expect("a key and its declaration");
+    assert!(key.starts_with("ab_") && !declared.contains(key), "{printed}");
+    for (arguments, flag) in
+        [(["--name", "a b", "--scope", "admin"], "--name"), (["--name", "a", "--scope", "root"], "--scope")]
+    {
+        let refused = home.run(&[&["token", "key"][..], &arguments].concat());
+        let told = String::from_utf8(refused.stderr).expect("text");
+        assert!(!refused.status.success() && told.contains(flag), "{told}");
+    }
+
+    let home = Home::new(&format!("{STREAMS}\n{declared}\n{}", issuer_toml()));
+    let daemon = home.start().await;
+    let config = home.path("aurora-bus.toml");
+    let config = config.to_str().expect("UTF-8");
+    let made =
+        home.run(&["token", "jwt", "--config", config, "--subject", "ann", "--scope", "read:*", "--tenant", "acme"]);
+    let token = String::from_utf8(made.stdout).expect("text").trim().to_owned();
+    let url = daemon.url("");
+    let event = home.path("event.json");
+    fs::write(&event, "{\"n\":1}\n").expect("written");
+    let publish = ["publish", "aurora:alerts", event.to_str().expect("UTF-8"), "--url", &url];
+    assert!(!home.run(&publish).status.success(), "without a key");
+    let published = home.run(&[&publish[..], &["--token", key]].concat());
+    assert!(published.status.success(), "{}", String::from_utf8_lossy(&published.stderr));
+    let tail = |token: &str| {
+        let tail =
+            ["tail", "aurora:alerts", "--since", "earliest", "--no-follow", "--data", "--url", &url, "--token", token];
+        let output = home.run(&tail);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).expect("text")
+    };
+    assert_eq!(tail(key), "{\"n\":1}\n");
+    assert_eq!(tail(&token), "", "another tenant's");
+    let (_, answer) = asks(&daemon, &token, "GET", EVENTS, "").await;
+    assert_eq!(answer["events"], Value::Array(Vec::new()));
+    daemon.stop().await;
+}

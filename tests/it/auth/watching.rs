@@ -1,0 +1,188 @@
+//! Dashboards that must show who they are.
+
+use futures_util::{SinkExt as _, StreamExt as _};
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+use tokio::time::timeout;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
+use tokio_tungstenite::tungstenite::http::{HeaderName, HeaderValue};
+use tokio_tungstenite::tungstenite::{Error, Message};
+
+use super::{Keys, ask, asks, bearer, issuer_toml, token};
+use crate::support::app::{BOUND, Daemon, Home, Socket, next_text};
+use crate::support::until;
+
+/// Opens a WebSocket; the subprotocol that was answered comes with it.
+pub(super) async fn open(
+    daemon: &Daemon,
+    target: &str,
+    headers: &[(&'static str, &str)],
+) -> Result<(Socket, Option<String>), StatusCode> {
+    let mut request =
+        daemon.url(&format!("/api/v1/ws/{target}")).replacen("http", "ws", 1).into_client_request().expect("a URL");
+    for (name, value) in headers {
+        let value = HeaderValue::from_str(value).expect("a value");
+        request.headers_mut().insert(HeaderName::from_static(name), value);
+    }
+    match tokio_tungstenite::connect_async(request).await {
+        Ok((socket, response)) => {
+            let protocol = response.headers().get("sec-websocket-protocol");
+            Ok((socket, protocol.map(|value| value.to_str().expect("ASCII").to_owned())))
+        }
+        Err(Error::Http(response)) => Err(StatusCode::from_u16(response.status().as_u16()).expect("a status")),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// The code and reason with which a socket is closed; what comes before that is dropped.
+pub(super) async fn closed(socket: &mut Socket) -> (u16, String) {
+    let ends = async {
+        loop {
+            match socket.next().await.expect("a close frame").expect("a close frame") {
+                Message::Close(Some(frame)) => return (frame.code.into(), frame.reason.to_string()),
+                Message::Close(None) => panic!("closed without a code"),
+                _ => {}
+            }
+        }
+    };
+    timeout(BOUND, ends).await.expect("closed in time")
+}
+
+pub(super) async fn frame(socket: &mut Socket) -> Value {
+    serde_json::from_str(&next_text(socket).await).expect("a JSON frame")
+}
+
+pub(super) async fn say(socket: &mut Socket, request: Value) {
+    socket.send(Message::text(request.to_string())).await.expect("sent");
+}
+
+#[tokio::test]
+async fn programs_are_refused_by_status_and_pages_by_close_code() {
+    let mut keys = Keys::default();
+    let other = keys.add("other", &["ws:agent_thoughts"], None);
+    let home = keys.home();
+    let daemon = home.start().await;
+    let other = bearer(&other);
+    let cases = [
+        (vec![], StatusCode::UNAUTHORIZED, 4501, "unauthenticated: "),
+        (
+            vec![("authorization", "Bearer ab_guess")],
+            StatusCode::UNAUTHORIZED,
+            4501,
+            "unauthenticated: the key is not known",
+        ),
+        (
+            vec![("authorization", other.as_str())],
+            StatusCode::FORBIDDEN,
+            4502,
+            "forbidden: the scope ws:alerts is needed",
+        ),
+    ];
+    for (headers, status, code, reason) in cases {
+        for protocol in [None, Some(("sec-websocket-protocol", "aurora.v1"))] {
+            let headers: Vec<_> = headers.iter().copied().chain(protocol).collect();
+            assert_eq!(open(&daemon, "alerts", &headers).await.err(), Some(status), "{reason}");
+            let page: Vec<_> = headers.into_iter().chain([("origin", "http://127.0.0.1")]).collect();
+            let (mut socket, _) = open(&daemon, "alerts", &page).await.expect("a page is let in to be told");
+            let (closed_with, told) = closed(&mut socket).await;
+            assert_eq!(closed_with, code);
+            assert!(told.starts_with(reason) && told.len() <= 123, "{told}");
+        }
+    }
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn a_page_may_show_its_token_as_a_subprotocol_and_never_gets_it_back() {
+    let home = Home::new(&format!("{}\n{}", super::STREAMS, issuer_toml()));
+    let daemon = home.start().await;
+    let token = token("ann", &["ws:agent_thoughts"], None, 600);
+    let offer = format!("aurora.v1, bearer.{token}");
+    for origin in [None, Some(("origin", "http://127.0.0.1"))] {
+        let headers: Vec<_> = [("sec-websocket-protocol", offer.as_str())].into_iter().chain(origin).collect();
+        let (mut socket, protocol) = open(&daemon, "agent-thoughts", &headers).await.expect("let in");
+        assert_eq!(protocol.as_deref(), Some("aurora.v1"));
+        let welcome = frame(&mut socket).await;
+        assert!(welcome["t"] == "welcome" && welcome["exp"].is_u64(), "{welcome}");
+    }
+    let (mut socket, protocol) =
+        open(&daemon, &format!("agent-thoughts?v=1&token={token}"), &[]).await.expect("let in");
+    assert_eq!((protocol, frame(&mut socket).await["t"].clone()), (None, json!("welcome")));
+    daemon.stop().await;
+}
+
+async fn ticket(daemon: &Daemon, key: &str, headers: &[(&str, &str)], body: &str) -> String {
+    let key = bearer(key);
+    let headers: Vec<_> = headers.iter().copied().chain([("authorization", key.as_str())]).collect();
+    let response = ask(daemon, "POST", "/api/v1/ws/ticket", &headers, body).await;
+    assert_eq!(response.status(), StatusCode::OK);
+    let answer: Value = response.json().await.expect("a ticket");
+    assert_eq!(answer["expires_in"], 30);
+    answer["ticket"].as_str().expect("a text").to_owned()
+}
+
+#[tokio::test]
+async fn a_ticket_opens_one_socket_or_feed_of_its_page() {
+    const HERE: (&str, &str) = ("origin", "http://127.0.0.1:3000");
+    const THERE: (&str, &str) = ("origin", "http://127.0.0.1:4000");
+    let mut keys = Keys::default();
+    let key = keys.add("page", &["ws:alerts"], None);
+    let home = keys.home();
+    let daemon = home.start().await;
+    assert_eq!(ask(&daemon, "POST", "/api/v1/ws/ticket", &[], "").await.status(), StatusCode::UNAUTHORIZED);
+
+    let mine = ticket(&daemon, &key, &[HERE], "").await;
+    let target = format!("alerts?v=1&ticket={mine}");
+    let (mut socket, _) = open(&daemon, &target, &[HERE]).await.expect("let in");
+    assert_eq!(frame(&mut socket).await["t"], "welcome");
+    let (mut again, _) = open(&daemon, &target, &[HERE]).await.expect("a page is let in to be told");
+    assert_eq!(closed(&mut again).await.0, 4501, "used");
+
+    let mine = ticket(&daemon, &key, &[HERE], "").await;
+    let (mut stolen, _) = open(&daemon, &format!("alerts?ticket={mine}"), &[THERE]).await.expect("let in to be told");
+    assert_eq!(closed(&mut stolen).await.0, 4501, "another page's");
+    let feed = |ticket: &str| format!("/api/v1/feeds/alerts?ticket={ticket}");
+    assert_eq!(ask(&daemon, "GET", &feed(&mine), &[HERE], "").await.status(), StatusCode::UNAUTHORIZED, "gone");
+
+    let for_page = ticket(&daemon, &key, &[], r#"{"origin":"http://127.0.0.1:3000"}"#).await;
+    assert_eq!(ask(&daemon, "GET", &feed(&for_page), &[HERE], "").await.status(), StatusCode::OK);
+    let for_program = ticket(&daemon, &key, &[], "").await;
+    assert_eq!(ask(&daemon, "GET", &feed(&for_program), &[], "").await.status(), StatusCode::OK);
+
+    let key = bearer(&key);
+    let lie = [HERE, ("authorization", key.as_str())];
+    let refused = ask(&daemon, "POST", "/api/v1/ws/ticket", &lie, r#"{"origin":"http://127.0.0.1:4000"}"#).await;
+    assert_eq!(refused.status(), StatusCode::BAD_REQUEST);
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn a_principal_has_a_number_of_connections_of_its_own() {
+    let mut keys = Keys::default();
+    let (ops, soc) = (keys.add("ops", &["ws:alerts"], None), keys.add("soc", &["ws:alerts"], None));
+    let config = super::STREAMS.replace("[relay]\n", "[relay]\nmax_connections_per_principal = 2\n");
+    let home = Home::new(&format!("{config}\n{}", keys.toml));
+    let daemon = home.start().await;
+    let (ops, soc) = (bearer(&ops), bearer(&soc));
+    let first = open(&daemon, "alerts", &[("authorization", &ops)]).await.expect("the first");
+    let _second = open(&daemon, "alerts", &[("authorization", &ops)]).await.expect("the second");
+    let third = open(&daemon, "alerts", &[("authorization", &ops)]).await.err();
+    assert_eq!(third, Some(StatusCode::TOO_MANY_REQUESTS));
+    open(&daemon, "alerts", &[("authorization", &soc)]).await.expect("another principal");
+    drop(first);
+    until("place that is free again", BOUND, async || open(&daemon, "alerts", &[("authorization", &ops)]).await.ok())
+        .await;
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn nothing_is_asked_for_where_nothing_is_declared() {
+    let home = Home::new(super::STREAMS);
+    let daemon = home.start().await;
+    assert_eq!(asks(&daemon, "anything", "GET", super::EVENTS, "").await.0, StatusCode::OK);
+    let (mut socket, _) = open(&daemon, "alerts?v=1&token=anything", &[]).await.expect("let in");
+    assert!(frame(&mut socket).await.get("exp").is_none());
+    say(&mut socket, json!({"op": "auth", "id": 1, "token": "anything"})).await;
+    assert_eq!(frame(&mut socket).await["code"], 400);
+    daemon.stop().await;
+}
