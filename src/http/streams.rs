@@ -36,6 +36,7 @@ pub(super) struct StreamView {
     #[serde(skip_serializing_if = "Option::is_none")]
     entries_added: Option<u64>,
     /// Entries that others than the bus removed; absent where no one counts.
+    #[serde(skip_serializing_if = "Option::is_none")]
     removed_by_others: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     groups: Option<Vec<GroupView>>,
