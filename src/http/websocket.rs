@@ -9,9 +9,10 @@ use axum::http::header::{
 };
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse as _, Response};
+use bytes::Bytes;
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
+use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_util::sync::CancellationToken;
@@ -59,22 +60,22 @@ pub(super) async fn connect(
             Ok(None) => return tracing::error!("an upgraded connection is not a TCP stream"),
             Err(error) => return tracing::debug!(error = %error, "the upgrade did not come about"),
         };
-        let (socket, sent_early) = socket;
-        if sent_early.is_empty() {
-            converse(&api, session, socket, stop).await;
-        } else {
-            let (read, write) = socket.into_split();
-            let read = Cursor::new(sent_early).chain(read);
-            converse(&api, session, tokio::io::join(read, write), stop).await;
+        match (session, socket) {
+            (Ok(session), (socket, sent_early)) if sent_early.is_empty() => {
+                session.run(socket, stop).await;
+            }
+            // Rare, and larger: boxed, or every session would have the room for it.
+            (session, socket) => Box::pin(converse(api, session, socket, stop)).await,
         }
     });
     switching_protocols(&accept, protocol)
 }
 
-async fn converse<S>(api: &Api, session: Result<Session, Refused>, socket: S, stop: CancellationToken)
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send,
-{
+/// Serves a client that was refused, or has sent something before it was answered.
+async fn converse(api: Api, session: Result<Session, Refused>, socket: (TcpStream, Bytes), stop: CancellationToken) {
+    let (socket, sent_early) = socket;
+    let (read, write) = socket.into_split();
+    let socket = tokio::io::join(Cursor::new(sent_early).chain(read), write);
     match session {
         Ok(session) => {
             session.run(socket, stop).await;
@@ -186,10 +187,11 @@ fn switching_protocols(accept: &str, protocol: Protocol) -> Response {
     response
 }
 
-/// The bare socket, and what the client has sent already.
-fn into_socket(upgraded: Upgraded) -> Option<(TcpStream, bytes::Bytes)> {
+/// The bare socket, and what the client has sent already: a copy, because even nothing would keep the whole buffer that
+/// it was read into for as long as the session lives.
+fn into_socket(upgraded: Upgraded) -> Option<(TcpStream, Bytes)> {
     let parts = upgraded.downcast::<TokioIo<Timed>>().ok()?;
-    Some((parts.io.into_inner().into_inner(), parts.read_buf))
+    Some((parts.io.into_inner().into_inner(), Bytes::copy_from_slice(&parts.read_buf)))
 }
 
 impl From<&Refused> for ApiError {

@@ -24,6 +24,8 @@ struct Held {
 
 impl Subscriptions {
     pub(super) fn add(&mut self, subscription: Subscription) {
+        // Most clients have one, and there are many clients.
+        self.held.reserve_exact(1);
         self.held.push(Held { subscription, work: None });
     }
 
