@@ -351,6 +351,9 @@ async fn accounts_add_up_after_the_server_was_restarted() {
     server.crash();
     server.restart().await;
     until("publishing again", BOUND, async || daemon.publish(STREAM, &payloads(20)).await.ok()).await;
+    // Publishing has connections of its own.
+    let path = format!("/api/v1/streams/{STREAM}");
+    until("reading again", BOUND, async || (daemon.status(&path).await? == 200).then_some(())).await;
     until("100 handled", BOUND, async || (group(&daemon, "siem").await["acknowledged"] == 100).then_some(())).await;
     let (code, told) = reconcile(&home, &daemon, &[]);
     assert_eq!(code, Some(0), "{told}");

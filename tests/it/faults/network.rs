@@ -20,8 +20,8 @@ on_every_product! {
     readers_that_wait_do_not_hold_up_publishers
 }
 
-/// How long a fetch blocks, and what it may take from there to heal.
-const HEALED: Duration = Duration::from_secs(1 + 4);
+/// How long it may take to heal: a fetch blocks for 1 s, and 4 s later all should be well; the rest is for a busy machine.
+const HEALED: Duration = Duration::from_secs(15);
 
 async fn a_server_that_stands_still_costs_nothing_and_doubles_nothing(product: Product) {
     let site = Site::new(product).await;
@@ -75,7 +75,7 @@ async fn each_connection_that_swallows_everything_is_replaced_in_time(product: P
         }
         let swallowed = Instant::now();
         let balance = site.settled().await;
-        assert!(swallowed.elapsed() < HEALED + Duration::from_secs(2), "healed after {:?}", swallowed.elapsed());
+        assert!(swallowed.elapsed() < HEALED, "healed after {:?}", swallowed.elapsed());
         balance.assert_settled();
         assert_quiet(&lines, begun);
     }
