@@ -1,5 +1,6 @@
-//! Logs: one subscriber for the process, on standard error.
+//! Logs: one subscriber for the process, on standard error; and errors as they are told in them.
 
+use std::error::Error;
 use std::io::IsTerminal as _;
 
 use serde::{Deserialize, Serialize};
@@ -73,4 +74,25 @@ pub fn init(config: &Config) -> Result<(), TelemetryError> {
         subscriber.json().flatten_event(true).with_current_span(true).with_span_list(false).finish().try_init()?;
     }
     Ok(())
+}
+
+/// An error with all its causes, on one line.
+pub fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+/// What an error comes from. Those of HTTP clients say the same in several layers.
+pub fn innermost(error: &(dyn Error + 'static)) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
 }

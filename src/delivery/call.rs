@@ -15,6 +15,7 @@ use super::lanes::{Batch, LaneId};
 use super::tenure::Permit;
 use crate::event::Delivery;
 use crate::sink::{Origin, Sink, SinkError, SinkErrorClass};
+use crate::telemetry::chain;
 
 /// How long a sink may take to say whether it is up.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(10);
@@ -185,18 +186,6 @@ pub(super) async fn guarded<T>(future: impl Future<Output = T>) -> Result<T, Str
         Err(panic) => panic.downcast::<&str>().map_or_else(|_other| "no message".to_owned(), |text| (*text).to_owned()),
     };
     AssertUnwindSafe(future).catch_unwind().await.map_err(text)
-}
-
-/// An error with all its causes, on one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

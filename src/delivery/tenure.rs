@@ -12,13 +12,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use super::call::chain;
 use super::ordering::Ordering;
 use super::patience::{Backoff, Trouble};
 use super::{GroupSpec, Worker};
 use crate::event::ConsumerName;
 use crate::readiness::Part;
 use crate::store::{Lease, Leased, Store, StoreError, StoreErrorKind};
+use crate::telemetry::chain;
 
 /// How long a group's turn lasts without a sign of life, at most.
 const TURN_TTL: Duration = Duration::from_secs(10);

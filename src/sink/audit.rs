@@ -28,6 +28,7 @@ pub use verify::{Flaw, Problem, VerifyReport, verify};
 use self::journal::{Journal, JournalError, Prepared, Rotation};
 use super::{Origin, Sink, SinkError, SinkErrorClass};
 use crate::event::Delivery;
+use crate::telemetry::chain;
 
 /// Batches that wait for the disk; each is of one worker, which waits for it.
 const WAITING_BATCHES: usize = 64;
@@ -215,17 +216,6 @@ impl Recorder {
 fn refusal(text: &str) -> SinkError {
     let refusal = SinkError::new(SinkErrorClass::Transient, format!("cannot write audit records: {text}"));
     refusal.with_retry_after(Duration::from_secs(1))
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

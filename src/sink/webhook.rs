@@ -37,6 +37,7 @@ use self::message::Message;
 use self::sign::Signer;
 use super::{Origin, Sink, SinkError, SinkErrorClass};
 use crate::event::Delivery;
+use crate::telemetry::innermost;
 
 /// How much of an answer's body is read: after any usual one the connection can be used again.
 const ANSWER_BYTES: usize = 16 * 1024;
@@ -172,15 +173,6 @@ async fn beginning_of(mut response: Response) -> Vec<u8> {
     // An answer that is slow to end has been given all the same.
     drop(timeout(ANSWER_TIME, reading).await);
     bytes
-}
-
-/// What an error comes from. Those of HTTP clients say the same in several layers.
-fn innermost(error: &(dyn Error + 'static)) -> String {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
 }
 
 #[async_trait]

@@ -9,13 +9,14 @@ use tracing::{info, warn};
 use super::steps::{Done, asked};
 use super::{Pump, Running};
 use crate::delivery::breaker::Allowance;
-use crate::delivery::call::{Delivered, Failure, chain};
+use crate::delivery::call::{Delivered, Failure};
 use crate::delivery::outbox::Load;
 use crate::delivery::patience::draw;
 use crate::delivery::policy::Verdict;
 use crate::event::{DeadLetter, DeadLetterReason, Delivery, EntryId};
 use crate::sink::{SinkError, SinkErrorClass};
 use crate::store::{Outcome, Settled, StoreError, StoreErrorKind};
+use crate::telemetry::chain;
 
 /// The longest that a sink that is down can ask to be left alone.
 const MAX_POSTPONEMENT: Duration = Duration::from_mins(10);

@@ -7,10 +7,11 @@ use tracing::{error, info, warn};
 
 use super::{CLAIM_LIMIT, EXTEND_LIMIT, FETCH_BYTES, FETCH_WAIT, Intake, Pump, Store};
 use crate::delivery::GroupStart;
-use crate::delivery::call::{Delivered, chain, guarded};
+use crate::delivery::call::{Delivered, guarded};
 use crate::delivery::outbox::Load;
 use crate::event::{AlertView, DeadLetterReason, Delivery, EntryId, Epoch, Severity, field};
 use crate::store::{Claimed, Cursor, Outcome, Pending, Reclaimed, Settled, Start, StoreError, StoreErrorKind};
+use crate::telemetry::chain;
 
 /// Ids that a log line names; there may be many.
 const NAMED_IDS: usize = 5;

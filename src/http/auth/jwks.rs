@@ -15,6 +15,7 @@ use tokio::sync::Mutex;
 use super::Denied;
 use super::config::{IssuerConfig, secret_problem};
 use crate::sink::tls;
+use crate::telemetry::innermost;
 
 /// The largest JWK set, in bytes, and the most keys of it that are looked at.
 const MAX_SET_BYTES: usize = 256 * 1024;
@@ -200,15 +201,6 @@ async fn fetch(client: &Client, url: &str) -> Result<Vec<u8>, String> {
         }
     }
     Ok(body)
-}
-
-/// What an error comes from. Those of HTTP clients say the same in several layers.
-fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
 }
 
 fn client(config: &IssuerConfig) -> Result<Client, Problem> {

@@ -1,11 +1,11 @@
 //! What the server, or the way to it, failed with: sorted by what can be done about it.
 
-use std::error::Error as _;
 use std::time::Duration;
 
 use tokio_postgres::Error;
 
 use crate::sink::{SinkError, SinkErrorClass};
+use crate::telemetry::chain;
 
 /// The most characters of a server's message that are passed on.
 const MESSAGE_CHARS: usize = 300;
@@ -59,7 +59,7 @@ impl Failure {
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        let Some(refusal) = error.as_db_error() else { return Self::new(Kind::Lost, chain(&error)) };
+        let Some(refusal) = error.as_db_error() else { return Self::new(Kind::Lost, told(&error)) };
         let code = refusal.code().code();
         // The detail and hint of a message may quote the row.
         let message = refusal.message().split_whitespace().collect::<Vec<_>>().join(" ");
@@ -100,14 +100,9 @@ fn advice(code: &str) -> Option<&'static str> {
     })
 }
 
-fn chain(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
+/// The error with its causes, and what mends the most usual of them.
+fn told(error: &Error) -> String {
+    let mut text = chain(error);
     if text.contains("UnknownIssuer") {
         text.push_str("; name the authority's certificate as `ca_file`");
     }
