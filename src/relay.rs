@@ -20,8 +20,10 @@
 mod admission;
 mod backoff;
 mod batch;
+mod begin;
 mod close;
 mod config;
+mod cursor;
 mod feed;
 mod filter;
 mod form;

@@ -9,10 +9,11 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::backoff::jitter;
+use super::cursor::now_ms;
 use super::form::Form;
 use super::outgoing::Outgoing;
 use super::slots::Slot;
-use super::subscription::{Subscription, Work, now_ms};
+use super::subscription::{Subscription, Work};
 use super::{Channel, Hub};
 
 /// How often something is sent where nothing comes, so that nobody on the way takes the connection for dead.

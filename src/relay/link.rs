@@ -12,11 +12,11 @@ use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::protocol::frame::Utf8Bytes;
 
 use super::backoff::jitter;
+use super::cursor::now_ms;
 use super::form::text_message;
 use super::frames::PING;
 use super::inbound::{Heard, Inbound};
 use super::outgoing::{MAX_SLICES, Outgoing};
-use super::subscription::now_ms;
 use super::{Channel, CloseCode, Config, Ending};
 
 /// What is read of a socket at once.

@@ -16,8 +16,9 @@ use serde_json::value::RawValue;
 use tokio::time::Instant;
 
 use super::admission::deadline;
+use super::cursor::now_ms;
 use super::form::Form;
-use super::subscription::{Subscription, now_ms};
+use super::subscription::Subscription;
 use super::subscriptions::Subscriptions;
 use super::{Admission, Channel, Filter, Hub, MAX_SNAPSHOT, NotRenewed, SubscribeParams};
 use crate::event::StreamName;

@@ -1,0 +1,262 @@
+//! The place of one client in one stream: through the ring, and behind it through pages of the store.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::batch::Batch;
+use super::form::{Form, Notice, Reason};
+use super::outgoing::Outgoing;
+use super::pages::{Page, PageSize, Request};
+use super::ring::{Lookup, Ring};
+use super::{Channel, CloseCode, Filter, Hub};
+use crate::event::{EntryId, Epoch, Position, StreamName};
+use crate::store::StoreError;
+
+/// After so many entries that don't pass, a client is told where it stands.
+const MARK_ENTRIES: usize = 1000;
+
+/// The place in one stream.
+#[derive(Debug)]
+pub(super) struct Cursor {
+    pub(super) ring: Arc<Ring>,
+    pub(super) stage: Stage,
+    /// The life of the stream that it belongs to; 0 and nothing before that has begun.
+    pub(super) generation: u64,
+    pub(super) epoch: Option<Epoch>,
+    /// Everything up to here is given or filtered out, but for what is left of `current`.
+    pub(super) after: EntryId,
+    /// Whether `after` is an entry that was there.
+    pub(super) is_entry: bool,
+    /// A batch under way, from the ring or from the store, and the index of what is next in it.
+    current: Option<(Arc<Batch>, usize)>,
+    /// The ring's change at which there was nothing more.
+    head_seen: Option<u64>,
+    /// Bytes of the ring's log passed, once that is known.
+    passed_bytes: Option<u64>,
+    page_size: PageSize,
+    /// Entries that did not pass since the client last learnt where it stands.
+    unseen: usize,
+    /// Where that was.
+    told: EntryId,
+}
+
+/// Counts what can't be given, and keeps it for the client.
+pub(super) struct Teller<'a> {
+    pub(super) channel: &'a Channel,
+    pub(super) notices: &'a mut Vec<Notice>,
+}
+
+impl Teller<'_> {
+    pub(super) fn gap(
+        &mut self,
+        stream: &StreamName,
+        after: Option<Position>,
+        before: Option<Position>,
+        reason: Reason,
+    ) {
+        self.channel.gap(reason.as_str());
+        self.notices.push(Notice::Gap { stream: stream.clone(), after, before, reason });
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// The tail has not begun, so it is unknown what "now" is.
+    Waiting,
+    /// The first entry of a snapshot is being looked for.
+    Locating,
+    /// Reads the ring.
+    InRing,
+    /// Is behind the ring, and has a page of the store or the ring's word to go on with.
+    InPages,
+    /// Is behind the ring and waits for a page of the store.
+    Behind,
+}
+
+/// What a cursor has next.
+pub(super) enum Next {
+    Entry(EntryId),
+    Head,
+    Behind,
+}
+
+impl Cursor {
+    /// A cursor at the head of the ring as it is now, if it has begun.
+    pub(super) fn new(ring: Arc<Ring>) -> Self {
+        let mark = ring.mark();
+        Self {
+            ring,
+            stage: Stage::Waiting,
+            generation: mark.as_ref().map_or(0, |mark| mark.generation),
+            epoch: mark.as_ref().map(|mark| mark.epoch.clone()),
+            after: mark.map_or(EntryId::MIN, |mark| mark.last),
+            is_entry: false,
+            current: None,
+            head_seen: None,
+            passed_bytes: None,
+            page_size: PageSize::default(),
+            unseen: 0,
+            told: EntryId::MIN,
+        }
+    }
+
+    /// Everything up to here is given or did not pass; nothing before that is known.
+    pub(super) fn position(&self) -> Option<Position> {
+        let id = match &self.current {
+            Some((batch, index)) if *index > 0 => batch.id(*index - 1).max(self.after),
+            _ => self.after,
+        };
+        let epoch = self.epoch.clone().filter(|_| !matches!(self.stage, Stage::Waiting | Stage::Locating))?;
+        Some(Position { epoch, id })
+    }
+
+    /// Tells where the client stands, if it does not know.
+    pub(super) fn mark(&mut self, notices: &mut Vec<Notice>) {
+        if let Some(position) = self.position().filter(|position| position.id > self.told) {
+            (self.told, self.unseen) = (position.id, 0);
+            notices.push(Notice::Mark { stream: self.ring.stream().clone(), position });
+        }
+    }
+
+    /// A part of the past can't be read, and waiting won't help: that is a gap in this stream, and no reason to withhold
+    /// what comes.
+    pub(super) fn unreadable(&self, error: &StoreError, teller: &mut Teller<'_>) {
+        tracing::warn!(%error, kind = error.kind().as_str(), "cannot read what a client has still to be given");
+        teller.gap(self.ring.stream(), self.position(), None, Reason::Unreadable);
+    }
+
+    /// Moves to the next entry that passes.
+    ///
+    /// With `skips`, what has left the ring is left out.
+    pub(super) fn next(&mut self, filter: &Filter, skips: bool, teller: &mut Teller<'_>) -> Next {
+        match self.stage {
+            Stage::Waiting => return Next::Head,
+            Stage::Locating | Stage::Behind => return Next::Behind,
+            Stage::InRing | Stage::InPages => {}
+        }
+        loop {
+            if let Some((batch, index)) = &mut self.current {
+                let next = batch.next_match(*index, filter);
+                self.unseen += next - *index;
+                *index = next;
+                let id = (next < batch.len()).then(|| batch.id(next));
+                if id.is_none() {
+                    self.pass_current();
+                }
+                if self.unseen >= MARK_ENTRIES {
+                    self.mark(teller.notices);
+                }
+                if let Some(id) = id {
+                    return Next::Entry(id);
+                }
+            }
+            let changes = self.ring.changes();
+            if self.head_seen == Some(changes) {
+                return Next::Head;
+            }
+            match self.ring.after(self.generation, self.after) {
+                Lookup::Head => {
+                    (self.stage, self.head_seen) = (Stage::InRing, Some(changes));
+                    return Next::Head;
+                }
+                Lookup::Batch(batch, passed_bytes) => {
+                    let index = batch.first_after(self.after);
+                    (self.stage, self.passed_bytes) = (Stage::InRing, Some(passed_bytes));
+                    self.current = Some((batch, index));
+                }
+                Lookup::Behind if skips => {
+                    let after = self.position();
+                    if let Some(mark) = self.ring.mark() {
+                        (self.after, self.is_entry) = (mark.last, false);
+                    }
+                    teller.gap(self.ring.stream(), after, self.position(), Reason::Lossy);
+                }
+                Lookup::Behind => {
+                    if self.stage == Stage::InRing {
+                        teller.channel.catchups.inc();
+                    }
+                    self.stage = Stage::Behind;
+                    return Next::Behind;
+                }
+                Lookup::Restarted => {
+                    // The client goes on with the new life of the stream from its beginning.
+                    teller.gap(self.ring.stream(), self.position(), None, Reason::StateLost);
+                    let mark = self.ring.mark().expect("a ring that restarted has begun");
+                    (self.generation, self.epoch) = (mark.generation, Some(mark.epoch));
+                    (self.after, self.is_entry, self.passed_bytes) = (mark.start, false, None);
+                    self.told = EntryId::MIN;
+                }
+            }
+        }
+    }
+
+    /// Takes the entries at hand that come before `bound`. The next one must be known to pass.
+    pub(super) fn take(&mut self, bound: EntryId, filter: &Filter, form: Form, began_ms: u64, out: &mut Outgoing) {
+        let Some((batch, index)) = &mut self.current else { return };
+        let run = batch.run(*index, bound, filter);
+        let (first, end) = (batch.id(*index), run.end);
+        out.alerts += run.len() as u64;
+        if first.ms >= began_ms {
+            out.oldest_ms = Some(out.oldest_ms.map_or(first.ms, |oldest| oldest.min(first.ms)));
+        }
+        out.push(batch.frames(run, form));
+        *index = end;
+        (self.told, self.unseen) = (batch.id(end - 1), 0);
+        if end == batch.len() {
+            self.pass_current();
+        }
+    }
+
+    fn pass_current(&mut self) {
+        if let Some((batch, _)) = self.current.take() {
+            (self.after, self.is_entry) = (self.after.max(batch.last()), true);
+        }
+    }
+
+    pub(super) fn request(&self) -> Request {
+        Request {
+            generation: self.generation,
+            epoch: self.epoch.clone().expect("only a cursor that has begun falls behind"),
+            after: self.after,
+            is_entry: self.is_entry && self.after > EntryId::MIN,
+            size: self.page_size,
+        }
+    }
+
+    /// Turns to a page that was read from the store.
+    pub(super) fn turn(&mut self, page: Page, hub: &Hub, teller: &mut Teller<'_>) -> Result<(), CloseCode> {
+        self.stage = Stage::InPages;
+        if page.generation != self.generation {
+            return Ok(());
+        }
+        if page.is_trimmed {
+            let before = page.oldest.zip(self.epoch.clone()).map(|(id, epoch)| Position { epoch, id });
+            teller.gap(self.ring.stream(), self.position(), before, Reason::Trimmed);
+        }
+        self.page_size = page.size;
+        if let Some(passed) = &mut self.passed_bytes {
+            *passed += page.batch.size_bytes() as u64;
+            let total = self.ring.mark().map_or(0, |mark| mark.total_bytes);
+            let age = page.oldest.map_or(Duration::ZERO, |id| Duration::from_millis(now_ms().saturating_sub(id.ms)));
+            if hub.is_too_far_behind(total.saturating_sub(*passed), age) {
+                return Err(CloseCode::TooSlow);
+            }
+        }
+        self.current = Some((Arc::new(page.batch), 0));
+        Ok(())
+    }
+
+    /// Gives up what has left the ring.
+    pub(super) fn skip_to_ring(&mut self) {
+        self.stage = Stage::InRing;
+        if let Some(mark) = self.ring.mark() {
+            (self.after, self.is_entry) = (self.after.max(mark.floor), false);
+        }
+    }
+}
+
+/// The present time in ms since 1970, by the clock that entry ids are made from.
+pub(super) fn now_ms() -> u64 {
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    since_1970.as_millis().try_into().unwrap_or(u64::MAX)
+}
