@@ -20,7 +20,7 @@ use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
 use crate::relay::Relay;
 use crate::sink::{self, Sink};
-use crate::store::{Bounded, Limits, Metered, Store, StoreError, StoreErrorKind, StoreStatus};
+use crate::store::{Limits, Metered, Store, StoreError, StoreErrorKind, StoreStatus};
 
 /// How often the store is asked whether it can do its work.
 const CHECK_EVERY: Duration = Duration::from_secs(2);
@@ -70,8 +70,7 @@ impl App {
         let limits = Limits::new(config.streams.iter().filter_map(limit));
         let store: Arc<dyn Store> = Arc::new(Metered::new(open_store(&config).await?, metrics.clone()));
         refuse_unsuitable(store.as_ref(), &config).await?;
-        let store: Arc<dyn Store> = Arc::new(Bounded::new(store, limits.clone()));
-        let bus = open_bus(&config, Arc::clone(&store), metrics.clone());
+        let bus = open_bus(&config, Arc::clone(&store), limits.clone(), metrics.clone());
         let sinks = open_sinks(&config, &bus).await?;
 
         let specs: Vec<StreamSpec> = config.streams.iter().map(spec_of).collect();
@@ -263,7 +262,7 @@ pub async fn check(config: &Config) -> anyhow::Result<StoreStatus> {
 
 async fn check_parts(config: &Config, store: &Arc<dyn Store>) -> anyhow::Result<()> {
     refuse_unsuitable(store.as_ref(), config).await?;
-    let bus = open_bus(config, Arc::clone(store), Metrics::new());
+    let bus = open_bus(config, Arc::clone(store), Limits::default(), Metrics::new());
     for (name, sink) in open_sinks(config, &bus).await? {
         sink.check().await.with_context(|| format!("the sink `{name}` can't take entries"))?;
     }
@@ -274,7 +273,7 @@ fn spec_of(stream: &StreamConfig) -> StreamSpec {
     StreamSpec { name: stream.name.clone(), retention: stream.retention, groups: stream.groups.clone() }
 }
 
-fn open_bus(config: &Config, store: Arc<dyn Store>, metrics: Metrics) -> Bus {
+fn open_bus(config: &Config, store: Arc<dyn Store>, limits: Limits, metrics: Metrics) -> Bus {
     let streams = config.streams.iter().map(|stream| (stream.name.clone(), stream.dead_letter()));
     let durability = config.streams.iter().map(|stream| (stream.name.clone(), stream.durability));
     let specs: Vec<StreamSpec> = config.streams.iter().map(spec_of).collect();
@@ -284,7 +283,7 @@ fn open_bus(config: &Config, store: Arc<dyn Store>, metrics: Metrics) -> Bus {
     let silent = specs.iter().map(|spec| (spec.name.clone(), spec.retention.abandoned_after));
     let catalogue =
         Catalogue::new(streams).with_durability(durability).with_groups(groups).with_abandoned_after(silent);
-    Bus::new(store, config.publish.clone(), catalogue, metrics)
+    Bus::new(store, config.publish.clone(), catalogue, limits, metrics)
 }
 
 /// Fails where the store would lose what it is given, or can't be as durable as a stream wants. One that can't be

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::event::{Fields, GroupName, IdempotencyKey, NewEntry, NewEvent, StreamName, field};
 use crate::metrics::Metrics;
 use crate::sink::{Forward, SinkError, SinkErrorClass};
-use crate::store::{Appended, Consumption, Durability, MAX_APPEND, Store, StoreError, StoreErrorKind};
+use crate::store::{Appended, Consumption, Durability, Limits, MAX_APPEND, Store, StoreError, StoreErrorKind};
 
 /// What publishers may do.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
@@ -177,13 +177,14 @@ pub struct Bus {
     store: Arc<dyn Store>,
     config: Arc<Config>,
     catalogue: Arc<Catalogue>,
+    limits: Limits,
     metrics: Metrics,
 }
 
 impl Bus {
-    /// A bus over a store and the declared streams.
-    pub fn new(store: Arc<dyn Store>, config: Config, catalogue: Catalogue, metrics: Metrics) -> Self {
-        Self { store, config: Arc::new(config), catalogue: Arc::new(catalogue), metrics }
+    /// A bus over a store, the declared streams and their hard limits.
+    pub fn new(store: Arc<dyn Store>, config: Config, catalogue: Catalogue, limits: Limits, metrics: Metrics) -> Self {
+        Self { store, config: Arc::new(config), catalogue: Arc::new(catalogue), limits, metrics }
     }
 
     /// The declared streams.
@@ -280,7 +281,7 @@ impl Bus {
         durability: Durability,
     ) -> Result<Vec<Appended>, PublishError> {
         let started = Instant::now();
-        let result = self.store.append_durably(stream, entries, durability).await;
+        let result = self.limits.append(&*self.store, stream, entries, durability).await;
         let labels = [stream.as_str()];
         self.metrics.publish_seconds.with_label_values(&labels).observe(started.elapsed().as_secs_f64());
         let appended = result.map_err(|error| PublishError::Store(Arc::new(error)))?;

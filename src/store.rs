@@ -26,9 +26,9 @@
 //! - **Errors** carry a [`StoreErrorKind`]: whoever calls decides by kind, never by text.
 
 mod account;
-mod bounded;
 pub mod embedded;
 mod error;
+mod limits;
 mod metered;
 pub mod redis;
 mod types;
@@ -39,8 +39,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 pub use account::{Account, Balance, Consumption, LostReason};
-pub use bounded::{Bounded, Limits};
 pub use error::{StoreError, StoreErrorKind};
+pub use limits::Limits;
 pub use metered::Metered;
 pub use types::{
     Appended, Claimed, ConsumerStatus, Cursor, Dropped, Durability, GroupStatus, Lease, Leased, Loser, Order, Outcome,

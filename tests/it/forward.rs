@@ -7,7 +7,7 @@ use aurora_bus::bus::{Bus, Catalogue, Config};
 use aurora_bus::event::{Delivery, Entry, EntryId, StreamName};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::sink::{Origin, Sink as _, SinkErrorClass, StreamSink};
-use aurora_bus::store::{Range, Store, embedded, redis};
+use aurora_bus::store::{Limits, Range, Store, embedded, redis};
 use bytes::Bytes;
 use serde_json::{Value, json};
 
@@ -104,7 +104,7 @@ async fn an_entry_has_one_successor(store: Arc<dyn Store>) {
     let name = |text: &str| text.parse::<StreamName>().expect("a name");
     let bus = |declared: &str| {
         let streams = Catalogue::new([(name(declared), name(declared).default_dead_letter())]);
-        Arc::new(Bus::new(Arc::clone(&store), Config::default(), streams, Metrics::new()))
+        Arc::new(Bus::new(Arc::clone(&store), Config::default(), streams, Limits::default(), Metrics::new()))
     };
     let sink = |bus| {
         let config = format!("stream = \"{TASKS}\"\nas = \"task\"\nagent_type = \"triage\"");

@@ -7,7 +7,7 @@ use aurora_bus::bus::{Bus, Catalogue, Config};
 use aurora_bus::event::{EntryId, StreamName};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::sink::{Sink, SinkConfig};
-use aurora_bus::store::{Range, Store, embedded};
+use aurora_bus::store::{Limits, Range, Store, embedded};
 use tempfile::TempDir;
 
 use super::World;
@@ -42,7 +42,7 @@ impl World for Tasks {
 
     async fn sink(&self) -> Arc<dyn Sink> {
         let streams = Catalogue::new([(tasks(), tasks().default_dead_letter())]);
-        let bus = Bus::new(Arc::clone(&self.store), Config::default(), streams, Metrics::new());
+        let bus = Bus::new(Arc::clone(&self.store), Config::default(), streams, Limits::default(), Metrics::new());
         self.config().build("it", Arc::new(bus)).await.expect("a valid configuration")
     }
 
