@@ -131,6 +131,11 @@ impl Entry {
         self.fields.get(field::REPLAY_GROUP).is_none_or(|only| only.as_ref() == group.as_str().as_bytes())
     }
 
+    /// The id under which it has its effect: that of its first life where it was appended again.
+    pub fn first_id(&self) -> EntryId {
+        self.fields.text(field::REPLAY_OF).and_then(|id| id.parse().ok()).unwrap_or(self.id)
+    }
+
     /// How many times it was replayed from the dead letters.
     pub fn replays(&self) -> u32 {
         self.fields.text(field::REPLAY_COUNT).and_then(|count| count.parse().ok()).unwrap_or(0)

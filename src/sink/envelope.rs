@@ -6,8 +6,6 @@ use std::fmt;
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use crate::event::{Entry, EntryId, field};
-
 /// The correlation keys of a payload, as they stand in it.
 #[derive(Debug, Default)]
 pub(super) struct Envelope<'a> {
@@ -40,11 +38,6 @@ pub(super) fn plain(value: Option<&RawValue>) -> Option<Cow<'_, str>> {
         Cow::Borrowed(is_number.then_some(raw)?)
     };
     (!text.is_empty()).then_some(text)
-}
-
-/// The id under which an entry has its effect: that of its first life where it was appended again.
-pub(super) fn first_id(entry: &Entry) -> EntryId {
-    entry.fields.text(field::REPLAY_OF).and_then(|id| id.parse().ok()).unwrap_or(entry.id)
 }
 
 /// A text, borrowed where it has no escapes.

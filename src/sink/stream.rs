@@ -14,7 +14,7 @@ use serde_json::value::{RawValue, to_raw_value};
 use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
-use super::envelope::{Envelope, first_id, plain};
+use super::envelope::{Envelope, plain};
 use super::{Forward, Origin, Sink, SinkError, SinkErrorClass};
 use crate::event::{AlertView, Delivery, Entry, EntryId, Fields, NewEntry, Severity, StreamName, field};
 
@@ -127,7 +127,7 @@ impl StreamSink {
 
     /// The entry's successor, unless the filter keeps it back.
     fn successor(&self, origin: &Origin, entry: &Entry) -> Result<Option<(String, Fields)>, SinkError> {
-        let id = first_id(entry);
+        let id = entry.first_id();
         let data = entry.data().ok_or_else(|| undecodable(id, "has no field `data`"))?;
         let key = Key::of(origin, id);
         let from = format!("{}/{id}", origin.stream);

@@ -11,7 +11,7 @@ use jiff::tz::TimeZone;
 use tokio_postgres::types::{IsNull, ToSql, Type, to_sql_checked};
 
 use crate::event::{AlertView, Delivery, Entry, EntryId, Severity, StreamName, field};
-use crate::sink::envelope::{Envelope, first_id, plain};
+use crate::sink::envelope::{Envelope, plain};
 use crate::sink::{SinkError, SinkErrorClass};
 
 /// A text column of one row.
@@ -43,7 +43,7 @@ impl<'a> Rows<'a> {
     /// Reads deliveries. Fails with the first entry that no row can be made of, before anything was sent.
     pub(super) fn read(stream: &'a StreamName, batch: &'a [Delivery]) -> Result<Self, SinkError> {
         let mut entries: Vec<(EntryId, &Entry)> =
-            batch.iter().map(|delivery| (first_id(&delivery.entry), &delivery.entry)).collect();
+            batch.iter().map(|delivery| (delivery.entry.first_id(), &delivery.entry)).collect();
         entries.sort_unstable_by_key(|(id, _)| *id);
         let mut rows = Self { stream: stream.as_str(), ..Self::default() };
         for (id, entry) in entries {

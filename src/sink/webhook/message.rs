@@ -15,7 +15,7 @@ use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use serde::de::IgnoredAny;
 use sha2::{Digest as _, Sha256};
 
-use crate::event::{Delivery, Entry, EntryId, field};
+use crate::event::{Delivery, Entry, field};
 use crate::sink::{Origin, SinkError, SinkErrorClass};
 
 pub(super) const ID: HeaderName = HeaderName::from_static("webhook-id");
@@ -46,7 +46,7 @@ impl Message {
     pub(super) fn of_entry(origin: &Origin, delivery: &Delivery) -> Result<Self, SinkError> {
         let entry = &delivery.entry;
         let body = payload(entry)?.clone();
-        let entry_id = first_id(entry).to_string();
+        let entry_id = entry.first_id().to_string();
         let id = format!("{}/{entry_id}", safe(origin.stream.as_str()));
         let mut headers = headers(origin, &id, delivery.attempt);
         headers.insert(ENTRY_ID, text(&entry_id));
@@ -68,7 +68,7 @@ impl Message {
             body.put_slice(payload);
         }
         body.put_u8(b']');
-        let ids: Vec<String> = batch.iter().map(|delivery| first_id(&delivery.entry).to_string()).collect();
+        let ids: Vec<String> = batch.iter().map(|delivery| delivery.entry.first_id().to_string()).collect();
         let ids = ids.join(",");
         // A batch that is retried may have other entries beside the same first one: it is another message then.
         let mut digest = format!("{:x}", Sha256::digest(&ids));
@@ -101,11 +101,6 @@ fn safe(name: &str) -> String {
     name.replace('.', "/")
 }
 
-/// The id under which the entry was first stored in its stream.
-fn first_id(entry: &Entry) -> EntryId {
-    entry.fields.text(field::REPLAY_OF).and_then(|id| id.parse().ok()).unwrap_or(entry.id)
-}
-
 /// The payload, if it is JSON as the content type says.
 fn payload(entry: &Entry) -> Result<&Bytes, SinkError> {
     let undecodable = |message: String| SinkError::new(SinkErrorClass::Undecodable, message);
@@ -123,7 +118,7 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-    use crate::event::Fields;
+    use crate::event::{EntryId, Fields};
 
     type Field = (&'static str, &'static [u8]);
 
