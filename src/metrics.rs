@@ -1,7 +1,7 @@
 //! What the daemon counts and measures, in a registry of its own.
 //!
 //! One struct: the doc comment of a field is its help text. Labels come from the configuration or from enums, so
-//! their number is bounded. The table in the README is compared with this registry by a test.
+//! their number is bounded. The table in docs/operations.md is compared with this registry by a test.
 
 use prometheus::core::Collector;
 use prometheus::{

@@ -7,21 +7,69 @@ use aurora_bus::http::{AuthConfig, IssuerConfig};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::sink::{SinkConfig, WebhookConfig};
 
-fn readme() -> String {
-    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).expect("a README")
+fn page(path: &str) -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path))
+        .unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// README.md, ARCHITECTURE.md and whatever is in docs/.
+fn pages() -> Vec<String> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
+    let names = fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").file_name());
+    let pages = names.map(|name| format!("docs/{}", name.to_str().expect("UTF-8")));
+    pages.chain(["README.md".to_owned(), "ARCHITECTURE.md".to_owned()]).collect()
+}
+
+/// A heading as links name it.
+fn anchor(heading: &str) -> String {
+    let kept = heading.trim_start_matches('#').trim().to_lowercase();
+    kept.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c)).map(|c| if c == ' ' { '-' } else { c }).collect()
 }
 
 #[test]
-fn the_readme_lists_every_metric() {
-    let readme = readme();
-    let (_, rest) = readme.split_once("<!-- metrics -->\n").expect("the table begins");
+fn links_between_pages_lead_somewhere() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut seen = 0;
+    for from in pages() {
+        let text = page(&from);
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            if link.contains("://") {
+                continue;
+            }
+            seen += 1;
+            let (path, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target = root.join(&from).parent().expect("a folder").join(path);
+            let target = if path.is_empty() { root.join(&from) } else { target };
+            assert!(target.exists(), "{from} leads to {link}, which is not there");
+            if !heading.is_empty() {
+                let text = fs::read_to_string(&target).expect("a page");
+                let mut headings = text.lines().filter(|line| line.starts_with('#')).map(anchor);
+                assert!(headings.any(|there| there == heading), "{from} leads to {link}, which has no such heading");
+            }
+        }
+    }
+    assert!(seen > 5, "only {seen} links");
+}
+
+#[test]
+fn the_readme_leads_to_every_page() {
+    let readme = page("README.md");
+    for name in pages().iter().filter(|name| *name != "README.md") {
+        assert!(readme.contains(&format!("]({name})")), "README.md does not mention {name}");
+    }
+}
+
+#[test]
+fn the_operations_page_lists_every_metric() {
+    let operations = page("docs/operations.md");
+    let (_, rest) = operations.split_once("<!-- metrics -->\n").expect("the table begins");
     let (table, _) = rest.split_once("<!-- /metrics -->").expect("the table ends");
     let expected: String = std::iter::once("| metric | labels | meaning |\n|---|---|---|\n".to_owned())
         .chain(Metrics::described().into_iter().map(|(name, labels, help)| {
             format!("| `{name}` | {} | {} |\n", labels.join(", "), help.trim_end_matches('.'))
         }))
         .collect();
-    assert_eq!(table, expected, "the table in the README should be:\n{expected}");
+    assert_eq!(table, expected, "the table in docs/operations.md should be:\n{expected}");
 }
 
 /// A table as the configuration file shows it, in comments.
@@ -44,8 +92,8 @@ fn every_key_of_a_webhook_is_documented_with_its_default() {
     let defaults = WebhookConfig::new(url);
     assert_eq!(toml::to_string(&shown_defaults), toml::to_string(&defaults));
 
-    let readme = readme();
-    let (_, rest) = readme.split_once("### Webhooks\n").expect("a part about webhooks");
+    let groups = page("docs/groups.md");
+    let (_, rest) = groups.split_once("## Webhooks\n").expect("a part about webhooks");
     let (_, rest) = rest.split_once("| key | default | meaning |\n|---|---|---|\n").expect("a table of keys");
     let keys = rest.lines().map_while(|line| line.strip_prefix("| ")?.split(" |").next());
     let mut keys: Vec<String> = keys.flat_map(|keys| keys.split(", ")).map(|key| key.replace('`', "")).collect();
