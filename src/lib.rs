@@ -15,6 +15,8 @@ pub mod http;
 pub mod metrics;
 pub mod readiness;
 pub mod relay;
+pub mod secret;
 pub mod sink;
 pub mod store;
 pub mod telemetry;
+pub mod tls;

@@ -9,7 +9,6 @@ mod log;
 mod metered;
 mod postgres;
 mod stream;
-pub(crate) mod tls;
 mod webhook;
 
 use std::error::Error;

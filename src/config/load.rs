@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 use serde_path_to_error::Segment;
 
 use super::{Config, InvalidConfig, Problem, default_sinks, nearest};
+use crate::secret;
 use crate::sink::SinkConfig;
 
 /// The file that is read where no other is named, if it is there.
@@ -28,6 +29,7 @@ pub struct Layers {
 pub fn load(layers: &Layers) -> Result<Config, InvalidConfig> {
     let mut problems = Vec::new();
     let mut root = read(layers).map_err(|error| InvalidConfig(vec![Problem::new("", error)]))?;
+    find_masked(&root, "", &mut problems);
     let sinks = take_sinks(&mut root, &mut problems);
     let config: Option<Config> = collect(root, "", &mut problems);
     let Some(mut config) = config.filter(|_| problems.is_empty()) else {
@@ -76,6 +78,30 @@ fn split_origins(root: &mut Value) {
     if let ValueKind::String(text) = &origins.kind {
         let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
         origins.kind = ValueKind::Array(parts.map(|part| Value::new(None, part)).collect());
+    }
+}
+
+/// Finds what was printed with a secret masked, wherever it is: it would become the secret.
+fn find_masked(value: &Value, path: &str, problems: &mut Vec<Problem>) {
+    match &value.kind {
+        ValueKind::Table(table) => {
+            let mut entries: Vec<_> = table.iter().collect();
+            entries.sort_by_key(|(key, _)| *key);
+            entries.into_iter().for_each(|(key, value)| find_masked(value, &join(path, key), problems));
+        }
+        ValueKind::Array(items) => {
+            let items = items.iter().enumerate();
+            items.for_each(|(index, value)| find_masked(value, &format!("{path}[{index}]"), problems));
+        }
+        ValueKind::String(text) if secret::is_masked(text) => {
+            let message = format!(
+                "{} stands for a secret where the configuration is printed: put the secret in its place, or name a \
+                 file that holds it",
+                secret::MASK
+            );
+            problems.push(Problem::new(path, message));
+        }
+        _ => {}
     }
 }
 
@@ -373,6 +399,55 @@ mod tests {
         let layers = Layers { file: Some(shipped), ..Layers::default() };
         let shipped = load(&layers).expect("a valid configuration");
         assert_eq!(shipped.to_toml(), Config::default().to_toml());
+    }
+
+    #[test]
+    fn a_printed_configuration_is_not_read_back_without_its_secrets() {
+        let secret = "s3cret-of-at-least-thirty-two-bytes";
+        let text = format!(
+            r#"
+            [store]
+            backend = "redis"
+            redis = {{ url = "redis-sentinel://u:{secret}@h/main", sentinel_password = "{secret}" }}
+            [[auth.issuers]]
+            issuer = "i"
+            audience = "a"
+            algorithms = ["HS256"]
+            secret = "{secret}"
+            [sinks.siem]
+            type = "webhook"
+            url = "https://siem.example/{secret}"
+            secret = "{secret}"
+            headers = {{ Authorization = "Bearer {secret}" }}
+            [sinks.rows]
+            type = "postgres"
+            url = "postgres://u:{secret}@h/db"
+            [sinks.more]
+            type = "postgres"
+            url = "postgres://u@h/db?password={secret}"
+            "#
+        );
+        let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
+        file.write_all(text.as_bytes()).expect("written");
+        let layers = Layers { file: Some(file.path().to_owned()), ..Layers::default() };
+        let printed = load(&layers).expect("a valid configuration").to_toml();
+        assert!(!printed.contains(secret), "{printed}");
+        let mut found = problems(&printed);
+        found.sort();
+        let paths = [
+            "auth.issuers[0].secret",
+            "sinks.more.url",
+            "sinks.rows.url",
+            "sinks.siem.headers.Authorization",
+            "sinks.siem.secret",
+            "sinks.siem.url",
+            "store.redis.sentinel_password",
+            "store.redis.url",
+        ];
+        assert_eq!(found.len(), paths.len(), "{found:#?}");
+        for (problem, path) in found.iter().zip(paths) {
+            assert!(problem.starts_with(&format!("{path}: ******** stands for a secret")), "{problem}");
+        }
     }
 
     #[test]

@@ -74,7 +74,7 @@ impl WebhookSink {
         let unusable = || SinkError::new(SinkErrorClass::Permanent, format!("the webhook sink `{name}` can't be used"));
         let settings = config.settings().map_err(|problem| unusable().with_source(problem))?;
         let Settings { url, guard, tls, signer, headers, mask } = settings;
-        let client_tls = tls.as_deref().cloned().unwrap_or_else(super::tls::trusting_none);
+        let client_tls = tls.as_deref().cloned().unwrap_or_else(crate::tls::trusting_none);
         let client = Client::builder()
             .default_headers(headers)
             .dns_resolver(guard)

@@ -8,14 +8,13 @@ use std::time::Duration;
 use jiff::Timestamp;
 use jsonwebtoken::{Algorithm, AlgorithmFamily};
 use secrecy::{ExposeSecret as _, SecretString};
-use serde::{Deserialize, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 use url::{Host, Url};
 
 use super::keys::KeyHash;
 use super::scope::Scope;
+use crate::secret::masked;
 
-/// What stands for a secret where the configuration is printed.
-const MASK: &str = "********";
 /// The shortest secret that tokens may be signed with: that of its hash.
 const MIN_SECRET: usize = 32;
 /// The longest name of a tenant, in bytes.
@@ -136,11 +135,6 @@ const fn default_refresh_floor() -> Duration {
 
 fn default_tenant_claim() -> String {
     "tenant".to_owned()
-}
-
-#[expect(clippy::ref_option, reason = "serde hands fields over by reference")]
-fn masked<S: Serializer>(_: &Option<SecretString>, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(MASK)
 }
 
 impl AuthConfig {
@@ -298,6 +292,7 @@ fn url_problem(text: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::secret::MASK;
 
     fn problems(text: &str) -> Vec<String> {
         let config: AuthConfig = toml::from_str(text).expect("TOML");

@@ -14,8 +14,8 @@ use tokio::sync::Mutex;
 
 use super::Denied;
 use super::config::{IssuerConfig, secret_problem};
-use crate::sink::tls;
 use crate::telemetry::innermost;
+use crate::tls;
 
 /// The largest JWK set, in bytes, and the most keys of it that are looked at.
 const MAX_SET_BYTES: usize = 256 * 1024;

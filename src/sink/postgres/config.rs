@@ -11,10 +11,8 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use url::Url;
 
 use super::table::TableName;
-use crate::sink::tls::{self, NoTrust};
-
-/// What stands for a secret where the configuration is printed.
-const MASK: &str = "********";
+use crate::secret::MASK;
+use crate::tls::{self, NoTrust};
 
 /// Where rows are written, and how.
 #[derive(Debug, Clone, Deserialize, Serialize)]

@@ -5,13 +5,13 @@ use std::time::{Duration, SystemTime};
 use reqwest::StatusCode;
 use reqwest::header::HeaderValue;
 
+use crate::secret::MASK;
 use crate::sink::{SinkError, SinkErrorClass};
 
 /// How much of what a receiver said goes into an error, in bytes.
 const EXCERPT_BYTES: usize = 1024;
 /// The shortest text that is masked: masking shorter ones would garble more than it hides.
 const MASKED_BYTES: usize = 6;
-const MASK: &str = "********";
 
 /// Judges an answer; `said` is what the receiver said with it, asked for only where it matters.
 ///

@@ -16,12 +16,11 @@ use url::Host;
 use super::answer::Mask;
 use super::guard::Guard;
 use super::sign::Signer;
-use crate::sink::tls;
+use crate::secret::{MASK, masked};
+use crate::tls;
 
 /// The most entries in one request: their ids fit into a header that any receiver takes.
 const MOST_IN_BATCH: usize = 100;
-/// What stands for a secret where the configuration is printed.
-const MASK: &str = "********";
 
 /// Headers that each request has from the bus, the connection or the HTTP library, by how they begin.
 const OURS: [&str; 11] = [
@@ -89,11 +88,6 @@ mod default {
     pub(super) const fn connect_timeout() -> Duration {
         Duration::from_secs(5)
     }
-}
-
-#[expect(clippy::ref_option, reason = "serde hands fields over by reference")]
-fn masked<S: Serializer>(_: &Option<SecretString>, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(MASK)
 }
 
 fn masked_values<S: Serializer>(headers: &BTreeMap<String, SecretString>, serializer: S) -> Result<S::Ok, S::Error> {

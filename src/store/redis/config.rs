@@ -1,20 +1,19 @@
 //! How the server is reached.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use fred::types::config::{
     Blocking, Config as FredConfig, ConnectionConfig, PerformanceConfig, TcpConfig, TlsConfig, TlsConnector,
     TlsHostMapping, UnresponsiveConfig,
 };
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject;
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::RedisStore;
 use super::address::{self, Target, Topology};
+use crate::secret::{MASK, masked};
+use crate::tls;
 
 /// Where the server is and how to speak to it.
 #[derive(Debug, Clone, Deserialize, Serialize)]
@@ -61,14 +60,6 @@ pub struct Config {
     pub wait_timeout: Duration,
     /// Work with a server whose eviction policy lets it drop streams at its memory limit, instead of refusing.
     pub allow_eviction: bool,
-}
-
-/// What stands for a secret where the configuration is printed.
-const MASK: &str = "********";
-
-#[expect(clippy::ref_option, reason = "serde hands fields over by reference")]
-fn masked<S: Serializer>(_: &Option<SecretString>, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(MASK)
 }
 
 fn masked_url<S: Serializer>(url: &SecretString, serializer: S) -> Result<S::Ok, S::Error> {
@@ -154,9 +145,9 @@ pub enum InvalidConfig {
         /// What went wrong.
         source: std::io::Error,
     },
-    /// A file or the system holds no usable certificate.
-    #[error("ca_file: no usable certificate: {0}")]
-    Certificates(String),
+    /// There are no certificates to trust.
+    #[error("ca_file: {0}")]
+    Trust(tls::NoTrust),
 }
 
 /// Everything that opening a connection needs, checked.
@@ -278,36 +269,9 @@ impl Config {
     }
 
     fn tls(&self) -> Result<TlsConfig, InvalidConfig> {
-        let mut roots = rustls::RootCertStore::empty();
-        match &self.ca_file {
-            Some(path) => {
-                for certificate in certificates(path)? {
-                    roots.add(certificate).map_err(|e| InvalidConfig::Certificates(e.to_string()))?;
-                }
-            }
-            None => {
-                roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-            }
-        }
-        if roots.is_empty() {
-            return Err(InvalidConfig::Certificates("there is none".to_owned()));
-        }
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let client = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .expect("the provider supports the default versions")
-            .with_root_certificates(roots)
-            .with_no_client_auth();
+        let client = tls::client_config(self.ca_file.as_deref()).map_err(InvalidConfig::Trust)?;
         Ok(TlsConfig { connector: TlsConnector::from(client), hostnames: TlsHostMapping::None })
     }
-}
-
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, InvalidConfig> {
-    let pem =
-        std::fs::read(path).map_err(|source| InvalidConfig::File { key: "ca_file", path: path.to_owned(), source })?;
-    CertificateDer::pem_slice_iter(&pem)
-        .collect::<Result<_, _>>()
-        .map_err(|e| InvalidConfig::Certificates(e.to_string()))
 }
 
 /// A password that is written down, or in a file.

@@ -1,4 +1,6 @@
-//! TLS as sinks speak it to their receivers.
+//! TLS as a client speaks it: whom it trusts, and by which cryptography.
+//!
+//! The one place for certificates to trust, whoever connects: stores, sinks, readers of key sets, the command line.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,11 +12,24 @@ use rustls::{ClientConfig, RootCertStore};
 
 /// Why there is nothing to trust.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum NoTrust {
+pub enum NoTrust {
+    /// The file can't be read.
     #[error("cannot read {}: {error}", path.display())]
-    File { path: PathBuf, error: io::Error },
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What went wrong.
+        error: io::Error,
+    },
+    /// The file holds something else.
     #[error("{} holds no usable certificate: {error}", path.display())]
-    Certificates { path: PathBuf, error: String },
+    Certificates {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        error: String,
+    },
+    /// No file is named, and the system trusts no one.
     #[error("is not given, and the system has no certificates to trust")]
     NoneInSystem,
 }
