@@ -2,6 +2,7 @@
 //! folder. The programs are found or installed; a test that can't have its server fails, it never skips.
 
 use std::fs::{self, File};
+use std::io::Write as _;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -139,10 +140,44 @@ impl RedisServer {
         self.child.wait().expect("a child");
     }
 
-    /// Starts the server again on the same port with the files it left.
+    /// Starts the server again on the same port with the files it left, mended as the documentation asks for.
     pub(crate) async fn restart(&mut self) {
+        self.mend();
         self.child = spawn(self.product, self.port, &self.folder, &self.options);
         self.listens().await;
+    }
+
+    /// Cuts the append-only file off in the middle of the script that wrote to it last, as a kill amid that write does.
+    pub(crate) fn tear_last_transaction(&self) {
+        const END: &[u8] = b"*1\r\n$4\r\nEXEC\r\n";
+        let folder = self.folder.path().join("appendonlydir");
+        let files = fs::read_dir(folder).expect("append-only files").map(|file| file.expect("a file").path());
+        let file = files.filter(|path| path.to_string_lossy().ends_with(".incr.aof")).max().expect("an increment");
+        let written = fs::read(&file).expect("a file");
+        assert!(written.ends_with(END), "the last write was no transaction");
+        fs::write(&file, &written[..written.len() - END.len() - 3]).expect("a file");
+    }
+
+    /// Takes the half of a transaction away that a kill has left at the end of the append-only file. Redis itself cuts
+    /// the file behind the last whole command: it has then forgotten the half, but finds it again at the next start,
+    /// without its end, and runs it together with what was written after it. Valkey cuts in the right place.
+    fn mend(&self) {
+        let manifest = self.folder.path().join("appendonlydir/appendonly.aof.manifest");
+        if self.product == Product::Valkey || !manifest.exists() {
+            return;
+        }
+        let mut check = Command::new(install::program("redis-check-aof", "redis-tools"))
+            .arg("--fix")
+            .arg(manifest)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("redis-check-aof runs");
+        // Where there is nothing to mend it asks nothing, and may have ended by now.
+        drop(check.stdin.take().expect("piped").write_all(b"y\n"));
+        let checked = check.wait_with_output().expect("a child");
+        assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stdout));
     }
 
     /// Sends a signal, such as `STOP`.
