@@ -87,7 +87,9 @@ fn find_masked(value: &Value, path: &str, problems: &mut Vec<Problem>) {
         ValueKind::Table(table) => {
             let mut entries: Vec<_> = table.iter().collect();
             entries.sort_by_key(|(key, _)| *key);
-            entries.into_iter().for_each(|(key, value)| find_masked(value, &join(path, key), problems));
+            for (key, value) in entries {
+                find_masked(value, &join(path, key), problems);
+            }
         }
         ValueKind::Array(items) => {
             let items = items.iter().enumerate();
