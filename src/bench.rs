@@ -92,7 +92,7 @@ pub struct BenchArgs {
 /// One measurement, or all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum What {
-    /// Everything below but postgres
+    /// Everything below but webhook and postgres
     All,
     /// Events accepted over HTTP, in batches and one by one
     Publish,
@@ -106,6 +106,8 @@ enum What {
     Idle,
     /// Start, memory at rest, size of the program
     Start,
+    /// Entries posted by the sink, 32 at a time, beside a bare loop of the same HTTP client
+    Webhook,
     /// Rows written by the sink, beside COPY by psql; needs --postgres-url
     Postgres,
 }
@@ -121,7 +123,7 @@ impl What {
             Self::Fanout => 4 * args.clients.len() as u64,
             Self::Consume | Self::Latency => 2,
             Self::Idle | Self::Start => 1,
-            Self::Postgres => 3,
+            Self::Webhook | Self::Postgres => 3,
         }
     }
 }
@@ -221,8 +223,9 @@ fn measure(args: BenchArgs, stop: CancellationToken) -> Result<()> {
         backends.push(Backend::Embedded);
     }
 
-    let whats: Vec<_> =
+    let mut whats: Vec<_> =
         What::EACH.into_iter().filter(|what| args.what.contains(what) || args.what.contains(&What::All)).collect();
+    whats.extend(args.what.contains(&What::Webhook).then_some(What::Webhook));
     let settings = settings(&args);
     let with_postgres = args.what.contains(&What::Postgres);
     let runs = whats.iter().map(|what| what.runs(&args)).sum::<u64>() * args.rounds * backends.len() as u64;

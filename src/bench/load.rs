@@ -6,6 +6,7 @@
 mod embedded;
 mod null_relay;
 mod publisher;
+mod receiver;
 mod redis;
 mod requests;
 mod sockets;
@@ -55,6 +56,8 @@ pub(crate) enum Job {
     Hold(HoldJob),
     /// Serves as a null relay until it is ended: what any relay could reach at most.
     NullRelay(ServeJob),
+    /// Answers requests until it is ended: where webhooks are posted to.
+    Receive,
 }
 
 /// How many events went how fast.
@@ -109,6 +112,7 @@ pub(super) fn run(args: &LoadArgs) -> Result<()> {
         Job::Sockets(job) => report(&job.run()?),
         Job::Hold(job) => report(&job.run()?),
         Job::NullRelay(job) => job.run(|address| report(&address)),
+        Job::Receive => receiver::receive(|address| report(&address)),
     }
 }
 

@@ -119,12 +119,12 @@ impl Site {
         serde_json::from_str(&output).context("the load generator's report is not what it should be")
     }
 
-    /// Starts a null relay.
-    pub(crate) fn start_null_relay(&self, job: &Job) -> Result<(Process, SocketAddr)> {
+    /// Starts a generator that serves until its value goes, and returns where.
+    pub(crate) fn start_server(&self, job: &Job) -> Result<(Process, SocketAddr)> {
         let mut command = self.own_command();
         command.arg("bench-load").arg(serde_json::to_string(job)?);
-        let mut process = Process::spawn(&mut command, &self.path("null-relay"))?;
-        let address = self.wait_for("the null relay's address", START_LIMIT, || {
+        let mut process = Process::spawn(&mut command, &self.path("server"))?;
+        let address = self.wait_for("a server's address", START_LIMIT, || {
             process.must_run()?;
             let line = process.output()?;
             line.ends_with('\n').then(|| serde_json::from_str(&line).context("not an address")).transpose()

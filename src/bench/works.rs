@@ -5,6 +5,7 @@ mod postgres;
 mod publish;
 mod relay;
 mod rest;
+mod webhook;
 
 use std::net::SocketAddr;
 
@@ -36,6 +37,7 @@ pub(super) fn measure(bench: &mut Bench, what: What, backend: &Backend) -> Resul
         What::Fanout => relay::fanout(bench, backend),
         What::Idle => rest::idle(bench, backend),
         What::Start => rest::start(bench, backend),
+        What::Webhook => webhook::measure(bench, backend),
         What::Postgres => postgres::measure(bench),
     }
 }

@@ -91,6 +91,12 @@ fn figures_with_the_embedded_store_stand_beside_their_ceilings() {
     }
 }
 
+#[test]
+fn posting_webhooks_stands_beside_a_bare_loop() {
+    let (_, with_ceiling) = figures(&["webhook"], "embedded");
+    assert_eq!(with_ceiling, ["webhook: the sink alone, 32 in flight", "webhook: a backlog, 32 in flight"]);
+}
+
 #[tokio::test]
 async fn a_database_that_holds_anything_is_left_alone() {
     let server = RedisServer::durable().await;

@@ -404,7 +404,7 @@ mod tests {
     use crate::bench::load::{ServeJob, Target};
     use crate::bench::payload::Template;
 
-    fn start_null_relay() -> SocketAddr {
+    fn start_server() -> SocketAddr {
         let (send, receive) = mpsc::channel();
         thread::spawn(move || ServeJob::Http.run(|address| Ok(send.send(address)?)));
         receive.recv_timeout(Duration::from_secs(10)).unwrap()
@@ -440,7 +440,7 @@ mod tests {
 
     #[test]
     fn every_frame_of_every_client_is_counted_at_full_speed() {
-        let relay = start_null_relay();
+        let relay = start_server();
         let report = job(relay, relay, 20, Pace::Saturate { window: 256, burst: 32 }).run().unwrap();
         assert!(report.published > 100, "{report:?}");
         assert_eq!(report.delivered, report.published * 20);
@@ -450,7 +450,7 @@ mod tests {
 
     #[test]
     fn a_pace_is_kept_by_several_publishers() {
-        let relay = start_null_relay();
+        let relay = start_server();
         let report = job(relay, relay, 3, Pace::PerSecond { rate: 200, connections: 4 }).run().unwrap();
         assert!((40..=120).contains(&report.published), "{report:?}");
         assert_eq!((report.delivered, report.missing), (report.published * 3, 0));
@@ -459,14 +459,14 @@ mod tests {
     #[test]
     fn a_relay_that_skips_repeats_and_hangs_up_is_found_out() {
         let liar = start_liar(&[0, 2, 2, 3]);
-        let report = job(liar, start_null_relay(), 1, Pace::Saturate { window: 64, burst: 8 }).run().unwrap();
+        let report = job(liar, start_server(), 1, Pace::Saturate { window: 64, burst: 8 }).run().unwrap();
         assert_eq!((report.delivered, report.out_of_order, report.closed), (4, 2, 1));
         assert!(report.missing > 0, "{report:?}");
     }
 
     #[test]
     fn idle_clients_are_held_and_watched() {
-        let relay = RelayAddress { address: start_null_relay(), path: "/".to_owned() };
+        let relay = RelayAddress { address: start_server(), path: "/".to_owned() };
         let relay_pid = std::process::id();
         let reports = HoldJob { relay, steps: vec![2, 5], seconds: 0.05, relay_pid }.run().unwrap();
         assert_eq!(reports.iter().map(|report| report.clients).collect::<Vec<_>>(), [2, 5]);

@@ -105,7 +105,7 @@ fn both(bench: &Bench, backend: &Backend, what: &str, clients: usize, pace: Pace
             Backend::Redis(url) => ServeJob::Redis(at(url)),
             Backend::Embedded => ServeJob::Http,
         };
-        let (process, address) = bench.site.start_null_relay(&Job::NullRelay(source))?;
+        let (process, address) = bench.site.start_server(&Job::NullRelay(source))?;
         pair.null.push(run(bench, backend, address, process.pid(), clients, pace)?);
         drop(process);
 
