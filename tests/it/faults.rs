@@ -30,6 +30,7 @@ mod dashboards;
 mod groups;
 mod network;
 mod poison;
+mod states;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -47,6 +48,12 @@ use crate::support::until;
 const STREAM: &str = "aurora:alerts";
 const GROUP: &str = "alert-processor";
 const OTHER_STREAM: &str = "aurora:audit";
+/// What a fetch from [`STREAM`] has in it and no other request, as it is sent.
+pub(crate) const FETCH: &[u8] = b"STREAMS\r\n$13\r\naurora:alerts\r\n$1\r\n>\r\n";
+/// What an acknowledgement has in it: the counter that it counts under.
+pub(crate) const ACKNOWLEDGEMENT: &[u8] = b"$13\r\nacknowledged:\r\n";
+/// The most entries that a worker has in hand.
+const MAX_IN_FLIGHT: usize = 100;
 
 /// Two streams whose sink is the daemon's log, with limits so short that recovery is a matter of seconds.
 const CONFIG: &str = r#"
@@ -60,6 +67,8 @@ sink = "log"
 min_severity = "low"
 claim_idle = "2s"
 handler_timeout = "1s"
+batch = 100
+max_in_flight = 100
 
 [[streams]]
 name = "aurora:audit"
@@ -72,6 +81,9 @@ handler_timeout = "1s"
 
 [sinks.log]
 type = "log"
+
+[relay]
+max_connections_per_address = 1000
 
 [store]
 backend = "redis"

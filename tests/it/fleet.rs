@@ -1,4 +1,7 @@
 //! Several daemons on one Redis: names, restarts, and daemons that stand still.
+//!
+//! Ten restarts are part of every test run, and two hundred of
+//! `cargo test --release --test it -- --ignored --nocapture two_hundred_rolling_restarts`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -105,10 +108,14 @@ async fn two_daemons_of_one_name_do_nothing_twice() {
     assert_eq!(consumers(&server), 0, "both have left");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn rolling_restarts_under_random_names_lose_nothing() {
+/// The most entries that a daemon of a rolling restart has in hand.
+const IN_HAND: usize = 100;
+
+/// Daemons of random names follow one another while another one publishes; every fourth is killed.
+async fn survives_rolling_restarts(rounds: usize) {
     let server = Arc::new(RedisServer::start(Product::Redis, &[]).await);
-    let config = logging(&server, "");
+    let limits = format!("batch = {IN_HAND}\nmax_in_flight = {IN_HAND}\nreap_after = \"1s\"");
+    let config = logging(&server, &limits);
     let start = async || {
         let home = Home::named(&format!("pod-{}", uuid::Uuid::new_v4().simple()), &config);
         (Arc::new(home.start().await), home)
@@ -129,10 +136,13 @@ async fn rolling_restarts_under_random_names_lose_nothing() {
             }
         });
     }
+    let begun = Instant::now();
     let mut logs = Vec::new();
-    let mut kills = 0;
+    let (mut kills, mut most_consumers) = (0, 0);
     let mut live = vec![start().await];
-    for round in 0..20 {
+    // One of these after each round, and the publisher.
+    let alive = live.len() + 1;
+    for round in 0..rounds {
         live.push(start().await);
         let (oldest, _home) = live.remove(0);
         let oldest = Arc::into_inner(oldest).expect("no one else has it");
@@ -143,19 +153,50 @@ async fn rolling_restarts_under_random_names_lose_nothing() {
         } else {
             logs.push(stopped(oldest).await);
         }
+        most_consumers = most_consumers.max(consumers(&server));
+        // Who goes leaves what it had in hand to the others, and its consumer until they have taken that.
+        until("consumers of the living and one more", BOUND, async || (consumers(&server) <= alive + 1).then_some(()))
+            .await;
+        if round % 20 == 19 {
+            tell(&format!("{} restarts after {:?}", round + 1, begun.elapsed()));
+        }
     }
     is_over.store(true, Ordering::Relaxed);
     publishing.join_all().await;
     publisher.handled(STREAM, GROUP).await;
+    until("consumers of the living only", BOUND, async || (consumers(&server) <= alive).then_some(())).await;
     for (daemon, _home) in live.into_iter().chain([(publisher, home)]) {
         logs.push(stopped(Arc::into_inner(daemon).expect("no one else has it")).await);
     }
+    assert_eq!(consumers(&server), 0, "all have left");
     let times = times(&logs);
     let accepted = accepted.lock().await;
     let missing: Vec<_> = accepted.iter().filter(|id| !times.contains_key(*id)).collect();
     assert!(missing.is_empty(), "never delivered: {missing:?}");
     let repeated = times.values().filter(|times| **times > 1).count();
-    assert!(repeated <= kills * 2000, "{repeated} of {} were delivered more than once", accepted.len());
+    let events = accepted.len();
+    tell(&format!(
+        "{rounds} restarts, {kills} of them kills, in {:?}: {events} events, {repeated} delivered again, at most \
+         {most_consumers} consumers at a time",
+        begun.elapsed()
+    ));
+    assert!(repeated <= kills * IN_HAND, "{repeated} of {events} were delivered more than once");
+}
+
+#[expect(clippy::print_stderr, reason = "who runs hundreds of restarts wants to know what came of them")]
+fn tell(text: &str) {
+    eprintln!("{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rolling_restarts_under_random_names_lose_nothing_and_leave_no_consumers() {
+    survives_rolling_restarts(10).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes minutes: cargo test --release --test it -- --ignored --nocapture two_hundred_rolling_restarts"]
+async fn two_hundred_rolling_restarts_under_random_names_lose_nothing_and_leave_no_consumers() {
+    survives_rolling_restarts(200).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,4 +1,7 @@
 //! Rows in a real `PostgreSQL`: each entry once, whatever is killed, and every refusal told.
+//!
+//! Ten kills of a daemon are part of every test run, and fifty of
+//! `cargo test --release --test it -- --ignored --nocapture fifty_kills`.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -452,8 +455,8 @@ async fn a_server_that_is_killed_under_load_costs_and_doubles_nothing() {
     daemon.stop().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn ten_kills_between_commit_and_acknowledgement_leave_each_row_once() {
+/// Kills a daemon again and again when its rows are committed and it may not have heard of it.
+async fn survives_kills_after_commits(kills: u64) {
     let (server, table) = (PostgresServer::shared().await, new_table());
     let proxy = Proxy::start(server.port()).await;
     let home = home(&url_by(proxy.port()), &table, "");
@@ -467,7 +470,7 @@ async fn ten_kills_between_commit_and_acknowledgement_leave_each_row_once() {
          $$BEGIN PERFORM nextval('{table}_brought'); RETURN NEW; END$$; CREATE TRIGGER count BEFORE INSERT ON {table} \
          FOR EACH ROW EXECUTE FUNCTION {table}_count()"
     ));
-    for _ in 0..10 {
+    for kill in 1..=kills {
         let before = count();
         // Rows are there a while before the daemon hears of it.
         proxy.delay(Duration::from_millis(150));
@@ -476,10 +479,31 @@ async fn ten_kills_between_commit_and_acknowledgement_leave_each_row_once() {
         daemon.crash();
         proxy.delay(Duration::ZERO);
         daemon = home.start().await;
+        if kill % 10 == 0 {
+            tell(&format!("{kill} kills, {published} events"));
+        }
     }
     every_row_is_there_once(&server, &table, &daemon).await;
     assert_eq!(count(), published);
     let brought = server.sql(&format!("SELECT last_value FROM {table}_brought")).parse::<u64>().expect("a count");
-    assert!(brought > published - 50, "no row was brought a second time: the kills came at the wrong time");
+    let again = brought.saturating_sub(published - 50);
+    tell(&format!("{kills} kills: {published} events, {published} rows, {again} of them brought again"));
+    assert!(again > 0, "no row was brought a second time: the kills came at the wrong time");
     daemon.stop().await;
+}
+
+#[expect(clippy::print_stderr, reason = "who runs dozens of kills wants to know what came of them")]
+fn tell(text: &str) {
+    eprintln!("{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_kills_between_commit_and_acknowledgement_leave_each_row_once() {
+    survives_kills_after_commits(10).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes minutes: cargo test --release --test it -- --ignored --nocapture fifty_kills"]
+async fn fifty_kills_between_commit_and_acknowledgement_leave_each_row_once() {
+    survives_kills_after_commits(50).await;
 }

@@ -78,9 +78,9 @@ async fn every_state_is_told_and_heals(product: Product) {
     let (begun, before) = (Instant::now(), connections());
     says(&daemon, "read-only replica").await;
     assert_eq!(publish(&daemon, "readonly").await, 503);
-    until("some seconds", BOUND, async || (begun.elapsed() > Duration::from_secs(4)).then_some(())).await;
+    until("some seconds", BOUND, async || (begun.elapsed() > Duration::from_secs(5)).then_some(())).await;
     let opened = connections() - before;
-    assert!(opened <= 20, "{opened} connections in {:?}", begun.elapsed());
+    assert!(opened <= 10, "{opened} connections in {:?}", begun.elapsed());
     server.cli(&["REPLICAOF", "NO", "ONE"]);
     publish_until_accepted(&daemon, "readonly").await;
 
@@ -139,24 +139,6 @@ async fn every_state_of_redis_is_told_and_heals() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_state_of_valkey_is_told_and_heals() {
     every_state_is_told_and_heals(Product::Valkey).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_that_loads_for_seconds_is_waited_for() {
-    let options = ["--appendonly", "yes", "--aof-use-rdb-preamble", "no", "--key-load-delay", "200"];
-    let mut server = RedisServer::start(Product::Valkey, &options).await;
-    let home = home(&server, "");
-    let daemon = home.start().await;
-    assert_eq!(publish(&daemon, "before").await, 201);
-    server.cli(&["EVAL", "for i = 1, 20000 do redis.call('SET', 'key' .. i, i) end", "0"]);
-    server.crash();
-    server.restart().await;
-    says(&daemon, "the server is loading its data").await;
-    assert_eq!(publish(&daemon, "during").await, 503);
-    daemon.ready(StatusCode::OK).await;
-    publish_until_accepted(&daemon, "during").await;
-    daemon.handled("s", "g").await;
-    assert_eq!(daemon.events("s").await.len(), 2);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -7,7 +7,7 @@ use futures_util::StreamExt as _;
 use reqwest::StatusCode;
 use serde_json::Value;
 use tokio::task::JoinSet;
-use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::{Message, Utf8Bytes};
 
 use super::{Site, on_every_product};
 use crate::support::app::{BOUND, Socket};
@@ -18,7 +18,13 @@ on_every_product! {
     dashboards_go_on_through_flushes_and_restarts
 }
 
-const DASHBOARDS: usize = 300;
+/// Dashboards of a daemon on Redis; fewer on Valkey, for both run at the same time and it makes no difference to them.
+const DASHBOARDS: usize = 500;
+const DASHBOARDS_ON_VALKEY: usize = 50;
+/// How many single events are timed.
+const TIMED: usize = 10;
+/// By when all but one in a hundred dashboards have an event that comes alone.
+const SOON: Duration = Duration::from_millis(200);
 const LAST: &str = "e-last";
 
 /// What one dashboard saw.
@@ -27,39 +33,43 @@ struct Seen {
     /// The ids of each epoch, in the order in which they came.
     ids: HashMap<String, Vec<(u64, u64)>>,
     names: Vec<String>,
+    /// When each of them came.
+    times: Vec<Instant>,
 }
 
 /// Reads until the last event.
 async fn watch(mut socket: Socket) -> Seen {
-    let mut seen = Seen::default();
-    loop {
+    let mut messages: Vec<(Utf8Bytes, Instant)> = Vec::new();
+    while messages.last().is_none_or(|(text, _)| !text.contains(LAST)) {
         let message = tokio::time::timeout(BOUND, socket.next()).await.expect("an event in time");
-        let text = match message.expect("an open socket").expect("an open socket") {
-            Message::Text(text) => text,
-            Message::Ping(_) | Message::Pong(_) => continue,
+        match message.expect("an open socket").expect("an open socket") {
+            Message::Text(text) => messages.push((text, Instant::now())),
+            Message::Ping(_) | Message::Pong(_) => {}
             other => panic!("not an event: {other:?}"),
-        };
+        }
+    }
+    // Only now, for it would keep the others waiting.
+    let mut seen = Seen::default();
+    for (text, time) in messages {
         let alert: Value = serde_json::from_str(&text).expect("JSON");
         let position = alert["_pos"].as_str().expect("a position");
         let (epoch, id) = position.split_once(':').expect("an epoch and an id");
         let (ms, seq) = id.split_once('-').expect("an entry id");
         let id = (ms.parse().expect("a number"), seq.parse().expect("a number"));
         seen.ids.entry(epoch.to_owned()).or_default().push(id);
-        let name = alert["id"].as_str().expect("a name").to_owned();
-        let is_last = name == LAST;
-        seen.names.push(name);
-        if is_last {
-            return seen;
-        }
+        seen.names.push(alert["id"].as_str().expect("a name").to_owned());
+        seen.times.push(time);
     }
+    seen
 }
 
 async fn dashboards_go_on_through_flushes_and_restarts(product: Product) {
     let options = ["--appendonly", "yes", "--appendfsync", "always"];
     let mut site = Site::with(RedisServer::start(product, &options).await).await;
     let daemon = site.home.start().await;
+    let count = if product == Product::Redis { DASHBOARDS } else { DASHBOARDS_ON_VALKEY };
     let mut dashboards = JoinSet::new();
-    for _ in 0..DASHBOARDS {
+    for _ in 0..count {
         dashboards.spawn(watch(daemon.watch("/api/v1/ws/alerts?meta=1&stream=aurora:alerts").await));
     }
     // One that never reads.
@@ -67,11 +77,11 @@ async fn dashboards_go_on_through_flushes_and_restarts(product: Product) {
     // Two workers and the relay's tails of the two streams that are relayed by default: one reader each.
     site.readers_wait(3).await;
     let readers = site.server.cli(&["CLIENT", "LIST"]).lines().filter(|line| line.contains("cmd=xread ")).count();
-    assert!(readers <= 2, "{readers} readers for {DASHBOARDS} dashboards");
+    assert!(readers <= 2, "{readers} readers for {count} dashboards");
 
     // What is trimmed before the relay has read it, nobody can be shown.
     let relayed = async |events: usize| {
-        let written = u64::try_from(DASHBOARDS * events).expect("few");
+        let written = u64::try_from(count * events).expect("few");
         until("events at each dashboard", BOUND, async || {
             (daemon.metric("aurora_bus_relay_deliveries_total").await >= written).then_some(())
         })
@@ -92,23 +102,36 @@ async fn dashboards_go_on_through_flushes_and_restarts(product: Product) {
     daemon.ready(StatusCode::OK).await;
     site.publish_and_handle_more(&daemon, 100).await;
 
-    // Everybody is up to date: how long until all have the last one?
-    relayed(400).await;
-    let mut last = site.ledger.events(1, 10);
-    last[0].payload = last[0].payload.replace(&last[0].name, LAST);
-    LAST.clone_into(&mut last[0].name);
-    let published = Instant::now();
-    site.ledger.publish_until_accepted(&daemon, &site.account.stream, &last).await;
-    let expected: Vec<String> = (0..400).map(|n| format!("e-{n}")).chain([LAST.to_owned()]).collect();
-    for seen in dashboards.join_all().await {
+    // Everybody is up to date: how long until they have an event that comes alone? The best of several, for the machine
+    // may be busy; what held some of them up, such as the one that never reads, would do so each time.
+    let mut published = Vec::new();
+    for timed in 1..=TIMED {
+        relayed(399 + timed).await;
+        let mut event = site.ledger.events(1, 10);
+        if timed == TIMED {
+            event[0].payload = event[0].payload.replace(&event[0].name, LAST);
+            LAST.clone_into(&mut event[0].name);
+        }
+        published.push(Instant::now());
+        site.ledger.publish_until_accepted(&daemon, &site.account.stream, &event).await;
+    }
+    let expected: Vec<String> = (0..399 + TIMED).map(|n| format!("e-{n}")).chain([LAST.to_owned()]).collect();
+    let seen = dashboards.join_all().await;
+    for seen in &seen {
         assert_eq!(seen.names, expected, "every alert once and in order, across the flush");
         assert_eq!(seen.ids.len(), 2, "a flush begins a new epoch");
         for ids in seen.ids.values() {
             assert!(ids.is_sorted_by(|a, b| a < b), "ids grow within an epoch: {ids:?}");
         }
     }
-    assert!(published.elapsed() < Duration::from_secs(2), "the last event took {:?}", published.elapsed());
-    site.ledger.has_handled(&daemon, 401).await;
+    let slow_ones = published.iter().zip(400..).map(|(published, place)| {
+        let mut times: Vec<Duration> = seen.iter().map(|seen| seen.times[place] - *published).collect();
+        times.sort_unstable();
+        times[times.len() * 99 / 100]
+    });
+    let best = slow_ones.min().expect("some were timed");
+    assert!(best < SOON, "one dashboard in a hundred waited {best:?} and longer");
+    site.ledger.has_handled(&daemon, 400 + TIMED).await;
     site.settled().await.assert_settled();
     daemon.stop().await;
 }

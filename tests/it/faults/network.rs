@@ -7,7 +7,7 @@ use aurora_bus::store::redis::Config;
 use aurora_bus::store::{Start, Store};
 use tokio::task::JoinSet;
 
-use super::{STREAM, Site, assert_quiet, on_every_product};
+use super::{ACKNOWLEDGEMENT, FETCH, STREAM, Site, assert_quiet, on_every_product};
 use crate::store_contract::{cursor, new_entry, unique_stream};
 use crate::support::app::BOUND;
 use crate::support::redis::{Product, RedisServer};
@@ -20,8 +20,8 @@ on_every_product! {
     readers_that_wait_do_not_hold_up_publishers
 }
 
-/// How long it may take to heal: a fetch blocks for 1 s, and 4 s later all should be well; the rest is for a busy machine.
-const HEALED: Duration = Duration::from_secs(15);
+/// How long it may take to heal: a fetch blocks for 1 s, and 4 s later all is to be well.
+const HEALED: Duration = Duration::from_secs(5);
 
 async fn a_server_that_stands_still_costs_nothing_and_doubles_nothing(product: Product) {
     let site = Site::new(product).await;
@@ -30,7 +30,7 @@ async fn a_server_that_stands_still_costs_nothing_and_doubles_nothing(product: P
     site.server.signal("STOP");
     let stopped = Instant::now();
     let mut waiting = Vec::new();
-    while stopped.elapsed() < Duration::from_secs(6) {
+    while stopped.elapsed() < Duration::from_secs(15) {
         let events = site.ledger.events(20, 10);
         let asked = Instant::now();
         let answer = site.ledger.publish(&daemon, &site.account.stream, &events).await;
@@ -54,30 +54,29 @@ async fn each_connection_that_swallows_everything_is_replaced_in_time(product: P
     site.publish_and_handle(&daemon, 10).await;
     let publisher = site.ledger.events(1, 10);
     // The reader of the stream, the connection that acknowledges, and the one that appends.
-    for part in [STREAM.as_bytes(), b"XACK", publisher[0].name.as_bytes()] {
-        let is_reader = part == STREAM.as_bytes();
-        if is_reader {
-            site.proxy.black_hole_at(b"XREADGROUP");
+    for part in [FETCH, ACKNOWLEDGEMENT, publisher[0].name.as_bytes()] {
+        let begun = Instant::now();
+        site.publish_and_handle(&daemon, 20).await;
+        site.settled().await.assert_settled();
+        // What takes this long while all is well takes longer on a busy machine.
+        let limit = HEALED + 5 * begun.elapsed();
+        let connections = site.proxy.connections();
+        site.proxy.black_hole_at(part);
+        if part == FETCH {
             until("a black hole", BOUND, async || site.proxy.has_black_hole().then_some(())).await;
-        } else {
-            site.proxy.black_hole_at(part);
         }
         let begun = Instant::now();
         if part == publisher[0].name.as_bytes() {
             site.ledger.publish_until_accepted(&daemon, &site.account.stream, &publisher).await;
-            assert!(begun.elapsed() < HEALED, "appended again after {:?}", begun.elapsed());
         }
-        let mut lines = site.publish_and_handle(&daemon, 20).await;
-        // What was in hand for long is acknowledged by a script.
-        while !site.proxy.has_black_hole() {
-            assert!(begun.elapsed() < BOUND, "nothing was swallowed");
-            lines.extend(site.publish_and_handle(&daemon, 20).await);
-        }
-        let swallowed = Instant::now();
+        let lines = site.publish_and_handle(&daemon, 20).await;
         let balance = site.settled().await;
-        assert!(swallowed.elapsed() < HEALED, "healed after {:?}", swallowed.elapsed());
+        assert!(site.proxy.has_black_hole(), "nothing was swallowed");
+        assert!(begun.elapsed() < limit, "healed after {:?}, not {limit:?}", begun.elapsed());
         balance.assert_settled();
         assert_quiet(&lines, begun);
+        let opened = site.proxy.connections() - connections;
+        assert!((1..=3).contains(&opened), "{opened} connections were opened in place of one");
     }
     daemon.stop().await;
 }
@@ -95,7 +94,7 @@ async fn lost_replies_double_nothing_and_lose_nothing(product: Product) {
     site.ledger.has_handled(&daemon, 13).await;
 
     // A fetch with entries in it, and an acknowledgement.
-    for part in [&b"XREADGROUP"[..], b"XACK"] {
+    for part in [FETCH, ACKNOWLEDGEMENT] {
         let dropped = site.proxy.dropped();
         site.proxy.drop_reply_to(part);
         until("a lost reply", BOUND, async || {
@@ -152,12 +151,16 @@ async fn readers_that_wait_do_not_hold_up_publishers(product: Product) {
         server.cli(&["INFO", "clients"]).contains("blocked_clients:16").then_some(())
     })
     .await;
-    // Readers block for two seconds: whoever shared a connection with one would wait for about so long. The best of
-    // several rounds, for the machine may be busy.
-    let mut best = Duration::MAX;
+    // Beside a server of the same kind without readers, for the machine may be busy; of several rounds the best.
+    let quiet = RedisServer::start(product, &[]).await;
+    let config = Config { url: quiet.url().into(), ..Config::default() };
+    let alone = config.connect().await.expect("a valid configuration");
+    let (mut with_readers, mut without) = (Duration::MAX, Duration::MAX);
     for _ in 0..5 {
-        best = best.min(slow_append(&*store).await);
+        with_readers = with_readers.min(slow_append(&*store).await);
+        without = without.min(slow_append(&alone).await);
     }
-    assert!(best < Duration::from_millis(50), "an append took {best:?}");
+    let limit = without + Duration::from_millis(10);
+    assert!(with_readers < limit, "an append took {with_readers:?}, and {without:?} where no readers wait");
     readers.abort_all();
 }
