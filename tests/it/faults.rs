@@ -4,26 +4,33 @@
 //! still pending or undelivered; nothing was acknowledged that is neither handled nor dead; nothing is stored twice;
 //! the counters agree. Nothing but the fault itself is done to the daemon: it recovers without a restart.
 //!
-//! | # | fault | proven by |
+//! | # | fault | shown by |
 //! |---|---|---|
-//! | 1 | `FLUSHALL` while readers wait | [`groups`] |
-//! | 2 | `DEL`, `RENAME`, `PEXPIRE`, `SWAPDB`, `SET` on the key while readers wait | [`groups`] |
-//! | 3 | `XGROUP DESTROY` with a part acknowledged | [`groups`], `delivery::redis` |
-//! | 4 | a daemon that starts after its publishers | [`groups`] |
-//! | 5 | a killed Redis that loads for seconds | `crash`, `redis_faults` |
-//! | 6 | a primary that becomes a replica, or has too few replicas | `redis_faults` |
-//! | 8 | a full server | `redis_faults` |
-//! | 11 | a Redis that stands still | [`network`], `crash` |
-//! | 12 | connections that swallow everything: reader, control, publisher | [`network`], `redis_faults` |
-//! | 13 | lost replies: append, fetch, acknowledgement, dead letter | [`network`], `redis_faults`, `delivery::redis` |
-//! | 14 | publishing while readers wait | [`network`] |
-//! | 16 | a handler that kills its process | [`poison`], `delivery` |
-//! | 18 | a dead letter that is written twice, or can't be written | `redis_faults`, `delivery::redis`, `store_contract` |
-//! | 20 | rolling kills | `crash` |
-//! | 21 | a server's clock that steps | [`clock`] |
-//! | 22 | entries that make no sense | [`poison`] |
-//! | 24 | dashboards during all this | [`dashboards`], `relay` |
-//! | 25 | hours of everything | `soak` |
+//! | 1 | `FLUSHALL` while readers wait | `groups::a_flush_while_readers_wait_costs_no_later_event` |
+//! | 2 | `DEL`, `RENAME`, `PEXPIRE`, `SWAPDB`, `SET` on the key while readers wait | `groups::a_key_that_is_taken_away_while_readers_wait_is_followed_anew`, `groups::a_stream_whose_name_is_taken_concerns_that_stream_only_and_heals` |
+//! | 3 | `XGROUP DESTROY` with a part acknowledged | `groups::a_destroyed_group_goes_on_with_what_it_had_not_handled` |
+//! | 4 | a daemon that starts after its publishers | `groups::a_daemon_that_starts_late_handles_what_was_there_before` |
+//! | 5 | a killed server that loads for seconds, or has torn its file | `states::a_server_that_is_killed_and_loads_for_seconds_costs_nothing`, `crash::a_redis_killed_under_load_costs_nothing_accepted`, `redis_faults::a_killed_server_with_an_append_only_file_loses_nothing_accepted`, `redis_torn::what_was_written_by_half_does_not_come_back` |
+//! | 6 | a primary that becomes a replica, or has too few replicas | `redis_states::every_state_is_told_and_heals` |
+//! | 7 | a failover under load | `redis_sentinel::a_failover_under_load_loses_nothing_that_was_replicated_and_heals_by_itself` |
+//! | 8 | a full server, with dead letters to write | `states::a_full_server_goes_on_with_what_needs_no_room_and_heals`, `redis_faults::a_full_server_refuses_appends_and_lets_the_rest_go_on` |
+//! | 9 | a server that evicts | `redis_states::a_server_that_may_evict_streams_is_refused_unless_that_is_wanted` |
+//! | 10 | a server that can't save | `redis_states::every_state_is_told_and_heals` |
+//! | 11 | a server that stands still | `network::a_server_that_stands_still_costs_nothing_and_doubles_nothing`, `crash::a_redis_that_hangs_under_load_costs_nothing_accepted` |
+//! | 12 | connections that swallow everything: reader, control, publisher | `network::each_connection_that_swallows_everything_is_replaced_in_time` |
+//! | 13 | lost replies: append, fetch, acknowledgement, dead letter, replay | `network::lost_replies_double_nothing_and_lose_nothing`, `dead_letters::a_crash_between_append_and_removal_is_mended_by_a_second_replay` |
+//! | 14 | publishing while readers wait | `network::readers_that_wait_do_not_hold_up_publishers` |
+//! | 15 | entries that others trim, pending and not delivered yet | `ledger::what_others_trim_is_counted_once_by_two_daemons_on_redis`, `ledger::a_worker_finds_what_was_lost_while_it_was_away_on_redis` |
+//! | 16 | a handler that kills its process | `poison::an_entry_that_kills_its_handler_ends_as_a_dead_letter`, `guard::a_task_that_kills_every_worker_ends_in_the_dead_letters` |
+//! | 17 | entries in hand for longer than others wait, a daemon that stands still and comes back late | `delivery::entries_in_hand_are_not_taken_over_however_long_they_wait`, `fleet::what_a_daemon_that_stands_still_was_given_is_handled_elsewhere_and_once`, `fleet::the_late_result_of_a_daemon_that_stood_still_does_not_count` |
+//! | 18 | a dead letter that is written twice, or can't be written | `store_contract::a_dead_letter_is_moved_in_one_step_and_once`, `redis_faults::a_lost_reply_to_a_dead_letter_writes_it_once`, `redis_faults::a_dead_letter_that_cannot_be_written_leaves_its_entry_pending`, `redis_faults::a_full_server_refuses_appends_and_lets_the_rest_go_on` |
+//! | 19 | kills between commit and acknowledgement | `postgres::ten_kills_between_commit_and_acknowledgement_leave_each_row_once`, `postgres::fifty_kills_between_commit_and_acknowledgement_leave_each_row_once` |
+//! | 20 | two daemons of one name, rolling restarts and kills | `fleet::two_daemons_of_one_name_do_nothing_twice`, `fleet::rolling_restarts_under_random_names_lose_nothing_and_leave_no_consumers`, `fleet::two_hundred_rolling_restarts_under_random_names_lose_nothing_and_leave_no_consumers` |
+//! | 21 | a clock that steps | `clock::a_clock_that_steps_takes_nothing_out_of_hands_and_keeps_the_order`, `clock::a_daemon_whose_clock_steps_gives_ids_that_rise_and_handles_each_event_once` |
+//! | 22 | entries that make no sense | `poison::entries_that_make_no_sense_become_dead_letters_byte_for_byte` |
+//! | 23 | a server without room for more clients, and gone | `redis_states::stores_that_find_a_server_full_of_clients_or_gone_do_not_storm_it` |
+//! | 24 | dashboards: a slow one, trims, flushes, restarts | `dashboards::dashboards_go_on_through_flushes_and_restarts`, `relay::a_client_that_never_reads_is_closed_and_costs_no_one_anything`, `relay::a_lagging_client_catches_up_from_the_store`, `relay::what_was_trimmed_away_is_counted_and_the_rest_is_given` |
+//! | 25 | half an hour of everything | `soak::soak_of_two_minutes`, `soak::soak_of_half_an_hour` |
 
 mod clock;
 mod dashboards;
@@ -32,6 +39,8 @@ mod network;
 mod poison;
 mod states;
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -171,6 +180,34 @@ fn errors(lines: &[String]) -> usize {
 fn assert_quiet(lines: &[String], since: Instant) {
     let bound = 5 * since.elapsed().as_secs().max(1);
     assert!((errors(lines) as u64) < bound, "{} errors:\n{}", errors(lines), lines.join("\n"));
+}
+
+#[test]
+fn the_tests_that_are_named_exist() {
+    let named = include_str!("faults.rs").lines().map_while(|line| line.strip_prefix("//!"));
+    let named: Vec<&str> =
+        named.filter_map(|line| line.strip_prefix(" | ")?.rsplit_once(" | `")).map(|row| row.1).collect();
+    assert_eq!(named.len(), 25);
+    let mut files = Vec::new();
+    let mut folders = vec![PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it"))];
+    while let Some(folder) = folders.pop() {
+        for path in fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path()) {
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                files.push((path.clone(), fs::read_to_string(path).expect("a source file")));
+            }
+        }
+    }
+    for test in named.iter().flat_map(|names| names.trim_end_matches(" |").split(", ")) {
+        let test = test.trim_matches('`');
+        let (file, name) = test.rsplit_once("::").expect("a file and a test");
+        let is_there = |(path, text): &(PathBuf, String)| {
+            let is_file = path.components().any(|part| Path::new(part.as_os_str()).file_stem() == Some(file.as_ref()));
+            is_file && text.contains(&format!("async fn {name}("))
+        };
+        assert!(files.iter().any(is_there), "there is no test `{test}`");
+    }
 }
 
 /// Makes a test per product of each case, an async function that takes the product.

@@ -154,7 +154,7 @@ async fn a_stopped_server_is_unavailable_in_time_and_goes_on_after() {
     for error in [append.expect_err("stopped"), fetch.expect_err("stopped"), check.expect_err("stopped")] {
         assert_eq!(error.kind(), StoreErrorKind::Unavailable, "{error}");
     }
-    assert!(stopped.elapsed() < Duration::from_millis(3500), "answered after {:?}", stopped.elapsed());
+    assert!(stopped.elapsed() < Duration::from_secs(5), "answered after {:?}", stopped.elapsed());
     server.signal("CONT");
     append_until_accepted(&store, &a, "during").await;
     append_until_accepted(&store, &a, "after").await;
@@ -523,12 +523,12 @@ async fn a_dropped_fetch_does_not_disturb_the_next() {
     let a = cursor(&unique_stream(), "g", "a");
     store.ensure_group(&a.stream, &a.group, Start::Oldest).await.expect("a group");
     for _ in 0..20 {
-        let dropped = tokio::time::timeout(Duration::from_millis(20), store.fetch(&a, 1, Duration::from_secs(2))).await;
+        let dropped = tokio::time::timeout(Duration::from_millis(20), store.fetch(&a, 1, Duration::from_secs(5))).await;
         assert!(dropped.is_err(), "there was nothing to fetch");
     }
     let begun = Instant::now();
     assert!(store.fetch(&a, 1, Duration::from_millis(50)).await.expect("fetched").is_empty());
-    assert!(begun.elapsed() < Duration::from_secs(1), "waited for the dropped ones: {:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(3), "waited for the dropped ones: {:?}", begun.elapsed());
     // The connections of the dropped ones are closed: two links, a reader and redis-cli are left.
     until("few connections", HEALING, async || {
         let clients = server.cli(&["INFO", "clients"]);

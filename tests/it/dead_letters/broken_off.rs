@@ -94,7 +94,8 @@ async fn kills_amid_a_bulk_replay_lose_and_double_nothing(site: Site) {
         let url = daemon.url(&format!("/api/v1/dead-letters/{ALERTS}/replay"));
         let body = json!({ "group": "siem", "limit": 5_000 }).to_string();
         let replay = client().post(url).body(body).send();
-        let kill_after = Duration::from_millis(random_below(150));
+        // Later and later, so that it comes to an end on any machine.
+        let kill_after = Duration::from_millis(random_below(150 + 10 * kills));
         let Ok(answer) = tokio::time::timeout(kill_after, replay).await else {
             daemon.crash();
             kills += 1;

@@ -5,11 +5,13 @@ use std::time::{Duration, Instant};
 
 use aurora_bus::store::redis::Config;
 use aurora_bus::store::{Start, Store};
+use reqwest::StatusCode;
+use serde_json::Value;
 use tokio::task::JoinSet;
 
 use super::{ACKNOWLEDGEMENT, FETCH, STREAM, Site, assert_quiet, on_every_product};
 use crate::store_contract::{cursor, new_entry, unique_stream};
-use crate::support::app::BOUND;
+use crate::support::app::{BOUND, client};
 use crate::support::redis::{Product, RedisServer};
 use crate::support::until;
 
@@ -114,6 +116,22 @@ async fn lost_replies_double_nothing_and_lose_nothing(product: Product) {
     balance.assert_settled();
     assert_eq!((balance.handled, balance.dead), (balance.promised, 1));
     assert_eq!(site.server.cli(&["XLEN", STREAM]), (balance.promised + 1).to_string());
+    assert_eq!(site.server.cli(&["XLEN", site.account.dead_letter.as_str()]), "1");
+
+    // Its replay: the operator is told that nothing is known, and asks again. It dies again, and once.
+    site.proxy.drop_reply_to(b"lost-letter");
+    let url = daemon.url(&format!("/api/v1/dead-letters/{STREAM}/replay"));
+    let letters = site.server.cli(&["XRANGE", site.account.dead_letter.as_str(), "-", "+"]);
+    let body = format!(r#"{{"ids":["{}"]}}"#, letters.lines().next().expect("a letter"));
+    let replay = async || client().post(&url).body(body.clone()).send().await.expect("an answer");
+    assert_eq!(replay().await.status(), StatusCode::SERVICE_UNAVAILABLE);
+    let done =
+        until("a replay", BOUND, async || replay().await.json::<Value>().await.ok().filter(|v| v["code"].is_null()));
+    let done = done.await;
+    assert_eq!((&done["replayed"], &done["repeated"]), (&0.into(), &1.into()), "{done}");
+    let buried = async || daemon.metric("aurora_bus_dead_letters_total").await;
+    until("another dead letter", BOUND, async || (buried().await == 2).then_some(())).await;
+    assert_eq!(site.server.cli(&["XLEN", STREAM]), (balance.promised + 2).to_string());
     assert_eq!(site.server.cli(&["XLEN", site.account.dead_letter.as_str()]), "1");
     daemon.stop().await;
 }
