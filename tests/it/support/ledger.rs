@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use aurora_bus::event::{DeadLetter, Entry, EntryId, Fields, GroupName, NewEntry, StreamName, field};
-use aurora_bus::store::{Cursor, Order, Range, Store};
+use aurora_bus::store::{self, Consumption, Cursor, Order, Range, Store};
 use reqwest::StatusCode;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -59,6 +59,8 @@ pub(crate) struct Balance {
     pub(crate) unaccounted: Vec<String>,
     /// In the stream, or in the dead letters, more than once.
     pub(crate) doubled: Vec<String>,
+    /// By how much the store's own account of the group is off; absent while it can't be known.
+    pub(crate) difference: Option<i64>,
 }
 
 impl Balance {
@@ -70,10 +72,11 @@ impl Balance {
         assert!(is_kept, "{self:#?}");
     }
 
-    /// The same, and fails unless everything was handled or is dead.
+    /// The same, and fails unless everything was handled or is dead, and the store has counted it so.
     #[track_caller]
     pub(crate) fn assert_settled(&self) {
         self.assert_kept();
+        assert!(self.difference.is_none_or(|difference| difference == 0), "{self:#?}");
         assert_eq!((self.pending, self.undelivered), (0, 0), "{self:#?}");
     }
 }
@@ -204,8 +207,11 @@ impl Ledger {
         let everything = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
         // What is pending comes first: what ends meanwhile is then found where it has gone.
         let status = store.describe(&account.stream).await.expect("the store answers");
-        let group = status.and_then(|status| status.groups.into_iter().find(|group| group.name == account.group));
-        let delivered = group.map_or(EntryId::MIN, |group| group.last_delivered);
+        let group = status
+            .as_ref()
+            .zip(status.as_ref().and_then(|status| status.groups.iter().find(|group| group.name == account.group)));
+        let delivered = group.map_or(EntryId::MIN, |(_, group)| group.last_delivered);
+        let counted = group.map(|(stream, group)| store::Balance::of(stream, group, Consumption::Inside));
         let pending = pending_ids(store, &account.cursor()).await;
         let entries = read_all(store, &account.stream, everything).await;
         let letters = read_all(store, &account.dead_letter, everything).await;
@@ -217,6 +223,7 @@ impl Ledger {
             repeated: handled.values().map(|attempts| attempts.len() - 1).sum(),
             pending: pending.len(),
             dead: letters.len(),
+            difference: counted.and_then(|counted| counted.difference),
             ..Balance::default()
         };
         let mut dead: BTreeSet<String> = BTreeSet::new();
