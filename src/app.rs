@@ -15,7 +15,7 @@ use crate::config::{Backend, Config, InvalidConfig, Problem, StreamConfig};
 use crate::dead_letters::{DeadLetters, Keeper, Source};
 use crate::delivery::{GroupSpec, Guard, Janitor, Reaper, Sampler, StreamSpec, Worker};
 use crate::event::ConsumerName;
-use crate::http::{self, Access, Api};
+use crate::http::{self, Access, Api, Tls, Unusable, Validity};
 use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
 use crate::relay::Relay;
@@ -51,6 +51,8 @@ pub struct App {
     api: Api,
     stop_sessions: CancellationToken,
     store_part: Part,
+    tls: Option<(Tls, Part)>,
+    metrics: Metrics,
 }
 
 impl App {
@@ -61,6 +63,8 @@ impl App {
         let readiness = Readiness::default();
 
         let access = open_access(&config)?;
+        let tls = config.http.tls.as_ref().map(Tls::open).transpose().map_err(in_tls)?;
+        let tls = tls.map(|tls| (tls, readiness.part("certificate", None)));
         let listen = config.http.listen;
         let listener = TcpListener::bind(listen).await.with_context(|| {
             format!("cannot listen on {listen} (http.listen): is another daemon running, or the port taken?")
@@ -135,7 +139,7 @@ impl App {
             dead_letters,
             Arc::clone(&store),
             relay.clone(),
-            metrics,
+            metrics.clone(),
             readiness,
             stop_sessions.clone(),
         );
@@ -156,12 +160,19 @@ impl App {
             api,
             stop_sessions,
             store_part,
+            tls,
+            metrics,
         })
     }
 
     /// The address the daemon listens on.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// The certificates that are shown, where TLS is spoken.
+    pub fn tls(&self) -> Option<Tls> {
+        self.tls.as_ref().map(|(tls, _)| tls.clone())
     }
 
     /// Runs until `stop`, then ends in order: no longer ready, workers and dashboards finish, requests finish, the
@@ -186,8 +197,13 @@ impl App {
         tasks.spawn(named("relay", async move { relay.run(relay_stop).await }));
         tasks.spawn(named("store watch", watch_store(Arc::clone(&self.store), self.store_part, work.clone())));
         let mut server = JoinSet::new();
-        server.spawn(http::serve(self.listener, self.api.clone(), serving.clone()));
-        tracing::info!("listening on http://{}", self.address);
+        let tls = self.tls.as_ref().map(|(tls, _)| tls.clone());
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        if let Some((tls, part)) = self.tls {
+            tasks.spawn(named("watch of certificates", tls.watch(part, self.metrics, work.clone())));
+        }
+        server.spawn(http::serve(self.listener, tls, self.api.clone(), serving.clone()));
+        tracing::info!("listening on {scheme}://{}", self.address);
 
         let failure = tokio::select! {
             () = stop.cancelled() => None,
@@ -316,6 +332,15 @@ fn open_access(config: &Config) -> Result<Access, InvalidConfig> {
 
 fn in_auth((key, message): (String, String)) -> InvalidConfig {
     InvalidConfig(vec![Problem::new(format!("auth.{key}"), message)])
+}
+
+/// Reads the files that `http.tls` names, checks that they fit each other, and tells how long the certificate is valid.
+pub fn check_tls(config: &Config) -> Result<Option<Validity>, InvalidConfig> {
+    config.http.tls.as_ref().map(http::TlsConfig::check).transpose().map_err(in_tls)
+}
+
+fn in_tls((key, message): Unusable) -> InvalidConfig {
+    InvalidConfig(vec![Problem::new(format!("http.tls.{key}"), message)])
 }
 
 async fn open_store(config: &Config) -> anyhow::Result<Arc<dyn Store>> {

@@ -233,6 +233,8 @@ impl Config {
         problems.extend(
             self.http.problems().into_iter().map(|(key, message)| Problem::new(format!("http.{key}"), message)),
         );
+        let tls = self.http.tls.iter().flat_map(http::TlsConfig::problems);
+        problems.extend(tls.map(|(key, message)| Problem::new(format!("http.tls.{key}"), message)));
         problems.extend(
             self.publish.problems().into_iter().map(|(key, message)| Problem::new(format!("publish.{key}"), message)),
         );

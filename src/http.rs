@@ -9,13 +9,16 @@ mod extract;
 mod feed;
 mod health;
 mod origin;
+mod places;
 mod problem;
 mod publish;
 mod routes;
 mod server;
+mod socket;
 mod streams;
 mod ticket;
 mod timed;
+mod tls;
 mod websocket;
 
 use std::net::{IpAddr, SocketAddr};
@@ -48,6 +51,7 @@ pub use dead_letters::CLI_AGENT;
 pub use problem::ApiError;
 pub use routes::{Need, Route, routes};
 pub use server::serve;
+pub use tls::{ClientCertificates, Tls, TlsConfig, TlsVersion, Unusable, Validity};
 
 use crate::bus::Bus;
 use crate::dead_letters::DeadLetters;
@@ -91,6 +95,9 @@ pub struct Config {
     /// How long a client may take none of an answer that is there for it.
     #[serde(with = "humantime_serde")]
     pub write_timeout: Duration,
+    /// TLS, instead of plain HTTP.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls: Option<TlsConfig>,
 }
 
 impl Default for Config {
@@ -106,6 +113,7 @@ impl Default for Config {
             header_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(30),
             write_timeout: Duration::from_secs(30),
+            tls: None,
         }
     }
 }

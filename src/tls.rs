@@ -1,11 +1,13 @@
-//! TLS as a client speaks it: whom it trusts, and by which cryptography.
+//! TLS, as far as more than one part needs it: which certificates are trusted, and by which cryptography.
 //!
-//! The one place for certificates to trust, whoever connects: stores, sinks, readers of key sets, the command line.
+//! The one place for that, whoever connects: stores, sinks, readers of key sets, the command line. The listener reads
+//! its certificates here too.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::{self, PemObject as _};
 use rustls::{ClientConfig, RootCertStore};
@@ -34,18 +36,25 @@ pub enum NoTrust {
     NoneInSystem,
 }
 
+/// The cryptography of every connection.
+pub(crate) fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
+}
+
 /// Trusts the certificates in that file, or those of the system where there is none.
 pub(crate) fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, NoTrust> {
-    let mut roots = RootCertStore::empty();
-    if let Some(path) = ca_file {
-        add_file(path, &mut roots)?;
-    } else {
+    Ok(trusting(trusted(ca_file)?))
+}
+
+/// The certificates in that file, or those of the system where there is none.
+pub(crate) fn trusted(ca_file: Option<&Path>) -> Result<RootCertStore, NoTrust> {
+    let Some(path) = ca_file else {
+        let mut roots = RootCertStore::empty();
         roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-        if roots.is_empty() {
-            return Err(NoTrust::NoneInSystem);
-        }
-    }
-    Ok(trusting(roots))
+        return if roots.is_empty() { Err(NoTrust::NoneInSystem) } else { Ok(roots) };
+    };
+    let text = std::fs::read(path).map_err(|error| NoTrust::File { path: path.to_owned(), error })?;
+    roots_of(path, &text)
 }
 
 /// Trusts no one, for clients that must be given something though they speak no TLS.
@@ -54,25 +63,29 @@ pub(crate) fn trusting_none() -> ClientConfig {
 }
 
 fn trusting(roots: RootCertStore) -> ClientConfig {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    ClientConfig::builder_with_provider(provider)
+    ClientConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .expect("the provider supports the default versions")
         .with_root_certificates(roots)
         .with_no_client_auth()
 }
 
-fn add_file(path: &Path, roots: &mut RootCertStore) -> Result<(), NoTrust> {
+/// The certificates that were read from that file, to trust them.
+pub(crate) fn roots_of(path: &Path, text: &[u8]) -> Result<RootCertStore, NoTrust> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(path, text)? {
+        roots
+            .add(certificate)
+            .map_err(|error| NoTrust::Certificates { path: path.to_owned(), error: error.to_string() })?;
+    }
+    Ok(roots)
+}
+
+/// The certificates that were read from that file in PEM, at least one.
+pub(crate) fn certificates(path: &Path, text: &[u8]) -> Result<Vec<CertificateDer<'static>>, NoTrust> {
     let unusable = |error: String| NoTrust::Certificates { path: path.to_owned(), error };
-    let text = std::fs::read(path).map_err(|error| NoTrust::File { path: path.to_owned(), error })?;
-    let certificates: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&text)
+    let certificates: Vec<_> = CertificateDer::pem_slice_iter(text)
         .collect::<Result<_, pem::Error>>()
-        .map_err(|e| unusable(e.to_string()))?;
-    if certificates.is_empty() {
-        return Err(unusable("there is none in it".to_owned()));
-    }
-    for certificate in certificates {
-        roots.add(certificate).map_err(|error| unusable(error.to_string()))?;
-    }
-    Ok(())
+        .map_err(|error| unusable(error.to_string()))?;
+    if certificates.is_empty() { Err(unusable("there is none in it".to_owned())) } else { Ok(certificates) }
 }

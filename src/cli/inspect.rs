@@ -1,5 +1,6 @@
 //! `aurora-bus check` and `aurora-bus config`.
 
+use anyhow::bail;
 use clap::Args;
 
 use super::{ConfigArgs, say};
@@ -26,6 +27,15 @@ pub(super) async fn check(config: &ConfigArgs, args: CheckArgs) -> anyhow::Resul
     let config = config.load()?;
     let groups: usize = config.streams.iter().map(|stream| stream.groups.len()).sum();
     say(&format!("configuration: {} streams, {groups} groups, {} sinks", config.streams.len(), config.sinks.len()))?;
+    if let Some(validity) = app::check_tls(&config)? {
+        if !validity.is_now() {
+            bail!("http.tls.cert_file: {}", validity.concern().unwrap_or_default());
+        }
+        say(&format!("certificate: fits its key, good for {:.0} days", validity.days_left().floor()))?;
+        if let Some(concern) = validity.concern() {
+            say(&format!("warning: {concern}"))?;
+        }
+    }
     if args.connect {
         let status = app::check(&config).await?;
         say(&format!("store: {}", status.description))?;

@@ -16,16 +16,27 @@ pub(super) async fn run(config: Config) -> anyhow::Result<()> {
     telemetry::init(&config.log)?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+    let mut reload = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
     let app = App::build(config.clone()).await?;
     if std::io::stdout().is_terminal() {
         say(&hints(&config, app.address()))?;
     }
+    let tls = app.tls();
     let stop = CancellationToken::new();
     let running = app.run(stop.clone());
     tokio::pin!(running);
-    tokio::select! {
-        result = &mut running => return result,
-        name = either(&mut terminate, &mut interrupt) => tracing::info!(signal = name, "stopping; a second signal ends at once"),
+    loop {
+        tokio::select! {
+            result = &mut running => return result,
+            _ = reload.recv() => match &tls {
+                Some(tls) => tls.look_now(),
+                None => tracing::info!(signal = "SIGHUP", "there is nothing to read again: no certificates are in use"),
+            },
+            name = either(&mut terminate, &mut interrupt) => {
+                tracing::info!(signal = name, "stopping; a second signal ends at once");
+                break;
+            }
+        }
     }
     stop.cancel();
     tokio::select! {
@@ -49,15 +60,16 @@ fn hints(config: &Config, address: SocketAddr) -> String {
         crate::config::Backend::Embedded => format!("embedded store in {}", config.store.embedded.path.display()),
         crate::config::Backend::Redis => "Redis".to_owned(),
     };
+    let (s, ca) = if config.http.tls.is_some() { ("s", "--cacert ca.pem ") } else { ("", "") };
     format!(
         r#"
 aurora-bus {version}: {streams} streams on the {store}. Try in another terminal:
 
-  publish    curl http://{address}/api/v1/alerts -d '{{"severity":"high","source":"zeek","title":"Beacon to a rare domain"}}'
-  watch      ws://{address}/api/v1/ws/alerts           (in a browser at http://{address}/: new WebSocket("/api/v1/ws/alerts"))
-  streams    curl http://{address}/api/v1/streams
-  ready      curl http://{address}/ready
-  metrics    curl http://{address}/metrics
+  publish    curl {ca}http{s}://{address}/api/v1/alerts -d '{{"severity":"high","source":"zeek","title":"Beacon to a rare domain"}}'
+  watch      ws{s}://{address}/api/v1/ws/alerts           (in a browser at http{s}://{address}/: new WebSocket("/api/v1/ws/alerts"))
+  streams    curl {ca}http{s}://{address}/api/v1/streams
+  ready      curl {ca}http{s}://{address}/ready
+  metrics    curl {ca}http{s}://{address}/metrics
 "#,
         version = env!("CARGO_PKG_VERSION"),
         streams = config.streams.len(),

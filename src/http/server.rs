@@ -22,7 +22,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
 
+use super::socket::Socket;
 use super::timed::Timed;
+use super::tls::Tls;
 use super::{Api, Peer};
 
 /// How long accepting pauses when the process has no file descriptors left.
@@ -38,8 +40,9 @@ const FORGET_EVERY: Duration = Duration::from_secs(10);
 /// The largest head of a request.
 const MAX_HEAD_BYTES: usize = 32 * 1024;
 
-/// Serves until `stop`, then lets requests under way finish. Upgraded connections are the sessions' business.
-pub async fn serve(listener: TcpListener, api: Api, stop: CancellationToken) {
+/// Serves until `stop`, over TLS where it is given, then lets requests under way finish. Upgraded connections are the
+/// sessions' business.
+pub async fn serve(listener: TcpListener, tls: Option<Tls>, api: Api, stop: CancellationToken) {
     let router = api.router();
     let config = &api.inner.config;
     let slots = Arc::new(Semaphore::new(config.max_connections));
@@ -66,6 +69,10 @@ pub async fn serve(listener: TcpListener, api: Api, stop: CancellationToken) {
         };
         let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
             api.inner.metrics.rejected.with_label_values(&["connection_limit"]).inc();
+            // Without a handshake, which would cost more than it tells, nothing can be said over TLS.
+            if tls.is_some() {
+                continue;
+            }
             connections.spawn(async move {
                 // The peer may be gone already, which is as well.
                 drop(tokio::time::timeout(Duration::from_secs(1), stream.write_all(TOO_MANY_CONNECTIONS)).await);
@@ -76,9 +83,25 @@ pub async fn serve(listener: TcpListener, api: Api, stop: CancellationToken) {
             tracing::debug!(error = %error, "cannot set TCP_NODELAY");
         }
         let (router, stop) = (router.clone(), stop.clone());
-        let stream = Timed::new(stream, config.write_timeout);
         let open = Open::new(slot, api.inner.metrics.http_connections.clone());
-        connections.spawn(connection(stream, peer, open, router, config.header_timeout, stop));
+        let (header_timeout, write_timeout) = (config.header_timeout, config.write_timeout);
+        let Some(tls) = tls.clone() else {
+            let socket = Socket::Plain(Timed::new(stream, write_timeout));
+            connections.spawn(connection(socket, peer, open, router, header_timeout, stop));
+            continue;
+        };
+        let api = api.clone();
+        connections.spawn(async move {
+            // Boxed: it takes more room than all that comes afterwards, and for a moment only.
+            let accepted = Box::pin(tls.accept(stream, peer.ip(), write_timeout, &api.inner.metrics));
+            let socket = tokio::select! {
+                socket = accepted => socket,
+                () = stop.cancelled() => None,
+            };
+            if let Some(socket) = socket {
+                connection(socket, peer, open, router, header_timeout, stop).await;
+            }
+        });
     }
     drop(listener);
     connections.close();
@@ -111,7 +134,7 @@ impl Drop for Place {
 }
 
 async fn connection(
-    stream: Timed,
+    socket: Socket,
     peer: SocketAddr,
     open: Open,
     router: Router,
@@ -133,7 +156,7 @@ async fn connection(
         .header_read_timeout(header_timeout)
         .max_buf_size(MAX_HEAD_BYTES)
         .half_close(false)
-        .serve_connection(TokioIo::new(stream), service)
+        .serve_connection(TokioIo::new(socket), service)
         .with_upgrades();
     tokio::pin!(connection);
     let result = tokio::select! {

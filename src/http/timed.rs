@@ -7,37 +7,37 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, Sleep};
+use tokio::time::Sleep;
 
 /// Fails once the peer has taken nothing for `limit` although there is something for it: an answer that nobody reads
-/// would be kept for as long as its connection lives.
+/// would be kept for as long as its connection lives. Belongs below TLS, where every byte taken can be seen.
 #[derive(Debug)]
 pub(super) struct Timed {
     stream: TcpStream,
-    limit: Duration,
-    timer: Pin<Box<Sleep>>,
-    is_stuck: bool,
+    limit: Option<Duration>,
+    /// Runs while the peer takes nothing.
+    stuck: Option<Pin<Box<Sleep>>>,
 }
 
 impl Timed {
     pub(super) fn new(stream: TcpStream, limit: Duration) -> Self {
-        Self { stream, limit, timer: Box::pin(tokio::time::sleep(limit)), is_stuck: false }
+        Self { stream, limit: Some(limit), stuck: None }
     }
 
-    pub(super) fn into_inner(self) -> TcpStream {
-        self.stream
+    /// From now on someone else watches over the peer.
+    pub(super) fn without_limit(&mut self) {
+        self.limit = None;
+        self.stuck = None;
     }
 
     fn bound<T>(&mut self, cx: &mut Context<'_>, outcome: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        let Some(limit) = self.limit else { return outcome };
         if outcome.is_ready() {
-            self.is_stuck = false;
+            self.stuck = None;
             return outcome;
         }
-        if !self.is_stuck {
-            self.is_stuck = true;
-            self.timer.as_mut().reset(Instant::now() + self.limit);
-        }
-        ready!(self.timer.as_mut().poll(cx));
+        let timer = self.stuck.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
+        ready!(timer.as_mut().poll(cx));
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the peer does not read its answer")))
     }
 }

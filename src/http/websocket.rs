@@ -13,7 +13,6 @@ use bytes::Bytes;
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
 use tokio::io::AsyncReadExt as _;
-use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_util::sync::CancellationToken;
 
@@ -21,7 +20,7 @@ use super::auth::{Denied, Shown};
 use super::extract::Segment;
 use super::origin::is_allowed;
 use super::server::Open;
-use super::timed::Timed;
+use super::socket::Socket;
 use super::{Api, ApiError, Peer};
 use crate::relay::{Admission, PROTOCOL, Refused, Session, SubscribeParams};
 
@@ -57,7 +56,7 @@ pub(super) async fn connect(
         let _open = open;
         let socket = match upgrade.await.map(into_socket) {
             Ok(Some(socket)) => socket,
-            Ok(None) => return tracing::error!("an upgraded connection is not a TCP stream"),
+            Ok(None) => return tracing::error!("an upgraded connection is of another kind"),
             Err(error) => return tracing::debug!(error = %error, "the upgrade did not come about"),
         };
         match (session, socket) {
@@ -72,9 +71,9 @@ pub(super) async fn connect(
 }
 
 /// Serves a client that was refused, or has sent something before it was answered.
-async fn converse(api: Api, session: Result<Session, Refused>, socket: (TcpStream, Bytes), stop: CancellationToken) {
+async fn converse(api: Api, session: Result<Session, Refused>, socket: (Socket, Bytes), stop: CancellationToken) {
     let (socket, sent_early) = socket;
-    let (read, write) = socket.into_split();
+    let (read, write) = tokio::io::split(socket);
     let socket = tokio::io::join(Cursor::new(sent_early).chain(read), write);
     match session {
         Ok(session) => {
@@ -189,9 +188,9 @@ fn switching_protocols(accept: &str, protocol: Protocol) -> Response {
 
 /// The bare socket, and what the client has sent already: a copy, because even nothing would keep the whole buffer that
 /// it was read into for as long as the session lives.
-fn into_socket(upgraded: Upgraded) -> Option<(TcpStream, Bytes)> {
-    let parts = upgraded.downcast::<TokioIo<Timed>>().ok()?;
-    Some((parts.io.into_inner().into_inner(), Bytes::copy_from_slice(&parts.read_buf)))
+fn into_socket(upgraded: Upgraded) -> Option<(Socket, Bytes)> {
+    let parts = upgraded.downcast::<TokioIo<Socket>>().ok()?;
+    Some((parts.io.into_inner().without_limit(), Bytes::copy_from_slice(&parts.read_buf)))
 }
 
 impl From<&Refused> for ApiError {
