@@ -132,7 +132,8 @@ struct Remote {
 
 impl Remote {
     fn new(config: &ConfigArgs, args: &ClientArgs) -> anyhow::Result<Self> {
-        Ok(Self { client: args.http(Duration::from_mins(1))?, base: args.base(config)? })
+        let (client, base) = args.connect(config, Duration::from_mins(1))?;
+        Ok(Self { client, base })
     }
 
     fn url(&self, segments: &[&str]) -> anyhow::Result<Url> {

@@ -69,10 +69,9 @@ struct Batch {
 }
 
 pub(super) async fn run(config: &ConfigArgs, args: PublishArgs) -> anyhow::Result<()> {
-    let base = args.client.base(config)?;
+    let (client, base) = args.client.connect(config, Duration::from_mins(1))?;
     let mut url = endpoint(&base, &["api", "v1", "streams", &args.stream, "events"])?;
     url.query_pairs_mut().append_pair("dedup_window", DEDUP_WINDOW);
-    let client = args.client.http(Duration::from_mins(1))?;
     let (mut input, size): (Box<dyn AsyncBufRead + Unpin>, Option<u64>) = if args.file.as_os_str() == "-" {
         (Box::new(BufReader::new(tokio::io::stdin())), None)
     } else {

@@ -124,8 +124,7 @@ pub(super) async fn run(config: &ConfigArgs, args: ReconcileArgs) -> anyhow::Res
 /// The declared groups of the streams, looked at until all add up or the time is over. All numbers of a group are of
 /// one instant, so that traffic does not matter; but what others remove is found only after a while.
 async fn look(config: &ConfigArgs, args: &ReconcileArgs) -> anyhow::Result<Vec<Stream>> {
-    let base = args.client.base(config)?;
-    let client = args.client.http(Duration::from_secs(30))?;
+    let (client, base) = args.client.connect(config, Duration::from_secs(30))?;
     let deadline = Instant::now() + args.wait;
     loop {
         let mut streams = fetch(&client, &base, args.stream.as_deref()).await?;

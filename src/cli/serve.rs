@@ -28,9 +28,10 @@ pub(super) async fn run(config: Config) -> anyhow::Result<()> {
     loop {
         tokio::select! {
             result = &mut running => return result,
-            _ = reload.recv() => match &tls {
-                Some(tls) => tls.look_now(),
-                None => tracing::info!(signal = "SIGHUP", "there is nothing to read again: no certificates are in use"),
+            _ = reload.recv() => if let Some(tls) = &tls {
+                tls.look_now();
+            } else {
+                tracing::info!(signal = "SIGHUP", "there is nothing to read again: no certificates are in use");
             },
             name = either(&mut terminate, &mut interrupt) => {
                 tracing::info!(signal = name, "stopping; a second signal ends at once");

@@ -51,8 +51,7 @@ struct Stream {
 }
 
 pub(super) async fn run(config: &ConfigArgs, args: TailArgs) -> anyhow::Result<()> {
-    let base = args.client.base(config)?;
-    let client = args.client.http(Duration::from_secs(40))?;
+    let (client, base) = args.client.connect(config, Duration::from_secs(40))?;
     let events = endpoint(&base, &["api", "v1", "streams", &args.stream, "events"])?;
     let mut from = start(&client, &base, &args).await?;
     let mut left = args.count.unwrap_or(u64::MAX);

@@ -92,8 +92,9 @@ fn find_masked(value: &Value, path: &str, problems: &mut Vec<Problem>) {
             }
         }
         ValueKind::Array(items) => {
-            let items = items.iter().enumerate();
-            items.for_each(|(index, value)| find_masked(value, &format!("{path}[{index}]"), problems));
+            for (index, value) in items.iter().enumerate() {
+                find_masked(value, &format!("{path}[{index}]"), problems);
+            }
         }
         ValueKind::String(text) if secret::is_masked(text) => {
             let message = format!(

@@ -37,3 +37,4 @@ mod store_redeliver;
 mod store_redis;
 mod support;
 mod tidy;
+mod tls;

@@ -64,7 +64,8 @@ impl Tls {
         let begun = match self.inner.handshakes.take(address) {
             None => Err(Outcome::Limit),
             Some(_place) => {
-                let begun = tokio::time::timeout(self.inner.config.handshake_timeout, self.begin(stream, write_timeout));
+                let begun =
+                    tokio::time::timeout(self.inner.config.handshake_timeout, self.begin(stream, write_timeout));
                 begun.await.unwrap_or(Err(Outcome::Timeout))
             }
         };

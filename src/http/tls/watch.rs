@@ -103,9 +103,10 @@ impl Watch {
             }
             self.told.clone_from(&concern);
         }
-        let failed = self.failed.as_ref().map(|(_, reason)| {
-            format!("the new certificate can't be used, the one before is still shown: {reason}")
-        });
+        let failed = self
+            .failed
+            .as_ref()
+            .map(|(_, reason)| format!("the new certificate can't be used, the one before is still shown: {reason}"));
         match failed.into_iter().chain(concern).reduce(|all, next| format!("{all}; {next}")) {
             Some(note) => self.part.ready_but(note),
             None => self.part.ready(),

@@ -29,6 +29,8 @@ pub(crate) struct Home {
     folder: PathBuf,
     /// What daemons here find in their environment besides the address to listen on.
     environment: BTreeMap<String, String>,
+    /// Whose certificates daemons here show, where they speak TLS.
+    authority: Option<PathBuf>,
     /// Removes the folder at last; nothing where it belongs to someone else.
     _owned: Option<TempDir>,
 }
@@ -50,7 +52,7 @@ impl Home {
 
     /// The same in a folder that is there already.
     pub(crate) fn at(folder: &Path, config: &str) -> Self {
-        let home = Self { folder: folder.to_owned(), environment: BTreeMap::new(), _owned: None };
+        let home = Self { folder: folder.to_owned(), environment: BTreeMap::new(), authority: None, _owned: None };
         let config = format!("instance = \"it\"\n{config}\n");
         fs::write(home.config_path(), config).expect("a writable folder");
         home
@@ -59,6 +61,11 @@ impl Home {
     /// The daemons started from now on find this in their environment.
     pub(crate) fn set_env(&mut self, name: &str, value: &str) {
         self.environment.insert(name.to_owned(), value.to_owned());
+    }
+
+    /// Daemons started from now on speak TLS, with a certificate that this authority has signed.
+    pub(crate) fn trust(&mut self, authority: &Path) {
+        self.authority = Some(authority.to_owned());
     }
 
     /// A path in this folder.
@@ -107,7 +114,7 @@ impl Home {
         let log = Log::default();
         log.collect(child.stdout.take().expect("piped"));
         log.collect(child.stderr.take().expect("piped"));
-        let mut daemon = Daemon { child, log, base: String::new(), client: client() };
+        let mut daemon = Daemon { child, log, base: String::new(), client: client_trusting(self.authority.as_deref()) };
         let listens = until("listening daemon", BOUND, async || match daemon.log.address() {
             Some(address) => Some(Ok(address)),
             None => daemon.child.try_wait().expect("a child").map(Err),
@@ -168,9 +175,10 @@ impl Log {
 
     fn address(&self) -> Option<String> {
         let lines = self.lock();
-        let after = lines.lines.iter().find_map(|line| line.split("listening on http://").nth(1))?;
+        let after = lines.lines.iter().find_map(|line| line.split("listening on http").nth(1))?;
+        let (s, after) = after.split_once("://")?;
         let address: String = after.chars().take_while(|c| c.is_ascii_digit() || matches!(c, '.' | ':')).collect();
-        Some(format!("http://{address}"))
+        Some(format!("http{s}://{address}"))
     }
 }
 
@@ -203,9 +211,18 @@ pub(crate) type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
 /// A client for HTTP with bounds.
 pub(crate) fn client() -> reqwest::Client {
+    client_trusting(None)
+}
+
+fn client_trusting(authority: Option<&Path>) -> reqwest::Client {
     // A second installation in this process changes nothing.
     drop(rustls::crypto::aws_lc_rs::default_provider().install_default());
-    reqwest::Client::builder().timeout(Duration::from_secs(30)).build().expect("a client")
+    let mut builder = reqwest::Client::builder().timeout(Duration::from_secs(30));
+    if let Some(path) = authority {
+        let pem = fs::read(path).expect("the authority's certificate");
+        builder = builder.tls_certs_only([reqwest::Certificate::from_pem(&pem).expect("a certificate")]);
+    }
+    builder.build().expect("a client")
 }
 
 impl Daemon {

@@ -1,0 +1,181 @@
+//! Those who speak TLS as it is meant.
+
+use std::process::{Command, Stdio};
+
+use reqwest::StatusCode;
+
+use super::{STREAMS, address, curl, home, next_text, text, watch};
+use crate::support::app::Home;
+use crate::support::install;
+
+#[tokio::test]
+async fn curl_openssl_and_web_sockets_speak_tls_to_it() {
+    let (home, authority) = home("");
+    let daemon = home.start().await;
+    let ca = authority.path("ca.pem");
+    let mut socket = watch(&daemon, &ca).await;
+    let published =
+        curl(&ca, &[&daemon.url("/api/v1/alerts"), "-d", r#"{"n":1}"#, "-w", "%{http_code} %{http_version}"]);
+    let told = text(&published.stdout);
+    assert!(published.status.success() && told.ends_with("201 1.1"), "{told}{}", text(&published.stderr));
+    assert_eq!(next_text(&mut socket).await, r#"{"n":1}"#);
+
+    let stranger = curl(std::path::Path::new("/dev/null"), &[&daemon.url("/health")]);
+    assert!(!stranger.status.success(), "without the authority nobody is believed");
+
+    let ask = |arguments: &[&str]| {
+        let output = Command::new(install::program("openssl", "openssl"))
+            .args(["s_client", "-connect", &address(&daemon), "-CAfile", ca.to_str().expect("UTF-8")])
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output();
+        let output = output.expect("openssl runs");
+        text(&output.stdout) + &text(&output.stderr)
+    };
+    let told = ask(&["-alpn", "h2,http/1.1"]);
+    for words in ["TLSv1.3", "ALPN protocol: http/1.1", "Verify return code: 0 (ok)"] {
+        assert!(told.contains(words), "{words} is not in {told}");
+    }
+    assert!(ask(&["-tls1_2"]).contains("Protocol  : TLSv1.2"));
+    assert!(ask(&["-alpn", "h2"]).contains("no application protocol"), "HTTP/2 is not spoken");
+    assert!(ask(&["-tls1_1", "-cipher", "ALL:@SECLEVEL=0"]).contains("Cipher is (NONE)"), "too old");
+    assert!(daemon.metric("aurora_bus_http_tls_handshakes_total").await >= 5);
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn a_listener_for_the_newest_version_refuses_the_one_before() {
+    let (home, authority) = home("min_version = \"1.3\"");
+    let daemon = home.start().await;
+    let ca = authority.path("ca.pem");
+    assert!(!curl(&ca, &["--tls-max", "1.2", &daemon.url("/health")]).status.success());
+    assert!(curl(&ca, &["--tls-max", "1.3", &daemon.url("/health")]).status.success());
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn the_commands_speak_tls_to_the_daemon_on_their_machine_and_elsewhere() {
+    let (mut home, authority) = home("");
+    let daemon = home.start().await;
+    let url = daemon.url("");
+    let config = home.path("aurora-bus.toml");
+    let config = config.to_str().expect("UTF-8");
+    let event = home.path("event.json");
+    std::fs::write(&event, "{\"n\":1}\n").expect("written");
+    let event = event.to_str().expect("UTF-8");
+    let run = |home: &Home, arguments: &[&str], is_fine: bool| {
+        let output = home.run(arguments);
+        let told = text(&output.stdout) + &text(&output.stderr);
+        assert_eq!(output.status.success(), is_fine, "{arguments:?}: {told}");
+        told
+    };
+    let ca = authority.path("ca.pem");
+    let ca = ca.to_str().expect("UTF-8");
+    let publish = ["publish", "aurora:alerts", event, "--url", &url];
+    run(&home, &publish, false);
+    run(&home, &[&publish[..], &["--ca-file", ca]].concat(), true);
+    let told = run(&home, &["publish", "aurora:alerts", event, "--url", &url, "--ca-file", event], false);
+    assert!(told.contains("--ca-file: ") && told.contains("holds no usable certificate"), "{told}");
+    let tail = ["tail", "aurora:alerts", "--since", "earliest", "--no-follow", "--data"];
+    assert_eq!(run(&home, &[&tail[..], &["--url", &url, "--ca-file", ca]].concat(), true), "{\"n\":1}\n");
+
+    // By the configuration: it is known where the daemon listens, and what it shows.
+    home.set_env("AURORA_BUS__HTTP__LISTEN", &address(&daemon));
+    assert_eq!(run(&home, &[&tail[..], &["--config", config]].concat(), true), "{\"n\":1}\n");
+    assert_eq!(run(&home, &["health", "--config", config], true), "healthy\n");
+    // Whoever else has taken the port is told no secrets, but asked whether it is healthy.
+    let (cert, old) = (authority.path("server.pem"), authority.path("server.pem.old"));
+    std::fs::copy(&cert, &old).expect("a copy");
+    authority.issue("other", 30);
+    std::fs::copy(authority.path("other.pem"), &cert).expect("a copy");
+    run(&home, &[&tail[..], &["--config", config, "--token", "x"]].concat(), false);
+    assert_eq!(run(&home, &["health", "--config", config, "--token", "x"], true), "healthy\n");
+    std::fs::copy(&old, &cert).expect("a copy");
+    daemon.ready(StatusCode::OK).await;
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn where_clients_must_show_certificates_those_without_are_not_let_in() {
+    let required = "client_ca_file = \"ca.pem\"\nclient_certificates = \"required\"";
+    let (mut home, authority) = home(required);
+    authority.issue("client", 30);
+    let strangers = home.path("strangers");
+    std::fs::create_dir(&strangers).expect("a folder");
+    let strangers = super::Authority::new(&strangers);
+    strangers.issue("client", 30);
+    let daemon = home.spawn().await.expect("it listens");
+    let ca = authority.path("ca.pem");
+    let shows = |authority: &super::Authority| {
+        let file = |name: &str| authority.path(name).to_str().expect("UTF-8").to_owned();
+        let arguments = ["--cert", &file("client.pem"), "--key", &file("client.key"), &daemon.url("/health")];
+        curl(&ca, &arguments).status.success()
+    };
+    assert!(!curl(&ca, &[&daemon.url("/health")]).status.success(), "no certificate");
+    assert!(!shows(&strangers), "one of an unknown authority");
+    assert!(shows(&authority));
+    home.set_env("AURORA_BUS__HTTP__LISTEN", &address(&daemon));
+    let config = home.path("aurora-bus.toml");
+    let health = ["health", "--config", config.to_str().expect("UTF-8")];
+    assert!(!home.run(&health).status.success());
+    home.set_env("AURORA_BUS_CLIENT_CERT_FILE", "client.pem");
+    home.set_env("AURORA_BUS_CLIENT_KEY_FILE", "client.key");
+    let output = home.run(&health);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn a_certificate_of_a_client_may_be_optional_but_not_bad() {
+    let (home, authority) = home("client_ca_file = \"ca.pem\"\nclient_certificates = \"optional\"");
+    authority.issue("expired", 0);
+    let daemon = home.start().await;
+    let ca = authority.path("ca.pem");
+    assert!(curl(&ca, &[&daemon.url("/health")]).status.success());
+    let file = |name: &str| authority.path(name).to_str().expect("UTF-8").to_owned();
+    let expired = ["--cert", &file("expired.pem"), "--key", &file("expired.key"), &daemon.url("/health")];
+    assert!(!curl(&ca, &expired).status.success());
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn files_that_do_not_fit_are_told_by_check_and_refused_by_serve() {
+    let cases: [(&str, &str, &str); 5] = [
+        ("", "openssl ecparam -name prime256v1 -genkey -noout -out server.key", "http.tls.key_file: is not the key"),
+        ("", "rm server.pem", "http.tls.cert_file: cannot read server.pem"),
+        ("", "echo nothing > server.pem", "http.tls.cert_file: server.pem holds no usable certificate"),
+        (
+            "",
+            "openssl pkcs8 -topk8 -in server.key -out k -passout pass:x; mv k server.key",
+            "http.tls.key_file: server.key holds no private key in PEM: it is encrypted",
+        ),
+        (
+            "client_ca_file = \"server.key\"\nclient_certificates = \"required\"",
+            "true",
+            "http.tls.client_ca_file: server.key holds no usable certificate",
+        ),
+    ];
+    for (more, script, expected) in cases {
+        let (home, authority) = home(more);
+        authority.run(script);
+        for command in ["check", "serve"] {
+            let output = home.run(&[command, "--config", "aurora-bus.toml"]);
+            let told = text(&output.stderr);
+            assert!(output.status.code() == Some(2) && told.contains(expected), "{command}, {script}: {told}");
+        }
+    }
+    let (home, authority) = home("");
+    let told = text(&home.run(&["check", "--config", "aurora-bus.toml"]).stdout);
+    assert!(told.contains("certificate: fits its key, good for 29 days"), "{told}");
+    authority.issue("server", 0);
+    let output = home.run(&["check", "--config", "aurora-bus.toml"]);
+    assert!(!output.status.success() && text(&output.stderr).contains("has expired"), "{}", text(&output.stderr));
+
+    let keys = "[http.tls]\ncert_file = \"a\"\nkey_file = \"b\"\nclient_ca_file = \"c\"\nmax_handshakes_per_address = 0\n\
+                handshake_timeout = \"1ms\"\n";
+    let output = Home::new(&format!("{STREAMS}\n{keys}")).run(&["check", "--config", "aurora-bus.toml"]);
+    let told = text(&output.stderr);
+    for key in ["client_ca_file: has no use", "max_handshakes_per_address: must", "handshake_timeout: must"] {
+        assert!(told.contains(&format!("http.tls.{key}")), "{key} is not in {told}");
+    }
+}

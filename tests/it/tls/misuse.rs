@@ -1,0 +1,105 @@
+//! Those who do not speak TLS, or not to the end.
+
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::{address, curl, home, secure, text};
+use crate::support::app::BOUND;
+use crate::support::until;
+
+/// What someone gets who sends that, until the daemon closes.
+async fn answer(address: &str, bytes: &[u8]) -> String {
+    let mut stream = TcpStream::connect(address).await.expect("it listens");
+    stream.write_all(bytes).await.expect("it takes that");
+    let mut answer = Vec::new();
+    // A reset after the answer is as good as an end.
+    drop(timeout(BOUND, stream.read_to_end(&mut answer)).await.expect("the daemon closes"));
+    text(&answer)
+}
+
+#[tokio::test]
+async fn plain_http_is_told_that_the_port_speaks_tls() {
+    let (home, _authority) = home("");
+    let daemon = home.start().await;
+    let address = address(&daemon);
+    let told = answer(&address, b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    assert!(told.starts_with("HTTP/1.1 400 ") && told.contains("This port speaks TLS only"), "{told}");
+    assert_eq!(answer(&address, &[0; 100]).await, "");
+    assert_eq!(
+        answer(&address, b"\x16\x03\x01\x00\x10garbage-of-16-by").await.chars().next(),
+        Some('\u{15}'),
+        "an alert"
+    );
+    let metrics = daemon.get("/metrics").await;
+    for outcome in ["plain", "failed", "ok"] {
+        let line = format!("aurora_bus_http_tls_handshakes_total{{outcome=\"{outcome}\"}}");
+        assert!(metrics.contains(&line), "{line} is not in {metrics}");
+    }
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn those_who_say_nothing_hold_up_nobody_and_are_closed() {
+    let (home, authority) = home("handshake_timeout = \"2s\"\nmax_handshakes_per_address = 100");
+    let daemon = home.start().await;
+    let ca = authority.path("ca.pem");
+    let address = address(&daemon);
+    let started = Instant::now();
+    let mut silent = Vec::new();
+    for n in 0..80 {
+        let mut stream = TcpStream::connect(&address).await.expect("it listens");
+        if n % 2 == 0 {
+            // The beginning of a handshake that does not go on.
+            stream.write_all(b"\x16\x03\x01\x02\x00\x01").await.expect("it takes that");
+        }
+        silent.push(stream);
+    }
+    assert!(curl(&ca, &[&daemon.url("/health")]).status.success());
+    assert!(secure(&daemon, &ca).await.is_ok());
+    for stream in &mut silent {
+        let mut rest = Vec::new();
+        drop(timeout(BOUND, stream.read_to_end(&mut rest)).await.expect("the daemon closes"));
+    }
+    assert!(started.elapsed() >= Duration::from_secs(2), "they have their time");
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn one_address_has_so_many_handshakes_at_a_time() {
+    let (home, authority) = home("max_handshakes_per_address = 3\nhandshake_timeout = \"1m\"");
+    let daemon = home.start().await;
+    let address = address(&daemon);
+    let mut held = Vec::new();
+    for _ in 0..3 {
+        held.push(TcpStream::connect(&address).await.expect("it listens"));
+    }
+    let ca = authority.path("ca.pem");
+    // They may not have been accepted yet.
+    until("a connection that is refused", BOUND, async || secure(&daemon, &ca).await.is_err().then_some(())).await;
+    drop(held);
+    until("places again", BOUND, async || secure(&daemon, &ca).await.is_ok().then_some(())).await;
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn an_answer_that_nobody_reads_is_given_up_over_tls_too() {
+    let (mut home, authority) = home("");
+    home.set_env("AURORA_BUS__HTTP__WRITE_TIMEOUT", "1s");
+    let daemon = home.start().await;
+    let payload = format!(r#"{{"x":"{}"}}"#, "x".repeat(500_000));
+    for _ in 0..20 {
+        daemon.publish("aurora:alerts", std::slice::from_ref(&payload)).await.expect("accepted");
+    }
+    let mut stream = secure(&daemon, &authority.path("ca.pem")).await.expect("a handshake");
+    let ask = "GET /api/v1/streams/aurora:alerts/events?from=0-0&limit=20 HTTP/1.1\r\nhost: localhost\r\n\r\n";
+    stream.write_all(ask.as_bytes()).await.expect("it takes that");
+    let before = daemon.metric("aurora_bus_http_connections").await;
+    until("the end of the connection", BOUND, async || {
+        (daemon.metric("aurora_bus_http_connections").await < before).then_some(())
+    })
+    .await;
+    daemon.stop().await;
+}
