@@ -257,6 +257,10 @@ impl Config {
             problems.extend(own.map(|(key, message)| Problem::new(format!("sinks.{name}.{key}"), message)));
         }
         problems.extend(forwards::problems(self));
+        if self.relay.drain_window >= self.shutdown.grace {
+            let message = "must be shorter than shutdown.grace: dashboards would be broken off instead of closed";
+            problems.push(Problem::new("relay.drain_window", message));
+        }
         let relay = self.relay.problems(&self.relayed()).into_iter();
         problems.extend(relay.map(|(key, message)| Problem::new(format!("relay.{key}"), message)));
         problems

@@ -59,6 +59,7 @@ use crate::metrics::Metrics;
 use crate::readiness::Readiness;
 use crate::relay::{Relay, counted_address};
 use crate::store::Store;
+use places::Places;
 
 /// Ranges read from the store at a time: each may hold megabytes.
 const READS_AT_A_TIME: usize = 32;
@@ -81,6 +82,8 @@ pub struct Config {
     pub max_connections: usize,
     /// The most publish requests being answered at a time. More are refused with 429.
     pub max_in_flight: usize,
+    /// The most bodies of publish requests on their way at a time from one address. More are refused with 429.
+    pub max_bodies_per_address: usize,
     /// The most requests per second from one address. More are refused with 429.
     pub rate_limit: u32,
     /// Origins of pages that may publish and open a WebSocket, besides those on the daemon's own host, such as
@@ -108,6 +111,7 @@ impl Default for Config {
             max_batch: 5_000,
             max_connections: 25_000,
             max_in_flight: 1_024,
+            max_bodies_per_address: 256,
             rate_limit: 20_000,
             origins: Vec::new(),
             header_timeout: Duration::from_secs(10),
@@ -126,6 +130,7 @@ impl Config {
             ("max_batch", self.max_batch),
             ("max_connections", self.max_connections),
             ("max_in_flight", self.max_in_flight),
+            ("max_bodies_per_address", self.max_bodies_per_address),
             ("rate_limit", self.rate_limit as usize),
         ];
         for (key, _) in counts.into_iter().filter(|(_, count)| !(1..=MAX_COUNT).contains(count)) {
@@ -168,6 +173,8 @@ struct Inner {
     /// Whether only this machine's own names are answered to.
     is_loopback: bool,
     publishes: Semaphore,
+    /// Bodies on their way: one address that sends slowly must not take all of `publishes`.
+    bodies: Arc<Places>,
     reads: Semaphore,
     waits: Semaphore,
     rate: DefaultKeyedRateLimiter<IpAddr>,
@@ -194,6 +201,7 @@ impl Api {
         let inner = Inner {
             is_loopback: config.listen.ip().is_loopback(),
             publishes: Semaphore::new(config.max_in_flight),
+            bodies: Places::new(config.max_bodies_per_address),
             reads: Semaphore::new(READS_AT_A_TIME),
             waits: Semaphore::new(WAITS_AT_A_TIME),
             rate: RateLimiter::keyed(Quota::per_second(rate)),

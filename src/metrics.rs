@@ -190,8 +190,8 @@ metrics! {
     tls_handshakes: IntCounterVec = "aurora_bus_http_tls_handshakes_total" ["outcome"];
     /// Certificates that were found new in their files, by whether they could be used.
     tls_reloads: IntCounterVec = "aurora_bus_http_tls_reloads_total" ["outcome"];
-    /// Days until the certificate that is shown expires, negative afterwards; 0 without TLS.
-    tls_certificate_days: Gauge = "aurora_bus_http_tls_certificate_days" [];
+    /// Days until the certificate that is shown expires, negative afterwards; absent without TLS.
+    tls_certificate_days: GaugeVec = "aurora_bus_http_tls_certificate_days" [];
     /// Always 1; the version is in the label.
     build_info: IntGaugeVec = "aurora_bus_build_info" ["version"];
 }

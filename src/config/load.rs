@@ -66,18 +66,30 @@ fn read(layers: &Layers) -> Result<Value, String> {
         builder = builder.set_override(*key, value.as_str()).map_err(|e| e.to_string())?;
     }
     let mut root = builder.build().map(|config| config.cache).map_err(|e| e.to_string())?;
-    split_origins(&mut root);
+    split_lists(&mut root);
     Ok(root)
 }
 
-/// The environment has no lists: origins come as one text with commas between.
-fn split_origins(root: &mut Value) {
-    let ValueKind::Table(root) = &mut root.kind else { return };
-    let Some(ValueKind::Table(http)) = root.get_mut("http").map(|http| &mut http.kind) else { return };
-    let Some(origins) = http.get_mut("origins") else { return };
-    if let ValueKind::String(text) = &origins.kind {
+/// The environment has no lists: origins and the streams of channels come as one text with commas between.
+fn split_lists(root: &mut Value) {
+    if let Some(origins) = member(root, "http").and_then(|http| member(http, "origins")) {
+        split_list(origins);
+    }
+    let channels = member(root, "relay").and_then(|relay| member(relay, "channels"));
+    if let Some(ValueKind::Table(channels)) = channels.map(|channels| &mut channels.kind) {
+        channels.values_mut().for_each(split_list);
+    }
+}
+
+fn member<'a>(value: &'a mut Value, key: &str) -> Option<&'a mut Value> {
+    let ValueKind::Table(table) = &mut value.kind else { return None };
+    table.get_mut(key)
+}
+
+fn split_list(value: &mut Value) {
+    if let ValueKind::String(text) = &value.kind {
         let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
-        origins.kind = ValueKind::Array(parts.map(|part| Value::new(None, part)).collect());
+        value.kind = ValueKind::Array(parts.map(|part| Value::new(None, part)).collect());
     }
 }
 
@@ -402,6 +414,22 @@ mod tests {
         let layers = Layers { file: Some(shipped), ..Layers::default() };
         let shipped = load(&layers).expect("a valid configuration");
         assert_eq!(shipped.to_toml(), Config::default().to_toml());
+    }
+
+    #[test]
+    fn lists_may_be_one_text_with_commas_between() {
+        let layers = Layers {
+            file: Some(Path::new(env!("CARGO_MANIFEST_DIR")).join(DEFAULT_FILE)),
+            overrides: vec![
+                ("http.origins", "https://a.example, https://b.example".to_owned()),
+                ("relay.channels.alerts", "aurora:alerts,aurora:audit".to_owned()),
+            ],
+            ..Layers::default()
+        };
+        let config = load(&layers).expect("a valid configuration");
+        assert_eq!(config.http.origins, ["https://a.example", "https://b.example"]);
+        let streams = config.relay.channels["alerts"].iter().map(crate::event::StreamName::as_str);
+        assert!(streams.eq(["aurora:alerts", "aurora:audit"]));
     }
 
     #[test]

@@ -122,6 +122,11 @@ impl ApiError {
         Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_in_flight", detail).with_retry_after(Duration::from_secs(1))
     }
 
+    pub(super) fn too_many_bodies() -> Self {
+        let detail = "too many publish requests from your address are still sending (http.max_bodies_per_address)";
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_bodies", detail).with_retry_after(Duration::from_secs(1))
+    }
+
     pub(super) fn too_many_waiting() -> Self {
         let detail = "too many requests wait for new entries: ask without wait_ms, or again in a moment";
         Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_waiting", detail).with_retry_after(Duration::from_secs(1))

@@ -17,7 +17,7 @@ use serde_json::value::RawValue;
 use super::auth::{Deed, Denied, Principal};
 use super::extract::{Query, Segment};
 use super::problem::ItemError;
-use super::{Api, ApiError};
+use super::{Api, ApiError, Peer};
 use crate::bus::{Dedup, Promise, PublishError};
 use crate::event::{NewEvent, StreamName};
 use crate::store::{Appended, Durability};
@@ -111,7 +111,11 @@ async fn publish<'a>(
     let promise = Promise { window: dedup_window(params)?, durability: durability(params)? };
     let dedup = dedup(params, &head.headers)?;
     let traceparent = head.headers.get("traceparent").and_then(|value| value.to_str().ok());
-    let body = read(api, &head.headers, body).await?;
+    let body = {
+        let peer = head.extensions.get::<Peer>().ok_or_else(ApiError::internal)?;
+        let _place = api.inner.bodies.take(peer.0.ip()).ok_or_else(ApiError::too_many_bodies)?;
+        read(api, &head.headers, body).await?
+    };
     let mut batch = parse(&body, head.headers.get(CONTENT_TYPE), api.inner.config.max_batch)?;
     if let Some(traceparent) = traceparent {
         batch.events.iter_mut().flatten().for_each(|event| event.set_traceparent(traceparent));

@@ -3,7 +3,7 @@
 use reqwest::{Method, Response, StatusCode};
 use serde_json::{Value, json};
 
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::support::app::{BOUND, Daemon, Home, client};
@@ -276,6 +276,34 @@ async fn an_address_that_asks_too_often_is_told_when_to_come_back() {
     assert!(refused.headers().contains_key("retry-after"));
     assert_eq!(answer(refused).await.1["code"], json!("rate_limited"));
     assert_eq!(daemon.status("/health").await, Some(StatusCode::OK), "probes are not limited");
+}
+
+#[tokio::test]
+async fn one_address_that_sends_slowly_does_not_take_all_places() {
+    let home = Home::new(&format!("{SMALL}\n[http]\nmax_in_flight = 10\nmax_bodies_per_address = 2"));
+    let daemon = home.start().await;
+    let address = daemon.url("").replacen("http://", "", 1);
+    let mut slow = Vec::new();
+    for _ in 0..2 {
+        let mut request = TcpStream::connect(&address).await.expect("a connection");
+        let head =
+            format!("POST {EVENTS} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10\r\nexpect: 100-continue\r\n\r\n");
+        request.write_all(head.as_bytes()).await.expect("a connection");
+        // The daemon asks for the body once it reads it.
+        let mut go_on = [0; 12];
+        request.read_exact(&mut go_on).await.expect("an answer");
+        slow.push(request);
+    }
+    let refused = post(&daemon, EVENTS, &[], "{}").await;
+    assert_eq!(refused.headers()["retry-after"], "1");
+    let (status, body) = answer(refused).await;
+    assert_eq!((status, &body["code"]), (StatusCode::TOO_MANY_REQUESTS, &json!("too_many_bodies")), "{body}");
+    drop(slow);
+    until("a place", BOUND, async || {
+        (post(&daemon, EVENTS, &[], "{}").await.status() == StatusCode::CREATED).then_some(())
+    })
+    .await;
+    daemon.stop().await;
 }
 
 #[tokio::test]

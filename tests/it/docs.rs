@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use aurora_bus::http::{AuthConfig, IssuerConfig};
+use aurora_bus::http::{AuthConfig, IssuerConfig, TlsConfig};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::sink::{SinkConfig, WebhookConfig};
 
@@ -102,6 +102,21 @@ fn every_key_of_a_webhook_is_documented_with_its_default() {
     let mut shown: Vec<String> = shown.map(str::to_owned).collect();
     shown.sort();
     assert_eq!(keys, shown);
+}
+
+#[test]
+fn every_key_of_tls_is_documented_with_its_default() {
+    let shown = commented_table("http.tls");
+    let config: TlsConfig = shown.clone().try_into().expect("a table of TLS");
+    assert_eq!(config.problems(), []);
+    assert_eq!(toml::Table::try_from(&config).expect("TOML"), shown);
+    let least: TlsConfig = toml::from_str("cert_file = \"tls.crt\"\nkey_file = \"tls.key\"").expect("files");
+    assert_eq!(config, least);
+    let page = page("docs/tls.md");
+    for key in shown.keys().map(String::as_str).chain(["client_ca_file"]) {
+        let is_there = page.lines().any(|line| line.starts_with("| `") && line.contains(&format!("`{key}`")));
+        assert!(is_there, "`{key}` is not in docs/tls.md");
+    }
 }
 
 #[test]

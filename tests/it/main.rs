@@ -11,6 +11,7 @@ mod delivery;
 mod delivery_model;
 mod deploy;
 mod docs;
+mod drain;
 mod faults;
 mod fleet;
 mod forward;

@@ -95,7 +95,7 @@ impl Watch {
     /// Tells readiness, metrics and, where it has changed, the log.
     fn tell(&mut self) {
         let validity = self.tls.shown().validity;
-        self.metrics.tls_certificate_days.set(validity.days_left());
+        self.metrics.tls_certificate_days.with_label_values::<&str>(&[]).set(validity.days_left());
         let concern = validity.concern();
         if concern != self.told {
             if let Some(concern) = &concern {

@@ -5,8 +5,8 @@ use std::process::{Command, Stdio};
 use reqwest::StatusCode;
 
 use super::{STREAMS, address, curl, home, next_text, text, watch};
-use crate::support::app::Home;
-use crate::support::install;
+use crate::support::app::{BOUND, Home};
+use crate::support::{install, until};
 
 #[tokio::test]
 async fn curl_openssl_and_web_sockets_speak_tls_to_it() {
@@ -177,5 +177,34 @@ async fn files_that_do_not_fit_are_told_by_check_and_refused_by_serve() {
     let told = text(&output.stderr);
     for key in ["client_ca_file: has no use", "max_handshakes_per_address: must", "handshake_timeout: must"] {
         assert!(told.contains(&format!("http.tls.{key}")), "{key} is not in {told}");
+    }
+}
+
+#[tokio::test]
+async fn the_log_holds_neither_keys_nor_what_clients_show_at_its_finest_level() {
+    let token = "ab_not-a-key-but-shown-as-one";
+    let required = "client_ca_file = \"ca.pem\"\nclient_certificates = \"optional\"\n[log]\nlevel = \"trace\"";
+    let (home, authority) = home(required);
+    authority.issue("client", 30);
+    let daemon = home.start().await;
+    let ca = authority.path("ca.pem");
+    let file = |name: &str| authority.path(name).to_str().expect("UTF-8").to_owned();
+    let (cert, key) = (file("client.pem"), file("client.key"));
+    let header = format!("Authorization: Bearer {token}");
+    let url = daemon.url("/api/v1/alerts");
+    assert!(curl(&ca, &["--cert", &cert, "--key", &key, "-H", &header, &url, "-d", r#"{"n":1}"#]).status.success());
+    assert!(!curl(std::path::Path::new("/dev/null"), &[&url, "-H", &header]).status.success());
+    authority.run("cp client.pem server.pem; cp client.pem server.key");
+    daemon.signal("HUP");
+    let failed = async || (daemon.metric("aurora_bus_http_tls_reloads_total").await > 0).then_some(());
+    until("an attempt to read them again", BOUND, failed).await;
+    daemon.signal("TERM");
+    let ended = daemon.ended().await;
+    assert!(ended.log.contains("request answered"), "the log is at its finest level");
+    let keys = ["server.key", "client.key"].map(|name| std::fs::read_to_string(authority.path(name)).expect("a key"));
+    let lines = keys.iter().flat_map(|key| key.lines()).filter(|line| !line.starts_with("-----"));
+    for secret in lines.chain([token]) {
+        let told = ended.log.lines().find(|line| line.contains(secret));
+        assert_eq!(told, None, "{secret} is in the log");
     }
 }

@@ -28,11 +28,8 @@ async fn plain_http_is_told_that_the_port_speaks_tls() {
     let told = answer(&address, b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").await;
     assert!(told.starts_with("HTTP/1.1 400 ") && told.contains("This port speaks TLS only"), "{told}");
     assert_eq!(answer(&address, &[0; 100]).await, "");
-    assert_eq!(
-        answer(&address, b"\x16\x03\x01\x00\x10garbage-of-16-by").await.chars().next(),
-        Some('\u{15}'),
-        "an alert"
-    );
+    let alert = answer(&address, b"\x16\x03\x01\x00\x05\x01\x00\x00\x01\x00").await;
+    assert_eq!(alert.chars().next(), Some('\u{15}'), "an alert: {alert:?}");
     let metrics = daemon.get("/metrics").await;
     for outcome in ["plain", "failed", "ok"] {
         let line = format!("aurora_bus_http_tls_handshakes_total{{outcome=\"{outcome}\"}}");
