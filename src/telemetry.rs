@@ -57,7 +57,11 @@ pub enum TelemetryError {
 /// Starts logging for the whole process.
 pub fn init(config: &Config) -> Result<(), TelemetryError> {
     // On its finest levels the WebSocket library writes out what clients send, tokens among it.
-    let filter = EnvFilter::try_new(&config.level)?.add_directive("tungstenite=info".parse()?);
+    let mut filter = EnvFilter::try_new(&config.level)?.add_directive("tungstenite=info".parse()?);
+    if !config.level.contains("fred") {
+        // What the Redis client warns of, each failed command of an outage, is told by whoever ran the command.
+        filter = filter.add_directive("fred=error".parse()?);
+    }
     let is_pretty = match config.format {
         Format::Auto => std::io::stderr().is_terminal(),
         Format::Pretty => true,

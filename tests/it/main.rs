@@ -5,6 +5,7 @@ mod auth;
 mod bench;
 mod browser;
 mod crash;
+mod daemon_cluster;
 mod dashboards;
 mod dead_letters;
 mod delivery;

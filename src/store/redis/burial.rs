@@ -3,7 +3,7 @@
 //! Where both streams are on one server, one script appends the letter and acknowledges the entry, so that it is in
 //! exactly one of the two places whatever crashes. Where a cluster keeps them in different slots no script can do that:
 //! there the entry is extended, so that nobody claims it meanwhile; the letter is appended, once however often that is
-//! tried; and then the entry is acknowledged. A crash in between leaves the letter there and the entry pending, and the
+//! tried, and waited for until replicas have it; and then the entry is acknowledged. A crash in between leaves the letter there and the entry pending, and the
 //! next attempt only acknowledges.
 
 use std::collections::HashSet;
@@ -88,7 +88,7 @@ impl RedisStore {
         if steps.is_empty() {
             return Ok(not_owned.len());
         }
-        self.control.run(&script::BURY, &letters, arguments).await?;
+        self.control.spreading().run(&script::BURY, &letters, arguments).await?;
         Ok(not_owned.len() + self.settle_owned(cursor, &steps).await?)
     }
 }

@@ -91,6 +91,27 @@ pub(super) async fn confirm(
     Ok(())
 }
 
+/// Waits until replicas have all that this connection has written, as far as there are any and they are not slow.
+/// Fails where the server is lost meanwhile.
+pub(super) async fn spread(connection: &Connection, settings: &Settings) -> Result<(), Failure> {
+    let mut about = Arguments::with_capacity(1);
+    about.text("replication");
+    let info = match connection.call("INFO", about, settings.command_timeout, false).await {
+        Ok(info) => info.text()?,
+        // Who may not ask waits for nobody.
+        Err(failure) if failure.kind == StoreErrorKind::Denied => return Ok(()),
+        Err(failure) => return Err(failure),
+    };
+    let connected = info.lines().find_map(|line| line.strip_prefix("connected_slaves:")?.trim().parse::<u8>().ok());
+    let replicas = connected.unwrap_or(0).min(settings.replicas);
+    if replicas == 0 {
+        return Ok(());
+    }
+    let mut wait = Arguments::with_capacity(2);
+    wait.shown(&replicas).shown(&settings.wait_timeout.as_millis());
+    connection.call("WAIT", wait, settings.wait_timeout + MARGIN, true).await?.count().map(drop)
+}
+
 async fn disk(connection: &Connection, settings: &Settings) -> Result<Disk, Failure> {
     match wait_for_disk(connection, Duration::from_millis(1)).await {
         Ok(_) => return Ok(Disk::Waits),

@@ -31,6 +31,8 @@ pub(super) struct Link {
     shared: Arc<Shared>,
     /// What scripts that append wait for, each on a connection of its own.
     durability: Durability,
+    /// Whether they wait for replicas as far as there are any.
+    is_spreading: bool,
 }
 
 #[derive(Debug)]
@@ -63,12 +65,18 @@ impl Link {
         stop: CancellationToken,
     ) -> Self {
         let shared = Shared { purpose, settings, servers, lines: Mutex::default(), pool, tasks, stop };
-        Self { shared: Arc::new(shared), durability: Durability::MEMORY }
+        Self { shared: Arc::new(shared), durability: Durability::MEMORY, is_spreading: false }
     }
 
     /// The same, but scripts return only when what they wrote is as durable as that.
     pub(super) fn waiting_for(&self, durability: Durability) -> Self {
-        Self { shared: Arc::clone(&self.shared), durability }
+        Self { shared: Arc::clone(&self.shared), durability, is_spreading: false }
+    }
+
+    /// The same, but scripts return only when replicas have what they wrote, as far as there are any and they are not
+    /// slow: an answer is then no promise, but a server that dies before is an error.
+    pub(super) fn spreading(&self) -> Self {
+        Self { shared: Arc::clone(&self.shared), durability: Durability::MEMORY, is_spreading: true }
     }
 
     /// Waits for the outcome of the first attempt to connect, within bounds.
@@ -144,7 +152,7 @@ impl Link {
         add: impl Fn(&mut Arguments),
     ) -> Result<Reply, Failure> {
         let settings = &self.shared.settings;
-        if !route.is_asking && self.durability == Durability::MEMORY {
+        if !route.is_asking && self.durability == Durability::MEMORY && !self.is_spreading {
             let connection = self.line(&route.address).connection().await?;
             return connection.evaluate(false, script, keys, add, settings.command_timeout).await;
         }
@@ -152,6 +160,7 @@ impl Link {
         durable::prepare(&leased.connection, self.durability, settings).await?;
         let answer = leased.connection.evaluate(route.is_asking, script, keys, add, settings.command_timeout).await;
         let confirmed = match &answer {
+            Ok(_) if self.is_spreading => durable::spread(&leased.connection, settings).await,
             Ok(_) => durable::confirm(&leased.connection, self.durability, keys, route.is_asking, settings).await,
             Err(_) => Ok(()),
         };

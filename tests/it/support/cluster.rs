@@ -1,11 +1,12 @@
 //! A cluster of the tests' own: three primaries with a replica each, on free ports of the loopback address.
 
 use std::net::TcpListener;
+use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, LazyLock, Weak};
 use std::time::Duration;
 
-use super::redis::{Product, RedisServer, free_port};
+use super::redis::{Product, RedisServer, free_port, tls_options};
 use super::{install, until};
 
 /// How long the cluster may take to come together, or to agree on something.
@@ -15,12 +16,22 @@ const BOUND: Duration = Duration::from_mins(1);
 #[derive(Debug)]
 pub(crate) struct Cluster {
     nodes: Vec<RedisServer>,
+    has_tls: bool,
 }
 
 impl Cluster {
     /// Starts one and waits until it works.
     pub(crate) async fn start() -> Self {
-        let options = [
+        Self::start_with(None).await
+    }
+
+    /// The same over TLS, with the certificates in that folder.
+    pub(crate) async fn with_tls(certificates: &Path) -> Self {
+        Self::start_with(Some(certificates)).await
+    }
+
+    async fn start_with(certificates: Option<&Path>) -> Self {
+        let common = [
             "--cluster-enabled",
             "yes",
             "--cluster-config-file",
@@ -32,17 +43,24 @@ impl Cluster {
         ];
         let mut nodes = Vec::new();
         for _ in 0..6 {
-            nodes.push(RedisServer::start_on(free_port_pair(), Product::Redis, &options).await);
+            let port = free_port_pair();
+            let tls = certificates.map(|folder| tls_options(port, folder.to_str().expect("UTF-8")));
+            let tls = tls.iter().flatten().map(String::as_str);
+            let more =
+                if certificates.is_some() { &["--tls-cluster", "yes", "--tls-replication", "yes"][..] } else { &[] };
+            let options: Vec<&str> = common.into_iter().chain(tls).chain(more.iter().copied()).collect();
+            nodes.push(RedisServer::start_on(port, Product::Redis, &options).await);
         }
         let addresses = nodes.iter().map(|node| format!("127.0.0.1:{}", node.port()));
         let output = Command::new(install::program("redis-cli", "redis-server"))
+            .args(if certificates.is_some() { &["--tls", "--insecure"][..] } else { &[] })
             .args(["--cluster", "create"])
             .args(addresses)
             .args(["--cluster-replicas", "1", "--cluster-yes"])
             .output()
             .expect("redis-cli runs");
         assert!(output.status.success(), "no cluster: {}", String::from_utf8_lossy(&output.stdout));
-        let cluster = Self { nodes };
+        let cluster = Self { nodes, has_tls: certificates.is_some() };
         until("cluster that works", BOUND, async || {
             let is_well = |node: &RedisServer| {
                 let is_ok = node.cli(&["CLUSTER", "INFO"]).contains("cluster_state:ok");
@@ -71,7 +89,8 @@ impl Cluster {
 
     /// The URL for clients; it names two of the nodes.
     pub(crate) fn url(&self) -> String {
-        format!("redis-cluster://127.0.0.1:{},127.0.0.1:{}", self.nodes[4].port(), self.nodes[1].port())
+        let scheme = if self.has_tls { "rediss-cluster" } else { "redis-cluster" };
+        format!("{scheme}://127.0.0.1:{},127.0.0.1:{}", self.nodes[4].port(), self.nodes[1].port())
     }
 
     /// The place of the node that has a key now, and of its replica.
@@ -106,6 +125,11 @@ impl Cluster {
     /// Kills a node at once, as a crash would.
     pub(crate) fn crash(&mut self, place: usize) {
         self.nodes[place].crash();
+    }
+
+    /// Starts a node again with what it left.
+    pub(crate) async fn restart(&mut self, place: usize) {
+        self.nodes[place].restart().await;
     }
 
     /// Waits until that node is a primary.

@@ -197,6 +197,11 @@ impl Ledger {
         lock(&self.promised).len()
     }
 
+    /// The events that were accepted.
+    pub(crate) fn promised_names(&self) -> BTreeSet<String> {
+        lock(&self.promised).keys().cloned().collect()
+    }
+
     /// Forgets promises: the store was emptied by an operator, and what it held is not owed any more.
     pub(crate) fn forgive(&self) {
         lock(&self.promised).clear();

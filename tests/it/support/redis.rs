@@ -85,22 +85,8 @@ impl RedisServer {
         let folder = TempDir::new().expect("a temporary folder");
         make_certificates(folder.path());
         let port = free_port();
-        let port_text = port.to_string();
-        let options = [
-            "--tls-port",
-            &port_text,
-            "--port",
-            "0",
-            "--tls-cert-file",
-            "{dir}/server.pem",
-            "--tls-key-file",
-            "{dir}/server.key",
-            "--tls-ca-cert-file",
-            "{dir}/ca.pem",
-            "--tls-auth-clients",
-            "no",
-        ];
-        Self::start_in(folder, product, port, &options).await
+        let options = tls_options(port, "{dir}");
+        Self::start_in(folder, product, port, &options.iter().map(String::as_str).collect::<Vec<_>>()).await
     }
 
     /// A server that tests share while at least one of them uses it. They use distinct keys.
@@ -189,8 +175,10 @@ impl RedisServer {
 
     /// Runs one command by `redis-cli` and returns what it prints.
     pub(crate) fn cli(&self, command: &[&str]) -> String {
+        let has_tls = self.options.iter().any(|option| option == "--tls-port");
         let output = Command::new(install::program("redis-cli", "redis-server"))
             .args(["-p", &self.port.to_string()])
+            .args(if has_tls { &["--tls", "--insecure"][..] } else { &[] })
             .args(command)
             .output()
             .expect("redis-cli runs");
@@ -306,17 +294,31 @@ fn find_file(folder: &Path, name: &str) -> Option<PathBuf> {
     None
 }
 
+/// The options of a server that speaks TLS only, on that port, with the certificates in that folder.
+pub(crate) fn tls_options(port: u16, folder: &str) -> Vec<String> {
+    let text = format!(
+        "--tls-port {port} --port 0 --tls-cert-file {folder}/server.pem --tls-key-file {folder}/server.key \
+         --tls-ca-cert-file {folder}/ca.pem --tls-auth-clients no"
+    );
+    text.split(' ').map(str::to_owned).collect()
+}
+
 /// Puts an authority `ca.pem` and a certificate `server.pem` for 127.0.0.1, with its key, into a folder.
 pub(crate) fn make_certificates(folder: &Path) {
+    make_certificates_for("IP:127.0.0.1", folder);
+}
+
+/// The same for another name or address, such as `DNS:redis.example`.
+pub(crate) fn make_certificates_for(name: &str, folder: &Path) {
     install::program("openssl", "openssl");
     let script = "
         openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj '/CN=test authority' \
             -keyout ca.key -out ca.pem
         openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=server \
             -keyout server.key -out server.csr
-        printf 'subjectAltName=IP:127.0.0.1\\nbasicConstraints=critical,CA:FALSE\\n' > server.ext
+        printf 'subjectAltName=%s\\nbasicConstraints=critical,CA:FALSE\\n' $1 > server.ext
         openssl x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile server.ext \
             -out server.pem";
-    let output = Command::new("sh").args(["-ec", script]).current_dir(folder).output().expect("sh runs");
+    let output = Command::new("sh").args(["-ec", script, "sh", name]).current_dir(folder).output().expect("sh runs");
     assert!(output.status.success(), "no certificates: {}", String::from_utf8_lossy(&output.stderr));
 }

@@ -1,12 +1,13 @@
 //! Two servers watched by three sentinels, of the tests' own, on free ports of the loopback address.
 
 use std::fs;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use tempfile::TempDir;
 
-use super::redis::{Product, RedisServer, free_port};
+use super::redis::{Product, RedisServer, free_port, tls_options};
 use super::{install, until};
 
 const BOUND: Duration = Duration::from_mins(1);
@@ -20,6 +21,7 @@ pub(crate) struct Watched {
     pub(crate) servers: [RedisServer; 2],
     sentinels: Vec<Sentinel>,
     password: Option<&'static str>,
+    has_tls: bool,
 }
 
 #[derive(Debug)]
@@ -40,22 +42,33 @@ impl Drop for Sentinel {
 impl Watched {
     /// Starts all and waits until the sentinels know each other and the replica.
     pub(crate) async fn start() -> Self {
-        Self::start_with(None).await
+        Self::start_with(None, None).await
+    }
+
+    /// The same over TLS, with the certificates in that folder.
+    pub(crate) async fn with_tls(certificates: &Path) -> Self {
+        Self::start_with(None, Some(certificates)).await
     }
 
     /// The same with sentinels that ask for a password.
     pub(crate) async fn with_password(password: &'static str) -> Self {
-        Self::start_with(Some(password)).await
+        Self::start_with(Some(password), None).await
     }
 
-    async fn start_with(password: Option<&'static str>) -> Self {
-        let quick = ["--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1"];
-        let primary = RedisServer::start(Product::Redis, &quick).await;
-        let port = primary.port().to_string();
-        let replica =
-            RedisServer::start(Product::Redis, &[&quick[..], &["--replicaof", "127.0.0.1", &port]].concat()).await;
-        let sentinels = (0..3).map(|_| Sentinel::start(primary.port(), password)).collect();
-        let watched = Self { servers: [primary, replica], sentinels, password };
+    async fn start_with(password: Option<&'static str>, certificates: Option<&Path>) -> Self {
+        let server = async |more: &[&str]| {
+            let port = free_port();
+            let tls = certificates.map(|folder| tls_options(port, folder.to_str().expect("UTF-8")));
+            let quick = ["--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1"];
+            let replicating = if certificates.is_some() { &["--tls-replication", "yes"][..] } else { &[] };
+            let options = quick.into_iter().chain(tls.iter().flatten().map(String::as_str));
+            let options: Vec<&str> = options.chain(replicating.iter().chain(more).copied()).collect();
+            RedisServer::start_on(port, Product::Redis, &options).await
+        };
+        let primary = server(&[]).await;
+        let replica = server(&["--replicaof", "127.0.0.1", &primary.port().to_string()]).await;
+        let sentinels = (0..3).map(|_| Sentinel::start(primary.port(), password, certificates)).collect();
+        let watched = Self { servers: [primary, replica], sentinels, password, has_tls: certificates.is_some() };
         until("sentinels that know each other", BOUND, async || {
             let knows_all = |sentinel: &Sentinel| {
                 let known = watched.ask(sentinel, &["SENTINEL", "MASTER", SERVICE]);
@@ -73,7 +86,8 @@ impl Watched {
     /// The URL for clients.
     pub(crate) fn url(&self) -> String {
         let sentinels = self.sentinels.iter().map(|sentinel| format!("127.0.0.1:{}", sentinel.port));
-        format!("redis-sentinel://{}/{SERVICE}", sentinels.collect::<Vec<_>>().join(","))
+        let scheme = if self.has_tls { "rediss-sentinel" } else { "redis-sentinel" };
+        format!("{scheme}://{}/{SERVICE}", sentinels.collect::<Vec<_>>().join(","))
     }
 
     /// Waits until the sentinels name that server.
@@ -100,6 +114,9 @@ impl Watched {
     fn ask(&self, sentinel: &Sentinel, command: &[&str]) -> String {
         let mut cli = Command::new(install::program("redis-cli", "redis-server"));
         cli.args(["-p", &sentinel.port.to_string()]);
+        if self.has_tls {
+            cli.args(["--tls", "--insecure"]);
+        }
         if let Some(password) = self.password {
             cli.args(["--no-auth-warning", "-a", password]);
         }
@@ -109,11 +126,19 @@ impl Watched {
 }
 
 impl Sentinel {
-    fn start(primary: u16, password: Option<&str>) -> Self {
+    fn start(primary: u16, password: Option<&str>, certificates: Option<&Path>) -> Self {
         let (folder, port) = (TempDir::new().expect("a temporary folder"), free_port());
         let requirepass = password.map_or(String::new(), |password| format!("requirepass {password}\n"));
+        let listens = match certificates {
+            None => format!("port {port}\n"),
+            Some(folder) => {
+                let options = tls_options(port, folder.to_str().expect("UTF-8"));
+                let lines = options.chunks(2).map(|option| format!("{}\n", option.join(" ").replacen("--", "", 1)));
+                lines.chain(["tls-replication yes\n".to_owned()]).collect()
+            }
+        };
         let config = format!(
-            "port {port}\nbind 127.0.0.1\ndaemonize no\n{requirepass}\
+            "{listens}bind 127.0.0.1\ndaemonize no\n{requirepass}\
              sentinel monitor {SERVICE} 127.0.0.1 {primary} 2\n\
              sentinel down-after-milliseconds {SERVICE} 1500\n\
              sentinel failover-timeout {SERVICE} 5000\n"

@@ -1,0 +1,261 @@
+//! The whole daemon on a real cluster whose primaries die under load: workers, dashboards, dead letters in another part
+//! of the cluster, retention and accounts.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use aurora_bus::event::{DeadLetter, EntryId};
+use aurora_bus::store::redis::Config;
+use aurora_bus::store::{Order, Range, Store};
+use futures_util::StreamExt as _;
+use reqwest::StatusCode;
+use serde_json::Value;
+use tokio::task::JoinSet;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_util::sync::CancellationToken;
+
+use crate::support::app::{BOUND, Daemon, Home, Socket};
+use crate::support::cluster::Cluster;
+use crate::support::ledger::{Account, Ledger};
+use crate::support::receiver::{Receiver, Reply};
+use crate::support::until;
+
+const STREAM: &str = "aurora:alerts";
+const GROUP: &str = "siem";
+const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
+/// How soon after a promotion the daemon must serve again.
+const RECOVERY: Duration = Duration::from_secs(10);
+
+/// Whether the receiver refuses the event of that name for good.
+fn is_refused(name: &str) -> bool {
+    name.ends_with('7')
+}
+
+/// The first of many names that is where the test wants it.
+fn named(prefix: &str, fits: impl Fn(&str) -> bool) -> String {
+    (0..).map(|n| format!("{prefix}{n}")).find(|name| fits(name)).expect("there is always one")
+}
+
+/// A cluster, a daemon's home on it, and what the test asks with.
+struct Site {
+    cluster: Cluster,
+    receiver: Receiver,
+    home: Home,
+    account: Account,
+    /// A stream beside [`STREAM`] that takes events although no replica is there.
+    probe: String,
+    ledger: Arc<Ledger>,
+    store: Arc<dyn Store>,
+    /// How many of the receiver's requests the ledger knows.
+    noted: usize,
+}
+
+impl Site {
+    async fn start() -> Self {
+        let cluster = Cluster::start().await;
+        let (primary, _) = cluster.nodes_of(STREAM);
+        let dead_letter = named("it:dead-", |name| cluster.nodes_of(name).0 != primary);
+        let probe = named("it:probe-", |name| cluster.nodes_of(name).0 == primary);
+        let receiver = Receiver::start(|request| {
+            let event: Value = serde_json::from_slice(&request.body).expect("an event");
+            Reply::Status(if is_refused(event["id"].as_str().expect("a name")) { 400 } else { 204 })
+        })
+        .await;
+        let home = Home::new(&format!(
+            r#"
+[[streams]]
+name = "{STREAM}"
+dead_letter = "{dead_letter}"
+durability = "replicated"
+relay = true
+retention = {{ max_len = 1000 }}
+[[streams.groups]]
+name = "{GROUP}"
+sink = "siem"
+concurrency = 8
+claim_idle = "3s"
+handler_timeout = "2s"
+[[streams]]
+name = "{probe}"
+[[streams.groups]]
+name = "log"
+sink = "log"
+[sinks.log]
+type = "log"
+[sinks.siem]
+type = "webhook"
+url = "{receiver}"
+allow_private = true
+[store]
+backend = "redis"
+[store.redis]
+url = "{url}"
+"#,
+            receiver = receiver.url("/in"),
+            url = cluster.url(),
+        ));
+        let account =
+            Account { dead_letter: dead_letter.parse().expect("a valid name"), ..Account::new(STREAM, GROUP) };
+        let store = Config { url: cluster.url().into(), ..Config::default() };
+        let store = Arc::new(store.connect().await.expect("a valid configuration"));
+        Self { cluster, receiver, home, account, probe, ledger: Arc::default(), store, noted: 0 }
+    }
+
+    /// Tells the ledger what the receiver took.
+    fn note(&mut self) {
+        let received = self.receiver.received();
+        for request in received.iter().skip(self.noted).filter(|request| request.is_taken) {
+            let event: Value = serde_json::from_slice(&request.body).expect("an event");
+            let attempt = request.header("aurora-attempt").parse().expect("an attempt");
+            self.ledger.handle(event["id"].as_str().expect("a name"), attempt);
+        }
+        self.noted = received.len();
+    }
+
+    /// Kills a primary under load. Its daemon must serve again soon after the promotion of the replica, which is then
+    /// alone until the killed node is back.
+    async fn lose_primary_of(&mut self, key: &str, daemon: &Daemon) {
+        let (primary, replica) = self.cluster.nodes_of(key);
+        self.cluster.crash(primary);
+        self.cluster.promoted(replica).await;
+        let promoted = Instant::now();
+        let event = [serde_json::json!({ "id": "probe" }).to_string()];
+        until("accepted probe", BOUND, async || daemon.publish(&self.probe, &event).await.ok()).await;
+        let probe = self.probe.parse().expect("a valid name");
+        until("handled probe", BOUND, async || {
+            let group = self.store.describe(&probe).await.ok()??.groups.into_iter().next()?;
+            (group.pending == 0 && group.undelivered == Some(0)).then_some(())
+        })
+        .await;
+        daemon.ready(StatusCode::OK).await;
+        assert!(promoted.elapsed() < RECOVERY, "back after {:?}", promoted.elapsed());
+        self.cluster.restart(primary).await;
+        let promised = self.ledger.promised();
+        let more = async || (self.ledger.promised() > promised + 300).then_some(());
+        until("events that are replicated again", BOUND, more).await;
+    }
+}
+
+/// What a dashboard saw: names, in order, and its last position.
+#[derive(Debug, Default)]
+struct Seen {
+    names: Vec<String>,
+    position: String,
+}
+
+/// Reads until told to stop.
+async fn watch(mut socket: Socket, stop: CancellationToken, seen: Arc<Mutex<Seen>>) {
+    loop {
+        let message = tokio::select! {
+            () = stop.cancelled() => return,
+            message = socket.next() => message,
+        };
+        let text = match message.expect("an open socket").expect("an open socket") {
+            Message::Text(text) => text,
+            Message::Ping(_) | Message::Pong(_) => continue,
+            other => panic!("not an event: {other:?}"),
+        };
+        let event: Value = serde_json::from_str(&text).expect("JSON");
+        let mut seen = seen.lock().expect("unpoisoned");
+        event["_pos"].as_str().expect("a position").clone_into(&mut seen.position);
+        seen.names.push(event["id"].as_str().expect("a name").to_owned());
+    }
+}
+
+/// Publishes about 500 events a second, each until it is accepted.
+fn start_load(site: &Site, daemon: &Arc<Daemon>, stop: &CancellationToken) -> JoinSet<()> {
+    let mut publishers = JoinSet::new();
+    for _ in 0..4 {
+        let (daemon, stop, ledger) = (Arc::clone(daemon), stop.clone(), Arc::clone(&site.ledger));
+        let stream = site.account.stream.clone();
+        publishers.spawn(async move {
+            let mut ticks = tokio::time::interval(Duration::from_millis(40));
+            while !stop.is_cancelled() {
+                ticks.tick().await;
+                let events = ledger.events(5, 50);
+                while ledger.publish(&daemon, &stream, &events).await.is_err() {
+                    ticks.tick().await;
+                }
+            }
+        });
+    }
+    publishers
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_daemon_on_a_cluster_loses_nothing_when_primaries_die_under_load() {
+    let mut site = Site::start().await;
+    let daemon = Arc::new(site.home.start().await);
+    let path = format!("/api/v1/ws/alerts?meta=1&stream={STREAM}");
+    let (stop_watching, stop_first) = (CancellationToken::new(), CancellationToken::new());
+    let [all, before, after] = [(); 3].map(|()| Arc::new(Mutex::new(Seen::default())));
+    let mut dashboards = JoinSet::new();
+    dashboards.spawn(watch(daemon.watch(&path).await, stop_watching.clone(), Arc::clone(&all)));
+    dashboards.spawn(watch(daemon.watch(&path).await, stop_first.clone(), Arc::clone(&before)));
+    let stop = CancellationToken::new();
+    let mut publishers = start_load(&site, &daemon, &stop);
+    until("load", BOUND, async || (site.ledger.promised() > 300).then_some(())).await;
+
+    // One dashboard stays, the other comes back when all is over.
+    stop_first.cancel();
+    site.lose_primary_of(STREAM, &daemon).await;
+    let position = before.lock().expect("unpoisoned").position.clone();
+    let resumed = daemon.watch(&format!("{path}&since={position}")).await;
+    dashboards.spawn(watch(resumed, stop_watching.clone(), Arc::clone(&after)));
+    let dead_letter = site.account.dead_letter.to_string();
+    site.lose_primary_of(&dead_letter, &daemon).await;
+    stop.cancel();
+    while let Some(ended) = publishers.join_next().await {
+        ended.expect("everything is accepted");
+    }
+
+    let balance = until("a settled account", BOUND, async || {
+        site.note();
+        let balance = site.ledger.balance(&*site.store, &site.account).await;
+        (balance.pending + balance.undelivered == 0).then_some(balance)
+    })
+    .await;
+    balance.assert_settled();
+    let promised: BTreeSet<String> = site.ledger.promised_names();
+    assert!(promised.len() > 900, "only {} events", promised.len());
+    let refused: BTreeSet<String> = promised.iter().filter(|name| is_refused(name)).cloned().collect();
+    let letters = site.store.range(&site.account.dead_letter, EVERYTHING, 10_000).await.expect("read");
+    let dead = letters.iter().map(|letter| {
+        let letter = DeadLetter::from_entry(letter).expect("a dead letter");
+        let event: Value = serde_json::from_slice(letter.fields.get("data").expect("a payload")).expect("JSON");
+        event["id"].as_str().expect("a name").to_owned()
+    });
+    let dead: Vec<String> = dead.collect();
+    assert_eq!(dead.iter().cloned().collect::<BTreeSet<_>>(), refused, "what was refused is dead, and nothing else");
+    assert_eq!(dead.len(), refused.len(), "each is dead once");
+
+    // Dashboards: the one that stayed, and the one that came back, have seen everything.
+    let last = promised.len();
+    let names = |seen: &[&Mutex<Seen>]| -> BTreeSet<String> {
+        seen.iter().flat_map(|seen| seen.lock().expect("unpoisoned").names.clone()).collect()
+    };
+    for seen in [&[&*all][..], &[&*before, &*after]] {
+        let misses = || promised.difference(&names(seen)).cloned().collect::<Vec<_>>();
+        let waited = tokio::time::timeout(BOUND, async {
+            while !misses().is_empty() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        });
+        assert!(waited.await.is_ok(), "{:?} of {last} events were never shown", misses());
+    }
+    stop_watching.cancel();
+    while let Some(ended) = dashboards.join_next().await {
+        ended.expect("no dashboard was cut off");
+    }
+
+    // Retention goes on, and the accounts add up.
+    until("a trimmed stream", BOUND, async || {
+        let status = site.store.describe(&site.account.stream).await.ok()??;
+        (status.length <= 1100).then_some(())
+    })
+    .await;
+    let output = site.home.run(&["reconcile", "--url", &daemon.url(""), "--wait", "10s"]);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stdout));
+    Arc::into_inner(daemon).expect("the publishers are gone").stop().await;
+}
