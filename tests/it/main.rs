@@ -23,6 +23,7 @@ mod redis_durability;
 mod redis_faults;
 mod redis_sentinel;
 mod redis_states;
+mod redis_tls;
 mod redis_torn;
 mod relay;
 mod sinks;

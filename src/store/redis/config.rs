@@ -7,6 +7,7 @@ use fred::types::config::{
     Blocking, Config as FredConfig, ConnectionConfig, PerformanceConfig, TcpConfig, TlsConfig, TlsConnector,
     TlsHostMapping, UnresponsiveConfig,
 };
+use rustls::pki_types::ServerName;
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize, Serializer};
 
@@ -45,6 +46,10 @@ pub struct Config {
     /// The certificates to trust with `rediss://`, in PEM; those of the system where it is absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca_file: Option<PathBuf>,
+    /// The name, or address, that every server's and sentinel's certificate must be for; that of the host connected to
+    /// where it is absent. For clusters and sentinels that announce addresses while their certificates bear a name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_server_name: Option<String>,
     /// How long to wait for a connection, and for each answer of the server.
     #[serde(with = "humantime_serde")]
     pub command_timeout: Duration,
@@ -77,6 +82,7 @@ impl Default for Config {
             sentinel_password: None,
             sentinel_password_file: None,
             ca_file: None,
+            tls_server_name: None,
             command_timeout: Duration::from_secs(5),
             reconnect_max: Duration::from_secs(2),
             max_readers: 256,
@@ -132,6 +138,12 @@ pub enum InvalidConfig {
     /// Certificates are given, but no TLS is asked for.
     #[error("ca_file is given, but the scheme of url is not rediss://")]
     UselessCa,
+    /// A name for certificates is given, but no TLS is asked for.
+    #[error("tls_server_name is given, but the scheme of url is not rediss://")]
+    UselessServerName,
+    /// No certificate can be for that.
+    #[error("tls_server_name: `{0}` is neither the name of a host nor an address")]
+    ServerName(String),
     /// A number or duration that can't work.
     #[error("{0} must be greater than zero")]
     Zero(&'static str),
@@ -160,6 +172,8 @@ pub(super) struct Settings {
     pub(super) sentinel: FredConfig,
     pub(super) performance: PerformanceConfig,
     pub(super) connection: ConnectionConfig,
+    /// Whom certificates must be for, if not for the host connected to.
+    pub(super) tls_server_name: Option<String>,
     pub(super) command_timeout: Duration,
     pub(super) reconnect_max: Duration,
     pub(super) max_readers: usize,
@@ -207,6 +221,12 @@ impl Config {
         let target = Target::parse(self.url.expose_secret())?;
         if self.ca_file.is_some() && !target.with_tls {
             return Err(InvalidConfig::UselessCa);
+        }
+        if let Some(name) = &self.tls_server_name {
+            if !target.with_tls {
+                return Err(InvalidConfig::UselessServerName);
+            }
+            ServerName::try_from(name.as_str()).map_err(|_invalid| InvalidConfig::ServerName(name.clone()))?;
         }
         let of_sentinels = [
             ("sentinel_username", self.sentinel_username.is_some()),
@@ -259,6 +279,7 @@ impl Config {
             sentinel,
             performance,
             connection,
+            tls_server_name: self.tls_server_name.clone(),
             command_timeout: self.command_timeout,
             reconnect_max: self.reconnect_max,
             max_readers: self.max_readers,
@@ -330,6 +351,14 @@ mod tests {
         assert_eq!(refused("redis:///0"), "url: names no host");
         assert!(refused("no url").starts_with("url: not a URL"));
         assert_eq!(refused("redis://a:%zz@h"), "url: the user or password is not percent-encoded UTF-8");
+        let named = |url: &str, name: &str| {
+            let config = Config { url: url.into(), tls_server_name: Some(name.to_owned()), ..Config::default() };
+            config.settings().map(drop).map_err(|error| error.to_string())
+        };
+        let useless = "tls_server_name is given, but the scheme of url is not rediss://";
+        assert_eq!(named("redis://h", "redis.soc"), Err(useless.to_owned()));
+        let wrong = "tls_server_name: `a b` is neither the name of a host nor an address";
+        assert_eq!(named("rediss-cluster://h", "a b"), Err(wrong.to_owned()));
     }
 
     #[test]

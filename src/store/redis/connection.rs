@@ -13,7 +13,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use fred::clients::Client;
 use fred::interfaces::ClientLike;
-use fred::types::config::ServerConfig;
+use fred::types::config::{Server, ServerConfig};
 use fred::types::{ClusterHash, CustomCommand, Value};
 use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::timeout;
@@ -116,7 +116,8 @@ impl Connection {
     ) -> Result<(Self, Router), Failure> {
         let config = if purpose == Purpose::Sentinel { &settings.sentinel } else { &settings.config };
         let mut config = config.clone();
-        config.server = ServerConfig::new_centralized(address.host.to_string(), address.port);
+        let server = Server::new_with_tls(&*address.host, address.port, settings.tls_server_name.clone());
+        config.server = ServerConfig::Centralized { server };
         let mut performance = settings.performance.clone();
         if purpose != Purpose::Shared {
             // The client's own limit would end long waits; each call has its own.

@@ -202,6 +202,19 @@ impl From<FredError> for Failure {
 /// The words of an error of the system that comes in its debugging form: `Os { code: 111, …, message: "…" }`, or
 /// `Custom { kind: …, error: "…" }`.
 fn plain(details: &str) -> &str {
+    if let Some((_, why)) = details.split_once("InvalidCertificate(") {
+        return match why {
+            why if why.starts_with("NotValidForName") => {
+                "its certificate is for another name (store.redis.tls_server_name can say for which)"
+            }
+            why if why.starts_with("UnknownIssuer") => {
+                "its certificate is by an authority that is not trusted (store.redis.ca_file)"
+            }
+            why if why.starts_with("Expired") => "its certificate has expired",
+            why if why.starts_with("NotValidYet") => "its certificate is not valid yet, or a clock is wrong",
+            _ => "its certificate can't be trusted",
+        };
+    }
     let quoted = |mark| details.split_once(mark).and_then(|(_, rest)| rest.split('"').next());
     let words = quoted("message: \"").or_else(|| quoted("error: \"")).unwrap_or(details);
     match words {
@@ -296,5 +309,7 @@ mod tests {
         let unknown = "Custom { kind: Uncategorized, error: \"failed to lookup address information: Name or service \
                        not known\" }";
         assert!(told(unknown).contains("its name is not known"), "{}", told(unknown));
+        let issuer = "Custom { kind: InvalidData, error: InvalidCertificate(UnknownIssuer) }";
+        assert!(told(issuer).contains("(store.redis.ca_file)"), "{}", told(issuer));
     }
 }
