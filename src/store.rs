@@ -43,8 +43,9 @@ pub use error::{StoreError, StoreErrorKind};
 pub use limits::Limits;
 pub use metered::Metered;
 pub use types::{
-    Appended, Claimed, ConsumerStatus, Cursor, Dropped, Durability, GroupStatus, Lease, Leased, Loser, Order, Outcome,
-    Pending, Range, Reclaimed, Redelivered, Redelivery, Settled, Settlement, Start, StoreStatus, StreamStatus, Trim,
+    Appended, Care, Claimed, ConsumerStatus, Cursor, Dropped, Durability, GroupStatus, Lease, Leased, Loser, Order,
+    Outcome, Pending, Range, Reclaimed, Redelivered, Redelivery, Settled, Settlement, Start, StoreStatus, StreamStatus,
+    Trim,
 };
 
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
@@ -134,6 +135,19 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         idle: Duration,
         from: EntryId,
         limit: usize,
+    ) -> Result<Reclaimed, StoreError> {
+        self.reclaim_with_care(cursor, idle, from, limit, Care::NONE).await
+    }
+
+    /// The same, but stops before an entry that [`Care`] forbids to take beside what is in hand and what was taken
+    /// before it; [`Reclaimed::held_back`] tells.
+    async fn reclaim_with_care(
+        &self,
+        cursor: &Cursor,
+        idle: Duration,
+        from: EntryId,
+        limit: usize,
+        care: Care,
     ) -> Result<Reclaimed, StoreError>;
 
     /// Hands on pending entries that whoever held them has left, for consumers that read new entries only.

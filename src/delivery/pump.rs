@@ -3,6 +3,7 @@
 //! Every store call and every call of the sink is a task of its own, so that none waits for another, and none is ever
 //! dropped half-way while the worker lives: a fetch that is dropped leaves entries pending that nobody holds.
 
+mod care;
 mod ends;
 mod outage;
 mod steps;
@@ -16,6 +17,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use self::care::Suspects;
 use self::outage::Outage;
 use self::steps::Done;
 pub(super) use self::steps::{Floor, ensure, floor};
@@ -145,6 +147,8 @@ pub(super) struct Pump {
     failure_trouble: Trouble,
     step_trouble: Trouble,
 
+    suspects: Suspects,
+
     retries: Retries,
     claiming: Vec<EntryId>,
     claim_not_before: Instant,
@@ -240,6 +244,7 @@ impl Pump {
             dead_letter_trouble: Trouble::default(),
             failure_trouble: Trouble::default(),
             step_trouble: Trouble::default(),
+            suspects: Suspects::new(config, now),
             retries: Retries::new(remembered),
             claiming: Vec::new(),
             claim_not_before: now,
@@ -313,7 +318,8 @@ impl Pump {
         let fit = (HELD_BYTES / self.entry_bytes).max(1);
         // What holds a lane back is not in hand, but what comes behind it has to wait here.
         let taken = self.in_hand() + self.ready.held() + self.expected;
-        self.group.config.max_in_flight.min(fit).saturating_sub(taken)
+        let room = self.group.config.max_in_flight.min(fit).saturating_sub(taken);
+        room.min(self.suspects.most_in_hand().saturating_sub(self.at_risk()))
     }
 
     fn in_hand(&self) -> usize {
@@ -341,6 +347,7 @@ impl Pump {
         }
         self.start_sink_calls(now);
         self.start_settling(now);
+        self.review_suspects(now);
         if now >= self.extend_at && !self.is_extending {
             self.start_extending();
         }

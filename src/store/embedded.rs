@@ -56,7 +56,7 @@ use self::readers::Readers;
 use self::tables::{ReadFailure, is_closed_error};
 use self::writer::{DATABASE, Options, Syncing, Writer};
 use super::{
-    Appended, Claimed, Cursor, Dropped, Lease, Leased, MAX_APPEND, Order, Outcome, Pending, Range, Reclaimed,
+    Appended, Care, Claimed, Cursor, Dropped, Lease, Leased, MAX_APPEND, Order, Outcome, Pending, Range, Reclaimed,
     Redelivered, Redelivery, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus,
     Trim,
 };
@@ -413,7 +413,7 @@ fn deliver(stream: &StreamName, taken: Taken, delivered_at: Instant) -> Result<R
         Ok(Delivery { entry, attempt, delivered_at })
     });
     let deliveries = deliveries.collect::<Result<_, StoreError>>()?;
-    Ok(Reclaimed { claimed: Claimed { deliveries, lost: taken.lost }, next: taken.next })
+    Ok(Reclaimed { claimed: Claimed { deliveries, lost: taken.lost }, next: taken.next, held_back: taken.held_back })
 }
 
 /// Waits for a change, until the deadline; says whether there was one.
@@ -528,17 +528,19 @@ impl Store for EmbeddedStore {
         Ok(deliver(&cursor.stream, taken, delivered_at)?.claimed)
     }
 
-    async fn reclaim(
+    async fn reclaim_with_care(
         &self,
         cursor: &Cursor,
         idle: Duration,
         from: EntryId,
         limit: usize,
+        care: Care,
     ) -> Result<Reclaimed, StoreError> {
         let (asked, delivered_at) = (cursor.clone(), Instant::now());
         let may_work = self.leases.guard(cursor);
-        let reclaim =
-            move |writer: &mut Writer| may_work().and_then(|()| writer.reclaim(&asked, millis(idle), from, limit));
+        let reclaim = move |writer: &mut Writer| {
+            may_work().and_then(|()| writer.reclaim(&asked, millis(idle), from, limit, care))
+        };
         let taken = self.call(0, reclaim).await?;
         deliver(&cursor.stream, taken, delivered_at)
     }

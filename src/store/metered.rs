@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use prometheus::Histogram;
 
 use super::{
-    Appended, Claimed, Cursor, Dropped, Durability, Lease, Leased, Pending, Range, Reclaimed, Redelivered, Redelivery,
-    Settled, Settlement, Start, Store, StoreError, StoreStatus, StreamStatus, Trim,
+    Appended, Care, Claimed, Cursor, Dropped, Durability, Lease, Leased, Pending, Range, Reclaimed, Redelivered,
+    Redelivery, Settled, Settlement, Start, Store, StoreError, StoreStatus, StreamStatus, Trim,
 };
 use crate::event::{Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
 use crate::metrics::Metrics;
@@ -124,15 +124,16 @@ impl Store for Metered {
         self.timed("claim", &self.seconds.claim, started, result)
     }
 
-    async fn reclaim(
+    async fn reclaim_with_care(
         &self,
         cursor: &Cursor,
         idle: Duration,
         from: EntryId,
         limit: usize,
+        care: Care,
     ) -> Result<Reclaimed, StoreError> {
         let started = Instant::now();
-        let result = self.inner.reclaim(cursor, idle, from, limit).await;
+        let result = self.inner.reclaim_with_care(cursor, idle, from, limit, care).await;
         self.timed("reclaim", &self.seconds.reclaim, started, result)
     }
 

@@ -57,7 +57,7 @@ use self::script::Script;
 use self::servers::Servers;
 use self::sizes::Sizes;
 use super::{
-    Appended, Claimed, Cursor, Dropped, Durability, Lease, Leased, Order, Outcome, Pending, Range, Reclaimed,
+    Appended, Care, Claimed, Cursor, Dropped, Durability, Lease, Leased, Order, Outcome, Pending, Range, Reclaimed,
     Redelivered, Redelivery, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus,
     Trim,
 };
@@ -198,7 +198,7 @@ impl RedisStore {
         arguments.shown(&idle.as_millis()).append(how);
         let asked_at = Instant::now();
         let answer = self.run_for(&script::CLAIM, cursor, arguments).await;
-        let [taken, counts, lost, more] = match answer {
+        let [taken, counts, lost, more, left] = match answer {
             Ok(reply) => reply.tuple()?,
             Err(failure) => return self.learned(&cursor.stream, Err(failure)).map(|_| Reclaimed::default()),
         };
@@ -213,8 +213,13 @@ impl RedisStore {
             deliveries.push(Delivery { entry, attempt, delivered_at: asked_at });
         }
         let more = more.bytes()?;
-        let next = if more.is_empty() { EntryId::MIN } else { reply::parse_id(&more)?.next() };
-        Ok(Reclaimed { claimed: Claimed { deliveries, lost: lost.ids()? }, next })
+        let held_back = u32::try_from(left.count()?).ok().filter(|attempts| *attempts > 0);
+        let next = match (more.is_empty(), held_back) {
+            (true, _) => EntryId::MIN,
+            (false, Some(_)) => reply::parse_id(&more)?,
+            (false, None) => reply::parse_id(&more)?.next(),
+        };
+        Ok(Reclaimed { claimed: Claimed { deliveries, lost: lost.ids()? }, next, held_back })
     }
 
     /// Acknowledges without asking who owns the entries; says how many were pending.
@@ -404,12 +409,13 @@ impl Store for RedisStore {
         Ok(claimed)
     }
 
-    async fn reclaim(
+    async fn reclaim_with_care(
         &self,
         cursor: &Cursor,
         idle: Duration,
         from: EntryId,
         limit: usize,
+        care: Care,
     ) -> Result<Reclaimed, StoreError> {
         if limit == 0 {
             return Ok(Reclaimed { next: from, ..Reclaimed::default() });
@@ -421,8 +427,11 @@ impl Store for RedisStore {
             return Ok(Reclaimed::default());
         }
         let limit = self.sizes.bounded(&cursor.stream, limit.min(MAX_CLAIM));
-        let mut how = Arguments::with_capacity(4);
+        let mut how = Arguments::with_capacity(7);
         how.text("from").shown(&from).shown(&limit).shown(&(limit * LOOKED_AT_PER_CLAIM));
+        for most in care.most {
+            how.shown(&most.saturating_sub(care.in_hand).min(limit));
+        }
         self.take_over(cursor, idle, how).await.map_err(failed)
     }
 

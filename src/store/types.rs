@@ -186,6 +186,48 @@ pub struct Reclaimed {
     pub claimed: Claimed,
     /// Where to go on; [`EntryId::MIN`] when the search has come to the end.
     pub next: EntryId,
+    /// How often the entry at `next` was delivered, where the search stopped there out of [`Care`].
+    pub held_back: Option<u32>,
+}
+
+/// How many entries a consumer has in hand together with one that was delivered before without a result.
+///
+/// Such an entry may be what its consumers die of. Whatever they have in hand at that moment is delivered once more for
+/// it, so the company of an entry gets smaller with each delivery, until it is alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Care {
+    /// How many entries the consumer has in hand already.
+    pub in_hand: usize,
+    /// The most in hand, itself included, with an entry that was delivered once, twice, or more often.
+    pub most: [usize; 3],
+}
+
+impl Care {
+    /// Any number, whatever they are.
+    pub const NONE: Self = Self { in_hand: 0, most: [usize::MAX; 3] };
+
+    /// The most in hand together with an entry that was delivered so often.
+    pub fn most(&self, attempts: u32) -> usize {
+        match attempts {
+            0 => usize::MAX,
+            1 => self.most[0],
+            2 => self.most[1],
+            _ => self.most[2],
+        }
+    }
+
+    /// How many of these, by how often each was delivered, may be taken from the first one on.
+    pub fn fitting(&self, attempts: impl IntoIterator<Item = u32>) -> usize {
+        let (mut most, mut taken) = (usize::MAX, 0);
+        for attempts in attempts {
+            most = most.min(self.most(attempts));
+            if self.in_hand.saturating_add(taken) >= most {
+                break;
+            }
+            taken += 1;
+        }
+        taken
+    }
 }
 
 /// Which pending entries are handed on.

@@ -8,6 +8,7 @@ mod crash;
 mod daemon_cluster;
 mod dashboards;
 mod dead_letters;
+mod deadly;
 mod delivery;
 mod delivery_model;
 mod deploy;

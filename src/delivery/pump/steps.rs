@@ -10,7 +10,7 @@ use crate::delivery::GroupStart;
 use crate::delivery::call::{Delivered, guarded};
 use crate::delivery::outbox::Load;
 use crate::event::{AlertView, DeadLetterReason, Delivery, EntryId, Epoch, Severity, field};
-use crate::store::{Claimed, Cursor, Outcome, Pending, Reclaimed, Settled, Start, StoreError, StoreErrorKind};
+use crate::store::{Care, Claimed, Cursor, Outcome, Pending, Reclaimed, Settled, Start, StoreError, StoreErrorKind};
 use crate::telemetry::chain;
 
 /// Ids that a log line names; there may be many.
@@ -19,7 +19,7 @@ const NAMED_IDS: usize = 5;
 const SEARCH_PAUSE: Duration = Duration::from_millis(100);
 
 /// How soon to look again whether all is done that was begun before a suspicious entry.
-const SUSPECT_PAUSE: Duration = Duration::from_millis(20);
+pub(super) const SUSPECT_PAUSE: Duration = Duration::from_millis(20);
 
 /// Before which entry the group has handled everything, in which life of the stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -150,17 +150,15 @@ impl Pump {
         let waiting: std::collections::HashSet<EntryId> = self.retries.waiting().collect();
         let is_held = |id: &EntryId| in_hand.contains(id) || waiting.contains(id) || self.claiming.contains(id);
         let mut left: Vec<Pending> = page.into_iter().filter(|pending| !is_held(&pending.id)).collect();
-        // One of these may be what the process dies of each time. It goes alone, or its neighbours would share its
-        // fate: for everything that is taken counts one more attempt.
-        let config = &self.group.config;
-        let suspicious = config.retry.max_attempts.min(config.max_deliveries.saturating_sub(1));
-        if let Some(place) = left.iter().position(|pending| pending.attempts >= suspicious) {
-            let is_alone = place == 0 && self.in_hand() == 0;
-            self.intake = Intake::Sweep(if is_alone { left[0].id.next() } else { left[place].id });
-            if place == 0 && !is_alone {
+        // One of these may be what the process dies of each time, and its neighbours must not share its fate: for
+        // everything that is taken counts one more attempt.
+        let fitting = self.fitting(left.iter().map(|pending| pending.attempts));
+        if let Some(held_back) = left.get(fitting) {
+            self.intake = Intake::Sweep(held_back.id);
+            if fitting == 0 {
                 self.intake_not_before = Instant::now() + SUSPECT_PAUSE;
             }
-            left.truncate(if is_alone { 1 } else { place });
+            left.truncate(fitting);
         }
         let others = left.iter().filter(|pending| pending.consumer != self.cursor.consumer).count();
         self.meters.claimed.inc_by(others as u64);
@@ -317,13 +315,16 @@ impl Pump {
             Purpose::Sweep => self.intake_under_way = false,
         }
         match (result, purpose) {
-            (Ok(TakenOver { claimed, not_owned }), _) => {
+            (Ok(TakenOver { claimed, not_owned }), purpose) => {
                 self.claim_backoff.succeeded();
                 self.meters.not_owned.inc_by(not_owned.len() as u64);
                 let taken: Vec<EntryId> = claimed.deliveries.iter().map(|delivery| delivery.entry.id).collect();
                 for id in ids.iter().filter(|id| !taken.contains(id)) {
                     self.retries.forget(*id);
                     self.ready.done(*id);
+                }
+                if purpose == Purpose::Sweep {
+                    self.suspects.taken(&claimed.deliveries);
                 }
                 self.claimed(claimed);
             }
@@ -382,6 +383,7 @@ impl Pump {
         }
         self.is_searching = true;
         self.expected += limit;
+        let care = Care { in_hand: self.at_risk() - limit, ..self.care() };
         let (store, cursor, from) = (self.store.clone(), self.cursor.clone(), self.search_from);
         let is_sweep_enough = self.is_ordered;
         self.tasks.spawn(async move {
@@ -389,7 +391,7 @@ impl Pump {
                 let found = if is_sweep_enough {
                     Reclaimed::default()
                 } else {
-                    store.reclaim(&cursor, cursor.claim_idle, from, limit).await?
+                    store.reclaim_with_care(&cursor, cursor.claim_idle, from, limit, care).await?
                 };
                 // Once per search is enough, and an answer about the floor is not worth the entries just claimed.
                 let floor =
@@ -405,7 +407,7 @@ impl Pump {
         self.expected -= limit;
         self.is_searching = false;
         match result {
-            Ok((Reclaimed { claimed, next }, floor)) => {
+            Ok((Reclaimed { claimed, next, held_back }, floor)) => {
                 self.floor = floor.or(self.floor.take());
                 if self.is_ordered {
                     self.doubt();
@@ -420,11 +422,14 @@ impl Pump {
                 // An entry that is just being taken for its next attempt comes with that claim.
                 let (mut claimed, claiming) = (claimed, &self.claiming);
                 claimed.deliveries.retain(|delivery| !claiming.contains(&delivery.entry.id));
+                self.suspects.taken(&claimed.deliveries);
                 self.claimed(claimed);
+                self.held_back(held_back);
             }
             Err(error) => {
                 self.search_from = EntryId::MIN;
                 self.search_at = self.next_search();
+                self.held_back(None);
                 self.sweep_due = true;
                 self.step_failed(&error, "the worker cannot search for entries that others left");
             }

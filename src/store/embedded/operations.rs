@@ -15,7 +15,7 @@ use super::tables::{self, FirstEntry, ReadFailure, corrupt, engine_error};
 use super::writer::Writer;
 use crate::event::{ConsumerName, EntryId, Epoch, GroupName, StreamName};
 use crate::store::{
-    Appended, ConsumerStatus, Cursor, GroupStatus, LostReason, Pending, Range, Settled, Start, StoreError,
+    Appended, Care, ConsumerStatus, Cursor, GroupStatus, LostReason, Pending, Range, Settled, Start, StoreError,
     StoreErrorKind, StoreStatus, StreamStatus,
 };
 
@@ -67,6 +67,7 @@ pub(super) struct Taken {
     pub(super) entries: Vec<(Chunk, Slot, u32)>,
     pub(super) lost: Vec<EntryId>,
     pub(super) next: EntryId,
+    pub(super) held_back: Option<u32>,
 }
 
 fn no_group(cursor: &Cursor) -> StoreError {
@@ -344,6 +345,7 @@ impl Writer {
         idle_ms: u64,
         from: EntryId,
         limit: usize,
+        care: Care,
     ) -> Result<Taken, StoreError> {
         let now_ms = self.now_ms();
         let (place, group) = self.group(cursor)?;
@@ -358,8 +360,12 @@ impl Writer {
                 idle.push(held);
             }
         }
+        let fitting = care.fitting(idle.iter().map(|held| held.attempts));
+        let held_back = idle.get(fitting).map(|held| held.attempts);
+        next = idle.get(fitting).map_or(next, |held| held.id);
+        idle.truncate(fitting);
         let taken = self.take_over(cursor, place, &idle, now_ms)?;
-        Ok(Taken { next, ..taken })
+        Ok(Taken { next, held_back, ..taken })
     }
 
     pub(super) fn settle(&mut self, cursor: &Cursor, endings: &[Ending]) -> Settled {

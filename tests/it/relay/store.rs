@@ -8,8 +8,8 @@ use async_trait::async_trait;
 use aurora_bus::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
 use aurora_bus::store::embedded::Config;
 use aurora_bus::store::{
-    Appended, Claimed, Cursor, Dropped, Lease, Leased, Pending, Range, Reclaimed, Redelivered, Redelivery, Settled,
-    Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
+    Appended, Care, Claimed, Cursor, Dropped, Lease, Leased, Pending, Range, Reclaimed, Redelivered, Redelivery,
+    Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
 };
 use tempfile::TempDir;
 
@@ -102,14 +102,15 @@ impl Store for Fragile {
         self.inner()?.claim(cursor, ids, idle).await
     }
 
-    async fn reclaim(
+    async fn reclaim_with_care(
         &self,
         cursor: &Cursor,
         idle: Duration,
         from: EntryId,
         limit: usize,
+        care: Care,
     ) -> Result<Reclaimed, StoreError> {
-        self.inner()?.reclaim(cursor, idle, from, limit).await
+        self.inner()?.reclaim_with_care(cursor, idle, from, limit, care).await
     }
 
     async fn redeliver(

@@ -1,10 +1,11 @@
 -- Takes over pending entries that have been idle for long enough, and finds those whose bodies are gone.
 -- KEYS: the stream, its account. ARGV: group, consumer, least idle time in milliseconds, then either
---   'ids' and the ids, or 'from', the id to begin with, how many to take, and how many to look at.
--- Returns the entries taken, how often each was delivered before, the ids lost, and the last id looked at where
---   there may be more after it.
+--   'ids' and the ids, or 'from', the id to begin with, how many to take, how many to look at, and how many may be
+--   taken together with an entry that was delivered once, twice, or more often.
+-- Returns the entries taken, how often each was delivered before, the ids lost, the last id looked at where there may
+--   be more after it, and where it was left because too many would be taken with it, how often it was delivered.
 local call, stream, group, consumer, idle = redis.call, KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3])
-local ids, attempts, more = {}, {}, ''
+local ids, attempts, more, left = {}, {}, '', 0
 local function consider(row)
   if row[3] >= idle then
     ids[#ids + 1] = row[1]
@@ -19,7 +20,16 @@ if ARGV[4] == 'ids' then
 else
   local wanted, scan = tonumber(ARGV[6]), tonumber(ARGV[7])
   local rows = call('XPENDING', stream, group, ARGV[5], '+', scan)
+  local room = wanted
   for i = 1, #rows do
+    local count = rows[i][4]
+    if rows[i][3] >= idle and count > 0 then
+      room = math.min(room, tonumber(ARGV[7 + math.min(count, 3)]))
+      if #ids >= room then
+        more, left = rows[i][1], count
+        break
+      end
+    end
     consider(rows[i])
     if #ids == wanted or i == scan then
       more = rows[i][1]
@@ -27,7 +37,7 @@ else
     end
   end
 end
-if #ids == 0 then return {{}, {}, {}, more} end
+if #ids == 0 then return {{}, {}, {}, more, left} end
 local taken, counts, lost, present = {}, {}, {}, {}
 for _, entry in ipairs(call('XCLAIM', stream, group, consumer, idle, unpack(ids))) do
   -- Servers before 7.0 answer nil for an entry whose body is gone; newer ones drop it from the pending entries.
@@ -44,4 +54,4 @@ for _, id in ipairs(ids) do
   end
 end
 if #lost > 0 then call('HINCRBY', KEYS[2], 'trimmed_pending:' .. group, #lost) end
-return {taken, counts, lost, more}
+return {taken, counts, lost, more, left}
