@@ -119,7 +119,9 @@ async fn a_destroyed_group_goes_on_with_what_it_had_not_handled(product: Product
     daemon.signal("CONT");
     site.ledger.has_handled(&daemon, 1000).await;
     let balance = site.settled().await;
-    balance.assert_settled();
+    // Of a group that was made in the middle of its stream the server can't count what it is still to be given.
+    balance.assert_kept();
+    assert_eq!(balance.difference, None, "{balance:?}");
     // At most what was in hand when the daemon was stopped.
     assert!(balance.repeated <= MAX_IN_FLIGHT, "{balance:?}");
     daemon.stop().await;

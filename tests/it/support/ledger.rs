@@ -76,7 +76,7 @@ impl Balance {
     #[track_caller]
     pub(crate) fn assert_settled(&self) {
         self.assert_kept();
-        assert!(self.difference.is_none_or(|difference| difference == 0), "{self:#?}");
+        assert_eq!(self.difference, Some(0), "{self:#?}");
         assert_eq!((self.pending, self.undelivered), (0, 0), "{self:#?}");
     }
 }
