@@ -18,7 +18,7 @@ pub(super) struct Rows {
 
 impl Rows {
     fn config_of(&self, url: &str) -> PostgresConfig {
-        let text = format!("url = \"{url}\"\ntable = \"{}\"\ntimeout = \"2s\"", self.table);
+        let text = format!("url = \"{url}\"\ntable = \"{}\"\ntimeout = \"10s\"", self.table);
         toml::from_str(&text).expect("every key is known")
     }
 }
