@@ -25,8 +25,8 @@ impl Authority {
         self.folder.join(file)
     }
 
-    /// A certificate for this machine and its key, good for so many days; with none it ends as it begins.
-    pub(super) fn issue(&self, name: &str, days: u32) {
+    /// A certificate for this machine and its key, good for so many days; below none it has ended already.
+    pub(super) fn issue(&self, name: &str, days: i32) {
         let script = format!(
             "openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN={name} \
                  -keyout {name}.new.key -out {name}.csr

@@ -128,7 +128,7 @@ async fn where_clients_must_show_certificates_those_without_are_not_let_in() {
 #[tokio::test]
 async fn a_certificate_of_a_client_may_be_optional_but_not_bad() {
     let (home, authority) = home("client_ca_file = \"ca.pem\"\nclient_certificates = \"optional\"");
-    authority.issue("expired", 0);
+    authority.issue("expired", -1);
     let daemon = home.start().await;
     let ca = authority.path("ca.pem");
     assert!(curl(&ca, &[&daemon.url("/health")]).status.success());
@@ -167,7 +167,7 @@ async fn files_that_do_not_fit_are_told_by_check_and_refused_by_serve() {
     let (home, authority) = home("");
     let told = text(&home.run(&["check", "--config", "aurora-bus.toml"]).stdout);
     assert!(told.contains("certificate: fits its key, good for 29 days"), "{told}");
-    authority.issue("server", 0);
+    authority.issue("server", -1);
     let output = home.run(&["check", "--config", "aurora-bus.toml"]);
     assert!(!output.status.success() && text(&output.stderr).contains("has expired"), "{}", text(&output.stderr));
 

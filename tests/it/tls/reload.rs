@@ -59,7 +59,7 @@ async fn a_certificate_that_cannot_be_used_leaves_the_one_before_and_is_told() {
     let first = shown(&daemon, &ca).await;
     assert_eq!(note(&daemon).await, "");
     authority.issue("other", 30);
-    authority.issue("expired", 0);
+    authority.issue("expired", -1);
     authority.run("cp server.pem good.pem; cp server.key good.key");
 
     let cases = [
@@ -90,7 +90,7 @@ async fn a_certificate_that_cannot_be_used_leaves_the_one_before_and_is_told() {
 #[tokio::test]
 async fn a_certificate_that_ends_soon_is_told() {
     let (home, authority) = home("");
-    authority.issue("server", 0);
+    authority.issue("server", -1);
     let daemon = home.spawn().await.expect("an expired certificate is no reason to stay away");
     let insecure = ["-k", &daemon.url("/ready")];
     let ready = text(&curl(&authority.path("ca.pem"), &insecure).stdout);
