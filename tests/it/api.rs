@@ -262,7 +262,7 @@ async fn waiting_for_an_event_ends_when_it_comes() {
 
 #[tokio::test]
 async fn an_address_that_asks_too_often_is_told_when_to_come_back() {
-    let config = format!("{SMALL}\n[http]\nrate_limit = 5\n");
+    let config = format!("{SMALL}\n[http]\nrate_limit = 1\n");
     let home = Home::new(&config);
     let daemon = home.start().await;
     // All at once: one after the other they may be slow enough.

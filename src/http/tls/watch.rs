@@ -49,21 +49,25 @@ struct Watch {
 impl Watch {
     async fn look(&mut self, is_asked: bool) {
         let config = self.tls.inner.config.clone();
+        let shown = self.tls.shown().files;
         let read = tokio::task::spawn_blocking(move || {
-            let files = Files::read(&config)?;
-            Ok::<_, Unusable>((files.fingerprint(), files.build(&config)))
+            let files = match Files::read(&config) {
+                Ok(files) => files,
+                Err(error) => return (Err(error.clone()), Some(Err(error))),
+            };
+            let found = files.fingerprint();
+            (Ok(found), (found != shown).then(|| files.build(&config)))
         });
-        let Ok(read) = read.await else { return };
-        let (found, built) = match read {
-            Ok((found, built)) => (Ok(found), built),
-            Err(error) => (Err(error.clone()), Err(error)),
-        };
+        let Ok((found, new)) = read.await else { return };
         let is_settled = is_asked || self.last.as_ref() == Some(&found);
         self.last = Some(found.clone());
-        if found == Ok(self.tls.shown().files) {
+        let Some(new) = new else {
             self.failed = None;
-        } else if is_settled && (is_asked || self.failed.as_ref().is_none_or(|(failed, _)| *failed != found)) {
-            self.take(found, built);
+            return;
+        };
+        let is_told = self.failed.as_ref().is_some_and(|(failed, _)| *failed == found);
+        if is_asked || is_settled && !is_told {
+            self.take(found, new);
         }
     }
 
