@@ -40,7 +40,7 @@ pub struct TlsConfig {
     /// How long a client may take from connecting to the end of the handshake.
     #[serde(default = "default_handshake_timeout", with = "humantime_serde")]
     pub handshake_timeout: Duration,
-    /// The most handshakes at a time with one address. More connections are closed.
+    /// The most handshakes at a time with one address. More wait for their turn, within `handshake_timeout`.
     #[serde(default = "default_handshakes")]
     pub max_handshakes_per_address: usize,
 }
@@ -50,7 +50,7 @@ const fn default_handshake_timeout() -> Duration {
 }
 
 const fn default_handshakes() -> usize {
-    512
+    64
 }
 
 /// Whether clients must show a certificate.

@@ -32,8 +32,6 @@ enum Outcome {
     Timeout,
     /// Someone spoke HTTP without TLS.
     Plain,
-    /// Too many at a time from one address.
-    Limit,
     /// Gone without a word, as checks of an open port do.
     Silent,
 }
@@ -45,7 +43,6 @@ impl Outcome {
             Self::Failed => "failed",
             Self::Timeout => "timeout",
             Self::Plain => "plain",
-            Self::Limit => "limit",
             Self::Silent => "silent",
         }
     }
@@ -61,20 +58,15 @@ impl Tls {
         write_timeout: Duration,
         metrics: &Metrics,
     ) -> Option<Socket> {
-        let begun = match self.inner.handshakes.take(address) {
-            None => Err(Outcome::Limit),
-            Some(_place) => {
-                let begun =
-                    tokio::time::timeout(self.inner.config.handshake_timeout, self.begin(stream, write_timeout));
-                begun.await.unwrap_or(Err(Outcome::Timeout))
-            }
-        };
+        let begin = self.begin(stream, address, write_timeout);
+        let begun = tokio::time::timeout(self.inner.config.handshake_timeout, begin).await;
+        let begun = begun.unwrap_or(Err(Outcome::Timeout));
         let outcome = begun.as_ref().err().copied().unwrap_or(Outcome::Done);
         metrics.tls_handshakes.with_label_values(&[outcome.label()]).inc();
         begun.ok()
     }
 
-    async fn begin(&self, mut stream: TcpStream, write_timeout: Duration) -> Result<Socket, Outcome> {
+    async fn begin(&self, mut stream: TcpStream, address: IpAddr, write_timeout: Duration) -> Result<Socket, Outcome> {
         // Until a client has said something, nothing is kept for it.
         let mut first = [0];
         match stream.peek(&mut first).await {
@@ -86,6 +78,8 @@ impl Tls {
             Ok(1..) => return Err(Outcome::Failed),
             Ok(0) | Err(_) => return Err(Outcome::Silent),
         }
+        // Many may come at once, after a restart: all have their turn, and none takes that of other addresses.
+        let _place = self.inner.handshakes.wait(address).await;
         let acceptor = TlsAcceptor::from(self.shown().server.clone());
         let stream = Timed::new(stream, write_timeout);
         match acceptor.accept_with(stream, |connection| connection.set_buffer_limit(Some(MAX_BUFFERED))).await {

@@ -65,19 +65,24 @@ async fn those_who_say_nothing_hold_up_nobody_and_are_closed() {
 }
 
 #[tokio::test]
-async fn one_address_has_so_many_handshakes_at_a_time() {
+async fn one_address_has_so_many_handshakes_at_a_time_and_others_have_theirs() {
     let (home, authority) = home("max_handshakes_per_address = 3\nhandshake_timeout = \"1m\"");
     let daemon = home.start().await;
     let address = address(&daemon);
     let mut held = Vec::new();
     for _ in 0..3 {
-        held.push(TcpStream::connect(&address).await.expect("it listens"));
+        let mut stream = TcpStream::connect(&address).await.expect("it listens");
+        stream.write_all(b"\x16\x03\x01\x02\x00\x01").await.expect("it takes that");
+        held.push(stream);
     }
     let ca = authority.path("ca.pem");
     // They may not have been accepted yet.
-    until("a connection that is refused", BOUND, async || secure(&daemon, &ca).await.is_err().then_some(())).await;
+    let waits = async || timeout(Duration::from_millis(500), secure(&daemon, &ca)).await.is_err().then_some(());
+    until("a connection that waits", BOUND, waits).await;
+    let other = curl(&ca, &["--interface", "127.0.0.2", &daemon.url("/health")]);
+    assert!(other.status.success(), "another address: {}", text(&other.stderr));
     drop(held);
-    until("places again", BOUND, async || secure(&daemon, &ca).await.is_ok().then_some(())).await;
+    assert!(secure(&daemon, &ca).await.is_ok(), "its turn has come");
     daemon.stop().await;
 }
 
