@@ -37,10 +37,10 @@ pub struct TlsConfig {
     /// The oldest version of TLS that is spoken: `1.2` or `1.3`.
     #[serde(default)]
     pub min_version: TlsVersion,
-    /// How long a client may take from connecting to the end of the handshake.
+    /// How long a client may take to begin the handshake, and again to end it.
     #[serde(default = "default_handshake_timeout", with = "humantime_serde")]
     pub handshake_timeout: Duration,
-    /// The most handshakes at a time with one address. More wait for their turn, within `handshake_timeout`.
+    /// The most handshakes at a time with one address. More wait for their turn, up to 20 s.
     #[serde(default = "default_handshakes")]
     pub max_handshakes_per_address: usize,
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
 use super::Tls;
@@ -16,6 +17,8 @@ use crate::metrics::Metrics;
 const HANDSHAKE: u8 = 0x16;
 /// How much may wait in a connection for its socket: what is taken from it shows that the peer reads.
 const MAX_BUFFERED: usize = 16 * 1024;
+/// How long a client may wait for its turn among those of its address.
+const LONGEST_TURN: Duration = Duration::from_secs(20);
 /// How long someone is listened to who was told that this is the wrong port, and how much of it.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: u64 = 64 * 1024;
@@ -49,8 +52,8 @@ impl Outcome {
 }
 
 impl Tls {
-    /// The connection once TLS is spoken on it; nothing where that does not come about. Takes no longer than
-    /// configured.
+    /// The connection once TLS is spoken on it; nothing where that does not come about. The client has the configured
+    /// time to begin, and again for the rest once its turn has come.
     pub(in crate::http) async fn accept(
         &self,
         stream: TcpStream,
@@ -58,37 +61,44 @@ impl Tls {
         write_timeout: Duration,
         metrics: &Metrics,
     ) -> Option<Socket> {
-        let begin = self.begin(stream, address, write_timeout);
-        let begun = tokio::time::timeout(self.inner.config.handshake_timeout, begin).await;
-        let begun = begun.unwrap_or(Err(Outcome::Timeout));
+        let begun = self.begin(stream, address, write_timeout).await;
         let outcome = begun.as_ref().err().copied().unwrap_or(Outcome::Done);
         metrics.tls_handshakes.with_label_values(&[outcome.label()]).inc();
         begun.ok()
     }
 
-    async fn begin(&self, mut stream: TcpStream, address: IpAddr, write_timeout: Duration) -> Result<Socket, Outcome> {
+    async fn begin(&self, stream: TcpStream, address: IpAddr, write_timeout: Duration) -> Result<Socket, Outcome> {
+        let limit = self.inner.config.handshake_timeout;
+        let late = |_| Outcome::Timeout;
         // Until a client has said something, nothing is kept for it.
-        let mut first = [0];
-        match stream.peek(&mut first).await {
-            Ok(1..) if first == [HANDSHAKE] => {}
-            Ok(1..) if first[0].is_ascii_uppercase() => {
-                drop(tokio::time::timeout(LINGER, refuse(&mut stream)).await);
-                return Err(Outcome::Plain);
-            }
-            Ok(1..) => return Err(Outcome::Failed),
-            Ok(0) | Err(_) => return Err(Outcome::Silent),
-        }
+        let stream = timeout(limit, greeted(stream)).await.map_err(late)??;
         // Many may come at once, after a restart: all have their turn, and none takes that of other addresses.
-        let _place = self.inner.handshakes.wait(address).await;
+        let _place = timeout(LONGEST_TURN, self.inner.handshakes.wait(address)).await.map_err(late)?;
         let acceptor = TlsAcceptor::from(self.shown().server.clone());
         let stream = Timed::new(stream, write_timeout);
-        match acceptor.accept_with(stream, |connection| connection.set_buffer_limit(Some(MAX_BUFFERED))).await {
+        let accept = acceptor.accept_with(stream, |connection| connection.set_buffer_limit(Some(MAX_BUFFERED)));
+        match timeout(limit, accept).await.map_err(late)? {
             Ok(stream) => Ok(Socket::Tls(Box::new(stream))),
             Err(error) => {
                 tracing::debug!(error = %error, "TLS handshake failed");
                 Err(Outcome::Failed)
             }
         }
+    }
+}
+
+/// The connection once its client has begun with what may be a handshake.
+async fn greeted(mut stream: TcpStream) -> Result<TcpStream, Outcome> {
+    let mut first = [0];
+    match stream.peek(&mut first).await {
+        Ok(1..) if first == [HANDSHAKE] => Ok(stream),
+        Ok(1..) if first[0].is_ascii_uppercase() => {
+            // It may be gone already, which is as well.
+            drop(timeout(LINGER, refuse(&mut stream)).await);
+            Err(Outcome::Plain)
+        }
+        Ok(1..) => Err(Outcome::Failed),
+        Ok(0) | Err(_) => Err(Outcome::Silent),
     }
 }
 
