@@ -8,6 +8,7 @@ RUN mkdir src && echo 'fn main() {}' >src/main.rs && touch src/lib.rs \
  && cargo build --release --locked --lib --bins \
  && rm -r src
 COPY config config
+COPY clients clients
 COPY src src
 # Files keep their times when they are copied; without the touch, the empty crate above would count as newer.
 RUN touch src/main.rs src/lib.rs \

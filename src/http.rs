@@ -3,7 +3,9 @@
 //! Owns the listener, routes, request parsing and problem documents. Promises that every answer is within limits and
 //! that bad input goes no further than here. The only module that knows HTTP statuses and axum.
 
+mod assets;
 mod auth;
+mod cors;
 mod dead_letters;
 mod extract;
 mod feed;
@@ -86,9 +88,11 @@ pub struct Config {
     pub max_bodies_per_address: usize,
     /// The most requests per second from one address. More are refused with 429.
     pub rate_limit: u32,
-    /// Origins of pages that may publish and open a WebSocket, besides those on the daemon's own host, such as
+    /// Origins of pages that may publish, read and open a WebSocket, besides those on the daemon's own host, such as
     /// `https://soc.example`; `*` lets in every page.
     pub origins: Vec<String>,
+    /// Whether the client module for pages and the page of examples are there, below `/client/`.
+    pub pages: bool,
     /// How long a client may take for the head of a request.
     #[serde(with = "humantime_serde")]
     pub header_timeout: Duration,
@@ -114,6 +118,7 @@ impl Default for Config {
             max_bodies_per_address: 256,
             rate_limit: 20_000,
             origins: Vec::new(),
+            pages: true,
             header_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(30),
             write_timeout: Duration::from_secs(30),
@@ -242,6 +247,7 @@ impl Api {
             .fallback(|| async { ApiError::no_such_route() })
             .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
             .layer(CatchPanicLayer::custom(problem::after_panic))
+            .layer(from_fn_with_state(self.clone(), cors::share))
             .layer(from_fn_with_state(self.clone(), observe))
             .with_state(self.clone())
     }

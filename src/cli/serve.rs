@@ -62,12 +62,13 @@ fn hints(config: &Config, address: SocketAddr) -> String {
         crate::config::Backend::Redis => "Redis".to_owned(),
     };
     let (s, ca) = if config.http.tls.is_some() { ("s", "--cacert ca.pem ") } else { ("", "") };
+    let page = if config.http.pages { format!("http{s}://{address}/client/ in a browser, or ") } else { String::new() };
     format!(
         r#"
 aurora-bus {version}: {streams} streams on the {store}. Try in another terminal:
 
   publish    curl {ca}http{s}://{address}/api/v1/alerts -d '{{"severity":"high","source":"zeek","title":"Beacon to a rare domain"}}'
-  watch      ws{s}://{address}/api/v1/ws/alerts           (in a browser at http{s}://{address}/: new WebSocket("/api/v1/ws/alerts"))
+  watch      {page}ws{s}://{address}/api/v1/ws/alerts
   streams    curl {ca}http{s}://{address}/api/v1/streams
   ready      curl {ca}http{s}://{address}/ready
   metrics    curl {ca}http{s}://{address}/metrics

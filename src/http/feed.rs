@@ -4,7 +4,7 @@ use std::convert::Infallible;
 
 use axum::body::Body;
 use axum::extract::{RawQuery, State};
-use axum::http::header::{ACCEPT, ACCESS_CONTROL_ALLOW_ORIGIN, CACHE_CONTROL, CONTENT_TYPE, ORIGIN, VARY};
+use axum::http::header::{ACCEPT, CACHE_CONTROL, CONTENT_TYPE};
 use axum::http::{HeaderMap, HeaderValue};
 use axum::response::Response;
 use futures_util::stream;
@@ -54,11 +54,6 @@ pub(super) async fn open(
     answered.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     answered.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     answered.insert("x-accel-buffering", HeaderValue::from_static("no"));
-    // A page of another origin that is let in may also read what it is sent.
-    if let Some(origin) = headers.get(ORIGIN) {
-        answered.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
-        answered.insert(VARY, HeaderValue::from_static("origin"));
-    }
     Ok(response)
 }
 

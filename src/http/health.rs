@@ -79,6 +79,7 @@ pub(super) async fn index() -> impl IntoResponse {
         "POST /api/v1/alerts                   publish an alert to its stream\n",
         "GET  /api/v1/ws/alerts                WebSocket: one alert per message\n",
         "GET  /api/v1/ws/agent-thoughts        WebSocket: the audit stream\n",
+        "GET  /client/                         alerts in a browser, and the module for pages of yours\n",
         "GET  /health /ready /metrics          for machines\n",
     )
 }

@@ -9,13 +9,13 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::{MethodRouter, delete, get, post};
 
 use super::auth::{Deed, Denied, Principal, Shown};
-use super::{Api, ApiError, dead_letters, feed, health, publish, streams, ticket, websocket};
+use super::{Api, ApiError, assets, dead_letters, feed, health, publish, streams, ticket, websocket};
 use crate::event::StreamName;
 
 /// What it takes to be let in, where credentials are asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Need {
-    /// Nothing: for machines that watch the daemon.
+    /// Nothing: for machines that watch the daemon, and for what is the same for all.
     Nothing,
     /// Nothing, or the scope `admin`, as `auth.metrics` says.
     Metrics,
@@ -67,6 +67,9 @@ fn endpoints() -> Vec<Endpoint> {
         read("/health", Need::Nothing, health::health),
         read("/ready", Need::Nothing, health::ready),
         read("/metrics", Need::Metrics, health::metrics),
+        read("/client", Need::Nothing, assets::folder),
+        read("/client/", Need::Nothing, assets::page),
+        read("/client/{file}", Need::Nothing, assets::file),
         read("/api/v1/streams", Need::Credentials, streams::list),
         read("/api/v1/streams/{stream}", Need::Read, streams::show),
         read("/api/v1/streams/{stream}/events", Need::Read, streams::events),
@@ -169,8 +172,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_machines_that_watch_the_daemon_are_let_in_without_a_need() {
+    fn only_machines_that_watch_the_daemon_and_what_is_the_same_for_all_need_nothing() {
         let open = endpoints().into_iter().map(|e| e.route).filter(|route| route.need == Need::Nothing);
-        assert_eq!(open.map(|route| route.path).collect::<Vec<_>>(), ["/", "/health", "/ready"]);
+        let expected = ["/", "/health", "/ready", "/client", "/client/", "/client/{file}"];
+        assert_eq!(open.map(|route| route.path).collect::<Vec<_>>(), expected);
     }
 }

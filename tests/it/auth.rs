@@ -32,13 +32,13 @@ const EVENTS: &str = "/api/v1/streams/aurora:alerts/events";
 
 /// Keys for a configuration, and the texts that callers show.
 #[derive(Debug, Default)]
-struct Keys {
-    toml: String,
+pub(crate) struct Keys {
+    pub(crate) toml: String,
 }
 
 impl Keys {
     /// A fresh key, declared.
-    fn add(&mut self, name: &str, scopes: &[&str], tenant: Option<&str>) -> String {
+    pub(crate) fn add(&mut self, name: &str, scopes: &[&str], tenant: Option<&str>) -> String {
         let key = new_key();
         let tenant = tenant.map(|tenant| format!("tenant = \"{tenant}\"\n")).unwrap_or_default();
         let hash = KeyHash::of(&key);
@@ -54,13 +54,13 @@ impl Keys {
     }
 
     /// A configuration with them.
-    fn home(&self) -> Home {
+    pub(crate) fn home(&self) -> Home {
         Home::new(&format!("{STREAMS}\n{}", self.toml))
     }
 }
 
 /// The one issuer that most tests have.
-fn issuer_toml() -> String {
+pub(crate) fn issuer_toml() -> String {
     format!(
         "[[auth.issuers]]\nissuer = \"tests\"\naudience = \"bus\"\nalgorithms = [\"HS256\"]\nsecret = \"{SECRET}\"\n"
     )
@@ -73,7 +73,7 @@ fn issuer() -> IssuerConfig {
 }
 
 /// A token of that issuer.
-fn token(subject: &str, scopes: &[&str], tenant: Option<&str>, seconds: u64) -> String {
+pub(crate) fn token(subject: &str, scopes: &[&str], tenant: Option<&str>, seconds: u64) -> String {
     let request = TokenRequest {
         subject: subject.to_owned(),
         scopes: scopes.iter().map(|scope| scope.parse().expect("a scope")).collect(),
@@ -90,7 +90,7 @@ async fn ask(daemon: &Daemon, method: &str, path: &str, headers: &[(&str, &str)]
     request.send().await.expect("an answer")
 }
 
-fn bearer(token: &str) -> String {
+pub(crate) fn bearer(token: &str) -> String {
     format!("Bearer {token}")
 }
 

@@ -1,19 +1,23 @@
-//! A page in a real browser on the daemon's WebSocket.
+//! Pages in a real browser: on the bare WebSocket, with the client module, and of other origins.
 
-use std::os::unix::process::CommandExt as _;
-use std::process::{Child, Command, Stdio};
+mod chromium;
+mod client;
+mod cors;
+mod examples;
+mod terms;
+
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::Router;
 use axum::extract::State;
 use axum::response::Html;
 use axum::routing::{get, post};
-use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
-use crate::support::app::{BOUND, Daemon, Home};
-use crate::support::{install, until};
+use crate::support::app::{BOUND, Home};
+use crate::support::until;
+use chromium::Chromium;
 
 /// Reports every text message to the server that the page came from, in order.
 const PAGE: &str = r#"<!doctype html>
@@ -53,6 +57,8 @@ impl PageServer {
         let reports = Reports::default();
         let router = Router::new()
             .route("/", get(async || Html(PAGE)))
+            .route("/client", get(async || Html(client::PAGE)))
+            .route("/blank", get(async || Html("<!doctype html><title>blank</title>")))
             .route("/report", post(report))
             .with_state(Arc::clone(&reports));
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
@@ -77,41 +83,6 @@ async fn report(State(reports): State<Reports>, body: String) {
     reports.lock().unwrap_or_else(PoisonError::into_inner).extend(new);
 }
 
-/// A headless Chromium with one page open. It and its helpers are killed when this is dropped.
-struct Browser {
-    child: Child,
-    _profile: TempDir,
-}
-
-impl Browser {
-    fn open(server: &PageServer, daemon: &Daemon, path: &str) -> Self {
-        let profile = TempDir::new().expect("a temporary folder");
-        let socket = daemon.url(path).replacen("http", "ws", 1);
-        let child = Command::new(install::program("chromium", "chromium"))
-            .args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"])
-            .args(["--disable-background-networking", "--disable-component-update", "--disable-sync"])
-            .args(["--disable-extensions", "--disable-default-apps", "--no-proxy-server", "--remote-debugging-port=0"])
-            .arg(format!("--user-data-dir={}", profile.path().display()))
-            .arg(format!("{}/#{socket}", server.origin))
-            .env("HOME", profile.path())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .process_group(0)
-            .spawn()
-            .expect("chromium runs");
-        Self { child, _profile: profile }
-    }
-}
-
-impl Drop for Browser {
-    fn drop(&mut self) {
-        let group = format!("kill -s KILL -- -{}", self.child.id());
-        drop(Command::new("sh").args(["-c", &group]).status());
-        drop(self.child.wait());
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_page_receives_every_alert_byte_for_byte_in_order() {
     let home = Home::new("");
@@ -123,7 +94,9 @@ async fn a_page_receives_every_alert_byte_for_byte_in_order() {
         daemon.publish("aurora:alerts", batch).await.expect("accepted");
     }
 
-    let _browser = Browser::open(&server, &daemon, "/api/v1/ws/alerts?since=earliest");
+    let browser = Chromium::start().await;
+    let socket = daemon.url("/api/v1/ws/alerts?since=earliest").replacen("http", "ws", 1);
+    let _tab = browser.open(&format!("{}/#{socket}", server.origin)).await;
     server.has_reported(1).await;
     for batch in after.chunks(50) {
         daemon.publish("aurora:alerts", batch).await.expect("accepted");

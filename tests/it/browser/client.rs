@@ -1,0 +1,351 @@
+//! The client module in real tabs: what they see through crashes, drains and broken networks.
+
+use std::collections::BTreeMap;
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::PageServer;
+use super::chromium::{Chromium, Tab};
+use crate::support::app::{Daemon, Home};
+use crate::support::proxy::Proxy;
+use crate::support::random_below;
+
+/// Connects as its fragment says, a base and options, and keeps what it is told in `seen`.
+pub(super) const PAGE: &str = r#"<!doctype html>
+<meta charset="utf-8">
+<title>client</title>
+<script type="module">
+  const [base, { tokens, ...options }] = JSON.parse(decodeURIComponent(location.hash.slice(1)));
+  const seen = (window.seen = { events: [], states: [], gaps: [], lives: [], resets: 0, needs: [] });
+  const { connect, AuroraBus } = await import(base + "/client/aurora-bus.js");
+  if (tokens) {
+    window.tokens = tokens;
+    options.token = async ({ renew }) => {
+      seen.needs.push(renew);
+      const token = window.tokens.shift();
+      if (token === undefined) throw new Error("no more tokens");
+      return token;
+    };
+  }
+  window.connect = connect;
+  window.bus = connect({
+    ...options,
+    onEvent: ({ stream, position, data }) => seen.events.push([stream, position, data.n]),
+    onState: (change) => seen.states.push(change),
+    onGap: (gap) => seen.gaps.push(gap),
+    onLive: ({ stream }) => seen.lives.push(stream),
+    onReset: () => (seen.resets += 1),
+  });
+</script>
+"#;
+
+pub(super) const STREAMS: &str = r#"
+[relay]
+ping_interval = "1s"
+drain_window = "500ms"
+[[streams]]
+name = "aurora:alerts"
+relay = true
+[[streams]]
+name = "aurora:cps:alerts"
+relay = true
+"#;
+pub(super) const ALERTS: &str = "aurora:alerts";
+const CPS: &str = "aurora:cps:alerts";
+
+/// A tab with the module of the daemon at `base`.
+pub(super) async fn open(browser: &Chromium, server: &PageServer, base: &str, options: &Value) -> Tab {
+    let fragment: String =
+        reqwest::Url::parse_with_params("x:", [("x", json!([base, options]).to_string())]).expect("a URL").to_string();
+    let (_, fragment) = fragment.split_once("?x=").expect("a query");
+    let mut tab = browser.open(&format!("{}/client#{}", server.origin, fragment.replace('+', "%20"))).await;
+    tab.until("window.bus").await;
+    tab
+}
+
+/// A home whose daemons all listen on the same port, so that those who come back find the next one.
+fn home_with_port(config: &str) -> (Home, u16) {
+    // Below the ports that systems give to those who don't ask for one, so that nobody takes it in between.
+    let mut ports = std::iter::repeat_with(|| u16::try_from(20_000 + random_below(10_000)).expect("a port"));
+    let port = ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).expect("a free port");
+    let mut home = Home::new(config);
+    home.set_env("AURORA_BUS__HTTP__LISTEN", &format!("127.0.0.1:{port}"));
+    (home, port)
+}
+
+fn alert(n: usize) -> String {
+    let severity = ["info", "low", "medium", "high", "critical"][n % 5];
+    format!(r#"{{"n":{n},"severity":"{severity}"}}"#)
+}
+
+/// Publishes alerts of these numbers, some to each stream.
+async fn publish(daemon: &Daemon, numbers: std::ops::Range<usize>) {
+    for n in numbers {
+        let stream = if n % 3 == 0 { CPS } else { ALERTS };
+        daemon.publish(stream, &[alert(n)]).await.expect("accepted");
+    }
+}
+
+/// Everything that a stream has, as `tail` shows it: id and number, where the number is one of those.
+fn tail(home: &Home, daemon: &Daemon, stream: &str, passes: impl Fn(u64) -> bool) -> Vec<(String, u64)> {
+    let url = daemon.url("");
+    let output = home.run(&["tail", stream, "--since", "earliest", "--no-follow", "--url", &url]);
+    let text = String::from_utf8(output.stdout).expect("text");
+    let entries = text.lines().map(|line| {
+        let entry: Value = serde_json::from_str(line).expect("an entry");
+        (entry["id"].as_str().expect("an id").to_owned(), entry["data"]["n"].as_u64().expect("a number"))
+    });
+    entries.filter(|(_, n)| passes(*n)).collect()
+}
+
+/// What a tab has seen of each stream: id and number.
+async fn seen(tab: &mut Tab) -> BTreeMap<String, Vec<(String, u64)>> {
+    let mut seen: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    for event in tab.get("seen.events").await.as_array().expect("a list") {
+        let (_, id) = event[1].as_str().expect("a position").split_once(':').expect("an epoch");
+        let of_stream: &mut Vec<_> = seen.entry(event[0].as_str().expect("a stream").to_owned()).or_default();
+        of_stream.push((id.to_owned(), event[2].as_u64().expect("a number")));
+    }
+    seen
+}
+
+async fn has_seen(tab: &mut Tab, n: usize) {
+    tab.until(&format!("seen.events.some((event) => event[2] === {n})")).await;
+}
+
+async fn is_live(tab: &mut Tab) {
+    tab.until("bus.state === 'live'").await;
+}
+
+/// A severity at least, as a filter.
+pub(super) fn at_least(severity: &str) -> Value {
+    json!({"key": "severity", "cmp": "gte", "val": severity})
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_tabs_see_what_passes_their_filters_once_through_every_loss() {
+    let (home, port) = home_with_port(STREAMS);
+    let mut daemon = home.start().await;
+    let (server, browser, proxy) = (PageServer::start().await, Chromium::start().await, Proxy::start(port).await);
+    let base = format!("http://127.0.0.1:{}", proxy.port());
+    publish(&daemon, 0..30).await;
+    let all = open(&browser, &server, &base, &json!({"since": "earliest"})).await;
+    let options = json!({"since": "earliest", "filter": at_least("high")});
+    let severe = open(&browser, &server, &base, &options).await;
+    let mut tabs = [all, severe];
+    for tab in &mut tabs {
+        is_live(tab).await;
+        has_seen(tab, 29).await;
+    }
+
+    // Connections that are reset, with alerts on their way.
+    publish(&daemon, 30..60).await;
+    proxy.reset();
+    publish(&daemon, 60..90).await;
+    for tab in &mut tabs {
+        has_seen(tab, 89).await;
+        is_live(tab).await;
+    }
+    // A network that passes nothing and says nothing: silence is noticed within twice the ping interval.
+    let before = proxy.connections();
+    proxy.black_hole_existing();
+    let begun = Instant::now();
+    publish(&daemon, 90..120).await;
+    for tab in &mut tabs {
+        has_seen(tab, 119).await;
+        tab.until("seen.states.some(({ reason }) => reason === 'silence')").await;
+    }
+    assert!(proxy.connections() >= before + 2 && begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    // A network that is not there for a while.
+    proxy.refuse(true);
+    proxy.reset();
+    publish(&daemon, 120..150).await;
+    for tab in &mut tabs {
+        tab.until("seen.states.slice(-4).filter(({ state }) => state === 'waiting').length === 2").await;
+    }
+    proxy.refuse(false);
+    for tab in &mut tabs {
+        has_seen(tab, 149).await;
+    }
+    // A daemon that is killed, and one that is stopped.
+    daemon.crash();
+    daemon = home.start().await;
+    publish(&daemon, 150..180).await;
+    for tab in &mut tabs {
+        has_seen(tab, 179).await;
+        is_live(tab).await;
+    }
+    daemon.stop().await;
+    daemon = home.start().await;
+    publish(&daemon, 180..210).await;
+    for tab in &mut tabs {
+        has_seen(tab, 209).await;
+        tab.until("seen.states.some(({ code }) => code === 4000)").await;
+    }
+
+    let filters: [fn(u64) -> bool; 2] = [|_| true, |n| n % 5 >= 3];
+    for (tab, passes) in tabs.iter_mut().zip(filters) {
+        is_live(tab).await;
+        let seen = seen(tab).await;
+        for stream in [ALERTS, CPS] {
+            let expected = tail(&home, &daemon, stream, passes);
+            assert!(expected.len() >= 25, "{expected:?}");
+            assert_eq!(seen[stream], expected, "{stream}");
+        }
+        assert_eq!(tab.get("[seen.gaps.length, seen.resets]").await, json!([0, 0]));
+        assert_eq!(tab.complaints().await, Vec::<String>::new());
+    }
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tab_comes_back_at_once_with_its_network_and_waits_longer_and_longer_without() {
+    let home = Home::new(STREAMS);
+    let daemon = home.start().await;
+    let (server, browser) = (PageServer::start().await, Chromium::start().await);
+    let port = daemon.url("").rsplit(':').next().expect("a port").parse().expect("a port");
+    let proxy = Proxy::start(port).await;
+    let base = format!("http://127.0.0.1:{}", proxy.port());
+    let mut tab = open(&browser, &server, &base, &json!({"snapshot": 5})).await;
+    is_live(&mut tab).await;
+    proxy.refuse(true);
+    proxy.reset();
+    // Full jitter: each wait is below its bound, and the bounds double.
+    let waits = "seen.states.filter(({ state }) => state === 'waiting').map(({ wait }) => wait)";
+    tab.get("Math.random = () => 0.999").await;
+    tab.until(&format!("{waits}.length >= 3")).await;
+    let within = tab.get(&format!("{waits}.every((wait, turn) => wait <= Math.min(20000, 500 * 2 ** turn))")).await;
+    assert_eq!(within, true, "{}", tab.get(waits).await);
+    // A wait of nearly 4 s, cut short by the network.
+    tab.until(&format!("{waits}.at(-1) > 3000 && bus.state === 'waiting'")).await;
+    proxy.refuse(false);
+    tab.get("dispatchEvent(new Event('online'))").await;
+    assert_ne!(tab.get("bus.state").await, "waiting");
+    is_live(&mut tab).await;
+    publish(&daemon, 0..1).await;
+    has_seen(&mut tab, 0).await;
+    // What is closed stays closed.
+    tab.get("bus.close()").await;
+    tab.get("dispatchEvent(new Event('online'))").await;
+    tab.get("bus.resume()").await;
+    publish(&daemon, 1..2).await;
+    assert_eq!(
+        tab.get("[bus.state, seen.states.at(-1).state, seen.events.length]").await,
+        json!(["closed", "closed", 1])
+    );
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_that_has_said_too_much_waits_for_as_long_as_it_is_told() {
+    let home = Home::new(STREAMS);
+    let daemon = home.start().await;
+    let (server, browser) = (PageServer::start().await, Chromium::start().await);
+    let mut tab = open(&browser, &server, &daemon.url(""), &json!({})).await;
+    is_live(&mut tab).await;
+    tab.get("void Array.from({ length: 300 }, () => bus.filter())").await;
+    tab.until("bus.state === 'waiting'").await;
+    tab.get("dispatchEvent(new Event('online'))").await;
+    let told = tab.get("[bus.state, seen.states.at(-1).code, seen.states.at(-1).wait >= 10000]").await;
+    assert_eq!(told, json!(["waiting", 4005, true]));
+    // People may have it go on.
+    tab.get("bus.pause(), bus.resume()").await;
+    is_live(&mut tab).await;
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_filter_is_replaced_in_place_and_a_bad_one_changes_nothing() {
+    let home = Home::new(STREAMS);
+    let daemon = home.start().await;
+    let (server, browser) = (PageServer::start().await, Chromium::start().await);
+    let options = json!({"filter": at_least("critical"), "streams": [ALERTS]});
+    let mut tab = open(&browser, &server, &daemon.url(""), &options).await;
+    is_live(&mut tab).await;
+    let numbers: Vec<String> = (0..10).map(alert).collect();
+    daemon.publish(ALERTS, &numbers).await.expect("accepted");
+    tab.until("seen.events.length === 2").await;
+    tab.get(&format!("bus.filter({})", at_least("high"))).await;
+    daemon.publish(ALERTS, &numbers).await.expect("accepted");
+    tab.until("seen.events.length === 6").await;
+    let refused =
+        tab.get("bus.filter({ key: 'colour', cmp: 'exists' }).catch(({ code, message }) => [code, message])").await;
+    assert_eq!(refused[0], 422, "{refused}");
+    assert!(refused[1].as_str().is_some_and(|message| message.contains("`filter`")), "{refused}");
+    daemon.publish(ALERTS, &numbers).await.expect("accepted");
+    tab.until("seen.events.length === 10").await;
+    // The filter holds for the next connection too.
+    tab.get("bus.pause()").await;
+    daemon.publish(ALERTS, &numbers).await.expect("accepted");
+    tab.get("bus.resume()").await;
+    tab.until("seen.events.length === 14").await;
+    let numbers: Vec<u64> = seen(&mut tab).await[ALERTS].iter().map(|(_, n)| *n).collect();
+    assert_eq!(numbers, [4, 9, 3, 4, 8, 9, 3, 4, 8, 9, 3, 4, 8, 9]);
+    // Begun anew it has all of them, without those that were on their way before.
+    tab.get("bus.filter()").await;
+    tab.get("seen.events.length = 0, bus.reload(), bus.reload()").await;
+    daemon.publish(ALERTS, &[alert(77)]).await.expect("accepted");
+    has_seen(&mut tab, 77).await;
+    assert_eq!(tab.get("[seen.resets, seen.events.length, seen.events[0][2]]").await, json!([2, 41, 0]));
+    assert_eq!(tab.get("seen.states.filter(({ state }) => state === 'waiting').length").await, 0);
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_that_is_loaded_again_goes_on_where_it_was_and_begins_anew_where_that_is_lost() {
+    let home = Home::new(STREAMS);
+    let daemon = home.start().await;
+    let (server, browser) = (PageServer::start().await, Chromium::start().await);
+    publish(&daemon, 0..30).await;
+    let options = json!({"snapshot": 5, "streams": [ALERTS], "remember": "tab", "strict": true});
+    let mut tab = open(&browser, &server, &daemon.url(""), &options).await;
+    is_live(&mut tab).await;
+    assert_eq!(tab.get("seen.events.length").await, 5);
+    tab.get("seen.isOld = true").await;
+    tab.call("Page.reload", json!({})).await;
+    tab.until("!seen.isOld && bus.state === 'live'").await;
+    assert_eq!(tab.get("seen.events.length").await, 0, "it has seen them");
+    publish(&daemon, 31..32).await;
+    has_seen(&mut tab, 31).await;
+    // A position of a stream that is no more: closed with 4002, and the snapshot instead.
+    tab.get("bus.close()").await;
+    tab.get("sessionStorage.setItem('aurora-bus tab', JSON.stringify({ 'aurora:alerts': '0123abcd:5-0' }))").await;
+    tab.get("seen.isOld = true").await;
+    tab.call("Page.reload", json!({})).await;
+    tab.until("!seen.isOld && bus.state === 'live'").await;
+    let told = tab.get("[seen.resets, seen.events.length, seen.states.find(({ code }) => code).code]").await;
+    assert_eq!(told, json!([1, 5, 4002]));
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_loop_pauses_its_connection_and_misses_nothing() {
+    let home = Home::new(STREAMS);
+    let daemon = home.start().await;
+    let (server, browser) = (PageServer::start().await, Chromium::start().await);
+    let numbers: Vec<String> = (0..2500).map(alert).collect();
+    daemon.publish(ALERTS, &numbers).await.expect("accepted");
+    let mut tab = open(&browser, &server, &daemon.url(""), &json!({"streams": []})).await;
+    let options = json!({"url": daemon.url("/api/v1/ws/alerts"), "since": "earliest", "streams": [ALERTS]});
+    let script = format!(
+        "(async () => {{
+            const slow = connect({options});
+            const numbers = [];
+            let pauses = 0;
+            slow.addEventListener('state', ({{ detail }}) => (pauses += detail.state === 'paused'));
+            for await (const {{ data }} of slow) {{
+                const isSlow = [0, 1200].includes(numbers.length);
+                while (isSlow && slow.state !== 'paused') await new Promise((resolve) => setTimeout(resolve, 10));
+                numbers.push(data.n);
+                if (numbers.length === 2500) slow.close();
+            }}
+            return [pauses, numbers];
+        }})()"
+    );
+    let told = tab.get(&script).await;
+    assert_eq!(told[0], 2);
+    assert_eq!(told[1], json!((0..2500).collect::<Vec<_>>()));
+    daemon.stop().await;
+}
