@@ -5,8 +5,8 @@
 
 use prometheus::core::Collector;
 use prometheus::{
-    Encoder, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Encoder, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 
 /// Seconds from 100 microseconds to 30 seconds.
@@ -16,6 +16,12 @@ const SECONDS: [f64; 17] =
 /// How a kind of metric is made from its name, help and labels.
 trait Metric: Collector + Clone + 'static {
     fn make(name: &str, help: &str, labels: &[&str]) -> prometheus::Result<Self>;
+}
+
+impl Metric for IntCounter {
+    fn make(name: &str, help: &str, _: &[&str]) -> prometheus::Result<Self> {
+        Self::new(name, help)
+    }
 }
 
 impl Metric for IntCounterVec {
@@ -174,6 +180,12 @@ metrics! {
     relay_writes: IntCounterVec = "aurora_bus_relay_writes_total" ["channel"];
     /// Times a dashboard fell behind the ring and was served from the store.
     relay_catchups: IntCounterVec = "aurora_bus_relay_catchups_total" ["channel"];
+    /// Reads of the store for dashboards behind the ring, and for snapshots.
+    relay_store_reads: IntCounter = "aurora_bus_relay_store_reads_total" [];
+    /// Pages of the store that dashboards were given without a read of their own, because others had come first.
+    relay_shared_pages: IntCounter = "aurora_bus_relay_shared_pages_total" [];
+    /// Critical alerts given to dashboards before their turn, because these were far behind.
+    relay_early: IntCounterVec = "aurora_bus_relay_early_total" ["channel"];
     /// Times a dashboard could not be given what it asked for, by reason.
     relay_gaps: IntCounterVec = "aurora_bus_relay_gaps_total" ["channel", "reason"];
     /// Dashboard sockets closed, by close code.

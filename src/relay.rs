@@ -3,7 +3,7 @@
 //! Owns the way from a stream to the clients' sockets. One tail per stream reads the store and frames each alert
 //! once into the stream's ring; each client is a [`Session`] with a cursor per stream that writes slices of the ring,
 //! many alerts per write. A client that falls behind the ring is served from the store in pages until it has caught
-//! up: nobody's slowness costs anyone else memory or time.
+//! up: nobody's slowness costs anyone else memory or time. Pages are shared by those who need the same.
 //!
 //! Promises, per client and stream: every alert that passes its filter once, in the store's order, without a hole
 //! between the past it asked for and the present. What can't be given any more (trimmed away, or the stream was lost)
@@ -29,6 +29,7 @@ mod filter;
 mod form;
 mod frames;
 mod inbound;
+mod lane;
 mod link;
 mod outgoing;
 mod pages;
@@ -36,6 +37,7 @@ mod params;
 mod rich;
 mod ring;
 mod session;
+mod shelf;
 mod slots;
 mod subscription;
 mod subscriptions;
@@ -76,8 +78,8 @@ use slots::{Slot, Slots};
 use subscription::Subscription;
 use tail::{Gaps, Tail};
 
-/// Reads of the store at a time for clients that catch up: after a restart there may be thousands.
-const PAGES_AT_A_TIME: usize = 16;
+/// Reads of the store at a time for clients that catch up: those that are live, and the groups, come first.
+const PAGES_AT_A_TIME: usize = 4;
 
 /// A tail that has told nothing for so long is stuck.
 const STALE_AFTER: Duration = Duration::from_secs(30);

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use super::filter::{Filter, Tags, relayable};
 use super::form::{Form, VARIANTS};
 use super::frames;
-use crate::event::{Entry, EntryId, Epoch, Position, StreamName};
+use crate::event::{Entry, EntryId, Epoch, Position, Severity, StreamName};
 
 /// Consecutive entries of one stream as ready-made frames, with what is needed to find and filter them.
 ///
@@ -25,6 +25,16 @@ pub(super) struct Batch {
     variants: OnceLock<Box<[OnceLock<Frames>; VARIANTS]>>,
     /// Made when the first client with a filter comes by: most of its cost is reading payloads.
     completed: OnceLock<Box<[Tags]>>,
+    /// Made when the first client comes by that is far behind.
+    critical: OnceLock<Critical>,
+}
+
+/// The critical alerts of a batch, as they are written for those who are given them before their turn.
+struct Critical {
+    /// Their indices, in order.
+    indices: Box<[usize]>,
+    /// Of each form, their frames alone, made when the first client asks for it.
+    forms: OnceLock<Box<[OnceLock<Frames>; VARIANTS + 1]>>,
 }
 
 /// Frames one after the other, and where each one ends.
@@ -89,6 +99,7 @@ impl Batch {
             declared: declared.into(),
             variants: OnceLock::new(),
             completed: OnceLock::new(),
+            critical: OnceLock::new(),
         };
         Framed { batch, taken, undecodable }
     }
@@ -101,6 +112,11 @@ impl Batch {
     /// How many bytes its plain frames have.
     pub(super) fn size_bytes(&self) -> usize {
         self.plain.bytes.len()
+    }
+
+    /// How many bytes its plain frames have from an index on.
+    pub(super) fn size_from(&self, index: usize) -> usize {
+        self.plain.of(index..self.len()).len()
     }
 
     /// The last entry it stands for, whether that one could be sent or not.
@@ -154,17 +170,44 @@ impl Batch {
     pub(super) fn frames(&self, run: Range<usize>, form: Form) -> Bytes {
         match form.variant() {
             None => self.plain.of(run),
-            Some(variant) => self.variants.get_or_init(Box::default)[variant].get_or_init(|| self.write(form)).of(run),
+            Some(variant) => self.variants.get_or_init(Box::default)[variant]
+                .get_or_init(|| self.write(0..self.len(), form, false))
+                .of(run),
         }
     }
 
-    fn write(&self, form: Form) -> Frames {
-        let mut bytes = Vec::with_capacity(self.size_bytes() + self.len() * 96);
-        let mut ends = Vec::with_capacity(self.len());
+    /// The indices of the critical alerts from `index` on that pass.
+    pub(super) fn critical_from(&self, index: usize, filter: &Filter) -> impl Iterator<Item = usize> {
+        let indices = &self.critical().indices;
+        let first = indices.partition_point(|critical| *critical < index);
+        let tags = if filter.is_empty() || first == indices.len() { None } else { Some(self.tags()) };
+        let passes = move |index: &usize| tags.is_none_or(|tags| filter.matches(&tags[*index]));
+        indices[first..].iter().copied().filter(passes)
+    }
+
+    /// A critical alert as it is given before its turn.
+    pub(super) fn early_frame(&self, index: usize, form: Form) -> Bytes {
+        let Critical { indices, forms } = self.critical();
+        let frames = &forms.get_or_init(Box::default)[form.variant().map_or(0, |variant| variant + 1)];
+        let place = indices.partition_point(|critical| *critical < index);
+        frames.get_or_init(|| self.write(indices.iter().copied(), form, true)).of(place..place + 1)
+    }
+
+    fn critical(&self) -> &Critical {
+        self.critical.get_or_init(|| {
+            let is_critical =
+                |index: &usize| self.declared[*index].severity(self.payload(*index)) == Some(Severity::Critical);
+            Critical { indices: (0..self.len()).filter(is_critical).collect(), forms: OnceLock::new() }
+        })
+    }
+
+    fn write(&self, indices: impl ExactSizeIterator<Item = usize>, form: Form, is_early: bool) -> Frames {
+        let room = if is_early { 0 } else { self.size_bytes() + self.len() * 96 };
+        let (mut bytes, mut ends) = (Vec::with_capacity(room), Vec::with_capacity(indices.len()));
         let mut position = Position { epoch: self.epoch.clone(), id: EntryId::MIN };
-        for (index, id) in self.ids.iter().enumerate() {
-            position.id = *id;
-            form.push(&mut bytes, self.payload(index), &position, &self.stream);
+        for index in indices {
+            position.id = self.ids[index];
+            form.push(&mut bytes, self.payload(index), &position, &self.stream, is_early);
             ends.push(bytes.len());
         }
         Frames { bytes: bytes.into(), ends: ends.into() }

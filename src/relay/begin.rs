@@ -9,15 +9,22 @@ const BEFORE_POSITIONS_MS: u64 = 10_000;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Begin {
     pub(super) after: EntryId,
-    /// Whether `after` is an entry that was there.
-    pub(super) is_entry: bool,
+    /// Whether everything after that is owed to the client, so that it is told where something is gone. What it asks for
+    /// by time, or as a snapshot, is what there is.
+    pub(super) is_owed: bool,
     /// Whether something the client has asked for can't be given.
     pub(super) is_gap: bool,
 }
 
 impl Begin {
+    /// What there is after that.
     pub(super) fn at(after: EntryId) -> Self {
-        Self { after, is_entry: false, is_gap: false }
+        Self { after, is_owed: false, is_gap: false }
+    }
+
+    /// Everything after that.
+    pub(super) fn after(after: EntryId) -> Self {
+        Self { is_owed: true, ..Self::at(after) }
     }
 }
 
@@ -29,11 +36,11 @@ impl Begin {
 /// streams that have not begun, every position is taken for one of a living stream.
 pub(super) fn resolve(positions: &[Position], epoch: &Epoch, known: Option<&[Epoch]>) -> Begin {
     if let Some(after) = positions.iter().filter(|p| p.epoch == *epoch).map(|p| p.id).min() {
-        return Begin { after, is_entry: true, is_gap: false };
+        return Begin::after(after);
     }
     let is_known = |position: &Position| known.is_none_or(|known| known.contains(&position.epoch));
     if !positions.iter().all(is_known) {
-        return Begin { after: EntryId::MIN, is_entry: false, is_gap: true };
+        return Begin { is_gap: true, ..Begin::at(EntryId::MIN) };
     }
     let earliest_ms = positions.iter().map(|p| p.id.ms).min().unwrap_or(0);
     Begin::at(EntryId::new(earliest_ms.saturating_sub(BEFORE_POSITIONS_MS), 0).previous())
@@ -67,7 +74,7 @@ mod tests {
     }
 
     fn seen(ms: u64) -> Begin {
-        Begin { after: id(ms), is_entry: true, is_gap: false }
+        Begin::after(id(ms))
     }
 
     #[test]
@@ -89,7 +96,7 @@ mod tests {
 
     #[test]
     fn a_position_of_a_lost_life_is_a_gap_and_begins_with_the_oldest_entry() {
-        let gap = Begin { after: EntryId::MIN, is_entry: false, is_gap: true };
+        let gap = Begin { is_gap: true, ..Begin::at(EntryId::MIN) };
         assert_eq!(begins(&["a:100000-0", "old:99-0"], &["a", "b"], &["a", "b"]), [seen(100_000), gap]);
     }
 

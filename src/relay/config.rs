@@ -12,7 +12,8 @@ use crate::event::StreamName;
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Framed alerts kept in memory per stream, in bytes. The variant with positions comes on top where it is used.
+    /// Framed alerts kept in memory per stream, in bytes. The variant with positions comes on top where it is used, and at
+    /// most half as much for pages of older alerts, while clients catch up.
     pub ring_bytes: ByteSize,
     /// Alerts kept in memory per stream.
     pub ring_entries: usize,

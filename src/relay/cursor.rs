@@ -5,9 +5,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::batch::Batch;
 use super::form::{Form, Notice, Reason};
+use super::lane::{self, Lane};
 use super::outgoing::Outgoing;
-use super::pages::{Page, PageSize, Request};
 use super::ring::{Lookup, Ring};
+use super::shelf::Page;
 use super::{Channel, CloseCode, Filter, Hub};
 use crate::event::{EntryId, Epoch, Position, StreamName};
 use crate::store::StoreError;
@@ -25,15 +26,16 @@ pub(super) struct Cursor {
     pub(super) epoch: Option<Epoch>,
     /// Everything up to here is given or filtered out, but for what is left of `current`.
     pub(super) after: EntryId,
-    /// Whether `after` is an entry that was there.
-    pub(super) is_entry: bool,
+    /// Whether everything after that is owed to the client: it is told where something is gone.
+    pub(super) is_owed: bool,
     /// A batch under way, from the ring or from the store, and the index of what is next in it.
     current: Option<(Arc<Batch>, usize)>,
     /// The ring's change at which there was nothing more.
     head_seen: Option<u64>,
     /// Bytes of the ring's log passed, once that is known.
     passed_bytes: Option<u64>,
-    page_size: PageSize,
+    /// What was given before its turn; nothing for a client that is not far behind.
+    lane: Option<Box<Lane>>,
     /// Entries that did not pass since the client last learnt where it stands.
     unseen: usize,
     /// Where that was.
@@ -90,11 +92,11 @@ impl Cursor {
             generation: mark.as_ref().map_or(0, |mark| mark.generation),
             epoch: mark.as_ref().map(|mark| mark.epoch.clone()),
             after: mark.map_or(EntryId::MIN, |mark| mark.last),
-            is_entry: false,
+            is_owed: true,
             current: None,
             head_seen: None,
             passed_bytes: None,
-            page_size: PageSize::default(),
+            lane: None,
             unseen: 0,
             told: EntryId::MIN,
         }
@@ -147,7 +149,11 @@ impl Cursor {
                     self.mark(teller.notices);
                 }
                 if let Some(id) = id {
-                    return Next::Entry(id);
+                    if !self.lane.as_mut().is_some_and(|lane| lane.has_given(id)) {
+                        return Next::Entry(id);
+                    }
+                    self.pass_given();
+                    continue;
                 }
             }
             let changes = self.ring.changes();
@@ -156,7 +162,7 @@ impl Cursor {
             }
             match self.ring.after(self.generation, self.after) {
                 Lookup::Head => {
-                    (self.stage, self.head_seen) = (Stage::InRing, Some(changes));
+                    (self.stage, self.head_seen, self.lane) = (Stage::InRing, Some(changes), None);
                     return Next::Head;
                 }
                 Lookup::Batch(batch, passed_bytes) => {
@@ -167,7 +173,7 @@ impl Cursor {
                 Lookup::Behind if skips => {
                     let after = self.position();
                     if let Some(mark) = self.ring.mark() {
-                        (self.after, self.is_entry) = (mark.last, false);
+                        (self.after, self.is_owed) = (mark.last, true);
                     }
                     teller.gap(self.ring.stream(), after, self.position(), Reason::Lossy);
                 }
@@ -183,8 +189,8 @@ impl Cursor {
                     teller.gap(self.ring.stream(), self.position(), None, Reason::StateLost);
                     let mark = self.ring.mark().expect("a ring that restarted has begun");
                     (self.generation, self.epoch) = (mark.generation, Some(mark.epoch));
-                    (self.after, self.is_entry, self.passed_bytes) = (mark.start, false, None);
-                    self.told = EntryId::MIN;
+                    (self.after, self.is_owed, self.passed_bytes) = (mark.start, true, None);
+                    (self.told, self.lane) = (EntryId::MIN, None);
                 }
             }
         }
@@ -193,7 +199,8 @@ impl Cursor {
     /// Takes the entries at hand that come before `bound`. The next one must be known to pass.
     pub(super) fn take(&mut self, bound: EntryId, filter: &Filter, form: Form, began_ms: u64, out: &mut Outgoing) {
         let Some((batch, index)) = &mut self.current else { return };
-        let run = batch.run(*index, bound, filter);
+        let given = self.lane.as_ref().and_then(|lane| lane.next_given());
+        let run = batch.run(*index, given.map_or(bound, |given| bound.min(given)), filter);
         let (first, end) = (batch.id(*index), run.end);
         out.alerts += run.len() as u64;
         if first.ms >= began_ms {
@@ -207,42 +214,80 @@ impl Cursor {
         }
     }
 
+    /// Passes over what is at hand, for the client has been given it.
+    fn pass_given(&mut self) {
+        if let Some((batch, index)) = &mut self.current {
+            (*index, self.unseen) = (*index + 1, self.unseen + 1);
+            if *index == batch.len() {
+                self.pass_current();
+            }
+        }
+    }
+
+    /// Whether it is behind the ring.
+    pub(super) fn is_behind(&self) -> bool {
+        matches!(self.stage, Stage::Behind | Stage::InPages)
+    }
+
+    /// Gives what is critical before its turn, if the client is far behind in this stream or `is_held_up` by another, and
+    /// then tells where it stands.
+    pub(super) fn overtake(
+        &mut self,
+        is_held_up: bool,
+        filter: &Filter,
+        form: Form,
+        began_ms: u64,
+        out: &mut Outgoing,
+    ) -> Option<Notice> {
+        let at_hand = self.current.as_ref().map(|(batch, _)| batch.last());
+        let turn = match self.stage {
+            Stage::Behind | Stage::InPages => self.after,
+            Stage::InRing if is_held_up => self.position()?.id,
+            // What is in the batch at hand is about to have its turn.
+            Stage::InRing if self.is_far_behind() => at_hand.unwrap_or(self.after),
+            _ => return None,
+        };
+        let lane = self.lane.get_or_insert_default();
+        let count = lane.give(&self.ring, self.generation, turn, filter, form, out);
+        out.alerts += count as u64;
+        let oldest_ms = lane.newest(count).map(|id| id.ms).filter(|ms| *ms >= began_ms);
+        out.oldest_ms = out.oldest_ms.into_iter().chain(oldest_ms).min();
+        let position = self.position().filter(|_| count > 0)?;
+        Some(Notice::Mark { stream: self.ring.stream().clone(), position })
+    }
+
+    fn is_far_behind(&self) -> bool {
+        let passed = self.passed_bytes.unwrap_or_default();
+        self.ring.mark().is_some_and(|mark| mark.total_bytes.saturating_sub(passed) > lane::FAR_BYTES)
+    }
+
     fn pass_current(&mut self) {
         if let Some((batch, _)) = self.current.take() {
-            (self.after, self.is_entry) = (self.after.max(batch.last()), true);
+            (self.after, self.is_owed) = (self.after.max(batch.last()), true);
         }
     }
 
-    pub(super) fn request(&self) -> Request {
-        Request {
-            generation: self.generation,
-            epoch: self.epoch.clone().expect("only a cursor that has begun falls behind"),
-            after: self.after,
-            is_entry: self.is_entry && self.after > EntryId::MIN,
-            size: self.page_size,
-        }
-    }
-
-    /// Turns to a page that was read from the store.
-    pub(super) fn turn(&mut self, page: Page, hub: &Hub, teller: &mut Teller<'_>) -> Result<(), CloseCode> {
+    /// Turns to the page that has what comes next; to the ring where there is none, because the stream has begun a new
+    /// life.
+    pub(super) fn turn(&mut self, page: Option<&Page>, hub: &Hub, teller: &mut Teller<'_>) -> Result<(), CloseCode> {
         self.stage = Stage::InPages;
-        if page.generation != self.generation {
-            return Ok(());
-        }
-        if page.is_trimmed {
-            let before = page.oldest.zip(self.epoch.clone()).map(|(id, epoch)| Position { epoch, id });
+        let Some(page) = page else { return Ok(()) };
+        if self.is_owed && page.is_trimmed_after(self.after) {
+            let oldest = page.front.and_then(|front| front.oldest);
+            let before = oldest.zip(self.epoch.clone()).map(|(id, epoch)| Position { epoch, id });
             teller.gap(self.ring.stream(), self.position(), before, Reason::Trimmed);
         }
-        self.page_size = page.size;
+        let (batch, index) = (page.batch.clone(), page.batch.first_after(self.after));
         if let Some(passed) = &mut self.passed_bytes {
-            *passed += page.batch.size_bytes() as u64;
+            *passed += batch.size_from(index) as u64;
             let total = self.ring.mark().map_or(0, |mark| mark.total_bytes);
-            let age = page.oldest.map_or(Duration::ZERO, |id| Duration::from_millis(now_ms().saturating_sub(id.ms)));
+            let next = (index < batch.len()).then(|| batch.id(index));
+            let age = next.map_or(Duration::ZERO, |id| Duration::from_millis(now_ms().saturating_sub(id.ms)));
             if hub.is_too_far_behind(total.saturating_sub(*passed), age) {
                 return Err(CloseCode::TooSlow);
             }
         }
-        self.current = Some((Arc::new(page.batch), 0));
+        self.current = Some((batch, index));
         Ok(())
     }
 
@@ -250,7 +295,7 @@ impl Cursor {
     pub(super) fn skip_to_ring(&mut self) {
         self.stage = Stage::InRing;
         if let Some(mark) = self.ring.mark() {
-            (self.after, self.is_entry) = (self.after.max(mark.floor), false);
+            (self.after, self.is_owed) = (self.after.max(mark.floor), true);
         }
     }
 }

@@ -195,6 +195,11 @@ impl Tags {
         }
     }
 
+    /// How severe the alert is, by its fields or else by its payload.
+    pub(super) fn severity(&self, payload: &[u8]) -> Option<Severity> {
+        self.severity.or_else(|| AlertView::parse(payload).ok()?.severity)
+    }
+
     /// The same, with what is missing taken from the payload where that tells.
     pub(super) fn completed(&self, payload: &[u8]) -> Self {
         let mut tags = self.clone();

@@ -36,22 +36,30 @@ impl Form {
         }
     }
 
-    /// Appends one alert.
-    pub(super) fn push(self, out: &mut Vec<u8>, payload: &[u8], position: &Position, stream: &StreamName) {
+    /// Appends one alert. One that is given before its turn says so, where it says more than its payload.
+    pub(super) fn push(
+        self,
+        out: &mut Vec<u8>,
+        payload: &[u8],
+        position: &Position,
+        stream: &StreamName,
+        is_early: bool,
+    ) {
         let positioned;
         let has_meta =
             matches!(self, Self::WithPosition | Self::EventStream { meta: true, .. } | Self::Lines { meta: true });
         let payload = if has_meta {
-            positioned = frames::with_position(payload, position, stream.as_str());
+            positioned = frames::with_position(payload, position, stream.as_str(), is_early);
             &*positioned
         } else {
             payload
         };
         match self {
             Self::Plain | Self::WithPosition => frames::push_text(out, payload),
-            Self::Rich => frames::push_text(out, &rich_event(payload, position, stream)),
+            Self::Rich => frames::push_text(out, &rich_event(payload, position, stream, is_early)),
             Self::EventStream { ids, .. } => {
-                if ids {
+                // The id says where the client stands.
+                if ids && !is_early {
                     out.extend_from_slice(format!("id: {position}\n").as_bytes());
                 }
                 // A line break of any kind ends a field; the client joins the lines again.
@@ -172,9 +180,12 @@ pub(super) fn text_message(text: &str) -> Vec<u8> {
 }
 
 /// An alert in its envelope. A payload that is no JSON travels as a text in `x` instead of `d`.
-fn rich_event(payload: &[u8], position: &Position, stream: &StreamName) -> Vec<u8> {
-    let mut event = Vec::with_capacity(payload.len() + 96);
+fn rich_event(payload: &[u8], position: &Position, stream: &StreamName, is_early: bool) -> Vec<u8> {
+    let mut event = Vec::with_capacity(payload.len() + 112);
     event.extend_from_slice(format!(r#"{{"t":"event","s":"{stream}","p":"{position}","#).as_bytes());
+    if is_early {
+        event.extend_from_slice(br#""lane":"critical","#);
+    }
     if serde_json::from_slice::<serde::de::IgnoredAny>(payload).is_ok() {
         event.extend_from_slice(br#""d":"#);
         event.extend_from_slice(payload);
@@ -200,8 +211,12 @@ mod tests {
     }
 
     fn written(form: Form, payload: &str) -> String {
+        written_as(form, payload, false)
+    }
+
+    fn written_as(form: Form, payload: &str, is_early: bool) -> String {
         let mut out = Vec::new();
-        form.push(&mut out, payload.as_bytes(), &position(), &stream());
+        form.push(&mut out, payload.as_bytes(), &position(), &stream(), is_early);
         let is_web_socket = matches!(form, Form::Plain | Form::WithPosition | Form::Rich);
         let text = if is_web_socket { frames::payload(&out) } else { &out };
         String::from_utf8(text.to_vec()).expect("text")
@@ -221,6 +236,15 @@ mod tests {
         ];
         for (form, expected) in cases {
             assert_eq!(written(form, alert), expected, "{form:?}");
+        }
+        let early = [
+            (Form::Plain, "{}"),
+            (Form::WithPosition, r#"{"_pos":"e1:5-0","_stream":"aurora:alerts","_lane":"critical"}"#),
+            (Form::Rich, r#"{"t":"event","s":"aurora:alerts","p":"e1:5-0","lane":"critical","d":{}}"#),
+            (Form::EventStream { ids: true, meta: false }, "data: {}\n\n"),
+        ];
+        for (form, expected) in early {
+            assert_eq!(written_as(form, "{}", true), expected, "{form:?}");
         }
         let odd = written(Form::Rich, "no \"json\"");
         assert_eq!(odd, r#"{"t":"event","s":"aurora:alerts","p":"e1:5-0","x":"no \"json\""}"#);

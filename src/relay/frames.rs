@@ -22,9 +22,14 @@ pub(super) fn push_text(out: &mut Vec<u8>, payload: &[u8]) {
     out.extend_from_slice(payload);
 }
 
-/// The JSON object `payload` with members `_pos` and `_stream` added at its end, where a parser that keeps the last of
-/// equal names takes ours. What is no object stays as it is.
-pub(super) fn with_position<'a>(payload: &'a [u8], position: impl Display, stream: &str) -> Cow<'a, [u8]> {
+/// The JSON object `payload` with members `_pos` and `_stream` added at its end, and `_lane` where the alert comes before
+/// its turn. There a parser that keeps the last of equal names takes ours. What is no object stays as it is.
+pub(super) fn with_position<'a>(
+    payload: &'a [u8],
+    position: impl Display,
+    stream: &str,
+    is_early: bool,
+) -> Cow<'a, [u8]> {
     let Some(open) = OpenObject::read(payload) else {
         return Cow::Borrowed(payload);
     };
@@ -32,7 +37,8 @@ pub(super) fn with_position<'a>(payload: &'a [u8], position: impl Display, strea
     let mut object = Vec::with_capacity(open.text.len() + 96);
     object.extend_from_slice(open.text);
     let comma = if open.has_members { "," } else { "" };
-    write!(object, r#"{comma}"_pos":"{position}","_stream":"{stream}"}}"#).expect("writing to a Vec succeeds");
+    let lane = if is_early { r#","_lane":"critical""# } else { "" };
+    write!(object, r#"{comma}"_pos":"{position}","_stream":"{stream}"{lane}}}"#).expect("writing to a Vec succeeds");
     Cow::Owned(object)
 }
 
@@ -121,7 +127,7 @@ mod tests {
             ("{", "{"),
         ];
         for (payload, expected) in cases {
-            let object = with_position(payload.as_bytes(), "e:1-2", "s");
+            let object = with_position(payload.as_bytes(), "e:1-2", "s", false);
             assert_eq!(object, expected.as_bytes(), "{payload}");
         }
     }

@@ -1,22 +1,24 @@
-//! What has left the ring, read from the store in pages.
+//! What has left the ring, read from the store in pages that clients share.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use tokio::sync::Semaphore;
 
-use super::Filter;
 use super::backoff::Backoff;
 use super::batch::Batch;
-use super::filter::{Tags, relayable};
-use super::ring::Ring;
-use crate::event::{Entry, EntryId, Epoch};
+use super::ring::{Mark, Ring};
+use super::shelf::{Ask, Asked, Front, Outcome, Page};
+use super::{Filter, Hub};
+use crate::event::{Entry, EntryId};
 use crate::store::{Order, Range, Store, StoreError, StoreErrorKind};
 
-/// The most entries of one page.
+/// The most entries of one page, beside those before the place that it is read for.
 const MAX_PAGE: usize = 256;
 
-/// What the next page should have about, in bytes: each connection that catches up holds one.
+/// What a page should have about, in bytes: each connection that catches up holds one.
 const PAGE_BYTES: usize = 64 * 1024;
 
 /// How many entries a snapshot looks at in the store for those that match, per stream.
@@ -60,102 +62,154 @@ impl Default for PageSize {
     }
 }
 
-/// Where a page begins.
-#[derive(Debug, Clone)]
-pub(super) struct Request {
-    /// The life of the stream that `after` belongs to.
-    pub(super) generation: u64,
-    /// Its name.
-    pub(super) epoch: Epoch,
-    /// The last entry passed.
-    pub(super) after: EntryId,
-    /// Whether `after` is an entry that was there: then its absence tells that something was trimmed.
-    pub(super) is_entry: bool,
-    /// How much to read.
-    pub(super) size: PageSize,
-}
+/// The newest entries that a client wants, newest first.
+pub(super) type Newest = Result<Vec<EntryId>, Arc<StoreError>>;
 
-/// A page of the store, up to where the ring takes over.
-#[derive(Debug)]
-pub(super) struct Page {
-    /// From the request.
-    pub(super) generation: u64,
-    /// The entries, if there were any that can be sent. Its last entry is where the reader stands after it.
-    pub(super) batch: Batch,
-    /// Whether entries before the page were trimmed away and can't be given any more.
-    pub(super) is_trimmed: bool,
-    /// The oldest entry in it.
-    pub(super) oldest: Option<EntryId>,
-    /// How much to read next.
-    pub(super) size: PageSize,
-}
-
-/// Reads the page after `request.after`, up to the ring's floor. Waits while the store is away; fails where waiting
-/// won't help. Cancel-safe.
-pub(super) async fn read(
-    store: &dyn Store,
-    permits: &Semaphore,
-    ring: &Ring,
-    request: Request,
-) -> Result<Page, StoreError> {
-    patiently(permits, || read_once(store, ring, request.clone())).await
-}
-
-async fn read_once(store: &dyn Store, ring: &Ring, request: Request) -> Result<Page, StoreError> {
-    let Request { generation, epoch, after, is_entry, mut size } = request;
-    let floor = ring.mark().map_or(after, |mark| mark.floor).max(after);
-    // Reading begins with the entry passed last: while it is there, nothing between it and the next was trimmed.
-    let range = Range { from: if is_entry { after } else { after.next() }, to: floor, order: Order::Forward };
-    let limit = size.limit() + usize::from(is_entry);
-    let entries = store.range(ring.stream(), range, limit).await?;
-    size.learn(&entries);
-    let is_anchored = entries.first().is_some_and(|entry| entry.id == after);
-    let news = if is_anchored { &entries[1..] } else { &entries[..] };
-    let is_trimmed = is_entry && !is_anchored && was_trimmed(store, ring, after).await?;
-    let mut batch = Batch::frame(ring.stream(), &epoch, news, usize::MAX).batch;
-    let is_complete = entries.len() < limit;
-    batch.extend_to(if is_complete { floor } else { after });
-    Ok(Page { generation, batch, is_trimmed, oldest: news.first().map(|entry| entry.id), size })
-}
-
-/// Whether entries after `id` are gone, given that `id` itself is: trimming takes the oldest, so it is enough to see
-/// whether anything as old is left. If `id` was the last one trimmed, this says yes without need.
-pub(super) async fn was_trimmed(store: &dyn Store, ring: &Ring, id: EntryId) -> Result<bool, StoreError> {
-    let status = store.describe(ring.stream()).await?;
-    Ok(status.is_some_and(|status| status.last_id > id && status.first_id.is_none_or(|first| first > id)))
+/// The page with the entries after `id`, up to the ring's floor at most; nothing where that life of the stream is over.
+/// Waits while the store is away; fails where waiting won't help. Cancel-safe.
+pub(super) async fn after(hub: Arc<Hub>, ring: Arc<Ring>, generation: u64, id: EntryId) -> Outcome {
+    get(&hub, &ring, generation, Ask::After(id)).await
 }
 
 /// The ids of the newest entries at or before `cut` that pass and can be sent, newest first, at most `count`: from the
 /// ring as far as it goes, then from the store. Waits while the store is away. Cancel-safe.
 pub(super) async fn newest(
-    store: &dyn Store,
-    permits: &Semaphore,
-    ring: &Ring,
+    hub: &Arc<Hub>,
+    ring: &Arc<Ring>,
+    generation: u64,
     filter: &Filter,
     count: usize,
     cut: EntryId,
-) -> Result<Vec<EntryId>, StoreError> {
+) -> Newest {
     let (mut found, floor) = ring.newest(cut, filter, count);
     let mut to = floor.min(cut);
-    let mut size = PageSize::default();
     let mut scanned = 0;
     while found.len() < count && scanned < MAX_SCAN && to > EntryId::MIN {
-        let range = Range { from: EntryId::MIN, to, order: Order::Backward };
-        let entries = patiently(permits, || store.range(ring.stream(), range, size.limit())).await?;
-        let Some(oldest) = entries.last().filter(|oldest| oldest.id > EntryId::MIN) else { break };
-        (to, scanned) = (oldest.id.previous(), scanned + entries.len());
-        let passes = |entry: &&Entry| {
-            relayable(entry).is_some_and(|payload| {
-                filter.is_empty() || filter.matches(&Tags::declared(&entry.fields).completed(payload))
-            })
-        };
-        found.extend(entries.iter().filter(passes).map(|entry| entry.id).take(count - found.len()));
-        size.learn(&entries);
+        let Some(page) = get(hub, ring, generation, Ask::UpTo(to)).await? else { break };
+        found.extend(page.batch.newest(to, filter).take(count - found.len()));
+        (to, scanned) = (page.after, scanned + page.batch.len().max(1));
     }
     Ok(found)
 }
 
-/// Repeats a read until the store answers, one of a few at a time.
+async fn get(hub: &Arc<Hub>, ring: &Arc<Ring>, generation: u64, ask: Ask) -> Outcome {
+    let begin = || {
+        let (hub, ring) = (hub.clone(), ring.clone());
+        async move {
+            let read = || read(&hub, &ring, generation, ask);
+            patiently(&hub.pages, read).await.map_err(Arc::new)
+        }
+        .boxed()
+    };
+    let (is_shared, reading) = match ring.shelf().ask(generation, ask, begin) {
+        Asked::Page(page) => {
+            hub.metrics.relay_shared_pages.inc();
+            return Ok(Some(page));
+        }
+        Asked::UnderWay(reading) => (true, reading),
+        Asked::Begun(reading) => (false, reading),
+    };
+    let outcome = reading.await;
+    if is_shared {
+        hub.metrics.relay_shared_pages.inc();
+    }
+    outcome
+}
+
+async fn read(hub: &Hub, ring: &Ring, generation: u64, ask: Ask) -> Result<Option<Arc<Page>>, StoreError> {
+    let shelf = ring.shelf();
+    // While this one waited for its turn, another may have brought it.
+    if let Some(page) = shelf.find(generation, ask) {
+        return Ok(Some(page));
+    }
+    let of_this_life = || ring.mark().filter(|mark| mark.generation == generation);
+    let Some(mark) = of_this_life() else { return Ok(None) };
+    hub.metrics.relay_store_reads.inc();
+    let page = match ask {
+        Ask::After(id) => read_after(&*hub.store, ring, &mark, id).await?,
+        Ask::UpTo(id) => read_up_to(&*hub.store, ring, &mark, id).await?,
+    };
+    if of_this_life().is_none() {
+        return Ok(None);
+    }
+    let page = Arc::new(page);
+    shelf.keep(generation, &page);
+    Ok(Some(page))
+}
+
+/// A page around `id`, up to where others begin. What is before `id` is for those who come from a little farther back.
+async fn read_after(store: &dyn Store, ring: &Ring, mark: &Mark, id: EntryId) -> Result<Page, StoreError> {
+    let (before, behind) = ring.shelf().around(mark.generation, id);
+    let to = mark.floor.min(behind).max(id);
+    let mut size = ring.shelf().page_size();
+    let limit = size.limit() + 1;
+    let forward = store.range(ring.stream(), Range { from: id, to, order: Order::Forward }, limit).await?;
+    size.learn(&forward);
+    ring.shelf().learn(size);
+    // While an entry is there, nothing between it and the next was trimmed.
+    let is_anchored = forward.first().is_some_and(|entry| entry.id == id);
+    let is_joined = before == id && id > EntryId::MIN;
+    let wanted = match (is_joined, is_anchored) {
+        (true, true) => 0,
+        (true, false) => 1,
+        (false, _) => size.limit().div_ceil(2),
+    };
+    let is_at_front = id == EntryId::MIN;
+    let backward = if wanted == 0 || is_at_front {
+        Vec::new()
+    } else {
+        let range = Range { from: EntryId::MIN, to: id.previous(), order: Order::Backward };
+        store.range(ring.stream(), range, wanted).await?
+    };
+    let is_at_front = is_at_front || backward.len() < wanted;
+    let oldest = backward.last().or(forward.first()).map(|entry| entry.id);
+    let after = match (is_joined, oldest) {
+        (true, _) => id,
+        (false, Some(oldest)) if !is_at_front => before.max(oldest.previous()),
+        (false, _) => before,
+    };
+    let last = if forward.len() < limit { to } else { forward.last().map_or(to, |entry| entry.id) };
+    let entries: Vec<Entry> = backward.into_iter().rev().chain(forward).filter(|entry| entry.id > after).collect();
+    let front = if is_at_front { Some(look_at_front(store, ring, after, oldest).await?) } else { None };
+    Ok(page(ring, mark, &entries, after, last, front))
+}
+
+/// A page that ends with `id`, as far back as where another ends.
+async fn read_up_to(store: &dyn Store, ring: &Ring, mark: &Mark, id: EntryId) -> Result<Page, StoreError> {
+    let (before, _) = ring.shelf().around(mark.generation, id.previous());
+    let mut size = ring.shelf().page_size();
+    let range = Range { from: before.next(), to: id, order: Order::Backward };
+    let mut entries = store.range(ring.stream(), range, size.limit()).await?;
+    let is_complete = entries.len() < size.limit();
+    size.learn(&entries);
+    ring.shelf().learn(size);
+    entries.reverse();
+    let oldest = entries.first().map(|entry| entry.id);
+    let after = if is_complete { before } else { oldest.map_or(before, EntryId::previous) };
+    let is_at_front = is_complete && before == EntryId::MIN;
+    let front = if is_at_front { Some(look_at_front(store, ring, after, oldest).await?) } else { None };
+    Ok(page(ring, mark, &entries, after, id, front))
+}
+
+fn page(ring: &Ring, mark: &Mark, entries: &[Entry], after: EntryId, last: EntryId, front: Option<Front>) -> Page {
+    let mut batch = Batch::frame(ring.stream(), &mark.epoch, entries, usize::MAX).batch;
+    batch.extend_to(last);
+    Page { after, batch: Arc::new(batch), front }
+}
+
+async fn look_at_front(
+    store: &dyn Store,
+    ring: &Ring,
+    after: EntryId,
+    oldest: Option<EntryId>,
+) -> Result<Front, StoreError> {
+    // Who has seen nothing yet can't see by an id whether anything is gone.
+    let is_worn = after == EntryId::MIN
+        && store.describe(ring.stream()).await?.is_some_and(|status| status.entries_added > status.length);
+    Ok(Front { oldest, is_worn })
+}
+
+/// Repeats a read until the store answers, one of a few at a time: those that are live come first.
 async fn patiently<T, F, R>(permits: &Semaphore, mut read: F) -> Result<T, StoreError>
 where
     F: FnMut() -> R,

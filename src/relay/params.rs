@@ -30,11 +30,13 @@ const MAX_POSITIONS: usize = 64;
 /// | `stream` | one of the channel's streams instead of all |
 /// | `meta` | `1`: each alert carries `_pos` and `_stream` |
 /// | `mode` | `lossless`, or `latest`: what a live client is too slow for is left out |
+/// | `lane` | `critical`: where the client is far behind, critical alerts come before their turn; `off` |
 /// | `strict` | `1`: the client is closed where something can't be given, instead of going on after it |
 ///
 /// Names that are not in the table are ignored, so that tokens and cache busters can travel in the same query. Values
 /// that make no sense are refused, and so are names given twice.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a parameter of its own")]
 pub struct SubscribeParams {
     /// Where to begin; with what comes next if absent.
     pub since: Option<Since>,
@@ -48,6 +50,8 @@ pub struct SubscribeParams {
     pub stream: Option<StreamName>,
     /// Whether a live client that falls behind the ring goes on with the newest, instead of catching up.
     pub is_latest: bool,
+    /// Whether critical alerts come before their turn where the client is far behind.
+    pub has_lane: bool,
     /// Whether the client is closed where something can't be given.
     pub is_strict: bool,
 }
@@ -115,6 +119,7 @@ impl SubscribeParams {
             "technique" => self.narrow(Filter::is(Attribute::Technique, exact(value)?)),
             "filter" => self.narrow(Filter::parse(value).map_err(|invalid| format!("is refused: {invalid}"))?),
             "meta" => self.meta = switch(value)?,
+            "lane" => self.has_lane = lane(value)?,
             "strict" => self.is_strict = switch(value)?,
             "mode" => {
                 self.is_latest = match value {
@@ -134,7 +139,7 @@ impl SubscribeParams {
     }
 }
 
-const NAMES: [&str; 13] = [
+const NAMES: [&str; 14] = [
     "since",
     "snapshot",
     "min_severity",
@@ -146,6 +151,7 @@ const NAMES: [&str; 13] = [
     "filter",
     "meta",
     "mode",
+    "lane",
     "strict",
     "stream",
 ];
@@ -155,6 +161,15 @@ fn switch(value: &str) -> Result<bool, String> {
         "1" | "true" => Ok(true),
         "0" | "false" => Ok(false),
         _ => Err("must be 1 or 0".to_owned()),
+    }
+}
+
+/// Whether a lane is asked for.
+pub(super) fn lane(value: &str) -> Result<bool, String> {
+    match value {
+        "critical" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("must be critical or off".to_owned()),
     }
 }
 
@@ -259,6 +274,7 @@ mod tests {
             ("min_severity=urgent", "min_severity"),
             ("source=", "source"),
             ("meta=yes", "meta"),
+            ("lane=high", "lane"),
             ("stream=a%20b", "stream"),
             ("source=a&source=b", "source"),
         ];

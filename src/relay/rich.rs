@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use super::admission::deadline;
 use super::cursor::now_ms;
 use super::form::Form;
+use super::params;
 use super::subscription::Subscription;
 use super::subscriptions::Subscriptions;
 use super::{Admission, Channel, Filter, Hub, MAX_SNAPSHOT, NotRenewed, SubscribeParams};
@@ -38,6 +39,7 @@ struct Request<'a> {
     #[serde(borrow)]
     filter: Option<&'a RawValue>,
     mode: Option<&'a str>,
+    lane: Option<&'a str>,
     #[serde(default)]
     strict: bool,
     #[serde(borrow)]
@@ -244,6 +246,7 @@ fn params_of(request: &Request<'_>) -> Result<SubscribeParams, Failure> {
         meta: false,
         stream: None,
         is_latest,
+        has_lane: request.lane.map_or(Ok(true), params::lane).map_err(|problem| invalid("lane", &problem))?,
         is_strict: request.strict,
     })
 }

@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::Filter;
 use super::batch::Batch;
+use super::shelf::Shelf;
 use crate::event::{EntryId, Epoch, StreamName};
 
 /// How much a ring keeps.
@@ -23,6 +24,8 @@ pub(super) struct Ring {
     stream: StreamName,
     limits: Limits,
     state: RwLock<State>,
+    /// What was read of the store before the floor.
+    shelf: Shelf,
     /// Whether the stream can't be read, for a reason that concerns it alone.
     is_unreadable: AtomicBool,
     /// Grows with every change, so that readers see without the lock whether there is news.
@@ -41,6 +44,27 @@ struct State {
     bytes: usize,
     entries: usize,
     total_bytes: u64,
+}
+
+impl State {
+    fn push(&mut self, batch: Batch) {
+        self.last = self.last.max(batch.last());
+        if batch.len() > 0 {
+            self.bytes += batch.size_bytes();
+            self.entries += batch.len();
+            self.total_bytes += batch.size_bytes() as u64;
+            self.batches.push_back(Held { batch: Arc::new(batch), total_bytes: self.total_bytes });
+        }
+    }
+}
+
+/// What a ring begins with: everything after the floor.
+#[derive(Debug, Default)]
+pub(super) struct Past {
+    /// Nothing where there are no batches.
+    pub(super) floor: Option<EntryId>,
+    /// In the order of the stream.
+    pub(super) batches: VecDeque<Batch>,
 }
 
 /// One batch, and the total of bytes up to its end.
@@ -91,6 +115,7 @@ impl Ring {
             stream,
             limits,
             state: RwLock::default(),
+            shelf: Shelf::new(limits.bytes / 2),
             is_unreadable: AtomicBool::new(false),
             changes: AtomicU64::new(0),
         }
@@ -101,12 +126,25 @@ impl Ring {
         &self.stream
     }
 
-    /// Begins a life of the stream: entries after `start` will come.
-    pub(super) fn begin(&self, epoch: Epoch, start: EntryId) {
+    /// How much it keeps.
+    pub(super) fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Pages of what has left it.
+    pub(super) fn shelf(&self) -> &Shelf {
+        &self.shelf
+    }
+
+    /// Begins a life of the stream: entries after `start` will come, and of those before it there are `past`.
+    pub(super) fn begin(&self, epoch: Epoch, start: EntryId, past: Past) {
         let mut state = self.write();
         let (generation, total_bytes) = (state.generation + 1, state.total_bytes);
-        *state =
-            State { generation, epoch: Some(epoch), start, floor: start, last: start, total_bytes, ..State::default() };
+        let floor = past.floor.unwrap_or(start);
+        *state = State { generation, epoch: Some(epoch), start, floor, last: start, total_bytes, ..State::default() };
+        for batch in past.batches {
+            state.push(batch);
+        }
         drop(state);
         self.changes.fetch_add(1, Ordering::Release);
     }
@@ -124,14 +162,7 @@ impl Ring {
     /// Adds entries at the head, and lets go of the oldest ones that are too many now.
     pub(super) fn push(&self, batch: Batch) {
         let mut state = self.write();
-        state.last = state.last.max(batch.last());
-        if batch.len() > 0 {
-            state.bytes += batch.size_bytes();
-            state.entries += batch.len();
-            state.total_bytes += batch.size_bytes() as u64;
-            let total_bytes = state.total_bytes;
-            state.batches.push_back(Held { batch: Arc::new(batch), total_bytes });
-        }
+        state.push(batch);
         while state.batches.len() > 1 && (state.bytes > self.limits.bytes || state.entries > self.limits.entries) {
             let Some(Held { batch: oldest, .. }) = state.batches.pop_front() else { break };
             state.bytes -= oldest.size_bytes();
@@ -230,7 +261,7 @@ mod tests {
     }
 
     fn begin(ring: &Ring, start: u64) {
-        ring.begin("e".parse().expect("an epoch"), id(start));
+        ring.begin("e".parse().expect("an epoch"), id(start), Past::default());
     }
 
     #[test]

@@ -8,25 +8,29 @@ use super::begin::{Begin, oldest_of_newest, resolve};
 use super::cursor::{Cursor, Next, Stage, Teller, now_ms};
 use super::form::{Form, Notice, Reason, text_message};
 use super::outgoing::Outgoing;
-use super::pages::{self, Page};
+use super::pages::{self, Newest};
 use super::ring::{Mark, Ring};
+use super::shelf::Outcome;
 use super::{Channel, CloseCode, Filter, Hub, Since, SubscribeParams};
 use crate::event::{EntryId, Position, StreamName};
-use crate::store::StoreError;
 
 /// What a client asked for and how far it is.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(super) struct Subscription {
     cursors: Vec<Cursor>,
     filter: Arc<Filter>,
     form: Form,
     /// Whether what a live client is too slow for is left out.
     is_latest: bool,
+    /// Whether critical alerts come before their turn where the client is far behind.
+    has_lane: bool,
+    /// Whether it was behind, or had more than could be written at once, when it was looked at last.
+    is_lagging: bool,
     /// Whether the client would rather be closed than go on after a gap.
     is_strict: bool,
-    /// The request that is answered once it is known where this begins, and whether it asked for what comes after
-    /// something.
-    unanswered: Option<(u64, bool)>,
+    /// The request that is answered once it is known where this begins.
+    unanswered: Option<Unanswered>,
     /// How many gaps were told.
     gaps: usize,
     /// What is to be told before the next alert.
@@ -37,6 +41,16 @@ pub(super) struct Subscription {
     /// are merged by the time of their entries.
     is_live: bool,
     began_ms: u64,
+}
+
+/// A request that is still to be answered.
+#[derive(Debug)]
+struct Unanswered {
+    id: u64,
+    /// Whether it asked for what comes after something.
+    is_resumed: bool,
+    /// Where it begins, if that is known, but not whether all of what comes after that can be given.
+    from: Option<String>,
 }
 
 /// Where to begin.
@@ -56,9 +70,9 @@ pub(super) type Work = Pin<Box<dyn Future<Output = Fetched> + Send>>;
 #[derive(Debug)]
 pub(super) enum Fetched {
     /// The next entries of the cursor with this index.
-    Page(usize, Result<Box<Page>, StoreError>),
+    Page(usize, Outcome),
     /// For each cursor with these indices, the newest entries that match, newest first.
-    Newest(Vec<(usize, Result<Vec<EntryId>, StoreError>)>),
+    Newest(Vec<(usize, Newest)>),
 }
 
 impl Subscription {
@@ -85,8 +99,14 @@ impl Subscription {
             filter: Arc::new(params.filter),
             form,
             is_latest: params.is_latest,
+            has_lane: params.has_lane,
+            is_lagging: false,
             is_strict: params.is_strict,
-            unanswered: answers.map(|request| (request, matches!(start, Start::Positions(_)))),
+            unanswered: answers.map(|id| Unanswered {
+                id,
+                is_resumed: matches!(start, Start::Positions(_)),
+                from: None,
+            }),
             gaps: 0,
             notices: Vec::new(),
             start: Some(start),
@@ -115,7 +135,7 @@ impl Subscription {
             // A cursor that was made before its ring began is given all that came since.
             let head = if cursor.generation == mark.generation { cursor.after } else { mark.start };
             let begin = match start {
-                Start::Now | Start::Snapshot(_) => Begin::at(head),
+                Start::Now | Start::Snapshot(_) => Begin::after(head),
                 Start::Earliest => Begin::at(EntryId::MIN),
                 Start::At(ms) => Begin::at(EntryId::new(*ms, 0).previous().min(head)),
                 Start::Positions(positions) => resolve(positions, &mark.epoch, known.as_deref()),
@@ -125,7 +145,7 @@ impl Subscription {
                 Teller { channel, notices: &mut self.notices }.gap(stream, None, None, Reason::Epoch);
             }
             (cursor.generation, cursor.epoch) = (mark.generation, Some(mark.epoch));
-            (cursor.after, cursor.is_entry) = (begin.after, begin.is_entry);
+            (cursor.after, cursor.is_owed) = (begin.after, begin.is_owed);
             cursor.stage = if matches!(start, Start::Snapshot(_)) { Stage::Locating } else { Stage::InRing };
         }
         let is_over = |cursor: &Cursor| !matches!(cursor.stage, Stage::Waiting | Stage::Locating);
@@ -138,6 +158,11 @@ impl Subscription {
     pub(super) fn fill(&mut self, hub: &Hub, channel: &Channel, out: &mut Outgoing) {
         self.begin(hub, channel);
         let alerts_before = out.alerts;
+        let was_lagging = self.is_lagging;
+        if was_lagging {
+            self.overtake(hub, channel, out);
+        }
+        self.is_lagging = true;
         while !out.is_full() {
             let mut next: Option<(usize, EntryId)> = None;
             let mut bound = EntryId::MAX;
@@ -160,6 +185,7 @@ impl Subscription {
             }
             self.answer(out);
             self.tell(out);
+            self.is_lagging = is_behind;
             if is_behind && !self.is_live || self.is_lost() {
                 break;
             }
@@ -174,9 +200,29 @@ impl Subscription {
             };
             // Two streams may give the same id.
             self.cursors[index].take(bound.max(first.next()), &self.filter, self.form, self.began_ms, out);
+            self.is_lagging = true;
+        }
+        if self.is_lagging && !was_lagging {
+            self.overtake(hub, channel, out);
         }
         if out.alerts > alerts_before {
             self.push_ids(out);
+        }
+    }
+
+    /// Gives what is critical before its turn, where the client is far behind.
+    fn overtake(&mut self, hub: &Hub, channel: &Channel, out: &mut Outgoing) {
+        if !self.has_lane || self.unanswered.is_some() || self.is_lost() {
+            return;
+        }
+        let before = out.alerts;
+        let is_held_up = !self.is_live && self.cursors.iter().any(Cursor::is_behind);
+        for cursor in &mut self.cursors {
+            self.notices.extend(cursor.overtake(is_held_up, &self.filter, self.form, self.began_ms, out));
+        }
+        if out.alerts > before {
+            hub.metrics.relay_early.with_label_values(&[&channel.name]).inc_by(out.alerts - before);
+            self.tell(out);
         }
     }
 
@@ -203,6 +249,9 @@ impl Subscription {
 
     /// Tells where the client stands in streams of which nothing passed since it was told last.
     pub(super) fn mark(&mut self, out: &mut Outgoing) {
+        if self.unanswered.is_some() {
+            return;
+        }
         for cursor in &mut self.cursors {
             cursor.mark(&mut self.notices);
         }
@@ -219,26 +268,35 @@ impl Subscription {
         }
     }
 
-    /// Answers the request that made this, once it is known where it begins.
+    /// Answers the request that made this, once it is known where it begins, and whether that can be given.
     fn answer(&mut self, out: &mut Outgoing) {
-        if self.start.is_some() {
+        if self.start.is_some() || self.unanswered.is_none() {
             return;
         }
-        let Some((request, is_resumed)) = self.unanswered.take() else { return };
+        let positions = self.positions();
+        let Some(mut unanswered) = self.unanswered.take() else { return };
+        let from = unanswered.from.take().unwrap_or(positions);
+        if unanswered.is_resumed && self.cursors.iter().any(|cursor| cursor.stage == Stage::Behind) {
+            self.unanswered = Some(Unanswered { from: Some(from), ..unanswered });
+            return;
+        }
         let streams: Vec<&str> = self.cursors.iter().map(|cursor| cursor.ring.stream().as_str()).collect();
         let gaps = self.notices.iter().filter(|notice| matches!(notice, Notice::Gap { .. })).count();
         let answer = serde_json::json!({
             "t": "subscribed",
-            "id": request,
+            "id": unanswered.id,
             "stream": streams.join(","),
-            "from": self.positions(),
-            "recovered": is_resumed && gaps == 0,
+            "from": from,
+            "recovered": unanswered.is_resumed && gaps == 0,
         });
         out.push(text_message(&answer.to_string()).into());
     }
 
-    /// Writes what is to be told.
+    /// Writes what is to be told: nothing comes before the answer.
     fn tell(&mut self, out: &mut Outgoing) {
+        if self.unanswered.is_some() {
+            return;
+        }
         for notice in self.notices.drain(..) {
             self.gaps += usize::from(matches!(&notice, Notice::Gap { reason, .. } if *reason != Reason::Lossy));
             if let Some(words) = self.form.tell(&notice) {
@@ -254,22 +312,19 @@ impl Subscription {
             && at_stage(Stage::Locating).next().is_some()
         {
             let (hub, filter) = (hub.clone(), self.filter.clone());
-            let cuts: Vec<(usize, Arc<Ring>, EntryId)> =
-                at_stage(Stage::Locating).map(|(index, cursor)| (index, cursor.ring.clone(), cursor.after)).collect();
+            let cut = |(index, cursor): (usize, &Cursor)| (index, cursor.ring.clone(), cursor.generation, cursor.after);
+            let cuts: Vec<_> = at_stage(Stage::Locating).map(cut).collect();
             return Some(Box::pin(async move {
                 let mut newest = Vec::with_capacity(cuts.len());
-                for (index, ring, cut) in cuts {
-                    newest.push((index, pages::newest(&*hub.store, &hub.pages, &ring, &filter, count, cut).await));
+                for (index, ring, generation, cut) in cuts {
+                    newest.push((index, pages::newest(&hub, &ring, generation, &filter, count, cut).await));
                 }
                 Fetched::Newest(newest)
             }));
         }
         let (index, cursor) = at_stage(Stage::Behind).next()?;
-        let (hub, ring, request) = (hub.clone(), cursor.ring.clone(), cursor.request());
-        Some(Box::pin(async move {
-            let page = pages::read(&*hub.store, &hub.pages, &ring, request).await;
-            Fetched::Page(index, page.map(Box::new))
-        }))
+        let page = pages::after(hub.clone(), cursor.ring.clone(), cursor.generation, cursor.after);
+        Some(Box::pin(async move { Fetched::Page(index, page.await) }))
     }
 
     /// Takes in what was read. An error is how the session must end.
@@ -286,7 +341,7 @@ impl Subscription {
                     }
                     cursor.stage = Stage::InRing;
                     if let Some(first) = first {
-                        (cursor.after, cursor.is_entry) = (first.previous(), false);
+                        (cursor.after, cursor.is_owed) = (first.previous(), false);
                     }
                 }
                 self.begin(hub, channel);
@@ -296,7 +351,7 @@ impl Subscription {
                 let cursor = &mut self.cursors[index];
                 let mut teller = Teller { channel, notices: &mut self.notices };
                 match page {
-                    Ok(page) => cursor.turn(*page, hub, &mut teller),
+                    Ok(page) => cursor.turn(page.as_deref(), hub, &mut teller),
                     Err(error) => {
                         cursor.unreadable(&error, &mut teller);
                         cursor.skip_to_ring();

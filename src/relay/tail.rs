@@ -1,5 +1,6 @@
 //! Follows one stream and fills its ring.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,10 +12,11 @@ use tokio_util::sync::CancellationToken;
 use super::backoff::Backoff;
 use super::batch::Batch;
 use super::pages::{PageSize, bounded};
-use super::ring::Ring;
+use super::ring::{Past, Ring};
 use crate::event::{Entry, EntryId, Epoch};
 use crate::readiness::Part;
-use crate::store::{Store, StoreError, StoreErrorKind};
+use crate::store::{Order, Range, Store, StoreError, StoreErrorKind};
+use crate::telemetry::chain;
 
 /// How long one read waits for news.
 const WAIT: Duration = Duration::from_secs(2);
@@ -99,14 +101,47 @@ impl Tail {
         let epoch = self.epoch().await?;
         let status = bounded(GRACE, self.store.describe(self.ring.stream())).await?;
         let at = status.map_or(EntryId::MIN, |status| status.last_id);
-        self.restart(epoch, at);
+        let past = self.past(&epoch, at).await;
+        self.restart(epoch, at, past);
         Ok(at)
+    }
+
+    /// The newest entries up to `at`, as many as the ring keeps: those who were connected before a restart come back,
+    /// and miss just these. What can't be read now, they read when they need it.
+    async fn past(&self, epoch: &Epoch, at: EntryId) -> Past {
+        let (mut past, mut to, limits) = (Past::default(), at, self.ring.limits());
+        let (mut bytes, mut count, mut size) = (0, 0, PageSize::new(MAX_READ, READ_BYTES));
+        while to > EntryId::MIN && bytes < limits.bytes && count < limits.entries {
+            let range = Range { from: EntryId::MIN, to, order: Order::Backward };
+            let limit = size.limit().min(limits.entries - count);
+            let mut entries = match bounded(GRACE, self.store.range(self.ring.stream(), range, limit)).await {
+                Ok(entries) => entries,
+                Err(error) => {
+                    let error = chain(&error);
+                    tracing::warn!(stream = %self.ring.stream(), error, "cannot read the newest entries");
+                    break;
+                }
+            };
+            entries.reverse();
+            let Some(oldest) = entries.first().map(|entry| entry.id) else { break };
+            size.learn(&entries);
+            let (mut batches, _) = self.frame(epoch, &entries);
+            bytes += batches.iter().map(Batch::size_bytes).sum::<usize>();
+            count += entries.len();
+            batches.append(&mut past.batches);
+            (past.batches, past.floor, to) = (batches, Some(oldest.previous()), oldest.previous());
+            if entries.len() < limit {
+                break;
+            }
+        }
+        past
     }
 
     async fn step(&mut self, at: &mut EntryId, size: &mut PageSize, check_due: &mut Instant) -> Result<(), StoreError> {
         if Instant::now() >= *check_due {
             *at = self.check(*at).await?;
             *check_due = Instant::now() + CHECK_INTERVAL;
+            self.ring.shelf().tidy();
         }
         let limit = size.limit();
         let entries = bounded(WAIT + GRACE, self.store.tail(self.ring.stream(), *at, limit, WAIT)).await?;
@@ -128,13 +163,13 @@ impl Tail {
         if last < at {
             tracing::warn!(stream = %self.ring.stream(), "the stream was lost and has begun anew");
             count(&self.gaps.state_lost, 1);
-            self.restart(epoch, EntryId::MIN);
+            self.restart(epoch, EntryId::MIN, Past::default());
             return Ok(EntryId::MIN);
         }
         if self.ring.mark().is_none_or(|mark| mark.epoch != epoch) {
             tracing::warn!(stream = %self.ring.stream(), "the stream has a new epoch");
             count(&self.gaps.state_lost, 1);
-            self.restart(epoch, at);
+            self.restart(epoch, at, Past::default());
         }
         let was_passed = at > EntryId::MIN && status.is_some_and(|s| last > at && s.first_id.is_none_or(|f| f > at));
         if was_passed {
@@ -148,22 +183,33 @@ impl Tail {
         bounded(GRACE, self.store.epoch(self.ring.stream())).await
     }
 
-    fn restart(&self, epoch: Epoch, at: EntryId) {
-        self.ring.begin(epoch, at);
+    fn restart(&self, epoch: Epoch, at: EntryId, past: Past) {
+        self.ring.begin(epoch, at, past);
         self.wake();
     }
 
-    fn push(&self, mut entries: &[Entry]) {
+    fn push(&self, entries: &[Entry]) {
         let Some(mark) = self.ring.mark() else { return };
-        while !entries.is_empty() {
-            let framed = Batch::frame(self.ring.stream(), &mark.epoch, entries, BATCH_BYTES);
-            if framed.undecodable > 0 {
-                count(&self.gaps.undecodable, framed.undecodable);
-            }
-            self.ring.push(framed.batch);
-            entries = &entries[framed.taken..];
+        let (batches, undecodable) = self.frame(&mark.epoch, entries);
+        if undecodable > 0 {
+            count(&self.gaps.undecodable, undecodable);
+        }
+        for batch in batches {
+            self.ring.push(batch);
         }
         self.wake();
+    }
+
+    /// Frames entries; says also how many can't be sent.
+    fn frame(&self, epoch: &Epoch, mut entries: &[Entry]) -> (VecDeque<Batch>, u64) {
+        let (mut batches, mut undecodable) = (VecDeque::with_capacity(1), 0);
+        while !entries.is_empty() {
+            let framed = Batch::frame(self.ring.stream(), epoch, entries, BATCH_BYTES);
+            undecodable += framed.undecodable;
+            batches.push_back(framed.batch);
+            entries = &entries[framed.taken..];
+        }
+        (batches, undecodable)
     }
 
     fn wake(&self) {

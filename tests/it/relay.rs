@@ -1,7 +1,9 @@
 //! The relay behind real sockets.
 
+mod lane;
 mod server;
 mod store;
+mod storm;
 
 use std::collections::HashMap;
 use std::time::Duration;

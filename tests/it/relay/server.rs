@@ -7,7 +7,7 @@ use std::time::Duration;
 use aurora_bus::event::{Fields, NewEntry, StreamName, field};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
-use aurora_bus::relay::{Admission, Config, Ending, Refused, Relay, SubscribeParams};
+use aurora_bus::relay::{Admission, Attribute, Config, Ending, Filter, Refused, Relay, SubscribeParams};
 use aurora_bus::store::{Appended, MAX_APPEND, Store};
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -159,7 +159,17 @@ async fn serve(socket: TcpStream, peer: SocketAddr, relay: &Relay, stop: Cancell
         let (channel, query) =
             (request.uri().path().trim_start_matches('/'), request.uri().query().unwrap_or_default());
         let params = SubscribeParams::parse(query).map_err(Refused::from);
-        connected = Some(params.and_then(|params| relay.connect(channel, params, peer.ip(), Admission::default())));
+        let is_rich = query.split('&').any(|pair| pair == "v=1");
+        let bound = query.split('&').find_map(|pair| pair.strip_prefix("bound_to="));
+        let filter = bound.map_or_else(Filter::default, |tenant| Filter::is(Attribute::Tenant, tenant));
+        let admission = Admission { filter, ..Admission::default() };
+        connected = Some(params.and_then(|params| {
+            if is_rich {
+                relay.connect_rich(channel, peer.ip(), admission)
+            } else {
+                relay.connect(channel, params, peer.ip(), admission)
+            }
+        }));
         Ok(response)
     };
     let socket = tokio_tungstenite::accept_hdr_async(socket, connect).await.ok()?.into_inner();
