@@ -1,5 +1,6 @@
 //! The relay behind real sockets.
 
+mod histories;
 mod lane;
 mod server;
 mod store;

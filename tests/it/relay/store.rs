@@ -15,18 +15,23 @@ use tempfile::TempDir;
 
 #[derive(Debug)]
 pub(crate) struct Fragile {
-    inner: Mutex<(Arc<dyn Store>, TempDir)>,
+    inner: Mutex<(Arc<dyn Store>, Option<TempDir>)>,
     is_away: AtomicBool,
     spoiled: Mutex<Option<StreamName>>,
 }
 
 impl Fragile {
     pub(crate) async fn open() -> Arc<Self> {
-        Arc::new(Self {
-            inner: Mutex::new(open_empty().await),
-            is_away: AtomicBool::new(false),
-            spoiled: Mutex::default(),
-        })
+        Self::new(open_empty().await)
+    }
+
+    /// The same around a store that is lost by others.
+    pub(crate) fn around(store: Arc<dyn Store>) -> Arc<Self> {
+        Self::new((store, None))
+    }
+
+    fn new(inner: (Arc<dyn Store>, Option<TempDir>)) -> Arc<Self> {
+        Arc::new(Self { inner: Mutex::new(inner), is_away: AtomicBool::new(false), spoiled: Mutex::default() })
     }
 
     /// Every call fails as long as this is so.
@@ -60,10 +65,10 @@ impl Fragile {
     }
 }
 
-async fn open_empty() -> (Arc<dyn Store>, TempDir) {
+async fn open_empty() -> (Arc<dyn Store>, Option<TempDir>) {
     let folder = tempfile::tempdir().expect("a folder");
     let config = Config { path: folder.path().join("data"), ..Config::default() };
-    (Arc::new(config.open().await.expect("opened")), folder)
+    (Arc::new(config.open().await.expect("opened")), Some(folder))
 }
 
 #[async_trait]
