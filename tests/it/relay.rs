@@ -2,6 +2,7 @@
 
 mod histories;
 mod lane;
+mod limits;
 mod server;
 mod store;
 mod storm;
