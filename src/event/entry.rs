@@ -131,6 +131,19 @@ impl Entry {
         self.fields.get(field::REPLAY_GROUP).is_none_or(|only| only.as_ref() == group.as_str().as_bytes())
     }
 
+    /// The fields with which it is appended again for one group alone, after so many deliveries under all its ids.
+    pub fn handed_on(&self, group: &GroupName, deliveries: u32) -> Fields {
+        let ours = [field::REPLAY_GROUP, field::REPLAY_OF, field::REPLAY_ATTEMPTS].map(str::as_bytes);
+        let kept = self.fields.iter().filter(|(name, _)| !ours.contains(&name.as_ref()));
+        let mut fields: Fields = kept.map(|(name, value)| (name.clone(), value.clone())).collect();
+        let is_again = self.fields.get(field::REPLAY_GROUP).is_some();
+        let first = self.fields.get(field::REPLAY_OF).filter(|_| is_again).cloned();
+        fields.push(field::REPLAY_GROUP, group.to_string());
+        fields.push(field::REPLAY_OF, first.unwrap_or_else(|| self.id.to_string().into()));
+        fields.push(field::REPLAY_ATTEMPTS, deliveries.to_string());
+        fields
+    }
+
     /// The id under which it has its effect: that of its first life where it was appended again.
     pub fn first_id(&self) -> EntryId {
         self.fields.text(field::REPLAY_OF).and_then(|id| id.parse().ok()).unwrap_or(self.id)

@@ -57,13 +57,15 @@ pub struct StoreError {
     kind: StoreErrorKind,
     /// What was tried and what is wrong, such as "cannot append to stream `x`: the server is loading its data".
     message: String,
+    /// How many entries were stored all the same.
+    stored: u64,
     source: Option<Box<dyn Error + Send + Sync>>,
 }
 
 impl StoreError {
     /// An error of that kind, told by `message` (lower case, no period).
     pub fn new(kind: StoreErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), source: None }
+        Self { kind, message: message.into(), stored: 0, source: None }
     }
 
     /// The same with what caused it.
@@ -71,6 +73,19 @@ impl StoreError {
     pub fn with_source(mut self, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         self.source = Some(source.into());
         self
+    }
+
+    /// The same where so many entries were stored all the same, which were not there before.
+    #[must_use]
+    pub fn with_stored(mut self, stored: u64) -> Self {
+        self.stored = stored;
+        self
+    }
+
+    /// How many entries of a failed append were stored all the same, duplicates apart; it may have been more where the
+    /// kind is not [`StoreErrorKind::NotDurable`].
+    pub fn stored(&self) -> u64 {
+        self.stored
     }
 
     /// The same with more to say about it, such as what to do.

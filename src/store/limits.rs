@@ -49,6 +49,18 @@ impl Limits {
         }
     }
 
+    /// Whether a stream has room for another entry.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreErrorKind::Full`] where it has not.
+    pub fn check(&self, stream: &StreamName) -> Result<(), StoreError> {
+        let Some(limit) = self.0.get(stream) else { return Ok(()) };
+        limit.reserve(stream, 1)?;
+        limit.give_back(1);
+        Ok(())
+    }
+
     /// Appends to a stream that has room for the entries.
     ///
     /// # Errors
@@ -69,9 +81,8 @@ impl Limits {
         let result = store.append_durably(stream, entries, durability).await;
         let not_stored = match &result {
             Ok(appended) => appended.iter().filter(|appended| appended.duplicate).count() as u64,
-            Err(error) if error.kind() == StoreErrorKind::NotDurable => 0,
-            // Whether they were stored is unknown: the next look tells.
-            Err(_) => count,
+            // Whether they were stored otherwise is unknown: the next look tells.
+            Err(error) => count.saturating_sub(error.stored()),
         };
         limit.give_back(not_stored);
         result

@@ -31,6 +31,7 @@ mod script;
 mod servers;
 mod sizes;
 mod status;
+mod wide;
 
 use std::fmt;
 use std::sync::Arc;
@@ -197,8 +198,12 @@ impl RedisStore {
         let mut arguments = Arguments::default();
         arguments.shown(&idle.as_millis()).append(how);
         let asked_at = Instant::now();
-        let answer = self.run_for(&script::CLAIM, cursor, arguments).await;
-        let [taken, counts, lost, more, left] = match answer {
+        let mut keys = vec![key(&cursor.stream), keys::account(&cursor.stream)];
+        keys.extend(self.servers.is_cluster().then(|| keys::moving(&cursor.stream)));
+        let mut all = of_consumer(cursor);
+        all.append(arguments);
+        let answer = self.run_as(&script::CLAIM, cursor, keys, all).await;
+        let [taken, counts, lost, more, left, moving] = match answer {
             Ok(reply) => reply.tuple()?,
             Err(failure) => return self.learned(&cursor.stream, Err(failure)).map(|_| Reclaimed::default()),
         };
@@ -212,6 +217,7 @@ impl RedisStore {
             let attempt = u32::try_from(count.count()?.saturating_add(1)).unwrap_or(u32::MAX);
             deliveries.push(Delivery { entry, attempt, delivered_at: asked_at });
         }
+        let deliveries = self.not_buried(cursor, deliveries, moving).await?;
         let more = more.bytes()?;
         let held_back = u32::try_from(left.count()?).ok().filter(|attempts| *attempts > 0);
         let next = match (more.is_empty(), held_back) {
@@ -247,7 +253,6 @@ impl RedisStore {
                 let (what, idle) = match step {
                     Step::Acknowledge => ("ack", Duration::ZERO),
                     Step::Filter => ("filter", Duration::ZERO),
-                    Step::Bury => ("dead", Duration::ZERO),
                     Step::Retry { idle } => ("retry", *idle),
                     // Whoever waits for the same idle time may claim it at once.
                     Step::Release => ("release", cursor.claim_idle),
@@ -284,11 +289,7 @@ impl RedisStore {
 enum Step {
     Acknowledge,
     Filter,
-    /// Acknowledged, its letter being in another part of the cluster.
-    Bury,
-    Retry {
-        idle: Duration,
-    },
+    Retry { idle: Duration },
     Release,
 }
 

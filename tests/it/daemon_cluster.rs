@@ -2,6 +2,7 @@
 //! of the cluster, retention and accounts.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -32,15 +33,23 @@ fn is_refused(name: &str) -> bool {
     name.ends_with('7')
 }
 
+/// The name of the event with that payload.
+fn name_of(payload: &[u8]) -> String {
+    let event: Value = serde_json::from_slice(payload).expect("an event");
+    event["id"].as_str().expect("a name").to_owned()
+}
+
 /// The first of many names that is where the test wants it.
 fn named(prefix: &str, fits: impl Fn(&str) -> bool) -> String {
-    (0..).map(|n| format!("{prefix}{n}")).find(|name| fits(name)).expect("there is always one")
+    (0..1000).map(|n| format!("{prefix}{n}")).find(|name| fits(name)).expect("there is always one")
 }
 
 /// A cluster, a daemon's home on it, and what the test asks with.
 struct Site {
     cluster: Cluster,
     receiver: Receiver,
+    /// Whether the receiver takes everything.
+    is_mended: Arc<AtomicBool>,
     home: Home,
     account: Account,
     /// A stream beside [`STREAM`] that takes events although no replica is there.
@@ -57,9 +66,11 @@ impl Site {
         let (primary, _) = cluster.nodes_of(STREAM);
         let dead_letter = named("it:dead-", |name| cluster.nodes_of(name).0 != primary);
         let probe = named("it:probe-", |name| cluster.nodes_of(name).0 == primary);
-        let receiver = Receiver::start(|request| {
-            let event: Value = serde_json::from_slice(&request.body).expect("an event");
-            Reply::Status(if is_refused(event["id"].as_str().expect("a name")) { 400 } else { 204 })
+        let is_mended = Arc::new(AtomicBool::new(false));
+        let takes_all = Arc::clone(&is_mended);
+        let receiver = Receiver::start(move |request| {
+            let is_refused = is_refused(&name_of(&request.body)) && !takes_all.load(Ordering::SeqCst);
+            Reply::Status(if is_refused { 400 } else { 204 })
         })
         .await;
         let home = Home::new(&format!(
@@ -99,16 +110,15 @@ url = "{url}"
             Account { dead_letter: dead_letter.parse().expect("a valid name"), ..Account::new(STREAM, GROUP) };
         let store = Config { url: cluster.url().into(), ..Config::default() };
         let store = Arc::new(store.connect().await.expect("a valid configuration"));
-        Self { cluster, receiver, home, account, probe, ledger: Arc::default(), store, noted: 0 }
+        Self { cluster, receiver, is_mended, home, account, probe, ledger: Arc::default(), store, noted: 0 }
     }
 
     /// Tells the ledger what the receiver took.
     fn note(&mut self) {
         let received = self.receiver.received();
         for request in received.iter().skip(self.noted).filter(|request| request.is_taken) {
-            let event: Value = serde_json::from_slice(&request.body).expect("an event");
             let attempt = request.header("aurora-attempt").parse().expect("an attempt");
-            self.ledger.handle(event["id"].as_str().expect("a name"), attempt);
+            self.ledger.handle(&name_of(&request.body), attempt);
         }
         self.noted = received.len();
     }
@@ -223,8 +233,7 @@ async fn a_daemon_on_a_cluster_loses_nothing_when_primaries_die_under_load() {
     let letters = site.store.range(&site.account.dead_letter, EVERYTHING, 10_000).await.expect("read");
     let dead = letters.iter().map(|letter| {
         let letter = DeadLetter::from_entry(letter).expect("a dead letter");
-        let event: Value = serde_json::from_slice(letter.fields.get("data").expect("a payload")).expect("JSON");
-        event["id"].as_str().expect("a name").to_owned()
+        name_of(letter.fields.get("data").expect("a payload"))
     });
     let dead: Vec<String> = dead.collect();
     assert_eq!(dead.iter().cloned().collect::<BTreeSet<_>>(), refused, "what was refused is dead, and nothing else");
@@ -258,4 +267,38 @@ async fn a_daemon_on_a_cluster_loses_nothing_when_primaries_die_under_load() {
     let output = site.home.run(&["reconcile", "--url", &daemon.url(""), "--wait", "10s"]);
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stdout));
     Arc::into_inner(daemon).expect("the publishers are gone").stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_letter_that_was_written_before_a_crash_is_neither_written_nor_delivered_again() {
+    let site = Site::start().await;
+    let (primary, _) = site.cluster.nodes_of(STREAM);
+    let daemon = site.home.start().await;
+    let may_acknowledge = |may: bool| {
+        let right = if may { "+xack" } else { "-xack" };
+        assert_eq!(site.cluster.node(primary).cli(&["ACL", "SETUSER", "default", right]), "OK");
+    };
+    may_acknowledge(false);
+    site.ledger.publish_until_accepted(&daemon, &site.account.stream, &site.ledger.events(8, 10)).await;
+    let letters = async || site.store.range(&site.account.dead_letter, EVERYTHING, 10).await.expect("read").len();
+    until("a letter", BOUND, async || (letters().await == 1).then_some(())).await;
+    let pending = async || {
+        let status = site.store.describe(&site.account.stream).await.ok()??;
+        status.groups.into_iter().next().map(|group| (group.pending, group.undelivered))
+    };
+    until("handled events", BOUND, async || (pending().await == Some((8, Some(0)))).then_some(())).await;
+    daemon.crash();
+
+    // Whoever takes over would be able to deliver it by now.
+    site.is_mended.store(true, Ordering::SeqCst);
+    may_acknowledge(true);
+    let daemon = site.home.start().await;
+    until("a settled account", BOUND, async || (pending().await == Some((0, Some(0)))).then_some(())).await;
+    assert_eq!(letters().await, 1);
+    let received = site.receiver.received();
+    let taken = received.iter().filter(|request| request.is_taken && name_of(&request.body) == "e-7").count();
+    assert_eq!(taken, 0, "it is dead, and was delivered all the same");
+    let output = site.home.run(&["reconcile", "--url", &daemon.url(""), "--wait", "10s"]);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stdout));
+    daemon.stop().await;
 }

@@ -49,10 +49,9 @@ async fn a_daemon_on_a_cluster_over_tls_follows_every_stream_to_its_node() {
     let certificates = folder(make_certificates);
     let cluster = Cluster::with_tls(certificates.path()).await;
     let streams: Vec<String> = (0..8).map(|n| format!("it:tls-{n}")).collect();
-    let declared: String = streams
-        .iter()
-        .map(|name| format!("[[streams]]\nname = \"{name}\"\n[[streams.groups]]\nname = \"g\"\nsink = \"log\"\n"))
-        .collect();
+    let declare =
+        |name: &String| format!("[[streams]]\nname = \"{name}\"\n[[streams.groups]]\nname = \"g\"\nsink = \"log\"\n");
+    let declared = streams.iter().map(declare).collect::<Vec<_>>().concat();
     let home = Home::new(&format!(
         "[store]\nbackend = \"redis\"\n[store.redis]\nurl = \"{}\"\nca_file = \"{}\"\n[sinks.log]\ntype = \"log\"\n\
          [relay]\nchannels = {{}}\n{declared}",

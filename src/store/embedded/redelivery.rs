@@ -6,7 +6,7 @@ use super::log::ChunkRef;
 use super::operations::{RECLAIM_LOOKS, millis};
 use super::tables::corrupt;
 use super::writer::Writer;
-use crate::event::{Entry, EntryId, Fields, GroupName, field};
+use crate::event::{Entry, EntryId, field};
 use crate::store::{Cursor, LostReason, Redelivery, StoreError};
 
 /// How many bytes of entries one call copies, give or take one entry.
@@ -126,20 +126,7 @@ impl Writer {
             return Ok(Step::TakeOver(entry, deliveries));
         }
         let mut encoded = Vec::new();
-        chunk::encode(&again(&entry, &cursor.group, deliveries), &mut encoded);
+        chunk::encode(&entry.handed_on(&cursor.group, deliveries), &mut encoded);
         Ok(Step::HandOn(encoded))
     }
-}
-
-/// The entry as it is appended again, for one group alone.
-fn again(entry: &Entry, group: &GroupName, deliveries: u32) -> Fields {
-    let ours = [field::REPLAY_GROUP, field::REPLAY_OF, field::REPLAY_ATTEMPTS].map(str::as_bytes);
-    let kept = entry.fields.iter().filter(|(name, _)| !ours.contains(&name.as_ref()));
-    let mut fields: Fields = kept.map(|(name, value)| (name.clone(), value.clone())).collect();
-    let is_again = entry.fields.get(field::REPLAY_GROUP).is_some();
-    let first = entry.fields.get(field::REPLAY_OF).filter(|_| is_again).cloned();
-    fields.push(field::REPLAY_GROUP, group.to_string());
-    fields.push(field::REPLAY_OF, first.unwrap_or_else(|| entry.id.to_string().into()));
-    fields.push(field::REPLAY_ATTEMPTS, deliveries.to_string());
-    fields
 }

@@ -3,6 +3,7 @@
 use fred::error::{Error as FredError, ErrorKind as FredKind};
 
 use super::address::Address;
+use super::reply::Reply;
 
 use crate::store::{StoreError, StoreErrorKind};
 
@@ -26,6 +27,10 @@ pub(super) struct Failure {
     pub(super) breaks_connection: bool,
     /// The server is not the one that takes writes: another may be, or this one after a while. It ran nothing.
     pub(super) is_wrong_server: bool,
+    /// How many entries were stored all the same.
+    pub(super) stored: u64,
+    /// What the script answered whose effect is not confirmed.
+    pub(super) unconfirmed: Option<Box<Reply>>,
     /// The cluster named another node for this.
     pub(super) elsewhere: Option<Box<Elsewhere>>,
 }
@@ -126,6 +131,8 @@ impl Failure {
             is_unknown_script: false,
             breaks_connection: false,
             is_wrong_server: false,
+            stored: 0,
+            unconfirmed: None,
             elsewhere: None,
         }
     }
@@ -170,7 +177,7 @@ impl Failure {
 
     /// The error for whoever called: `what` could not be done.
     pub(super) fn because(self, what: impl std::fmt::Display) -> StoreError {
-        StoreError::new(self.kind, format!("{what}: {}", self.reason))
+        StoreError::new(self.kind, format!("{what}: {}", self.reason)).with_stored(self.stored)
     }
 }
 

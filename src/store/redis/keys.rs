@@ -28,6 +28,11 @@ pub(super) fn moved(dead_letters: &StreamName, from: &StreamName, group: &GroupN
     beside(dead_letters, b"moved:", format!("{from}/{group}/{id}").as_bytes())
 }
 
+/// Where it is noted which entries of a stream are being moved to dead letters in another part of the cluster.
+pub(super) fn moving(stream: &StreamName) -> Bytes {
+    beside(stream, b"moving", b"")
+}
+
 /// What is written beside a stream for the sake of writing.
 pub(super) fn mark(stream: &[u8]) -> Bytes {
     let mut key = BytesMut::with_capacity(stream.len() + 7);
@@ -79,7 +84,8 @@ mod tests {
         assert_eq!(moved, "{aurora:alerts}:moved:other/g/0-0");
         let (lease, fence) = (lease(&stream, "group/siem"), fence(&stream));
         let dedup = idempotency(&stream, b"a}{b");
-        let beside = [dedup, epoch(&stream), account(&stream), moved, mark(b"aurora:alerts"), lease, fence];
+        let beside =
+            [dedup, epoch(&stream), account(&stream), moving(&stream), moved, mark(b"aurora:alerts"), lease, fence];
         for key in beside {
             assert_eq!(fred::util::redis_keyslot(&key), slot);
         }

@@ -93,6 +93,29 @@ impl Link {
         self.line(server).connection().await.map(|_| ())
     }
 
+    /// A connection of its own to the server of this key, to be given back once nothing is under way on it.
+    pub(super) async fn alone(&self, key: &[u8]) -> Result<Leased, Failure> {
+        let route = self.shared.servers.route(key).await?;
+        self.lease(&route).await
+    }
+
+    pub(super) fn give_back(&self, leased: Leased) {
+        self.shared.pool.give_back(leased);
+    }
+
+    /// A failure on such a connection, and what it tells of the servers.
+    pub(super) fn judged(&self, failure: Failure) -> Failure {
+        self.shared.servers.judged(failure)
+    }
+
+    pub(super) fn settings(&self) -> &Settings {
+        &self.shared.settings
+    }
+
+    pub(super) fn durability(&self) -> Durability {
+        self.durability
+    }
+
     /// Sends one command, once. Cancel-safe, though the server may then have run it.
     pub(super) async fn call(&self, command: &'static str, key: &[u8], arguments: Arguments) -> Result<Reply, Failure> {
         let mut route = self.shared.servers.route(key).await?;
@@ -166,7 +189,10 @@ impl Link {
         };
         // A connection that broke is not kept.
         self.shared.pool.give_back(leased);
-        confirmed.and(answer)
+        match confirmed {
+            Ok(()) => answer,
+            Err(failure) => Err(Failure { unconfirmed: answer.ok().map(Box::new), ..failure }),
+        }
     }
 
     async fn call_at(&self, route: &Route, command: &'static str, arguments: Arguments) -> Result<Reply, Failure> {

@@ -17,7 +17,8 @@ use super::failure::Failure;
 use super::keys;
 use super::link::Link;
 use super::reply::{Reply, parse_id};
-use super::script::{APPEND, APPEND_ONCE, MAX_ENTRY_ARGUMENTS};
+use super::script::{APPEND, APPEND_ONCE};
+use super::wide;
 use crate::event::{NewEntry, StreamName, field};
 use crate::store::{Appended, MAX_APPEND, StoreErrorKind};
 
@@ -91,7 +92,7 @@ fn check(entries: &[NewEntry]) -> Result<(), Failure> {
         if entry.fields.is_empty() {
             return wrong("an entry must have a field".to_owned());
         }
-        if entry.fields.len() * 2 > MAX_ENTRY_ARGUMENTS {
+        if entry.fields.len() * 2 > wide::MAX_ARGUMENTS {
             return wrong(format!("an entry has {} fields", entry.fields.len()));
         }
     }
@@ -179,11 +180,18 @@ fn next_batch(lane: &mut Lane, patience: Duration) -> Option<Vec<Request>> {
 async fn send(link: &Link, stream: StreamName, batch: Vec<Request>) -> StreamName {
     let outcome = append(link, &stream, &batch).await;
     match outcome {
-        Ok(appended) => {
+        Ok((appended, unconfirmed)) => {
             let mut appended = appended.into_iter();
             for request in batch {
-                let own = appended.by_ref().take(request.entries.len()).collect();
-                answer(request, Ok(own));
+                let own: Vec<Appended> = appended.by_ref().take(request.entries.len()).collect();
+                let outcome = match &unconfirmed {
+                    None => Ok(own),
+                    Some(failure) => {
+                        let stored = own.iter().filter(|appended| !appended.duplicate).count() as u64;
+                        Err(Failure { stored, ..failure.clone() })
+                    }
+                };
+                answer(request, outcome);
             }
         }
         Err(failure) => {
@@ -200,17 +208,33 @@ fn answer(request: Request, outcome: Result<Vec<Appended>, Failure>) {
     drop(request.answer.send(outcome));
 }
 
-async fn append(link: &Link, stream: &StreamName, batch: &[Request]) -> Result<Vec<Appended>, Failure> {
+/// What was appended, and why that is not as durable as it was to be, if it is not.
+async fn append(
+    link: &Link,
+    stream: &StreamName,
+    batch: &[Request],
+) -> Result<(Vec<Appended>, Option<Failure>), Failure> {
     let entries = || batch.iter().flat_map(|request| &request.entries);
-    let appended = if entries().any(|entry| entry.idempotency.is_some()) {
-        append_once(link, stream, entries()).await?
+    if entries().any(wide::is_wide) {
+        return wide::append(link, stream, &entries().collect::<Vec<_>>()).await;
+    }
+    let once = entries().any(|entry| entry.idempotency.is_some());
+    let answer = if once {
+        append_once(link, stream, entries()).await
     } else {
         let key = Bytes::copy_from_slice(stream.as_str().as_bytes());
-        let reply = link.run_with(&APPEND, &[key], |arguments| add_runs(arguments, entries())).await?;
-        plain(&reply.bytes()?, entries())?
+        link.run_with(&APPEND, &[key], |arguments| add_runs(arguments, entries())).await
     };
+    let (reply, unconfirmed) = match answer {
+        Ok(reply) => (reply, None),
+        Err(mut failure) => match failure.unconfirmed.take() {
+            Some(reply) => (*reply, Some(failure)),
+            None => return Err(failure),
+        },
+    };
+    let appended = if once { with_duplicates(reply, entries())? } else { plain(&reply.bytes()?, entries())? };
     if appended.len() == entries().count() {
-        Ok(appended)
+        Ok((appended, unconfirmed))
     } else {
         Err(Failure::unexpected("another number of ids than of entries"))
     }
@@ -250,7 +274,7 @@ async fn append_once(
     link: &Link,
     stream: &StreamName,
     entries: impl Iterator<Item = &NewEntry> + Clone + Send,
-) -> Result<Vec<Appended>, Failure> {
+) -> Result<Reply, Failure> {
     let mut stream_keys = vec![Bytes::copy_from_slice(stream.as_str().as_bytes())];
     let mut arguments = Arguments::with_capacity(entries.clone().map(|entry| entry.fields.len() * 2 + 3).sum());
     for entry in entries.clone() {
@@ -269,8 +293,7 @@ async fn append_once(
             arguments.bytes(name.clone()).bytes(value.clone());
         }
     }
-    let reply = link.run(&APPEND_ONCE, &stream_keys, arguments).await?;
-    with_duplicates(reply, entries)
+    link.run(&APPEND_ONCE, &stream_keys, arguments).await
 }
 
 fn event_id(entry: &NewEntry) -> Bytes {

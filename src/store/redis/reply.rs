@@ -12,7 +12,7 @@ use super::failure::Failure;
 use crate::event::{Entry, EntryId, Fields};
 
 /// One reply, or a part of one.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Reply(Resp3Frame);
 
 impl Reply {

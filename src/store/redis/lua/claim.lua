@@ -1,9 +1,11 @@
 -- Takes over pending entries that have been idle for long enough, and finds those whose bodies are gone.
--- KEYS: the stream, its account. ARGV: group, consumer, least idle time in milliseconds, then either
+-- KEYS: the stream, its account, and in a cluster where it is noted what is being moved to dead letters elsewhere.
+-- ARGV: group, consumer, least idle time in milliseconds, then either
 --   'ids' and the ids, or 'from', the id to begin with, how many to take, how many to look at, and how many may be
 --   taken together with an entry that was delivered once, twice, or more often.
 -- Returns the entries taken, how often each was delivered before, the ids lost, the last id looked at where there may
---   be more after it, and where it was left because too many would be taken with it, how often it was delivered.
+--   be more after it; where it was left because too many would be taken with it, how often it was delivered; and, if
+--   any was being moved to dead letters elsewhere, for each one taken to which stream of them, or an empty text.
 local call, stream, group, consumer, idle = redis.call, KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3])
 local ids, attempts, more, left = {}, {}, '', 0
 local function consider(row)
@@ -37,7 +39,7 @@ else
     end
   end
 end
-if #ids == 0 then return {{}, {}, {}, more, left} end
+if #ids == 0 then return {{}, {}, {}, more, left, {}} end
 local taken, counts, lost, present = {}, {}, {}, {}
 for _, entry in ipairs(call('XCLAIM', stream, group, consumer, idle, unpack(ids))) do
   -- Servers before 7.0 answer nil for an entry whose body is gone; newer ones drop it from the pending entries.
@@ -54,4 +56,8 @@ for _, id in ipairs(ids) do
   end
 end
 if #lost > 0 then call('HINCRBY', KEYS[2], 'trimmed_pending:' .. group, #lost) end
-return {taken, counts, lost, more, left}
+local moving = {}
+if KEYS[3] and call('EXISTS', KEYS[3]) == 1 then
+  for i, entry in ipairs(taken) do moving[i] = call('HGET', KEYS[3], group .. '/' .. entry[1]) or '' end
+end
+return {taken, counts, lost, more, left, moving}

@@ -5,13 +5,16 @@
 --   many entries to act on, how many to look at, how many bytes of entries to act on, from how many deliveries on an
 --   entry is taken over, the most names and values of one entry, and the names of three fields: the group that an entry
 --   is for, the id it had first, and how many deliveries it had before.
+-- An entry of more names and values is taken over as well, for the caller to append it again.
 -- Returns how many were handed on, how many were acknowledged because they are for another group, the ids lost, the
---   entries taken over, how often each was delivered, and the last id looked at where there may be more after it.
+--   entries taken over, how often each was delivered, and the last id looked at where there may be more after it;
+--   then the entries that are too wide, and how often each was delivered.
 local call, stream, group, consumer, idle = redis.call, KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3])
 local wanted, scan, room = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local limit, widest = tonumber(ARGV[8]), tonumber(ARGV[9])
 local for_group, first_id, deliveries = ARGV[10], ARGV[11], ARGV[12]
 local handed_on, foreign, lost, taken, counts, more = 0, 0, {}, {}, {}, ''
+local wide, wide_counts = {}, {}
 
 local function act(id, count)
   local entry = call('XRANGE', stream, id, id)[1]
@@ -52,6 +55,10 @@ local function act(id, count)
     call('XADD', stream, '*', unpack(copy))
     call('XACK', stream, group, id)
     handed_on = handed_on + 1
+  else
+    call('XCLAIM', stream, group, consumer, idle, id, 'RETRYCOUNT', count, 'JUSTID')
+    wide[#wide + 1] = entry
+    wide_counts[#wide_counts + 1] = before + count
   end
 end
 
@@ -74,4 +81,4 @@ end
 count('acknowledged', handed_on)
 count('filtered', foreign)
 count('trimmed_pending', #lost)
-return {handed_on, foreign, lost, taken, counts, more}
+return {handed_on, foreign, lost, taken, counts, more, wide, wide_counts}

@@ -1,9 +1,9 @@
 -- Acknowledges, re-arms or releases pending entries, those that the consumer still holds.
--- KEYS: the stream, its account. ARGV: group, consumer, then per entry its id, what to do ('ack', 'filter', 'dead',
+-- KEYS: the stream, its account. ARGV: group, consumer, then per entry its id, what to do ('ack', 'filter',
 --   'retry' or 'release'), and how long it counts as idle from now on, in milliseconds.
 -- Returns how many the consumer does not hold.
 local call, stream, group, consumer = redis.call, KEYS[1], ARGV[1], ARGV[2]
-local done, not_owned = {ack = {}, filter = {}, dead = {}}, 0
+local done, not_owned = {ack = {}, filter = {}}, 0
 for i = 3, #ARGV, 3 do
   local id, what, idle = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   local row = call('XPENDING', stream, group, id, id, 1)[1]
@@ -27,5 +27,4 @@ local function acknowledge(ids, counter)
 end
 acknowledge(done.ack, 'acknowledged:')
 acknowledge(done.filter, 'filtered:')
-acknowledge(done.dead, 'dead:')
 return not_owned

@@ -1,0 +1,89 @@
+//! What a search for idle entries leaves out of care, on every backend.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use aurora_bus::event::{EntryId, NewEntry};
+use aurora_bus::store::{Care, Cursor, Start, Store};
+
+use crate::store_contract::{cursor, new_entry, unique_stream};
+use crate::store_redeliver::{open_embedded, open_redis, open_valkey};
+
+const CARE: Care = Care { in_hand: 0, most: [5, 2, 1] };
+
+/// A stream whose entries were delivered as often as told, in order.
+async fn delivered(store: &dyn Store, attempts: &[u32]) -> (Cursor, Vec<EntryId>) {
+    let cursor = cursor(&unique_stream(), "g", "dead");
+    store.ensure_group(&cursor.stream, &cursor.group, Start::Oldest).await.expect("a group");
+    let entries: Vec<NewEntry> = attempts.iter().map(|_| new_entry("x")).collect();
+    let appended = store.append(&cursor.stream, entries).await.expect("appended");
+    let ids: Vec<EntryId> = appended.into_iter().map(|appended| appended.id).collect();
+    store.fetch(&cursor, ids.len(), Duration::ZERO).await.expect("fetched");
+    for (id, attempts) in ids.iter().zip(attempts) {
+        for _ in 1..*attempts {
+            store.claim(&cursor, &[*id], Duration::ZERO).await.expect("claimed");
+        }
+    }
+    (Cursor { consumer: "alive".parse().expect("a name"), ..cursor }, ids)
+}
+
+async fn search(store: &dyn Store, cursor: &Cursor, from: EntryId, care: Care) -> (usize, EntryId, Option<u32>) {
+    let found = store.reclaim_with_care(cursor, Duration::ZERO, from, 100, care).await.expect("searched");
+    (found.claimed.deliveries.len(), found.next, found.held_back)
+}
+
+async fn the_company_of_an_entry_is_as_small_as_its_deliveries_ask(store: Arc<dyn Store>) {
+    let (cursor, ids) = delivered(&*store, &[1, 1, 1, 1, 1, 1, 2, 2, 2, 3, 9, 1]).await;
+    let mut from = EntryId::MIN;
+    for (taken, left, attempts) in [(5, 5, 1), (2, 7, 2), (2, 9, 3), (1, 10, 9), (1, 11, 1)] {
+        let expected = (taken, ids[left], Some(attempts));
+        assert_eq!(search(&*store, &cursor, from, CARE).await, expected);
+        from = ids[left];
+    }
+    assert_eq!(search(&*store, &cursor, from, CARE).await, (1, EntryId::MIN, None));
+}
+
+async fn what_is_in_hand_already_counts(store: Arc<dyn Store>) {
+    let (cursor, ids) = delivered(&*store, &[1, 1, 2]).await;
+    let care = |in_hand| Care { in_hand, ..CARE };
+    assert_eq!(search(&*store, &cursor, EntryId::MIN, care(7)).await, (0, ids[0], Some(1)));
+    assert_eq!(search(&*store, &cursor, EntryId::MIN, care(4)).await, (1, ids[1], Some(1)));
+    assert_eq!(search(&*store, &cursor, ids[2], care(2)).await, (0, ids[2], Some(2)));
+    assert_eq!(search(&*store, &cursor, ids[2], care(1)).await, (1, EntryId::MIN, None));
+}
+
+async fn without_care_all_are_taken(store: Arc<dyn Store>) {
+    let (cursor, _) = delivered(&*store, &[9, 9, 1]).await;
+    assert_eq!(search(&*store, &cursor, EntryId::MIN, Care::NONE).await, (3, EntryId::MIN, None));
+}
+
+macro_rules! cases {
+    ($open:path: $($case:ident)*) => {
+        $(
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $case() {
+                let test = $open().await;
+                super::$case(test.store.clone()).await;
+            }
+        )*
+    };
+    ($open:path) => {
+        cases!($open:
+            the_company_of_an_entry_is_as_small_as_its_deliveries_ask
+            what_is_in_hand_already_counts
+            without_care_all_are_taken
+        );
+    };
+}
+
+mod embedded_store {
+    cases!(super::open_embedded);
+}
+
+mod redis_store {
+    cases!(super::open_redis);
+}
+
+mod valkey_store {
+    cases!(super::open_valkey);
+}
