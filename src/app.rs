@@ -41,6 +41,7 @@ pub struct App {
     grace: Duration,
     store: Arc<dyn Store>,
     sinks: BTreeMap<String, Arc<dyn Sink>>,
+    checks: Vec<sink::StartCheck>,
     workers: Vec<Worker>,
     guards: Vec<Guard>,
     reaper: Reaper,
@@ -84,6 +85,10 @@ impl App {
         let janitor = Janitor::new(Arc::clone(&store), specs, limits, metrics.clone());
 
         let sinks = metered(sinks, &metrics);
+        let checks = sinks.iter().map(|(name, sink)| {
+            sink::StartCheck::new(name.clone(), Arc::clone(sink), readiness.part(&format!("sink {name}"), None))
+        });
+        let checks = checks.collect();
         let sources = config.streams.iter().map(|stream| Source {
             stream: stream.name.clone(),
             dead_letter: stream.dead_letter(),
@@ -150,6 +155,7 @@ impl App {
             grace,
             store,
             sinks,
+            checks,
             workers,
             guards,
             reaper,
@@ -186,6 +192,9 @@ impl App {
         }
         for guard in self.guards {
             tasks.spawn(named("guard", guard.run(work.clone())));
+        }
+        for check in self.checks {
+            tasks.spawn(named("check of a sink", check.run(work.clone())));
         }
         tasks.spawn(named("reaper", self.reaper.run(work.clone())));
         tasks.spawn(named("janitor", self.janitor.run(work.clone())));

@@ -284,6 +284,9 @@ impl Bus {
         let result = self.limits.append(&*self.store, stream, entries, durability).await;
         let labels = [stream.as_str()];
         self.metrics.publish_seconds.with_label_values(&labels).observe(started.elapsed().as_secs_f64());
+        // What is stored is published, also where it is not as durable as asked.
+        let stored = result.as_ref().map_or_else(StoreError::stored, |_| 0);
+        self.metrics.published.with_label_values(&labels).inc_by(stored);
         let appended = result.map_err(|error| PublishError::Store(Arc::new(error)))?;
         let duplicates = appended.iter().filter(|appended| appended.duplicate).count() as u64;
         self.metrics.published.with_label_values(&labels).inc_by(appended.len() as u64 - duplicates);
@@ -311,8 +314,8 @@ impl Forward for Bus {
             let message = format!("the stream `{stream}` is not declared");
             return Err(SinkError::new(SinkErrorClass::Transient, message));
         }
-        let checked = self.store.check().await;
-        checked.map(drop).map_err(|error| refused(stream, Arc::new(error)))
+        let checked = self.store.check().await.and_then(|_| self.limits.check(stream));
+        checked.map_err(|error| refused(stream, Arc::new(error)))
     }
 
     async fn forward(&self, stream: &StreamName, entries: Vec<(String, Fields)>) -> Result<(), SinkError> {
@@ -337,10 +340,11 @@ impl Forward for Bus {
     }
 }
 
-/// None of these is the fault of an entry: the store heals, or someone makes room.
+/// None of these but a call that is wrong is the fault of an entry: the store heals, or someone makes room.
 fn refused(stream: &StreamName, error: Arc<StoreError>) -> SinkError {
-    let retry_after = error.retry_after();
+    let (retry_after, is_outage) = (error.retry_after(), error.kind() != StoreErrorKind::Internal);
     let refusal = SinkError::new(SinkErrorClass::Transient, format!("cannot forward to `{stream}`")).with_source(error);
+    let refusal = if is_outage { refusal.as_outage() } else { refusal };
     match retry_after {
         Some(after) => refusal.with_retry_after(after),
         None => refusal,

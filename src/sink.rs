@@ -4,6 +4,7 @@
 //! attempts or acknowledgements: a sink either took a batch, or says why not.
 
 mod audit;
+mod checks;
 mod envelope;
 mod log;
 mod metered;
@@ -20,6 +21,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 pub use audit::{AuditConfig, AuditSink, Flaw, Problem, VerifyReport, verify};
+pub use checks::StartCheck;
 pub use log::{LogConfig, LogSink};
 pub use metered::Metered;
 pub use postgres::{InvalidTableName, PostgresConfig, PostgresSink, TableName};
@@ -97,13 +99,14 @@ pub struct SinkError {
     class: SinkErrorClass,
     message: String,
     retry_after: Option<Duration>,
+    is_outage: bool,
     source: Option<Box<dyn Error + Send + Sync>>,
 }
 
 impl SinkError {
     /// An error of that class, told by `message` (lower case, no period).
     pub fn new(class: SinkErrorClass, message: impl Into<String>) -> Self {
-        Self { class, message: message.into(), retry_after: None, source: None }
+        Self { class, message: message.into(), retry_after: None, is_outage: false, source: None }
     }
 
     /// The same with what caused it.
@@ -118,6 +121,18 @@ impl SinkError {
     pub fn with_retry_after(mut self, retry_after: Duration) -> Self {
         self.retry_after = Some(retry_after);
         self
+    }
+
+    /// The same, but no entry is to blame for it: the sink can take none now, and to have tried is no attempt.
+    #[must_use]
+    pub fn as_outage(mut self) -> Self {
+        self.is_outage = true;
+        self
+    }
+
+    /// Whether the sink can take no entry now, whichever it is.
+    pub fn is_outage(&self) -> bool {
+        self.is_outage
     }
 
     /// Whether trying again can help.

@@ -49,6 +49,8 @@ pub(super) enum Failure {
     Refused(SinkError),
     /// The sink failed, and says that it is down: why it failed, and what it says.
     Down(SinkError, String),
+    /// The sink says that it can take nothing now, whichever entry it is.
+    Unable(SinkError),
     /// The sink says that it is down, so it was not called.
     NotBegun(String),
     /// The worker stopped amid the call.
@@ -99,8 +101,12 @@ impl Caller {
                 parts.push(part.start..middle);
                 continue;
             }
-            if let Failure::Down(_, reason) = &failure {
-                let reason = reason.clone();
+            let down = match &failure {
+                Failure::Down(_, reason) => Some(reason.clone()),
+                Failure::Unable(error) => Some(chain(error)),
+                _ => None,
+            };
+            if let Some(reason) = down {
                 failures.push((part, failure));
                 failures.extend(parts.drain(..).rev().map(|part| (part, Failure::NotBegun(reason.clone()))));
             } else {
@@ -121,6 +127,9 @@ impl Caller {
         };
         if error.class() != SinkErrorClass::Transient {
             return Err((Failure::Refused(error), true));
+        }
+        if error.is_outage() {
+            return Err((Failure::Unable(error), false));
         }
         match self.check().await {
             Ok(()) => Err((Failure::Refused(error), false)),
@@ -254,6 +263,7 @@ mod tests {
         let text = |failure: &Failure| match failure {
             Failure::Refused(error) => error.to_string(),
             Failure::Down(error, reason) => format!("Down({error}, {reason})"),
+            Failure::Unable(error) => format!("Unable({error})"),
             Failure::NotBegun(reason) => format!("NotBegun({reason})"),
             Failure::Aborted => "Aborted".to_owned(),
             Failure::Behind => "Behind".to_owned(),

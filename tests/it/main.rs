@@ -27,6 +27,7 @@ mod redis_states;
 mod redis_tls;
 mod redis_torn;
 mod relay;
+mod sink_outages;
 mod sinks;
 mod soak;
 mod store_accounts;

@@ -67,14 +67,15 @@ async fn replicated_means_on_the_replica(product: Product) {
 
     servers.proxy.black_hole_existing();
     servers.proxy.refuse(true);
-    for _ in 0..3 {
+    for round in 0..3 {
         // Also from connections that have not written it themselves.
         let store = connect(&servers.primary.url()).await;
-        for _ in 0..2 {
+        for attempt in 0..2 {
             let entries = vec![keyed("second", "second", HOUR)];
             let error = store.append_durably(&stream, entries, Durability::REPLICATED).await.expect_err("cut off");
             assert_eq!(error.kind(), StoreErrorKind::NotDurable, "{error}");
             assert!(error.to_string().contains("the entries are stored, but 0 of 1 replicas"), "{error}");
+            assert_eq!(error.stored(), u64::from(round + attempt == 0), "stored by the first attempt");
         }
     }
     assert_eq!(servers.primary.cli(&["XLEN", stream.as_str()]), "2", "stored, and once");
@@ -175,6 +176,14 @@ async fn publishers_may_ask_for_more_than_their_stream_promises() {
         assert!(body.contains("not_durable") && body.contains("the entries are stored"), "{body}");
     }
     assert_eq!(publish("plain/events").await.0, 201);
+    // What is stored is published, whether or not it is confirmed; the first two were confirmed.
+    assert_eq!(daemon.metric("aurora_bus_published_total").await, 2);
+    let url = daemon.url("/api/v1/streams/safe/events?dedup=id");
+    for _ in 0..2 {
+        let answer = client.post(&url).body(r#"{"id":"new"}"#).send().await.expect("an answer");
+        assert_eq!(answer.status(), 503);
+        assert_eq!(daemon.metric("aurora_bus_published_total").await, 3);
+    }
     servers.proxy.reset();
     servers.is_linked().await;
     let safe = until("replicated event", BOUND, async || {

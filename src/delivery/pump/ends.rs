@@ -86,6 +86,7 @@ impl Pump {
                     self.sink_failed(&reason, true);
                     self.refused(failed, error, was_probe);
                 }
+                Failure::Unable(error) => self.unable(failed, error, was_probe),
                 Failure::NotBegun(reason) => {
                     self.sink_failed(&reason, true);
                     self.keep(failed);
@@ -115,6 +116,21 @@ impl Pump {
     pub(super) fn hand_back(&mut self, deliveries: Vec<Delivery>, outcome: &Outcome) {
         for delivery in deliveries {
             self.settlements.push(delivery, outcome.clone());
+        }
+    }
+
+    /// Keeps what the sink can't take now, whichever entry it is. Where outages use up attempts, this does as well.
+    fn unable(&mut self, failed: Vec<Delivery>, error: SinkError, was_probe: bool) {
+        if !self.sink_failed(&chain(&error), true) {
+            return self.refused(failed, error, was_probe);
+        }
+        self.meters.sink_errors(error.class()).inc_by(failed.len() as u64);
+        for delivery in failed.iter().filter(|_| was_probe) {
+            self.breaker.tried(delivery.entry.id);
+        }
+        self.keep(failed);
+        if let Some(retry_after) = error.retry_after() {
+            self.breaker.postpone(Instant::now() + retry_after.min(MAX_POSTPONEMENT));
         }
     }
 
