@@ -60,7 +60,7 @@ pub use admission::{Admission, NotRenewed, Renewal};
 pub use close::{CloseCode, Ending};
 pub use config::Config;
 pub use feed::{Feed, FeedForm};
-pub use filter::{Attribute, Filter, InvalidFilter};
+pub use filter::{Attribute, Filter, InvalidFilter, Tags};
 #[cfg(fuzzing)]
 pub use inbound::fuzz as fuzz_inbound;
 pub use params::{BadParameter, MAX_SNAPSHOT, Since, SubscribeParams};

@@ -78,8 +78,8 @@ fn compile(written: Written, path: &str, depth: usize, budget: &mut usize) -> Re
             let mut nodes = nodes.into_iter().enumerate().map(inner).collect::<Result<Vec<Node>, _>>()?;
             match (op.as_str(), nodes.len()) {
                 ("and" | "or", 0) => Err(invalid(&member(path, "nodes"), "must not be empty")),
-                ("and", _) => Ok(Node::All(nodes.into())),
-                ("or", _) => Ok(Node::Any(nodes.into())),
+                ("and", _) => Ok(Node::all(nodes)),
+                ("or", _) => Ok(Node::any(nodes)),
                 ("not", 1) => Ok(Node::Not(Box::new(nodes.remove(0)))),
                 ("not", _) => Err(invalid(&member(path, "nodes"), "of `not` must have one node")),
                 _ => Err(invalid(&member(path, "op"), "must be and, or or not")),
