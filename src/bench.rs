@@ -12,6 +12,7 @@ mod http;
 mod load;
 mod payload;
 mod process;
+mod relay;
 mod report;
 mod resp;
 mod works;
@@ -69,11 +70,11 @@ pub struct BenchArgs {
     /// How many runs each figure is the median of
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=99))]
     rounds: u64,
-    /// How many WebSocket clients the fan-out is measured with
-    #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [500])]
+    /// How many WebSocket clients the fan-out is measured with; if not given 500, for `relay` 200, 500 and 1000
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
     clients: Vec<usize>,
-    /// How many idle WebSocket clients memory is measured with
-    #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [1000, 5000])]
+    /// How many idle WebSocket clients are watched; if not given 1000 and 5000, for `relay` 10 000
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
     idle_clients: Vec<usize>,
     /// How many entries wait in the stream that is consumed
     #[arg(long, value_name = "N", default_value_t = 200_000, value_parser = clap::value_parser!(u64).range(1_000..=10_000_000))]
@@ -87,12 +88,34 @@ pub struct BenchArgs {
     /// Also write everything to this file, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    #[command(flatten)]
+    relay: relay::RelayArgs,
+}
+
+impl BenchArgs {
+    /// The numbers of clients that a fan-out is measured with.
+    fn clients_of(&self, what: What) -> Vec<usize> {
+        match (&*self.clients, what) {
+            ([], What::Relay) => vec![200, 500, 1000],
+            ([], _) => vec![500],
+            (given, _) => given.to_vec(),
+        }
+    }
+
+    /// The numbers of idle clients.
+    fn idle_clients_of(&self, what: What) -> Vec<usize> {
+        match (&*self.idle_clients, what) {
+            ([], What::Relay) => vec![10_000],
+            ([], _) => vec![1000, 5000],
+            (given, _) => given.to_vec(),
+        }
+    }
 }
 
 /// One measurement, or all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum What {
-    /// Everything below but webhook and postgres
+    /// Everything below but webhook, relay and postgres
     All,
     /// Events accepted over HTTP, in batches and one by one
     Publish,
@@ -108,6 +131,8 @@ enum What {
     Start,
     /// Entries posted by the sink, 32 at a time, beside a bare loop of the same HTTP client
     Webhook,
+    /// What dashboards cost, beside a null relay and NATS, and what becomes of them in a storm; see --only
+    Relay,
     /// Rows written by the sink, beside COPY by psql; needs --postgres-url
     Postgres,
 }
@@ -120,7 +145,8 @@ impl What {
         match self {
             Self::All => Self::EACH.into_iter().map(|what| what.runs(args)).sum(),
             Self::Publish => 4,
-            Self::Fanout => 4 * args.clients.len() as u64,
+            Self::Fanout => 4 * args.clients_of(self).len() as u64,
+            Self::Relay => args.relay.runs(args.clients_of(self).len()),
             Self::Consume | Self::Latency => 2,
             Self::Idle | Self::Start => 1,
             Self::Webhook | Self::Postgres => 3,
@@ -198,8 +224,8 @@ fn measure(args: BenchArgs, stop: CancellationToken) -> Result<()> {
     ensure!(args.size >= MIN_SIZE, "--size is at least {MIN_SIZE}: an event is an alert of several fields");
     ensure!(args.size <= 1 << 20, "--size is at most 1 MiB, the most that one event may have");
     ensure!(args.idle_clients.is_sorted(), "--idle-clients takes rising numbers");
-    let most_clients = args.clients.iter().chain(&args.idle_clients).max().copied().unwrap_or_default();
-    ensure!(!args.clients.contains(&0) && most_clients <= MAX_CLIENTS, "clients are between 1 and {MAX_CLIENTS}");
+    let numbers = || args.clients.iter().chain(&args.idle_clients).copied().chain([args.relay.crowd()]);
+    ensure!(numbers().all(|number| (1..=MAX_CLIENTS).contains(&number)), "clients are between 1 and {MAX_CLIENTS}");
     let (at, machine) = (Timestamp::now().to_string(), Machine::this());
     let site = Site::new(args.dir.as_deref(), stop)?;
     let mut versions = BTreeMap::from([("aurora-bus".to_owned(), env!("CARGO_PKG_VERSION").to_owned())]);
@@ -226,6 +252,7 @@ fn measure(args: BenchArgs, stop: CancellationToken) -> Result<()> {
     let mut whats: Vec<_> =
         What::EACH.into_iter().filter(|what| args.what.contains(what) || args.what.contains(&What::All)).collect();
     whats.extend(args.what.contains(&What::Webhook).then_some(What::Webhook));
+    whats.extend(args.what.contains(&What::Relay).then_some(What::Relay));
     let settings = settings(&args);
     let with_postgres = args.what.contains(&What::Postgres);
     let runs = whats.iter().map(|what| what.runs(&args)).sum::<u64>() * args.rounds * backends.len() as u64;
@@ -261,7 +288,10 @@ fn measure(args: BenchArgs, stop: CancellationToken) -> Result<()> {
 }
 
 fn settings(args: &BenchArgs) -> BTreeMap<String, String> {
-    let list = |numbers: &[usize]| numbers.iter().map(usize::to_string).collect::<Vec<_>>().join("/");
+    let list = |numbers: &[usize]| match numbers {
+        [] => "as by default".to_owned(),
+        numbers => numbers.iter().map(usize::to_string).collect::<Vec<_>>().join("/"),
+    };
     let persistence = if args.redis_url.is_some() {
         "as found"
     } else if args.aof {

@@ -9,10 +9,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// How many of a payload's first bytes are shown; a control frame's payload is never longer.
-const HEAD_LEN: usize = 125;
+/// How many of a payload's first bytes are shown.
+const HEAD_LEN: usize = 192;
+/// The longest payload of a control frame.
+const MAX_CONTROL: usize = 125;
 /// The longest frame header of a server: no mask.
 const MAX_HEADER: usize = 10;
+/// In the second byte of a frame: there is a mask.
+const MASKED: u8 = 0x80;
 /// How long a handshake may take.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -35,75 +39,101 @@ pub(crate) enum Kind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Frame<'a> {
     pub(crate) kind: Kind,
-    /// The payload's first bytes, all of them up to 125.
+    /// The payload's first bytes, all of them in a control frame.
     pub(crate) head: &'a [u8],
 }
 
-/// Finds the frames in what is read from one connection.
+/// A part of a frame's payload, as it was read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Piece<'a> {
+    pub(crate) kind: Kind,
+    pub(crate) bytes: &'a [u8],
+    /// Whether the payload begins with it.
+    pub(crate) is_first: bool,
+    /// Whether the payload ends with it.
+    pub(crate) is_last: bool,
+}
+
+/// Takes the frames off what is read from one connection.
 #[derive(Debug)]
-pub(crate) struct FrameReader {
+pub(crate) struct Pieces {
     header: [u8; MAX_HEADER],
     header_len: usize,
     kind: Kind,
     /// Payload bytes still to come, once the header is complete.
     missing: Option<u64>,
+    is_begun: bool,
+}
+
+impl Pieces {
+    pub(crate) fn new() -> Self {
+        Self { header: [0; MAX_HEADER], header_len: 0, kind: Kind::Message, missing: None, is_begun: false }
+    }
+
+    /// Takes what was read and calls `on_piece` for each piece of payload in it.
+    pub(crate) fn feed(&mut self, mut input: &[u8], mut on_piece: impl FnMut(Piece<'_>)) -> Result<()> {
+        while !input.is_empty() {
+            let Some(missing) = self.missing else {
+                let header = if self.header_len == 0 { parse_header(input)? } else { None };
+                let header = if let Some((kind, header_len, payload_len)) = header {
+                    input = &input[header_len..];
+                    Some((kind, payload_len))
+                } else {
+                    self.header[self.header_len] = input[0];
+                    self.header_len += 1;
+                    input = &input[1..];
+                    parse_header(&self.header[..self.header_len])?.map(|(kind, _, payload_len)| (kind, payload_len))
+                };
+                if let Some((kind, payload_len)) = header {
+                    (self.kind, self.header_len, self.is_begun) = (kind, 0, false);
+                    self.missing = Some(payload_len).filter(|len| *len > 0);
+                    if payload_len == 0 {
+                        on_piece(Piece { kind, bytes: &[], is_first: true, is_last: true });
+                    }
+                }
+                continue;
+            };
+            let take = usize::try_from(missing).unwrap_or(usize::MAX).min(input.len());
+            let (bytes, rest) = input.split_at(take);
+            let left = missing - take as u64;
+            on_piece(Piece { kind: self.kind, bytes, is_first: !self.is_begun, is_last: left == 0 });
+            (self.is_begun, self.missing) = (true, Some(left).filter(|left| *left > 0));
+            input = rest;
+        }
+        Ok(())
+    }
+}
+
+/// Finds the frames in what is read from one connection.
+#[derive(Debug)]
+pub(crate) struct FrameReader {
+    pieces: Pieces,
     head: [u8; HEAD_LEN],
     head_len: usize,
 }
 
 impl FrameReader {
     pub(crate) fn new() -> Self {
-        Self {
-            header: [0; MAX_HEADER],
-            header_len: 0,
-            kind: Kind::Message,
-            missing: None,
-            head: [0; HEAD_LEN],
-            head_len: 0,
-        }
+        Self { pieces: Pieces::new(), head: [0; HEAD_LEN], head_len: 0 }
     }
 
     /// Takes what was read and calls `on_frame` for each frame that ends in it.
-    pub(crate) fn feed(&mut self, mut input: &[u8], mut on_frame: impl FnMut(Frame<'_>)) -> Result<()> {
-        while !input.is_empty() {
-            let Some(missing) = self.missing else {
-                if self.header_len == 0
-                    && let Some((kind, header_len, payload_len)) = parse_header(input)?
-                    && let Some(payload) =
-                        usize::try_from(payload_len).ok().and_then(|len| input.get(header_len..)?.get(..len))
-                {
-                    on_frame(Frame { kind, head: &payload[..payload.len().min(HEAD_LEN)] });
-                    input = &input[header_len + payload.len()..];
-                    continue;
-                }
-                self.header[self.header_len] = input[0];
-                self.header_len += 1;
-                input = &input[1..];
-                if let Some((kind, _, payload_len)) = parse_header(&self.header[..self.header_len])? {
-                    (self.kind, self.missing) = (kind, Some(payload_len));
-                    if payload_len == 0 {
-                        self.finish(&mut on_frame);
-                    }
-                }
-                continue;
-            };
-            let take = usize::try_from(missing).unwrap_or(usize::MAX).min(input.len());
-            let keep = take.min(HEAD_LEN - self.head_len);
-            self.head[self.head_len..self.head_len + keep].copy_from_slice(&input[..keep]);
-            self.head_len += keep;
-            input = &input[take..];
-            let missing = missing - take as u64;
-            self.missing = Some(missing);
-            if missing == 0 {
-                self.finish(&mut on_frame);
+    pub(crate) fn feed(&mut self, input: &[u8], mut on_frame: impl FnMut(Frame<'_>)) -> Result<()> {
+        let Self { pieces, head, head_len } = self;
+        pieces.feed(input, |Piece { kind, bytes, is_first, is_last }| {
+            if is_first && is_last {
+                return on_frame(Frame { kind, head: &bytes[..bytes.len().min(HEAD_LEN)] });
             }
-        }
-        Ok(())
-    }
-
-    fn finish(&mut self, on_frame: &mut impl FnMut(Frame<'_>)) {
-        on_frame(Frame { kind: self.kind, head: &self.head[..self.head_len] });
-        (self.header_len, self.head_len, self.missing) = (0, 0, None);
+            if is_first {
+                *head_len = 0;
+            }
+            let keep = bytes.len().min(HEAD_LEN - *head_len);
+            head[*head_len..*head_len + keep].copy_from_slice(&bytes[..keep]);
+            *head_len += keep;
+            if is_last {
+                on_frame(Frame { kind, head: &head[..*head_len] });
+            }
+        })
     }
 }
 
@@ -144,12 +174,49 @@ pub(crate) fn write_server_text(payload: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(payload);
 }
 
-/// A client's pong with the payload of a ping (at most 125 bytes). The mask is zero: it hides nothing here.
+/// A client's text frame. The mask is zero: it hides nothing here.
+pub(crate) fn client_text(payload: &[u8]) -> Vec<u8> {
+    client_frame(0x81, payload)
+}
+
+/// A client's frame of bytes.
+pub(crate) fn client_binary(payload: &[u8]) -> Vec<u8> {
+    client_frame(0x82, payload)
+}
+
+/// A client's pong with the payload of a ping (at most 125 bytes).
 pub(crate) fn pong(payload: &[u8]) -> Vec<u8> {
-    let payload = &payload[..payload.len().min(HEAD_LEN)];
-    let mut frame = vec![0x8a, 0x80 | u8::try_from(payload.len()).expect("it is at most 125"), 0, 0, 0, 0];
+    client_frame(0x8a, &payload[..payload.len().min(MAX_CONTROL)])
+}
+
+fn client_frame(first: u8, payload: &[u8]) -> Vec<u8> {
+    let mut frame = vec![first];
+    if let Ok(len @ 0..126) = u8::try_from(payload.len()) {
+        frame.push(MASKED | len);
+    } else {
+        let len = u16::try_from(payload.len()).expect("clients of a measurement send little");
+        frame.push(MASKED | 0x7e);
+        frame.extend_from_slice(&len.to_be_bytes());
+    }
+    frame.extend_from_slice(&[0; 4]);
     frame.extend_from_slice(payload);
     frame
+}
+
+/// The request for a WebSocket.
+pub(crate) fn handshake(address: SocketAddr, path: &str) -> Vec<u8> {
+    format!(
+        "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: YXVyb3JhLWJ1cyBiZW5jaA==\r\n\r\n"
+    )
+    .into_bytes()
+}
+
+/// Fails unless the head of an answer says that there is a WebSocket now.
+pub(crate) fn must_switch(head: &str) -> Result<()> {
+    let first = head.lines().next().unwrap_or_default();
+    ensure!(first.starts_with("HTTP/1.1 101 "), "the WebSocket handshake was refused: {first}");
+    Ok(())
 }
 
 /// Opens a WebSocket; returns it with what the server sent right after the handshake.
@@ -158,17 +225,9 @@ pub(crate) fn connect(address: SocketAddr, path: &str) -> Result<(TcpStream, Vec
         .with_context(|| format!("cannot connect to {address}"))?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(HANDSHAKE_TIMEOUT))?;
-    let request = format!(
-        "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
-         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: YXVyb3JhLWJ1cyBiZW5jaA==\r\n\r\n"
-    );
-    stream.write_all(request.as_bytes()).context("cannot send the WebSocket handshake")?;
+    stream.write_all(&handshake(address, path)).context("cannot send the WebSocket handshake")?;
     let (head, rest) = read_head(&mut stream)?;
-    ensure!(
-        head.starts_with("HTTP/1.1 101 "),
-        "the WebSocket handshake was refused: {}",
-        head.lines().next().unwrap_or_default()
-    );
+    must_switch(&head)?;
     Ok((stream, rest))
 }
 

@@ -3,30 +3,42 @@
 //! It is given one [`Job`] as JSON, does it within a bounded time and writes one line of JSON. It speaks to the
 //! daemon as any client does, over HTTP and WebSocket, and to the store as the cheapest client would.
 
+mod crowd;
+mod dashboards;
+mod drain;
 mod embedded;
+mod matching;
+mod nats;
 mod null_relay;
 mod publisher;
 mod receiver;
 mod redis;
 mod requests;
+mod slow;
 mod sockets;
+mod storm;
 
 use std::io::Write;
 use std::net::SocketAddr;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use url::Url;
 
 use super::resp::Connection;
 
+pub(crate) use drain::{DrainJob, DrainReport};
 pub(crate) use embedded::{EngineAppendJob, StoreMixedJob};
+pub(crate) use matching::{MatchJob, MatchReport};
 pub(crate) use null_relay::ServeJob;
 pub(crate) use publisher::{PublisherSpec, Target};
 pub(crate) use redis::{RawConsumeJob, RawPublishJob, fill};
 pub(crate) use requests::{Request, RequestsJob, RequestsReport};
+pub(crate) use slow::{SlowJob, SlowReport};
 pub(crate) use sockets::{HoldJob, HoldReport, Pace, SocketsJob, SocketsReport};
+pub(crate) use storm::{StormJob, StormReport};
 
 /// What the hidden sub-command takes.
 #[derive(Debug, Clone, clap::Args)]
@@ -54,6 +66,14 @@ pub(crate) enum Job {
     Sockets(SocketsJob),
     /// Opens connections on which nothing happens.
     Hold(HoldJob),
+    /// Dashboards that come back after the daemon was killed.
+    Storm(StormJob),
+    /// Dashboards of which some stop reading for a while.
+    Slow(SlowJob),
+    /// Dashboards that are closed by a daemon that stops.
+    Drain(DrainJob),
+    /// Filters, matched in a loop.
+    Match(MatchJob),
     /// Serves as a null relay until it is ended: what any relay could reach at most.
     NullRelay(ServeJob),
     /// Answers requests until it is ended: where webhooks are posted to.
@@ -111,6 +131,10 @@ pub(super) fn run(args: &LoadArgs) -> Result<()> {
         Job::StoreMixed(job) => report(&job.run()?),
         Job::Sockets(job) => report(&job.run()?),
         Job::Hold(job) => report(&job.run()?),
+        Job::Storm(job) => report(&job.run()?),
+        Job::Slow(job) => report(&job.run()?),
+        Job::Drain(job) => report(&job.run()?),
+        Job::Match(job) => report(&job.run()?),
         Job::NullRelay(job) => job.run(|address| report(&address)),
         Job::Receive => receiver::receive(|address| report(&address)),
     }
@@ -137,6 +161,41 @@ pub(crate) fn wait_until(time: Instant) {
 pub(crate) struct RelayAddress {
     pub(crate) address: SocketAddr,
     pub(crate) path: String,
+    /// Queries of the URL that clients have in turn; none has one where there is none.
+    pub(crate) queries: Vec<String>,
+    pub(crate) speech: Speech,
+}
+
+/// What is spoken within the WebSocket.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Speech {
+    /// An alert in each message, and the client only listens.
+    Alerts,
+    /// NATS's protocol.
+    Nats { subject: String },
+}
+
+impl RelayAddress {
+    /// Of a relay whose clients only listen.
+    pub(crate) fn new(address: SocketAddr, path: &str) -> Self {
+        Self { address, path: path.to_owned(), queries: Vec::new(), speech: Speech::Alerts }
+    }
+
+    /// The path and the query of the client with this number.
+    fn path_of(&self, client: usize) -> String {
+        match client.checked_rem(self.queries.len()) {
+            Some(turn) => format!("{}?{}", self.path, self.queries[turn]),
+            None => self.path.clone(),
+        }
+    }
+}
+
+/// Sends a signal to a process that this measurement has started.
+fn send_signal(pid: u32, signal: &str) -> Result<()> {
+    let status = Command::new("/bin/sh").args(["-c", r#"kill -s "$0" "$1""#, signal, &pid.to_string()]).status();
+    ensure!(status.context("cannot start a shell")?.success(), "no process {pid} takes {signal}");
+    Ok(())
 }
 
 /// A stream in Redis.

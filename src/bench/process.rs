@@ -105,7 +105,10 @@ impl Site {
 
     /// Runs a program to its end, at most for `limit`; returns what it wrote to its standard output.
     pub(crate) fn run(&self, command: &mut Command, limit: Duration) -> Result<String> {
-        let mut process = Process::spawn(command, &self.path("run"))?;
+        self.ended(Process::spawn(command, &self.path("run"))?, limit)
+    }
+
+    fn ended(&self, mut process: Process, limit: Duration) -> Result<String> {
         let status = self.wait_for("the end of a process", limit, || process.ended())?;
         ensure!(status.success(), "{} ended with {status}: {}", process.name, process.last_words());
         process.output()
@@ -113,10 +116,20 @@ impl Site {
 
     /// Has a generator do a job that takes about `seconds`.
     pub(crate) fn generate<T: DeserializeOwned>(&self, job: &Job, seconds: f64) -> Result<T> {
+        self.finish(self.start_generator(job)?, Duration::from_secs_f64(seconds) + Duration::from_mins(2))
+    }
+
+    /// Starts a generator, which does its job beside what comes next.
+    pub(crate) fn start_generator(&self, job: &Job) -> Result<Process> {
         let mut command = self.own_command();
         command.arg("bench-load").arg(serde_json::to_string(job)?);
-        let output = self.run(&mut command, Duration::from_secs_f64(seconds) + Duration::from_mins(2))?;
-        serde_json::from_str(&output).context("the load generator's report is not what it should be")
+        Process::spawn(&mut command, &self.path("generator"))
+    }
+
+    /// Waits for a generator's end, at most for `limit`; returns its report.
+    pub(crate) fn finish<T: DeserializeOwned>(&self, generator: Process, limit: Duration) -> Result<T> {
+        serde_json::from_str(&self.ended(generator, limit)?)
+            .context("the load generator's report is not what it should be")
     }
 
     /// Starts a generator that serves until its value goes, and returns where.
@@ -134,7 +147,15 @@ impl Site {
 
     /// Starts a daemon with this configuration and waits until it is ready.
     pub(crate) fn start_daemon(&self, config: impl FnOnce(SocketAddr) -> String) -> Result<Daemon> {
-        let address = free_address()?;
+        self.start_daemon_at(free_address()?, config)
+    }
+
+    /// Starts a daemon at this address.
+    pub(crate) fn start_daemon_at(
+        &self,
+        address: SocketAddr,
+        config: impl FnOnce(SocketAddr) -> String,
+    ) -> Result<Daemon> {
         let file = self.path("daemon.toml");
         fs::write(&file, config(address)).context("cannot write the daemon's configuration")?;
         let mut command = self.own_command();
@@ -157,6 +178,21 @@ impl Site {
             );
             wait_until(Instant::now() + Duration::from_millis(1));
         }
+    }
+
+    /// Starts a NATS server without storage; returns also where publishers and where dashboards connect.
+    pub(crate) fn start_nats(&self, program: &Path) -> Result<(Process, SocketAddr, SocketAddr)> {
+        let (clients, sockets) = (free_address()?, free_address()?);
+        let file = self.path("nats.conf");
+        let config = format!("listen: \"{clients}\"\nwebsocket {{ listen: \"{sockets}\", no_tls: true }}\n");
+        fs::write(&file, config).context("cannot write NATS's configuration")?;
+        let mut process = Process::spawn(Command::new(program).arg("-c").arg(&file), &self.path("nats"))?;
+        self.wait_for("the start of NATS", START_LIMIT, || {
+            process.must_run()?;
+            let is_up = [clients, sockets].into_iter().all(|address| TcpStream::connect(address).is_ok());
+            Ok(is_up.then_some(()))
+        })?;
+        Ok((process, clients, sockets))
     }
 
     /// Starts a Redis server of the measurement's own, without persistence unless `aof`.
@@ -200,6 +236,11 @@ impl Daemon {
     pub(crate) fn must_run(&mut self) -> Result<()> {
         self.process.must_run()
     }
+
+    /// Whether it has ended.
+    pub(crate) fn has_ended(&mut self) -> Result<bool> {
+        self.process.ended().map(|status| status.is_some())
+    }
 }
 
 /// A child process with its output in files; killed when dropped.
@@ -232,6 +273,14 @@ impl Process {
 
     fn ended(&mut self) -> Result<Option<ExitStatus>> {
         self.child.try_wait().with_context(|| format!("cannot wait for {}", self.name))
+    }
+
+    /// Fails, with what it wrote last, if it has ended badly.
+    pub(crate) fn must_go_on(&mut self) -> Result<()> {
+        match self.ended()? {
+            Some(status) if !status.success() => bail!("{} ended with {status}: {}", self.name, self.last_words()),
+            _ => Ok(()),
+        }
     }
 
     fn must_run(&mut self) -> Result<()> {
@@ -301,6 +350,19 @@ pub(crate) fn resident_bytes(pid: u32) -> Result<u64> {
     status_bytes(pid, "VmRSS:")
 }
 
+/// How many files a process on this machine may have open at most.
+pub(crate) fn hard_open_files() -> Option<u64> {
+    parse_open_files(&fs::read_to_string("/proc/self/limits").ok()?)
+}
+
+fn parse_open_files(limits: &str) -> Option<u64> {
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
+    match line.split_whitespace().nth(1)? {
+        "unlimited" => Some(u64::MAX),
+        hard => hard.parse().ok(),
+    }
+}
+
 /// Memory that this machine could still give, in bytes.
 pub(crate) fn available_bytes() -> u64 {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
@@ -327,6 +389,14 @@ mod tests {
         assert!((parse_cpu(stat).unwrap() - 3.0).abs() < 1e-9);
         assert!(parse_cpu("42").is_none());
         assert!(cpu_seconds(std::process::id()).unwrap() >= 0.0);
+    }
+
+    #[test]
+    fn the_hard_limit_of_open_files_is_read() {
+        let limits = "Limit                     Soft Limit           Hard Limit           Units     \n\
+                      Max open files            1024                 20000                files     \n";
+        assert_eq!(parse_open_files(limits), Some(20_000));
+        assert!(hard_open_files().is_some());
     }
 
     #[test]

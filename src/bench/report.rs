@@ -66,6 +66,8 @@ pub(crate) struct Figure {
     pub(crate) unit: &'static str,
     pub(crate) daemon: Spread,
     pub(crate) ceiling: Option<Ceiling>,
+    /// Why there is none, where there could be one.
+    pub(crate) no_ceiling: Option<&'static str>,
     /// The daemon's median divided by the ceiling's.
     pub(crate) ratio: Option<f64>,
     pub(crate) goal: Option<Goal>,
@@ -82,7 +84,9 @@ impl Figure {
         daemon: &[f64],
     ) -> Self {
         let daemon = Spread::of(daemon);
-        Self { measurement, store, name: name.into(), unit, daemon, ceiling: None, ratio: None, goal: None, met: None }
+        let name = name.into();
+        let (ceiling, no_ceiling, ratio, goal, met) = (None, None, None, None, None);
+        Self { measurement, store, name, unit, daemon, ceiling, no_ceiling, ratio, goal, met }
     }
 
     /// The same with the ceiling beside it, if that was measured.
@@ -96,9 +100,20 @@ impl Figure {
         self.judged()
     }
 
+    /// The same with the reason why there is nothing beside it.
+    pub(crate) fn not_beside(mut self, why: &'static str) -> Self {
+        self.no_ceiling = Some(why);
+        self
+    }
+
     /// The same with what it should be.
-    pub(crate) fn with_goal(mut self, goal: Goal) -> Self {
-        self.goal = Some(goal);
+    pub(crate) fn with_goal(self, goal: Goal) -> Self {
+        self.with_optional_goal(Some(goal))
+    }
+
+    /// The same with what it should be, if it should be anything.
+    pub(crate) fn with_optional_goal(mut self, goal: Option<Goal>) -> Self {
+        self.goal = goal;
         self.judged()
     }
 
@@ -248,7 +263,10 @@ fn table(figures: &[Figure]) -> String {
             figure.name.clone(),
             figure.unit.to_owned(),
             figure.daemon.to_string(),
-            ceiling.map(|ceiling| format!("{} {}", ceiling.spread, ceiling.name)).unwrap_or_default(),
+            match ceiling {
+                Some(ceiling) => format!("{} {}", ceiling.spread, ceiling.name),
+                None => figure.no_ceiling.unwrap_or_default().to_owned(),
+            },
             figure.ratio.map(|ratio| Number(ratio).to_string()).unwrap_or_default(),
             goal.unwrap_or_default(),
         ]

@@ -1,4 +1,4 @@
-//! Publishing with marks: over HTTP, or straight into Redis where only the relay is to be measured.
+//! Publishing with marks: over HTTP, or straight into Redis or NATS where only the relay is to be measured.
 
 use std::net::SocketAddr;
 
@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::RedisStream;
+use super::nats::NatsPublisher;
 use crate::bench::http::HttpClient;
 use crate::bench::payload::{Clock, Template};
 use crate::bench::resp::Connection;
@@ -18,6 +19,8 @@ pub(crate) enum Target {
     Redis(RedisStream),
     /// POST on a keep-alive connection.
     Http { address: SocketAddr, path: String },
+    /// PUB on one connection.
+    Nats { address: SocketAddr, subject: String },
 }
 
 /// A target and what to send there.
@@ -41,6 +44,7 @@ pub(crate) struct Publisher {
 enum Link {
     Redis { connection: Box<Connection>, stream: String },
     Http { client: HttpClient, path: String },
+    Nats { publisher: NatsPublisher, subject: String },
 }
 
 impl PublisherSpec {
@@ -48,6 +52,9 @@ impl PublisherSpec {
         let connection = match &self.target {
             Target::Redis(at) => Link::Redis { connection: Box::new(at.connect()?), stream: at.stream.clone() },
             Target::Http { address, path } => Link::Http { client: HttpClient::open(*address)?, path: path.clone() },
+            Target::Nats { address, subject } => {
+                Link::Nats { publisher: NatsPublisher::open(*address)?, subject: subject.clone() }
+            }
         };
         Ok(Publisher { connection, template: Template::new(self.size), clock, body: Vec::new() })
     }
@@ -76,6 +83,14 @@ impl Publisher {
                 }
                 let content_type = if count == 1 { "application/json" } else { "application/x-ndjson" };
                 client.publish(path, content_type, &self.body)?;
+            }
+            Link::Nats { publisher, subject } => {
+                for sequence in first..first + count {
+                    self.body.clear();
+                    self.template.write(sequence, self.clock.nanos(), &mut self.body);
+                    publisher.push(subject, &self.body);
+                }
+                publisher.flush()?;
             }
         }
         Ok(())

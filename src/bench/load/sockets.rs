@@ -3,19 +3,16 @@
 //! Every frame of every client is counted; its number tells whether one is missing or out of order, its stamp how
 //! long it took.
 
-use std::io::{ErrorKind, Read, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
-use mio::net::TcpStream;
-use mio::{Events, Interest, Poll, Token};
+use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use super::crowd::Crowd;
 use super::publisher::{Publisher, PublisherSpec};
 use super::{Percentiles, RelayAddress, wait_until};
-use crate::bench::frames::{FrameReader, Kind, connect, pong};
-use crate::bench::payload::{Clock, read_marks};
+use crate::bench::payload::Clock;
 use crate::bench::process::{cpu_seconds, own_cpu_seconds, private_bytes};
 
 /// How long a server has to get used to new clients before anything is published or measured.
@@ -33,6 +30,25 @@ pub(crate) enum Pace {
     PerSecond { rate: u32, connections: u32 },
     /// In bursts, as fast as the clients receive: never more than `window` events ahead of their average.
     Saturate { window: u64, burst: u64 },
+}
+
+impl Pace {
+    /// The connections that publish at this pace.
+    pub(super) fn publishers(self, spec: &PublisherSpec, clock: Clock) -> Result<Vec<(Publisher, Lane)>> {
+        let start = Instant::now();
+        let lanes = match self {
+            Self::Saturate { window, burst } => vec![Lane::Saturate { window, burst }],
+            Self::PerSecond { rate, connections } => (0..connections)
+                .map(|number| Lane::PerSecond {
+                    start,
+                    interval: Duration::from_secs(1) / rate,
+                    number,
+                    of: connections,
+                })
+                .collect(),
+        };
+        lanes.into_iter().map(|lane| Ok((spec.open(clock)?, lane))).collect()
+    }
 }
 
 /// Publish, and count what arrives.
@@ -99,138 +115,6 @@ pub(crate) struct HoldReport {
     pub(crate) closed: u64,
 }
 
-#[derive(Debug)]
-struct Client {
-    stream: TcpStream,
-    frames: FrameReader,
-    next_sequence: u64,
-    open: bool,
-}
-
-/// What the receiving side counts.
-#[derive(Debug, Default)]
-struct Tally {
-    delivered: u64,
-    out_of_order: u64,
-    closed: u64,
-    /// Frames counted for the latency: those stamped from here on, of these clients only.
-    window_start: u64,
-    sampled_clients: usize,
-    latencies: Vec<u64>,
-}
-
-/// All clients, on one poll.
-#[derive(Debug)]
-struct Crowd {
-    poll: Poll,
-    events: Events,
-    clients: Vec<Client>,
-    buffer: Vec<u8>,
-    clock: Clock,
-    tally: Tally,
-}
-
-impl Crowd {
-    fn new(clock: Clock) -> Result<Self> {
-        Ok(Self {
-            poll: Poll::new()?,
-            events: Events::with_capacity(1024),
-            clients: Vec::new(),
-            buffer: vec![0; 1 << 20],
-            clock,
-            tally: Tally { window_start: u64::MAX, ..Tally::default() },
-        })
-    }
-
-    /// Connects until there are `count` clients.
-    fn grow(&mut self, relay: &RelayAddress, count: usize) -> Result<()> {
-        while self.clients.len() < count {
-            let index = self.clients.len();
-            let (stream, rest) = connect(relay.address, &relay.path)
-                .with_context(|| format!("client {} of {count} cannot connect", index + 1))?;
-            stream.set_nonblocking(true)?;
-            let mut stream = TcpStream::from_std(stream);
-            self.poll.registry().register(&mut stream, Token(index), Interest::READABLE)?;
-            let mut client = Client { stream, frames: FrameReader::new(), next_sequence: 0, open: true };
-            client.take(&rest, index, self.clock, &mut self.tally)?;
-            self.clients.push(client);
-        }
-        Ok(())
-    }
-
-    /// Waits for frames and counts them, at most for `wait`.
-    fn receive(&mut self, wait: Duration) -> Result<()> {
-        if let Err(error) = self.poll.poll(&mut self.events, Some(wait))
-            && error.kind() != ErrorKind::Interrupted
-        {
-            return Err(error).context("cannot wait for frames");
-        }
-        for event in &self.events {
-            let index = event.token().0;
-            let Some(client) = self.clients.get_mut(index) else { continue };
-            while client.open {
-                match client.stream.read(&mut self.buffer) {
-                    Ok(0) => client.close(&mut self.tally),
-                    Ok(count) => {
-                        client.take(&self.buffer[..count], index, self.clock, &mut self.tally)?;
-                        // A read that does not fill the buffer has emptied the socket: more comes with a new event.
-                        if count < self.buffer.len() && !event.is_read_closed() {
-                            break;
-                        }
-                    }
-                    Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                    Err(_) => client.close(&mut self.tally),
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn receive_until(&mut self, end: Instant, progress: Option<&AtomicU64>) -> Result<()> {
-        while Instant::now() < end {
-            self.receive(end.saturating_duration_since(Instant::now()).min(Duration::from_millis(20)))?;
-            if let Some(progress) = progress {
-                progress.store(self.tally.delivered, Ordering::Release);
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Client {
-    fn take(&mut self, input: &[u8], index: usize, clock: Clock, tally: &mut Tally) -> Result<()> {
-        let now = clock.nanos();
-        let Self { stream, frames, next_sequence, .. } = self;
-        let mut said_goodbye = false;
-        frames.feed(input, |frame| match frame.kind {
-            Kind::Message => {
-                let Some((sequence, stamp)) = read_marks(frame.head) else { return };
-                tally.delivered += 1;
-                tally.out_of_order += u64::from(sequence != *next_sequence);
-                *next_sequence = sequence + 1;
-                if index < tally.sampled_clients && stamp >= tally.window_start {
-                    tally.latencies.push(now.saturating_sub(stamp));
-                }
-            }
-            // A socket too full for six bytes belongs to a relay that is gone; its closing is noticed by the read.
-            Kind::Ping => drop(stream.write(&pong(frame.head))),
-            Kind::Close => said_goodbye = true,
-            Kind::Continuation | Kind::Pong => {}
-        })?;
-        if said_goodbye {
-            self.close(tally);
-        }
-        Ok(())
-    }
-
-    fn close(&mut self, tally: &mut Tally) {
-        if self.open {
-            self.open = false;
-            tally.closed += 1;
-        }
-    }
-}
-
 impl SocketsJob {
     pub(crate) fn run(&self) -> Result<SocketsReport> {
         let clock = Clock::start();
@@ -242,7 +126,8 @@ impl SocketsJob {
         let flow = Flow { stop: &stop, published: &published, delivered: &delivered, clients: self.clients as u64 };
         std::thread::scope(|scope| {
             let publishers: Vec<_> = self
-                .publishers(clock)?
+                .pace
+                .publishers(&self.publisher, clock)?
                 .into_iter()
                 .map(|(publisher, lane)| scope.spawn(move || lane.run(publisher, flow)))
                 .collect();
@@ -280,22 +165,6 @@ impl SocketsJob {
         })
     }
 
-    fn publishers(&self, clock: Clock) -> Result<Vec<(Publisher, Lane)>> {
-        let start = Instant::now();
-        let lanes = match self.pace {
-            Pace::Saturate { window, burst } => vec![Lane::Saturate { window, burst }],
-            Pace::PerSecond { rate, connections } => (0..connections)
-                .map(|number| Lane::PerSecond {
-                    start,
-                    interval: Duration::from_secs(1) / rate,
-                    number,
-                    of: connections,
-                })
-                .collect(),
-        };
-        lanes.into_iter().map(|lane| Ok((self.publisher.open(clock)?, lane))).collect()
-    }
-
     fn measure(&self, crowd: &mut Crowd, clock: Clock, delivered: &AtomicU64) -> Result<SocketsReport> {
         crowd.receive_until(Instant::now() + Duration::from_secs_f64(self.warmup_seconds), Some(delivered))?;
         crowd.tally.window_start = clock.nanos();
@@ -324,22 +193,22 @@ impl SocketsJob {
 
 /// What publishers and receiver tell each other.
 #[derive(Debug, Clone, Copy)]
-struct Flow<'a> {
-    stop: &'a AtomicBool,
-    published: &'a AtomicU64,
-    delivered: &'a AtomicU64,
-    clients: u64,
+pub(super) struct Flow<'a> {
+    pub(super) stop: &'a AtomicBool,
+    pub(super) published: &'a AtomicU64,
+    pub(super) delivered: &'a AtomicU64,
+    pub(super) clients: u64,
 }
 
 /// What one publishing connection does.
 #[derive(Debug, Clone, Copy)]
-enum Lane {
+pub(super) enum Lane {
     Saturate { window: u64, burst: u64 },
     PerSecond { start: Instant, interval: Duration, number: u32, of: u32 },
 }
 
 impl Lane {
-    fn run(self, mut publisher: Publisher, flow: Flow<'_>) -> Result<()> {
+    pub(super) fn run(self, mut publisher: Publisher, flow: Flow<'_>) -> Result<()> {
         let mut turn = 0_u32;
         let mut sequence = match self {
             Self::Saturate { .. } => 0,
@@ -395,6 +264,7 @@ impl HoldJob {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
     use std::net::{Ipv4Addr, SocketAddr, TcpListener};
     use std::sync::mpsc;
     use std::thread;
@@ -428,7 +298,7 @@ mod tests {
 
     fn job(relay: SocketAddr, publish_to: SocketAddr, clients: usize, pace: Pace) -> SocketsJob {
         SocketsJob {
-            relay: RelayAddress { address: relay, path: "/".to_owned() },
+            relay: RelayAddress::new(relay, "/"),
             clients,
             publisher: PublisherSpec { target: Target::Http { address: publish_to, path: "/".to_owned() }, size: 400 },
             pace,
@@ -466,7 +336,7 @@ mod tests {
 
     #[test]
     fn idle_clients_are_held_and_watched() {
-        let relay = RelayAddress { address: start_server(), path: "/".to_owned() };
+        let relay = RelayAddress::new(start_server(), "/");
         let relay_pid = std::process::id();
         let reports = HoldJob { relay, steps: vec![2, 5], seconds: 0.05, relay_pid }.run().unwrap();
         assert_eq!(reports.iter().map(|report| report.clients).collect::<Vec<_>>(), [2, 5]);

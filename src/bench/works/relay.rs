@@ -5,12 +5,12 @@
 
 use std::net::SocketAddr;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
-use super::{PUBLISH_PATH, Readers, at, float, sockets_of};
-use crate::bench::load::{Job, Pace, PublisherSpec, ServeJob, SocketsJob, SocketsReport, Target};
+use super::{Readers, at, deliver, float, sockets_of, target};
+use crate::bench::load::{Job, Pace, PublisherSpec, ServeJob, SocketsJob, SocketsReport};
 use crate::bench::report::{Figure, Goal};
-use crate::bench::{Backend, Bench};
+use crate::bench::{Backend, Bench, What};
 
 const NULL_RELAY: &str = "null relay";
 /// Events per second where latency is measured.
@@ -65,7 +65,7 @@ pub(super) fn latency(bench: &mut Bench, backend: &Backend) -> Result<()> {
 
 /// From one publisher to many WebSocket clients.
 pub(super) fn fanout(bench: &mut Bench, backend: &Backend) -> Result<()> {
-    bench.args.clients.clone().into_iter().try_for_each(|clients| fanout_to(bench, backend, clients))
+    bench.args.clients_of(What::Fanout).into_iter().try_for_each(|clients| fanout_to(bench, backend, clients))
 }
 
 fn fanout_to(bench: &mut Bench, backend: &Backend, clients: usize) -> Result<()> {
@@ -127,28 +127,18 @@ fn run(
     clients: usize,
     pace: Pace,
 ) -> Result<SocketsReport> {
-    let target = match backend {
-        Backend::Redis(url) => Target::Redis(at(url)),
-        Backend::Embedded => Target::Http { address, path: PUBLISH_PATH.to_owned() },
-    };
-    let seconds = float(bench.args.seconds);
-    let job = Job::Sockets(SocketsJob {
-        relay: sockets_of(address),
-        clients,
-        publisher: PublisherSpec { target, size: bench.args.size },
-        pace,
-        warmup_seconds: 1.0,
-        seconds,
-        relay_pid,
-    });
-    let report: SocketsReport = bench.site.generate(&job, seconds + 30.0)?;
-    let SocketsReport { published, missing, out_of_order, closed, .. } = report;
-    ensure!(
-        missing == 0 && out_of_order == 0 && closed == 0,
-        "of {published} events to {clients} clients {missing} frames are missing, {out_of_order} came out of order, \
-         and {closed} clients were disconnected"
-    );
-    Ok(report)
+    deliver(
+        bench,
+        SocketsJob {
+            relay: sockets_of(address),
+            clients,
+            publisher: PublisherSpec { target: target(backend, address), size: bench.args.size },
+            pace,
+            warmup_seconds: 1.0,
+            seconds: float(bench.args.seconds),
+            relay_pid,
+        },
+    )
 }
 
 fn per(value: f64, of: f64) -> f64 {

@@ -8,11 +8,11 @@ use super::{Readers, float, sockets_of};
 use crate::bench::load::{HoldJob, HoldReport, Job};
 use crate::bench::process::resident_bytes;
 use crate::bench::report::{Figure, Goal};
-use crate::bench::{Backend, Bench};
+use crate::bench::{Backend, Bench, What};
 
 /// Memory and CPU of clients that are connected and hear nothing.
 pub(super) fn idle(bench: &mut Bench, backend: &Backend) -> Result<()> {
-    let steps = bench.args.idle_clients.clone();
+    let steps = bench.args.idle_clients_of(What::Idle);
     let seconds = float(bench.args.seconds);
     let mut rounds: Vec<Vec<HoldReport>> = Vec::new();
     for round in 1..=bench.args.rounds {

@@ -136,7 +136,7 @@ fn through_daemon(bench: &Bench, backend: &Backend, url: &Url, entries: u64) -> 
         "[sinks.webhook]\ntype = \"webhook\"\nurl = \"{url}\"\nsecret = \"of the measurement\"\nallow_private = true\n"
     );
     let mut daemon = bench.site.start_daemon(|address| {
-        let config = bench.config(backend, Readers::Nobody, address);
+        let config = bench.config(backend, Readers::Nobody, "", address);
         config.replacen("[relay]", &format!("{group}[relay]"), 1) + &sink
     })?;
     let mut client = HttpClient::open(daemon.address)?;
