@@ -34,6 +34,14 @@ fn folder() -> TempDir {
 
 /// Runs these measurements and returns the figures, each as `measurement: name`, with those that have a ceiling.
 fn figures(whats: &[&str], store: &str) -> (Vec<String>, Vec<String>) {
+    let (all, with_ceiling): (Vec<_>, Vec<_>) =
+        measured(whats, store).into_iter().map(|(name, figure)| (name.clone(), (name, figure))).unzip();
+    let with_ceiling = with_ceiling.into_iter().filter(|(_, figure)| figure["ceiling"].is_object());
+    (all, with_ceiling.map(|(name, _)| name).collect())
+}
+
+/// Runs these measurements and returns what the JSON file says of each figure, with its name as `measurement: name`.
+fn measured(whats: &[&str], store: &str) -> Vec<(String, serde_json::Value)> {
     let (files, results) = (folder(), folder());
     let json = results.path().join("bench.json");
     let server = install::program("redis-server", "redis-server");
@@ -45,20 +53,27 @@ fn figures(whats: &[&str], store: &str) -> (Vec<String>, Vec<String>) {
 
     let report: serde_json::Value =
         serde_json::from_slice(&fs::read(json).expect("the JSON file is there")).expect("it is JSON");
-    let (mut all, mut with_ceiling) = (Vec::new(), Vec::new());
+    let mut all = Vec::new();
     for figure in report["figures"].as_array().expect("figures") {
         let (measurement, name) = (text(&figure["measurement"]), text(&figure["name"]));
         assert!(text_of(&output).contains(name), "{name} is not in the table");
         assert_eq!(figure["store"], store);
-        assert_eq!(figure["daemon"]["runs"].as_array().map(Vec::len), Some(1), "{name}");
-        let name = format!("{measurement}: {name}");
+        assert!(figure["daemon"]["runs"].as_array().is_some_and(|runs| !runs.is_empty()), "{name}");
         if figure["ceiling"].is_object() {
             assert!(figure["ceiling"]["median"].as_f64().is_some_and(|median| median >= 0.0), "{name}");
-            with_ceiling.push(name.clone());
         }
-        all.push(name);
+        all.push((format!("{measurement}: {name}"), figure.clone()));
     }
-    (all, with_ceiling)
+    all
+}
+
+/// The figure of the relay with that name, beside that peer if there is one.
+fn relay_figure(figures: &[(String, serde_json::Value)], name: &str, peer: Option<&str>) -> serde_json::Value {
+    let is_it = |(full, figure): &&(String, serde_json::Value)| {
+        *full == format!("relay: {name}") && peer.is_none_or(|peer| figure["ceiling"]["name"] == peer)
+    };
+    let names = || figures.iter().map(|(name, _)| name).collect::<Vec<_>>();
+    figures.iter().find(is_it).unwrap_or_else(|| panic!("no {name} beside {peer:?} in {:?}", names())).1.clone()
 }
 
 #[test]
@@ -95,6 +110,48 @@ fn figures_with_the_embedded_store_stand_beside_their_ceilings() {
 fn posting_webhooks_stands_beside_a_bare_loop() {
     let (_, with_ceiling) = figures(&["webhook"], "embedded");
     assert_eq!(with_ceiling, ["webhook: the sink alone, 32 in flight", "webhook: a backlog, 32 in flight"]);
+}
+
+#[test]
+fn the_relay_stands_beside_a_null_relay_and_nats() {
+    let nats = install::program("nats-server", "nats-server");
+    let nats = nats.to_str().expect("a path of UTF-8");
+    let figures =
+        measured(&["relay", "--only", "idle,fanout,latency", "--idle-seconds", "1", "--nats-server", nats], "redis");
+    for peer in ["null relay", "NATS"] {
+        for name in ["saturated, 10 clients", "saturated, 10 clients, relay CPU", "100/s to 10 clients, p99"] {
+            let figure = relay_figure(&figures, name, Some(peer));
+            assert!(figure["ceiling"]["median"].as_f64().is_some_and(|median| median > 0.0), "{figure}");
+        }
+    }
+    relay_figure(&figures, "idle, 10 clients, memory of each", None);
+}
+
+#[test]
+fn filters_and_a_drain_are_measured() {
+    let figures = measured(&["relay", "--only", "filters,drain", "--crowd", "20"], "embedded");
+    relay_figure(&figures, "50 filters, 20 clients, relay CPU", Some("no filters"));
+    relay_figure(&figures, "one match, slowest of 50 filters", None);
+    let closes = relay_figure(&figures, "drain, 10 clients, closes per tenth of the window", None);
+    let closes: f64 =
+        closes["daemon"]["runs"].as_array().expect("runs").iter().filter_map(serde_json::Value::as_f64).sum();
+    assert!((closes - 10.0).abs() < 0.1, "{closes}");
+    assert_eq!(relay_figure(&figures, "drain, 10 clients, share closed with 4000", None)["met"], true);
+}
+
+#[test]
+fn dashboards_are_whole_after_a_storm_and_after_not_reading() {
+    for store in ["redis", "embedded"] {
+        let figures = measured(&["relay", "--only", "storm,slow", "--crowd", "20"], store);
+        for name in ["storm, 20 clients × 300 events", "1 of 10 do not read"] {
+            for what in ["duplicates", "holes"] {
+                let figure = relay_figure(&figures, &format!("{name}, {what}"), None);
+                assert_eq!(figure["met"], true, "{store}: {figure}");
+            }
+        }
+        let reads = relay_figure(&figures, "storm, 20 clients × 300 events, reads of the store", None);
+        assert!(reads["daemon"]["median"].as_f64().is_some_and(|reads| reads >= 1.0), "{reads}");
+    }
 }
 
 #[tokio::test]
