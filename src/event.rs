@@ -6,11 +6,13 @@
 mod alert;
 mod dead_letter;
 mod entry;
+mod family;
 mod id;
 mod name;
 
 pub use alert::{AlertView, Severity, UnknownSeverity};
 pub use dead_letter::{DeadLetter, DeadLetterReason};
 pub use entry::{Delivery, Entry, Fields, IdempotencyKey, NewEntry, NewEvent, NotAnEvent, field};
+pub use family::{Family, InvalidKey, InvalidPattern, StreamPattern};
 pub use id::{EntryId, Epoch, InvalidEntryId, InvalidPosition, Position};
 pub use name::{ConsumerName, GroupName, InvalidName, StreamName};

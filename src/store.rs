@@ -28,6 +28,7 @@
 mod account;
 pub mod embedded;
 mod error;
+mod families;
 mod limits;
 mod metered;
 pub mod redis;
@@ -39,6 +40,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 pub use account::{Account, Balance, Consumption, LostReason};
+pub use families::{Families, NotJoined, Roster};
 pub use error::{StoreError, StoreErrorKind};
 pub use limits::Limits;
 pub use metered::Metered;
@@ -52,6 +54,9 @@ use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamN
 
 /// The most entries one [`Store::append`] takes.
 pub const MAX_APPEND: usize = 512;
+
+/// How often streams are asked for news where the store can't wait for many of them at once.
+const NEWS_POLL: Duration = Duration::from_millis(200);
 
 /// Streams, groups and deliveries.
 ///
@@ -104,6 +109,32 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         limit: usize,
         wait: Duration,
     ) -> Result<Vec<Entry>, StoreError>;
+
+    /// Waits up to `wait` until any of these streams has entries after its id, and says of each that has them which one
+    /// is its newest now.
+    ///
+    /// Many streams are waited for by one call, which costs the store one wait however many they are; a Redis Cluster is
+    /// asked again and again instead, for its servers can't wait for keys of different slots. Says nothing when none came
+    /// in time. `wait` is at most 5 s. Fails with [`StoreErrorKind::WrongType`] where any of them is no stream.
+    /// Cancel-safe.
+    async fn news(
+        &self,
+        places: &[(StreamName, EntryId)],
+        wait: Duration,
+    ) -> Result<Vec<(StreamName, EntryId)>, StoreError> {
+        let deadline = tokio::time::Instant::now() + wait;
+        loop {
+            let mut news = Vec::new();
+            for (stream, after) in places {
+                let last = self.describe(stream).await?.map(|status| status.last_id);
+                news.extend(last.filter(|last| last > after).map(|last| (stream.clone(), last)));
+            }
+            if !news.is_empty() || tokio::time::Instant::now() >= deadline {
+                return Ok(news);
+            }
+            tokio::time::sleep(NEWS_POLL.min(wait)).await;
+        }
+    }
 
     /// Makes sure that a group exists, and its stream; says whether it was created now. Safe to repeat.
     ///

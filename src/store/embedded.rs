@@ -16,6 +16,7 @@ mod groups;
 mod leases;
 mod log;
 mod marks;
+mod news;
 mod operations;
 mod queue;
 mod raw;
@@ -189,6 +190,7 @@ fn new_shared(file: &Path) -> (Arc<Shared>, Receiver<()>) {
     let shared = Shared {
         streams: RwLock::default(),
         made: watch::Sender::new(()),
+        news: watch::Sender::new(()),
         queue: Queue::new(),
         damage: Damage::new(file.to_owned()),
         readers: OnceLock::new(),
@@ -205,6 +207,8 @@ struct Shared {
     streams: RwLock<HashMap<StreamName, Arc<Published>>>,
     /// Changes when a stream comes into being.
     made: watch::Sender<()>,
+    /// Changes when any stream has a newer entry.
+    news: watch::Sender<()>,
     queue: Queue,
     damage: Damage,
     readers: OnceLock<Readers>,
@@ -492,6 +496,14 @@ impl Store for EmbeddedStore {
                 return Ok(entries);
             }
         }
+    }
+
+    async fn news(
+        &self,
+        places: &[(StreamName, EntryId)],
+        wait: Duration,
+    ) -> Result<Vec<(StreamName, EntryId)>, StoreError> {
+        self.wait_for_news(places, wait).await
     }
 
     async fn ensure_group(&self, stream: &StreamName, group: &GroupName, start: Start) -> Result<bool, StoreError> {

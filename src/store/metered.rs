@@ -7,17 +7,19 @@ use async_trait::async_trait;
 use prometheus::Histogram;
 
 use super::{
-    Appended, Care, Claimed, Cursor, Dropped, Durability, Lease, Leased, Pending, Range, Reclaimed, Redelivered,
+    Appended, Care, Claimed, Cursor, Dropped, Durability, Families, Lease, Leased, Pending, Range, Reclaimed, Redelivered,
     Redelivery, Settled, Settlement, Start, Store, StoreError, StoreStatus, StreamStatus, Trim,
 };
 use crate::event::{Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
 use crate::metrics::Metrics;
 
-/// Passes everything on, and measures it. Waiting for entries to come is not counted as time of the store.
+/// Passes everything on, and measures it. Waiting for entries to come is not counted as time of the store. Who waits for
+/// entries of a keyed stream waits with everybody else who does, see [`Families`].
 #[derive(Debug)]
 pub struct Metered {
     inner: Arc<dyn Store>,
     metrics: Metrics,
+    families: Families,
     seconds: Seconds,
 }
 
@@ -47,7 +49,14 @@ impl Metered {
             describe: of("describe"),
             trim: of("trim"),
         };
-        Self { inner, metrics, seconds }
+        Self { inner, metrics, families: Families::default(), seconds }
+    }
+
+    /// The same where these families are declared.
+    #[must_use]
+    pub fn with_families(mut self, families: Families) -> Self {
+        self.families = families;
+        self
     }
 
     fn counted<T>(&self, operation: &str, result: Result<T, StoreError>) -> Result<T, StoreError> {
@@ -102,7 +111,19 @@ impl Store for Metered {
         limit: usize,
         wait: Duration,
     ) -> Result<Vec<Entry>, StoreError> {
-        self.counted("tail", self.inner.tail(stream, after, limit, wait).await)
+        let entries = match self.families.of(stream) {
+            Some(roster) => roster.tail(&*self.inner, stream, after, limit, wait).await,
+            None => self.inner.tail(stream, after, limit, wait).await,
+        };
+        self.counted("tail", entries)
+    }
+
+    async fn news(
+        &self,
+        places: &[(StreamName, EntryId)],
+        wait: Duration,
+    ) -> Result<Vec<(StreamName, EntryId)>, StoreError> {
+        self.counted("news", self.inner.news(places, wait).await)
     }
 
     async fn ensure_group(&self, stream: &StreamName, group: &GroupName, start: Start) -> Result<bool, StoreError> {
@@ -115,7 +136,11 @@ impl Store for Metered {
         limit: usize,
         wait: Duration,
     ) -> Result<Vec<crate::event::Delivery>, StoreError> {
-        self.counted("fetch", self.inner.fetch(cursor, limit, wait).await)
+        let deliveries = match self.families.of(&cursor.stream) {
+            Some(roster) => roster.fetch(&*self.inner, cursor, limit, wait).await,
+            None => self.inner.fetch(cursor, limit, wait).await,
+        };
+        self.counted("fetch", deliveries)
     }
 
     async fn claim(&self, cursor: &Cursor, ids: &[EntryId], idle: Duration) -> Result<Claimed, StoreError> {

@@ -22,6 +22,7 @@ mod keys;
 mod lease;
 mod line;
 mod link;
+mod news;
 mod pool;
 mod publish;
 mod redelivery;
@@ -349,6 +350,15 @@ impl Store for RedisStore {
         outcome.map_err(|failure| failure.because(format_args!("cannot tail stream `{stream}`")))
     }
 
+    async fn news(
+        &self,
+        places: &[(StreamName, EntryId)],
+        wait: Duration,
+    ) -> Result<Vec<(StreamName, EntryId)>, StoreError> {
+        let outcome = self.wait_for_news(places, wait.min(MAX_WAIT)).await;
+        outcome.map_err(|failure| failure.because(format_args!("cannot wait for news of {} streams", places.len())))
+    }
+
     async fn ensure_group(&self, stream: &StreamName, group: &GroupName, start: Start) -> Result<bool, StoreError> {
         let mut arguments = Arguments::with_capacity(2);
         arguments.name(group.as_str());
@@ -379,7 +389,12 @@ impl Store for RedisStore {
         arguments.text("STREAMS").bytes(key(&cursor.stream)).text(">");
         // An entry may count as older than it is, never as younger: its age decides who may acknowledge it.
         let delivered_at = Instant::now();
-        let answer = self.readers.read("XREADGROUP", cursor.stream.as_str().as_bytes(), arguments, wait).await;
+        // What does not block needs no connection of its own.
+        let answer = if wait.is_zero() {
+            self.control.call("XREADGROUP", cursor.stream.as_str().as_bytes(), arguments).await
+        } else {
+            self.readers.read("XREADGROUP", cursor.stream.as_str().as_bytes(), arguments, wait).await
+        };
         let entries = self
             .learned(&cursor.stream, answer.and_then(reply::Reply::entries_of_one_stream))
             .map_err(|failure| failure.because(of_group("cannot fetch from", cursor)))?;

@@ -427,11 +427,14 @@ impl Writer {
             }
             self.shared.publish(&stream.published);
             let last_id = stream.row.last_id;
-            stream.published.newest.send_if_modified(|newest| {
+            let is_newer = stream.published.newest.send_if_modified(|newest| {
                 let is_newer = *newest != last_id;
                 *newest = last_id;
                 is_newer
             });
+            if is_newer {
+                self.shared.news.send_replace(());
+            }
             self.merge(place);
         }
     }

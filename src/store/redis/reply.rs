@@ -9,7 +9,7 @@ use fred::types::Resp3Frame;
 
 use super::address::Address;
 use super::failure::Failure;
-use crate::event::{Entry, EntryId, Fields};
+use crate::event::{Entry, EntryId, Fields, StreamName};
 
 /// One reply, or a part of one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,6 +92,21 @@ impl Reply {
         let [stream] = self.tuple()?;
         let [_name, entries] = stream.tuple()?;
         entries.entries()
+    }
+
+    /// The last entry of each stream that XREAD answers with.
+    pub(super) fn ends_of_streams(self) -> Result<Vec<(StreamName, EntryId)>, Failure> {
+        if self.is_nil() {
+            return Ok(Vec::new());
+        }
+        let end = |stream: Self| {
+            let [name, entries] = stream.tuple()?;
+            let name = name.text()?;
+            let name = name.parse().map_err(|e| Failure::unexpected(&format!("the stream {name:?}: {e}")))?;
+            let last = entries.entries()?.last().map(|entry| entry.id);
+            Ok((name, last.ok_or_else(|| Failure::unexpected("a stream without entries"))?))
+        };
+        self.list()?.into_iter().map(end).collect()
     }
 
     /// Names and values that alternate, as XINFO answers.
