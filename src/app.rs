@@ -10,17 +10,17 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::bus::{Bus, Catalogue};
+use crate::bus::{Bus, Catalogue, FamilyTerms};
 use crate::config::{Backend, Config, InvalidConfig, Problem, StreamConfig};
 use crate::dead_letters::{DeadLetters, Keeper, Source};
-use crate::delivery::{GroupSpec, Guard, Janitor, Reaper, Sampler, StreamSpec, Worker};
+use crate::delivery::{Crew, FamilySpec, GroupConfig, GroupSpec, Guard, Janitor, Reaper, Sampler, StreamSpec, Worker};
 use crate::event::ConsumerName;
 use crate::http::{self, Access, Api, Tls, Unusable, Validity};
 use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
 use crate::relay::Relay;
 use crate::sink::{self, Sink};
-use crate::store::{Limits, Metered, Store, StoreError, StoreErrorKind, StoreStatus};
+use crate::store::{Families, Limits, Metered, Store, StoreError, StoreErrorKind, StoreStatus};
 
 /// How often the store is asked whether it can do its work.
 const CHECK_EVERY: Duration = Duration::from_secs(2);
@@ -42,7 +42,9 @@ pub struct App {
     store: Arc<dyn Store>,
     sinks: BTreeMap<String, Arc<dyn Sink>>,
     checks: Vec<sink::StartCheck>,
+    families: (Families, Vec<Part>),
     workers: Vec<Worker>,
+    crews: Vec<Crew>,
     guards: Vec<Guard>,
     reaper: Reaper,
     janitor: Janitor,
@@ -71,18 +73,23 @@ impl App {
             format!("cannot listen on {listen} (http.listen): is another daemon running, or the port taken?")
         })?;
         let address = listener.local_addr().context("cannot read the listener's address")?;
-        let limit = |stream: &StreamConfig| Some((stream.name.clone(), stream.retention.publish_limit()?));
-        let limits = Limits::new(config.streams.iter().filter_map(limit));
-        let store: Arc<dyn Store> = Arc::new(Metered::new(open_store(&config).await?, metrics.clone()));
+        let families = families_of(&config);
+        let limits = limits_of(&config, &families);
+        let store = Metered::new(open_store(&config).await?, metrics.clone()).with_families(families.clone());
+        let store: Arc<dyn Store> = Arc::new(store);
         refuse_unsuitable(store.as_ref(), &config).await?;
-        let bus = open_bus(&config, Arc::clone(&store), limits.clone(), metrics.clone());
+        let bus = open_bus(&config, Arc::clone(&store), &families, limits.clone(), metrics.clone());
         let sinks = open_sinks(&config, &bus).await?;
 
-        let specs: Vec<StreamSpec> = config.streams.iter().map(spec_of).collect();
+        let specs: Vec<StreamSpec> = config.streams.iter().filter_map(spec_of).collect();
+        let family_specs: Vec<FamilySpec> =
+            config.streams.iter().filter_map(|s| family_spec_of(s, &families)).collect();
         let relayed = config.relayed();
-        let relay = Relay::new(Arc::clone(&store), config.relay, &relayed, metrics.clone(), &readiness);
-        let sampler = Sampler::new(Arc::clone(&store), specs.clone(), metrics.clone(), &readiness);
-        let janitor = Janitor::new(Arc::clone(&store), specs, limits, metrics.clone());
+        let relay = Relay::new(Arc::clone(&store), config.relay, &relayed, &families, metrics.clone(), &readiness);
+        let sampler = Sampler::new(Arc::clone(&store), specs.clone(), metrics.clone(), &readiness)
+            .with_families(family_specs.clone(), &readiness);
+        let janitor =
+            Janitor::new(Arc::clone(&store), specs, limits, metrics.clone()).with_families(family_specs.clone());
 
         let sinks = metered(sinks, &metrics);
         let checks = sinks.iter().map(|(name, sink)| {
@@ -106,14 +113,33 @@ impl App {
         let keeper = (dead_letters.keeper(), readiness.part("dead letters", None));
 
         let mut workers = Vec::new();
+        let mut crews = Vec::new();
         let mut guards = Vec::new();
         let (mut groups, mut consumers) = (Vec::new(), HashSet::new());
         for stream in &config.streams {
             for group in &stream.groups {
                 let part = |name: String| readiness.part(&name, Some(STALE_AFTER));
                 let full_name = format!("{}/{}", stream.name, group.name);
-                let spec =
-                    GroupSpec { stream: stream.name.clone(), dead_letter: stream.dead_letter(), config: group.clone() };
+                let dead_letter = stream.dead_letter();
+                let (Some(name), Some(dead_letter)) = (stream.name.stream(), dead_letter.stream()) else {
+                    let own: Vec<ConsumerName> = consumers_of(&config.instance, group)?;
+                    consumers.extend(own.iter().cloned());
+                    let roster = families.named(stream.name.as_str()).context("a family is declared, and not there")?;
+                    let sink = group.sink.as_ref().and_then(|sink| sinks.get(sink));
+                    let sink = sink.context("a group names a sink that is not there")?;
+                    crews.push(Crew::new(
+                        Arc::clone(&store),
+                        Arc::clone(sink),
+                        Arc::clone(roster),
+                        dead_letter,
+                        group.clone(),
+                        own,
+                        metrics.clone(),
+                        part(format!("workers {full_name}")),
+                    ));
+                    continue;
+                };
+                let spec = GroupSpec { stream: name.clone(), dead_letter: dead_letter.clone(), config: group.clone() };
                 groups.push(spec.clone());
                 let Some(sink) = &group.sink else {
                     let consumer: ConsumerName = format!("{}-guard", config.instance).parse()?;
@@ -123,8 +149,7 @@ impl App {
                     continue;
                 };
                 let sink = sinks.get(sink).context("a group names a sink that is not there")?;
-                for index in 0..group.workers {
-                    let consumer: ConsumerName = format!("{}-{index}", config.instance).parse()?;
+                for (index, consumer) in consumers_of(&config.instance, group)?.into_iter().enumerate() {
                     consumers.insert(consumer.clone());
                     let name = if group.workers == 1 { full_name.clone() } else { format!("{full_name} {index}") };
                     let part = part(format!("worker {name}"));
@@ -134,7 +159,8 @@ impl App {
             }
         }
 
-        let reaper = Reaper::new(Arc::clone(&store), groups, consumers, metrics.clone());
+        let reaper = Reaper::new(Arc::clone(&store), groups, consumers, metrics.clone()).with_families(family_specs);
+        let family_parts = families.parts(&readiness);
         let store_part = readiness.part("store", Some(STALE_AFTER));
         let stop_sessions = CancellationToken::new();
         let api = Api::new(
@@ -156,7 +182,9 @@ impl App {
             store,
             sinks,
             checks,
+            families: (families, family_parts),
             workers,
+            crews,
             guards,
             reaper,
             janitor,
@@ -187,6 +215,12 @@ impl App {
         let work = CancellationToken::new();
         let serving = CancellationToken::new();
         let mut tasks = JoinSet::new();
+        let (families, family_parts) = self.families;
+        let store = Arc::clone(&self.store);
+        tasks.spawn(named("families", families.run(store, family_parts, work.clone())));
+        for crew in self.crews {
+            tasks.spawn(named("crew", crew.run(work.clone())));
+        }
         for worker in self.workers {
             tasks.spawn(named("worker", worker.run(work.clone())));
         }
@@ -287,27 +321,61 @@ pub async fn check(config: &Config) -> anyhow::Result<StoreStatus> {
 
 async fn check_parts(config: &Config, store: &Arc<dyn Store>) -> anyhow::Result<()> {
     refuse_unsuitable(store.as_ref(), config).await?;
-    let bus = open_bus(config, Arc::clone(store), Limits::default(), Metrics::new());
+    let bus = open_bus(config, Arc::clone(store), &Families::default(), Limits::default(), Metrics::new());
     for (name, sink) in open_sinks(config, &bus).await? {
         sink.check().await.with_context(|| format!("the sink `{name}` can't take entries"))?;
     }
     Ok(())
 }
 
-fn spec_of(stream: &StreamConfig) -> StreamSpec {
-    StreamSpec { name: stream.name.clone(), retention: stream.retention, groups: stream.groups.clone() }
+fn spec_of(stream: &StreamConfig) -> Option<StreamSpec> {
+    let name = stream.name.stream()?.clone();
+    Some(StreamSpec { name, retention: stream.retention, groups: stream.groups.clone() })
 }
 
-fn open_bus(config: &Config, store: Arc<dyn Store>, limits: Limits, metrics: Metrics) -> Bus {
-    let streams = config.streams.iter().map(|stream| (stream.name.clone(), stream.dead_letter()));
-    let durability = config.streams.iter().map(|stream| (stream.name.clone(), stream.durability));
-    let specs: Vec<StreamSpec> = config.streams.iter().map(spec_of).collect();
+fn family_spec_of(stream: &StreamConfig, families: &Families) -> Option<FamilySpec> {
+    let roster = Arc::clone(families.named(stream.name.family()?.name())?);
+    Some(FamilySpec { roster, retention: stream.retention, groups: stream.groups.clone() })
+}
+
+fn families_of(config: &Config) -> Families {
+    let family = |stream: &StreamConfig| Some((stream.name.family()?.clone(), stream.max_keys()));
+    Families::new(config.streams.iter().filter_map(family))
+}
+
+fn limits_of(config: &Config, families: &Families) -> Limits {
+    let fixed = |stream: &StreamConfig| Some((stream.name.stream()?.clone(), stream.retention.publish_limit()?));
+    let of_family = |stream: &StreamConfig| Some((stream.name.family()?.clone(), stream.retention.publish_limit()?));
+    Limits::new(config.streams.iter().filter_map(fixed))
+        .with_families(families.clone(), config.streams.iter().filter_map(of_family))
+}
+
+/// The names of this daemon's consumers in a group.
+fn consumers_of(instance: &str, group: &GroupConfig) -> anyhow::Result<Vec<ConsumerName>> {
+    (0..group.workers).map(|index| Ok(format!("{instance}-{index}").parse()?)).collect()
+}
+
+fn open_bus(config: &Config, store: Arc<dyn Store>, families: &Families, limits: Limits, metrics: Metrics) -> Bus {
+    let one = |stream: &StreamConfig| Some((stream.name.stream()?.clone(), stream.dead_letter().stream()?.clone()));
+    let streams = config.streams.iter().filter_map(one);
+    let durability =
+        config.streams.iter().filter_map(|stream| Some((stream.name.stream()?.clone(), stream.durability)));
+    let specs: Vec<StreamSpec> = config.streams.iter().filter_map(spec_of).collect();
     let groups = specs
         .iter()
         .flat_map(|spec| spec.groups.iter().map(|group| (spec.name.clone(), group.name.clone(), group.consumption())));
     let silent = specs.iter().map(|spec| (spec.name.clone(), spec.retention.abandoned_after));
-    let catalogue =
-        Catalogue::new(streams).with_durability(durability).with_groups(groups).with_abandoned_after(silent);
+    let terms = config.streams.iter().filter_map(|stream| {
+        let groups = stream.groups.iter().map(|group| (group.name.clone(), group.consumption())).collect();
+        let (durability, abandoned_after) = (stream.durability, stream.retention.abandoned_after);
+        let terms = FamilyTerms { dead_letter: stream.dead_letter(), durability, groups, abandoned_after };
+        Some((stream.name.family()?.clone(), terms))
+    });
+    let catalogue = Catalogue::new(streams)
+        .with_durability(durability)
+        .with_groups(groups)
+        .with_abandoned_after(silent)
+        .with_families(families.clone(), terms);
     Bus::new(store, config.publish.clone(), catalogue, limits, metrics)
 }
 

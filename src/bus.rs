@@ -13,10 +13,12 @@ use bytes::Bytes;
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 
-use crate::event::{Fields, GroupName, IdempotencyKey, NewEntry, NewEvent, StreamName, field};
+use crate::event::{Family, Fields, GroupName, IdempotencyKey, NewEntry, NewEvent, StreamName, StreamPattern, field};
 use crate::metrics::Metrics;
 use crate::sink::{Forward, SinkError, SinkErrorClass};
-use crate::store::{Appended, Consumption, Durability, Limits, MAX_APPEND, Store, StoreError, StoreErrorKind};
+use crate::store::{
+    Appended, Consumption, Durability, Families, Limits, MAX_APPEND, NotJoined, Store, StoreError, StoreErrorKind,
+};
 
 /// What publishers may do.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
@@ -56,6 +58,22 @@ pub struct Catalogue {
     durability: BTreeMap<StreamName, Durability>,
     groups: BTreeMap<(StreamName, GroupName), Consumption>,
     abandoned_after: BTreeMap<StreamName, Duration>,
+    families: Families,
+    /// What holds for the members of each family, by its name.
+    terms: BTreeMap<String, FamilyTerms>,
+}
+
+/// What holds for every member of a family.
+#[derive(Debug, Clone)]
+pub struct FamilyTerms {
+    /// Where a member's dead letters go.
+    pub dead_letter: StreamPattern,
+    /// How durable an event is at least when it is accepted.
+    pub durability: Durability,
+    /// The groups that every member has, and who settles their entries.
+    pub groups: BTreeMap<GroupName, Consumption>,
+    /// How long a group of others may be silent before it counts as abandoned.
+    pub abandoned_after: Duration,
 }
 
 impl Catalogue {
@@ -73,7 +91,8 @@ impl Catalogue {
 
     /// How durable an event of this stream is at least when it is accepted.
     pub fn durability(&self, stream: &StreamName) -> Durability {
-        self.durability.get(stream).copied().unwrap_or_default()
+        let declared = self.durability.get(stream).copied();
+        declared.or_else(|| self.terms_of(stream).map(|terms| terms.durability)).unwrap_or_default()
     }
 
     /// The same with the groups that are declared, and who settles their entries.
@@ -92,27 +111,64 @@ impl Catalogue {
 
     /// How long a group of that stream that is not declared may be silent before it counts as abandoned, if ever.
     pub fn abandoned_after(&self, stream: &StreamName) -> Option<Duration> {
-        self.abandoned_after.get(stream).copied()
+        let declared = self.abandoned_after.get(stream).copied();
+        declared.or_else(|| self.terms_of(stream).map(|terms| terms.abandoned_after))
     }
 
     /// Who settles a group's entries, if the group is declared.
     pub fn consumption(&self, stream: &StreamName, group: &GroupName) -> Option<Consumption> {
-        self.groups.get(&(stream.clone(), group.clone())).copied()
+        let declared = self.groups.get(&(stream.clone(), group.clone())).copied();
+        declared.or_else(|| self.terms_of(stream)?.groups.get(group).copied())
     }
 
-    /// The declared streams, by name.
+    /// The same with these families, and what holds for each.
+    #[must_use]
+    pub fn with_families(mut self, families: Families, terms: impl IntoIterator<Item = (Family, FamilyTerms)>) -> Self {
+        self.families = families;
+        self.terms.extend(terms.into_iter().map(|(family, terms)| (family.name().to_owned(), terms)));
+        self
+    }
+
+    /// The declared families.
+    pub fn families(&self) -> &Families {
+        &self.families
+    }
+
+    fn terms_of(&self, stream: &StreamName) -> Option<&FamilyTerms> {
+        self.terms.get(self.families.of(stream)?.family().name())
+    }
+
+    /// What binds a member of a family, or the stream of its dead letters, to a key: the family's placeholder, and the key.
+    pub fn binding<'a>(&'a self, stream: &'a StreamName) -> Option<(&'a str, &'a str)> {
+        let of = |family: &'a Family| Some((family.placeholder(), family.key_of(stream)?));
+        let member = self.families.of(stream).and_then(|roster| of(roster.family()));
+        member.or_else(|| self.terms.values().find_map(|terms| of(terms.dead_letter.family()?)))
+    }
+
+    /// The declared streams, by name, without families.
     pub fn streams(&self) -> impl Iterator<Item = &StreamName> {
         self.streams.keys()
     }
 
-    /// Whether the stream is declared, so that it may be published to.
+    /// What is declared: the names of streams and of families.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.streams.keys().map(StreamName::as_str).chain(self.families.iter().map(|roster| roster.family().name()))
+    }
+
+    /// Whether the stream is declared, or can be of a declared family, so that it may be published to.
     pub fn contains(&self, stream: &StreamName) -> bool {
-        self.streams.contains_key(stream)
+        self.streams.contains_key(stream) || self.families.of(stream).is_some()
     }
 
     /// Whether the stream may be read: it is declared, or holds the dead letters of one that is.
     pub fn is_readable(&self, stream: &StreamName) -> bool {
-        self.contains(stream) || self.streams.values().any(|dead_letter| dead_letter == stream)
+        let holds = |dead_letter: &StreamPattern| match dead_letter {
+            StreamPattern::One(one) => one == stream,
+            StreamPattern::Family(family) => family.key_of(stream).is_some(),
+        };
+        self.contains(stream)
+            || self.streams.values().any(|dead_letter| dead_letter == stream)
+            || self.terms.values().any(|terms| holds(&terms.dead_letter))
     }
 }
 
@@ -133,9 +189,21 @@ pub enum PublishError {
     /// It has no `id` of its own to recognise it by.
     #[error("the event has no text `id` to recognise it by")]
     NoId,
+    /// Its stream would be one more of a family than there may be.
+    #[error("{0}")]
+    TooManyKeys(String),
     /// The store did not take it.
     #[error("{0}")]
     Store(Arc<StoreError>),
+}
+
+impl From<NotJoined> for PublishError {
+    fn from(error: NotJoined) -> Self {
+        match error {
+            NotJoined::Full { .. } => Self::TooManyKeys(error.to_string()),
+            NotJoined::Store(error) => Self::Store(Arc::new(error)),
+        }
+    }
 }
 
 impl PublishError {
@@ -145,6 +213,7 @@ impl PublishError {
             Self::TooLarge { .. } => "event_too_large",
             Self::Key(_) => "invalid_idempotency_key",
             Self::NoId => "event_without_id",
+            Self::TooManyKeys(_) => "too_many_keys",
             Self::Store(_) => "store",
         }
     }
@@ -280,9 +349,13 @@ impl Bus {
         entries: Vec<NewEntry>,
         durability: Durability,
     ) -> Result<Vec<Appended>, PublishError> {
+        let families = self.catalogue.families();
+        if let Some(roster) = families.of(stream) {
+            roster.join(&*self.store, stream).await?;
+        }
         let started = Instant::now();
         let result = self.limits.append(&*self.store, stream, entries, durability).await;
-        let labels = [stream.as_str()];
+        let labels = [families.label(stream)];
         self.metrics.publish_seconds.with_label_values(&labels).observe(started.elapsed().as_secs_f64());
         // What is stored is published, also where it is not as durable as asked.
         let stored = result.as_ref().map_or_else(StoreError::stored, |_| 0);
@@ -332,8 +405,10 @@ impl Forward for Bus {
             .peekable();
         while entries.peek().is_some() {
             let chunk = entries.by_ref().take(MAX_APPEND).collect();
-            if let Err(PublishError::Store(error)) = self.append(stream, chunk).await {
-                return Err(refused(stream, error));
+            match self.append(stream, chunk).await {
+                Ok(_) => {}
+                Err(PublishError::Store(error)) => return Err(refused(stream, error)),
+                Err(error) => return Err(SinkError::new(SinkErrorClass::Transient, error.to_string())),
             }
         }
         Ok(())

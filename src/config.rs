@@ -3,6 +3,7 @@
 //! Each module owns its own part; this one puts them together. [`load`] reads the layers: built-in default,
 //! file, environment, flags. Reading the environment happens here and in `main` alone.
 
+mod families;
 mod forwards;
 mod load;
 
@@ -15,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 pub use load::{DEFAULT_FILE, Layers, load};
 
-use crate::event::{GroupName, StreamName};
+use crate::event::{GroupName, StreamName, StreamPattern};
 use crate::sink::SinkConfig;
 use crate::{bus, dead_letters, delivery, http, relay, store, telemetry};
 
@@ -90,17 +91,22 @@ impl Default for ShutdownConfig {
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct StreamConfig {
-    /// Its name, which is also its key in Redis.
-    pub name: StreamName,
+    /// Its name, which is also its key in Redis. With a placeholder for one part, such as
+    /// `aurora:tenant:{tenant}:alerts`, it declares a family of streams, which come into being when they are used first.
+    pub name: StreamPattern,
+    /// Of a family: the most keys, and so streams, that it may have; 1000 by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_keys: Option<usize>,
     /// Whether dashboards may watch it.
     #[serde(default)]
     pub relay: bool,
     /// What is kept.
     #[serde(default)]
     pub retention: delivery::Retention,
-    /// Where entries go that can't be handled; `<name>:dead_letter` by default.
+    /// Where entries go that can't be handled; `<name>:dead_letter` by default. Of a family: with its placeholder, or
+    /// without, where all of them share one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub dead_letter: Option<StreamName>,
+    pub dead_letter: Option<StreamPattern>,
     /// How durable an event is at least when it is accepted: `memory`, `fsync`, `replicated` or `fsync+replicated`.
     #[serde(default)]
     pub durability: store::Durability,
@@ -111,10 +117,21 @@ pub struct StreamConfig {
 
 impl StreamConfig {
     /// Where entries go that can't be handled.
-    pub fn dead_letter(&self) -> StreamName {
-        self.dead_letter.clone().unwrap_or_else(|| self.name.default_dead_letter())
+    pub fn dead_letter(&self) -> StreamPattern {
+        self.dead_letter.clone().unwrap_or_else(|| match &self.name {
+            StreamPattern::One(stream) => stream.default_dead_letter().into(),
+            StreamPattern::Family(family) => StreamPattern::Family(family.default_dead_letter()),
+        })
+    }
+
+    /// The most keys that a family may have.
+    pub fn max_keys(&self) -> usize {
+        self.max_keys.unwrap_or(DEFAULT_MAX_KEYS)
     }
 }
+
+/// The most keys of a family that does not say how many it may have.
+const DEFAULT_MAX_KEYS: usize = 1_000;
 
 /// One thing that is wrong with a configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -156,7 +173,8 @@ impl Default for Config {
             StreamConfig {
                 dead_letter: None,
                 durability: store::Durability::MEMORY,
-                name,
+                name: name.into(),
+                max_keys: None,
                 relay,
                 retention: delivery::Retention::default(),
                 groups: vec![delivery::GroupConfig {
@@ -238,7 +256,8 @@ impl Config {
         problems.extend(
             self.publish.problems().into_iter().map(|(key, message)| Problem::new(format!("publish.{key}"), message)),
         );
-        let declared: Vec<StreamName> = self.streams.iter().map(|stream| stream.name.clone()).collect();
+        let declared: Vec<StreamName> =
+            self.streams.iter().filter_map(|stream| stream.name.stream().cloned()).collect();
         let dead_letters = self.dead_letters.problems(&declared).into_iter();
         problems.extend(dead_letters.map(|(key, message)| Problem::new(format!("dead_letters.{key}"), message)));
         let log = self.log.problems().into_iter();
@@ -252,6 +271,7 @@ impl Config {
             problems.push(Problem::new("store.redis", error.to_string()));
         }
         problems.extend(self.stream_problems());
+        problems.extend(families::problems(self));
         for (name, sink) in &self.sinks {
             let own = sink.problems().into_iter();
             problems.extend(own.map(|(key, message)| Problem::new(format!("sinks.{name}.{key}"), message)));
@@ -313,7 +333,7 @@ impl Config {
     }
 
     /// The streams that dashboards may watch.
-    pub fn relayed(&self) -> Vec<StreamName> {
+    pub fn relayed(&self) -> Vec<StreamPattern> {
         self.streams.iter().filter(|stream| stream.relay).map(|stream| stream.name.clone()).collect()
     }
 

@@ -13,7 +13,7 @@ mod keeper;
 mod selection;
 mod walk;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ pub use selection::{FOREIGN, Found, Reason, Scope, Selection, Sight};
 pub use walk::{Cursor, Page};
 
 use crate::bus::{Bus, PublishError};
-use crate::event::{EntryId, GroupName, StreamName};
+use crate::event::{EntryId, Family, GroupName, StreamName, StreamPattern};
 use crate::metrics::Metrics;
 use crate::store::{Order, Range, Store, StoreError, StoreErrorKind, StreamStatus};
 
@@ -74,13 +74,13 @@ impl Config {
     }
 }
 
-/// A declared stream, as far as its dead letters go.
+/// A declared stream, or family of them, as far as its dead letters go.
 #[derive(Debug, Clone)]
 pub struct Source {
-    /// The stream.
-    pub stream: StreamName,
+    /// The stream, or the family.
+    pub stream: StreamPattern,
     /// Where its dead letters go.
-    pub dead_letter: StreamName,
+    pub dead_letter: StreamPattern,
     /// Its groups.
     pub groups: BTreeSet<GroupName>,
 }
@@ -139,35 +139,33 @@ impl DeadLetters {
 
     /// The streams of dead letters, each with the streams whose dead letters it holds.
     pub fn streams(&self) -> Vec<(StreamName, Vec<StreamName>)> {
-        let names: BTreeSet<_> = self.inner.sources.iter().map(|source| source.dead_letter.clone()).collect();
-        let of = |name: &StreamName| {
-            let sources = self.inner.sources.iter().filter(|source| source.dead_letter == *name);
-            sources.map(|source| source.stream.clone()).collect()
-        };
-        names.into_iter().map(|name| (name.clone(), of(&name))).collect()
+        let mut streams: BTreeMap<StreamName, Vec<StreamName>> = BTreeMap::new();
+        for (stream, dead_letter) in self.inner.sources.iter().flat_map(|source| self.inner.streams_of(source)) {
+            streams.entry(dead_letter).or_default().push(stream);
+        }
+        streams.into_iter().collect()
     }
 
     /// The dead letters that a name stands for: those of a stream, or all in a stream of dead letters.
     pub fn scope(&self, name: &str) -> Option<Scope> {
-        let sources = &self.inner.sources;
-        if let Some(source) = sources.iter().find(|source| source.stream.as_str() == name) {
-            let sharing = sources.iter().filter(|other| other.dead_letter == source.dead_letter).count();
-            return Some(Scope {
-                dead_letter: source.dead_letter.clone(),
-                of: Some(source.stream.clone()),
-                has_foreign: sharing == 1,
-                sight: Sight::default(),
-            });
+        let name: StreamName = name.parse().ok()?;
+        if let Some((source, dead_letter)) = self.inner.source_of(&name) {
+            let is_shared = source.dead_letter.stream().is_some() && source.stream.family().is_some();
+            let sharing = self.inner.sources.iter().filter(|other| other.dead_letter == source.dead_letter).count();
+            let has_foreign = sharing == 1 && !is_shared;
+            return Some(Scope { dead_letter, of: Some(name), has_foreign, sight: Sight::default() });
         }
-        let source = sources.iter().find(|source| source.dead_letter.as_str() == name)?;
-        let dead_letter = source.dead_letter.clone();
-        Some(Scope { dead_letter, of: None, has_foreign: true, sight: Sight::default() })
+        let holds = |source: &Source| match &source.dead_letter {
+            StreamPattern::One(dead_letter) => *dead_letter == name,
+            StreamPattern::Family(family) => family.key_of(&name).is_some(),
+        };
+        self.inner.sources.iter().find(|source| holds(source))?;
+        Some(Scope { dead_letter: name, of: None, has_foreign: true, sight: Sight::default() })
     }
 
     /// Where a declared stream's dead letters go.
-    pub fn stream_of(&self, stream: &StreamName) -> Option<&StreamName> {
-        let source = self.inner.sources.iter().find(|source| source.stream == *stream);
-        source.map(|source| &source.dead_letter)
+    pub fn stream_of(&self, stream: &StreamName) -> Option<StreamName> {
+        self.inner.source_of(stream).map(|(_, dead_letter)| dead_letter)
     }
 
     /// How full a stream of dead letters is.
@@ -204,6 +202,43 @@ impl DeadLetters {
 }
 
 impl Inner {
+    /// The declaration of a stream, and where its dead letters go.
+    fn source_of(&self, stream: &StreamName) -> Option<(&Source, StreamName)> {
+        self.sources.iter().find_map(|source| match &source.stream {
+            StreamPattern::One(one) if one == stream => Some((source, source.dead_letter.stream()?.clone())),
+            StreamPattern::One(_) => None,
+            StreamPattern::Family(family) => {
+                let key = family.key_of(stream)?;
+                Some((source, source.dead_letter.of_key(key).ok()?))
+            }
+        })
+    }
+
+    /// The streams that are declared so, as they are now, each with where its dead letters go.
+    fn streams_of(&self, source: &Source) -> Vec<(StreamName, StreamName)> {
+        match &source.stream {
+            StreamPattern::One(stream) => {
+                source.dead_letter.stream().map(|dead| (stream.clone(), dead.clone())).into_iter().collect()
+            }
+            StreamPattern::Family(family) => {
+                let roster = self.bus.catalogue().families().named(family.name());
+                let members = roster.map(|roster| roster.members()).unwrap_or_default();
+                let pair = |stream: StreamName| {
+                    let dead_letter = source.dead_letter.of_key(family.key_of(&stream)?).ok()?;
+                    Some((stream, dead_letter))
+                };
+                members.into_iter().filter_map(pair).collect()
+            }
+        }
+    }
+
+    /// What a stream of dead letters is counted under: one of many of a family under the family's.
+    fn label<'a>(&'a self, dead_letter: &'a StreamName) -> &'a str {
+        let families = self.sources.iter().filter_map(|source| source.dead_letter.family());
+        let family = families.into_iter().find(|family| family.key_of(dead_letter).is_some());
+        family.map_or(dead_letter.as_str(), Family::name)
+    }
+
     fn level(&self, dead_letter: &StreamName, status: Option<&StreamStatus>) -> Level {
         let length = status.map_or(0, |status| status.length);
         let max_len = self.config.max_len;

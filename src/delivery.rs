@@ -12,6 +12,8 @@
 mod breaker;
 mod call;
 mod config;
+mod crew;
+mod figures;
 mod guard;
 mod lanes;
 mod ledger;
@@ -24,6 +26,7 @@ mod pump;
 mod reaper;
 mod retention;
 mod retries;
+mod rounds;
 mod sampler;
 mod tenure;
 
@@ -35,11 +38,13 @@ use tracing::{Instrument as _, info_span, warn};
 
 pub use breaker::BreakerPolicy;
 pub use config::{GroupConfig, GroupStart, InvalidValue};
+pub use crew::Crew;
 pub use guard::Guard;
 pub use ordering::{InvalidOrderBy, OnPoison, OrderBy, Ordering};
 pub use policy::{RetryPolicy, Verdict};
 pub use reaper::Reaper;
 pub use retention::{Janitor, Retention, StreamSpec, WhenFull};
+pub use rounds::FamilySpec;
 pub use sampler::Sampler;
 
 use self::pump::{End, Pump};
@@ -78,6 +83,8 @@ pub struct Worker {
     readiness: Part,
     grace: Duration,
     name_ttl: Duration,
+    /// Where the stream is of a family: what it is counted under, and after how long without entries the worker ends.
+    family: Option<(Arc<str>, Duration)>,
 }
 
 impl Worker {
@@ -94,7 +101,7 @@ impl Worker {
         metrics: Metrics,
         readiness: Part,
     ) -> Self {
-        Self { store, sink, group, consumer, metrics, readiness, grace: GRACE, name_ttl: NAME_TTL }
+        Self { store, sink, group, consumer, metrics, readiness, grace: GRACE, name_ttl: NAME_TTL, family: None }
     }
 
     /// The same with another time to finish in after being told to stop, instead of 20 s.
@@ -108,6 +115,14 @@ impl Worker {
     #[must_use]
     pub fn with_name_lease(mut self, ttl: Duration) -> Self {
         self.name_ttl = ttl;
+        self
+    }
+
+    /// The same for a member of the family of that name, under which it is counted: the worker ends once there has been
+    /// nothing to do for that long.
+    #[must_use]
+    pub fn of_family(mut self, name: &str, leave_after: Duration) -> Self {
+        self.family = Some((name.into(), leave_after));
         self
     }
 

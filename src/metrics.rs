@@ -164,6 +164,8 @@ metrics! {
     removed_by_others: IntGaugeVec = "aurora_bus_removed_by_others" ["stream"];
     /// Entries a stream holds.
     stream_length: IntGaugeVec = "aurora_bus_stream_length" ["stream"];
+    /// Streams that a family has.
+    family_members: IntGaugeVec = "aurora_bus_family_members" ["stream"];
     /// Time of store operations, in seconds.
     store_seconds: HistogramVec = "aurora_bus_store_seconds" ["operation"];
     /// Failed store operations, by kind.

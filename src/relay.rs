@@ -31,6 +31,7 @@ mod frames;
 mod inbound;
 mod lane;
 mod link;
+mod members;
 mod outgoing;
 mod pages;
 mod params;
@@ -45,8 +46,8 @@ mod tail;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge};
@@ -68,11 +69,12 @@ pub use rich::PROTOCOL;
 pub use session::Session;
 pub use slots::counted_address;
 
-use crate::event::{EntryId, Epoch, StreamName};
+use crate::event::{EntryId, Epoch, StreamName, StreamPattern};
 use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
-use crate::store::Store;
+use crate::store::{Families, Roster, Store};
 use form::Form;
+use members::Members;
 use ring::{Limits, Ring};
 use slots::{Slot, Slots};
 use subscription::Subscription;
@@ -100,6 +102,7 @@ struct Hub {
     config: Config,
     channels: BTreeMap<String, Arc<Channel>>,
     rings: Vec<Arc<Ring>>,
+    members: Arc<Members>,
     slots: Arc<Slots>,
     pages: Semaphore,
     is_draining: AtomicBool,
@@ -113,6 +116,11 @@ struct Hub {
 struct Channel {
     name: String,
     rings: Vec<Arc<Ring>>,
+    /// The families among its streams, of which clients are given members.
+    families: Vec<Arc<Roster>>,
+    members: Arc<Members>,
+    /// Itself, for those who wake it.
+    me: Weak<Channel>,
     /// Told of every change of its rings.
     wake: watch::Sender<()>,
     connections: IntGauge,
@@ -157,6 +165,9 @@ pub enum Refused {
     /// It can't be told now who asks. Later it may be.
     #[error("{0}")]
     Unavailable(String),
+    /// The family that is asked for has as many keys as it may have; in words.
+    #[error("{0}")]
+    TooManyKeys(String),
     /// This instance is stopping; another one, or this one later, will serve.
     #[error("this instance is stopping")]
     Draining,
@@ -167,7 +178,7 @@ impl Refused {
     pub fn close_code(&self) -> CloseCode {
         match self {
             Self::UnknownChannel(_) | Self::BadParameter(_) => CloseCode::Protocol,
-            Self::ConnectionLimit => CloseCode::ConnectionLimit,
+            Self::ConnectionLimit | Self::TooManyKeys(_) => CloseCode::ConnectionLimit,
             Self::Origin => CloseCode::Origin,
             Self::Version => CloseCode::Version,
             Self::Unauthenticated(_) => CloseCode::Unauthenticated,
@@ -184,6 +195,7 @@ impl Refused {
             Self::Unauthenticated(_) => format!("unauthenticated: {self}"),
             Self::Forbidden(_) => format!("forbidden: {self}"),
             Self::Unavailable(_) => format!("server_error: {self}"),
+            Self::TooManyKeys(_) => format!("too_many_keys: {self}"),
             Self::ConnectionLimit | Self::Origin | Self::Version | Self::Draining => {
                 self.close_code().reason().to_owned()
             }
@@ -232,35 +244,45 @@ pub struct RelayedStream {
 
 impl Relay {
     /// A relay of those streams of the configured channels that are among `streams`, each of which is a part of
-    /// `readiness`. Nothing is read before [`Relay::run`].
+    /// `readiness`. Of `families` clients are given the members that they ask for. Nothing is read before
+    /// [`Relay::run`].
     pub fn new(
         store: Arc<dyn Store>,
         config: Config,
-        streams: &[StreamName],
+        streams: &[StreamPattern],
+        families: &Families,
         metrics: Metrics,
         readiness: &Readiness,
     ) -> Self {
         let bytes = usize::try_from(config.ring_bytes.as_u64()).unwrap_or(usize::MAX);
         let limits = Limits { bytes, entries: config.ring_entries };
-        let mut rings: BTreeMap<&StreamName, Arc<Ring>> = BTreeMap::new();
-        for stream in config.channels.values().flatten().filter(|stream| streams.contains(stream)) {
-            rings.entry(stream).or_insert_with(|| Arc::new(Ring::new(stream.clone(), limits)));
+        let mut rings: BTreeMap<StreamName, Arc<Ring>> = BTreeMap::new();
+        let relayed = config.channels.values().flatten().filter(|stream| streams.contains(stream));
+        for stream in relayed.filter_map(StreamPattern::stream) {
+            rings.entry(stream.clone()).or_insert_with(|| Arc::new(Ring::new(stream.clone(), limits)));
         }
-        let channel = |(name, streams): (&String, &Vec<StreamName>)| {
-            let rings = streams.iter().filter_map(|stream| rings.get(stream).cloned()).collect();
-            (name.clone(), Arc::new(Channel::new(name, rings, &metrics)))
+        let all: Vec<Arc<Ring>> = rings.values().cloned().collect();
+        let bytes = usize::try_from(config.member_ring_bytes.as_u64()).unwrap_or(usize::MAX);
+        let members = Arc::new(Members::new(families.clone(), Limits { bytes, ..limits }, &all));
+        let channel = |(name, patterns): (&String, &Vec<StreamPattern>)| {
+            let of_channel = patterns.iter().filter_map(StreamPattern::stream);
+            let of_channel = of_channel.filter_map(|stream| rings.get(stream).cloned()).collect();
+            (name.clone(), Channel::new(name, of_channel, members.families_of(patterns), &members, &metrics))
         };
-        let channels = config.channels.iter().map(channel).collect();
+        let channels: BTreeMap<String, Arc<Channel>> = config.channels.iter().map(channel).collect();
+        for channel in channels.values() {
+            channel.rings.iter().for_each(|ring| members.wakes_of(ring.stream()).add(&channel.me));
+        }
         let slots = Slots::new(slots::Most {
             total: config.max_connections,
             per_address: config.max_connections_per_address,
             per_principal: config.max_connections_per_principal,
         });
-        let rings: Vec<Arc<Ring>> = rings.into_values().collect();
+        let rings = all;
         let part = |ring: &Arc<Ring>| readiness.part(&format!("relay {}", ring.stream()), Some(STALE_AFTER));
         let parts = rings.iter().map(part).collect();
         let (pages, is_draining) = (Semaphore::new(PAGES_AT_A_TIME), AtomicBool::new(false));
-        let hub = Hub { store, config, channels, rings, slots, pages, is_draining, metrics, parts };
+        let hub = Hub { store, config, channels, rings, members, slots, pages, is_draining, metrics, parts };
         Self { hub: Arc::new(hub) }
     }
 
@@ -274,11 +296,26 @@ impl Relay {
         for (ring, part) in self.hub.rings.iter().zip(&self.hub.parts) {
             tails.spawn(self.hub.tail(ring, part).run(stop_tails.clone()));
         }
-        tokio::select! {
-            () = stop.cancelled() => {}
-            Some(ended) = tails.join_next() => {
-                tracing::error!(error = ?ended.err(), "a tail of the relay has ended");
-                return;
+        let mut member_tails = JoinSet::new();
+        let mut sweep = tokio::time::interval(members::SWEEP_EVERY);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => break,
+                Some(ended) = tails.join_next() => {
+                    tracing::error!(error = ?ended.err(), "a tail of the relay has ended");
+                    return;
+                }
+                Some(Err(error)) = member_tails.join_next(), if !member_tails.is_empty() => {
+                    tracing::error!(%error, "a tail of the relay has ended badly");
+                    return;
+                }
+                () = self.hub.members.news.notified() => {
+                    for wanted in self.hub.members.take_wanted() {
+                        let ended = wanted.stop.clone();
+                        member_tails.spawn(self.hub.member_tail(wanted).run(ended));
+                    }
+                }
+                _ = sweep.tick() => self.hub.members.sweep(),
             }
         }
         self.hub.is_draining.store(true, Ordering::Release);
@@ -288,6 +325,7 @@ impl Relay {
             tokio::time::sleep(DRAIN_POLL).await;
         }
         stop_tails.cancel();
+        member_tails.shutdown().await;
         while let Some(ended) = tails.join_next().await {
             if let Err(error) = ended {
                 tracing::error!(%error, "a tail of the relay has ended badly");
@@ -305,16 +343,24 @@ impl Relay {
         peer: IpAddr,
         admission: Admission,
     ) -> Result<Session, Refused> {
-        let Admitted { channel, rings, slot } = self.admit(channel, params.stream.as_ref(), peer, &admission)?;
+        let (key, stream) = (params.key.as_deref(), params.stream.as_ref());
+        let Admitted { channel, rings, slot } = self.admit(channel, key, stream, false, peer, &admission)?;
         params.narrow(admission.filter.clone());
         let form = if params.meta { Form::WithPosition } else { Form::Plain };
         let subscription = Subscription::new(rings, params, form, None, &self.hub, &channel);
         Ok(Session::plain(self.hub.clone(), channel, subscription, admission, slot))
     }
 
-    /// Lets a client in that speaks [`PROTOCOL`], and will say what it wants.
-    pub fn connect_rich(&self, channel: &str, peer: IpAddr, admission: Admission) -> Result<Session, Refused> {
-        let Admitted { channel, slot, .. } = self.admit(channel, None, peer, &admission)?;
+    /// Lets a client in that speaks [`PROTOCOL`], and will say what it wants. With a key it is offered the streams of that
+    /// key; without one it may ask for any stream of the channel's families that it may watch.
+    pub fn connect_rich(
+        &self,
+        channel: &str,
+        key: Option<&str>,
+        peer: IpAddr,
+        admission: Admission,
+    ) -> Result<Session, Refused> {
+        let Admitted { channel, slot, .. } = self.admit(channel, key, None, true, peer, &admission)?;
         Ok(Session::rich(self.hub.clone(), channel, admission, slot))
     }
 
@@ -330,7 +376,8 @@ impl Relay {
         admission: Admission,
         stop: CancellationToken,
     ) -> Result<Feed, Refused> {
-        let Admitted { channel, rings, slot } = self.admit(channel, params.stream.as_ref(), peer, &admission)?;
+        let (key, stream) = (params.key.as_deref(), params.stream.as_ref());
+        let Admitted { channel, rings, slot } = self.admit(channel, key, stream, false, peer, &admission)?;
         let expires_at = admission.deadline();
         params.narrow(admission.filter);
         let meta = params.meta;
@@ -345,7 +392,9 @@ impl Relay {
     fn admit(
         &self,
         channel: &str,
+        key: Option<&str>,
         stream: Option<&StreamName>,
+        will_ask: bool,
         peer: IpAddr,
         admission: &Admission,
     ) -> Result<Admitted, Refused> {
@@ -354,11 +403,23 @@ impl Relay {
             return Err(Refused::Draining);
         }
         let unknown = || Refused::UnknownChannel(channel.chars().take(64).collect());
-        let channel = hub.channels.get(channel).ok_or_else(unknown)?;
-        let rings = channel.rings_of(stream)?;
+        let tenant = admission.tenant.as_deref();
+        let mut channel = hub.channels.get(channel).ok_or_else(unknown)?.clone();
+        let named = stream.and_then(|stream| channel.families.iter().find_map(|r| r.family().key_of(stream)));
+        match key.or(named).or_else(|| members::own_key(&channel, tenant)) {
+            Some(_) if channel.families.is_empty() => {}
+            Some(key) => channel = hub.members.keyed(&channel, key, tenant)?,
+            None if channel.families.is_empty() || will_ask => {}
+            None => {
+                let families: Vec<&str> = channel.families.iter().map(|roster| roster.family().name()).collect();
+                let problem = format!("is needed: this channel has the streams of a key, of {}", families.join(", "));
+                return Err(BadParameter::new("key", problem).into());
+            }
+        }
+        let rings = channel.rings_of(stream, tenant)?;
         let slot =
             hub.slots.take(peer, admission.principal.as_ref(), &channel.connections).ok_or(Refused::ConnectionLimit)?;
-        Ok(Admitted { channel: channel.clone(), rings, slot })
+        Ok(Admitted { channel, rings, slot })
     }
 
     /// Tells a client why it was refused, by closing its socket with the code: to browsers the status of a refused
@@ -394,9 +455,9 @@ impl Relay {
 }
 
 impl Hub {
-    /// The lives of all relayed streams, once all have begun.
-    fn epochs(&self) -> Option<Vec<Epoch>> {
-        self.rings.iter().map(|ring| ring.mark().map(|mark| mark.epoch)).collect()
+    /// The lives of all relayed streams, once all have begun, and of these.
+    fn epochs<'a>(&'a self, others: impl Iterator<Item = &'a Arc<Ring>>) -> Option<Vec<Epoch>> {
+        self.rings.iter().chain(others).map(|ring| ring.mark().map(|mark| mark.epoch)).collect()
     }
 
     /// Whether a client that was live may be left to catch up.
@@ -413,22 +474,54 @@ impl Hub {
         Tail {
             store: self.store.clone(),
             ring: ring.clone(),
-            wakes: channels.iter().map(|channel| channel.wake.clone()).collect(),
+            wakes: self.members.wakes_of(stream),
             gaps: Gaps {
                 undecodable: counters("undecodable"),
                 trimmed: counters("trimmed"),
                 state_lost: counters("state_lost"),
             },
             part: part.clone(),
+            roster: None,
+        }
+    }
+
+    /// The tail of a member. Whether the family can be followed, its own part tells.
+    fn member_tail(&self, wanted: members::Wanted) -> Tail {
+        let members::Wanted { ring, wakes, roster, .. } = wanted;
+        let is_of = |channel: &&Arc<Channel>| channel.families.iter().any(|known| Arc::ptr_eq(known, &roster));
+        let counters = |reason: &str| {
+            let channels = self.channels.values().filter(is_of);
+            channels.map(|c| c.gaps.with_label_values(&[&c.name, reason])).collect::<Vec<_>>()
+        };
+        Tail {
+            store: self.store.clone(),
+            wakes,
+            gaps: Gaps {
+                undecodable: counters("undecodable"),
+                trimmed: counters("trimmed"),
+                state_lost: counters("state_lost"),
+            },
+            part: Readiness::default().part(ring.stream().as_str(), None),
+            roster: Some(roster),
+            ring,
         }
     }
 }
 
 impl Channel {
-    fn new(name: &str, rings: Vec<Arc<Ring>>, metrics: &Metrics) -> Self {
-        Self {
+    fn new(
+        name: &str,
+        rings: Vec<Arc<Ring>>,
+        families: Vec<Arc<Roster>>,
+        members: &Arc<Members>,
+        metrics: &Metrics,
+    ) -> Arc<Self> {
+        Arc::new_cyclic(|me| Self {
             name: name.to_owned(),
             rings,
+            families,
+            members: members.clone(),
+            me: me.clone(),
             wake: watch::Sender::new(()),
             connections: metrics.relay_connections.with_label_values(&[name]),
             deliveries: metrics.relay_deliveries.with_label_values(&[name]),
@@ -436,12 +529,33 @@ impl Channel {
             catchups: metrics.relay_catchups.with_label_values(&[name]),
             gaps: metrics.relay_gaps.clone(),
             latency: metrics.relay_latency_seconds.with_label_values(&[name]),
-        }
+        })
     }
 
-    /// The rings of all its streams, or of the one asked for.
-    fn rings_of(&self, stream: Option<&StreamName>) -> Result<Vec<Arc<Ring>>, BadParameter> {
+    /// The same with these rings and no families, counted together.
+    fn with_rings(&self, rings: Vec<Arc<Ring>>) -> Arc<Self> {
+        Arc::new_cyclic(|me| Self {
+            name: self.name.clone(),
+            rings,
+            families: Vec::new(),
+            members: self.members.clone(),
+            me: me.clone(),
+            wake: watch::Sender::new(()),
+            connections: self.connections.clone(),
+            deliveries: self.deliveries.clone(),
+            writes: self.writes.clone(),
+            catchups: self.catchups.clone(),
+            gaps: self.gaps.clone(),
+            latency: self.latency.clone(),
+        })
+    }
+
+    /// The rings of all its streams, or of the one asked for. Who is bound to a tenant is given its own alone.
+    fn rings_of(&self, stream: Option<&StreamName>, tenant: Option<&str>) -> Result<Vec<Arc<Ring>>, Refused> {
         let Some(stream) = stream else { return Ok(self.rings.clone()) };
+        if self.families.iter().any(|roster| roster.family().key_of(stream).is_some()) {
+            return Ok(vec![self.members.ring(self, stream, tenant)?]);
+        }
         let ring = self.rings.iter().find(|ring| ring.stream() == stream).ok_or_else(|| {
             let streams: Vec<&str> = self.rings.iter().map(|ring| ring.stream().as_str()).collect();
             BadParameter::new("stream", format!("must be one of this channel's: {}", streams.join(", ")))

@@ -40,8 +40,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 pub use account::{Account, Balance, Consumption, LostReason};
-pub use families::{Families, NotJoined, Roster};
 pub use error::{StoreError, StoreErrorKind};
+pub use families::{Families, NotJoined, Roster};
 pub use limits::Limits;
 pub use metered::Metered;
 pub use types::{

@@ -19,7 +19,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(500);
 /// What to check.
 #[derive(Debug, Args)]
 pub(super) struct ReconcileArgs {
-    /// The stream; every declared stream where none is given
+    /// The stream, or a family of them; every declared stream where none is given
     stream: Option<String>,
     /// Print JSON instead of a table
     #[arg(long)]
@@ -49,9 +49,18 @@ struct Streams {
 #[derive(Debug, Deserialize)]
 struct Stream {
     name: String,
+    #[serde(default)]
     groups: Vec<Group>,
     #[serde(default)]
+    family: Option<Family>,
+    #[serde(default)]
     error: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Family {
+    #[serde(default)]
+    streams: Vec<String>,
 }
 
 #[derive(Debug, Deserialize, Serialize)]
@@ -143,6 +152,20 @@ async fn look(config: &ConfigArgs, args: &ReconcileArgs) -> anyhow::Result<Vec<S
 }
 
 async fn fetch(client: &Client, base: &Url, stream: Option<&str>) -> anyhow::Result<Vec<Stream>> {
+    let mut streams = ask(client, base, stream).await?;
+    // A family stands for the streams that it has.
+    let families: Vec<String> = streams.extract_if(.., |stream| stream.family.is_some()).map(|s| s.name).collect();
+    for family in families {
+        for found in ask(client, base, Some(&family)).await? {
+            for member in found.family.map(|family| family.streams).unwrap_or_default() {
+                streams.extend(ask(client, base, Some(&member)).await?);
+            }
+        }
+    }
+    Ok(streams)
+}
+
+async fn ask(client: &Client, base: &Url, stream: Option<&str>) -> anyhow::Result<Vec<Stream>> {
     let url = endpoint(base, &["api", "v1", "streams"])?;
     let url = match stream {
         Some(stream) => endpoint(&url, &[stream])?,

@@ -9,7 +9,8 @@ use crate::event::StreamName;
 
 /// Everything that is wrong with forwarding.
 pub(super) fn problems(config: &Config) -> Vec<Problem> {
-    let declared: BTreeSet<&StreamName> = config.streams.iter().map(|stream| &stream.name).collect();
+    // What is forwarded names no key, so it can't go to a family.
+    let declared: BTreeSet<&StreamName> = config.streams.iter().filter_map(|stream| stream.name.stream()).collect();
     let mut problems = Vec::new();
     for (name, sink) in &config.sinks {
         if let Some(target) = sink.forwards_to().filter(|target| !declared.contains(target)) {
@@ -19,15 +20,15 @@ pub(super) fn problems(config: &Config) -> Vec<Problem> {
         }
     }
     let target = |group: &GroupConfig| config.sinks.get(group.sink.as_ref()?)?.forwards_to().cloned();
-    let mut forwards: BTreeMap<&StreamName, BTreeSet<StreamName>> = BTreeMap::new();
+    let mut forwards: BTreeMap<&str, BTreeSet<StreamName>> = BTreeMap::new();
     for stream in &config.streams {
-        forwards.entry(&stream.name).or_default().extend(stream.groups.iter().filter_map(target));
+        forwards.entry(stream.name.as_str()).or_default().extend(stream.groups.iter().filter_map(target));
     }
     for (index, stream) in config.streams.iter().enumerate() {
         for (place, group) in stream.groups.iter().enumerate() {
             let Some(target) = target(group) else { continue };
             let path = format!("streams[{index}].groups[{place}]");
-            if let Some(way) = way(&forwards, &target, &stream.name) {
+            if let Some(way) = way(&forwards, &target, stream.name.as_str()) {
                 let way: Vec<&str> = way.iter().map(|stream| stream.as_str()).collect();
                 let message = format!("entries would go in a circle: {} → {}", stream.name, way.join(" → "));
                 problems.push(Problem::new(format!("{path}.sink"), message));
@@ -50,18 +51,18 @@ pub(super) fn problems(config: &Config) -> Vec<Problem> {
 
 /// The streams from one to the other, both included, if entries are forwarded that way.
 fn way<'a>(
-    forwards: &'a BTreeMap<&StreamName, BTreeSet<StreamName>>,
+    forwards: &'a BTreeMap<&str, BTreeSet<StreamName>>,
     from: &'a StreamName,
-    to: &StreamName,
+    to: &str,
 ) -> Option<Vec<&'a StreamName>> {
     let mut seen = BTreeSet::from([from]);
     let mut ways = vec![vec![from]];
     while let Some(way) = ways.pop() {
         let last = *way.last()?;
-        if last == to {
+        if last.as_str() == to {
             return Some(way);
         }
-        for next in forwards.get(last).into_iter().flatten().filter(|next| seen.insert(next)) {
+        for next in forwards.get(last.as_str()).into_iter().flatten().filter(|next| seen.insert(next)) {
             ways.push(way.iter().copied().chain([next]).collect());
         }
     }

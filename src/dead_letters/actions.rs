@@ -271,7 +271,7 @@ impl Inner {
     /// What a replay appends, and where.
     fn copy(&self, letter: Option<&DeadLetter>, how: &Replay) -> Result<Resent, Refusal> {
         let letter = letter.ok_or(Refusal::Foreign)?;
-        let source = self.sources.iter().find(|source| source.stream == letter.stream);
+        let source = self.source_of(&letter.stream).map(|(source, _)| source);
         let source = source.ok_or_else(|| Refusal::Stream(letter.stream.clone()))?;
         let group = match &how.to {
             Target::FailedGroup => Some(&letter.group),
@@ -292,7 +292,7 @@ impl Inner {
         let ids: Vec<EntryId> = about.iter().map(|found| found.entry.id).collect();
         done.done = self.store.discard(&scope.dead_letter, &ids).await?;
         done.gone = (ids.len() as u64).saturating_sub(done.done);
-        self.metrics.dead_letters_discarded.with_label_values(&[scope.dead_letter.as_str()]).inc_by(done.done);
+        self.metrics.dead_letters_discarded.with_label_values(&[self.label(&scope.dead_letter)]).inc_by(done.done);
         Ok(())
     }
 
@@ -319,7 +319,7 @@ impl Inner {
             done.done += replayed;
             done.repeated += repeated;
             done.new_id = appended.last().map(|appended| appended.id);
-            self.metrics.dead_letters_replayed.with_label_values(&[scope.dead_letter.as_str()]).inc_by(replayed);
+            self.metrics.dead_letters_replayed.with_label_values(&[self.label(&scope.dead_letter)]).inc_by(replayed);
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! The dead letters' own limits: told before they are reached, and never kept in silence.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -17,6 +17,8 @@ use crate::store::{StoreError, StoreErrorKind};
 
 /// How often every stream of dead letters is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// In how many looks each stream of a family's dead letters has its turn.
+const TURNS: usize = 12;
 /// How long one step with the store may take.
 const STEP_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -28,11 +30,14 @@ pub struct Keeper {
     high: BTreeSet<StreamName>,
     /// Those told of as failing.
     failing: BTreeSet<StreamName>,
+    /// How many dead letters each held when it was looked at last.
+    lengths: BTreeMap<StreamName, u64>,
+    round: usize,
 }
 
 impl Keeper {
     pub(super) fn new(inner: Arc<Inner>) -> Self {
-        Self { inner, high: BTreeSet::new(), failing: BTreeSet::new() }
+        Self { inner, high: BTreeSet::new(), failing: BTreeSet::new(), lengths: BTreeMap::new(), round: 0 }
     }
 
     /// Looks after the dead letters until `stop`. `part` hears of what fills up; that never makes it unready.
@@ -50,9 +55,8 @@ impl Keeper {
     }
 
     async fn look(&mut self, part: &Part) {
-        let streams: BTreeSet<_> = self.inner.sources.iter().map(|source| source.dead_letter.clone()).collect();
         let mut notes = Vec::new();
-        for stream in streams {
+        for stream in self.due() {
             match self.keep(&stream).await {
                 Ok(level) => {
                     if self.failing.remove(&stream) {
@@ -60,6 +64,7 @@ impl Keeper {
                     }
                     self.tell(&stream, &level);
                     notes.extend(level.alarm);
+                    self.lengths.insert(stream, level.length);
                 }
                 Err(error) => {
                     notes.push(format!("cannot look after `{stream}`: {error}"));
@@ -70,6 +75,7 @@ impl Keeper {
                 }
             }
         }
+        self.show();
         if notes.is_empty() {
             part.ready();
         } else {
@@ -77,13 +83,38 @@ impl Keeper {
         }
     }
 
-    fn tell(&mut self, stream: &StreamName, level: &Level) {
-        let labels = [stream.as_str()];
+    /// The streams of dead letters to be looked at now: of those of families some in turn, for there may be thousands.
+    fn due(&mut self) -> BTreeSet<StreamName> {
+        self.round = (self.round + 1) % TURNS;
+        let mut due = BTreeSet::new();
+        for source in &self.inner.sources {
+            if let Some(one) = source.dead_letter.stream() {
+                due.insert(one.clone());
+                continue;
+            }
+            let members = self.inner.streams_of(source).into_iter().enumerate();
+            due.extend(members.filter(|(place, _)| place % TURNS == self.round).map(|(_, (_, dead))| dead));
+        }
+        due
+    }
+
+    /// Shows how full they are; those of one family together, and how full the fullest is.
+    fn show(&self) {
+        let mut shown: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
+        for (stream, length) in &self.lengths {
+            let (sum, most) = shown.entry(self.inner.label(stream)).or_default();
+            (*sum, *most) = (*sum + length, (*most).max(*length));
+        }
         let metrics = &self.inner.metrics;
-        metrics.dead_letter_length.with_label_values(&labels).set(i64::try_from(level.length).unwrap_or(i64::MAX));
-        metrics.dead_letter_capacity_ratio.with_label_values(&labels).set(self.inner.part_full(level.length));
-        // The counter is there from the start, so that its first step is seen as one.
-        metrics.dead_letters_expired.with_label_values(&labels).inc_by(0);
+        for (label, (sum, most)) in shown {
+            metrics.dead_letter_length.with_label_values(&[label]).set(i64::try_from(sum).unwrap_or(i64::MAX));
+            metrics.dead_letter_capacity_ratio.with_label_values(&[label]).set(self.inner.part_full(most));
+            // The counter is there from the start, so that its first step is seen as one.
+            metrics.dead_letters_expired.with_label_values(&[label]).inc_by(0);
+        }
+    }
+
+    fn tell(&mut self, stream: &StreamName, level: &Level) {
         let (length, max_len) = (level.length, level.max_len);
         if level.alarm.is_none() {
             if self.high.remove(stream) {
@@ -138,7 +169,7 @@ impl Keeper {
         self.inner.write_down(&action, &goes.iter().collect::<Vec<_>>()).await?;
         let ids: Vec<EntryId> = goes.iter().map(|found| found.entry.id).collect();
         let removed = store.discard(stream, &ids).await?;
-        metrics.dead_letters_expired.with_label_values(&[stream.as_str()]).inc_by(removed);
+        metrics.dead_letters_expired.with_label_values(&[self.inner.label(stream)]).inc_by(removed);
         let (first, last) = (ids.first().map(ToString::to_string), ids.last().map(ToString::to_string));
         tracing::warn!(stream = %stream, removed, first, last, "dead letters were removed unhandled by their limits");
         let is_done = ids.len() < read;

@@ -72,15 +72,16 @@ fn missing(stream: &StreamStatus, group: &GroupStatus, consumption: Consumption,
 }
 
 impl Ledger {
-    /// Looks at the accounts: counts what is missing, tells of losses, sets the gauges.
+    /// Looks at the accounts: counts what is missing under `label`, and tells of losses.
     pub(super) async fn look(
         &mut self,
         store: &dyn Store,
         metrics: &Metrics,
+        label: &str,
         spec: &StreamSpec,
         status: &StreamStatus,
     ) -> Result<(), StoreError> {
-        self.look_at_others(metrics, spec, status);
+        self.look_at_others(spec, status);
         for config in &spec.groups {
             let Some(group) = status.groups.iter().find(|group| group.name == config.name) else { continue };
             if group.account.is_none_or(|account| account.base.is_none()) {
@@ -92,18 +93,17 @@ impl Ledger {
             let is_miscounted = group.undelivered.zip(group.lag).is_some_and(|(there, lag)| lag != there);
             // Where nothing is missing, the server counts from what it remembers of before its restart.
             if missing > 0 || is_miscounted {
-                self.write_off(store, metrics, spec, status, group, missing).await?;
+                self.write_off(store, metrics, label, spec, status, group, missing).await?;
             }
-            self.look_at_group(metrics, spec, status, group, config.consumption());
+            self.look_at_group(spec, status, group, config.consumption());
         }
         self.groups.retain(|name, _| status.groups.iter().any(|group| group.name == *name));
         Ok(())
     }
 
-    fn look_at_others(&mut self, metrics: &Metrics, spec: &StreamSpec, status: &StreamStatus) {
+    fn look_at_others(&mut self, spec: &StreamSpec, status: &StreamStatus) {
         let Some(removed) = status.removed_by_others else { return };
         let stream = &spec.name;
-        metrics.removed_by_others.with_label_values(&[stream.as_str()]).set(gauge(removed));
         let known = self.removed_by_others.replace(removed).unwrap_or(removed);
         let now = Instant::now();
         if removed > known {
@@ -119,10 +119,12 @@ impl Ledger {
         }
     }
 
+    #[expect(clippy::too_many_arguments, reason = "the places where it is counted, and what")]
     async fn write_off(
         &self,
         store: &dyn Store,
         metrics: &Metrics,
+        label: &str,
         spec: &StreamSpec,
         status: &StreamStatus,
         group: &GroupStatus,
@@ -138,7 +140,7 @@ impl Ledger {
             return Ok(());
         }
         let reason = LostReason::TrimmedUndelivered.as_str();
-        metrics.lost.with_label_values(&[stream.as_str(), name.as_str(), reason]).inc_by(missing);
+        metrics.lost.with_label_values(&[label, name.as_str(), reason]).inc_by(missing);
         let after = self.groups.get(name).map_or(group.last_delivered, |seen| seen.last_delivered);
         let before = status.first_id.unwrap_or(status.last_id.next());
         error!(
@@ -150,7 +152,6 @@ impl Ledger {
 
     fn look_at_group(
         &mut self,
-        metrics: &Metrics,
         spec: &StreamSpec,
         status: &StreamStatus,
         group: &GroupStatus,
@@ -158,7 +159,6 @@ impl Ledger {
     ) {
         let balance = Balance::of(status, group, consumption);
         let account = group.account.unwrap_or_default();
-        set_gauges(metrics, spec, group, &account, &balance);
         let before = self.groups.remove(&group.name);
         let lost = |account: &Account| account.lost.iter().sum::<u64>();
         let now = Instant::now();
@@ -245,33 +245,4 @@ fn why(difference: i64) -> &'static str {
     } else {
         "entries were delivered again after the group was set back, or counted before the stream was restored"
     }
-}
-
-fn set_gauges(metrics: &Metrics, spec: &StreamSpec, group: &GroupStatus, account: &Account, balance: &Balance) {
-    let labels = [spec.name.as_str(), group.name.as_str()];
-    let set = |term: &str, value: Option<u64>| {
-        let labels = [labels[0], labels[1], term];
-        match value {
-            Some(value) => metrics.account_entries.with_label_values(&labels).set(gauge(value)),
-            // Where there is no such gauge, it is absent already.
-            None => drop(metrics.account_entries.remove_label_values(&labels)),
-        }
-    };
-    set("published", balance.published);
-    set("acknowledged", Some(balance.acknowledged));
-    set("filtered", Some(account.filtered));
-    set("dead", Some(account.dead));
-    set("pending", Some(group.pending));
-    set("undelivered", balance.undelivered);
-    for reason in LostReason::ALL {
-        set(&format!("lost_{}", reason.as_str()), Some(account.lost(reason)));
-    }
-    match balance.difference {
-        Some(difference) => metrics.account_difference.with_label_values(&labels).set(difference),
-        None => drop(metrics.account_difference.remove_label_values(&labels)),
-    }
-}
-
-fn gauge(value: u64) -> i64 {
-    i64::try_from(value).unwrap_or(i64::MAX)
 }

@@ -2,7 +2,7 @@
 
 use prometheus::{Histogram, IntCounter, IntGauge};
 
-use crate::event::{DeadLetterReason, GroupName, StreamName};
+use crate::event::{DeadLetterReason, GroupName};
 use crate::metrics::Metrics;
 use crate::sink::SinkErrorClass;
 
@@ -28,11 +28,11 @@ const SINK_ERRORS: [SinkErrorClass; 3] =
     [SinkErrorClass::Transient, SinkErrorClass::Permanent, SinkErrorClass::Undecodable];
 
 impl Meters {
-    pub(super) fn new(metrics: &Metrics, stream: &StreamName, group: &GroupName, sink: &str) -> Self {
-        let labels = [stream.as_str(), group.as_str()];
+    pub(super) fn new(metrics: &Metrics, stream: &str, group: &GroupName, sink: &str) -> Self {
+        let labels = [stream, group.as_str()];
         let of_group = |counters: &prometheus::IntCounterVec| counters.with_label_values(&labels);
         let with_reason = |counters: &prometheus::IntCounterVec, reason: &str| {
-            counters.with_label_values(&[stream.as_str(), group.as_str(), reason])
+            counters.with_label_values(&[stream, group.as_str(), reason])
         };
         Self {
             deliveries: of_group(&metrics.deliveries),

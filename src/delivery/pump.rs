@@ -167,6 +167,10 @@ pub(super) struct Pump {
     wake_at: Instant,
     pulse_at: Instant,
 
+    /// After how long without entries the worker ends, if it does.
+    leave_after: Option<Duration>,
+    /// When there was something to do last.
+    busy_at: Instant,
     stop: CancellationToken,
     /// When calls of the sink are broken off, and when settling ends, once the worker stops.
     deadlines: Option<(Instant, Instant)>,
@@ -177,7 +181,8 @@ impl Pump {
         let group = worker.group.clone();
         let (stream, config) = (&group.stream, &group.config);
         let sink_name = config.sink.clone().unwrap_or_default();
-        let meters = Meters::new(&worker.metrics, stream, &config.name, &sink_name);
+        let label = worker.family.as_ref().map_or(stream.as_str(), |(family, _)| family);
+        let meters = Meters::new(&worker.metrics, label, &config.name, &sink_name);
         let permit = tenure.permit.clone();
         let caller = Caller {
             sink: worker.sink.clone(),
@@ -257,6 +262,8 @@ impl Pump {
             is_in_doubt: false,
             wake_at: now,
             pulse_at: now + PULSE,
+            leave_after: worker.family.as_ref().map(|(_, leave_after)| *leave_after),
+            busy_at: now,
             stop,
             deadlines: None,
             group,
@@ -443,6 +450,21 @@ impl Pump {
         self.deadlines = Some((abort_at, abort_at + FLUSH_TIME));
         for delivery in self.ready.drain() {
             self.settlements.push(delivery, Outcome::Release);
+        }
+    }
+
+    /// Ends where nothing was to be done for so long that whoever watches the stream may begin again when there is.
+    fn leave_if_idle(&mut self) {
+        let is_idle = self.in_hand() + self.ready.held() == 0
+            && self.retries.is_empty()
+            && self.claiming.is_empty()
+            && !self.breaker.is_open()
+            && self.halted.is_none()
+            && !self.sweep_due;
+        if !is_idle {
+            self.busy_at = Instant::now();
+        } else if self.leave_after.is_some_and(|after| self.busy_at.elapsed() >= after) && !self.is_stopping() {
+            self.begin_stop();
         }
     }
 

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use super::{GroupConfig, InvalidValue};
+use super::rounds::Rounds;
+use super::{FamilySpec, GroupConfig, InvalidValue};
 use crate::event::{EntryId, GroupName, StreamName};
 use crate::metrics::Metrics;
 use crate::store::{Dropped, Limits, LostReason, Store, StoreError, StoreErrorKind, StreamStatus, Trim};
@@ -130,6 +131,7 @@ fn since_epoch_ms() -> u64 {
 pub struct Janitor {
     store: Arc<dyn Store>,
     streams: Vec<StreamSpec>,
+    families: Vec<(FamilySpec, Rounds)>,
     limits: Limits,
     metrics: Metrics,
     /// Told once each: what is wrong with a stream stays wrong for a while.
@@ -142,21 +144,40 @@ impl Janitor {
     /// For these streams.
     pub fn new(store: Arc<dyn Store>, streams: Vec<StreamSpec>, limits: Limits, metrics: Metrics) -> Self {
         let (failing, full, abandoned) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
-        Self { store, streams, limits, metrics, failing, full, abandoned }
+        Self { store, streams, families: Vec::new(), limits, metrics, failing, full, abandoned }
+    }
+
+    /// The same also for the members of these families.
+    #[must_use]
+    pub fn with_families(mut self, families: impl IntoIterator<Item = FamilySpec>) -> Self {
+        self.families = families.into_iter().map(|spec| (spec, Rounds::default())).collect();
+        self
     }
 
     /// Runs until `stop`.
     pub async fn run(mut self, stop: CancellationToken) {
         let streams = std::mem::take(&mut self.streams);
+        let mut families = std::mem::take(&mut self.families);
         loop {
             let mut is_near_full = false;
             for spec in &streams {
                 let kept = tokio::select! {
                     biased;
                     () = stop.cancelled() => return,
-                    kept = self.keep(spec) => kept,
+                    kept = self.keep(spec, spec.name.as_str()) => kept,
                 };
                 is_near_full |= kept.is_ok_and(|length| spec.retention.is_near_full(length));
+            }
+            for (spec, rounds) in &mut families {
+                for stream in rounds.next(spec) {
+                    let member = spec.member(stream);
+                    let kept = tokio::select! {
+                        biased;
+                        () = stop.cancelled() => return,
+                        kept = self.keep(&member, spec.label()) => kept,
+                    };
+                    is_near_full |= kept.is_ok_and(|length| spec.retention.is_near_full(length));
+                }
             }
             tokio::select! {
                 biased;
@@ -166,10 +187,10 @@ impl Janitor {
         }
     }
 
-    /// Brings one stream to its retention; says how many entries it holds then.
-    async fn keep(&mut self, spec: &StreamSpec) -> Result<u64, StoreError> {
+    /// Brings one stream to its retention; says how many entries it holds then. It is counted under `label`.
+    async fn keep(&mut self, spec: &StreamSpec, label: &str) -> Result<u64, StoreError> {
         let stream = &spec.name;
-        let result = self.trim(spec).await;
+        let result = self.trim(spec, label).await;
         match &result {
             Ok(_) if self.failing.remove(stream) => info!(stream = %stream, "trims the stream again"),
             Ok(_) => {}
@@ -184,7 +205,7 @@ impl Janitor {
         result
     }
 
-    async fn trim(&mut self, spec: &StreamSpec) -> Result<u64, StoreError> {
+    async fn trim(&mut self, spec: &StreamSpec, label: &str) -> Result<u64, StoreError> {
         let StreamSpec { name: stream, retention, .. } = spec;
         let known = self.limits.known(stream);
         let Some(status) = self.store.describe(stream).await? else {
@@ -192,7 +213,7 @@ impl Janitor {
             return Ok(0);
         };
         let abandoned = spec.abandoned(&status);
-        self.tell_abandoned(spec, &abandoned);
+        self.tell_abandoned(spec, label, &abandoned);
         let ignored = if retention.ignore_abandoned { abandoned } else { Vec::new() };
         let oldest_ms = u128::from(since_epoch_ms()).saturating_sub(retention.max_age.as_millis());
         let oldest = EntryId::new(u64::try_from(oldest_ms).unwrap_or(u64::MAX), 0);
@@ -203,7 +224,7 @@ impl Janitor {
         }
         let is_over = status.length.saturating_sub(removed) > retention.hard_max_len;
         if is_over && retention.when_full == WhenFull::DropOldest {
-            removed += self.drop_oldest(spec).await?;
+            removed += self.drop_oldest(spec, label).await?;
         }
         let length = status.length.saturating_sub(removed);
         let holder = status.floor_holder(&ignored).map(|group| group.name.clone());
@@ -213,7 +234,7 @@ impl Janitor {
     }
 
     /// Removes what is over the hard limit, step by step.
-    async fn drop_oldest(&self, spec: &StreamSpec) -> Result<u64, StoreError> {
+    async fn drop_oldest(&self, spec: &StreamSpec, label: &str) -> Result<u64, StoreError> {
         let started = std::time::Instant::now();
         let mut total = Dropped::default();
         let outcome = loop {
@@ -233,7 +254,7 @@ impl Janitor {
             warn!(stream = %stream, removed, %first, %last, "the stream is full: its oldest entries were dropped");
         }
         for loser in &total.losers {
-            let labels = [spec.name.as_str(), loser.group.as_str(), LostReason::Dropped.as_str()];
+            let labels = [label, loser.group.as_str(), LostReason::Dropped.as_str()];
             self.metrics.lost.with_label_values(&labels).inc_by(loser.pending + loser.undelivered);
             error!(
                 stream = %spec.name,
@@ -259,11 +280,11 @@ impl Janitor {
         }
     }
 
-    fn tell_abandoned(&mut self, spec: &StreamSpec, abandoned: &[GroupName]) {
+    fn tell_abandoned(&mut self, spec: &StreamSpec, label: &str, abandoned: &[GroupName]) {
         let stream = &spec.name;
         let known = self.abandoned.insert(stream.clone(), abandoned.to_vec()).unwrap_or_default();
         for group in abandoned {
-            self.metrics.group_abandoned.with_label_values(&[stream.as_str(), group.as_str()]).set(1);
+            self.metrics.group_abandoned.with_label_values(&[label, group.as_str()]).set(1);
             if !known.contains(group) {
                 let (after, ignored) = (spec.retention.abandoned_after, spec.retention.ignore_abandoned);
                 warn!(
@@ -275,7 +296,7 @@ impl Janitor {
         }
         for group in known.iter().filter(|group| !abandoned.contains(group)) {
             // Where there is no such gauge, it is absent already.
-            drop(self.metrics.group_abandoned.remove_label_values(&[stream.as_str(), group.as_str()]));
+            drop(self.metrics.group_abandoned.remove_label_values(&[label, group.as_str()]));
         }
     }
 }

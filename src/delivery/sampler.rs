@@ -1,5 +1,6 @@
 //! Figures of streams and groups, asked of the store now and then.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,13 +8,16 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use super::FamilySpec;
+use super::figures::Figures;
 use super::ledger::Ledger;
 use super::patience::{Trouble, jittered};
 use super::retention::StreamSpec;
-use crate::event::{EntryId, StreamName};
+use super::rounds::Rounds;
+use crate::event::StreamName;
 use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
-use crate::store::{GroupStatus, Store, StoreError};
+use crate::store::{Store, StoreError};
 
 const INTERVAL: Duration = Duration::from_secs(5);
 /// How long one stream may take.
@@ -24,6 +28,7 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Sampler {
     store: Arc<dyn Store>,
     streams: Vec<Sampled>,
+    families: Vec<SampledFamily>,
     metrics: Metrics,
     trouble: Trouble,
 }
@@ -35,6 +40,22 @@ struct Sampled {
     part: Part,
 }
 
+/// A family: the figures of its members as they were when each was looked at last.
+#[derive(Debug)]
+struct SampledFamily {
+    spec: FamilySpec,
+    rounds: Rounds,
+    members: BTreeMap<StreamName, Member>,
+    part: Part,
+}
+
+#[derive(Debug, Default)]
+struct Member {
+    ledger: Ledger,
+    figures: Figures,
+    warning: Option<String>,
+}
+
 impl Sampler {
     /// A sampler of these streams. Each is a part of `readiness` that is always ready, and warns of losses.
     pub fn new(store: Arc<dyn Store>, streams: Vec<StreamSpec>, metrics: Metrics, readiness: &Readiness) -> Self {
@@ -43,7 +64,20 @@ impl Sampler {
             part.ready();
             Sampled { spec, ledger: Ledger::default(), part }
         };
-        Self { store, streams: streams.into_iter().map(sampled).collect(), metrics, trouble: Trouble::default() }
+        let streams = streams.into_iter().map(sampled).collect();
+        Self { store, streams, families: Vec::new(), metrics, trouble: Trouble::default() }
+    }
+
+    /// The same also of these families: the figures of their members are shown together, under the family's name.
+    #[must_use]
+    pub fn with_families(mut self, families: impl IntoIterator<Item = FamilySpec>, readiness: &Readiness) -> Self {
+        let sampled = |spec: FamilySpec| {
+            let part = readiness.part(&format!("streams {}", spec.label()), None);
+            part.ready();
+            SampledFamily { spec, rounds: Rounds::default(), members: BTreeMap::new(), part }
+        };
+        self.families = families.into_iter().map(sampled).collect();
+        self
     }
 
     /// Samples every 5 s until `stop` is cancelled.
@@ -65,39 +99,42 @@ impl Sampler {
     }
 
     async fn sample(&mut self) {
-        let mut has_failed = false;
+        let mut failures = Vec::new();
         for sampled in &mut self.streams {
             let stream = sampled.spec.name.clone();
-            let result = timeout(TIMEOUT, sample_stream(&*self.store, &self.metrics, sampled)).await;
-            let text = match result {
-                Ok(Ok(())) => continue,
-                Ok(Err(error)) => error.to_string(),
-                Err(_elapsed) => "the store does not answer".to_owned(),
-            };
-            has_failed = true;
-            if let Some(times) = self.trouble.occurred() {
-                warn!(%stream, error = text, times, "cannot sample a stream");
-            }
+            let result = in_time(sample_stream(&*self.store, &self.metrics, sampled)).await;
+            failures.extend(result.err().map(|error| (stream, error)));
         }
-        if !has_failed {
+        for family in &mut self.families {
+            failures.extend(sample_family(&*self.store, &self.metrics, family).await);
+        }
+        if failures.is_empty() {
             self.trouble.ended();
         }
+        for (stream, error) in failures {
+            if let Some(times) = self.trouble.occurred() {
+                warn!(%stream, error, times, "cannot sample a stream");
+            }
+        }
+    }
+}
+
+async fn in_time<T>(sample: impl Future<Output = Result<T, StoreError>>) -> Result<T, String> {
+    match timeout(TIMEOUT, sample).await {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(_elapsed) => Err("the store does not answer".to_owned()),
     }
 }
 
 async fn sample_stream(store: &dyn Store, metrics: &Metrics, sampled: &mut Sampled) -> Result<(), StoreError> {
     let Sampled { spec, ledger, part } = sampled;
-    let stream = &spec.name;
-    let length = metrics.stream_length.with_label_values(&[stream.as_str()]);
-    let Some(status) = store.describe(stream).await? else {
-        length.set(0);
+    let label = spec.name.as_str();
+    let Some(status) = store.describe(&spec.name).await? else {
+        metrics.stream_length.with_label_values(&[label]).set(0);
         return Ok(());
     };
-    length.set(gauge(status.length));
-    for group in &status.groups {
-        sample_group(metrics, stream, group);
-    }
-    ledger.look(store, metrics, spec, &status).await?;
+    Figures::of(spec, &status).show(metrics, label);
+    ledger.look(store, metrics, label, spec, &status).await?;
     match ledger.warning(spec, &status) {
         Some(warning) => part.ready_but(warning),
         None => part.ready(),
@@ -105,24 +142,45 @@ async fn sample_stream(store: &dyn Store, metrics: &Metrics, sampled: &mut Sampl
     Ok(())
 }
 
-fn sample_group(metrics: &Metrics, stream: &StreamName, group: &GroupStatus) {
-    let labels = [stream.as_str(), group.name.as_str()];
-    match group.undelivered.or(group.lag) {
-        Some(lag) => metrics.group_lag.with_label_values(&labels).set(gauge(lag)),
-        // Where there is no such gauge, it is absent already.
-        None => drop(metrics.group_lag.remove_label_values(&labels)),
+/// Looks at the members that are due, and shows the figures of all. Says which could not be looked at.
+async fn sample_family(store: &dyn Store, metrics: &Metrics, family: &mut SampledFamily) -> Vec<(StreamName, String)> {
+    let SampledFamily { spec, rounds, members, part } = family;
+    let label = spec.label();
+    let mut due: BTreeSet<StreamName> = rounds.next(spec).into_iter().collect();
+    due.extend(members.iter().filter(|(_, member)| member.figures.is_busy()).map(|(stream, _)| stream.clone()));
+    let mut failures = Vec::new();
+    for stream in due {
+        let member = members.entry(stream.clone()).or_default();
+        let sampled = in_time(sample_member(store, metrics, spec, stream.clone(), member)).await;
+        failures.extend(sampled.err().map(|error| (stream, error)));
     }
-    metrics.group_pending.with_label_values(&labels).set(gauge(group.pending));
-    let age = group.oldest_pending.map_or(0.0, age_seconds);
-    metrics.group_oldest_pending_seconds.with_label_values(&labels).set(age);
+    let mut sum = Figures::default();
+    members.values().for_each(|member| sum.add(&member.figures));
+    sum.show(metrics, label);
+    metrics.family_members.with_label_values(&[label]).set(i64::try_from(spec.roster.len()).unwrap_or(i64::MAX));
+    let warned = members.iter().filter_map(|(stream, member)| Some((stream, member.warning.as_ref()?)));
+    let warnings: Vec<String> = warned.map(|(stream, warning)| format!("{stream}: {warning}")).collect();
+    match warnings.first() {
+        Some(first) => part.ready_but(format!("{first} (and {} more)", warnings.len() - 1)),
+        None => part.ready(),
+    }
+    failures
 }
 
-fn gauge(value: u64) -> i64 {
-    i64::try_from(value).unwrap_or(i64::MAX)
-}
-
-/// How long ago the entry was stored.
-fn age_seconds(id: EntryId) -> f64 {
-    let now = u64::try_from(jiff::Timestamp::now().as_millisecond()).unwrap_or_default();
-    Duration::from_millis(now.saturating_sub(id.ms)).as_secs_f64()
+async fn sample_member(
+    store: &dyn Store,
+    metrics: &Metrics,
+    spec: &FamilySpec,
+    stream: StreamName,
+    member: &mut Member,
+) -> Result<(), StoreError> {
+    let spec_of_member = spec.member(stream);
+    let Some(status) = store.describe(&spec_of_member.name).await? else {
+        member.figures = Figures::default();
+        return Ok(());
+    };
+    member.figures = Figures::of(&spec_of_member, &status);
+    member.ledger.look(store, metrics, spec.label(), &spec_of_member, &status).await?;
+    member.warning = member.ledger.warning(&spec_of_member, &status);
+    Ok(())
 }

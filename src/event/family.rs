@@ -51,7 +51,9 @@ pub enum InvalidPattern {
     #[error(transparent)]
     Name(#[from] InvalidName),
     /// It has a placeholder that does not fill a part, or several.
-    #[error("a family has one placeholder, a whole part between colons but the first, such as `aurora:tenant:{{tenant}}:alerts`")]
+    #[error(
+        "a family has one placeholder, a whole part between colons but the first, such as `aurora:tenant:{{tenant}}:alerts`"
+    )]
     Placeholder,
 }
 
@@ -250,7 +252,8 @@ mod tests {
         let member = family.member("acme-1.eu").expect("a key");
         assert_eq!(member.as_str(), "aurora:tenant:acme-1.eu:alerts");
         assert_eq!(family.key_of(&member), Some("acme-1.eu"));
-        for other in ["aurora:tenant:a:b:alerts", "aurora:tenant::alerts", "aurora:tenant:acme:audit", "aurora:alerts"] {
+        for other in ["aurora:tenant:a:b:alerts", "aurora:tenant::alerts", "aurora:tenant:acme:audit", "aurora:alerts"]
+        {
             assert_eq!(family.key_of(&other.parse().expect("a name")), None, "{other}");
         }
         assert_eq!(family.key_of(&family.register()), None, "{}", family.register());
@@ -259,7 +262,9 @@ mod tests {
 
     #[test]
     fn a_placeholder_fills_one_part_and_there_is_one() {
-        for text in ["{a}", "a{b}", "a:b{c}", "a:{b}c", "a:{b}:{c}", "a:{}", "a:{b", "a:b}", "a:{b:c}", "a:{b}}", ":{a}"] {
+        for text in
+            ["{a}", "a{b}", "a:b{c}", "a:{b}c", "a:{b}:{c}", "a:{}", "a:{b", "a:b}", "a:{b:c}", "a:{b}}", ":{a}"]
+        {
             assert!(text.parse::<StreamPattern>().is_err(), "{text} was accepted");
         }
         assert!("a:{b}".parse::<Family>().is_ok() && "a:{b}:c".parse::<StreamPattern>().is_ok());
@@ -290,7 +295,8 @@ mod tests {
             let family = family("aurora:tenant:{tenant}:alerts");
             if let Ok(member) = family.member(&key) {
                 prop_assert_eq!(family.key_of(&member), Some(key.as_str()));
-                prop_assert!(!member.as_str().contains(['{', '}', '~']));
+                let is_plain = !member.as_str().contains(['{', '}', '~']);
+                prop_assert!(is_plain, "{}", member);
                 prop_assert_eq!(member.as_str().split(':').count(), 4);
                 prop_assert!(member != family.register());
             }

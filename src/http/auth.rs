@@ -38,9 +38,14 @@ use jwt::Issuers;
 use keys::Keys;
 use ticket::Tickets;
 
+/// The placeholder of families of streams that are of one tenant each.
+pub(super) const TENANT: &str = "tenant";
+
 /// Why someone is not let in, or may not do something. Holds nothing of what was shown.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Denied {
+    #[error("the stream is another tenant's, and you are bound to `{0}`")]
+    OtherTenant(String),
     #[error(
         "credentials are needed: Authorization: Bearer, X-API-Key, the cookie access_token; for WebSockets and feeds also a ticket"
     )]
@@ -168,6 +173,7 @@ impl Access {
         };
         Ok(Admission {
             filter: principal.sight().clone(),
+            tenant: principal.tenant().map(Arc::from),
             principal: principal.shared_id(),
             expires_at: principal.expires_at(),
             renewal: self.inner.is_required.then(renewer),

@@ -201,7 +201,7 @@ pub(super) async fn streams(State(api): State<Api>, principal: Principal) -> Res
 
 /// How full the dead letters of a declared stream are.
 pub(super) async fn level_of(api: &Api, stream: &StreamName) -> Option<LevelView> {
-    let dead_letter = api.inner.dead_letters.stream_of(stream)?.clone();
+    let dead_letter = api.inner.dead_letters.stream_of(stream)?;
     Some(level(api, &dead_letter).await)
 }
 
@@ -414,7 +414,7 @@ fn one(id: EntryId) -> Bulk {
 }
 
 fn scope(api: &Api, name: &str, principal: &Principal) -> Result<Scope, ApiError> {
-    let known = || api.inner.bus.catalogue().streams().map(StreamName::as_str);
+    let known = || api.inner.bus.catalogue().names();
     let scope = api.inner.dead_letters.scope(name).ok_or_else(|| ApiError::no_such_stream(name, known()))?;
     let principal = principal.clone();
     let is_bound = principal.tenant().is_some();

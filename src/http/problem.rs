@@ -163,6 +163,15 @@ impl ApiError {
         Self::new(StatusCode::FORBIDDEN, "forbidden_tenant", detail).with_field("tenant")
     }
 
+    pub(super) fn foreign_tenant(tenant: &str) -> Self {
+        let detail = format!("the event is another tenant's, and this is a stream of `{tenant}`");
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, "foreign_tenant", detail).with_field("tenant")
+    }
+
+    pub(super) fn too_many_keys(detail: &str) -> Self {
+        Self::new(StatusCode::INSUFFICIENT_STORAGE, "too_many_keys", detail).with_field("stream")
+    }
+
     pub(super) fn too_many_tickets() -> Self {
         let detail = "too many tickets wait to be used";
         Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_tickets", detail).with_retry_after(Duration::from_secs(30))
@@ -191,7 +200,7 @@ impl From<&Denied> for ApiError {
     fn from(denied: &Denied) -> Self {
         match denied {
             Denied::Unavailable => Self::auth_unavailable(denied.to_string()),
-            Denied::Scope(_) | Denied::AllTenants => Self::forbidden(denied.to_string()),
+            Denied::Scope(_) | Denied::AllTenants | Denied::OtherTenant(_) => Self::forbidden(denied.to_string()),
             _ => Self::unauthenticated(denied.to_string()),
         }
     }
@@ -235,6 +244,7 @@ impl From<&PublishError> for ApiError {
             PublishError::NoId => {
                 Self::new(StatusCode::UNPROCESSABLE_ENTITY, error.code(), error.to_string()).with_field("id")
             }
+            PublishError::TooManyKeys(detail) => Self::too_many_keys(detail),
             PublishError::Store(error) => error.as_ref().into(),
         }
     }

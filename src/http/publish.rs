@@ -14,7 +14,7 @@ use serde::de::{Deserializer as _, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use super::auth::{Deed, Denied, Principal};
+use super::auth::{Deed, Denied, Principal, TENANT};
 use super::extract::{Query, Segment};
 use super::problem::ItemError;
 use super::{Api, ApiError, Peer};
@@ -62,7 +62,7 @@ pub(super) async fn to_stream(
     principal: Principal,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let known = || api.inner.bus.catalogue().streams().map(StreamName::as_str);
+    let known = || api.inner.bus.catalogue().names();
     let stream = stream
         .parse()
         .ok()
@@ -87,7 +87,7 @@ pub(super) async fn alerts(
     let catalogue = api.inner.bus.catalogue();
     let missing = [&alerts, &cps_alerts].into_iter().find(|stream| !catalogue.contains(stream));
     let answer = if let Some(stream) = missing {
-        Err(ApiError::no_such_stream(stream.as_str(), catalogue.streams().map(StreamName::as_str)))
+        Err(ApiError::no_such_stream(stream.as_str(), catalogue.names()))
     } else {
         let route = |event: &NewEvent| if event.category() == Some("cps") { &cps_alerts } else { &alerts };
         publish(&api, &params, &principal, request, route).await
@@ -294,7 +294,7 @@ async fn store<'a>(
     let mut results: Vec<Option<Result<Appended, ApiError>>> = Vec::with_capacity(batch.events.len());
     let mut by_stream: Vec<Share<'_>> = Vec::with_capacity(2);
     for (index, event) in batch.events.into_iter().enumerate() {
-        match event.and_then(|event| admit(principal, event, &route)) {
+        match event.and_then(|event| admit(api, principal, event, &route)) {
             Ok((stream, event)) => {
                 let place = by_stream.iter().position(|share| share.stream == stream).unwrap_or_else(|| {
                     by_stream.push(Share { stream, places: Vec::new(), events: Vec::new() });
@@ -335,8 +335,10 @@ async fn store<'a>(
     Ok((status, [content_type], body).into_response())
 }
 
-/// The event's stream, where the principal may publish to it, and the event, which is its tenant's then.
+/// The event's stream, where the principal may publish to it, and the event, which is its tenant's then, or the tenant's
+/// whose stream it is.
 fn admit<'a>(
+    api: &Api,
     principal: &Principal,
     mut event: NewEvent,
     route: impl Fn(&NewEvent) -> &'a StreamName,
@@ -347,6 +349,12 @@ fn admit<'a>(
         return Err(ApiError::from(&Denied::Scope(deed.to_string())));
     }
     principal.claim(&mut event).map_err(ApiError::forbidden_tenant)?;
+    if let Some((TENANT, tenant)) = api.inner.bus.catalogue().binding(stream) {
+        event.set_tenant(tenant);
+        if event.tenant() != Some(tenant) {
+            return Err(ApiError::foreign_tenant(tenant));
+        }
+    }
     Ok((stream, event))
 }
 

@@ -8,7 +8,7 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{MethodRouter, delete, get, post};
 
-use super::auth::{Deed, Denied, Principal, Shown};
+use super::auth::{Deed, Denied, Principal, Shown, TENANT};
 use super::{Api, ApiError, assets, dead_letters, feed, health, publish, streams, ticket, websocket};
 use crate::event::StreamName;
 
@@ -153,11 +153,20 @@ fn check(api: &Api, principal: &Principal, need: Need, stream: &str) -> Result<(
     if !principal.may(deed) {
         return Err(Denied::Scope(deed.to_string()));
     }
+    // Who is bound to a tenant has to do with this tenant's streams alone, whatever the scopes say.
+    if let (Some(tenant), Ok(stream)) = (principal.tenant(), stream.parse::<StreamName>())
+        && let Some((TENANT, key)) = api.inner.bus.catalogue().binding(&stream)
+        && key != tenant
+    {
+        return Err(Denied::OtherTenant(tenant.to_owned()));
+    }
     if need == Need::Metrics && principal.tenant().is_some() { Err(Denied::AllTenants) } else { Ok(()) }
 }
 
 fn is_declared(api: &Api, stream: &str) -> bool {
-    stream.parse::<StreamName>().is_ok_and(|stream| api.inner.bus.catalogue().contains(&stream))
+    let catalogue = api.inner.bus.catalogue();
+    let is_stream = stream.parse::<StreamName>().is_ok_and(|stream| catalogue.contains(&stream));
+    is_stream || catalogue.families().named(stream).is_some()
 }
 
 /// The answer to someone who is not let in, counted.

@@ -8,12 +8,12 @@ use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use super::auth::{Deed, Principal};
+use super::auth::{Deed, Principal, TENANT};
 use super::extract::{Query, Segment};
 use super::{Api, ApiError};
 use crate::bus::Catalogue;
 use crate::event::{Entry, EntryId, StreamName, field};
-use crate::store::{Balance, Consumption, GroupStatus, LostReason, Order, Range, StoreError, StreamStatus};
+use crate::store::{Balance, Consumption, GroupStatus, LostReason, Order, Range, Roster, StoreError, StreamStatus};
 
 /// The longest time a reader may wait for new entries.
 const MAX_WAIT: Duration = Duration::from_secs(20);
@@ -42,8 +42,23 @@ pub(super) struct StreamView {
     groups: Option<Vec<GroupView>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     dead_letters: Option<super::dead_letters::LevelView>,
+    /// Where the name is that of a family of streams.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    family: Option<FamilyView>,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
+}
+
+/// A family, as far as whoever asks may see it.
+#[derive(Debug, Serialize)]
+struct FamilyView {
+    max_keys: usize,
+    /// How many streams it has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    keys: Option<usize>,
+    /// Their names, where they are asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    streams: Option<Vec<String>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -126,7 +141,7 @@ pub(super) struct EventView {
     fields: Vec<(String, String)>,
 }
 
-/// `GET /api/v1/streams`: every declared stream that may be read. One that can't be read now tells its error in its
+/// `GET /api/v1/streams`: every declared stream that may be read, and every family. One that can't be read now tells its error in its
 /// place.
 pub(super) async fn list(State(api): State<Api>, principal: Principal) -> Json<StreamsView> {
     let mut streams = Vec::new();
@@ -139,15 +154,21 @@ pub(super) async fn list(State(api): State<Api>, principal: Principal) -> Json<S
         stream.dead_letters = super::dead_letters::level_of(&api, name).await;
         streams.push(stream.for_eyes_of(&principal));
     }
+    for roster in catalogue.families().iter().filter(|roster| principal.may(Deed::Read(roster.family().name()))) {
+        streams.push(family(roster, &principal, false));
+    }
     Json(StreamsView { streams })
 }
 
-/// `GET /api/v1/streams/{stream}`
+/// `GET /api/v1/streams/{stream}`; with a family's name, the streams that it has.
 pub(super) async fn show(
     State(api): State<Api>,
     Segment(name): Segment,
     principal: Principal,
 ) -> Result<Json<StreamView>, ApiError> {
+    if let Some(roster) = api.inner.bus.catalogue().families().named(&name) {
+        return Ok(Json(family(roster, &principal, true)));
+    }
     let name = readable(&api, &name)?;
     let status = api.inner.store.describe(&name).await.map_err(|error| ApiError::from(&error))?;
     let dead_letters = super::dead_letters::level_of(&api, &name).await;
@@ -252,7 +273,7 @@ fn readable(api: &Api, name: &str) -> Result<StreamName, ApiError> {
     let stream: Option<StreamName> = name.parse().ok();
     stream
         .filter(|stream| catalogue.is_readable(stream))
-        .ok_or_else(|| ApiError::no_such_stream(name, catalogue.streams().map(StreamName::as_str)))
+        .ok_or_else(|| ApiError::no_such_stream(name, catalogue.names()))
 }
 
 fn range(params: &RangeParams) -> Result<Range, ApiError> {
@@ -295,6 +316,7 @@ fn view(catalogue: &Catalogue, stream: &StreamName, status: Option<StreamStatus>
             removed_by_others: None,
             groups: Some(Vec::new()),
             dead_letters: None,
+            family: None,
             error: None,
         };
     };
@@ -307,6 +329,32 @@ fn view(catalogue: &Catalogue, stream: &StreamName, status: Option<StreamStatus>
         removed_by_others: status.removed_by_others,
         groups: Some(status.groups.iter().map(|one| group(catalogue, stream, &status, one)).collect()),
         dead_letters: None,
+        family: None,
+        error: None,
+    }
+}
+
+/// A family; its streams as far as they may be seen.
+fn family(roster: &Roster, principal: &Principal, with_streams: bool) -> StreamView {
+    let family = roster.family();
+    let is_own = |stream: &StreamName| {
+        let is_by_tenant = family.placeholder() == TENANT;
+        principal.tenant().is_none_or(|tenant| !is_by_tenant || family.key_of(stream) == Some(tenant))
+    };
+    let is_shown = |stream: &StreamName| is_own(stream) && principal.may(Deed::Read(stream.as_str()));
+    let names = || roster.members().into_iter().filter(is_shown).map(String::from).collect();
+    let keys = principal.tenant().is_none().then(|| roster.len());
+    let view = FamilyView { max_keys: roster.max_keys(), keys, streams: with_streams.then(names) };
+    StreamView {
+        name: family.to_string(),
+        length: None,
+        first_id: None,
+        last_id: None,
+        entries_added: None,
+        removed_by_others: None,
+        groups: None,
+        dead_letters: None,
+        family: Some(view),
         error: None,
     }
 }

@@ -126,13 +126,22 @@ async fn admit(
     }
     let admission = admission(api, channel, query, headers).await?;
     match protocol {
-        Protocol::Rich { .. } => api.inner.relay.connect_rich(channel, peer.0.ip(), admission),
+        Protocol::Rich { .. } => {
+            let key = key_of(query.unwrap_or_default());
+            api.inner.relay.connect_rich(channel, key.as_deref(), peer.0.ip(), admission)
+        }
         Protocol::Unknown => Err(Refused::Version),
         Protocol::Plain => {
             let params = SubscribeParams::parse(query.unwrap_or_default())?;
             api.inner.relay.connect(channel, params, peer.0.ip(), admission)
         }
     }
+}
+
+/// The key that the query names.
+fn key_of(query: &str) -> Option<String> {
+    let mut pairs = url::form_urlencoded::parse(query.as_bytes());
+    pairs.find(|(name, _)| name == "key").map(|(_, key)| key.into_owned())
 }
 
 /// On what terms whoever asks may watch a channel.
@@ -149,7 +158,7 @@ pub(super) async fn admission(
         super::routes::refuse(api, &denied);
         let text = denied.to_string();
         match denied {
-            Denied::Scope(_) | Denied::AllTenants => Refused::Forbidden(text),
+            Denied::Scope(_) | Denied::AllTenants | Denied::OtherTenant(_) => Refused::Forbidden(text),
             Denied::Unavailable => Refused::Unavailable(text),
             _ => Refused::Unauthenticated(text),
         }
@@ -202,6 +211,7 @@ impl From<&Refused> for ApiError {
             Refused::Unauthenticated(detail) => Self::unauthenticated(detail),
             Refused::Forbidden(detail) => Self::forbidden(detail),
             Refused::Unavailable(detail) => Self::auth_unavailable(detail),
+            Refused::TooManyKeys(detail) => Self::too_many_keys(detail),
             Refused::Draining => Self::draining(),
             Refused::Origin => Self::forbidden_origin(refused.to_string()),
             Refused::Version => Self::bad_handshake(refused.to_string()),

@@ -14,6 +14,8 @@ use super::Filter;
 pub struct Admission {
     /// What it may see at most: its own filters come on top, and can only narrow this.
     pub filter: Filter,
+    /// The tenant that it is bound to: of families by tenant it may watch this one's streams alone.
+    pub tenant: Option<Arc<str>>,
     /// Whose it is: connections of one principal are counted together.
     pub principal: Option<Arc<str>>,
     /// When it is closed, unless it shows something newer before.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 
-use crate::event::StreamName;
+use crate::event::StreamPattern;
 
 /// How the relay serves its clients. Every limit is per instance.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
@@ -17,6 +17,8 @@ pub struct Config {
     pub ring_bytes: ByteSize,
     /// Alerts kept in memory per stream.
     pub ring_entries: usize,
+    /// The same as `ring_bytes` for a stream of a family, of which only those that someone watches are in memory.
+    pub member_ring_bytes: ByteSize,
     /// A client that was live and has fallen further behind than this is closed with 4001.
     pub max_lag_bytes: ByteSize,
     /// The same by the age of the alert it would get next.
@@ -42,16 +44,17 @@ pub struct Config {
     /// When this instance stops, its clients are closed spread over this time.
     #[serde(with = "humantime_serde")]
     pub drain_window: Duration,
-    /// The streams of each channel: `/api/v1/ws/{channel}`.
-    pub channels: BTreeMap<String, Vec<StreamName>>,
+    /// The streams of each channel: `/api/v1/ws/{channel}`. Of a family a client is given the stream of its key.
+    pub channels: BTreeMap<String, Vec<StreamPattern>>,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        let stream = |name: &str| name.parse::<StreamName>().expect("the default names are valid");
+        let stream = |name: &str| name.parse::<StreamPattern>().expect("the default names are valid");
         Self {
             ring_bytes: ByteSize::mib(8),
             ring_entries: 65_536,
+            member_ring_bytes: ByteSize::kib(256),
             max_lag_bytes: ByteSize::mib(256),
             max_lag_age: Duration::from_mins(15),
             ping_interval: Duration::from_secs(25),
@@ -72,11 +75,12 @@ impl Default for Config {
 
 impl Config {
     /// What is wrong with it, each with the key below `relay`. `relayed` are the streams declared with `relay = true`.
-    pub fn problems(&self, relayed: &[StreamName]) -> Vec<(String, String)> {
+    pub fn problems(&self, relayed: &[StreamPattern]) -> Vec<(String, String)> {
         let mut problems = Vec::new();
         let mut problem = |key: &str, text: String| problems.push((key.to_owned(), text));
         let sizes = [
             ("ring_bytes", self.ring_bytes, ByteSize::kib(64), ByteSize::gib(4)),
+            ("member_ring_bytes", self.member_ring_bytes, ByteSize::kib(64), ByteSize::gib(4)),
             ("max_lag_bytes", self.max_lag_bytes, ByteSize::kib(64), ByteSize::tib(1)),
             ("max_message_bytes", self.max_message_bytes, ByteSize::b(125), ByteSize::mib(1)),
         ];
@@ -125,7 +129,7 @@ impl Config {
 mod tests {
     use super::*;
 
-    fn relayed() -> Vec<StreamName> {
+    fn relayed() -> Vec<StreamPattern> {
         Config::default().channels.into_values().flatten().collect()
     }
 

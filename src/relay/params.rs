@@ -28,6 +28,7 @@ const MAX_POSITIONS: usize = 64;
 /// | `source`, `category`, `tenant`, `type`, `technique` | exactly this text |
 /// | `filter` | a filter as JSON, see [`Filter::parse`]; it and all the conditions above must hold |
 /// | `stream` | one of the channel's streams instead of all |
+/// | `key` | which streams of the channel's families: those of this key |
 /// | `meta` | `1`: each alert carries `_pos` and `_stream` |
 /// | `mode` | `lossless`, or `latest`: what a live client is too slow for is left out |
 /// | `lane` | `critical`: where the client is far behind, critical alerts come before their turn; `off` |
@@ -48,6 +49,8 @@ pub struct SubscribeParams {
     pub meta: bool,
     /// One stream of the channel instead of all.
     pub stream: Option<StreamName>,
+    /// The key of the channel's families.
+    pub key: Option<String>,
     /// Whether a live client that falls behind the ring goes on with the newest, instead of catching up.
     pub is_latest: bool,
     /// Whether critical alerts come before their turn where the client is far behind.
@@ -128,6 +131,7 @@ impl SubscribeParams {
                     _ => return Err("must be lossless or latest".to_owned()),
                 }
             }
+            "key" => self.key = Some(exact(value)?.to_owned()),
             "stream" => self.stream = Some(value.parse().map_err(|error| format!("is no stream name: {error}"))?),
             _ => unreachable!("only names of the table come here"),
         }
@@ -154,6 +158,7 @@ const NAMES: [&str; 14] = [
     "lane",
     "strict",
     "stream",
+    "key",
 ];
 
 fn switch(value: &str) -> Result<bool, String> {

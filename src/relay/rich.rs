@@ -21,7 +21,7 @@ use super::form::Form;
 use super::params;
 use super::subscription::Subscription;
 use super::subscriptions::Subscriptions;
-use super::{Admission, Channel, Filter, Hub, MAX_SNAPSHOT, NotRenewed, SubscribeParams};
+use super::{Admission, Channel, Filter, Hub, MAX_SNAPSHOT, NotRenewed, Refused, SubscribeParams};
 use crate::event::StreamName;
 
 /// The name of the protocol in the handshake.
@@ -168,7 +168,8 @@ fn perform(
                     format!("already subscribed to `{stream}`; change its filter, or unsubscribe"),
                 ));
             }
-            let rings = channel.rings_of(Some(&stream)).map_err(|error| Failure::new(404, error.to_string()))?;
+            let rings = channel.rings_of(Some(&stream), admission.tenant.as_deref());
+            let rings = rings.map_err(|refused| Failure::new(code_of(&refused), refused.to_string()))?;
             let mut params = params_of(request)?;
             params.narrow(admission.filter.clone());
             let answers = Some(request.id.unwrap_or_default());
@@ -205,19 +206,31 @@ fn perform(
     }
 }
 
+fn code_of(refused: &Refused) -> u16 {
+    match refused {
+        Refused::Forbidden(_) => 403,
+        Refused::TooManyKeys(_) => 507,
+        _ => 404,
+    }
+}
+
 fn not_subscribed(stream: &StreamName) -> Failure {
     Failure::new(404, format!("not subscribed to `{stream}`"))
 }
 
 /// The stream that a request names; with one stream in the channel it need not.
 fn stream_of(request: &Request<'_>, channel: &Channel) -> Result<StreamName, Failure> {
-    let names = || channel.rings.iter().map(|ring| ring.stream().as_str()).collect::<Vec<_>>().join(", ");
+    let families = || channel.families.iter().map(|roster| roster.family().name());
+    let names =
+        || channel.rings.iter().map(|ring| ring.stream().as_str()).chain(families()).collect::<Vec<_>>().join(", ");
     match (request.stream, &*channel.rings) {
         (Some(name), rings) => {
             let named = rings.iter().find(|ring| ring.stream().as_str() == name).map(|ring| ring.stream().clone());
+            let is_member = |stream: &StreamName| channel.families.iter().any(|r| r.family().key_of(stream).is_some());
+            let named = named.or_else(|| name.parse().ok().filter(is_member));
             named.ok_or_else(|| Failure::new(404, format!("`stream` must be one of this channel's: {}", names())))
         }
-        (None, [ring]) => Ok(ring.stream().clone()),
+        (None, [ring]) if channel.families.is_empty() => Ok(ring.stream().clone()),
         (None, _) => Err(Failure::new(422, format!("`stream` is missing: one of {}", names()))),
     }
 }
@@ -245,6 +258,7 @@ fn params_of(request: &Request<'_>) -> Result<SubscribeParams, Failure> {
         filter: filter_of(request)?,
         meta: false,
         stream: None,
+        key: None,
         is_latest,
         has_lane: request.lane.map_or(Ok(true), params::lane).map_err(|problem| invalid("lane", &problem))?,
         is_strict: request.strict,

@@ -127,7 +127,7 @@ impl Subscription {
         let marks: Vec<(usize, Mark)> =
             waiting().filter_map(|(index, cursor)| cursor.ring.mark().map(|mark| (index, mark))).collect();
         let known = match start {
-            Start::Positions(_) => hub.epochs(),
+            Start::Positions(_) => hub.epochs(self.cursors.iter().map(|cursor| &cursor.ring)),
             _ => None,
         };
         for (index, mark) in marks {

@@ -5,17 +5,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus::IntCounter;
-use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::backoff::Backoff;
 use super::batch::Batch;
+use super::members::Wakes;
 use super::pages::{PageSize, bounded};
 use super::ring::{Past, Ring};
 use crate::event::{Entry, EntryId, Epoch};
 use crate::readiness::Part;
-use crate::store::{Order, Range, Store, StoreError, StoreErrorKind};
+use crate::store::{NotJoined, Roster, Order, Range, Store, StoreError, StoreErrorKind};
 use crate::telemetry::chain;
 
 /// How long one read waits for news.
@@ -39,10 +39,12 @@ const BATCH_BYTES: usize = 64 * 1024;
 pub(super) struct Tail {
     pub(super) store: Arc<dyn Store>,
     pub(super) ring: Arc<Ring>,
-    /// Told of every change of the ring, one per channel of the stream.
-    pub(super) wakes: Vec<watch::Sender<()>>,
+    /// Told of every change of the ring.
+    pub(super) wakes: Arc<Wakes>,
     pub(super) gaps: Gaps,
     pub(super) part: Part,
+    /// Where the stream is of a family, which it becomes a member of.
+    pub(super) roster: Option<Arc<Roster>>,
 }
 
 /// Counts, in every channel of a stream, what its clients can't be given.
@@ -98,6 +100,16 @@ impl Tail {
 
     /// Finds out where "now" is. From here on only concrete ids are asked for, so that no error makes a hole.
     async fn begin(&self) -> Result<EntryId, StoreError> {
+        if let Some(roster) = &self.roster {
+            bounded(GRACE, async {
+                let joined = roster.join(&*self.store, self.ring.stream()).await;
+                joined.map_err(|error| match error {
+                    NotJoined::Full { .. } => StoreError::new(StoreErrorKind::Full, error.to_string()),
+                    NotJoined::Store(error) => error,
+                })
+            })
+            .await?;
+        }
         let epoch = self.epoch().await?;
         let status = bounded(GRACE, self.store.describe(self.ring.stream())).await?;
         let at = status.map_or(EntryId::MIN, |status| status.last_id);
@@ -213,9 +225,7 @@ impl Tail {
     }
 
     fn wake(&self) {
-        for wake in &self.wakes {
-            wake.send_replace(());
-        }
+        self.wakes.wake();
     }
 
     async fn wait_out(&self, error: &StoreError, backoff: &mut Backoff) {

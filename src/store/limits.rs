@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use super::{Appended, Durability, Store, StoreError, StoreErrorKind};
-use crate::event::{GroupName, NewEntry, StreamName};
+use super::{Appended, Durability, Families, Store, StoreError, StoreErrorKind};
+use crate::event::{Family, GroupName, NewEntry, StreamName};
 
 /// The hard limits of streams, and how long each stream is, as far as this process knows.
 ///
@@ -13,7 +13,13 @@ use crate::event::{GroupName, NewEntry, StreamName};
 /// process: asking the store before each append would cost more than it gains. So a stream exceeds its limit by what
 /// other processes append between two looks.
 #[derive(Debug, Clone, Default)]
-pub struct Limits(Arc<HashMap<StreamName, Limit>>);
+pub struct Limits {
+    fixed: Arc<HashMap<StreamName, Arc<Limit>>>,
+    families: Families,
+    /// How many entries each member of a family may hold, by the family's name.
+    of_families: Arc<HashMap<String, u64>>,
+    members: Arc<RwLock<HashMap<StreamName, Arc<Limit>>>>,
+}
 
 #[derive(Debug)]
 struct Limit {
@@ -26,22 +32,42 @@ struct Limit {
 impl Limits {
     /// Limits for these streams, in entries.
     pub fn new(limits: impl IntoIterator<Item = (StreamName, u64)>) -> Self {
-        let limit = |(stream, hard_max_len)| {
-            (stream, Limit { hard_max_len, length: AtomicU64::new(0), holder: Mutex::new(None) })
-        };
-        Self(Arc::new(limits.into_iter().map(limit).collect()))
+        let limit = |(stream, hard_max_len)| (stream, Arc::new(Limit::new(hard_max_len)));
+        Self { fixed: Arc::new(limits.into_iter().map(limit).collect()), ..Self::default() }
+    }
+
+    /// The same with limits for each member of these families, in entries.
+    #[must_use]
+    pub fn with_families(mut self, families: Families, limits: impl IntoIterator<Item = (Family, u64)>) -> Self {
+        let limit = |(family, hard_max_len): (Family, u64)| (family.name().to_owned(), hard_max_len);
+        self.families = families;
+        self.of_families = Arc::new(limits.into_iter().map(limit).collect());
+        self
+    }
+
+    fn of(&self, stream: &StreamName) -> Option<Arc<Limit>> {
+        if let Some(limit) = self.fixed.get(stream) {
+            return Some(Arc::clone(limit));
+        }
+        let roster = self.families.of(stream).filter(|roster| roster.has(stream))?;
+        let hard_max_len = *self.of_families.get(roster.family().name())?;
+        if let Some(limit) = self.members.read().unwrap_or_else(PoisonError::into_inner).get(stream) {
+            return Some(Arc::clone(limit));
+        }
+        let mut members = self.members.write().unwrap_or_else(PoisonError::into_inner);
+        Some(Arc::clone(members.entry(stream.clone()).or_insert_with(|| Arc::new(Limit::new(hard_max_len)))))
     }
 
     /// How many entries a stream is taken to hold; asked for before a look at it.
     pub fn known(&self, stream: &StreamName) -> u64 {
-        self.0.get(stream).map_or(0, |limit| limit.length.load(Ordering::Relaxed))
+        self.of(stream).map_or(0, |limit| limit.length.load(Ordering::Relaxed))
     }
 
     /// Tells what a look at a stream found: how many entries it holds, and which group still needs the oldest one, if
     /// any does. Whether the look has seen what was appended through this process since `known` was asked for, no one
     /// can tell: it counts as not seen, unless the stream would then be longer than it was ever known to be.
     pub fn tell(&self, stream: &StreamName, known: u64, length: u64, holder: Option<GroupName>) {
-        if let Some(limit) = self.0.get(stream) {
+        if let Some(limit) = self.of(stream) {
             let with_appended = |now: u64| Some(length.saturating_add(now.saturating_sub(known)).min(length.max(now)));
             // It always has a value to give.
             limit.length.fetch_update(Ordering::Relaxed, Ordering::Relaxed, with_appended).ok();
@@ -73,7 +99,7 @@ impl Limits {
         entries: Vec<NewEntry>,
         durability: Durability,
     ) -> Result<Vec<Appended>, StoreError> {
-        let Some(limit) = self.0.get(stream) else {
+        let Some(limit) = self.of(stream) else {
             return store.append_durably(stream, entries, durability).await;
         };
         let count = entries.len() as u64;
@@ -90,6 +116,10 @@ impl Limits {
 }
 
 impl Limit {
+    fn new(hard_max_len: u64) -> Self {
+        Self { hard_max_len, length: AtomicU64::new(0), holder: Mutex::new(None) }
+    }
+
     /// Makes room for so many entries, if there is any.
     fn reserve(&self, stream: &StreamName, entries: u64) -> Result<(), StoreError> {
         let length = self.length.fetch_add(entries, Ordering::Relaxed);
@@ -125,7 +155,7 @@ mod tests {
     fn a_stream_takes_as_many_entries_as_are_allowed() {
         let stream: StreamName = "aurora:alerts".parse().expect("a valid name");
         let limits = Limits::new([(stream.clone(), 10)]);
-        let limit = &limits.0[&stream];
+        let limit = &limits.fixed[&stream];
         limit.reserve(&stream, 9).expect("room");
         let error = limit.reserve(&stream, 2).expect_err("no room");
         assert_eq!(error.kind(), StoreErrorKind::Full);
@@ -144,11 +174,11 @@ mod tests {
         let stream: StreamName = "aurora:alerts".parse().expect("a valid name");
         let limits = Limits::new([(stream.clone(), 10)]);
         let known = limits.known(&stream);
-        limits.0[&stream].reserve(&stream, 8).expect("room");
+        limits.fixed[&stream].reserve(&stream, 8).expect("room");
         limits.tell(&stream, known, 0, None);
-        assert!(limits.0[&stream].reserve(&stream, 3).is_err());
+        assert!(limits.fixed[&stream].reserve(&stream, 3).is_err());
         // Nor does it count twice where the look has seen it.
         limits.tell(&stream, known, 8, None);
-        limits.0[&stream].reserve(&stream, 2).expect("room");
+        limits.fixed[&stream].reserve(&stream, 2).expect("room");
     }
 }

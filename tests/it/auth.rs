@@ -4,7 +4,7 @@ mod expiry;
 mod issuers;
 mod secrets;
 mod tenants;
-mod watching;
+pub(crate) mod watching;
 
 use std::time::Duration;
 
@@ -83,7 +83,7 @@ pub(crate) fn token(subject: &str, scopes: &[&str], tenant: Option<&str>, second
     sign(&issuer(), &request).expect("a token")
 }
 
-async fn ask(daemon: &Daemon, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Response {
+pub(crate) async fn ask(daemon: &Daemon, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Response {
     let method = Method::from_bytes(method.as_bytes()).expect("a method");
     let request = client().request(method, daemon.url(path)).body(body.to_owned());
     let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
@@ -95,7 +95,7 @@ pub(crate) fn bearer(token: &str) -> String {
 }
 
 /// Asks with a key or token; status and body.
-async fn asks(daemon: &Daemon, token: &str, method: &str, path: &str, body: &str) -> (StatusCode, Value) {
+pub(crate) async fn asks(daemon: &Daemon, token: &str, method: &str, path: &str, body: &str) -> (StatusCode, Value) {
     let response = ask(daemon, method, path, &[("authorization", &bearer(token))], body).await;
     let status = response.status();
     (status, response.json().await.unwrap_or(Value::Null))

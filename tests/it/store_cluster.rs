@@ -28,6 +28,7 @@ async fn open() -> TestStore {
 
 mod contract {
     crate::store_contract::contract_tests!(super::open);
+    crate::store_news::news_tests!(super::open);
 }
 
 /// A stream whose keys are in another part of the cluster than those of `other`.

@@ -47,6 +47,7 @@ mod contract {
     use super::{contract_tests, open};
     contract_tests!(open);
     crate::store_leases::lease_tests!(open);
+    crate::store_news::news_tests!(open);
 }
 
 /// The same with nothing in memory, so that every entry is read back from its row.

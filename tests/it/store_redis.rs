@@ -45,6 +45,7 @@ mod redis {
 
     crate::store_contract::contract_tests!(open);
     crate::store_leases::lease_tests!(open);
+    crate::store_news::news_tests!(open);
 
     #[test]
     fn random_operations_agree_with_the_model() {
@@ -59,6 +60,7 @@ mod valkey {
 
     crate::store_contract::contract_tests!(open);
     crate::store_leases::lease_tests!(open);
+    crate::store_news::news_tests!(open);
 
     #[test]
     fn random_operations_agree_with_the_model() {

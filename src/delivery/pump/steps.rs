@@ -190,6 +190,7 @@ impl Pump {
                     self.intake = Intake::Sweep(EntryId::MIN);
                 }
                 self.report(true);
+                self.leave_if_idle();
             }
         }
     }

@@ -13,7 +13,7 @@ use crate::support::app::{BOUND, Daemon, Home, Socket, next_text};
 use crate::support::until;
 
 /// Opens a WebSocket; the subprotocol that was answered comes with it.
-pub(super) async fn open(
+pub(crate) async fn open(
     daemon: &Daemon,
     target: &str,
     headers: &[(&'static str, &str)],
@@ -35,7 +35,7 @@ pub(super) async fn open(
 }
 
 /// The code and reason with which a socket is closed; what comes before that is dropped.
-pub(super) async fn closed(socket: &mut Socket) -> (u16, String) {
+pub(crate) async fn closed(socket: &mut Socket) -> (u16, String) {
     let ends = async {
         loop {
             match socket.next().await.expect("a close frame").expect("a close frame") {
@@ -48,11 +48,11 @@ pub(super) async fn closed(socket: &mut Socket) -> (u16, String) {
     timeout(BOUND, ends).await.expect("closed in time")
 }
 
-pub(super) async fn frame(socket: &mut Socket) -> Value {
+pub(crate) async fn frame(socket: &mut Socket) -> Value {
     serde_json::from_str(&next_text(socket).await).expect("a JSON frame")
 }
 
-pub(super) async fn say(socket: &mut Socket, request: Value) {
+pub(crate) async fn say(socket: &mut Socket, request: Value) {
     socket.send(Message::text(request.to_string())).await.expect("sent");
 }
 

@@ -4,11 +4,11 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use aurora_bus::event::{Fields, NewEntry, StreamName, field};
+use aurora_bus::event::{Fields, NewEntry, StreamName, StreamPattern, field};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
 use aurora_bus::relay::{Admission, Attribute, Config, Ending, Filter, Refused, Relay, SubscribeParams};
-use aurora_bus::store::{Appended, MAX_APPEND, Store};
+use aurora_bus::store::{Appended, Families, MAX_APPEND, Store};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
@@ -59,8 +59,8 @@ impl Server {
     /// The same without waiting for the tails.
     pub(crate) fn start_cold(store: Arc<dyn Store>, config: Config) -> Self {
         let (metrics, readiness) = (Metrics::new(), Readiness::default());
-        let streams: Vec<StreamName> = config.channels.values().flatten().cloned().collect();
-        let relay = Relay::new(store.clone(), config, &streams, metrics.clone(), &readiness);
+        let streams: Vec<StreamPattern> = config.channels.values().flatten().cloned().collect();
+        let relay = Relay::new(store.clone(), config, &streams, &Families::default(), metrics.clone(), &readiness);
         let socket = TcpSocket::new_v4().expect("a socket");
         socket.set_send_buffer_size(SMALL_BUFFER).expect("a socket option");
         socket.bind(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a free port");

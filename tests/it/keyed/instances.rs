@@ -1,0 +1,94 @@
+//! Members are found by every instance, after restarts, and after the store has lost everything.
+
+use super::*;
+use crate::auth::watching::{frame, open, say};
+use crate::support::cluster::Cluster;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn members_made_by_one_instance_are_known_to_the_others_and_survive_restarts() {
+    let server = RedisServer::start(Product::Valkey, &[]).await;
+    let text = config("[[streams.groups]]\nname = \"siem\"\nsink = \"log\"", &on_redis(&server));
+    let (home_a, home_b) = (Home::named("soc-a", &text), Home::named("soc-b", &text));
+    let (a, b) = (home_a.start().await, home_b.start().await);
+    let mut watching = watch_by_key(&b, "acme").await;
+    publish(&a, "acme", 1).await;
+    assert_eq!(next_text(&mut watching).await, event(1));
+    publish(&a, "globex", 2).await;
+    let both = [member("acme"), member("globex")];
+    until("the members of the other", BOUND, async || (members(&b).await == both).then_some(())).await;
+    b.handled(&both[1], "siem").await;
+
+    a.crash();
+    b.stop().await;
+    server.cli(&["XADD", &both[0], "*", "data", &event(3)]);
+    let b = home_b.start().await;
+    until("the members again", BOUND, async || (members(&b).await == both).then_some(())).await;
+    b.handled(&both[0], "siem").await;
+    let mut past = b.watch("/api/v1/ws/tenant-alerts?key=acme&since=earliest").await;
+    assert_eq!([next_text(&mut past).await, next_text(&mut past).await], [event(1), event(3)]);
+
+    // What was lost with the store's data is written down again by who still knows it.
+    server.cli(&["FLUSHALL"]);
+    until("the register again", BOUND, async || {
+        (server.cli(&["XLEN", "aurora:tenant:~keys:alerts"]) == "2").then_some(())
+    })
+    .await;
+    publish(&b, "acme", 4).await;
+    assert_eq!(next_text(&mut past).await, event(4));
+    b.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_socket_watches_many_keys_in_rich_mode() {
+    let home = Home::new(&config("", ""));
+    let daemon = home.start().await;
+    let rich = [("sec-websocket-protocol", "aurora.v1")];
+    let (mut socket, _) = open(&daemon, "tenant-alerts", &rich).await.expect("let in");
+    assert_eq!(frame(&mut socket).await["streams"], json!([]));
+    for (id, key) in ["acme", "globex", "initech"].into_iter().enumerate() {
+        say(&mut socket, json!({"op": "subscribe", "id": id, "stream": member(key)})).await;
+        let subscribed = frame(&mut socket).await;
+        assert_eq!((&subscribed["t"], &subscribed["stream"]), (&json!("subscribed"), &json!(member(key))));
+        assert_eq!(frame(&mut socket).await["t"], "live");
+    }
+    for (n, key) in ["initech", "acme", "globex"].into_iter().enumerate() {
+        publish(&daemon, key, n).await;
+        let event = frame(&mut socket).await;
+        assert_eq!((&event["s"], &event["d"]["n"]), (&json!(member(key)), &json!(n)), "{event}");
+    }
+    say(&mut socket, json!({"op": "subscribe", "id": 9, "stream": "aurora:tenant:a:b:alerts"})).await;
+    assert_eq!(frame(&mut socket).await["code"], 404);
+
+    let (mut keyed, _) = open(&daemon, "tenant-alerts?key=acme", &rich).await.expect("let in");
+    let welcome = frame(&mut keyed).await;
+    assert_eq!(welcome["streams"], json!([member("acme")]));
+    say(&mut keyed, json!({"op": "subscribe", "id": 1, "since": "earliest"})).await;
+    assert_eq!(frame(&mut keyed).await["t"], "subscribed");
+    let first = frame(&mut keyed).await;
+    assert_eq!(first["d"]["n"], 1, "{first}");
+    // A position is good for coming back.
+    let position = first["p"].as_str().expect("a position");
+    publish(&daemon, "acme", 5).await;
+    let mut again = daemon.watch(&format!("/api/v1/ws/tenant-alerts?key=acme&since={position}")).await;
+    assert_eq!(next_text(&mut again).await, event(5));
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_members_of_a_family_may_be_on_different_servers_of_a_cluster() {
+    let cluster = Cluster::shared().await;
+    let store = format!("[store]\nbackend = \"redis\"\n[store.redis]\nurl = \"{}\"\n", cluster.url());
+    let family = format!("aurora:c{}:{{tenant}}:alerts", uuid::Uuid::new_v4().simple());
+    let home =
+        Home::new(&config("[[streams.groups]]\nname = \"siem\"\nsink = \"log\"", &store).replace(FAMILY, &family));
+    let daemon = home.start().await;
+    let keys: Vec<String> = (0..12).map(|n| format!("t{n}")).collect();
+    let mut sockets = join_all(keys.iter().map(|key| watch_by_key(&daemon, key))).await;
+    for (n, (key, socket)) in keys.iter().zip(&mut sockets).enumerate() {
+        let stream = family.replace("{tenant}", key);
+        daemon.publish(&stream, &[event(n)]).await.expect("accepted");
+        assert_eq!(next_text(socket).await, event(n));
+        daemon.handled(&stream, "siem").await;
+    }
+    daemon.stop().await;
+}
