@@ -31,6 +31,7 @@ mod sampler;
 mod tenure;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -72,6 +73,17 @@ pub struct GroupSpec {
     pub config: GroupConfig,
 }
 
+/// How long a worker stays with a member of a family.
+#[derive(Debug, Clone)]
+struct Stay {
+    /// What it is counted under.
+    label: Arc<str>,
+    /// After how long without entries it ends.
+    leave_after: Duration,
+    /// Whether others wait for room, so that it ends at once.
+    is_crowded: Arc<AtomicBool>,
+}
+
 /// One consumer of a group: brings entries to a sink and settles them.
 #[derive(Debug)]
 pub struct Worker {
@@ -83,8 +95,8 @@ pub struct Worker {
     readiness: Part,
     grace: Duration,
     name_ttl: Duration,
-    /// Where the stream is of a family: what it is counted under, and after how long without entries the worker ends.
-    family: Option<(Arc<str>, Duration)>,
+    /// Where the stream is of a family.
+    family: Option<Stay>,
 }
 
 impl Worker {
@@ -119,10 +131,10 @@ impl Worker {
     }
 
     /// The same for a member of the family of that name, under which it is counted: the worker ends once there has been
-    /// nothing to do for that long.
+    /// nothing to do for that long, or at all where it is crowded.
     #[must_use]
-    pub fn of_family(mut self, name: &str, leave_after: Duration) -> Self {
-        self.family = Some((name.into(), leave_after));
+    pub fn of_family(mut self, name: &str, leave_after: Duration, is_crowded: Arc<AtomicBool>) -> Self {
+        self.family = Some(Stay { label: name.into(), leave_after, is_crowded });
         self
     }
 

@@ -481,14 +481,15 @@ impl Hub {
                 state_lost: counters("state_lost"),
             },
             part: part.clone(),
-            roster: None,
+            membership: None,
         }
     }
 
     /// The tail of a member. Whether the family can be followed, its own part tells.
     fn member_tail(&self, wanted: members::Wanted) -> Tail {
-        let members::Wanted { ring, wakes, roster, .. } = wanted;
-        let is_of = |channel: &&Arc<Channel>| channel.families.iter().any(|known| Arc::ptr_eq(known, &roster));
+        let members::Wanted { ring, wakes, membership, .. } = wanted;
+        let is_of =
+            |channel: &&Arc<Channel>| channel.families.iter().any(|known| Arc::ptr_eq(known, &membership.roster));
         let counters = |reason: &str| {
             let channels = self.channels.values().filter(is_of);
             channels.map(|c| c.gaps.with_label_values(&[&c.name, reason])).collect::<Vec<_>>()
@@ -502,7 +503,7 @@ impl Hub {
                 state_lost: counters("state_lost"),
             },
             part: Readiness::default().part(ring.stream().as_str(), None),
-            roster: Some(roster),
+            membership: Some(membership),
             ring,
         }
     }

@@ -7,6 +7,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::task::{JoinError, JoinSet};
@@ -53,6 +54,8 @@ pub struct Crew {
     standings: HashMap<StreamName, Standing>,
     waiting: VecDeque<StreamName>,
     at_work: HashMap<StreamName, AtWork>,
+    /// Whether members wait for workers: those who have nothing to do then make room at once.
+    is_crowded: Arc<AtomicBool>,
     tasks: JoinSet<StreamName>,
     trouble: Trouble,
 }
@@ -121,6 +124,7 @@ impl Crew {
             standings: HashMap::new(),
             waiting: VecDeque::new(),
             at_work: HashMap::new(),
+            is_crowded: Arc::default(),
             tasks: JoinSet::new(),
             trouble: Trouble::default(),
         }
@@ -209,10 +213,12 @@ impl Crew {
 
     /// Begins work for those that wait, as far as there is room; makes room where someone has had it for long.
     fn begin_work(&mut self, stop: &CancellationToken) {
-        while self.at_work.len() < AT_WORK {
-            let Some(stream) = self.waiting.pop_front() else { return };
+        while self.at_work.len() < AT_WORK
+            && let Some(stream) = self.waiting.pop_front()
+        {
             self.begin(stream, stop.child_token());
         }
+        self.is_crowded.store(!self.waiting.is_empty(), Ordering::Relaxed);
         if self.waiting.is_empty() || self.at_work.values().any(|work| work.stop.is_cancelled()) {
             return;
         }
@@ -236,7 +242,7 @@ impl Crew {
             let part = readiness.part(consumer.as_str(), Some(STALE_AFTER));
             let (store, sink) = (Arc::clone(&self.store), Arc::clone(&self.sink));
             let worker = Worker::new(store, sink, spec.clone(), consumer.clone(), self.metrics.clone(), part);
-            let worker = worker.of_family(self.roster.family().name(), LEAVE_AFTER);
+            let worker = worker.of_family(self.roster.family().name(), LEAVE_AFTER, Arc::clone(&self.is_crowded));
             workers.spawn(worker.run(stop.clone()));
         }
         let member = stream.clone();

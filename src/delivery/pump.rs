@@ -30,7 +30,7 @@ use super::outbox::Outbox;
 use super::patience::{Backoff, Trouble, jittered};
 use super::retries::Retries;
 use super::tenure::{Permit, Tenure};
-use super::{GroupSpec, Worker};
+use super::{GroupSpec, Stay, Worker};
 use crate::event::{DeadLetterReason, EntryId};
 use crate::readiness::Part;
 use crate::sink::Origin;
@@ -167,8 +167,8 @@ pub(super) struct Pump {
     wake_at: Instant,
     pulse_at: Instant,
 
-    /// After how long without entries the worker ends, if it does.
-    leave_after: Option<Duration>,
+    /// How long the worker stays where there is nothing to do, if it is not for ever.
+    stay: Option<Stay>,
     /// When there was something to do last.
     busy_at: Instant,
     stop: CancellationToken,
@@ -181,7 +181,7 @@ impl Pump {
         let group = worker.group.clone();
         let (stream, config) = (&group.stream, &group.config);
         let sink_name = config.sink.clone().unwrap_or_default();
-        let label = worker.family.as_ref().map_or(stream.as_str(), |(family, _)| family);
+        let label = worker.family.as_ref().map_or(stream.as_str(), |stay| &stay.label);
         let meters = Meters::new(&worker.metrics, label, &config.name, &sink_name);
         let permit = tenure.permit.clone();
         let caller = Caller {
@@ -262,7 +262,7 @@ impl Pump {
             is_in_doubt: false,
             wake_at: now,
             pulse_at: now + PULSE,
-            leave_after: worker.family.as_ref().map(|(_, leave_after)| *leave_after),
+            stay: worker.family.clone(),
             busy_at: now,
             stop,
             deadlines: None,
@@ -460,12 +460,19 @@ impl Pump {
             && self.claiming.is_empty()
             && !self.breaker.is_open()
             && self.halted.is_none()
-            && !self.sweep_due;
+            && !self.sweep_due
+            && !self.is_stopping();
         if !is_idle {
             self.busy_at = Instant::now();
-        } else if self.leave_after.is_some_and(|after| self.busy_at.elapsed() >= after) && !self.is_stopping() {
+        } else if self.stay.as_ref().is_some_and(|stay| self.busy_at.elapsed() >= stay.leave_after) || self.is_crowded()
+        {
             self.begin_stop();
         }
+    }
+
+    /// Whether others wait for the room that this worker takes.
+    fn is_crowded(&self) -> bool {
+        self.stay.as_ref().is_some_and(|stay| stay.is_crowded.load(std::sync::atomic::Ordering::Relaxed))
     }
 
     fn is_finished(&self) -> bool {

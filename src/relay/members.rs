@@ -10,13 +10,17 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use super::cursor::now_ms;
 use super::ring::{Limits, Ring};
 use super::{BadParameter, Channel, Refused};
-use crate::event::{StreamName, StreamPattern};
-use crate::store::{Families, Roster};
+use crate::event::{EntryId, StreamName, StreamPattern};
+use crate::store::{Families, Roster, StreamStatus};
 
 /// How often it is looked which members nobody watches any more; those found twice are let go.
 pub(super) const SWEEP_EVERY: Duration = Duration::from_secs(10);
+
+/// A stream whose first entry is not older than this when it is asked for has come into being for that.
+const NEW_MS: u64 = 5_000;
 
 /// The placeholder of families whose members are of one tenant each.
 const TENANT: &str = "tenant";
@@ -55,8 +59,30 @@ struct Watched {
 pub(super) struct Wanted {
     pub(super) ring: Arc<Ring>,
     pub(super) wakes: Arc<Wakes>,
-    pub(super) roster: Arc<Roster>,
+    pub(super) membership: Membership,
     pub(super) stop: CancellationToken,
+}
+
+/// What a member's tail needs to know beside what every tail does.
+#[derive(Debug)]
+pub(super) struct Membership {
+    pub(super) roster: Arc<Roster>,
+    /// The newest entry that was known of when the member was first asked for; nothing where it was no member.
+    known: Option<EntryId>,
+    /// When that was.
+    asked_ms: u64,
+}
+
+impl Membership {
+    /// After which entry comes what came after the member was asked for, given how the stream is now.
+    pub(super) fn start(&self, status: Option<&StreamStatus>) -> EntryId {
+        let Some(status) = status else { return EntryId::MIN };
+        // By now it may have entries that its first client is to be given. A stream that has just come into being has no
+        // others; in an older one that no one has followed, the clocks tell.
+        let is_new = status.first_id.is_some_and(|first| first.ms.saturating_add(NEW_MS) >= self.asked_ms);
+        let unfollowed = if is_new { EntryId::MIN } else { EntryId::new(self.asked_ms, 0).previous() };
+        self.known.unwrap_or(unfollowed).min(status.last_id)
+    }
 }
 
 /// The members that are watched, and the channels through which.
@@ -123,8 +149,9 @@ impl Members {
         let member = watched.entry(stream.clone()).or_insert_with(|| {
             let ring = Arc::new(Ring::new(stream.clone(), self.limits));
             let (wakes, stop) = (Arc::new(Wakes::default()), CancellationToken::new());
-            let roster = Arc::clone(roster);
-            wanted.push(Wanted { ring: ring.clone(), wakes: wakes.clone(), roster, stop: stop.clone() });
+            let membership =
+                Membership { roster: Arc::clone(roster), known: roster.newest_of(stream), asked_ms: now_ms() };
+            wanted.push(Wanted { ring: ring.clone(), wakes: wakes.clone(), membership, stop: stop.clone() });
             self.news.notify_one();
             Watched { ring, wakes, stop, is_leaving: false }
         });

@@ -10,12 +10,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::backoff::Backoff;
 use super::batch::Batch;
-use super::members::Wakes;
+use super::members::{Membership, Wakes};
 use super::pages::{PageSize, bounded};
 use super::ring::{Past, Ring};
 use crate::event::{Entry, EntryId, Epoch};
 use crate::readiness::Part;
-use crate::store::{NotJoined, Roster, Order, Range, Store, StoreError, StoreErrorKind};
+use crate::store::{NotJoined, Order, Range, Store, StoreError, StoreErrorKind};
 use crate::telemetry::chain;
 
 /// How long one read waits for news.
@@ -44,7 +44,7 @@ pub(super) struct Tail {
     pub(super) gaps: Gaps,
     pub(super) part: Part,
     /// Where the stream is of a family, which it becomes a member of.
-    pub(super) roster: Option<Arc<Roster>>,
+    pub(super) membership: Option<Membership>,
 }
 
 /// Counts, in every channel of a stream, what its clients can't be given.
@@ -100,7 +100,7 @@ impl Tail {
 
     /// Finds out where "now" is. From here on only concrete ids are asked for, so that no error makes a hole.
     async fn begin(&self) -> Result<EntryId, StoreError> {
-        if let Some(roster) = &self.roster {
+        if let Some(Membership { roster, .. }) = &self.membership {
             bounded(GRACE, async {
                 let joined = roster.join(&*self.store, self.ring.stream()).await;
                 joined.map_err(|error| match error {
@@ -112,7 +112,10 @@ impl Tail {
         }
         let epoch = self.epoch().await?;
         let status = bounded(GRACE, self.store.describe(self.ring.stream())).await?;
-        let at = status.map_or(EntryId::MIN, |status| status.last_id);
+        let at = match &self.membership {
+            Some(membership) => membership.start(status.as_ref()),
+            None => status.map_or(EntryId::MIN, |status| status.last_id),
+        };
         let past = self.past(&epoch, at).await;
         self.restart(epoch, at, past);
         Ok(at)

@@ -162,6 +162,12 @@ impl Roster {
         self.read_members().iter().map(|(stream, newest)| (stream.clone(), *newest.borrow())).collect()
     }
 
+    /// The newest entry of a member that this instance has heard of; nothing where it is none, or nothing is known yet.
+    pub fn newest_of(&self, stream: &StreamName) -> Option<EntryId> {
+        let newest = self.read_members().get(stream).map(|newest| *newest.borrow())?;
+        (!self.fresh().contains(stream)).then_some(newest)
+    }
+
     /// How many members it has.
     pub fn len(&self) -> usize {
         self.read_members().len()

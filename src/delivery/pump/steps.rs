@@ -18,6 +18,9 @@ const NAMED_IDS: usize = 5;
 /// Between pages of a search that found nothing, so that a long one does not keep the store busy.
 const SEARCH_PAUSE: Duration = Duration::from_millis(100);
 
+/// Between fetches that don't wait, while the sink has still something and others wait for the room.
+const CROWDED_PAUSE: Duration = Duration::from_millis(50);
+
 /// How soon to look again whether all is done that was begun before a suspicious entry.
 pub(super) const SUSPECT_PAUSE: Duration = Duration::from_millis(20);
 
@@ -105,8 +108,9 @@ impl Pump {
                 }
                 self.expected += limit;
                 self.fetch_began = Some(now);
+                let wait = if self.is_crowded() { Duration::ZERO } else { FETCH_WAIT };
                 self.tasks.spawn(async move {
-                    let result = asked(store.fetch(&cursor, limit, FETCH_WAIT)).await;
+                    let result = asked(store.fetch(&cursor, limit, wait)).await;
                     Done::Fetched { limit, result }
                 });
             }
@@ -178,6 +182,7 @@ impl Pump {
             Ok(deliveries) => {
                 self.intake_succeeded();
                 self.guess_entry_bytes(&deliveries);
+                let has_come = !deliveries.is_empty();
                 // An answer that lay about for so long, as when this process stood still, may be of entries that
                 // others have by now: the sweep finds those that they have not.
                 let is_stale = began.is_some_and(|began| began.elapsed() > FETCH_WAIT + self.cursor.claim_idle / 2);
@@ -190,7 +195,14 @@ impl Pump {
                     self.intake = Intake::Sweep(EntryId::MIN);
                 }
                 self.report(true);
-                self.leave_if_idle();
+                if has_come {
+                    self.busy_at = Instant::now();
+                } else {
+                    self.leave_if_idle();
+                    if self.is_crowded() {
+                        self.intake_not_before = Instant::now() + CROWDED_PAUSE;
+                    }
+                }
             }
         }
     }

@@ -11,7 +11,7 @@ fn siem(receiver: &Receiver) -> String {
     format!("[sinks.siem]\ntype = \"webhook\"\nurl = \"{}\"\nallow_private = true\n", receiver.url("/"))
 }
 
-const GROUP: &str = "[[streams.groups]]\nname = \"siem\"\nsink = \"siem\"\nclaim_idle = \"2s\"\n\
+const GROUP: &str = "[[streams.groups]]\nname = \"siem\"\nsink = \"siem\"\nclaim_idle = \"2s\"\nhandler_timeout = \"1s\"\n\
                      retry = { max_attempts = 3, base = \"50ms\", cap = \"100ms\" }";
 
 fn bodies(receiver: &Receiver) -> BTreeSet<String> {
