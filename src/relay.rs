@@ -120,7 +120,7 @@ struct Channel {
     families: Vec<Arc<Roster>>,
     members: Arc<Members>,
     /// Itself, for those who wake it.
-    me: Weak<Channel>,
+    me: Weak<Self>,
     /// Told of every change of its rings.
     wake: watch::Sender<()>,
     connections: IntGauge,

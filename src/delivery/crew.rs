@@ -74,6 +74,11 @@ enum Standing {
     AtWork,
 }
 
+/// What is said of a store that has not answered in time.
+fn silent_for<T>(_elapsed: tokio::time::error::Elapsed) -> Result<T, StoreError> {
+    Err(StoreError::new(StoreErrorKind::Unavailable, "the store does not answer"))
+}
+
 impl Standing {
     fn idle(seen: EntryId, look_at: Instant) -> Self {
         Self::Idle { seen, look_at, has_been_at_work: false }
@@ -195,8 +200,7 @@ impl Crew {
 
     async fn look(&self, stream: &StreamName) -> Result<Found, StoreError> {
         let asked = timeout(LOOK_TIMEOUT, self.store.describe(stream)).await;
-        let silent = |_elapsed| Err(StoreError::new(StoreErrorKind::Unavailable, "the store does not answer"));
-        let status = match asked.unwrap_or_else(silent) {
+        let status = match asked.unwrap_or_else(silent_for) {
             // What is no stream has nothing to be done; who follows the family tells of it.
             Err(error) if error.kind() == StoreErrorKind::WrongType => {
                 return Ok(Found { last: EntryId::MAX, is_behind: false, has_pending: false });
@@ -205,7 +209,12 @@ impl Crew {
         };
         let last = status.as_ref().map_or(EntryId::MIN, |status| status.last_id);
         let group = status.and_then(|status| status.groups.into_iter().find(|group| group.name == self.config.name));
-        let Some(group) = group else { return Ok(Found { last, is_behind: true, has_pending: false }) };
+        let Some(group) = group else {
+            // At once, however many wait for workers: what no group has still to handle may be trimmed.
+            let made = self.store.ensure_group(stream, &self.config.name, self.config.start.into());
+            timeout(LOOK_TIMEOUT, made).await.unwrap_or_else(silent_for)?;
+            return Ok(Found { last, is_behind: true, has_pending: false });
+        };
         let undelivered = group.undelivered.or(group.lag);
         let is_behind = undelivered.map_or(group.last_delivered < last, |entries| entries > 0);
         Ok(Found { last, is_behind, has_pending: group.pending > 0 })

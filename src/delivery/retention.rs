@@ -212,6 +212,12 @@ impl Janitor {
             self.limits.tell(stream, known, 0, None);
             return Ok(0);
         };
+        // The groups of a member are made when it is found: what they are to be given must not go before.
+        let is_made = |group: &GroupConfig| status.groups.iter().any(|made| made.name == group.name);
+        if label != stream.as_str() && !spec.groups.iter().all(is_made) {
+            self.limits.tell(stream, known, status.length, None);
+            return Ok(status.length);
+        }
         let abandoned = spec.abandoned(&status);
         self.tell_abandoned(spec, label, &abandoned);
         let ignored = if retention.ignore_abandoned { abandoned } else { Vec::new() };

@@ -155,7 +155,9 @@ async fn sample_family(store: &dyn Store, metrics: &Metrics, family: &mut Sample
         failures.extend(sampled.err().map(|error| (stream, error)));
     }
     let mut sum = Figures::default();
-    members.values().for_each(|member| sum.add(&member.figures));
+    for member in members.values() {
+        sum.add(&member.figures);
+    }
     sum.show(metrics, label);
     metrics.family_members.with_label_values(&[label]).set(i64::try_from(spec.roster.len()).unwrap_or(i64::MAX));
     let warned = members.iter().filter_map(|(stream, member)| Some((stream, member.warning.as_ref()?)));

@@ -143,6 +143,8 @@ async fn two_hundred_keys_are_read_on_one_connection() {
         // Neither sockets nor keys nor their groups have connections of their own.
         assert!(most <= before + 2, "{most} connections, {before} before:\n{}", server.cli(&["CLIENT", "LIST"]));
     }
+    let (taken, all) = ("aurora_bus_acknowledged_total", 2 * KEYS as u64 + 1);
+    until("all handled", BOUND, async || (daemon.metric(taken).await >= all).then_some(())).await;
     for key in keys.iter().step_by(40) {
         daemon.handled(&member(key), "siem").await;
     }

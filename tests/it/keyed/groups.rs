@@ -42,7 +42,7 @@ async fn what_can_not_be_delivered_is_in_the_dead_letters_of_its_key() {
         page["dead_letters"].as_array().expect("a list").clone()
     };
     let dead = letters(member("acme")).await;
-    assert_eq!((dead.len(), &dead[0]["data"]["n"]), (1, &json!(7)), "{dead:?}");
+    assert_eq!((dead.len(), &dead[0]["entry"]["data"]["n"]), (1, &json!(7)), "{dead:?}");
     assert_eq!(letters(format!("{}:dead_letter", member("acme"))).await.len(), 1);
     assert_eq!(letters(member("globex")).await, Vec::<Value>::new());
     let listed: Value = serde_json::from_str(&daemon.get("/api/v1/dead-letters").await).expect("JSON");
