@@ -428,7 +428,7 @@ mod tests {
         };
         let config = load(&layers).expect("a valid configuration");
         assert_eq!(config.http.origins, ["https://a.example", "https://b.example"]);
-        let streams = config.relay.channels["alerts"].iter().map(crate::event::StreamName::as_str);
+        let streams = config.relay.channels["alerts"].iter().map(crate::event::StreamPattern::as_str);
         assert!(streams.eq(["aurora:alerts", "aurora:audit"]));
     }
 
