@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use prometheus::Histogram;
 
 use super::{
-    Appended, Care, Claimed, Cursor, Dropped, Durability, Families, Lease, Leased, Pending, Range, Reclaimed, Redelivered,
-    Redelivery, Settled, Settlement, Start, Store, StoreError, StoreStatus, StreamStatus, Trim,
+    Appended, Care, Claimed, Cursor, Dropped, Durability, Families, Lease, Leased, Pending, Range, Reclaimed,
+    Redelivered, Redelivery, Settled, Settlement, Start, Store, StoreError, StoreStatus, StreamStatus, Trim,
 };
 use crate::event::{Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
 use crate::metrics::Metrics;
