@@ -143,7 +143,7 @@ impl SubscribeParams {
     }
 }
 
-const NAMES: [&str; 14] = [
+const NAMES: [&str; 15] = [
     "since",
     "snapshot",
     "min_severity",

@@ -460,7 +460,7 @@ impl History {
 }
 
 fn config(ring_entries: usize) -> Config {
-    let channels = [("alerts".to_owned(), vec![alerts()])].into();
+    let channels = [("alerts".to_owned(), vec![alerts().into()])].into();
     Config { ring_entries, channels, drain_window: Duration::from_millis(1), ..Config::default() }
 }
 

@@ -165,7 +165,7 @@ async fn serve(socket: TcpStream, peer: SocketAddr, relay: &Relay, stop: Cancell
         let admission = Admission { filter, ..Admission::default() };
         connected = Some(params.and_then(|params| {
             if is_rich {
-                relay.connect_rich(channel, peer.ip(), admission)
+                relay.connect_rich(channel, None, peer.ip(), admission)
             } else {
                 relay.connect(channel, params, peer.ip(), admission)
             }
