@@ -84,6 +84,11 @@ async fn a_rich_client_subscribes_stream_by_stream_and_resumes_without_hole_or_d
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     publish(&daemon, ALERTS, 0..300).await;
+    // The past is what was read of the stream by then.
+    let mut first = daemon.watch("/api/v1/ws/alerts?since=earliest&stream=aurora:alerts").await;
+    for payload in numbered(0..300) {
+        assert_eq!(next_text(&mut first).await, payload);
+    }
     let mut rich = Rich::connect(&daemon).await;
     rich.send(json!({"op": "subscribe", "id": 1, "stream": ALERTS, "since": "earliest"})).await;
     let subscribed = rich.expect("subscribed").await;
