@@ -17,7 +17,7 @@ pub(super) async fn run(config: Config) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
     let mut reload = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
-    let app = App::build(config.clone()).await?;
+    let app = Box::pin(App::build(config.clone())).await?;
     if std::io::stdout().is_terminal() {
         say(&hints(&config, app.address()))?;
     }
