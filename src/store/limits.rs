@@ -81,7 +81,7 @@ impl Limits {
     ///
     /// [`StoreErrorKind::Full`] where it has not.
     pub fn check(&self, stream: &StreamName) -> Result<(), StoreError> {
-        let Some(limit) = self.0.get(stream) else { return Ok(()) };
+        let Some(limit) = self.of(stream) else { return Ok(()) };
         limit.reserve(stream, 1)?;
         limit.give_back(1);
         Ok(())
