@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use tokio::net::TcpListener;
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -17,6 +18,7 @@ use crate::delivery::{Crew, FamilySpec, GroupConfig, GroupSpec, Guard, Janitor, 
 use crate::event::ConsumerName;
 use crate::http::{self, Access, Api, Tls, Unusable, Validity};
 use crate::metrics::Metrics;
+use crate::pull::{Pull, PullGroup};
 use crate::readiness::{Part, Readiness};
 use crate::relay::Relay;
 use crate::sink::{self, Sink};
@@ -51,6 +53,7 @@ pub struct App {
     sampler: Sampler,
     dead_letters: (Keeper, Part),
     relay: Relay,
+    pull: Pull,
     api: Api,
     stop_sessions: CancellationToken,
     store_part: Part,
@@ -116,6 +119,10 @@ impl App {
         let mut crews = Vec::new();
         let mut guards = Vec::new();
         let (mut groups, mut consumers) = (Vec::new(), HashSet::new());
+        let guard: ConsumerName = format!("{}-guard", config.instance).parse()?;
+        let reader: ConsumerName = format!("{}-pull", config.instance).parse()?;
+        consumers.extend([guard.clone(), reader.clone()]);
+        let mut pulled = Vec::new();
         for stream in &config.streams {
             for group in &stream.groups {
                 let part = |name: String| readiness.part(&name, Some(STALE_AFTER));
@@ -142,10 +149,10 @@ impl App {
                 let spec = GroupSpec { stream: name.clone(), dead_letter: dead_letter.clone(), config: group.clone() };
                 groups.push(spec.clone());
                 let Some(sink) = &group.sink else {
-                    let consumer: ConsumerName = format!("{}-guard", config.instance).parse()?;
-                    consumers.insert(consumer.clone());
                     let part = part(format!("group {full_name}"));
-                    guards.push(Guard::new(Arc::clone(&store), spec, consumer, &metrics, part));
+                    let bell = Arc::<Notify>::default();
+                    pulled.push(pull_group(&spec, Arc::clone(&bell)));
+                    guards.push(Guard::new(Arc::clone(&store), spec, guard.clone(), &metrics, part).with_bell(bell));
                     continue;
                 };
                 let sink = sinks.get(sink).context("a group names a sink that is not there")?;
@@ -159,6 +166,7 @@ impl App {
             }
         }
 
+        let pull = Pull::new(&store, config.pull, pulled, &reader, &guard, &metrics);
         let reaper = Reaper::new(Arc::clone(&store), groups, consumers, metrics.clone()).with_families(family_specs);
         let family_parts = families.parts(&readiness);
         let store_part = readiness.part("store", Some(STALE_AFTER));
@@ -168,6 +176,7 @@ impl App {
             access,
             bus,
             dead_letters,
+            pull.clone(),
             Arc::clone(&store),
             relay.clone(),
             metrics.clone(),
@@ -191,6 +200,7 @@ impl App {
             sampler,
             dead_letters: keeper,
             relay,
+            pull,
             api,
             stop_sessions,
             store_part,
@@ -235,6 +245,8 @@ impl App {
         tasks.spawn(named("sampler", self.sampler.run(work.clone())));
         let (keeper, keeper_part) = self.dead_letters;
         tasks.spawn(named("keeper of dead letters", keeper.run(keeper_part, work.clone())));
+        let (pull, pull_stop) = (self.pull, work.clone());
+        tasks.spawn(named("desks", async move { pull.run(pull_stop).await }));
         let relay = self.relay.clone();
         let relay_stop = work.clone();
         tasks.spawn(named("relay", async move { relay.run(relay_stop).await }));
@@ -326,6 +338,18 @@ async fn check_parts(config: &Config, store: &Arc<dyn Store>) -> anyhow::Result<
         sink.check().await.with_context(|| format!("the sink `{name}` can't take entries"))?;
     }
     Ok(())
+}
+
+/// A group without a sink, as those see it who pull from it.
+fn pull_group(spec: &GroupSpec, bell: Arc<Notify>) -> PullGroup {
+    PullGroup {
+        stream: spec.stream.clone(),
+        group: spec.config.name.clone(),
+        dead_letter: spec.dead_letter.clone(),
+        claim_idle: spec.config.claim_idle,
+        max_deliveries: spec.config.max_deliveries,
+        bell,
+    }
 }
 
 fn spec_of(stream: &StreamConfig) -> Option<StreamSpec> {

@@ -18,7 +18,7 @@ pub use load::{DEFAULT_FILE, Layers, load};
 
 use crate::event::{GroupName, StreamName, StreamPattern};
 use crate::sink::SinkConfig;
-use crate::{bus, dead_letters, delivery, http, relay, store, telemetry};
+use crate::{bus, dead_letters, delivery, http, pull, relay, store, telemetry};
 
 /// The whole configuration.
 #[derive(Debug, Clone, Deserialize, Serialize)]
@@ -35,6 +35,8 @@ pub struct Config {
     pub store: StoreConfig,
     /// What publishers may do.
     pub publish: bus::Config,
+    /// What workers may do that pull.
+    pub pull: pull::Config,
     /// What dashboards are given.
     pub relay: relay::Config,
     /// What is kept of dead letters.
@@ -189,6 +191,7 @@ impl Default for Config {
             auth: http::AuthConfig::default(),
             store: StoreConfig::default(),
             publish: bus::Config::default(),
+            pull: pull::Config::default(),
             relay: relay::Config::default(),
             dead_letters: dead_letters::Config::default(),
             log: telemetry::Config::default(),
@@ -256,6 +259,8 @@ impl Config {
         problems.extend(
             self.publish.problems().into_iter().map(|(key, message)| Problem::new(format!("publish.{key}"), message)),
         );
+        let pull = self.pull.problems().into_iter();
+        problems.extend(pull.map(|(key, message)| Problem::new(format!("pull.{key}"), message)));
         let declared: Vec<StreamName> =
             self.streams.iter().filter_map(|stream| stream.name.stream().cloned()).collect();
         let dead_letters = self.dead_letters.problems(&declared).into_iter();

@@ -3,6 +3,7 @@
 //! Owns the listener, routes, request parsing and problem documents. Promises that every answer is within limits and
 //! that bad input goes no further than here. The only module that knows HTTP statuses and axum.
 
+mod agent;
 mod assets;
 mod auth;
 mod cors;
@@ -14,6 +15,7 @@ mod origin;
 mod places;
 mod problem;
 mod publish;
+mod pull;
 mod routes;
 mod server;
 mod socket;
@@ -58,6 +60,7 @@ pub use tls::{ClientCertificates, Tls, TlsConfig, TlsVersion, Unusable, Validity
 use crate::bus::Bus;
 use crate::dead_letters::DeadLetters;
 use crate::metrics::Metrics;
+use crate::pull::Pull;
 use crate::readiness::Readiness;
 use crate::relay::{Relay, counted_address};
 use crate::store::Store;
@@ -171,6 +174,9 @@ struct Inner {
     access: Access,
     bus: Bus,
     dead_letters: DeadLetters,
+    pull: Pull,
+    /// Who waits for entries to pull.
+    pulls: Arc<pull::Waits>,
     store: Arc<dyn Store>,
     relay: Relay,
     metrics: Metrics,
@@ -196,6 +202,7 @@ impl Api {
         access: Access,
         bus: Bus,
         dead_letters: DeadLetters,
+        pull: Pull,
         store: Arc<dyn Store>,
         relay: Relay,
         metrics: Metrics,
@@ -216,6 +223,8 @@ impl Api {
             access,
             bus,
             dead_letters,
+            pulls: Arc::default(),
+            pull,
             store,
             relay,
             metrics,

@@ -13,6 +13,7 @@ pub mod delivery;
 pub mod event;
 pub mod http;
 pub mod metrics;
+pub mod pull;
 pub mod readiness;
 pub mod relay;
 pub mod secret;

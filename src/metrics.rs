@@ -128,6 +128,18 @@ metrics! {
     claimed: IntCounterVec = "aurora_bus_claimed_total" ["stream", "group"];
     /// Entries that consumers outside left half done, appended again for others.
     redelivered: IntCounterVec = "aurora_bus_redelivered_total" ["stream", "group"];
+    /// Requests of workers outside for entries.
+    pulls: IntCounterVec = "aurora_bus_pulls_total" ["stream", "group"];
+    /// Entries leased to workers outside that asked for some.
+    pull_deliveries: IntCounterVec = "aurora_bus_pull_deliveries_total" ["stream", "group"];
+    /// Requests of workers outside that wait for entries now.
+    pull_waiting: IntGaugeVec = "aurora_bus_pull_waiting" ["stream", "group"];
+    /// Entries leased to workers outside now, as far as this instance has leased them.
+    pull_leases: IntGaugeVec = "aurora_bus_pull_leases" ["stream", "group"];
+    /// Leases that ended with nothing said about their entries.
+    pull_expired: IntCounterVec = "aurora_bus_pull_expired_total" ["stream", "group"];
+    /// What workers outside said about leased entries, by result; refused is what came after the lease had ended.
+    pull_settled: IntCounterVec = "aurora_bus_pull_settled_total" ["stream", "group", "result"];
     /// Consumers removed from a group after asking for nothing for long.
     consumers_reaped: IntCounterVec = "aurora_bus_consumers_reaped_total" ["stream", "group"];
     /// Results that came too late: another consumer had taken the entry over.
@@ -194,6 +206,8 @@ metrics! {
     relay_closes: IntCounterVec = "aurora_bus_relay_closes_total" ["code"];
     /// Time from an entry's id to its write to a dashboard, in seconds, one sample per write.
     relay_latency_seconds: HistogramVec = "aurora_bus_relay_latency_seconds" ["channel"];
+    /// Time from an entry's id to the word of a dashboard that it was seen, in seconds.
+    relay_seen_seconds: HistogramVec = "aurora_bus_relay_seen_seconds" ["channel"];
     /// HTTP requests answered, by route and status.
     http_requests: IntCounterVec = "aurora_bus_http_requests_total" ["route", "status"];
     /// Time of HTTP requests, in seconds.

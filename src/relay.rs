@@ -24,10 +24,12 @@ mod begin;
 mod close;
 mod config;
 mod cursor;
+mod errands;
 mod feed;
 mod filter;
 mod form;
 mod frames;
+mod gather;
 mod inbound;
 mod lane;
 mod link;
@@ -60,6 +62,7 @@ use tokio_util::sync::CancellationToken;
 pub use admission::{Admission, NotRenewed, Renewal};
 pub use close::{CloseCode, Ending};
 pub use config::Config;
+pub use errands::{Errands, Runner};
 pub use feed::{Feed, FeedForm};
 pub use filter::{Attribute, Filter, InvalidFilter, Tags};
 #[cfg(fuzzing)]
@@ -129,6 +132,7 @@ struct Channel {
     catchups: IntCounter,
     gaps: IntCounterVec,
     latency: Histogram,
+    seen: Histogram,
 }
 
 /// A client's place: its channel, what it may see of it, and its place among the connections.
@@ -530,6 +534,7 @@ impl Channel {
             catchups: metrics.relay_catchups.with_label_values(&[name]),
             gaps: metrics.relay_gaps.clone(),
             latency: metrics.relay_latency_seconds.with_label_values(&[name]),
+            seen: metrics.relay_seen_seconds.with_label_values(&[name]),
         })
     }
 
@@ -548,6 +553,7 @@ impl Channel {
             catchups: self.catchups.clone(),
             gaps: self.gaps.clone(),
             latency: self.latency.clone(),
+            seen: self.seen.clone(),
         })
     }
 

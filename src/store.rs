@@ -46,8 +46,8 @@ pub use limits::Limits;
 pub use metered::Metered;
 pub use types::{
     Appended, Care, Claimed, ConsumerStatus, Cursor, Dropped, Durability, GroupStatus, Lease, Leased, Loser, Order,
-    Outcome, Pending, Range, Reclaimed, Redelivered, Redelivery, Settled, Settlement, Start, StoreStatus, StreamStatus,
-    Trim,
+    Outcome, Pending, Range, Receipt, Reclaimed, Redelivered, Redelivery, Redemption, Settled, Settlement, Start,
+    StoreStatus, StreamStatus, Trim,
 };
 
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
@@ -222,6 +222,13 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     ///
     /// Returns those that are not this consumer's any more; their results no longer count. Safe to repeat.
     async fn extend(&self, cursor: &Cursor, ids: &[EntryId]) -> Result<Vec<EntryId>, StoreError>;
+
+    /// Acknowledges or holds on deliveries of the group by their receipts, whoever their consumers are: the cursor's
+    /// own does not matter. Says for each, in order, whether its receipt was good; where it was not, nothing is done.
+    ///
+    /// An entry whose body was trimmed away can be acknowledged, but not held on. Any number of them. Repeating an
+    /// acknowledgement finds its receipt good no more. Fails with [`StoreErrorKind::NoGroup`] where the group is gone.
+    async fn redeem(&self, cursor: &Cursor, redemptions: &[(Receipt, Redemption)]) -> Result<Vec<bool>, StoreError>;
 
     /// The pending entries of a group from `from` on, oldest first, at most `limit`; those of one consumer where the
     /// cursor's consumer is asked for by `own_only`.

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use prometheus::IntCounter;
+use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
@@ -16,7 +17,7 @@ use tracing::{debug, error, info, warn};
 use super::patience::{Trouble, jittered};
 use super::pump::{Floor, ensure, floor};
 use super::{GroupSpec, GroupStart};
-use crate::event::{ConsumerName, DeadLetter, DeadLetterReason, Delivery, EntryId, Fields, field};
+use crate::event::{ConsumerName, DeadLetter, DeadLetterReason, Delivery, EntryId};
 use crate::metrics::Metrics;
 use crate::readiness::Part;
 use crate::store::{Cursor, Outcome, Redelivered, Redelivery, Settlement, Start, Store, StoreError, StoreErrorKind};
@@ -29,6 +30,8 @@ const TRY_AGAIN_AFTER: Duration = Duration::from_secs(1);
 const STEP: usize = 100;
 /// Between steps of a search that found nothing, so that a long one does not keep the store busy.
 const STEP_PAUSE: Duration = Duration::from_millis(100);
+/// Between searches that the bell asks for: whoever rings may ring often.
+const BELL_PAUSE: Duration = Duration::from_millis(50);
 /// Ids that a log line names; there may be many.
 const NAMED_IDS: usize = 5;
 /// How long giving up the guard's own consumer may take at the end.
@@ -53,6 +56,9 @@ pub struct Guard {
     ensure_at: Instant,
     search_at: Instant,
     search_from: EntryId,
+    bell: Arc<Notify>,
+    /// Whether the bell rang during a search, which may have passed by what it rang for.
+    was_rung: bool,
 }
 
 impl Guard {
@@ -87,8 +93,17 @@ impl Guard {
             ensure_at: now,
             search_at: now,
             search_from: EntryId::MIN,
+            bell: Arc::default(),
+            was_rung: false,
             spec,
         }
+    }
+
+    /// The same with a bell: when it rings, there is something to hand on.
+    #[must_use]
+    pub fn with_bell(mut self, bell: Arc<Notify>) -> Self {
+        self.bell = bell;
+        self
     }
 
     /// Guards until `stop`; what it is about to do then, it finishes.
@@ -99,6 +114,7 @@ impl Guard {
                 biased;
                 () = stop.cancelled() => break,
                 () = tokio::time::sleep_until(self.ensure_at.min(self.search_at)) => {}
+                () = self.bell.notified() => self.hear_bell(),
             }
         }
         // Where anything is pending on it, it stays for the next life or for another guard.
@@ -119,6 +135,14 @@ impl Guard {
         if Instant::now() >= self.search_at {
             let result = self.search().await;
             self.report(result);
+        }
+    }
+
+    fn hear_bell(&mut self) {
+        if self.search_from == EntryId::MIN {
+            self.search_at = self.search_at.min(Instant::now() + BELL_PAUSE);
+        } else {
+            self.was_rung = true;
         }
     }
 
@@ -181,7 +205,9 @@ impl Guard {
         };
         self.search_from = found.next;
         let has_found = found.handed_on + found.foreign + found.exhausted.len() + found.lost.len() > 0;
-        self.search_at = match (found.next == EntryId::MIN, has_found) {
+        let is_over = found.next == EntryId::MIN;
+        self.search_at = match (is_over, has_found) {
+            (true, _) if std::mem::take(&mut self.was_rung) => Instant::now() + BELL_PAUSE,
             (true, _) => Instant::now() + tick,
             (false, false) => Instant::now() + STEP_PAUSE,
             (false, true) => Instant::now(),
@@ -235,24 +261,9 @@ impl Guard {
 
     /// The record of an entry, as it was before it was appended again.
     fn letter(&self, delivery: &Delivery) -> DeadLetter {
-        const OURS: [&str; 4] = [field::REPLAY_GROUP, field::REPLAY_OF, field::REPLAY_COUNT, field::REPLAY_ATTEMPTS];
-        let entry = &delivery.entry;
-        let is_again = entry.fields.get(field::REPLAY_GROUP).is_some();
-        let of = |name| entry.fields.text(name).filter(|_| is_again);
-        let is_kept = |name: &[u8]| !(is_again && OURS.iter().any(|ours| ours.as_bytes() == name));
-        let fields = entry.fields.iter().filter(|(name, _)| is_kept(name.as_ref()));
-        let now = Timestamp::now();
-        DeadLetter {
-            stream: self.cursor.stream.clone(),
-            id: of(field::REPLAY_OF).and_then(|id| id.parse().ok()).unwrap_or(entry.id),
-            group: self.cursor.group.clone(),
-            reason: DeadLetterReason::Crashed,
-            error: format!("delivered {} times to consumers outside and never acknowledged", delivery.attempt),
-            attempts: delivery.attempt,
-            first_failure: now,
-            last_failure: now,
-            replays: entry.replays(),
-            fields: fields.map(|(name, value)| (name.clone(), value.clone())).collect::<Fields>(),
-        }
+        let (stream, group, attempts) = (&self.cursor.stream, &self.cursor.group, delivery.attempt);
+        let error = format!("delivered {attempts} times to consumers outside and never acknowledged");
+        let reason = DeadLetterReason::Crashed;
+        DeadLetter::of_first_life(&delivery.entry, stream, group, reason, error, attempts, Timestamp::now())
     }
 }

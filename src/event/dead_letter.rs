@@ -103,6 +103,33 @@ const OF_REPLAYS: [&str; 4] = [field::REPLAY_GROUP, field::REPLAY_OF, field::REP
 const OURS: [&str; 9] = [STREAM, ID, GROUP, REASON, ERROR, ATTEMPTS, FIRST_FAILURE, LAST_FAILURE, REPLAYS];
 
 impl DeadLetter {
+    /// The record of an entry that fails now, as it was before it was appended again for consumers outside.
+    pub fn of_first_life(
+        entry: &Entry,
+        stream: &StreamName,
+        group: &GroupName,
+        reason: DeadLetterReason,
+        error: String,
+        attempts: u32,
+        now: Timestamp,
+    ) -> Self {
+        let is_again = entry.is_for_one_group();
+        let is_kept = |name: &[u8]| !(is_again && OF_REPLAYS.iter().any(|ours| ours.as_bytes() == name));
+        let fields = entry.fields.iter().filter(|(name, _)| is_kept(name.as_ref()));
+        Self {
+            stream: stream.clone(),
+            id: if is_again { entry.first_id() } else { entry.id },
+            group: group.clone(),
+            reason,
+            error,
+            attempts,
+            first_failure: now,
+            last_failure: now,
+            replays: entry.replays(),
+            fields: fields.map(|(name, value)| (name.clone(), value.clone())).collect(),
+        }
+    }
+
     /// The fields to store.
     pub fn to_fields(&self) -> Fields {
         let mut fields = Fields::with_capacity(self.fields.len() + OURS.len());

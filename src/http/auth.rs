@@ -177,6 +177,7 @@ impl Access {
             principal: principal.shared_id(),
             expires_at: principal.expires_at(),
             renewal: self.inner.is_required.then(renewer),
+            errands: None,
         })
     }
 }
@@ -204,6 +205,10 @@ impl Renewal for Renewer {
             })?;
             if !renewed.is_same(&principal) {
                 let text = "the token is another principal's or tenant's: connect anew with it";
+                return Err(NotRenewed::Forbidden(text.to_owned()));
+            }
+            if !renewed.may_all_of(&principal) {
+                let text = "the token allows less than the one before: connect anew with it";
                 return Err(NotRenewed::Forbidden(text.to_owned()));
             }
             let admission = access.admission(&renewed, &channel);

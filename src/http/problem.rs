@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::auth::Denied;
 use crate::bus::PublishError;
+use crate::pull::{PullError, Refused};
 use crate::store::{StoreError, StoreErrorKind};
 
 /// An answer that is no success.
@@ -73,6 +74,14 @@ impl ApiError {
         self.status
     }
 
+    pub(super) fn detail(&self) -> &str {
+        &self.problem.detail
+    }
+
+    pub(super) fn retry_after(&self) -> Option<Duration> {
+        self.retry_after
+    }
+
     pub(super) fn no_such_route() -> Self {
         Self::new(StatusCode::NOT_FOUND, "no_such_route", "there is nothing at this path: see / for what there is")
     }
@@ -85,6 +94,14 @@ impl ApiError {
         let known = known.collect::<Vec<_>>().join(", ");
         let detail = format!("there is no stream `{name}`; declared are {known}");
         Self::new(StatusCode::NOT_FOUND, "no_such_stream", detail).with_field("stream")
+    }
+
+    pub(super) fn no_such_group<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Self {
+        let known = known.collect::<Vec<_>>().join(", ");
+        let known =
+            if known.is_empty() { "none of its groups is".to_owned() } else { format!("pulled from are {known}") };
+        let detail = format!("there is no group `{name}` without a sink in this stream; {known}");
+        Self::new(StatusCode::NOT_FOUND, "no_such_group", detail).with_field("group")
     }
 
     pub(super) fn no_such_channel(detail: impl Into<String>) -> Self {
@@ -130,6 +147,16 @@ impl ApiError {
     pub(super) fn too_many_waiting() -> Self {
         let detail = "too many requests wait for new entries: ask without wait_ms, or again in a moment";
         Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_waiting", detail).with_retry_after(Duration::from_secs(1))
+    }
+
+    pub(super) fn too_many_pulls() -> Self {
+        let detail = "too many of your pulls wait for entries (pull.max_waiting): ask again when one is answered";
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_waiting", detail).with_retry_after(Duration::from_secs(1))
+    }
+
+    pub(super) fn too_many_requests(most: usize) -> Self {
+        let detail = format!("{most} requests of this connection are under way: wait until one is answered");
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_requests", detail).with_retry_after(Duration::from_secs(1))
     }
 
     pub(super) fn forbidden_host(host: &str) -> Self {
@@ -231,6 +258,30 @@ impl From<&StoreError> for ApiError {
         match error.retry_after() {
             Some(wait) => error_to_client.with_retry_after(wait),
             None => error_to_client,
+        }
+    }
+}
+
+impl From<&PullError> for ApiError {
+    fn from(error: &PullError) -> Self {
+        let detail = error.to_string();
+        match error {
+            PullError::TooManyLeases(_) => Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_leases", detail)
+                .with_retry_after(Duration::from_secs(1)),
+            PullError::Lease(_) => Self::bad_parameter("lease_ms", detail),
+            PullError::Stopping => Self::draining(),
+            PullError::NoGroup => Self::new(StatusCode::SERVICE_UNAVAILABLE, "group_not_ready", detail)
+                .with_retry_after(Duration::from_secs(1)),
+            PullError::Store(error) => error.as_ref().into(),
+        }
+    }
+}
+
+impl From<&Refused> for ApiError {
+    fn from(refused: &Refused) -> Self {
+        match refused {
+            Refused::NotLeased => Self::new(StatusCode::CONFLICT, "not_leased", refused.to_string()),
+            Refused::Store(error) => error.as_ref().into(),
         }
     }
 }

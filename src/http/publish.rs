@@ -359,7 +359,7 @@ fn admit<'a>(
 }
 
 /// Keys of one tenant are not those of another, or one could learn of the other's events, and hold them up.
-fn within_tenant(dedup: Dedup, event: &NewEvent, principal: &Principal) -> Dedup {
+pub(super) fn within_tenant(dedup: Dedup, event: &NewEvent, principal: &Principal) -> Dedup {
     let Some(tenant) = principal.tenant() else { return dedup };
     let within = |key: &str| Dedup::Key(format!("{}:{tenant}/{key}", tenant.len()));
     match (&dedup, &event.own_id) {

@@ -9,7 +9,7 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::{MethodRouter, delete, get, post};
 
 use super::auth::{Deed, Denied, Principal, Shown, TENANT};
-use super::{Api, ApiError, assets, dead_letters, feed, health, publish, streams, ticket, websocket};
+use super::{Api, ApiError, assets, dead_letters, feed, health, publish, pull, streams, ticket, websocket};
 use crate::event::StreamName;
 
 /// What it takes to be let in, where credentials are asked for.
@@ -27,6 +27,8 @@ pub enum Need {
     PublishEach,
     /// `read:` for the stream in the path; `admin` where that holds dead letters.
     Read,
+    /// `consume:` for the stream in the path, and not bound to a tenant: a group's entries are of all tenants.
+    Consume,
     /// `ws:` for the channel in the path. Asked for by the handler, since pages are told by a close code.
     Watch,
     /// `admin`.
@@ -74,6 +76,10 @@ fn endpoints() -> Vec<Endpoint> {
         read("/api/v1/streams/{stream}", Need::Read, streams::show),
         read("/api/v1/streams/{stream}/events", Need::Read, streams::events),
         write("/api/v1/streams/{stream}/events", Need::Publish, publish::to_stream),
+        write("/api/v1/streams/{stream}/groups/{group}/pull", Need::Consume, pull::pull),
+        write("/api/v1/streams/{stream}/groups/{group}/ack", Need::Consume, pull::acknowledge),
+        write("/api/v1/streams/{stream}/groups/{group}/nack", Need::Consume, pull::give_back),
+        write("/api/v1/streams/{stream}/groups/{group}/extend", Need::Consume, pull::extend),
         write("/api/v1/alerts", Need::PublishEach, publish::alerts),
         write("/api/alerts", Need::PublishEach, publish::alerts),
         read("/api/v1/dead-letters", Need::Administer, dead_letters::streams),
@@ -147,6 +153,7 @@ fn check(api: &Api, principal: &Principal, need: Need, stream: &str) -> Result<(
     let deed = match need {
         Need::Nothing | Need::Credentials | Need::PublishEach | Need::Watch => return Ok(()),
         Need::Publish => Deed::Publish(stream),
+        Need::Consume => Deed::Consume(stream),
         Need::Read if is_declared(api, stream) => Deed::Read(stream),
         Need::Read | Need::Metrics | Need::Administer => Deed::Administer,
     };
@@ -160,7 +167,8 @@ fn check(api: &Api, principal: &Principal, need: Need, stream: &str) -> Result<(
     {
         return Err(Denied::OtherTenant(tenant.to_owned()));
     }
-    if need == Need::Metrics && principal.tenant().is_some() { Err(Denied::AllTenants) } else { Ok(()) }
+    let is_of_all_tenants = matches!(need, Need::Metrics | Need::Consume);
+    if is_of_all_tenants && principal.tenant().is_some() { Err(Denied::AllTenants) } else { Ok(()) }
 }
 
 fn is_declared(api: &Api, stream: &str) -> bool {

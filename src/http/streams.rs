@@ -125,7 +125,7 @@ pub(super) struct EventsView {
 /// is not even text, in `data_hex`.
 #[derive(Debug, Serialize)]
 pub(super) struct EventView {
-    id: String,
+    pub(super) id: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     event_id: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -138,7 +138,7 @@ pub(super) struct EventView {
     data_hex: Option<String>,
     /// Every other field, in order.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    fields: Vec<(String, String)>,
+    pub(super) fields: Vec<(String, String)>,
 }
 
 /// `GET /api/v1/streams`: every declared stream that may be read, and every family. One that can't be read now tells its error in its

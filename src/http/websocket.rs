@@ -1,6 +1,7 @@
 //! The WebSocket handshake, by hand: sessions write to the bare socket, which axum's own upgrade would hide.
 
 use std::io::Cursor;
+use std::sync::Arc;
 
 use axum::body::Body;
 use axum::extract::{RawQuery, Request, State};
@@ -16,13 +17,14 @@ use tokio::io::AsyncReadExt as _;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_util::sync::CancellationToken;
 
-use super::auth::{Denied, Shown};
+use super::agent::Agents;
+use super::auth::{Denied, Principal, Shown};
 use super::extract::Segment;
 use super::origin::is_allowed;
 use super::server::Open;
 use super::socket::Socket;
 use super::{Api, ApiError, Peer};
-use crate::relay::{Admission, PROTOCOL, Refused, Session, SubscribeParams};
+use crate::relay::{Admission, Errands, PROTOCOL, Refused, Session, SubscribeParams};
 
 /// `GET /api/v1/ws/{channel}`
 ///
@@ -124,10 +126,12 @@ async fn admit(
     if !is_allowed(headers, &api.inner.config.origins) {
         return Err(Refused::Origin);
     }
-    let admission = admission(api, channel, query, headers).await?;
+    let (principal, admission) = principal_and_admission(api, channel, query, headers).await?;
     match protocol {
         Protocol::Rich { .. } => {
             let key = key_of(query.unwrap_or_default());
+            let errands: Option<Arc<dyn Errands>> = Some(Arc::new(Agents::new(api.clone(), principal)));
+            let admission = Admission { errands, ..admission };
             api.inner.relay.connect_rich(channel, key.as_deref(), peer.0.ip(), admission)
         }
         Protocol::Unknown => Err(Refused::Version),
@@ -151,10 +155,22 @@ pub(super) async fn admission(
     query: Option<&str>,
     headers: &HeaderMap,
 ) -> Result<Admission, Refused> {
+    principal_and_admission(api, channel, query, headers).await.map(|(_, admission)| admission)
+}
+
+async fn principal_and_admission(
+    api: &Api,
+    channel: &str,
+    query: Option<&str>,
+    headers: &HeaderMap,
+) -> Result<(Principal, Admission), Refused> {
     let access = &api.inner.access;
     let principal = access.principal(Shown { headers, query, origins: &api.inner.config.origins }).await;
-    let admission = principal.and_then(|principal| access.admission(&principal, channel));
-    admission.map_err(|denied| {
+    let admitted = principal.and_then(|principal| {
+        let admission = access.admission(&principal, channel)?;
+        Ok((principal, admission))
+    });
+    admitted.map_err(|denied| {
         super::routes::refuse(api, &denied);
         let text = denied.to_string();
         match denied {

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use futures_util::future::BoxFuture;
 use tokio::time::Instant;
 
-use super::Filter;
+use super::{Errands, Filter};
 
 /// The terms on which a client is let in. By default it may see everything for as long as it likes.
 #[derive(Debug, Clone, Default)]
@@ -22,6 +22,8 @@ pub struct Admission {
     pub expires_at: Option<SystemTime>,
     /// Who judges what it shows then; without one it can't.
     pub renewal: Option<Arc<dyn Renewal>>,
+    /// Who does what it asks for that is not the relay's, in rich mode.
+    pub errands: Option<Arc<dyn Errands>>,
 }
 
 /// Judges what a client shows to stay for longer.

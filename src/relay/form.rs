@@ -14,6 +14,8 @@ pub(super) enum Form {
     WithPosition,
     /// WebSocket, `aurora.v1`: JSON frames with a type.
     Rich,
+    /// The same for events that are gathered into arrays: `["<position>",<event>]` each.
+    Item,
     /// Server-Sent Events. With `ids` each one carries its position as its id, which says all where a client has one
     /// stream; with `meta` its object has `_pos` and `_stream`.
     EventStream { ids: bool, meta: bool },
@@ -22,7 +24,7 @@ pub(super) enum Form {
 }
 
 /// How many forms there are beside [`Form::Plain`].
-pub(super) const VARIANTS: usize = 8;
+pub(super) const VARIANTS: usize = 9;
 
 impl Form {
     /// Its place among the forms that are made on request; nothing for the plain one, which is always there.
@@ -33,6 +35,7 @@ impl Form {
             Self::Rich => Some(1),
             Self::EventStream { ids, meta } => Some(2 + 2 * ids as usize + meta as usize),
             Self::Lines { meta } => Some(6 + meta as usize),
+            Self::Item => Some(8),
         }
     }
 
@@ -56,7 +59,10 @@ impl Form {
         };
         match self {
             Self::Plain | Self::WithPosition => frames::push_text(out, payload),
+            // What comes before its turn waits for nothing, so it is no part of an array.
+            Self::Item if is_early => frames::push_text(out, &rich_event(payload, position, stream, true)),
             Self::Rich => frames::push_text(out, &rich_event(payload, position, stream, is_early)),
+            Self::Item => frames::push_text(out, &rich_item(payload, position)),
             Self::EventStream { ids, .. } => {
                 // The id says where the client stands.
                 if ids && !is_early {
@@ -86,7 +92,7 @@ impl Form {
             (Self::Plain | Self::WithPosition | Self::Lines { meta: false }, _)
             // Where a client has several streams, its session tells all positions at once.
             | (Self::EventStream { ids: false, .. }, Notice::Mark { .. }) => None,
-            (Self::Rich, _) => Some(text_message(&format!(r#"{{"t":"{}",{body}}}"#, notice.kind()))),
+            (Self::Rich | Self::Item, _) => Some(text_message(&format!(r#"{{"t":"{}",{body}}}"#, notice.kind()))),
             (Self::EventStream { ids: true, .. }, Notice::Mark { position, .. }) => {
                 Some(format!("id: {position}\n\n").into_bytes())
             }
@@ -198,6 +204,21 @@ fn rich_event(payload: &[u8], position: &Position, stream: &StreamName, is_early
     event
 }
 
+/// An alert as one of an array. A payload that is no JSON travels as a text in a third place, after `null`.
+fn rich_item(payload: &[u8], position: &Position) -> Vec<u8> {
+    let mut item = Vec::with_capacity(payload.len() + 64);
+    item.extend_from_slice(format!(r#"["{position}","#).as_bytes());
+    if serde_json::from_slice::<serde::de::IgnoredAny>(payload).is_ok() {
+        item.extend_from_slice(payload);
+    } else {
+        item.extend_from_slice(b"null,");
+        let text = String::from_utf8_lossy(payload);
+        serde_json::to_writer(&mut item, &text).expect("a text can be written to a Vec");
+    }
+    item.push(b']');
+    item
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -217,7 +238,7 @@ mod tests {
     fn written_as(form: Form, payload: &str, is_early: bool) -> String {
         let mut out = Vec::new();
         form.push(&mut out, payload.as_bytes(), &position(), &stream(), is_early);
-        let is_web_socket = matches!(form, Form::Plain | Form::WithPosition | Form::Rich);
+        let is_web_socket = matches!(form, Form::Plain | Form::WithPosition | Form::Rich | Form::Item);
         let text = if is_web_socket { frames::payload(&out) } else { &out };
         String::from_utf8(text.to_vec()).expect("text")
     }
@@ -229,6 +250,7 @@ mod tests {
             (Form::Plain, "{\"a\":\r\n1}"),
             (Form::WithPosition, "{\"a\":\r\n1,\"_pos\":\"e1:5-0\",\"_stream\":\"aurora:alerts\"}"),
             (Form::Rich, "{\"t\":\"event\",\"s\":\"aurora:alerts\",\"p\":\"e1:5-0\",\"d\":{\"a\":\r\n1}}"),
+            (Form::Item, "[\"e1:5-0\",{\"a\":\r\n1}]"),
             (Form::EventStream { ids: false, meta: false }, "data: {\"a\":\ndata: 1}\n\n"),
             (Form::EventStream { ids: true, meta: false }, "id: e1:5-0\ndata: {\"a\":\ndata: 1}\n\n"),
             (Form::Lines { meta: false }, "{\"a\":  1}\n"),
@@ -241,6 +263,7 @@ mod tests {
             (Form::Plain, "{}"),
             (Form::WithPosition, r#"{"_pos":"e1:5-0","_stream":"aurora:alerts","_lane":"critical"}"#),
             (Form::Rich, r#"{"t":"event","s":"aurora:alerts","p":"e1:5-0","lane":"critical","d":{}}"#),
+            (Form::Item, r#"{"t":"event","s":"aurora:alerts","p":"e1:5-0","lane":"critical","d":{}}"#),
             (Form::EventStream { ids: true, meta: false }, "data: {}\n\n"),
         ];
         for (form, expected) in early {
@@ -248,6 +271,7 @@ mod tests {
         }
         let odd = written(Form::Rich, "no \"json\"");
         assert_eq!(odd, r#"{"t":"event","s":"aurora:alerts","p":"e1:5-0","x":"no \"json\""}"#);
+        assert_eq!(written(Form::Item, "no \"json\""), r#"["e1:5-0",null,"no \"json\""]"#);
     }
 
     #[test]
@@ -255,7 +279,7 @@ mod tests {
         let bools = [false, true];
         let event_streams = bools.into_iter().flat_map(|ids| bools.map(|meta| Form::EventStream { ids, meta }));
         let lines = bools.map(|meta| Form::Lines { meta });
-        let forms = [Form::WithPosition, Form::Rich].into_iter().chain(event_streams).chain(lines);
+        let forms = [Form::WithPosition, Form::Rich, Form::Item].into_iter().chain(event_streams).chain(lines);
         let mut variants: Vec<_> = forms.filter_map(Form::variant).collect();
         variants.sort_unstable();
         assert_eq!(variants, (0..VARIANTS).collect::<Vec<_>>());

@@ -52,6 +52,16 @@ pub(super) fn payload(frame: &[u8]) -> &[u8] {
     frame.get(header..).unwrap_or_default()
 }
 
+/// The first of some frames made here, and the others; nothing at their end.
+pub(super) fn split(frames: &[u8]) -> Option<(&[u8], &[u8])> {
+    let length = match *frames.get(1)? {
+        126 => 4 + usize::from(u16::from_be_bytes(frames.get(2..4)?.try_into().ok()?)),
+        127 => 10 + usize::try_from(u64::from_be_bytes(frames.get(2..10)?.try_into().ok()?)).ok()?,
+        short => 2 + usize::from(short),
+    };
+    frames.split_at_checked(length)
+}
+
 fn push_header(out: &mut Vec<u8>, len: usize) {
     out.push(TEXT);
     if let Ok(short @ 0..=125) = u8::try_from(len) {
@@ -111,6 +121,13 @@ mod tests {
             push_text(&mut bytes, text.as_bytes());
             assert_eq!(payload(&bytes[start..]), text.as_bytes());
         }
+        let mut rest = &*bytes;
+        for text in &payloads {
+            let (frame, others) = split(rest).expect("a frame");
+            assert_eq!(payload(frame), text.as_bytes());
+            rest = others;
+        }
+        assert_eq!(split(rest), None);
         assert_eq!(read_back(bytes, payloads.len()), payloads);
     }
 

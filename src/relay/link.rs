@@ -60,6 +60,8 @@ pub(super) struct Link<S> {
     warn_at: Option<Instant>,
     /// When the client is told next where it stands, if it wants to know.
     mark_at: Option<Instant>,
+    /// When events that wait for others are written.
+    pub(super) gathered_at: Option<Instant>,
     closing: Option<Closing>,
     ping_interval: Duration,
     pong_timeout: Duration,
@@ -95,6 +97,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
             expires_at: None,
             warn_at: None,
             mark_at: None,
+            gathered_at: None,
             closing: None,
             ping_interval: config.ping_interval,
             pong_timeout: config.pong_timeout,
@@ -232,7 +235,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
         let ping_or_pong = self.pong_due.unwrap_or(self.next_ping);
         let blocked = self.blocked_since.map(|since| since + self.write_timeout);
         // While something is on its way nothing is told, so that time is not waited for.
-        let mark_at = self.mark_at.filter(|_| self.is_told());
+        let mark_at = self.mark_at.into_iter().chain(self.gathered_at).min().filter(|_| self.is_told());
         [blocked, self.drain_at, mark_at, self.expires_at, self.warn_at]
             .into_iter()
             .flatten()
@@ -261,7 +264,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
 
     /// The next message of the client, as long as there is room for its answer.
     pub(super) fn next_request(&mut self) -> Option<Utf8Bytes> {
-        if self.closing.is_some() || self.answers.len() > MAX_ANSWERS { None } else { self.inbound.next_request() }
+        if self.has_room() { self.inbound.next_request() } else { None }
+    }
+
+    /// Whether there is room for one more answer.
+    pub(super) fn has_room(&self) -> bool {
+        self.closing.is_none() && self.answers.len() <= MAX_ANSWERS
     }
 
     /// Answers a request: the answer goes out after the alerts that are on their way.

@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::BoxFuture;
 use serde::Deserialize;
@@ -18,11 +18,12 @@ use tokio::time::Instant;
 use super::admission::deadline;
 use super::cursor::now_ms;
 use super::form::Form;
+use super::gather::{Batching, Gathering};
 use super::params;
 use super::subscription::Subscription;
 use super::subscriptions::Subscriptions;
-use super::{Admission, Channel, Filter, Hub, MAX_SNAPSHOT, NotRenewed, Refused, SubscribeParams};
-use crate::event::StreamName;
+use super::{Admission, Channel, Filter, Hub, MAX_SNAPSHOT, NotRenewed, Refused, Runner, SubscribeParams, errands};
+use crate::event::{Position, StreamName};
 
 /// The name of the protocol in the handshake.
 pub const PROTOCOL: &str = "aurora.v1";
@@ -44,7 +45,21 @@ struct Request<'a> {
     strict: bool,
     #[serde(borrow)]
     token: Option<Cow<'a, str>>,
+    s: Option<&'a str>,
+    p: Option<&'a str>,
+    batch: Option<BatchRequest>,
 }
+
+/// How events are to be gathered.
+#[derive(Debug, Clone, Copy, Deserialize)]
+struct BatchRequest {
+    max: Option<usize>,
+    ms: Option<u64>,
+}
+
+/// The most events in one message, and how long they may wait for others, in ms.
+const MAX_BATCH: usize = 1_000;
+const MAX_BATCH_MS: u64 = 5_000;
 
 /// Whoever asks.
 pub(super) struct Asker<'a> {
@@ -52,6 +67,8 @@ pub(super) struct Asker<'a> {
     pub(super) admission: &'a Admission,
     /// The token that is being looked at, of which there is one at a time.
     pub(super) renewing: &'a mut Option<Renewing>,
+    /// Who runs the client's errands, from the first one on.
+    pub(super) runner: &'a mut Option<Box<dyn Runner>>,
 }
 
 /// A token that is being looked at.
@@ -136,6 +153,7 @@ pub(super) fn welcome(hub: &Hub, channel: &Channel, expires_at: Option<SystemTim
 /// Does what a text message asks for. Says what to answer, if anything.
 pub(super) fn handle(text: &str, asker: &mut Asker<'_>, hub: &Hub, channel: &Channel) -> Option<String> {
     let (id, outcome) = match serde_json::from_str::<Request<'_>>(text) {
+        Ok(request) if errands::OPS.contains(&request.op) => (request.id, take_on(&request, text, asker)),
         Ok(request) => (request.id, perform(&request, asker, hub, channel)),
         Err(error) => (None, Err(Failure::new(400, format!("not a request: {error}")))),
     };
@@ -143,6 +161,15 @@ pub(super) fn handle(text: &str, asker: &mut Asker<'_>, hub: &Hub, channel: &Cha
         Ok(answer) => answer.map(|answer| answer.to_string()),
         Err(failure) => Some(refusal(id, failure.code, &failure.message, false)),
     }
+}
+
+/// Has an errand run.
+fn take_on(request: &Request<'_>, text: &str, asker: &mut Asker<'_>) -> Result<Option<serde_json::Value>, Failure> {
+    let Some(errands) = &asker.admission.errands else {
+        return Err(Failure::new(400, format!("there is no op `{}` here", request.op)));
+    };
+    asker.runner.get_or_insert_with(|| errands.runner()).take(text);
+    Ok(None)
 }
 
 fn perform(
@@ -173,7 +200,10 @@ fn perform(
             let mut params = params_of(request)?;
             params.narrow(admission.filter.clone());
             let answers = Some(request.id.unwrap_or_default());
-            subscriptions.add(Subscription::new(rings, params, Form::Rich, answers, hub, channel));
+            let batching = batching_of(request)?;
+            let form = if batching.is_some() { Form::Item } else { Form::Rich };
+            let gathering = batching.map(|batching| Box::new(Gathering::new(batching, stream)));
+            subscriptions.add_gathered(Subscription::new(rings, params, form, answers, hub, channel), gathering);
             // Answered in its place among the alerts, once it is known where it begins.
             Ok(None)
         }
@@ -189,7 +219,19 @@ fn perform(
             subscription.replace_filter(filter);
             ok(json!({"s": stream.as_str(), "p": subscription.positions()}))
         }
-        "ack" => request.id.map_or(Ok(None), |_| ok(json!({}))),
+        "ack" => {
+            let stream = stream_named(request.s.or(request.stream), channel)?;
+            let position = request.p.and_then(|position| position.parse::<Position>().ok());
+            let position = position.ok_or_else(|| Failure::new(422, "`p` must be the position of what was seen"))?;
+            let ring = channel.rings.iter().find(|ring| *ring.stream() == stream);
+            let mark = ring.and_then(|ring| ring.mark()).filter(|mark| mark.epoch == position.epoch);
+            if mark.is_none_or(|mark| mark.last < position.id) {
+                return Err(Failure::new(410, format!("`{stream}` has no such position")));
+            }
+            let seconds = Duration::from_millis(now_ms().saturating_sub(position.id.ms)).as_secs_f64();
+            channel.seen.observe(seconds);
+            request.id.map_or(Ok(None), |_| ok(json!({})))
+        }
         "auth" => {
             let token = request.token.as_deref().ok_or_else(|| Failure::new(400, "`token` is missing"))?;
             let renewal = admission.renewal.as_ref();
@@ -220,10 +262,14 @@ fn not_subscribed(stream: &StreamName) -> Failure {
 
 /// The stream that a request names; with one stream in the channel it need not.
 fn stream_of(request: &Request<'_>, channel: &Channel) -> Result<StreamName, Failure> {
+    stream_named(request.stream, channel)
+}
+
+fn stream_named(stream: Option<&str>, channel: &Channel) -> Result<StreamName, Failure> {
     let families = || channel.families.iter().map(|roster| roster.family().name());
     let names =
         || channel.rings.iter().map(|ring| ring.stream().as_str()).chain(families()).collect::<Vec<_>>().join(", ");
-    match (request.stream, &*channel.rings) {
+    match (stream, &*channel.rings) {
         (Some(name), rings) => {
             let named = rings.iter().find(|ring| ring.stream().as_str() == name).map(|ring| ring.stream().clone());
             let is_member = |stream: &StreamName| channel.families.iter().any(|r| r.family().key_of(stream).is_some());
@@ -240,6 +286,16 @@ fn filter_of(request: &Request<'_>) -> Result<Filter, Failure> {
         None => Ok(Filter::default()),
         Some(filter) => Filter::parse(filter.get()).map_err(|error| Failure::new(422, format!("`filter` {error}"))),
     }
+}
+
+fn batching_of(request: &Request<'_>) -> Result<Option<Batching>, Failure> {
+    let Some(batch) = request.batch else { return Ok(None) };
+    let (max, ms) = (batch.max.unwrap_or(64), batch.ms.unwrap_or(50));
+    if !(1..=MAX_BATCH).contains(&max) || ms > MAX_BATCH_MS {
+        let problem = format!("`batch` must have a `max` from 1 to {MAX_BATCH} and `ms` up to {MAX_BATCH_MS}");
+        return Err(Failure::new(422, problem));
+    }
+    Ok(Some(Batching { max, wait: Duration::from_millis(ms) }))
 }
 
 fn params_of(request: &Request<'_>) -> Result<SubscribeParams, Failure> {

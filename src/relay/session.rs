@@ -17,7 +17,7 @@ use super::link::Link;
 use super::slots::Slot;
 use super::subscription::{Fetched, Subscription};
 use super::subscriptions::Subscriptions;
-use super::{Admission, Channel, CloseCode, Ending, Hub, Refused, rich};
+use super::{Admission, Channel, CloseCode, Ending, Hub, Refused, Runner, rich};
 
 /// A client that was let in: what it asked for, from the moment of [`super::Relay::connect`] on.
 ///
@@ -67,6 +67,7 @@ impl Session {
         }
         link.expires_at(admission.deadline(), is_rich);
         let mut renewing: Option<rich::Renewing> = None;
+        let mut runner: Option<Box<dyn Runner>> = None;
         let mut wake = channel.wake.subscribe();
         let mut timer = pin!(tokio::time::sleep_until(link.next_deadline()));
         let mut stop = pin!(Some(stop.cancelled_owned()));
@@ -74,8 +75,12 @@ impl Session {
             // Only what changes after this line needs to wake us.
             wake.mark_unchanged();
             while let Some(request) = link.next_request() {
-                let mut asker =
-                    rich::Asker { subscriptions: &mut subscriptions, admission: &admission, renewing: &mut renewing };
+                let mut asker = rich::Asker {
+                    subscriptions: &mut subscriptions,
+                    admission: &admission,
+                    renewing: &mut renewing,
+                    runner: &mut runner,
+                };
                 if let Some(answer) = rich::handle(&request, &mut asker, &hub, &channel) {
                     link.answer(&answer);
                 }
@@ -85,18 +90,25 @@ impl Session {
             {
                 link.close(code);
             }
+            link.gathered_at = subscriptions.due();
             if let Some(ending) = link.ending() {
                 break ending;
             }
             let is_hungry = link.is_hungry();
             let event = {
                 let mut changed = pin!(is_hungry.then(|| wake.changed()));
-                let (work, renewing) = (&mut subscriptions, &mut renewing);
+                let (work, renewing, runner) = (&mut subscriptions, &mut renewing, &mut runner);
                 poll_fn(|cx| {
                     let event = poll_event(cx, &mut link, work, changed.as_mut(), timer.as_mut(), stop.as_mut());
-                    match renewing {
-                        Some(renewal) if event.is_pending() => Pin::new(renewal).poll(cx).map(Event::Renewed),
-                        _ => event,
+                    if event.is_ready() {
+                        return event;
+                    }
+                    if let Some(Poll::Ready(renewed)) = renewing.as_mut().map(|renewal| Pin::new(renewal).poll(cx)) {
+                        return Poll::Ready(Event::Renewed(renewed));
+                    }
+                    match runner {
+                        Some(runner) if link.has_room() => runner.poll_frame(cx).map(Event::Errand),
+                        _ => Poll::Pending,
                     }
                 })
                 .await
@@ -128,6 +140,7 @@ impl Session {
                         rich::Renewed::Bad { answer } => link.answer(&answer),
                     }
                 }
+                Event::Errand(frame) => link.answer(&frame),
                 Event::Stop => {
                     stop.set(None);
                     let after = jitter(hub.config.drain_window);
@@ -138,7 +151,13 @@ impl Session {
                 }
             }
         };
-        link.shut_down().await;
+        if let Some(runner) = runner {
+            // Whoever was told to come again goes on with what it has.
+            let is_sent_away = matches!(ending, Ending::Closed(CloseCode::GoingAway | CloseCode::Expired));
+            tokio::join!(link.shut_down(), runner.end(is_sent_away));
+        } else {
+            link.shut_down().await;
+        }
         hub.metrics.relay_closes.with_label_values(&[&ending.label()]).inc();
         tracing::debug!(channel = %channel.name, close = %ending.label(), "session ended");
         ending
@@ -180,6 +199,8 @@ enum Event {
     Fetched(usize, Fetched),
     Timer,
     Renewed(rich::Renewed),
+    /// A frame from whoever runs the client's errands.
+    Errand(String),
     Stop,
 }
 

@@ -3,6 +3,9 @@
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use tokio::time::Instant;
+
+use super::gather::Gathering;
 use super::outgoing::Outgoing;
 use super::subscription::{Fetched, Subscription, Work};
 use super::{Channel, CloseCode, Hub};
@@ -20,19 +23,28 @@ struct Held {
     subscription: Subscription,
     /// The read of the store that is under way for it.
     work: Option<Work>,
+    /// Its events that wait for others, where the client wants that.
+    gathering: Option<Box<Gathering>>,
 }
 
 impl Subscriptions {
     pub(super) fn add(&mut self, subscription: Subscription) {
+        self.add_gathered(subscription, None);
+    }
+
+    /// A subscription whose events are gathered.
+    pub(super) fn add_gathered(&mut self, subscription: Subscription, gathering: Option<Box<Gathering>>) {
         // Most clients have one, and there are many clients.
         self.held.reserve_exact(1);
-        self.held.push(Held { subscription, work: None });
+        self.held.push(Held { subscription, work: None, gathering });
     }
 
     /// Ends the subscription to a stream, if there is one, and says where it stood.
     pub(super) fn remove(&mut self, stream: &StreamName) -> Option<String> {
         let index = self.held.iter().position(|held| held.subscription.is_to(stream))?;
-        Some(self.held.swap_remove(index).subscription.positions())
+        let Held { subscription, gathering, .. } = self.held.swap_remove(index);
+        let waiting = gathering.as_ref().and_then(|gathering| gathering.position());
+        Some(waiting.map_or_else(|| subscription.positions(), str::to_owned))
     }
 
     /// The subscription to a stream.
@@ -46,8 +58,15 @@ impl Subscriptions {
         let count = self.held.len();
         self.first = (self.first + 1).checked_rem(count).unwrap_or(0);
         for turn in 0..count {
-            let Held { subscription, work } = &mut self.held[(self.first + turn) % count];
-            subscription.fill(hub, channel, out);
+            let Held { subscription, work, gathering } = &mut self.held[(self.first + turn) % count];
+            match gathering {
+                None => subscription.fill(hub, channel, out),
+                Some(gathering) => {
+                    let (mut written, from) = (Outgoing::default(), subscription.positions());
+                    subscription.fill(hub, channel, &mut written);
+                    gathering.add(written, from, out);
+                }
+            }
             if subscription.is_lost() {
                 return Err(CloseCode::StateLost);
             }
@@ -83,8 +102,16 @@ impl Subscriptions {
     /// Tells where the client stands in streams of which nothing passed since it was told last.
     pub(super) fn mark(&mut self, out: &mut Outgoing) {
         for held in &mut self.held {
+            if let Some(gathering) = &mut held.gathering {
+                gathering.flush(out);
+            }
             held.subscription.mark(out);
         }
+    }
+
+    /// When the first of the events that wait for others are to be written.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.held.iter().filter_map(|held| held.gathering.as_ref()?.due()).min()
     }
 }
 

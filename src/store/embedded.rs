@@ -21,6 +21,7 @@ mod operations;
 mod queue;
 mod raw;
 mod readers;
+mod receipts;
 mod redelivery;
 mod removal;
 mod reserve;
@@ -57,9 +58,9 @@ use self::readers::Readers;
 use self::tables::{ReadFailure, is_closed_error};
 use self::writer::{DATABASE, Options, Syncing, Writer};
 use super::{
-    Appended, Care, Claimed, Cursor, Dropped, Lease, Leased, MAX_APPEND, Order, Outcome, Pending, Range, Reclaimed,
-    Redelivered, Redelivery, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus,
-    Trim,
+    Appended, Care, Claimed, Cursor, Dropped, Lease, Leased, MAX_APPEND, Order, Outcome, Pending, Range, Receipt,
+    Reclaimed, Redelivered, Redelivery, Redemption, Settled, Settlement, Start, Store, StoreError, StoreErrorKind,
+    StoreStatus, StreamStatus, Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName, field};
 
@@ -600,6 +601,12 @@ impl Store for EmbeddedStore {
     async fn extend(&self, cursor: &Cursor, ids: &[EntryId]) -> Result<Vec<EntryId>, StoreError> {
         let (cursor, ids, may_work) = (cursor.clone(), ids.to_vec(), self.leases.guard(cursor));
         self.call(0, move |writer| may_work().map(|()| writer.extend(&cursor, &ids))).await
+    }
+
+    async fn redeem(&self, cursor: &Cursor, redemptions: &[(Receipt, Redemption)]) -> Result<Vec<bool>, StoreError> {
+        let (cursor, redemptions) = (cursor.clone(), redemptions.to_vec());
+        let may_work = self.leases.guard(&cursor);
+        self.call(0, move |writer| may_work().and_then(|()| writer.redeem(&cursor, &redemptions))).await
     }
 
     async fn pending(

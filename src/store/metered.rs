@@ -7,8 +7,9 @@ use async_trait::async_trait;
 use prometheus::Histogram;
 
 use super::{
-    Appended, Care, Claimed, Cursor, Dropped, Durability, Families, Lease, Leased, Pending, Range, Reclaimed,
-    Redelivered, Redelivery, Settled, Settlement, Start, Store, StoreError, StoreStatus, StreamStatus, Trim,
+    Appended, Care, Claimed, Cursor, Dropped, Durability, Families, Lease, Leased, Pending, Range, Receipt, Reclaimed,
+    Redelivered, Redelivery, Redemption, Settled, Settlement, Start, Store, StoreError, StoreStatus, StreamStatus,
+    Trim,
 };
 use crate::event::{Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
 use crate::metrics::Metrics;
@@ -31,6 +32,7 @@ struct Seconds {
     reclaim: Histogram,
     redeliver: Histogram,
     settle: Histogram,
+    redeem: Histogram,
     describe: Histogram,
     trim: Histogram,
 }
@@ -46,6 +48,7 @@ impl Metered {
             reclaim: of("reclaim"),
             redeliver: of("redeliver"),
             settle: of("settle"),
+            redeem: of("redeem"),
             describe: of("describe"),
             trim: of("trim"),
         };
@@ -182,6 +185,12 @@ impl Store for Metered {
 
     async fn extend(&self, cursor: &Cursor, ids: &[EntryId]) -> Result<Vec<EntryId>, StoreError> {
         self.counted("extend", self.inner.extend(cursor, ids).await)
+    }
+
+    async fn redeem(&self, cursor: &Cursor, redemptions: &[(Receipt, Redemption)]) -> Result<Vec<bool>, StoreError> {
+        let started = Instant::now();
+        let result = self.inner.redeem(cursor, redemptions).await;
+        self.timed("redeem", &self.seconds.redeem, started, result)
     }
 
     async fn pending(

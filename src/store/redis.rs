@@ -25,6 +25,7 @@ mod link;
 mod news;
 mod pool;
 mod publish;
+mod receipts;
 mod redelivery;
 mod reply;
 mod rights;
@@ -59,9 +60,9 @@ use self::script::Script;
 use self::servers::Servers;
 use self::sizes::Sizes;
 use super::{
-    Appended, Care, Claimed, Cursor, Dropped, Durability, Lease, Leased, Order, Outcome, Pending, Range, Reclaimed,
-    Redelivered, Redelivery, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus,
-    Trim,
+    Appended, Care, Claimed, Cursor, Dropped, Durability, Lease, Leased, Order, Outcome, Pending, Range, Receipt,
+    Reclaimed, Redelivered, Redelivery, Redemption, Settled, Settlement, Start, Store, StoreError, StoreErrorKind,
+    StoreStatus, StreamStatus, Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, Fields, GroupName, NewEntry, StreamName};
 
@@ -516,6 +517,11 @@ impl Store for RedisStore {
             not_owned.extend(lost);
         }
         Ok(not_owned)
+    }
+
+    async fn redeem(&self, cursor: &Cursor, redemptions: &[(Receipt, Redemption)]) -> Result<Vec<bool>, StoreError> {
+        let outcome = self.redeem_all(cursor, redemptions).await;
+        outcome.map_err(|failure| failure.because(of_group("cannot redeem receipts of", cursor)))
     }
 
     async fn pending(

@@ -284,6 +284,35 @@ pub enum Outcome {
     Release,
 }
 
+/// A delivery as whoever has it leased can name it.
+///
+/// It is good while the entry is pending on that consumer, was delivered that often, and has been idle for less than
+/// [`Cursor::claim_idle`]: until the lease ends, and no one else was given the entry.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Receipt {
+    /// The entry.
+    pub id: EntryId,
+    /// Who holds it.
+    pub consumer: ConsumerName,
+    /// How many times the store had delivered it then.
+    pub attempt: u32,
+}
+
+/// What becomes of a delivery that is named by its receipt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Redemption {
+    /// Handled: acknowledge it.
+    Acknowledge,
+    /// Held by that consumer for so long from now on, or for [`Cursor::claim_idle`] if that is shorter. No attempt is
+    /// counted.
+    Hold {
+        /// Who holds it from now on; with another consumer the receipt is good no more.
+        by: ConsumerName,
+        /// For how long.
+        lease: Duration,
+    },
+}
+
 /// What a settle did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Settled {

@@ -108,13 +108,19 @@ fn is_enough(scope: &str, need: Need) -> bool {
         Need::Metrics | Need::Administer => scope == "admin",
         Need::Publish | Need::PublishEach => ["admin", "publish:aurora:alerts", "publish:*"].contains(&scope),
         Need::Read => ["admin", "read:aurora:*", "consume:aurora:alerts"].contains(&scope),
+        Need::Consume => ["admin", "consume:aurora:alerts"].contains(&scope),
         Need::Watch => ["admin", "ws:alerts"].contains(&scope),
     }
 }
 
 /// Asks a route as it should be asked.
 async fn visit(daemon: &Daemon, route: &Route, credentials: Option<&str>) -> Response {
-    let path = route.path.replace("{stream}", "aurora:alerts").replace("{channel}", "alerts").replace("{id}", "1-1");
+    let path = route
+        .path
+        .replace("{stream}", "aurora:alerts")
+        .replace("{channel}", "alerts")
+        .replace("{id}", "1-1")
+        .replace("{group}", "g");
     let mut headers = Vec::new();
     if route.need == Need::Watch && path.contains("/ws/") {
         headers.extend([("connection", "upgrade"), ("upgrade", "websocket"), ("sec-websocket-version", "13")]);
@@ -181,6 +187,20 @@ async fn a_scope_is_asked_for_the_stream_that_an_event_goes_to() {
     let dead = "/api/v1/streams/aurora:alerts:dead_letter/events";
     assert_eq!(asks(&daemon, &reader, "GET", dead, "").await.0, StatusCode::FORBIDDEN, "dead letters need admin");
     assert_eq!(asks(&daemon, &reader, "GET", "/api/v1/streams/nothing", "").await.0, StatusCode::FORBIDDEN);
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn those_bound_to_a_tenant_pull_nothing_for_a_group_has_entries_of_all() {
+    let mut keys = Keys::default();
+    let bound = keys.add("acme", &["admin"], Some("acme"));
+    let home = keys.home();
+    let daemon = home.start().await;
+    for what in ["pull", "ack", "nack", "extend"] {
+        let path = format!("/api/v1/streams/aurora:alerts/groups/g/{what}");
+        let (status, answer) = asks(&daemon, &bound, "POST", &path, r#"{"consumer":"w"}"#).await;
+        assert_eq!((status, &answer["code"]), (StatusCode::FORBIDDEN, &json!("forbidden")), "{what}");
+    }
     daemon.stop().await;
 }
 

@@ -1,9 +1,6 @@
 //! Groups whose consumers live outside the daemon: what real consumers leave, and who gets it then.
 
-use std::io::{BufRead as _, BufReader};
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use aurora_bus::delivery::{GroupConfig, GroupSpec, Guard, Reaper};
@@ -16,8 +13,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::store_contract::{cursor, new_entry, unique_stream};
 use crate::store_redeliver::{open_embedded, open_redis, open_valkey};
+use crate::support::python::Python;
 use crate::support::redis::{Product, RedisServer};
-use crate::support::{install, until};
+use crate::support::until;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
@@ -119,69 +117,10 @@ while True:
             print("done", fields[b"data"].decode(), flush=True)
 "#;
 
-/// A running worker of Python's redis client. It is killed when this is dropped.
-struct Python {
-    child: Child,
-    lines: Arc<Mutex<Vec<String>>>,
-}
-
-impl Python {
-    fn start(server: &RedisServer, stream: &StreamName, name: &str, mode: &str) -> Self {
-        let mut command = Command::new(install::program("python3", "python3"));
-        if let Some(folder) = python_redis() {
-            command.env("PYTHONPATH", folder);
-        }
-        let port = server.port().to_string();
-        command.args(["-c", WORKER, &port, stream.as_str(), "agents", name, mode]);
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("python runs");
-        let (lines, output) = (Arc::<Mutex<Vec<String>>>::default(), child.stdout.take().expect("piped"));
-        let written = lines.clone();
-        std::thread::spawn(move || {
-            for line in BufReader::new(output).lines().map_while(Result::ok) {
-                written.lock().expect("unpoisoned").push(line);
-            }
-        });
-        Self { child, lines }
-    }
-
-    fn lines(&self) -> Vec<String> {
-        self.lines.lock().expect("unpoisoned").clone()
-    }
-
-    async fn says(&self, line: &str) {
-        until(line, PATIENCE, async || self.lines().iter().any(|said| said == line).then_some(())).await;
-    }
-}
-
-impl Drop for Python {
-    fn drop(&mut self) {
-        // It may be dead already.
-        drop(self.child.kill());
-        drop(self.child.wait());
-    }
-}
-
-/// Where Python's redis client is, if it is not where Python finds it anyway.
-fn python_redis() -> Option<std::path::PathBuf> {
-    let python = install::program("python3", "python3");
-    let imports = |folder: &Path| {
-        let mut command = Command::new(&python);
-        command.args(["-c", "import redis"]).env("PYTHONPATH", folder).stderr(Stdio::null());
-        command.status().expect("python runs").success()
-    };
-    if imports(Path::new("")) {
-        return None;
-    }
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("python-redis");
-    std::fs::create_dir_all(&folder).expect("the target folder can be written");
-    let lock = std::fs::File::create(folder.join("lock")).expect("the target folder can be written");
-    lock.lock().expect("a local file can be locked");
-    if !imports(&folder) {
-        let mut pip = Command::new(install::program("pip3", "python3-pip"));
-        let status = pip.args(["install", "--quiet", "--target"]).arg(&folder).arg("redis").status();
-        assert!(status.expect("pip runs").success(), "Python's package `redis` can't be had; install it by hand");
-    }
-    Some(folder)
+/// Starts that worker.
+fn agent(server: &RedisServer, stream: &StreamName, name: &str, mode: &str) -> Python {
+    let port = server.port().to_string();
+    Python::start(WORKER, &[&port, stream.as_str(), "agents", name, mode])
 }
 
 async fn server() -> (RedisServer, Arc<dyn Store>) {
@@ -198,11 +137,11 @@ async fn the_task_of_a_killed_worker_reaches_another_worker_once() {
     guarded.guard("soc-a-guard");
     guarded.guard("soc-b-guard");
     guarded.publish(&["one"]).await;
-    let first = Python::start(&server, guarded.stream(), "agent-1", "hang");
+    let first = agent(&server, guarded.stream(), "agent-1", "hang");
     first.says("got one").await;
     drop(first);
     guarded.publish(&["two", "three"]).await;
-    let second = Python::start(&server, guarded.stream(), "agent-2", "work");
+    let second = agent(&server, guarded.stream(), "agent-2", "work");
     for line in ["done two", "done three", "done one"] {
         second.says(line).await;
     }
@@ -223,7 +162,7 @@ async fn a_task_that_kills_every_worker_ends_in_the_dead_letters() {
     guarded.guard("soc-b-guard");
     guarded.publish(&["poison"]).await;
     for n in 1..=3 {
-        let worker = Python::start(&server, guarded.stream(), &format!("agent-{n}"), "die");
+        let worker = agent(&server, guarded.stream(), &format!("agent-{n}"), "die");
         worker.says("got poison").await;
     }
     let letters = until("dead letter", PATIENCE, async || {
@@ -247,7 +186,7 @@ async fn a_slow_worker_that_shows_it_is_alive_is_left_alone() {
     let mut guarded = Guarded::new(store, 15).await;
     guarded.guard("soc-a-guard");
     guarded.publish(&["long"]).await;
-    let worker = Python::start(&server, guarded.stream(), "agent-1", "slow");
+    let worker = agent(&server, guarded.stream(), "agent-1", "slow");
     worker.says("done long").await;
     guarded.is_settled().await;
     assert_eq!(guarded.length(guarded.stream()).await, 1);
@@ -259,7 +198,7 @@ async fn a_destroyed_group_does_not_get_all_its_tasks_once_more() {
     let (server, store) = server().await;
     let mut guarded = Guarded::new(store, 15).await;
     guarded.publish(&["one", "two"]).await;
-    let worker = Python::start(&server, guarded.stream(), "agent-1", "work");
+    let worker = agent(&server, guarded.stream(), "agent-1", "work");
     worker.says("done two").await;
     guarded.is_settled().await;
     drop(worker);
@@ -276,7 +215,7 @@ async fn a_destroyed_group_does_not_get_all_its_tasks_once_more() {
     assert_eq!(server.cli(&["XGROUP", "DESTROY", guarded.stream().as_str(), "agents"]), "1");
     guarded.publish(&["three"]).await;
     until("group", PATIENCE, async || (guarded.counter("aurora_bus_groups_recreated_total") == 1).then_some(())).await;
-    let worker = Python::start(&server, guarded.stream(), "agent-2", "work");
+    let worker = agent(&server, guarded.stream(), "agent-2", "work");
     worker.says("done three").await;
     assert!(!worker.lines().iter().any(|line| line == "got one" || line == "got two"), "{:?}", worker.lines());
 }

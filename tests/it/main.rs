@@ -1,5 +1,6 @@
 //! The tests that need servers, sockets or files: one binary for all of them.
 
+mod agents;
 mod api;
 mod auth;
 mod bench;
@@ -21,6 +22,7 @@ mod guard;
 mod keyed;
 mod ledger;
 mod postgres;
+mod pull;
 mod redis_durability;
 mod redis_faults;
 mod redis_sentinel;
@@ -41,6 +43,7 @@ mod store_leases;
 mod store_million;
 mod store_model;
 mod store_news;
+mod store_receipts;
 mod store_redeliver;
 mod store_redis;
 mod store_wide;

@@ -6,6 +6,7 @@ pub(crate) mod install;
 pub(crate) mod ledger;
 pub(crate) mod postgres;
 pub(crate) mod proxy;
+pub(crate) mod python;
 pub(crate) mod receiver;
 pub(crate) mod redis;
 pub(crate) mod sentinel;

@@ -20,6 +20,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("bus", &["event", "metrics", "readiness", "telemetry", "store", "sink"]),
     ("delivery", &["event", "metrics", "readiness", "telemetry", "store", "sink"]),
     ("relay", &["event", "metrics", "readiness", "telemetry", "store"]),
+    ("pull", &["event", "metrics", "readiness", "telemetry", "store"]),
     ("dead_letters", &["event", "metrics", "readiness", "telemetry", "store", "bus"]),
     (
         "http",
@@ -35,6 +36,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
             "bus",
             "delivery",
             "relay",
+            "pull",
             "dead_letters",
         ],
     ),
@@ -52,6 +54,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
             "bus",
             "delivery",
             "relay",
+            "pull",
             "dead_letters",
             "http",
         ],
@@ -70,6 +73,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
             "bus",
             "delivery",
             "relay",
+            "pull",
             "dead_letters",
             "http",
             "config",
@@ -216,7 +220,7 @@ fn only_http_names_axum() {
 
 #[test]
 fn no_module_below_http_decides_on_http_statuses() {
-    let below = ["event", "metrics", "readiness", "store", "bus", "delivery", "relay", "dead_letters"];
+    let below = ["event", "metrics", "readiness", "store", "bus", "delivery", "relay", "pull", "dead_letters"];
     let is_below = |source: &Source| below.iter().any(|module| source.is_within(module));
     let offenders: Vec<_> =
         sources().into_iter().filter(|s| is_below(s) && names(&s.code, "StatusCode")).map(|s| s.path).collect();

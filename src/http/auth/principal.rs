@@ -81,6 +81,11 @@ impl Principal {
         if event.tenant() == Some(tenant) { Ok(()) } else { Err(tenant) }
     }
 
+    /// Whether it may do whatever the other may.
+    pub(super) fn may_all_of(&self, other: &Self) -> bool {
+        self.0.scopes.contains(&Scope::Admin) || other.0.scopes.iter().all(|scope| self.0.scopes.contains(scope))
+    }
+
     /// Whether it is the same one, bound in the same way, whatever it may do.
     pub(super) fn is_same(&self, other: &Self) -> bool {
         self.id() == other.id() && self.tenant() == other.tenant()

@@ -16,7 +16,7 @@ pub enum Scope {
     Publish(Names),
     /// `read:<stream>`: read these streams' entries and state.
     Read(Names),
-    /// `consume:<stream>`: the same, for those that do so as a group.
+    /// `consume:<stream>`: the same, and pull from these streams' groups and settle what was pulled.
     Consume(Names),
     /// `ws:<channel>`: watch these channels, by WebSocket or as a feed; `-` and `_` are the same here.
     Watch(Names),
@@ -36,6 +36,7 @@ pub struct Names {
 pub(in crate::http) enum Deed<'a> {
     Publish(&'a str),
     Read(&'a str),
+    Consume(&'a str),
     Watch(&'a str),
     Administer,
 }
@@ -47,6 +48,7 @@ impl fmt::Display for Deed<'_> {
         match self {
             Self::Publish(stream) => write!(f, "publish:{}", cut(stream)),
             Self::Read(stream) => write!(f, "read:{}", cut(stream)),
+            Self::Consume(stream) => write!(f, "consume:{}", cut(stream)),
             Self::Watch(channel) => write!(f, "ws:{}", cut(channel).replace('-', "_")),
             Self::Administer => f.write_str("admin"),
         }
@@ -58,6 +60,7 @@ impl Scope {
         match (self, deed) {
             (Self::Admin, _) => true,
             (Self::Publish(names), Deed::Publish(name))
+            | (Self::Consume(names), Deed::Consume(name))
             | (Self::Read(names) | Self::Consume(names), Deed::Read(name)) => names.has(name),
             (Self::Watch(names), Deed::Watch(name)) => names.has(&name.replace('-', "_")),
             _ => false,
@@ -140,7 +143,7 @@ mod tests {
 
     #[test]
     fn a_scope_allows_what_it_names_and_nothing_else() {
-        use Deed::{Administer, Publish, Read, Watch};
+        use Deed::{Administer, Consume, Publish, Read, Watch};
         let deeds = [
             Publish("aurora:alerts"),
             Publish("aurora:audit"),
@@ -148,17 +151,18 @@ mod tests {
             Watch("alerts"),
             Watch("agent-thoughts"),
             Administer,
+            Consume("aurora:alerts"),
         ];
-        let cases: [(&str, [bool; 6]); 9] = [
-            ("publish:aurora:alerts", [true, false, false, false, false, false]),
-            ("publish:*", [true, true, false, false, false, false]),
-            ("publish:aurora:al*", [true, false, false, false, false, false]),
-            ("read:aurora:alerts", [false, false, true, false, false, false]),
-            ("consume:aurora:*", [false, false, true, false, false, false]),
-            ("ws:alerts", [false, false, false, true, false, false]),
-            ("ws:agent_thoughts", [false, false, false, false, true, false]),
-            ("ws:agent-thoughts", [false, false, false, false, true, false]),
-            ("admin", [true; 6]),
+        let cases: [(&str, [bool; 7]); 9] = [
+            ("publish:aurora:alerts", [true, false, false, false, false, false, false]),
+            ("publish:*", [true, true, false, false, false, false, false]),
+            ("publish:aurora:al*", [true, false, false, false, false, false, false]),
+            ("read:aurora:alerts", [false, false, true, false, false, false, false]),
+            ("consume:aurora:*", [false, false, true, false, false, false, true]),
+            ("ws:alerts", [false, false, false, true, false, false, false]),
+            ("ws:agent_thoughts", [false, false, false, false, true, false, false]),
+            ("ws:agent-thoughts", [false, false, false, false, true, false, false]),
+            ("admin", [true; 7]),
         ];
         for (scope, expected) in cases {
             assert_eq!(deeds.map(|deed| allows(scope, deed)), expected, "{scope}");

@@ -70,7 +70,7 @@ pub(super) struct Taken {
     pub(super) held_back: Option<u32>,
 }
 
-fn no_group(cursor: &Cursor) -> StoreError {
+pub(super) fn no_group(cursor: &Cursor) -> StoreError {
     let message = format!("stream `{}` has no group `{}`", cursor.stream, cursor.group);
     StoreError::new(StoreErrorKind::NoGroup, message)
 }

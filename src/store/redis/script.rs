@@ -64,6 +64,7 @@ pub(super) static DROP_OLDEST: Script = Script::new(with_account!("lua/drop_olde
 pub(super) static ENSURE_GROUP: Script = Script::new(with_account!("lua/ensure_group.lua"));
 pub(super) static EPOCH: Script = Script::new(include_str!("lua/epoch.lua"));
 pub(super) static EXTEND: Script = Script::new(include_str!("lua/extend.lua"));
+pub(super) static REDEEM: Script = Script::new(include_str!("lua/redeem.lua"));
 pub(super) static REDELIVER: Script = Script::new(include_str!("lua/redeliver.lua"));
 pub(super) static FETCH: Script = Script::new(include_str!("lua/fetch.lua"));
 pub(super) static LEASE: Script = Script::new(include_str!("lua/lease.lua"));

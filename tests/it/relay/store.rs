@@ -8,8 +8,9 @@ use async_trait::async_trait;
 use aurora_bus::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
 use aurora_bus::store::embedded::Config;
 use aurora_bus::store::{
-    Appended, Care, Claimed, Cursor, Dropped, Lease, Leased, Pending, Range, Reclaimed, Redelivered, Redelivery,
-    Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
+    Appended, Care, Claimed, Cursor, Dropped, Lease, Leased, Pending, Range, Receipt, Reclaimed, Redelivered,
+    Redelivery, Redemption, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus,
+    Trim,
 };
 use tempfile::TempDir;
 
@@ -134,6 +135,10 @@ impl Store for Fragile {
 
     async fn extend(&self, cursor: &Cursor, ids: &[EntryId]) -> Result<Vec<EntryId>, StoreError> {
         self.inner()?.extend(cursor, ids).await
+    }
+
+    async fn redeem(&self, cursor: &Cursor, redemptions: &[(Receipt, Redemption)]) -> Result<Vec<bool>, StoreError> {
+        self.inner()?.redeem(cursor, redemptions).await
     }
 
     async fn pending(

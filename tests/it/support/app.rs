@@ -246,6 +246,13 @@ impl Daemon {
         Ok(reply.results)
     }
 
+    /// Posts JSON; status and body of the answer.
+    pub(crate) async fn post(&self, path: &str, body: &serde_json::Value) -> (StatusCode, serde_json::Value) {
+        let answer = self.client.post(self.url(path)).json(body).send().await.expect("an answer");
+        let status = answer.status();
+        (status, answer.json().await.expect("JSON"))
+    }
+
     /// The status of a path, nothing where no answer came.
     pub(crate) async fn status(&self, path: &str) -> Option<StatusCode> {
         self.client.get(self.url(path)).send().await.ok().map(|response| response.status())

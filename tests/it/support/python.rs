@@ -1,0 +1,78 @@
+//! Programs in Python, as those are who work beside the daemon.
+
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::{install, until};
+
+/// How long a program may take to say something.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A running program, with Python's redis client at hand. It is killed when this is dropped.
+pub(crate) struct Python {
+    child: Child,
+    lines: Arc<Mutex<Vec<String>>>,
+}
+
+impl Python {
+    pub(crate) fn start(program: &str, arguments: &[&str]) -> Self {
+        let mut command = Command::new(install::program("python3", "python3"));
+        if let Some(folder) = redis_client() {
+            command.env("PYTHONPATH", folder);
+        }
+        command.args(["-c", program]).args(arguments);
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("python runs");
+        let (lines, output) = (Arc::<Mutex<Vec<String>>>::default(), child.stdout.take().expect("piped"));
+        let written = lines.clone();
+        std::thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                written.lock().expect("unpoisoned").push(line);
+            }
+        });
+        Self { child, lines }
+    }
+
+    /// What it has written so far.
+    pub(crate) fn lines(&self) -> Vec<String> {
+        self.lines.lock().expect("unpoisoned").clone()
+    }
+
+    /// Waits until it has written that line.
+    pub(crate) async fn says(&self, line: &str) {
+        until(line, PATIENCE, async || self.lines().iter().any(|said| said == line).then_some(())).await;
+    }
+}
+
+impl Drop for Python {
+    fn drop(&mut self) {
+        // It may be dead already.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// Where Python's redis client is, if it is not where Python finds it anyway.
+fn redis_client() -> Option<PathBuf> {
+    let python = install::program("python3", "python3");
+    let imports = |folder: &Path| {
+        let mut command = Command::new(&python);
+        command.args(["-c", "import redis"]).env("PYTHONPATH", folder).stderr(Stdio::null());
+        command.status().expect("python runs").success()
+    };
+    if imports(Path::new("")) {
+        return None;
+    }
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("python-redis");
+    std::fs::create_dir_all(&folder).expect("the target folder can be written");
+    let lock = std::fs::File::create(folder.join("lock")).expect("the target folder can be written");
+    lock.lock().expect("a local file can be locked");
+    if !imports(&folder) {
+        let mut pip = Command::new(install::program("pip3", "python3-pip"));
+        let status = pip.args(["install", "--quiet", "--target"]).arg(&folder).arg("redis").status();
+        assert!(status.expect("pip runs").success(), "Python's package `redis` can't be had; install it by hand");
+    }
+    Some(folder)
+}
