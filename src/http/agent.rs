@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use super::auth::{Deed, Denied, Principal};
 use super::pull::{back, desk_of, view};
-use super::{Api, ApiError};
+use super::{Api, ApiError, publish};
 use crate::bus::{Dedup, Promise};
 use crate::event::{ConsumerName, NewEvent, StreamName};
 use crate::pull::{Desk, GiveBack, PullError, Refused, Task, Token, Wanted};
@@ -290,14 +290,14 @@ impl Agent {
         self.permit(Deed::Publish(&name))?;
         let catalogue = self.api.inner.bus.catalogue();
         let stream: Option<StreamName> = name.parse().ok().filter(|stream| catalogue.contains(stream));
-        let unknown = || ApiError::no_such_stream(&name, catalogue.streams().map(StreamName::as_str));
+        let unknown = || ApiError::no_such_stream(&name, catalogue.names());
         let stream = stream.ok_or_else(unknown)?;
         let data = request.data.ok_or_else(|| missing("data"))?;
         let event = NewEvent::parse(Bytes::copy_from_slice(data.get().as_bytes()));
-        let mut event = event.map_err(|error| ApiError::invalid_event(error.to_string()))?;
-        self.principal.claim(&mut event).map_err(ApiError::forbidden_tenant)?;
+        let event = event.map_err(|error| ApiError::invalid_event(error.to_string()))?;
+        let (_, event) = publish::admit(&self.api, &self.principal, event, |_| &stream)?;
         let dedup = request.key.map_or(Dedup::Off, Dedup::Key);
-        let dedup = super::publish::within_tenant(dedup, &event, &self.principal);
+        let dedup = publish::within_tenant(dedup, &event, &self.principal);
         let (bus, id) = (self.api.inner.bus.clone(), request.id);
         self.under_way.push(Box::pin(async move {
             let result = bus.publish(&stream, vec![(dedup, event)], Promise::default()).await.pop();

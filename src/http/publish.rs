@@ -17,6 +17,7 @@ use serde_json::value::RawValue;
 use super::auth::{Deed, Denied, Principal, TENANT};
 use super::extract::{Query, Segment};
 use super::problem::ItemError;
+use super::routes::keep_to_tenant;
 use super::{Api, ApiError, Peer};
 use crate::bus::{Dedup, Promise, PublishError};
 use crate::event::{NewEvent, StreamName};
@@ -337,7 +338,7 @@ async fn store<'a>(
 
 /// The event's stream, where the principal may publish to it, and the event, which is its tenant's then, or the tenant's
 /// whose stream it is.
-fn admit<'a>(
+pub(super) fn admit<'a>(
     api: &Api,
     principal: &Principal,
     mut event: NewEvent,
@@ -348,6 +349,7 @@ fn admit<'a>(
     if !principal.may(deed) {
         return Err(ApiError::from(&Denied::Scope(deed.to_string())));
     }
+    keep_to_tenant(api, principal, stream).map_err(|denied| ApiError::from(&denied))?;
     principal.claim(&mut event).map_err(ApiError::forbidden_tenant)?;
     if let Some((TENANT, tenant)) = api.inner.bus.catalogue().binding(stream) {
         event.set_tenant(tenant);

@@ -193,7 +193,7 @@ pub(super) fn back(
 pub(super) fn desk_of<'a>(api: &'a Api, stream: &str, group: &str) -> Result<&'a Arc<Desk>, ApiError> {
     let catalogue = api.inner.bus.catalogue();
     let known = stream.parse::<StreamName>().ok().filter(|stream| catalogue.contains(stream));
-    let known = known.ok_or_else(|| ApiError::no_such_stream(stream, catalogue.streams().map(StreamName::as_str)))?;
+    let known = known.ok_or_else(|| ApiError::no_such_stream(stream, catalogue.names()))?;
     let desk = group.parse().ok().and_then(|group| api.inner.pull.desk(&known, &group));
     desk.ok_or_else(|| ApiError::no_such_group(group, api.inner.pull.groups(&known).map(GroupName::as_str)))
 }

@@ -160,15 +160,19 @@ fn check(api: &Api, principal: &Principal, need: Need, stream: &str) -> Result<(
     if !principal.may(deed) {
         return Err(Denied::Scope(deed.to_string()));
     }
-    // Who is bound to a tenant has to do with this tenant's streams alone, whatever the scopes say.
-    if let (Some(tenant), Ok(stream)) = (principal.tenant(), stream.parse::<StreamName>())
-        && let Some((TENANT, key)) = api.inner.bus.catalogue().binding(&stream)
-        && key != tenant
-    {
-        return Err(Denied::OtherTenant(tenant.to_owned()));
+    if let Ok(stream) = stream.parse() {
+        keep_to_tenant(api, principal, &stream)?;
     }
     let is_of_all_tenants = matches!(need, Need::Metrics | Need::Consume);
     if is_of_all_tenants && principal.tenant().is_some() { Err(Denied::AllTenants) } else { Ok(()) }
+}
+
+/// Who is bound to a tenant has to do with this tenant's streams alone, whatever the scopes say.
+pub(super) fn keep_to_tenant(api: &Api, principal: &Principal, stream: &StreamName) -> Result<(), Denied> {
+    match (principal.tenant(), api.inner.bus.catalogue().binding(stream)) {
+        (Some(tenant), Some((TENANT, key))) if key != tenant => Err(Denied::OtherTenant(tenant.to_owned())),
+        _ => Ok(()),
+    }
 }
 
 fn is_declared(api: &Api, stream: &str) -> bool {

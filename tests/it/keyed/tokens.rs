@@ -101,6 +101,11 @@ async fn a_bound_principal_watches_its_own_member_alone() {
     say(&mut rich, json!({"op": "subscribe", "id": 1, "stream": member("globex")})).await;
     let refused = frame(&mut rich).await;
     assert_eq!((&refused["t"], refused["code"] == 403 || refused["code"] == 404), (&json!("error"), true), "{refused}");
+    for (key, expected) in [("globex", json!("error")), ("acme", json!("ok"))] {
+        say(&mut rich, json!({"op": "publish", "id": 3, "stream": member(key), "data": {"n": 1}})).await;
+        assert_eq!(frame(&mut rich).await["t"], expected, "{key}");
+    }
+    assert_eq!(next_text(&mut plain).await, r#"{"n":1}"#);
     say(&mut rich, json!({"op": "subscribe", "id": 2, "stream": member("acme")})).await;
     assert_eq!(frame(&mut rich).await["t"], "subscribed");
     assert_eq!(frame(&mut rich).await["t"], "live");
