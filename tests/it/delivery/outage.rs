@@ -40,8 +40,10 @@ async fn an_outage_longer_than_all_attempts_gives_nothing_up(store: Arc<dyn Stor
     let mut bus = Bus::new(store).await;
     bus.publish(1..=200).await;
     let (sink, is_down) = overloaded(1);
+    // So that neither has them all.
+    let config = GroupConfig { max_in_flight: 100, ..cautious() };
     for consumer in ["soc-a-0", "soc-b-0"] {
-        bus.start(consumer, &sink, cautious());
+        bus.start(consumer, &sink, config.clone());
     }
     bus.counts("aurora_bus_breaker_open{", 2).await;
     assert!(has_note(&bus).await.starts_with("the sink `test` is down since 2"));
