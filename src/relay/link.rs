@@ -131,9 +131,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
             return Poll::Pending;
         }
         while !self.outgoing.is_empty() {
-            let mut buffers = [IoSlice::new(&[]); MAX_SLICES];
-            let count = self.outgoing.fill(&mut buffers);
-            match Pin::new(&mut self.io).poll_write_vectored(cx, &buffers[..count]) {
+            let io = Pin::new(&mut self.io);
+            // While little happens there is one, and the kernel is quicker with it than with a list of one.
+            let result = if let Some(slice) = self.outgoing.only() {
+                io.poll_write(cx, slice)
+            } else {
+                let mut buffers = [IoSlice::new(&[]); MAX_SLICES];
+                let count = self.outgoing.fill(&mut buffers);
+                io.poll_write_vectored(cx, &buffers[..count])
+            };
+            match result {
                 Poll::Ready(Ok(written)) if written > 0 => {
                     self.outgoing.advance(written);
                     self.writes += 1;

@@ -51,6 +51,11 @@ impl Outgoing {
         Some(slice)
     }
 
+    /// What to write next, if it is one slice.
+    pub(super) fn only(&self) -> Option<&[u8]> {
+        self.slices.front().filter(|_| self.slices.len() == 1).map(|slice| &**slice)
+    }
+
     /// Fills in what to write next; says how many slices that is.
     pub(super) fn fill<'a>(&'a self, buffers: &mut [IoSlice<'a>; MAX_SLICES]) -> usize {
         self.slices.iter().zip(buffers).map(|(slice, buffer)| *buffer = IoSlice::new(slice)).count()
