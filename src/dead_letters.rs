@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 pub use actions::{Bulk, Done, Refusal, Replay, Target};
 pub use audit::DEFAULT_AUDIT_STREAM;
 pub use keeper::Keeper;
-pub use selection::{FOREIGN, Found, Reason, Scope, Selection, Sight};
+pub use selection::{Alerts, FOREIGN, Found, Reason, Scope, Selection, Sight};
 pub use walk::{Cursor, Page};
 
 use crate::bus::{Bus, PublishError};

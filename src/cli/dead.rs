@@ -44,6 +44,9 @@ struct Filters {
     /// Only those that died since: a time such as 2026-01-31T08:00:00Z, a time ago such as -15m, or a position
     #[arg(long, allow_hyphen_values = true)]
     since: Option<String>,
+    /// Only those whose entry passes this filter, a tree of conditions as dashboards have them, in JSON
+    #[arg(long)]
+    filter: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -233,6 +236,7 @@ async fn list(config: &ConfigArgs, args: ListArgs) -> anyhow::Result<()> {
             ("group", filters.group.as_deref()),
             ("reason", filters.reason.as_deref()),
             ("since", filters.since.as_deref()),
+            ("filter", filters.filter.as_deref()),
             ("cursor", cursor.as_deref()),
             ("limit", Some(limit.as_str())),
         ];

@@ -69,6 +69,8 @@ struct Filter {
     reason: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     after: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    alerts: Option<String>,
     by_ids: bool,
 }
 
@@ -152,6 +154,7 @@ impl Inner {
                 group: selection.group.as_ref().map(ToString::to_string),
                 reason: selection.reason.map(|reason| reason.to_string()),
                 after: (selection.after > EntryId::MIN).then(|| selection.after.to_string()),
+                alerts: selection.alerts.as_ref().map(|alerts| alerts.filter.clone()),
                 by_ids: selection.ids.is_some(),
             }),
         }

@@ -49,6 +49,24 @@ impl fmt::Debug for Sight {
     }
 }
 
+/// Alerts that a filter lets pass.
+#[derive(Debug, Clone)]
+pub struct Alerts {
+    /// The filter as it was asked for.
+    pub filter: String,
+    /// What it lets pass.
+    pub sight: Sight,
+}
+
+/// By what was asked for.
+impl PartialEq for Alerts {
+    fn eq(&self, other: &Self) -> bool {
+        self.filter == other.filter
+    }
+}
+
+impl Eq for Alerts {}
+
 /// An entry of a stream of dead letters.
 #[derive(Debug)]
 pub struct Found {
@@ -116,6 +134,8 @@ pub struct Selection {
     pub reason: Option<Reason>,
     /// They died after this entry of the stream of dead letters did.
     pub after: EntryId,
+    /// What died is an alert that passes this.
+    pub alerts: Option<Alerts>,
     /// These alone, by their ids in the stream of dead letters, ascending and each once.
     pub ids: Option<Vec<EntryId>>,
 }
@@ -128,7 +148,8 @@ impl Selection {
 
     /// Whether a dead letter is meant, but for its id.
     pub fn matches(&self, scope: &Scope, found: &Found) -> bool {
-        if found.entry.id <= self.after || !scope.sight.sees(found) {
+        let is_wanted = || self.alerts.as_ref().is_none_or(|alerts| alerts.sight.sees(found));
+        if found.entry.id <= self.after || !scope.sight.sees(found) || !is_wanted() {
             return false;
         }
         match &found.letter {

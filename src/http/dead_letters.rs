@@ -19,10 +19,10 @@ use super::publish::read;
 use super::streams::{EventView, event};
 use super::{Api, ApiError, Peer};
 use crate::dead_letters::{
-    Bulk, Cursor, Done, FOREIGN, Failure, Found, Level, Replay, Scope, Selection, Sight, Target,
+    Alerts, Bulk, Cursor, Done, FOREIGN, Failure, Found, Level, Replay, Scope, Selection, Sight, Target,
 };
 use crate::event::{Entry, EntryId, StreamName};
-use crate::relay::Since;
+use crate::relay::{Filter, Since};
 use crate::store::StoreError;
 
 /// How a client of ours names itself, so that the audit trail tells it from others.
@@ -60,13 +60,14 @@ pub(super) struct LevelView {
     error: Option<String>,
 }
 
-/// `?group=&reason=&since=&limit=&cursor=`
+/// `?group=&reason=&since=&filter=&limit=&cursor=`
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct ListParams {
     group: Option<String>,
     reason: Option<String>,
     since: Option<String>,
+    filter: Option<String>,
     limit: Option<usize>,
     cursor: Option<String>,
 }
@@ -78,6 +79,8 @@ struct BulkBody {
     group: Option<String>,
     reason: Option<String>,
     since: Option<String>,
+    /// The tree itself.
+    filter: Option<serde_json::Value>,
     ids: Option<Vec<String>>,
     /// Needed where nothing narrows the choice.
     all: bool,
@@ -89,13 +92,14 @@ struct BulkBody {
     force: Option<bool>,
 }
 
-/// `?group=&reason=&since=&all=&limit=&cursor=&dry_run=`
+/// `?group=&reason=&since=&filter=&all=&limit=&cursor=&dry_run=`
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct DiscardParams {
     group: Option<String>,
     reason: Option<String>,
     since: Option<String>,
+    filter: Option<String>,
     all: bool,
     limit: Option<usize>,
     cursor: Option<String>,
@@ -230,7 +234,7 @@ pub(super) async fn list(
 ) -> Result<Json<ListView>, ApiError> {
     let scope = scope(&api, &name, &principal)?;
     let (group, reason, since) = (params.group.as_deref(), params.reason.as_deref(), params.since.as_deref());
-    let selection = selection(&api, &scope, group, reason, since).await?;
+    let selection = selection(&api, &scope, group, reason, since, params.filter).await?;
     let cursor = cursor(params.cursor.as_deref())?;
     let limit = params.limit.unwrap_or(DEFAULT_LIST).clamp(1, MAX_LIST);
     let _reading = api.inner.reads.acquire().await;
@@ -350,8 +354,10 @@ pub(super) async fn discard_matching(
     peer: Peer,
     headers: HeaderMap,
 ) -> Result<Json<DoneView>, ApiError> {
-    let DiscardParams { group, reason, since, all, limit, cursor, dry_run } = params;
-    let body = BulkBody { group, reason, since, all, limit, cursor, dry_run, ..BulkBody::default() };
+    let DiscardParams { group, reason, since, filter, all, limit, cursor, dry_run } = params;
+    let filter = filter.map(|text| serde_json::from_str(&text)).transpose();
+    let filter = filter.map_err(|error| ApiError::bad_parameter("filter", format!("`filter` is no JSON: {error}")))?;
+    let body = BulkBody { group, reason, since, filter, all, limit, cursor, dry_run, ..BulkBody::default() };
     discard_bulk(&api, &name, body, &principal, &actor(&principal, peer, &headers)).await
 }
 
@@ -424,7 +430,8 @@ fn scope(api: &Api, name: &str, principal: &Principal) -> Result<Scope, ApiError
 
 async fn bulk(api: &Api, scope: &Scope, body: BulkBody) -> Result<Bulk, ApiError> {
     let (group, reason, since) = (body.group.as_deref(), body.reason.as_deref(), body.since.as_deref());
-    let mut selection = selection(api, scope, group, reason, since).await?;
+    let filter = body.filter.map(|tree| tree.to_string());
+    let mut selection = selection(api, scope, group, reason, since, filter).await?;
     if let Some(ids) = body.ids {
         if ids.len() > MAX_IDS {
             return Err(ApiError::bad_parameter(
@@ -438,7 +445,8 @@ async fn bulk(api: &Api, scope: &Scope, body: BulkBody) -> Result<Bulk, ApiError
         selection.ids = Some(ids);
     }
     if selection.is_everything() && !body.all && !body.dry_run {
-        let detail = format!("is needed where no ids, group, reason (one of them may be {FOREIGN}) or since narrow it");
+        let detail =
+            format!("is needed where no ids, group, reason (one of them may be {FOREIGN}), since or filter narrow it");
         return Err(ApiError::bad_parameter("all", detail));
     }
     let limit = body.limit.unwrap_or(DEFAULT_BULK).clamp(1, MAX_BULK);
@@ -451,6 +459,7 @@ async fn selection(
     group: Option<&str>,
     reason: Option<&str>,
     since: Option<&str>,
+    filter: Option<String>,
 ) -> Result<Selection, ApiError> {
     let group = group.map(str::parse).transpose();
     let reason = reason.map(str::parse).transpose();
@@ -462,8 +471,15 @@ async fn selection(
         group: group.map_err(|error| ApiError::bad_parameter("group", format!("is no group name: {error}")))?,
         reason: reason.map_err(|error: String| ApiError::bad_parameter("reason", error))?,
         after,
+        alerts: filter.map(alerts).transpose()?,
         ids: None,
     })
+}
+
+fn alerts(text: String) -> Result<Alerts, ApiError> {
+    let filter = Filter::parse(&text)
+        .map_err(|error| ApiError::bad_parameter("filter", format!("`filter` is refused: {error}")))?;
+    Ok(Alerts { filter: text, sight: Sight::only(move |entry| filter.passes(entry)) })
 }
 
 /// After which dead letter to begin.

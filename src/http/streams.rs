@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Json;
-use axum::extract::State;
+use axum::extract::{RawQuery, State};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -13,13 +13,14 @@ use super::extract::{Query, Segment};
 use super::{Api, ApiError};
 use crate::bus::Catalogue;
 use crate::event::{Entry, EntryId, StreamName, field};
+use crate::relay::Filter;
 use crate::store::{Balance, Consumption, GroupStatus, LostReason, Order, Range, Roster, StoreError, StreamStatus};
 
 /// The longest time a reader may wait for new entries.
 const MAX_WAIT: Duration = Duration::from_secs(20);
 /// The most entries in one answer.
 const MAX_LIMIT: usize = 1_000;
-/// How long entries are looked through that may not be shown to whoever asks, until one is found.
+/// How long entries are looked through that don't pass, or may not be shown to whoever asks, until one is found.
 const MAX_SEARCH: Duration = Duration::from_secs(2);
 /// Bytes of an answer after which no further entry is added.
 const MAX_ANSWER_BYTES: usize = 8 * 1024 * 1024;
@@ -103,7 +104,7 @@ pub(super) struct StreamsView {
     streams: Vec<StreamView>,
 }
 
-/// `?from=&to=&limit=&order=asc|desc&wait_ms=`
+/// `?from=&to=&limit=&order=asc|desc&wait_ms=`, and what filters as for dashboards
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct RangeParams {
@@ -181,16 +182,19 @@ pub(super) async fn events(
     State(api): State<Api>,
     Segment(name): Segment,
     Query(params): Query<RangeParams>,
+    RawQuery(query): RawQuery,
     principal: Principal,
 ) -> Result<Json<EventsView>, ApiError> {
     let name = readable(&api, &name)?;
+    let filter = Filter::of_query(query.as_deref().unwrap_or_default());
+    let filter = filter.map_err(|bad| ApiError::bad_parameter(bad.name, bad.to_string()))?;
     let range = range(&params)?;
     let limit = number(params.limit.as_deref(), "limit", 100)?.clamp(1, MAX_LIMIT as u64);
     let limit = usize::try_from(limit).unwrap_or(MAX_LIMIT);
     let wait = Duration::from_millis(number(params.wait_ms.as_deref(), "wait_ms", 0)?).min(MAX_WAIT);
     let store = &api.inner.store;
     let failed = |error: StoreError| ApiError::from(&error);
-    let mut found = Answer::new(range, &principal);
+    let mut found = Answer::new(range, &principal, &filter);
     let reading = api.inner.reads.acquire().await;
     let searched_until = tokio::time::Instant::now() + MAX_SEARCH;
     while let Some(rest) = found.rest() {
@@ -220,6 +224,7 @@ pub(super) async fn events(
 struct Answer<'a> {
     range: Range,
     principal: &'a Principal,
+    filter: &'a Filter,
     events: Vec<EventView>,
     bytes: usize,
     /// The last entry that was looked at, shown or not.
@@ -228,8 +233,8 @@ struct Answer<'a> {
 }
 
 impl<'a> Answer<'a> {
-    fn new(range: Range, principal: &'a Principal) -> Self {
-        Self { range, principal, events: Vec::new(), bytes: 0, seen: None, is_full: false }
+    fn new(range: Range, principal: &'a Principal, filter: &'a Filter) -> Self {
+        Self { range, principal, filter, events: Vec::new(), bytes: 0, seen: None, is_full: false }
     }
 
     fn add(&mut self, entries: Vec<Entry>) {
@@ -238,7 +243,7 @@ impl<'a> Answer<'a> {
                 break;
             }
             self.seen = Some(entry.id);
-            if self.principal.sees(&entry) {
+            if self.principal.sees(&entry) && self.filter.passes(&entry) {
                 self.bytes += entry.fields.size_bytes();
                 self.is_full = self.bytes > MAX_ANSWER_BYTES;
                 self.events.push(event(&entry));

@@ -91,10 +91,14 @@ impl BadParameter {
 impl SubscribeParams {
     /// Reads the query of a URL, without its question mark.
     pub fn parse(query: &str) -> Result<Self, BadParameter> {
+        Self::read(query, &NAMES)
+    }
+
+    fn read(query: &str, names: &[&'static str]) -> Result<Self, BadParameter> {
         let mut seen = Vec::new();
         let mut params = Self::default();
         for (name, value) in url::form_urlencoded::parse(query.as_bytes()) {
-            let Some(name) = NAMES.iter().copied().find(|known| *known == name) else { continue };
+            let Some(name) = names.iter().copied().find(|known| *known == name) else { continue };
             if seen.contains(&name) {
                 return Err(BadParameter::new(name, "is given twice; give it once"));
             }
@@ -142,6 +146,20 @@ impl SubscribeParams {
         self.filter = mem::take(&mut self.filter).and(filter);
     }
 }
+
+impl Filter {
+    /// What the filtering parameters in the query of a URL let pass; other parameters are passed over.
+    ///
+    /// # Errors
+    ///
+    /// One of them makes no sense.
+    pub fn of_query(query: &str) -> Result<Self, BadParameter> {
+        SubscribeParams::read(query, &FILTERING).map(|params| params.filter)
+    }
+}
+
+/// Those of the parameters that are filters.
+const FILTERING: [&str; 7] = ["min_severity", "source", "category", "tenant", "type", "technique", "filter"];
 
 const NAMES: [&str; 15] = [
     "since",

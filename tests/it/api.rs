@@ -246,6 +246,26 @@ async fn a_range_is_read_page_by_page_in_both_orders() {
 }
 
 #[tokio::test]
+async fn a_range_is_filtered_as_dashboards_are() {
+    let home = Home::new(SMALL);
+    let daemon = home.start().await;
+    let severity = |n: usize| if n.is_multiple_of(2) { "low" } else { "critical" };
+    let alert = |n: usize| json!({ "n": n, "severity": severity(n), "source": "zeek" }).to_string();
+    daemon.publish("aurora:alerts", &(0..150).map(alert).collect::<Vec<_>>()).await.expect("accepted");
+    for (query, expected) in [
+        ("min_severity=high&limit=100", 50),
+        (r#"filter={"key":"severity","cmp":"eq","val":"low"}&source=zeek&limit=100"#, 50),
+        ("source=suricata", 0),
+    ] {
+        let page: Value = serde_json::from_str(&daemon.get(&format!("{EVENTS}?{query}")).await).expect("JSON");
+        assert_eq!(page["events"].as_array().map(Vec::len), Some(expected), "{query}");
+    }
+    let refused = client().get(daemon.url(&format!("{EVENTS}?min_severity=loud"))).send().await.expect("an answer");
+    let (status, problem) = answer(refused).await;
+    assert_eq!((status, &problem["field"]), (StatusCode::BAD_REQUEST, &json!("min_severity")), "{problem}");
+}
+
+#[tokio::test]
 async fn waiting_for_an_event_ends_when_it_comes() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;

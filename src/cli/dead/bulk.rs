@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use reqwest::Url;
 use serde::{Deserialize, Serialize};
@@ -83,6 +83,9 @@ pub(super) async fn run(config: &ConfigArgs, args: BulkArgs, replay: Option<(Str
     let mut body = json!({
         "group": filters.group, "reason": filters.reason, "since": filters.since, "all": true,
     });
+    if let Some(filter) = &filters.filter {
+        body["filter"] = serde_json::from_str(filter).context("--filter is no JSON")?;
+    }
     let verb = if let Some((to, force)) = &replay {
         (body["to"], body["force"]) = (json!(to), json!(force));
         "replay"

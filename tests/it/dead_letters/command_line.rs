@@ -29,6 +29,14 @@ async fn dead_letters_are_listed_shown_replayed_and_discarded_by_commands(site: 
     let (out, _, _) = dead(&["list", ALERTS, "--group", "soar", "--since", "-1h", "--json"]);
     let shown: Value = serde_json::from_str(&out).expect("one JSON object");
     assert_eq!(shown["id"], json!(all[1_205]));
+    let high = r#"{"key":"severity","cmp":"gte","val":"high"}"#;
+    let (out, _, _) = dead(&["list", ALERTS, "--filter", &format!(r#"{{"op":"not","nodes":[{high}]}}"#)]);
+    assert_eq!((out.lines().count(), out.starts_with(&all[1_206])), (1, true), "{out}");
+    let (out, _, _) = dead(&["discard", ALERTS, "--filter", high, "--dry-run"]);
+    assert!(out.starts_with("1206 matched, 1206 would be discarded"), "{out}");
+    let (_, err, code) = dead(&["list", ALERTS, "--filter", r#"{"key":"colour","cmp":"eq","val":"red"}"#]);
+    assert!(err.contains("`filter` is refused"), "{err}");
+    assert_ne!(code, Some(0));
     let (out, _, _) = dead(&["list", ALERTS, "--reason", "foreign"]);
     assert_eq!(out, format!("{}  foreign: no dead letter of the bus", all[1_206]));
     let (out, _, code) = dead(&["show", ALERTS, &all[1]]);
