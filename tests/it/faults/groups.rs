@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use aurora_bus::store::StoreErrorKind;
 use reqwest::StatusCode;
 
-use super::{MAX_IN_FLIGHT, OTHER_STREAM, STREAM, Site, assert_quiet, on_every_product};
+use super::{GROUP, MAX_IN_FLIGHT, OTHER_STREAM, STREAM, Site, assert_quiet, on_every_product};
 use crate::support::app::BOUND;
 use crate::support::redis::Product;
 use crate::support::until;
@@ -103,14 +103,9 @@ async fn a_destroyed_group_goes_on_with_what_it_had_not_handled(product: Product
     let daemon = site.home.start().await;
     site.publish_and_handle(&daemon, 900).await;
     site.settled().await.assert_settled();
-    // Each search for idle entries ends with a note of how far the group has come.
-    let searches = || {
-        let stats = site.server.cli(&["INFO", "commandstats"]);
-        let calls = stats.lines().find_map(|line| line.strip_prefix("cmdstat_xpending:calls="));
-        calls.and_then(|calls| calls.split(',').next()?.parse::<u64>().ok()).unwrap_or(0)
-    };
-    let before = searches();
-    until("searches of both groups", BOUND, async || (searches() >= before + 6).then_some(())).await;
+    // Each search for idle entries ends with a note of how far the group has come; the second shows the end of the first.
+    site.server.note_commands();
+    until("two searches", BOUND, async || (site.server.commands(&[STREAM, GROUP, "from"]) >= 2).then_some(())).await;
 
     daemon.signal("STOP");
     let events = site.ledger.events(100, 10);

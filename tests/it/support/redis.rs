@@ -185,6 +185,20 @@ impl RedisServer {
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 
+    /// Notes every command from now on, for [`commands`](Self::commands).
+    pub(crate) fn note_commands(&self) {
+        assert_eq!(self.cli(&["CONFIG", "SET", "slowlog-max-len", "100000", "slowlog-log-slower-than", "0"]), "OK");
+        assert_eq!(self.cli(&["SLOWLOG", "RESET"]), "OK");
+    }
+
+    /// How many commands were noted that have all of these among their words.
+    pub(crate) fn commands(&self, words: &[&str]) -> usize {
+        let noted: serde_json::Value =
+            serde_json::from_str(&self.cli(&["--json", "SLOWLOG", "GET", "-1"])).expect("JSON");
+        let commands = noted.as_array().expect("commands").iter().map(|noted| noted[3].as_array().expect("words"));
+        commands.filter(|command| words.iter().all(|word| command.iter().any(|part| part == word))).count()
+    }
+
     async fn listens(&mut self) {
         let address = ("127.0.0.1", self.port);
         let child = &mut self.child;
