@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::bus::{Bus, Catalogue, FamilyTerms};
+use crate::bus::{Bus, Catalogue, Terms};
 use crate::config::{Backend, Config, InvalidConfig, Problem, StreamConfig};
 use crate::dead_letters::{DeadLetters, Keeper, Source};
 use crate::delivery::{Crew, FamilySpec, GroupConfig, GroupSpec, Guard, Janitor, Reaper, Sampler, StreamSpec, Worker};
@@ -380,26 +380,14 @@ fn consumers_of(instance: &str, group: &GroupConfig) -> anyhow::Result<Vec<Consu
 }
 
 fn open_bus(config: &Config, store: Arc<dyn Store>, families: &Families, limits: Limits, metrics: Metrics) -> Bus {
-    let one = |stream: &StreamConfig| Some((stream.name.stream()?.clone(), stream.dead_letter().stream()?.clone()));
-    let streams = config.streams.iter().filter_map(one);
-    let durability =
-        config.streams.iter().filter_map(|stream| Some((stream.name.stream()?.clone(), stream.durability)));
-    let specs: Vec<StreamSpec> = config.streams.iter().filter_map(spec_of).collect();
-    let groups = specs
-        .iter()
-        .flat_map(|spec| spec.groups.iter().map(|group| (spec.name.clone(), group.name.clone(), group.consumption())));
-    let silent = specs.iter().map(|spec| (spec.name.clone(), spec.retention.abandoned_after));
-    let terms = config.streams.iter().filter_map(|stream| {
-        let groups = stream.groups.iter().map(|group| (group.name.clone(), group.consumption())).collect();
-        let (durability, abandoned_after) = (stream.durability, stream.retention.abandoned_after);
-        let terms = FamilyTerms { dead_letter: stream.dead_letter(), durability, groups, abandoned_after };
-        Some((stream.name.family()?.clone(), terms))
-    });
-    let catalogue = Catalogue::new(streams)
-        .with_durability(durability)
-        .with_groups(groups)
-        .with_abandoned_after(silent)
-        .with_families(families.clone(), terms);
+    let terms = |stream: &StreamConfig| Terms {
+        dead_letter: stream.dead_letter(),
+        durability: stream.durability,
+        groups: stream.groups.iter().map(|group| (group.name.clone(), group.consumption())).collect(),
+        abandoned_after: Some(stream.retention.abandoned_after),
+    };
+    let declared = config.streams.iter().map(|stream| (stream.name.clone(), terms(stream)));
+    let catalogue = Catalogue::new(families.clone(), declared);
     Bus::new(store, config.publish.clone(), catalogue, limits, metrics)
 }
 

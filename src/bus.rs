@@ -4,7 +4,8 @@
 //! Promises that an event it answers for is stored as durably as the store promises, and that a batch keeps its
 //! order. Knows nothing of HTTP, groups or dashboards.
 
-use std::collections::BTreeMap;
+mod catalogue;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,12 +14,12 @@ use bytes::Bytes;
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 
-use crate::event::{Family, Fields, GroupName, IdempotencyKey, NewEntry, NewEvent, StreamName, StreamPattern, field};
+pub use catalogue::{Catalogue, Terms};
+
+use crate::event::{Fields, IdempotencyKey, NewEntry, NewEvent, StreamName, field};
 use crate::metrics::Metrics;
 use crate::sink::{Forward, SinkError, SinkErrorClass};
-use crate::store::{
-    Appended, Consumption, Durability, Families, Limits, MAX_APPEND, NotJoined, Store, StoreError, StoreErrorKind,
-};
+use crate::store::{Appended, Durability, Limits, MAX_APPEND, NotJoined, Store, StoreError, StoreErrorKind};
 
 /// What publishers may do.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
@@ -48,127 +49,6 @@ impl Config {
             problems.push(("dedup_window", "must be at least 1s".to_owned()));
         }
         problems
-    }
-}
-
-/// The declared streams, and where each one's dead letters go.
-#[derive(Debug, Clone, Default)]
-pub struct Catalogue {
-    streams: BTreeMap<StreamName, StreamName>,
-    durability: BTreeMap<StreamName, Durability>,
-    groups: BTreeMap<(StreamName, GroupName), Consumption>,
-    abandoned_after: BTreeMap<StreamName, Duration>,
-    families: Families,
-    /// What holds for the members of each family, by its name.
-    terms: BTreeMap<String, FamilyTerms>,
-}
-
-/// What holds for every member of a family.
-#[derive(Debug, Clone)]
-pub struct FamilyTerms {
-    /// Where a member's dead letters go.
-    pub dead_letter: StreamPattern,
-    /// How durable an event is at least when it is accepted.
-    pub durability: Durability,
-    /// The groups that every member has, and who settles their entries.
-    pub groups: BTreeMap<GroupName, Consumption>,
-    /// How long a group of others may be silent before it counts as abandoned.
-    pub abandoned_after: Duration,
-}
-
-impl Catalogue {
-    /// From streams and their dead-letter streams.
-    pub fn new(streams: impl IntoIterator<Item = (StreamName, StreamName)>) -> Self {
-        Self { streams: streams.into_iter().collect(), ..Self::default() }
-    }
-
-    /// The same where these streams take events only as durably as that.
-    #[must_use]
-    pub fn with_durability(mut self, streams: impl IntoIterator<Item = (StreamName, Durability)>) -> Self {
-        self.durability.extend(streams);
-        self
-    }
-
-    /// How durable an event of this stream is at least when it is accepted.
-    pub fn durability(&self, stream: &StreamName) -> Durability {
-        let declared = self.durability.get(stream).copied();
-        declared.or_else(|| self.terms_of(stream).map(|terms| terms.durability)).unwrap_or_default()
-    }
-
-    /// The same with the groups that are declared, and who settles their entries.
-    #[must_use]
-    pub fn with_groups(mut self, groups: impl IntoIterator<Item = (StreamName, GroupName, Consumption)>) -> Self {
-        self.groups.extend(groups.into_iter().map(|(stream, group, consumption)| ((stream, group), consumption)));
-        self
-    }
-
-    /// The same with how long a group of a stream that is not declared may be silent before it counts as abandoned.
-    #[must_use]
-    pub fn with_abandoned_after(mut self, times: impl IntoIterator<Item = (StreamName, Duration)>) -> Self {
-        self.abandoned_after.extend(times);
-        self
-    }
-
-    /// How long a group of that stream that is not declared may be silent before it counts as abandoned, if ever.
-    pub fn abandoned_after(&self, stream: &StreamName) -> Option<Duration> {
-        let declared = self.abandoned_after.get(stream).copied();
-        declared.or_else(|| self.terms_of(stream).map(|terms| terms.abandoned_after))
-    }
-
-    /// Who settles a group's entries, if the group is declared.
-    pub fn consumption(&self, stream: &StreamName, group: &GroupName) -> Option<Consumption> {
-        let declared = self.groups.get(&(stream.clone(), group.clone())).copied();
-        declared.or_else(|| self.terms_of(stream)?.groups.get(group).copied())
-    }
-
-    /// The same with these families, and what holds for each.
-    #[must_use]
-    pub fn with_families(mut self, families: Families, terms: impl IntoIterator<Item = (Family, FamilyTerms)>) -> Self {
-        self.families = families;
-        self.terms.extend(terms.into_iter().map(|(family, terms)| (family.name().to_owned(), terms)));
-        self
-    }
-
-    /// The declared families.
-    pub fn families(&self) -> &Families {
-        &self.families
-    }
-
-    fn terms_of(&self, stream: &StreamName) -> Option<&FamilyTerms> {
-        self.terms.get(self.families.of(stream)?.family().name())
-    }
-
-    /// What binds a member of a family, or the stream of its dead letters, to a key: the family's placeholder, and the key.
-    pub fn binding<'a>(&'a self, stream: &'a StreamName) -> Option<(&'a str, &'a str)> {
-        let of = |family: &'a Family| Some((family.placeholder(), family.key_of(stream)?));
-        let member = self.families.of(stream).and_then(|roster| of(roster.family()));
-        member.or_else(|| self.terms.values().find_map(|terms| of(terms.dead_letter.family()?)))
-    }
-
-    /// The declared streams, by name, without families.
-    pub fn streams(&self) -> impl Iterator<Item = &StreamName> {
-        self.streams.keys()
-    }
-
-    /// What is declared: the names of streams and of families.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.streams.keys().map(StreamName::as_str).chain(self.families.iter().map(|roster| roster.family().name()))
-    }
-
-    /// Whether the stream is declared, or can be of a declared family, so that it may be published to.
-    pub fn contains(&self, stream: &StreamName) -> bool {
-        self.streams.contains_key(stream) || self.families.of(stream).is_some()
-    }
-
-    /// Whether the stream may be read: it is declared, or holds the dead letters of one that is.
-    pub fn is_readable(&self, stream: &StreamName) -> bool {
-        let holds = |dead_letter: &StreamPattern| match dead_letter {
-            StreamPattern::One(one) => one == stream,
-            StreamPattern::Family(family) => family.key_of(stream).is_some(),
-        };
-        self.contains(stream)
-            || self.streams.values().any(|dead_letter| dead_letter == stream)
-            || self.terms.values().any(|terms| holds(&terms.dead_letter))
     }
 }
 

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use aurora_bus::bus::{Bus, Catalogue, Config};
+use aurora_bus::bus::{Bus, Catalogue, Config, Terms};
 use aurora_bus::event::{Delivery, Entry, EntryId, StreamName};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::sink::{Origin, Sink as _, SinkErrorClass, StreamSink};
-use aurora_bus::store::{Limits, Range, Store, embedded, redis};
+use aurora_bus::store::{Families, Limits, Range, Store, embedded, redis};
 use bytes::Bytes;
 use serde_json::{Value, json};
 
@@ -103,7 +103,10 @@ async fn kills_make_no_second_task(home: &Home) {
 async fn an_entry_has_one_successor(store: Arc<dyn Store>) {
     let name = |text: &str| text.parse::<StreamName>().expect("a name");
     let bus = |declared: &str| {
-        let streams = Catalogue::new([(name(declared), name(declared).default_dead_letter())]);
+        let streams = Catalogue::new(
+            Families::default(),
+            [(name(declared).into(), Terms::new(name(declared).default_dead_letter()))],
+        );
         Arc::new(Bus::new(Arc::clone(&store), Config::default(), streams, Limits::default(), Metrics::new()))
     };
     let sink = |bus| {

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use aurora_bus::bus::{Bus, Catalogue, Config};
+use aurora_bus::bus::{Bus, Catalogue, Config, Terms};
 use aurora_bus::event::{EntryId, StreamName};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::sink::{Sink, SinkConfig};
-use aurora_bus::store::{Limits, Range, Store, embedded};
+use aurora_bus::store::{Families, Limits, Range, Store, embedded};
 use tempfile::TempDir;
 
 use super::World;
@@ -41,7 +41,8 @@ impl World for Tasks {
     }
 
     async fn sink(&self) -> Arc<dyn Sink> {
-        let streams = Catalogue::new([(tasks(), tasks().default_dead_letter())]);
+        let streams =
+            Catalogue::new(Families::default(), [(tasks().into(), Terms::new(tasks().default_dead_letter()))]);
         let bus = Bus::new(Arc::clone(&self.store), Config::default(), streams, Limits::default(), Metrics::new());
         self.config().build("it", Arc::new(bus)).await.expect("a valid configuration")
     }
