@@ -123,7 +123,7 @@ async fn a_clock_that_steps_takes_nothing_out_of_hands_and_keeps_the_order() {
         let mut config = GroupConfig::new(account.group.clone());
         config.sink = Some("holding".to_owned());
         config.claim_idle = Duration::from_secs(20);
-        config.handler_timeout = Duration::from_secs(120);
+        config.handler_timeout = Duration::from_mins(2);
         config.concurrency = 4;
         let spec = GroupSpec { stream: account.stream.clone(), dead_letter: account.dead_letter.clone(), config };
         let part = Readiness::default().part(consumer, None);
