@@ -1,24 +1,24 @@
 //! The daemon, put together: what is built from what, what runs, and how it ends.
 
-use std::collections::{BTreeMap, HashSet};
+mod groups;
+
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use tokio::net::TcpListener;
-use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use self::groups::{Groups, Means};
 use crate::bus::{Bus, Catalogue, Terms};
 use crate::config::{Backend, Config, InvalidConfig, Problem, StreamConfig};
 use crate::dead_letters::{DeadLetters, Keeper, Source};
-use crate::delivery::{Crew, FamilySpec, GroupConfig, GroupSpec, Guard, Janitor, Reaper, Sampler, StreamSpec, Worker};
-use crate::event::ConsumerName;
+use crate::delivery::{FamilySpec, Janitor, Sampler, StreamSpec};
 use crate::http::{self, Access, Api, Tls, Unusable, Validity};
 use crate::metrics::Metrics;
-use crate::pull::{Pull, PullGroup};
 use crate::readiness::{Part, Readiness};
 use crate::relay::Relay;
 use crate::sink::{self, Sink};
@@ -45,15 +45,11 @@ pub struct App {
     sinks: BTreeMap<String, Arc<dyn Sink>>,
     checks: Vec<sink::StartCheck>,
     families: (Families, Vec<Part>),
-    workers: Vec<Worker>,
-    crews: Vec<Crew>,
-    guards: Vec<Guard>,
-    reaper: Reaper,
+    groups: Groups,
     janitor: Janitor,
     sampler: Sampler,
     dead_letters: (Keeper, Part),
     relay: Relay,
-    pull: Pull,
     api: Api,
     stop_sessions: CancellationToken,
     store_part: Part,
@@ -88,7 +84,8 @@ impl App {
         let family_specs: Vec<FamilySpec> =
             config.streams.iter().filter_map(|s| family_spec_of(s, &families)).collect();
         let relayed = config.relayed();
-        let relay = Relay::new(Arc::clone(&store), config.relay, &relayed, &families, metrics.clone(), &readiness);
+        let relay =
+            Relay::new(Arc::clone(&store), config.relay.clone(), &relayed, &families, metrics.clone(), &readiness);
         let sampler = Sampler::new(Arc::clone(&store), specs.clone(), metrics.clone(), &readiness)
             .with_families(family_specs.clone(), &readiness);
         let janitor =
@@ -104,7 +101,7 @@ impl App {
             dead_letter: stream.dead_letter(),
             groups: stream.groups.iter().map(|group| group.name.clone()).collect(),
         });
-        let (dead_letters, instance) = (config.dead_letters, config.instance.clone());
+        let (dead_letters, instance) = (config.dead_letters.clone(), config.instance.clone());
         let dead_letters = DeadLetters::new(
             Arc::clone(&store),
             bus.clone(),
@@ -115,59 +112,9 @@ impl App {
         );
         let keeper = (dead_letters.keeper(), readiness.part("dead letters", None));
 
-        let mut workers = Vec::new();
-        let mut crews = Vec::new();
-        let mut guards = Vec::new();
-        let (mut groups, mut consumers) = (Vec::new(), HashSet::new());
-        let guard: ConsumerName = format!("{}-guard", config.instance).parse()?;
-        let reader: ConsumerName = format!("{}-pull", config.instance).parse()?;
-        consumers.extend([guard.clone(), reader.clone()]);
-        let mut pulled = Vec::new();
-        for stream in &config.streams {
-            for group in &stream.groups {
-                let part = |name: String| readiness.part(&name, Some(STALE_AFTER));
-                let full_name = format!("{}/{}", stream.name, group.name);
-                let dead_letter = stream.dead_letter();
-                let (Some(name), Some(dead_letter)) = (stream.name.stream(), dead_letter.stream()) else {
-                    let own: Vec<ConsumerName> = consumers_of(&config.instance, group)?;
-                    consumers.extend(own.iter().cloned());
-                    let roster = families.named(stream.name.as_str()).context("a family is declared, and not there")?;
-                    let sink = group.sink.as_ref().and_then(|sink| sinks.get(sink));
-                    let sink = sink.context("a group names a sink that is not there")?;
-                    crews.push(Crew::new(
-                        Arc::clone(&store),
-                        Arc::clone(sink),
-                        Arc::clone(roster),
-                        dead_letter,
-                        group.clone(),
-                        own,
-                        metrics.clone(),
-                        part(format!("workers {full_name}")),
-                    ));
-                    continue;
-                };
-                let spec = GroupSpec { stream: name.clone(), dead_letter: dead_letter.clone(), config: group.clone() };
-                groups.push(spec.clone());
-                let Some(sink) = &group.sink else {
-                    let part = part(format!("group {full_name}"));
-                    let bell = Arc::<Notify>::default();
-                    pulled.push(pull_group(&spec, Arc::clone(&bell)));
-                    guards.push(Guard::new(Arc::clone(&store), spec, guard.clone(), &metrics, part).with_bell(bell));
-                    continue;
-                };
-                let sink = sinks.get(sink).context("a group names a sink that is not there")?;
-                for (index, consumer) in consumers_of(&config.instance, group)?.into_iter().enumerate() {
-                    consumers.insert(consumer.clone());
-                    let name = if group.workers == 1 { full_name.clone() } else { format!("{full_name} {index}") };
-                    let part = part(format!("worker {name}"));
-                    let (store, sink) = (Arc::clone(&store), Arc::clone(sink));
-                    workers.push(Worker::new(store, sink, spec.clone(), consumer, metrics.clone(), part));
-                }
-            }
-        }
-
-        let pull = Pull::new(&store, config.pull, pulled, &reader, &guard, &metrics);
-        let reaper = Reaper::new(Arc::clone(&store), groups, consumers, metrics.clone()).with_families(family_specs);
+        let means =
+            Means { store: &store, sinks: &sinks, families: &families, metrics: &metrics, readiness: &readiness };
+        let groups = Groups::build(&config, family_specs, means)?;
         let family_parts = families.parts(&readiness);
         let store_part = readiness.part("store", Some(STALE_AFTER));
         let stop_sessions = CancellationToken::new();
@@ -176,7 +123,7 @@ impl App {
             access,
             bus,
             dead_letters,
-            pull.clone(),
+            groups.pull().clone(),
             Arc::clone(&store),
             relay.clone(),
             metrics.clone(),
@@ -192,15 +139,11 @@ impl App {
             sinks,
             checks,
             families: (families, family_parts),
-            workers,
-            crews,
-            guards,
-            reaper,
+            groups,
             janitor,
             sampler,
             dead_letters: keeper,
             relay,
-            pull,
             api,
             stop_sessions,
             store_part,
@@ -228,25 +171,14 @@ impl App {
         let (families, family_parts) = self.families;
         let store = Arc::clone(&self.store);
         tasks.spawn(named("families", families.run(store, family_parts, work.clone())));
-        for crew in self.crews {
-            tasks.spawn(named("crew", crew.run(work.clone())));
-        }
-        for worker in self.workers {
-            tasks.spawn(named("worker", worker.run(work.clone())));
-        }
-        for guard in self.guards {
-            tasks.spawn(named("guard", guard.run(work.clone())));
-        }
+        self.groups.spawn(&mut tasks, &work);
         for check in self.checks {
             tasks.spawn(named("check of a sink", check.run(work.clone())));
         }
-        tasks.spawn(named("reaper", self.reaper.run(work.clone())));
         tasks.spawn(named("janitor", self.janitor.run(work.clone())));
         tasks.spawn(named("sampler", self.sampler.run(work.clone())));
         let (keeper, keeper_part) = self.dead_letters;
         tasks.spawn(named("keeper of dead letters", keeper.run(keeper_part, work.clone())));
-        let (pull, pull_stop) = (self.pull, work.clone());
-        tasks.spawn(named("desks", async move { pull.run(pull_stop).await }));
         let relay = self.relay.clone();
         let relay_stop = work.clone();
         tasks.spawn(named("relay", async move { relay.run(relay_stop).await }));
@@ -340,18 +272,6 @@ async fn check_parts(config: &Config, store: &Arc<dyn Store>) -> anyhow::Result<
     Ok(())
 }
 
-/// A group without a sink, as those see it who pull from it.
-fn pull_group(spec: &GroupSpec, bell: Arc<Notify>) -> PullGroup {
-    PullGroup {
-        stream: spec.stream.clone(),
-        group: spec.config.name.clone(),
-        dead_letter: spec.dead_letter.clone(),
-        claim_idle: spec.config.claim_idle,
-        max_deliveries: spec.config.max_deliveries,
-        bell,
-    }
-}
-
 fn spec_of(stream: &StreamConfig) -> Option<StreamSpec> {
     let name = stream.name.stream()?.clone();
     Some(StreamSpec { name, retention: stream.retention, groups: stream.groups.clone() })
@@ -372,11 +292,6 @@ fn limits_of(config: &Config, families: &Families) -> Limits {
     let of_family = |stream: &StreamConfig| Some((stream.name.family()?.clone(), stream.retention.publish_limit()?));
     Limits::new(config.streams.iter().filter_map(fixed))
         .with_families(families.clone(), config.streams.iter().filter_map(of_family))
-}
-
-/// The names of this daemon's consumers in a group.
-fn consumers_of(instance: &str, group: &GroupConfig) -> anyhow::Result<Vec<ConsumerName>> {
-    (0..group.workers).map(|index| Ok(format!("{instance}-{index}").parse()?)).collect()
 }
 
 fn open_bus(config: &Config, store: Arc<dyn Store>, families: &Families, limits: Limits, metrics: Metrics) -> Bus {

@@ -1,0 +1,157 @@
+//! Who works for the declared groups: a worker for each consumer of a group with a sink, a crew for all members of a
+//! family, a guard and a desk for a group that is consumed from outside.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::{STALE_AFTER, named};
+use crate::config::{Config, StreamConfig};
+use crate::delivery::{Crew, FamilySpec, GroupConfig, GroupSpec, Guard, Reaper, Worker};
+use crate::event::{ConsumerName, StreamName};
+use crate::metrics::Metrics;
+use crate::pull::{Pull, PullGroup};
+use crate::readiness::{Part, Readiness};
+use crate::sink::Sink;
+use crate::store::{Families, Store};
+
+/// Those who work for the groups, not yet at work.
+#[derive(Debug)]
+pub(super) struct Groups {
+    workers: Vec<Worker>,
+    crews: Vec<Crew>,
+    guards: Vec<Guard>,
+    reaper: Reaper,
+    pull: Pull,
+}
+
+/// What they work with.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Means<'a> {
+    pub(super) store: &'a Arc<dyn Store>,
+    pub(super) sinks: &'a BTreeMap<String, Arc<dyn Sink>>,
+    pub(super) families: &'a Families,
+    pub(super) metrics: &'a Metrics,
+    pub(super) readiness: &'a Readiness,
+}
+
+impl Groups {
+    pub(super) fn build(config: &Config, family_specs: Vec<FamilySpec>, means: Means<'_>) -> anyhow::Result<Self> {
+        let instance = &config.instance;
+        let guard: ConsumerName = format!("{instance}-guard").parse()?;
+        let reader: ConsumerName = format!("{instance}-pull").parse()?;
+        let mut own = HashSet::from([guard.clone(), reader.clone()]);
+        let (mut workers, mut crews, mut guards) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut specs, mut pulled) = (Vec::new(), Vec::new());
+        for (stream, group) in config.streams.iter().flat_map(|stream| stream.groups.iter().map(move |g| (stream, g))) {
+            let consumers = consumers_of(instance, group)?;
+            let Some(name) = stream.name.stream() else {
+                crews.push(means.crew(stream, group, consumers.clone())?);
+                own.extend(consumers);
+                continue;
+            };
+            let spec = spec_of(stream, name, group)?;
+            if group.sink.is_some() {
+                for (index, consumer) in consumers.into_iter().enumerate() {
+                    workers.push(means.worker(&spec, index, consumer.clone())?);
+                    own.insert(consumer);
+                }
+            } else {
+                let bell = Arc::<Notify>::default();
+                let part = means.part(&format!("group {}", full_name(stream, group)));
+                let of_group = Guard::new(Arc::clone(means.store), spec.clone(), guard.clone(), means.metrics, part);
+                guards.push(of_group.with_bell(Arc::clone(&bell)));
+                pulled.push(pull_group(&spec, bell));
+            }
+            specs.push(spec);
+        }
+        let pull = Pull::new(means.store, config.pull.clone(), pulled, &reader, &guard, means.metrics);
+        let reaper = Reaper::new(Arc::clone(means.store), specs, own, means.metrics.clone());
+        Ok(Self { workers, crews, guards, reaper: reaper.with_families(family_specs), pull })
+    }
+
+    /// The groups that are consumed from outside.
+    pub(super) fn pull(&self) -> &Pull {
+        &self.pull
+    }
+
+    /// Lets them work until `stop`.
+    pub(super) fn spawn(self, tasks: &mut JoinSet<&'static str>, stop: &CancellationToken) {
+        for crew in self.crews {
+            tasks.spawn(named("crew", crew.run(stop.clone())));
+        }
+        for worker in self.workers {
+            tasks.spawn(named("worker", worker.run(stop.clone())));
+        }
+        for guard in self.guards {
+            tasks.spawn(named("guard", guard.run(stop.clone())));
+        }
+        tasks.spawn(named("reaper", self.reaper.run(stop.clone())));
+        let (pull, stop) = (self.pull, stop.clone());
+        tasks.spawn(named("desks", async move { pull.run(stop).await }));
+    }
+}
+
+impl Means<'_> {
+    fn worker(&self, spec: &GroupSpec, index: usize, consumer: ConsumerName) -> anyhow::Result<Worker> {
+        let full_name = format!("{}/{}", spec.stream, spec.config.name);
+        let name = if spec.config.workers == 1 { full_name } else { format!("{full_name} {index}") };
+        let part = self.part(&format!("worker {name}"));
+        let sink = self.sink(&spec.config)?;
+        Ok(Worker::new(Arc::clone(self.store), sink, spec.clone(), consumer, self.metrics.clone(), part))
+    }
+
+    fn crew(&self, stream: &StreamConfig, group: &GroupConfig, own: Vec<ConsumerName>) -> anyhow::Result<Crew> {
+        let roster = self.families.named(stream.name.as_str()).context("a family is declared, and not there")?;
+        Ok(Crew::new(
+            Arc::clone(self.store),
+            self.sink(group)?,
+            Arc::clone(roster),
+            stream.dead_letter(),
+            group.clone(),
+            own,
+            self.metrics.clone(),
+            self.part(&format!("workers {}", full_name(stream, group))),
+        ))
+    }
+
+    fn sink(&self, group: &GroupConfig) -> anyhow::Result<Arc<dyn Sink>> {
+        let sink = group.sink.as_ref().and_then(|sink| self.sinks.get(sink));
+        sink.cloned().context("a group names a sink that is not there")
+    }
+
+    fn part(&self, name: &str) -> Part {
+        self.readiness.part(name, Some(STALE_AFTER))
+    }
+}
+
+fn spec_of(stream: &StreamConfig, name: &StreamName, group: &GroupConfig) -> anyhow::Result<GroupSpec> {
+    let dead_letter = stream.dead_letter();
+    let dead_letter = dead_letter.stream().context("the dead letters of one stream are a family")?;
+    Ok(GroupSpec { stream: name.clone(), dead_letter: dead_letter.clone(), config: group.clone() })
+}
+
+/// A group without a sink, as those see it who pull from it.
+fn pull_group(spec: &GroupSpec, bell: Arc<Notify>) -> PullGroup {
+    PullGroup {
+        stream: spec.stream.clone(),
+        group: spec.config.name.clone(),
+        dead_letter: spec.dead_letter.clone(),
+        claim_idle: spec.config.claim_idle,
+        max_deliveries: spec.config.max_deliveries,
+        bell,
+    }
+}
+
+fn full_name(stream: &StreamConfig, group: &GroupConfig) -> String {
+    format!("{}/{}", stream.name, group.name)
+}
+
+/// The names of this daemon's consumers in a group.
+fn consumers_of(instance: &str, group: &GroupConfig) -> anyhow::Result<Vec<ConsumerName>> {
+    (0..group.workers).map(|index| Ok(format!("{instance}-{index}").parse()?)).collect()
+}
