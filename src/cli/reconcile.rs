@@ -122,11 +122,15 @@ pub(super) async fn run(config: &ConfigArgs, args: ReconcileArgs) -> anyhow::Res
     } else {
         table(&lines)?;
     }
-    let open = lines.iter().filter(|line| line.reason.is_some()).count();
-    match open {
-        0 => Ok(()),
-        1 => bail!("the account of 1 group of {} does not add up", lines.len()),
-        _ => bail!("the accounts of {open} groups of {} do not add up", lines.len()),
+    let count = |is_open: fn(Option<i64>) -> bool| lines.iter().filter(|line| is_open(line.group.difference)).count();
+    let wrong = count(|difference| difference.is_some_and(|difference| difference != 0));
+    let unknown = count(|difference| difference.is_none());
+    let of_all = lines.len();
+    match (wrong, unknown) {
+        (0, 0) => Ok(()),
+        (0, _) => bail!("of {of_all} accounts {unknown} can't be told now"),
+        (_, 0) => bail!("of {of_all} accounts {wrong} do not add up"),
+        _ => bail!("of {of_all} accounts {wrong} do not add up, and {unknown} can't be told now"),
     }
 }
 
