@@ -1,7 +1,6 @@
 //! What callers show and what the configuration holds is told to nobody.
 
 use std::fs;
-use std::net::TcpListener;
 
 use futures_util::StreamExt as _;
 use reqwest::StatusCode;
@@ -10,6 +9,7 @@ use serde_json::{Value, json};
 use super::watching::{frame, open, say};
 use super::{EVENTS, Keys, SECRET, STREAMS, ask, asks, bearer, issuer_toml, token};
 use crate::support::app::Home;
+use crate::support::redis::free_port;
 
 #[tokio::test]
 async fn the_log_holds_no_credentials_at_its_finest_level() {
@@ -119,8 +119,7 @@ fn every_mistake_is_told_with_its_key_and_no_secret() {
 
 #[tokio::test]
 async fn a_listener_that_others_can_reach_needs_credentials_or_a_word() {
-    let port = TcpListener::bind("127.0.0.1:0").expect("a free port").local_addr().expect("its address").port();
-    let listen = format!("0.0.0.0:{port}");
+    let listen = format!("0.0.0.0:{}", free_port());
     let mut keys = Keys::default();
     keys.add("ops", &["admin"], None);
     for (toml, is_fine) in [("", false), ("[auth]\nmode = \"none\"", true), (keys.toml.as_str(), true)] {

@@ -1,7 +1,6 @@
 //! The client module in real tabs: what they see through crashes, drains and broken networks.
 
 use std::collections::BTreeMap;
-use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -10,7 +9,7 @@ use super::PageServer;
 use super::chromium::{Chromium, Tab};
 use crate::support::app::{Daemon, Home};
 use crate::support::proxy::Proxy;
-use crate::support::random_below;
+use crate::support::redis::free_port;
 
 /// Connects as its fragment says, a base and options, and keeps what it is told in `seen`.
 pub(super) const PAGE: &str = r#"<!doctype html>
@@ -67,9 +66,7 @@ pub(super) async fn open(browser: &Chromium, server: &PageServer, base: &str, op
 
 /// A home whose daemons all listen on the same port, so that those who come back find the next one.
 fn home_with_port(config: &str) -> (Home, u16) {
-    // Below the ports that systems give to those who don't ask for one, so that nobody takes it in between.
-    let mut ports = std::iter::repeat_with(|| u16::try_from(20_000 + random_below(10_000)).expect("a port"));
-    let port = ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).expect("a free port");
+    let port = free_port();
     let mut home = Home::new(config);
     home.set_env("AURORA_BUS__HTTP__LISTEN", &format!("127.0.0.1:{port}"));
     (home, port)

@@ -23,6 +23,8 @@ use tokio::sync::Barrier;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 
+use super::redis::free_port;
+
 /// A piece of a body without end.
 const PIECE_BYTES: usize = 64 * 1024;
 
@@ -105,7 +107,8 @@ impl Receiver {
             endless_bytes: AtomicU64::new(0),
             tls,
         };
-        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        // It comes back to the same one, so nobody may take it in between.
+        let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
         let mut receiver = Self { address, state: Arc::new(state), tasks: JoinSet::new() };
         receiver.come_up().await;
         receiver
@@ -119,7 +122,6 @@ impl Receiver {
     /// Listens again where it did before.
     pub(crate) async fn come_up(&mut self) {
         let listener = TcpListener::bind(self.address).await.expect("a free port");
-        self.address = listener.local_addr().expect("a bound listener");
         self.tasks.spawn(accept(listener, Arc::clone(&self.state)));
     }
 

@@ -6,15 +6,16 @@ use std::io::Write as _;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Weak};
 use std::time::Duration;
 
 use tempfile::TempDir;
 
-use super::{install, until};
+use super::{install, random_below, until};
 
 /// How long a server may take to start.
-const BOUND: Duration = Duration::from_secs(30);
+const BOUND: Duration = Duration::from_mins(1);
 
 /// Which server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +35,10 @@ pub(crate) struct RedisServer {
     folder: TempDir,
     options: Vec<String>,
 }
+
+/// The ports that servers of tests listen on.
+const FIRST_PORT: u16 = 10_300;
+const PORTS: u64 = 10_000;
 
 /// The file in a server's folder that says by how much its clock is wrong, if it has such a clock.
 const CLOCK: &str = "clock";
@@ -222,10 +227,15 @@ impl Drop for RedisServer {
     }
 }
 
-/// A port that nothing listens on.
+/// A port that nothing listens on, and that nobody else is given: not another test, and not whoever asks the system for
+/// any port, whose own begin at 32768. So it is still free when a server takes it, and when one comes back to it.
+///
+/// There are as many in a row again above these, for servers that take a second port.
 pub(crate) fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("a bound listener").port()
+    static NEXT: LazyLock<AtomicU64> = LazyLock::new(|| AtomicU64::new(random_below(PORTS)));
+    let next = || FIRST_PORT + u16::try_from(NEXT.fetch_add(1, Ordering::Relaxed) % PORTS).expect("a port");
+    let is_free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    std::iter::repeat_with(next).take(1000).find(is_free).expect("a free port")
 }
 
 fn spawn(product: Product, port: u16, folder: &TempDir, options: &[String]) -> Child {
