@@ -1,7 +1,5 @@
 //! Dashboards that speak `aurora.v1`, and those that read an HTTP answer, on the real binary.
 
-use std::time::Duration;
-
 use futures_util::{SinkExt as _, StreamExt as _};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
@@ -35,6 +33,14 @@ async fn publish(daemon: &Daemon, stream: &str, numbers: impl IntoIterator<Item 
     daemon.publish(stream, &numbered(numbers)).await.expect("accepted");
 }
 
+/// Waits until the relay has read alerts of these numbers: the past is what was read of the stream by then.
+async fn relayed(daemon: &Daemon, stream: &str, numbers: impl IntoIterator<Item = usize>) {
+    let mut socket = daemon.watch(&format!("/api/v1/ws/alerts?since=earliest&stream={stream}")).await;
+    for payload in numbered(numbers) {
+        assert_eq!(next_text(&mut socket).await, payload);
+    }
+}
+
 /// A client of `aurora.v1`.
 struct Rich(Socket);
 
@@ -62,6 +68,17 @@ impl Rich {
         frame
     }
 
+    /// The next frame that is no mark, which must be of that type.
+    async fn expect_past_marks(&mut self, kind: &str) -> Value {
+        loop {
+            let frame = self.frame().await;
+            if frame["t"] != "mark" {
+                assert_eq!(frame["t"], kind, "{frame}");
+                return frame;
+            }
+        }
+    }
+
     /// The numbers of the next events, and the last one's position.
     async fn events(&mut self, stream: &str, count: usize) -> (Vec<u64>, String) {
         let (mut numbers, mut position) = (Vec::new(), String::new());
@@ -84,11 +101,7 @@ async fn a_rich_client_subscribes_stream_by_stream_and_resumes_without_hole_or_d
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     publish(&daemon, ALERTS, 0..300).await;
-    // The past is what was read of the stream by then.
-    let mut first = daemon.watch("/api/v1/ws/alerts?since=earliest&stream=aurora:alerts").await;
-    for payload in numbered(0..300) {
-        assert_eq!(next_text(&mut first).await, payload);
-    }
+    relayed(&daemon, ALERTS, 0..300).await;
     let mut rich = Rich::connect(&daemon).await;
     rich.send(json!({"op": "subscribe", "id": 1, "stream": ALERTS, "since": "earliest"})).await;
     let subscribed = rich.expect("subscribed").await;
@@ -100,11 +113,7 @@ async fn a_rich_client_subscribes_stream_by_stream_and_resumes_without_hole_or_d
     publish(&daemon, ALERTS, 300..303).await;
     let (numbers, position) = rich.events(ALERTS, 3).await;
     assert_eq!(numbers, [300, 301, 302], "the other stream was not asked for");
-    // A snapshot is of what was read of the stream by then.
-    let mut other = daemon.watch("/api/v1/ws/alerts?since=earliest&stream=aurora:cps:alerts").await;
-    for payload in numbered(0..5) {
-        assert_eq!(next_text(&mut other).await, payload);
-    }
+    relayed(&daemon, CPS, 0..5).await;
     rich.send(json!({"op": "subscribe", "id": 2, "stream": CPS, "snapshot": 2})).await;
     rich.expect("subscribed").await;
     assert_eq!(rich.events(CPS, 2).await.0, [3, 4]);
@@ -133,6 +142,7 @@ async fn a_position_of_another_life_is_told_as_a_gap() {
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     publish(&daemon, ALERTS, 0..3).await;
+    relayed(&daemon, ALERTS, 0..3).await;
     let mut rich = Rich::connect(&daemon).await;
     rich.send(json!({"op": "subscribe", "stream": ALERTS, "since": "0123abcd:5-0"})).await;
     let subscribed = rich.expect("subscribed").await;
@@ -161,11 +171,15 @@ async fn a_filter_is_replaced_in_place_and_the_position_moves_on_without_alerts(
     assert_eq!(rich.events(ALERTS, 2).await.0, [0, 2]);
     publish(&daemon, ALERTS, (0..1500).map(|n| 2 * n + 1)).await;
     let mark = rich.expect("mark").await;
-    let mark = mark["p"].as_str().expect("a position").to_owned();
+    assert_eq!((&mark["s"], mark["p"].is_string()), (&json!(ALERTS), true), "{mark}");
+    // What passes comes when all before it was left out, for which there may be more marks.
+    publish(&daemon, ALERTS, [4]).await;
+    let passes = rich.expect_past_marks("event").await;
+    assert_eq!(passes["d"]["n"], 4);
     rich.send(json!({"op": "filter", "id": 4, "stream": ALERTS})).await;
     // Whatever came before the answer is filtered as before.
     let holds_from = rich.expect("ok").await;
-    assert!(holds_from["p"].as_str().expect("a position") >= mark.as_str());
+    assert_eq!(holds_from["p"], passes["p"]);
     publish(&daemon, ALERTS, [5, 7]).await;
     assert_eq!(rich.events(ALERTS, 2).await.0, [5, 7]);
     daemon.stop().await;
@@ -259,6 +273,7 @@ async fn an_event_source_resumes_by_its_last_event_id() {
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     publish(&daemon, ALERTS, 0..250).await;
+    relayed(&daemon, ALERTS, 0..250).await;
     let mut feed = Feed::open(&daemon, "?stream=aurora:alerts&since=earliest", &[EVENTS]).await;
     assert_eq!(feed.response.headers()["content-type"], "text/event-stream");
     let past = feed.until("\n\n", 250).await;
@@ -268,6 +283,7 @@ async fn an_event_source_resumes_by_its_last_event_id() {
     let last_id = past.lines().filter_map(|line| line.strip_prefix("id: ")).next_back().expect("ids").to_owned();
     drop(feed);
     publish(&daemon, ALERTS, 250..260).await;
+    relayed(&daemon, ALERTS, 0..260).await;
     // What it asked for at first is older than what it has seen.
     let query = "?stream=aurora:alerts&since=earliest";
     let mut feed = Feed::open(&daemon, query, &[EVENTS, ("last-event-id", &last_id)]).await;
@@ -288,7 +304,9 @@ async fn an_event_source_of_two_streams_has_one_id_for_both() {
     assert_eq!(id.trim().split(',').count(), 2, "{id}");
     drop(feed);
     publish(&daemon, CPS, [1]).await;
+    relayed(&daemon, CPS, [1]).await;
     publish(&daemon, ALERTS, [2]).await;
+    relayed(&daemon, ALERTS, [0, 2]).await;
     let mut feed = Feed::open(&daemon, "", &[EVENTS, ("last-event-id", id.trim())]).await;
     let missed = feed.until("event: live", 1).await;
     let data = missed.lines().filter_map(|line| line.strip_prefix("data: "));
@@ -301,6 +319,7 @@ async fn lines_of_json_come_as_they_are_stored_and_end_with_the_daemon() {
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     publish(&daemon, ALERTS, 0..20).await;
+    relayed(&daemon, ALERTS, 0..20).await;
     let mut feed = Feed::open(&daemon, "?snapshot=5&min_severity=high", &[]).await;
     assert_eq!(feed.response.headers()["content-type"], "application/x-ndjson");
     assert!(feed.until("\n", 5).await.lines().eq(numbered([10, 12, 14, 16, 18])));
@@ -310,7 +329,7 @@ async fn lines_of_json_come_as_they_are_stored_and_end_with_the_daemon() {
     let lines = meta.until("\n", 23).await;
     assert!(lines.lines().all(|line| serde_json::from_str::<Value>(line).is_ok_and(|v| v["_stream"] == ALERTS)));
     daemon.signal("TERM");
-    let rest = timeout(Duration::from_secs(20), feed.response.chunk()).await.expect("it ends").expect("properly");
+    let rest = timeout(BOUND, feed.response.chunk()).await.expect("it ends").expect("properly");
     assert_eq!(rest, None);
     daemon.ended().await;
 }
