@@ -12,7 +12,9 @@ use aurora_bus::event::{DeadLetterReason, Delivery, field};
 use aurora_bus::sink::{Origin, Sink, SinkError, SinkErrorClass};
 use aurora_bus::store::Store;
 
-use super::{Bus, Deed, PATIENCE, Running, TestSink, entry, firsts, group, number_of};
+use super::{
+    Bus, Deed, PATIENCE, Running, TestSink, entry, fails_until_others_are_taken, firsts, group, number_of, patient,
+};
 use crate::support::{random_below, until};
 
 /// Makes one test per case; `$open` is an async function that gives a `TestStore`.
@@ -111,13 +113,10 @@ pub(super) async fn a_failing_entry_holds_back_its_key_only(store: Arc<dyn Store
 pub(super) async fn entries_without_the_key_hold_back_no_one(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=30).await;
-    let fails = |number, attempt| match (number, attempt) {
-        (7, 1..=2) => Deed::Fail(SinkErrorClass::Transient),
-        _ => Deed::Take,
-    };
-    let sink = TestSink::new(1, fails);
-    bus.start("soc-a-0", &sink, in_order(Ordering::Key));
-    assert_eq!(sink.has_taken(30).await.last(), Some(&(7, 3)), "the others went first");
+    let sink = TestSink::new(1, fails_until_others_are_taken(7, 29));
+    bus.start("soc-a-0", &sink, patient(in_order(Ordering::Key)));
+    let taken = sink.has_taken(30).await;
+    assert!(matches!(taken.last(), Some((7, 3..))), "the others went first: {taken:?}");
     bus.is_settled().await;
 }
 
@@ -377,7 +376,7 @@ async fn survives_whatever_fails(store: Arc<dyn Store>, ordering: Ordering) {
             bus.start_with(name, sink.clone(), config.clone());
         }
     }
-    until(&format!("end of pending entries, {what}"), PATIENCE * 2, async || {
+    until(&format!("end of pending entries, {what}"), PATIENCE, async || {
         let group = bus.group().await;
         (group.pending == 0 && group.lag == Some(0)).then_some(())
     })

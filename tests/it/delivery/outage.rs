@@ -40,8 +40,8 @@ async fn an_outage_longer_than_all_attempts_gives_nothing_up(store: Arc<dyn Stor
     let mut bus = Bus::new(store).await;
     bus.publish(1..=200).await;
     let (sink, is_down) = overloaded(1);
-    // So that neither has them all.
-    let config = GroupConfig { max_in_flight: 100, ..cautious() };
+    // So that neither has them all, and takes nothing over only because the machine is busy.
+    let config = GroupConfig { max_in_flight: 100, claim_idle: Duration::from_secs(3), ..cautious() };
     for consumer in ["soc-a-0", "soc-b-0"] {
         bus.start(consumer, &sink, config.clone());
     }
@@ -50,7 +50,7 @@ async fn an_outage_longer_than_all_attempts_gives_nothing_up(store: Arc<dyn Stor
     assert_eq!(bus.readiness.report()[0].reason, None, "the daemon stays in service");
     // Long enough for the other worker to take entries over that no one kept.
     let began = Instant::now();
-    until("end of the outage", PATIENCE, async || (began.elapsed() > Duration::from_secs(3)).then_some(())).await;
+    until("end of the outage", PATIENCE, async || (began.elapsed() > Duration::from_secs(6)).then_some(())).await;
     let pending_before = bus.group().await.pending;
     is_down.store(false, Ordering::SeqCst);
     let mut taken = sink.has_taken(200).await;

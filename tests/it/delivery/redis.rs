@@ -164,10 +164,10 @@ async fn a_result_that_comes_after_another_took_the_entry_over_does_not_count() 
     let test = on(server.clone()).await;
     let mut bus = Bus::new(test.store.clone()).await;
     bus.publish(1..=1).await;
-    let sink = TestSink::new(1, |_, _| Deed::Sleep(Duration::from_millis(800)));
+    // Longer than half of the claim limit: what is settled sooner is settled unasked. What is left of it is time to look.
+    let sink = TestSink::new(1, |_, _| Deed::Sleep(Duration::from_secs(5)));
     let mut config = group();
-    config.claim_idle = Duration::from_secs(1);
-    config.handler_timeout = Duration::from_millis(950);
+    config.claim_idle = Duration::from_secs(8);
     bus.start("soc-a-0", &sink, config);
     sink.has_begun(1).await;
     let first = server.cli(&["XRANGE", bus.stream.as_str(), "-", "+", "COUNT", "1"]);
