@@ -5,11 +5,10 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use std::time::Duration;
 
 use tempfile::TempDir;
 
-use crate::support::app::send_signal;
+use crate::support::app::{BOUND, send_signal};
 use crate::support::redis::RedisServer;
 use crate::support::{install, until};
 
@@ -185,9 +184,9 @@ async fn an_interrupted_measurement_leaves_nothing_behind() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    until("measurement under way", Duration::from_secs(20), async || (!is_empty()).then_some(())).await;
+    until("measurement under way", BOUND, async || (!is_empty()).then_some(())).await;
     send_signal(child.id(), "TERM");
-    let status = until("end of the command", Duration::from_secs(20), async || child.try_wait().unwrap()).await;
+    let status = until("end of the command", BOUND, async || child.try_wait().unwrap()).await;
     assert!(!status.success());
     assert!(is_empty(), "files were left behind");
 }

@@ -264,7 +264,7 @@ async fn a_daemon_on_a_cluster_loses_nothing_when_primaries_die_under_load() {
         (status.length <= 1100).then_some(())
     })
     .await;
-    let output = site.home.run(&["reconcile", "--url", &daemon.url(""), "--wait", "10s"]);
+    let output = site.home.run(&["reconcile", "--url", &daemon.url(""), "--wait", "60s"]);
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stdout));
     Arc::into_inner(daemon).expect("the publishers are gone").stop().await;
 }
@@ -298,7 +298,7 @@ async fn a_dead_letter_that_was_written_before_a_crash_is_neither_written_nor_de
     let received = site.receiver.received();
     let taken = received.iter().filter(|request| request.is_taken && name_of(&request.body) == "e-7").count();
     assert_eq!(taken, 0, "it is dead, and was delivered all the same");
-    let output = site.home.run(&["reconcile", "--url", &daemon.url(""), "--wait", "10s"]);
+    let output = site.home.run(&["reconcile", "--url", &daemon.url(""), "--wait", "60s"]);
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stdout));
     daemon.stop().await;
 }

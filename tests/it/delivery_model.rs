@@ -33,7 +33,7 @@ const CONSUMERS: [&str; 3] = ["a", "b", "c"];
 /// After so many numbers their fates are the same again, beginning with a fine one.
 const FATES: u64 = 23;
 /// How long a history may take to come to rest.
-const REST: Duration = Duration::from_secs(30);
+const REST: Duration = Duration::from_mins(1);
 const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
 
 #[derive(Debug, Clone)]

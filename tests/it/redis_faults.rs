@@ -18,7 +18,7 @@ use crate::support::until;
 
 const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
 /// How long the store may take to heal after a fault.
-const HEALING: Duration = Duration::from_secs(15);
+const HEALING: Duration = Duration::from_mins(1);
 
 async fn connect(url: &str) -> RedisStore {
     connect_with(Config { url: url.into(), ..Config::default() }).await
@@ -559,7 +559,7 @@ async fn a_loading_server_is_unavailable_until_it_has_loaded() {
     let store = connect(&server.url()).await;
     let stream = unique_stream();
     store.append(&stream, vec![new_entry("x")]).await.expect("appended");
-    server.cli(&["EVAL", "for i = 1, 10000 do redis.call('SET', 'key' .. i, i) end", "0"]);
+    server.cli(&["EVAL", "for i = 1, 30000 do redis.call('SET', 'key' .. i, i) end", "0"]);
     server.crash();
     server.restart().await;
     let error = until("loading", HEALING, async || {

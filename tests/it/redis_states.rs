@@ -15,7 +15,7 @@ use crate::support::proxy::Proxy;
 use crate::support::redis::{Product, RedisServer, free_port};
 use crate::support::until;
 
-const BOUND: Duration = Duration::from_secs(30);
+const BOUND: Duration = Duration::from_mins(1);
 const HOUR: Duration = Duration::from_hours(1);
 
 async fn connect(url: &str) -> RedisStore {

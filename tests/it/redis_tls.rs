@@ -17,7 +17,7 @@ use crate::support::until;
 
 const BOUND: Duration = Duration::from_mins(1);
 /// Long enough for every server to be asked, on a busy machine.
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_mins(1);
 const NAME: &str = "redis.soc.example";
 
 fn folder(make: impl Fn(&Path)) -> TempDir {

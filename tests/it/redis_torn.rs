@@ -10,7 +10,7 @@ use crate::store_contract::{keyed, unique_stream};
 use crate::support::redis::{Product, RedisServer};
 use crate::support::until;
 
-const BOUND: Duration = Duration::from_secs(30);
+const BOUND: Duration = Duration::from_mins(1);
 const HOUR: Duration = Duration::from_hours(1);
 const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
 

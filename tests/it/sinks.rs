@@ -20,7 +20,7 @@ use tokio::task::JoinSet;
 use crate::support::until;
 
 /// The longest a test waits for a state.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// A sink's receiver, and how to find out what arrived there.
 #[async_trait]

@@ -13,7 +13,7 @@ use crate::support::redis::{Product, RedisServer};
 use crate::support::until;
 
 const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
-const BOUND: Duration = Duration::from_secs(30);
+const BOUND: Duration = Duration::from_mins(1);
 const HOUR: Duration = Duration::from_hours(1);
 
 async fn connect(url: &str) -> Arc<dyn Store> {

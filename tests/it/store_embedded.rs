@@ -16,7 +16,7 @@ use rusqlite::Connection;
 use crate::store_contract::{TestStore, contract_tests, cursor, new_entry, unique_stream};
 use crate::store_model::{self, Traits};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 pub(crate) async fn open() -> TestStore {
     open_with(Config::default()).await

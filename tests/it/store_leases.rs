@@ -15,7 +15,7 @@ use crate::store_contract::{cursor, new_entry, unique_stream};
 /// A time that no test reaches by waiting.
 const HOUR: Duration = Duration::from_hours(1);
 /// The longest any test waits for a state.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Makes one test per case; `$open` is an async function that gives a `TestStore`.
 macro_rules! lease_tests {

@@ -13,7 +13,7 @@ use crate::store_contract::{new_entry, unique_stream};
 use crate::support::until;
 
 /// The longest any test waits for a state.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Makes one test per case; `$open` is an async function that gives a `TestStore`.
 macro_rules! news_tests {

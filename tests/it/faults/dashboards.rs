@@ -22,7 +22,7 @@ on_every_product! {
 const DASHBOARDS: usize = 500;
 const DASHBOARDS_ON_VALKEY: usize = 50;
 /// How many single events are timed.
-const TIMED: usize = 10;
+const TIMED: usize = 40;
 /// By when all but one in a hundred dashboards have an event that comes alone.
 const SOON: Duration = Duration::from_millis(200);
 const LAST: &str = "e-last";

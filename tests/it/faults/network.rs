@@ -169,16 +169,21 @@ async fn readers_that_wait_do_not_hold_up_publishers(product: Product) {
         server.cli(&["INFO", "clients"]).contains("blocked_clients:16").then_some(())
     })
     .await;
-    // Beside a server of the same kind without readers, for the machine may be busy; of several rounds the best.
+    // Beside a server of the same kind without readers, for the machine may be busy; of many rounds the best: whoever is
+    // held up by readers is so in each.
     let quiet = RedisServer::start(product, &[]).await;
     let config = Config { url: quiet.url().into(), ..Config::default() };
     let alone = config.connect().await.expect("a valid configuration");
     let (mut with_readers, mut without) = (Duration::MAX, Duration::MAX);
-    for _ in 0..5 {
+    let is_held_up = |with_readers, without| with_readers >= without + Duration::from_millis(10);
+    for round in 0..40 {
         with_readers = with_readers.min(slow_append(&*store).await);
         without = without.min(slow_append(&alone).await);
+        if round >= 5 && !is_held_up(with_readers, without) {
+            break;
+        }
     }
-    let limit = without + Duration::from_millis(10);
-    assert!(with_readers < limit, "an append took {with_readers:?}, and {without:?} where no readers wait");
+    let is_held_up = is_held_up(with_readers, without);
+    assert!(!is_held_up, "an append took {with_readers:?}, and {without:?} where no readers wait");
     readers.abort_all();
 }

@@ -1,7 +1,6 @@
 //! Entries that make no sense, and entries that kill whoever handles them.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use aurora_bus::delivery::{GroupConfig, GroupSpec, Worker};
@@ -182,7 +181,7 @@ async fn an_entry_that_kills_its_handler_ends_as_a_dead_letter_on_the_embedded_s
     survives_a_deadly_entry(async || {
         let config = embedded::Config { path: folder.path().to_owned(), ..embedded::Config::default() };
         // The worker that was aborted may hold the last store for a moment longer.
-        let store = until("a free folder", Duration::from_secs(10), async || config.clone().open().await.ok()).await;
+        let store = until("a free folder", BOUND, async || config.clone().open().await.ok()).await;
         Arc::new(store) as Arc<dyn Store>
     })
     .await;

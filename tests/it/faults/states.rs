@@ -21,7 +21,7 @@ async fn a_server_that_is_killed_and_loads_for_seconds_costs_nothing(product: Pr
     let daemon = site.home.start().await;
     site.publish_and_handle(&daemon, 100).await;
     // Of 200 microseconds each.
-    site.server.cli(&["EVAL", "for i = 1, 20000 do redis.call('SET', 'key' .. i, i) end", "0"]);
+    site.server.cli(&["EVAL", "for i = 1, 40000 do redis.call('SET', 'key' .. i, i) end", "0"]);
     site.publish(&daemon, 500).await;
     site.server.crash();
     let killed = Instant::now();

@@ -15,7 +15,7 @@ use super::redis::{free_port, make_certificates};
 use super::{install, until};
 
 /// How long a server may take to start.
-const BOUND: Duration = Duration::from_secs(30);
+const BOUND: Duration = Duration::from_mins(1);
 /// How long a server may take to stop before it is killed.
 const STOP_BOUND: Duration = Duration::from_secs(5);
 /// The owner's password.

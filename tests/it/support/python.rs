@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::{install, until};
 
 /// How long a program may take to say something.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// A running program, with Python's redis client at hand. It is killed when this is dropped.
 pub(crate) struct Python {
