@@ -65,7 +65,7 @@ pub use config::Config;
 pub use errands::{Errands, Runner};
 pub use feed::{Feed, FeedForm};
 pub use filter::{Attribute, Filter, InvalidFilter, Tags};
-#[cfg(fuzzing)]
+#[cfg(any(test, fuzzing))]
 pub use inbound::fuzz as fuzz_inbound;
 pub use params::{BadParameter, MAX_SNAPSHOT, Since, SubscribeParams};
 pub use rich::PROTOCOL;

@@ -10,9 +10,9 @@ use redis_protocol::resp3::decode::complete::decode_bytes as decode_resp3;
 fuzz_target!(|input: &[u8]| {
     let bytes = Bytes::copy_from_slice(input);
     if let Ok(Some((frame, _))) = decode_resp3(&bytes) {
-        fuzz_reply(frame);
+        fuzz_reply(&frame);
     }
     if let Ok(Some((frame, _))) = decode_resp2(&bytes) {
-        fuzz_reply(frame.into_resp3());
+        fuzz_reply(&frame.into_resp3());
     }
 });

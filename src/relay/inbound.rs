@@ -158,7 +158,7 @@ impl Write for Pipe<'_> {
 }
 
 /// Whatever a client sends, in whatever pieces: no panic, and no more answered than it sent.
-#[cfg(fuzzing)]
+#[cfg(any(test, fuzzing))]
 pub fn fuzz(piece_bytes: usize, input: &[u8]) {
     let (mut inbound, mut output) = (Inbound::new(65_536, Instant::now()), Vec::new());
     inbound.keep_requests();
@@ -194,6 +194,17 @@ mod tests {
         frame.extend([0; 4]);
         frame.extend(payload);
         frame
+    }
+
+    #[test]
+    fn the_seeds_of_the_fuzzer_do_no_harm() {
+        let seeds = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus/frames")).expect("seeds");
+        for seed in seeds {
+            let seed = std::fs::read(seed.expect("a seed").path()).expect("a seed");
+            for piece_bytes in [0, 1, 7, seed.len()] {
+                fuzz(piece_bytes, &seed);
+            }
+        }
     }
 
     #[test]

@@ -44,7 +44,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-#[cfg(fuzzing)]
+#[cfg(any(test, fuzzing))]
 pub use chunk::fuzz as fuzz_chunk;
 pub use raw::{RawRate, raw_append_rate};
 

@@ -45,7 +45,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use config::{Config, InvalidConfig};
-#[cfg(fuzzing)]
+#[cfg(any(test, fuzzing))]
 pub use reply::fuzz as fuzz_reply;
 
 use self::clock::Clock;

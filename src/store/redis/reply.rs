@@ -180,8 +180,8 @@ fn unexpected(wanted: &str, found: &Resp3Frame) -> Failure {
 }
 
 /// Reads a reply in every way that a command's answer is read: each gives a value or a failure.
-#[cfg(fuzzing)]
-pub fn fuzz(frame: Resp3Frame) {
+#[cfg(any(test, fuzzing))]
+pub fn fuzz(frame: &Resp3Frame) {
     let ways: [fn(Reply) -> bool; 11] = [
         |reply| reply.bytes().is_ok(),
         |reply| reply.text().is_ok(),
@@ -195,8 +195,9 @@ pub fn fuzz(frame: Resp3Frame) {
         |reply| reply.entries_of_one_stream().is_ok(),
         |reply| reply.named().is_ok_and(|mut named| named.take("length").and_then(Reply::count).is_ok()),
     ];
+    let asked = Address::new("127.0.0.1", 6379);
     for read in ways {
-        match Reply::accept(frame.clone()) {
+        match Reply::accept(&asked, frame.clone()) {
             Ok(reply) => std::hint::black_box(read(reply)),
             Err(failure) => std::hint::black_box(failure.breaks_connection),
         };
@@ -230,6 +231,14 @@ mod tests {
         let fields: Vec<_> = entries[0].fields.iter().map(|(n, v)| (n.to_vec(), v.to_vec())).collect();
         let expected: [(&[u8], &[u8]); 3] = [(b"a", b"1"), (b"a", b"\xff\xfe"), (b"", b"")];
         assert_eq!(fields, expected.map(|(n, v)| (n.to_vec(), v.to_vec())));
+    }
+
+    #[test]
+    fn whatever_is_answered_is_a_value_or_a_failure() {
+        let error = |text: &str| Resp3Frame::SimpleError { data: text.into(), attributes: None };
+        let entry = list(vec![text(b"5-7"), list(vec![text(b"a"), text(b"1")])]);
+        let all = [Resp3Frame::Null, number(-1), text(b"\xff"), list(vec![]), entry, error("MOVED 5 :6380"), error("")];
+        all.iter().for_each(fuzz);
     }
 
     #[test]
