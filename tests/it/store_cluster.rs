@@ -89,7 +89,7 @@ async fn a_dead_letter_in_another_part_of_the_cluster_is_written_once() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_that_moves_to_another_node_is_followed() {
-    let cluster = Cluster::start().await;
+    let cluster = Cluster::lasting().await;
     let store = connect(&cluster.url()).await;
     let a = cursor(&unique_stream(), "g", "a");
     store.ensure_group(&a.stream, &a.group, Start::Oldest).await.expect("a group");

@@ -17,7 +17,7 @@ async fn a_token_is_renewed_before_it_expires_and_after() {
     let (server, browser) = (PageServer::start().await, Chromium::start().await);
     let token = |seconds| token("ann", SCOPES, None, seconds);
     // The first two expire soon, so that the next one is asked for at once; after the second, there is none in time.
-    let mut tab = open(&browser, &server, &daemon.url(""), &json!({"tokens": [token(5), token(8)]})).await;
+    let mut tab = open(&browser, &server, &daemon.url(""), &json!({"tokens": [token(8), token(16)]})).await;
     tab.until("bus.state === 'live'").await;
     tab.until("seen.needs.length >= 3").await;
     assert_eq!(

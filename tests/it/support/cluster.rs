@@ -12,6 +12,11 @@ use super::{install, until};
 /// How long the cluster may take to come together, or to agree on something.
 const BOUND: Duration = Duration::from_mins(1);
 
+/// After how many milliseconds without a word nodes take another one for dead, where one is to die.
+const SOON: &str = "1500";
+/// The same where none is to: a machine that stands still for a moment must not look like a death.
+const LATE: &str = "20000";
+
 /// Six servers that make a cluster. They are killed when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Cluster {
@@ -20,24 +25,29 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    /// Starts one and waits until it works.
+    /// Starts one and waits until it works. The replicas of nodes that die are promoted soon.
     pub(crate) async fn start() -> Self {
-        Self::start_with(None).await
+        Self::start_with(None, SOON).await
+    }
+
+    /// Starts one whose nodes keep their roles.
+    pub(crate) async fn lasting() -> Self {
+        Self::start_with(None, LATE).await
     }
 
     /// The same over TLS, with the certificates in that folder.
     pub(crate) async fn with_tls(certificates: &Path) -> Self {
-        Self::start_with(Some(certificates)).await
+        Self::start_with(Some(certificates), LATE).await
     }
 
-    async fn start_with(certificates: Option<&Path>) -> Self {
+    async fn start_with(certificates: Option<&Path>, node_timeout: &str) -> Self {
         let common = [
             "--cluster-enabled",
             "yes",
             "--cluster-config-file",
             "nodes.conf",
             "--cluster-node-timeout",
-            "1500",
+            node_timeout,
             "--repl-diskless-sync-delay",
             "0",
         ];
@@ -82,7 +92,7 @@ impl Cluster {
         if let Some(cluster) = cluster.upgrade() {
             return cluster;
         }
-        let started = Arc::new(Self::start().await);
+        let started = Arc::new(Self::lasting().await);
         *cluster = Arc::downgrade(&started);
         started
     }
