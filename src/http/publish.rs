@@ -226,10 +226,12 @@ fn ndjson(body: &Bytes, max_batch: usize) -> Result<Batch, ApiError> {
 }
 
 fn array(body: &Bytes, max_batch: usize) -> Result<Batch, ApiError> {
-    let mut items = serde_json::Deserializer::from_slice(body);
-    let items = items.deserialize_seq(Items { max: max_batch + 1 });
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let items = json.deserialize_seq(Items { max: max_batch + 1 });
+    // What comes after the array would be lost without a word.
+    let items = items.and_then(|items| json.end().map(|()| items));
     let items: Vec<&RawValue> =
-        items.map_err(|error| ApiError::invalid_event(format!("the body is not a JSON array: {error}")))?;
+        items.map_err(|error| ApiError::invalid_event(format!("the body is not one JSON array: {error}")))?;
     check_count(items.len(), max_batch)?;
     if items.is_empty() {
         return Err(ApiError::invalid_event("the array is empty"));
@@ -376,7 +378,8 @@ pub(super) fn within_tenant(dedup: Dedup, event: &NewEvent, principal: &Principa
 /// one event and sends all again finds the others recognised.
 fn dedup_of(dedup: &Dedup, index: usize, is_single: bool) -> Dedup {
     match dedup {
-        Dedup::Key(key) if !is_single => Dedup::Key(format!("{key}/{index}")),
+        // An empty key is refused as one, or the batches of all who send one would be taken for the same.
+        Dedup::Key(key) if !is_single && !key.is_empty() => Dedup::Key(format!("{key}/{index}")),
         other => other.clone(),
     }
 }

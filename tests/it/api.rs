@@ -99,6 +99,9 @@ async fn bad_requests_are_answered_with_problem_documents() {
         (EVENTS, vec![], "{\"a\":".to_owned(), 422, "invalid_event"),
         (EVENTS, vec![], "{} {}".to_owned(), 422, "invalid_event"),
         (EVENTS, vec![], "[]".to_owned(), 422, "invalid_event"),
+        (EVENTS, vec![], "[{}] {}".to_owned(), 422, "invalid_event"),
+        (EVENTS, vec![], "[{}]\n[{}]".to_owned(), 422, "invalid_event"),
+        (EVENTS, vec![("idempotency-key", "")], "{}".to_owned(), 422, "invalid_idempotency_key"),
         (EVENTS, vec![NDJSON], many, 413, "batch_too_large"),
         (EVENTS, vec![], big, 413, "event_too_large"),
         (EVENTS, vec![], huge, 413, "body_too_large"),
@@ -118,6 +121,9 @@ async fn bad_requests_are_answered_with_problem_documents() {
     }
     let response = client().request(Method::DELETE, daemon.url(EVENTS)).send().await.expect("an answer");
     assert_eq!(answer(response).await.0, StatusCode::METHOD_NOT_ALLOWED);
+    let (status, body) = answer(post(&daemon, EVENTS, &[("idempotency-key", "")], "[{},{}]").await).await;
+    let is_refused = |n: usize| body["results"][n]["error"]["code"] == "invalid_idempotency_key";
+    assert!(status == StatusCode::MULTI_STATUS && is_refused(0) && is_refused(1), "{body}");
     assert_eq!(daemon.events("aurora:alerts").await.len(), 0);
 }
 
