@@ -87,7 +87,7 @@ pub struct Config {
     pub max_connections: usize,
     /// The most publish requests being answered at a time. More are refused with 429.
     pub max_in_flight: usize,
-    /// The most bodies of publish requests on their way at a time from one address. More are refused with 429.
+    /// The most bodies of requests on their way at a time from one address. More are refused with 429.
     pub max_bodies_per_address: usize,
     /// The most requests per second from one address. More are refused with 429.
     pub rate_limit: u32,
@@ -184,7 +184,7 @@ struct Inner {
     /// Whether only this machine's own names are answered to.
     is_loopback: bool,
     publishes: Semaphore,
-    /// Bodies on their way: one address that sends slowly must not take all of `publishes`.
+    /// Bodies on their way: one address that sends slowly must not take all of `publishes`, nor all memory.
     bodies: Arc<Places>,
     reads: Semaphore,
     waits: Semaphore,

@@ -11,6 +11,7 @@ use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::HeaderMap;
 use axum::http::header::USER_AGENT;
+use axum::http::request::Parts;
 use serde::{Deserialize, Serialize};
 
 use super::auth::{Denied, Principal};
@@ -264,7 +265,7 @@ pub(super) async fn replay_one(
     request: Request,
 ) -> Result<Json<ReplayedView>, ApiError> {
     let (head, body) = request.into_parts();
-    let body: ReplayBody = json(&api, &head.headers, body).await?;
+    let body: ReplayBody = json(&api, &head, body).await?;
     let scope = scope(&api, &name, &principal)?;
     let how = Replay { to: target(body.to.as_deref())?, force: body.force };
     let place = entry_id(&id)?;
@@ -316,7 +317,7 @@ pub(super) async fn replay(
     request: Request,
 ) -> Result<Json<DoneView>, ApiError> {
     let (head, body) = request.into_parts();
-    let body: BulkBody = json(&api, &head.headers, body).await?;
+    let body: BulkBody = json(&api, &head, body).await?;
     let scope = scope(&api, &name, &principal)?;
     let how = Replay { to: target(body.to.as_deref())?, force: body.force.unwrap_or(false) };
     let bulk = bulk(&api, &scope, body).await?;
@@ -336,7 +337,7 @@ pub(super) async fn discard(
     request: Request,
 ) -> Result<Json<DoneView>, ApiError> {
     let (head, body) = request.into_parts();
-    let body: BulkBody = json(&api, &head.headers, body).await?;
+    let body: BulkBody = json(&api, &head, body).await?;
     for (member, is_there) in [("to", body.to.is_some()), ("force", body.force.is_some())] {
         if is_there {
             return Err(ApiError::bad_parameter(member, "is for replays; what is discarded goes nowhere"));
@@ -521,12 +522,8 @@ fn entry_id(text: &str) -> Result<EntryId, ApiError> {
 }
 
 /// The body as JSON; the default where there is none.
-async fn json<T: Default + serde::de::DeserializeOwned>(
-    api: &Api,
-    headers: &HeaderMap,
-    body: Body,
-) -> Result<T, ApiError> {
-    let body = read(api, headers, body).await?;
+async fn json<T: Default + serde::de::DeserializeOwned>(api: &Api, head: &Parts, body: Body) -> Result<T, ApiError> {
+    let body = read(api, head, body).await?;
     if body.iter().all(u8::is_ascii_whitespace) {
         return Ok(T::default());
     }

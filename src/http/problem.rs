@@ -140,7 +140,7 @@ impl ApiError {
     }
 
     pub(super) fn too_many_bodies() -> Self {
-        let detail = "too many publish requests from your address are still sending (http.max_bodies_per_address)";
+        let detail = "too many requests from your address are still sending (http.max_bodies_per_address)";
         Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_bodies", detail).with_retry_after(Duration::from_secs(1))
     }
 

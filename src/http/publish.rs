@@ -6,6 +6,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use bytes::{Bytes, BytesMut};
@@ -112,11 +113,7 @@ async fn publish<'a>(
     let promise = Promise { window: dedup_window(params)?, durability: durability(params)? };
     let dedup = dedup(params, &head.headers)?;
     let traceparent = head.headers.get("traceparent").and_then(|value| value.to_str().ok());
-    let body = {
-        let peer = head.extensions.get::<Peer>().ok_or_else(ApiError::internal)?;
-        let _place = api.inner.bodies.take(peer.0.ip()).ok_or_else(ApiError::too_many_bodies)?;
-        read(api, &head.headers, body).await?
-    };
+    let body = read(api, &head, body).await?;
     let mut batch = parse(&body, head.headers.get(CONTENT_TYPE), api.inner.config.max_batch)?;
     if let Some(traceparent) = traceparent {
         batch.events.iter_mut().flatten().for_each(|event| event.set_traceparent(traceparent));
@@ -156,13 +153,15 @@ fn durability(params: &Params) -> Result<Durability, ApiError> {
     wanted.map(Option::unwrap_or_default).map_err(|detail: String| ApiError::bad_parameter("durability", detail))
 }
 
-/// The whole body, within its limits of size and time.
-pub(super) async fn read(api: &Api, headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
+/// The whole body, within its limits of size and time, and of how many one address has on their way.
+pub(super) async fn read(api: &Api, head: &Parts, body: Body) -> Result<Bytes, ApiError> {
+    let peer = head.extensions.get::<Peer>().ok_or_else(ApiError::internal)?;
+    let _place = api.inner.bodies.take(peer.0.ip()).ok_or_else(ApiError::too_many_bodies)?;
     let config = &api.inner.config;
     let max = config.max_body.as_u64();
     let too_large =
         || ApiError::too_large("body_too_large", format!("the body has more than {max} bytes (http.max_body)"));
-    let declared = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    let declared = head.headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
     let is_declared_too_large = declared.is_some_and(|length| length > max);
     let max = usize::try_from(max).unwrap_or(usize::MAX);
     let limit = if is_declared_too_large { 0 } else { max };

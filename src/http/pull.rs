@@ -200,7 +200,7 @@ pub(super) fn desk_of<'a>(api: &'a Api, stream: &str, group: &str) -> Result<&'a
 
 async fn json<T: DeserializeOwned>(api: &Api, request: Request) -> Result<T, ApiError> {
     let (head, body) = request.into_parts();
-    let body = read(api, &head.headers, body).await?;
+    let body = read(api, &head, body).await?;
     serde_json::from_slice(&body).map_err(|error| ApiError::bad_parameter("body", error.to_string()))
 }
 

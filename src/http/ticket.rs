@@ -28,7 +28,7 @@ pub(super) async fn give(
     request: Request,
 ) -> Result<Json<TicketView>, ApiError> {
     let (head, body) = request.into_parts();
-    let body = read(&api, &head.headers, body).await?;
+    let body = read(&api, &head, body).await?;
     let body: Body = if body.iter().all(u8::is_ascii_whitespace) {
         Body::default()
     } else {

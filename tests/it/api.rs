@@ -302,29 +302,63 @@ async fn an_address_that_asks_too_often_is_told_when_to_come_back() {
     assert_eq!(daemon.status("/health").await, Some(StatusCode::OK), "probes are not limited");
 }
 
+/// A request whose body is waited for.
+async fn slow(daemon: &Daemon, path: &str) -> TcpStream {
+    let address = daemon.url("").replacen("http://", "", 1);
+    let mut request = TcpStream::connect(&address).await.expect("a connection");
+    let head = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10\r\nexpect: 100-continue\r\n\r\n");
+    request.write_all(head.as_bytes()).await.expect("a connection");
+    // The daemon asks for the body once it reads it.
+    let mut go_on = [0; 12];
+    request.read_exact(&mut go_on).await.expect("an answer");
+    assert_eq!(&go_on, b"HTTP/1.1 100", "{path}");
+    request
+}
+
 #[tokio::test]
 async fn one_address_that_sends_slowly_does_not_take_all_places() {
     let home = Home::new(&format!("{SMALL}\n[http]\nmax_in_flight = 10\nmax_bodies_per_address = 2"));
     let daemon = home.start().await;
-    let address = daemon.url("").replacen("http://", "", 1);
-    let mut slow = Vec::new();
-    for _ in 0..2 {
-        let mut request = TcpStream::connect(&address).await.expect("a connection");
-        let head =
-            format!("POST {EVENTS} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10\r\nexpect: 100-continue\r\n\r\n");
-        request.write_all(head.as_bytes()).await.expect("a connection");
-        // The daemon asks for the body once it reads it.
-        let mut go_on = [0; 12];
-        request.read_exact(&mut go_on).await.expect("an answer");
-        slow.push(request);
-    }
+    let bodies = [slow(&daemon, EVENTS).await, slow(&daemon, EVENTS).await];
     let refused = post(&daemon, EVENTS, &[], "{}").await;
     assert_eq!(refused.headers()["retry-after"], "1");
     let (status, body) = answer(refused).await;
     assert_eq!((status, &body["code"]), (StatusCode::TOO_MANY_REQUESTS, &json!("too_many_bodies")), "{body}");
-    drop(slow);
+    drop(bodies);
     until("a place", BOUND, async || {
         (post(&daemon, EVENTS, &[], "{}").await.status() == StatusCode::CREATED).then_some(())
+    })
+    .await;
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn bodies_that_come_slowly_are_counted_whatever_they_are_for() {
+    let paths = [
+        "/api/v1/ws/ticket",
+        "/api/v1/streams/aurora:alerts/groups/outside/pull",
+        "/api/v1/dead-letters/aurora:alerts/discard",
+        EVENTS,
+    ];
+    let group = "[[streams.groups]]\nname = \"outside\"\n";
+    let alerts = SMALL.replacen("relay = true\n", &format!("relay = true\n{group}"), 1);
+    let home = Home::new(&format!("{alerts}\n[http]\nmax_bodies_per_address = {}", paths.len()));
+    let daemon = home.start().await;
+    let mut bodies = Vec::new();
+    for path in paths {
+        bodies.push(slow(&daemon, path).await);
+    }
+    for path in paths {
+        let (status, body) = answer(post(&daemon, path, &[], "{}").await).await;
+        assert_eq!(
+            (status, &body["code"]),
+            (StatusCode::TOO_MANY_REQUESTS, &json!("too_many_bodies")),
+            "{path}: {body}"
+        );
+    }
+    drop(bodies);
+    until("a place", BOUND, async || {
+        (post(&daemon, "/api/v1/ws/ticket", &[], "").await.status() == StatusCode::OK).then_some(())
     })
     .await;
     daemon.stop().await;
