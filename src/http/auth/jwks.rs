@@ -11,6 +11,7 @@ use reqwest::redirect::Policy;
 use secrecy::ExposeSecret as _;
 use serde::Deserialize;
 use tokio::sync::Mutex;
+use tokio_util::task::TaskTracker;
 
 use super::Denied;
 use super::config::{IssuerConfig, secret_problem};
@@ -36,7 +37,7 @@ struct Known {
 /// Where keys come from.
 pub(super) enum KeySource {
     Fixed(DecodingKey),
-    Set(Box<KeySet>),
+    Set(Arc<KeySet>),
 }
 
 /// A JWK set as it was read last.
@@ -47,7 +48,9 @@ pub(super) struct KeySet {
     floor: Duration,
     known: RwLock<Option<Arc<[Known]>>>,
     /// When it was tried to read it last, and when that came off.
-    tried: Mutex<Tried>,
+    tried: Arc<Mutex<Tried>>,
+    /// The attempt to read it that is under way.
+    reading: TaskTracker,
 }
 
 #[derive(Default)]
@@ -95,13 +98,14 @@ impl KeySource {
             Origin::Url { .. } => None,
         };
         let now = known.is_some().then(Instant::now);
-        Ok(Self::Set(Box::new(KeySet {
+        Ok(Self::Set(Arc::new(KeySet {
             issuer: config.issuer.clone(),
             origin,
             refresh: config.refresh,
             floor: config.refresh_floor,
             known: RwLock::new(known),
-            tried: Mutex::new(Tried { at: now, read_at: now }),
+            tried: Arc::new(Mutex::new(Tried { at: now, read_at: now })),
+            reading: TaskTracker::new(),
         })))
     }
 
@@ -123,7 +127,7 @@ impl KeySource {
 }
 
 impl KeySet {
-    async fn candidates(&self, header: &Header) -> Result<Vec<DecodingKey>, Denied> {
+    async fn candidates(self: &Arc<Self>, header: &Header) -> Result<Vec<DecodingKey>, Denied> {
         let known = self.known();
         let found = known.as_deref().map(|known| fitting(known, header)).unwrap_or_default();
         // A set that could be read has no say over keys that were taken out of it, unless it is read again.
@@ -144,8 +148,9 @@ impl KeySet {
 
     /// The set, if it was due to be read again, or had to be, and that came off. Attempts keep their distance: tokens
     /// are anyone's to make up.
-    async fn refreshed(&self, is_needed: bool) -> Option<Arc<[Known]>> {
-        let mut tried = if is_needed { self.tried.lock().await } else { self.tried.try_lock().ok()? };
+    async fn refreshed(self: &Arc<Self>, is_needed: bool) -> Option<Arc<[Known]>> {
+        let tried = Arc::clone(&self.tried);
+        let mut tried = if is_needed { tried.lock_owned().await } else { tried.try_lock_owned().ok()? };
         let is_older = |at: Option<Instant>, age: Duration| at.is_none_or(|at| at.elapsed() >= age);
         if !is_older(tried.at, self.floor) {
             // Someone else may have read it while this one waited for its turn.
@@ -154,6 +159,14 @@ impl KeySet {
         if !is_needed && !is_older(tried.read_at, self.refresh) {
             return None;
         }
+        let set = Arc::clone(self);
+        // An attempt goes on when whoever asked for it goes away, or it would not count, and those who come and go could
+        // have the issuer asked without end.
+        let attempt = self.reading.spawn(async move { set.read(&mut tried).await });
+        attempt.await.ok()?
+    }
+
+    async fn read(&self, tried: &mut Tried) -> Option<Arc<[Known]>> {
         let outcome = self.origin.read().await;
         tried.at = Some(Instant::now());
         match outcome {

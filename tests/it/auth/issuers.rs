@@ -7,6 +7,8 @@ use jsonwebtoken::jwk::Jwk;
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use reqwest::StatusCode;
 use serde_json::json;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
 
 use super::{EVENTS, STREAMS, asks};
 use crate::support::app::{BOUND, Home};
@@ -44,10 +46,10 @@ fn set(pairs: &[&Pair]) -> String {
     json!({"keys": pairs.iter().map(|pair| pair.jwk()).collect::<Vec<_>>()}).to_string()
 }
 
-fn home(url: &str) -> Home {
+fn home(url: &str, floor: &str) -> Home {
     let issuer = format!(
         "[[auth.issuers]]\nissuer = \"far\"\naudience = \"bus\"\nalgorithms = [\"EdDSA\"]\njwks_url = \"{url}\"\n\
-         refresh_floor = \"200ms\"\n"
+         refresh_floor = \"{floor}\"\n"
     );
     Home::new(&format!("{STREAMS}\n{issuer}"))
 }
@@ -62,7 +64,7 @@ async fn an_issuer_changes_its_keys_while_the_daemon_runs() {
         Reply::With(200, ("content-type", "application/json".to_owned()), body)
     })
     .await;
-    let home = home(&server.url("/jwks"));
+    let home = home(&server.url("/jwks"), "200ms");
     let daemon = home.start().await;
     assert_eq!(asks(&daemon, &one.token(), "GET", EVENTS, "").await.0, StatusCode::OK);
     for _ in 0..20 {
@@ -111,7 +113,7 @@ async fn an_issuer_that_is_away_or_talks_nonsense_locks_nobody_out_for_good() {
         }
     })
     .await;
-    let home = home(&server.url("/jwks"));
+    let home = home(&server.url("/jwks"), "200ms");
     server.go_down().await;
     let daemon = home.start().await;
     let (status, problem) = asks(&daemon, &pair.token(), "GET", EVENTS, "").await;
@@ -125,5 +127,25 @@ async fn an_issuer_that_is_away_or_talks_nonsense_locks_nobody_out_for_good() {
     server.go_down().await;
     assert_eq!(asks(&daemon, &Pair::new("two").token(), "GET", EVENTS, "").await.0, StatusCode::UNAUTHORIZED);
     assert_eq!(asks(&daemon, &pair.token(), "GET", EVENTS, "").await.0, StatusCode::OK, "known keys stay");
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn those_who_come_and_go_do_not_have_an_issuer_asked_again_and_again() {
+    let server = Receiver::start(|_| Reply::Silence).await;
+    let home = home(&server.url("/jwks"), "1m");
+    let daemon = home.start().await;
+    let token = Pair::new("one").token();
+    let address = daemon.url("").replacen("http://", "", 1);
+    let mut gone = TcpStream::connect(address).await.expect("a connection");
+    let request = format!("GET {EVENTS} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {token}\r\n\r\n");
+    gone.write_all(request.as_bytes()).await.expect("sent");
+    until("question to the issuer", BOUND, async || (server.received().len() == 1).then_some(())).await;
+    drop(gone);
+    let open = async || daemon.metric("aurora_bus_http_connections").await;
+    until("end of the connection", BOUND, async || (open().await == 1).then_some(())).await;
+    let (status, _) = asks(&daemon, &token, "GET", EVENTS, "").await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(server.received().len(), 1, "the attempt that was under way is the one that counts");
     daemon.stop().await;
 }
