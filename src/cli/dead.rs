@@ -158,11 +158,9 @@ impl Remote {
         let mut attempt = 0;
         loop {
             let problem = match self.client.request(Method::POST, url.clone()).json(body).send().await {
-                Ok(response) if response.status().is_success() => match response.json().await {
-                    Ok(answer) => return Ok(answer),
-                    Err(error) if error.is_decode() => {
-                        return Err(error).context("the daemon's answer makes no sense");
-                    }
+                Ok(response) if response.status().is_success() => match response.bytes().await {
+                    Ok(body) => return serde_json::from_slice(&body).context("the daemon's answer makes no sense"),
+                    // It broke off.
                     Err(error) => error.to_string(),
                 },
                 Ok(response) => {

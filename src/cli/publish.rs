@@ -158,13 +158,20 @@ async fn send(client: &Client, url: &Url, batch: Batch, retries: u32, counts: &m
         let response = request.header("idempotency-key", &key).body(body.clone()).send().await;
         let problem = match response {
             Ok(response) if matches!(response.status(), StatusCode::CREATED | StatusCode::MULTI_STATUS) => {
-                let answer: Answer = response.json().await.context("the daemon's answer makes no sense")?;
-                let again = answer.results.iter().any(|item| item.error.as_ref().is_some_and(|error| error.retry));
-                if !again || is_last {
-                    count(&answer, &batch.numbers, counts);
-                    return Ok(());
+                match response.bytes().await {
+                    Ok(body) => {
+                        let answer: Answer =
+                            serde_json::from_slice(&body).context("the daemon's answer makes no sense")?;
+                        let is_retried = |item: &Item| item.error.as_ref().is_some_and(|error| error.retry);
+                        if is_last || !answer.results.iter().any(is_retried) {
+                            count(&answer, &batch.numbers, counts);
+                            return Ok(());
+                        }
+                        "some events were not stored".to_owned()
+                    }
+                    // It broke off.
+                    Err(error) => error.to_string(),
                 }
-                "some events were not stored".to_owned()
             }
             Ok(response) => {
                 let status = response.status();

@@ -5,7 +5,8 @@ use reqwest::{Method, Response, StatusCode};
 use serde_json::{Value, json};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
 
 use crate::support::app::{BOUND, Daemon, Home, client};
 use crate::support::until;
@@ -390,6 +391,53 @@ async fn publish_and_tail_agree_on_the_command_line() {
     assert!(String::from_utf8_lossy(&published.stderr).contains("line 1202: "), "{published:?}");
     let tailed = home.run(&["tail", "aurora:alerts", "--since", "earliest", "--no-follow", "--data", "--url", &url]);
     assert_eq!(String::from_utf8_lossy(&tailed.stdout).lines().collect::<Vec<_>>(), lines);
+}
+
+/// Stands before a daemon and breaks off its first answer in the middle of the body; its URL.
+async fn breaking_off(daemon: &Daemon, tasks: &mut JoinSet<()>) -> String {
+    let behind = daemon.url("").replacen("http://", "", 1);
+    let front = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let url = format!("http://{}", front.local_addr().expect("its address"));
+    tasks.spawn(async move {
+        let (client, _) = front.accept().await.expect("a connection");
+        let server = TcpStream::connect(&behind).await.expect("it listens");
+        let ((mut asks, mut hears), (mut told, mut says)) = (client.into_split(), server.into_split());
+        let mut asking = JoinSet::new();
+        asking.spawn(async move { tokio::io::copy(&mut asks, &mut says).await });
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"}") {
+            assert!(told.read_buf(&mut answer).await.expect("an answer") > 0, "the whole of it");
+        }
+        hears.write_all(&answer[..answer.len() - 5]).await.expect("sent");
+        drop((asking, hears));
+        loop {
+            let (mut client, _) = front.accept().await.expect("a connection");
+            let mut server = TcpStream::connect(&behind).await.expect("it listens");
+            drop(tokio::io::copy_bidirectional(&mut client, &mut server).await);
+        }
+    });
+    url
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commands_ask_again_where_an_answer_broke_off() {
+    let home = Home::new(SMALL);
+    let daemon = home.start().await;
+    std::fs::write(home.path("events.ndjson"), "{\"n\":1}\n{\"n\":2}\n").expect("written");
+    let commands = [
+        (&["publish", "aurora:alerts", "events.ndjson"][..], "2 accepted, 0 refused"),
+        (&["dead", "discard", "aurora:alerts", "--dry-run"], "0 matched, 0 would be discarded"),
+    ];
+    for (command, expected) in commands {
+        let mut tasks = JoinSet::new();
+        let url = breaking_off(&daemon, &mut tasks).await;
+        let ended = home.run(&[command, &["--url", &url]].concat());
+        let (said, told) = (String::from_utf8_lossy(&ended.stdout), String::from_utf8_lossy(&ended.stderr));
+        assert!(ended.status.success() && said.starts_with(expected), "{said}{told}");
+        assert!(told.contains("trying again"), "{told}");
+    }
+    assert_eq!(daemon.events("aurora:alerts").await.len(), 2);
+    daemon.stop().await;
 }
 
 #[tokio::test]
