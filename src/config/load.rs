@@ -53,8 +53,9 @@ fn read(layers: &Layers) -> Result<Value, String> {
     };
     if let Some(file) = file {
         let text = std::fs::read_to_string(file).map_err(|e| format!("cannot read {}: {e}", file.display()))?;
-        // Read by the TOML parser first, for the line and column in its message.
-        toml::from_str::<toml::Table>(&text).map_err(|e| format!("{} is not TOML: {e}", file.display()))?;
+        // Read by the TOML parser first, which tells where it went wrong.
+        toml::from_str::<toml::Table>(&text)
+            .map_err(|e| format!("{} is not TOML: {}", file.display(), where_and_why(&text, &e)))?;
         builder = builder.add_source(File::from_str(&text, FileFormat::Toml));
     }
     if layers.environment {
@@ -68,6 +69,14 @@ fn read(layers: &Layers) -> Result<Value, String> {
     let mut root = builder.build().map(|config| config.cache).map_err(|e| e.to_string())?;
     split_lists(&mut root);
     Ok(root)
+}
+
+/// Without the line itself, which may hold a secret.
+fn where_and_why(text: &str, error: &toml::de::Error) -> String {
+    let Some(before) = error.span().and_then(|span| text.get(..span.start)) else { return error.message().to_owned() };
+    let line = before.matches('\n').count() + 1;
+    let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
+    format!("line {line}, column {column}: {}", error.message())
 }
 
 /// The environment has no lists: origins and the streams of channels come as one text with commas between.
@@ -296,11 +305,21 @@ fn missing_key(message: &str) -> Option<String> {
     rest.split_once('`').map(|(key, _)| key.to_owned())
 }
 
+/// What should have been there instead of a text, which is not repeated: tables that hold secrets may have come as one, by
+/// the environment.
+fn expected_instead_of_text(message: &str) -> Option<&str> {
+    let rest = message.strip_prefix("invalid type: string \"")?;
+    rest.rsplit_once("\", expected ").map(|(_, expected)| expected)
+}
+
 /// The cause in our words.
 fn message(error: &ConfigError) -> String {
     let cause = plain(error);
     if missing_key(&cause).is_some() {
         return "is missing".to_owned();
+    }
+    if let Some(expected) = expected_instead_of_text(&cause) {
+        return format!("a text is not {expected}");
     }
     let Some(key) = unknown_key(&cause) else { return cause };
     let expected = cause.split_once("expected").map_or("", |(_, expected)| expected);
@@ -405,7 +424,20 @@ mod tests {
     #[test]
     fn a_file_that_is_no_toml_is_told_with_its_line() {
         let found = problems("[http\nlisten = 1");
-        assert!(found[0].contains("is not TOML") && found[0].contains("line 1"), "{found:?}");
+        assert!(found[0].contains("is not TOML: line 1, column 6: "), "{found:?}");
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_without_what_may_be_a_secret() {
+        let secret = "s3cret-of-at-least-thirty-two-bytes";
+        let open_end = format!("[[auth.issuers]]\nissuer = \"ä\"\nsecret = \"{secret}\n");
+        let as_text = format!("[auth]\nissuers = '[{{ secret = \"{secret}\" }}]'\n");
+        for (text, expected) in [(open_end, "line 3, column 46: "), (as_text, "auth.issuers: a text is not a sequence")]
+        {
+            let found = problems(&text);
+            assert!(found.len() == 1 && found[0].contains(expected), "{found:?}");
+            assert!(!found[0].contains(secret), "{found:?}");
+        }
     }
 
     #[test]
