@@ -279,9 +279,12 @@ impl Forward for Bus {
             let error = PublishError::TooLarge { size, max };
             return Err(SinkError::new(SinkErrorClass::Permanent, error.to_string()));
         }
+        // No publisher's key begins so: theirs are UTF-8. Else whoever may publish to this stream could take up the keys of
+        // entries to come, which would then count as forwarded.
+        let own = |key: String| [&b"\xffforwarded:"[..], key.as_bytes()].concat().into();
         let mut entries = entries
             .into_iter()
-            .map(|(key, fields)| NewEntry { fields, idempotency: Some(IdempotencyKey { key: key.into(), window }) })
+            .map(|(key, fields)| NewEntry { fields, idempotency: Some(IdempotencyKey { key: own(key), window }) })
             .peekable();
         while entries.peek().is_some() {
             let chunk = entries.by_ref().take(MAX_APPEND).collect();

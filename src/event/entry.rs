@@ -169,7 +169,7 @@ pub struct Delivery {
 /// A publisher's own name for an event: within `window` a second append with the same key returns the first entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IdempotencyKey {
-    /// 1 to 256 bytes.
+    /// 1 to 256 bytes of UTF-8; the bus's own begin with a byte that no text has, and may be a little longer.
     pub key: Bytes,
     /// How long the key is remembered.
     pub window: Duration,

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use aurora_bus::bus::{Bus, Catalogue, Config, Terms};
-use aurora_bus::event::{Delivery, Entry, EntryId, StreamName};
+use aurora_bus::bus::{Bus, Catalogue, Config, Dedup, Promise, Terms};
+use aurora_bus::event::{Delivery, Entry, EntryId, NewEvent, StreamName};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::sink::{Origin, Sink as _, SinkErrorClass, StreamSink};
 use aurora_bus::store::{Families, Limits, Range, Store, embedded, redis};
@@ -122,10 +122,15 @@ async fn an_entry_has_one_successor(store: Arc<dyn Store>) {
     let origin = Origin { stream: name(ALERTS), group: GROUP.parse().expect("a name") };
     let forwarding = sink(bus(TASKS));
     forwarding.check().await.expect("the stream is declared");
+    // Whoever publishes to the stream can't have an entry taken for forwarded, by whatever key.
+    let key = Dedup::Key(format!("{ALERTS}/1-0/{GROUP}"));
+    let event = NewEvent::parse(Bytes::from_static(b"{}")).expect("an event");
+    let published = bus(TASKS).publish(&name(TASKS), vec![(key, event)], Promise::default()).await;
+    assert!(matches!(published[..], [Ok(_)]), "{published:?}");
     forwarding.deliver(&origin, &batch[..300]).await.expect("stored");
     forwarding.deliver(&origin, &batch).await.expect("stored");
     let stored = store.range(&name(TASKS), Range::after(EntryId::MIN), 1000).await.expect("a range");
-    assert_eq!(stored.len(), 700);
+    assert_eq!(stored.len(), 701, "one of them is the publisher's own");
 
     let error = sink(bus("it:other")).check().await.expect_err("the stream is not declared");
     assert!(error.to_string().contains("not declared") && error.class() == SinkErrorClass::Transient, "{error}");
