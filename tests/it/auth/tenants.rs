@@ -49,12 +49,16 @@ impl Site {
         asks(&self.daemon, key, "POST", EVENTS, &event.to_string()).await
     }
 
-    /// Events 0 to 5 of acme, globex and nobody, in turn, twice.
+    /// Events 0 to 5 of acme, globex and nobody, in turn, twice. Dashboards that come afterwards come after them.
     async fn publish_some(&self) {
+        let mut dashboard = self.socket(&self.all, "alerts?stream=aurora:alerts").await;
         for n in [0, 3] {
             assert_eq!(self.publish(&self.acme, n, None).await.0, StatusCode::CREATED);
             assert_eq!(self.publish(&self.all, n + 1, Some("globex")).await.0, StatusCode::CREATED);
             assert_eq!(self.publish(&self.all, n + 2, None).await.0, StatusCode::CREATED);
+        }
+        for _ in 0..6 {
+            next_text(&mut dashboard).await;
         }
     }
 

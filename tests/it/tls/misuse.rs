@@ -98,9 +98,10 @@ async fn an_answer_that_nobody_reads_is_given_up_over_tls_too() {
     let mut stream = secure(&daemon, &authority.path("ca.pem")).await.expect("a handshake");
     let ask = "GET /api/v1/streams/aurora:alerts/events?from=0-0&limit=20 HTTP/1.1\r\nhost: localhost\r\n\r\n";
     stream.write_all(ask.as_bytes()).await.expect("it takes that");
-    let before = daemon.metric("aurora_bus_http_connections").await;
     until("the end of the connection", BOUND, async || {
-        (daemon.metric("aurora_bus_http_connections").await < before).then_some(())
+        let asked = "aurora_bus_http_requests_total{route=\"/api/v1/streams/{stream}/events\",status=\"200\"} 1";
+        let is_answered = daemon.get("/metrics").await.contains(asked);
+        (is_answered && daemon.metric("aurora_bus_http_connections").await == 1).then_some(())
     })
     .await;
     daemon.stop().await;
