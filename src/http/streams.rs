@@ -14,7 +14,9 @@ use super::{Api, ApiError};
 use crate::bus::Catalogue;
 use crate::event::{Entry, EntryId, StreamName, field};
 use crate::relay::Filter;
-use crate::store::{Balance, Consumption, GroupStatus, LostReason, Order, Range, Roster, StoreError, StreamStatus};
+use crate::store::{
+    Balance, Consumption, GroupStatus, LostReason, Order, Range, Roster, Store, StoreError, StreamStatus,
+};
 
 /// The longest time a reader may wait for new entries.
 const MAX_WAIT: Duration = Duration::from_secs(20);
@@ -24,6 +26,9 @@ const MAX_LIMIT: usize = 1_000;
 const MAX_SEARCH: Duration = Duration::from_secs(2);
 /// Bytes of an answer after which no further entry is added.
 const MAX_ANSWER_BYTES: usize = 8 * 1024 * 1024;
+/// How many entries are read at first, when their size is not known yet, and about how many bytes a read should have then.
+const FIRST_READ: usize = 16;
+const READ_BYTES: usize = 4 * 1024 * 1024;
 
 /// A stream as callers see it.
 #[derive(Debug, Serialize)]
@@ -196,15 +201,7 @@ pub(super) async fn events(
     let failed = |error: StoreError| ApiError::from(&error);
     let mut found = Answer::new(range, &principal, &filter);
     let reading = api.inner.reads.acquire().await;
-    let searched_until = tokio::time::Instant::now() + MAX_SEARCH;
-    while let Some(rest) = found.rest() {
-        let entries = store.range(&name, rest, limit).await.map_err(failed)?;
-        let is_end = entries.len() < limit;
-        found.add(entries);
-        if is_end || !found.events.is_empty() || tokio::time::Instant::now() >= searched_until {
-            break;
-        }
-    }
+    found.search(&**store, &name, limit).await.map_err(failed)?;
     drop(reading);
     let deadline = tokio::time::Instant::now() + wait;
     let can_wait = range.order == Order::Forward && range.to == EntryId::MAX && !wait.is_zero();
@@ -215,7 +212,8 @@ pub(super) async fn events(
         let left = deadline.saturating_duration_since(tokio::time::Instant::now());
         let Some(rest) = found.rest().filter(|_| !left.is_zero()) else { break };
         let after = rest.from.previous();
-        found.add(store.tail(&name, after, limit, left.min(Duration::from_secs(1))).await.map_err(failed)?);
+        let wanted = found.at_a_time.min(limit);
+        found.add(store.tail(&name, after, wanted, left.min(Duration::from_secs(1))).await.map_err(failed)?);
     }
     Ok(Json(EventsView { next: found.next(), events: found.events }))
 }
@@ -230,14 +228,46 @@ struct Answer<'a> {
     /// The last entry that was looked at, shown or not.
     seen: Option<EntryId>,
     is_full: bool,
+    /// How many entries to read next, by the size of those before.
+    at_a_time: usize,
 }
 
 impl<'a> Answer<'a> {
     fn new(range: Range, principal: &'a Principal, filter: &'a Filter) -> Self {
-        Self { range, principal, filter, events: Vec::new(), bytes: 0, seen: None, is_full: false }
+        let (bytes, seen, at_a_time) = (0, None, FIRST_READ);
+        Self { range, principal, filter, events: Vec::new(), bytes, seen, is_full: false, at_a_time }
+    }
+
+    /// Reads page after page of `limit` entries, as many at a time as their size allows, until something is found.
+    async fn search(&mut self, store: &dyn Store, stream: &StreamName, limit: usize) -> Result<(), StoreError> {
+        let until = tokio::time::Instant::now() + MAX_SEARCH;
+        let mut looked_at = 0;
+        while let Some(rest) = self.rest() {
+            let wanted = self.at_a_time.min(limit - looked_at);
+            let entries = store.range(stream, rest, wanted).await?;
+            let is_end = entries.len() < wanted;
+            looked_at += entries.len();
+            self.add(entries);
+            if is_end || self.is_full {
+                break;
+            }
+            if looked_at == limit {
+                if !self.events.is_empty() || tokio::time::Instant::now() >= until {
+                    break;
+                }
+                looked_at = 0;
+            }
+        }
+        Ok(())
     }
 
     fn add(&mut self, entries: Vec<Entry>) {
+        if entries.is_empty() {
+            return;
+        }
+        let bytes: usize = entries.iter().map(|entry| entry.fields.size_bytes()).sum();
+        let fitting = READ_BYTES / (bytes / entries.len()).max(1);
+        self.at_a_time = fitting.clamp(1, self.at_a_time * 4);
         for entry in entries {
             if self.is_full {
                 break;

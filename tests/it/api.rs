@@ -9,6 +9,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
 use crate::support::app::{BOUND, Daemon, Home, client};
+use crate::support::redis::{Product, RedisServer};
 use crate::support::until;
 
 /// Two streams without groups, and small limits.
@@ -250,6 +251,37 @@ async fn a_range_is_read_page_by_page_in_both_orders() {
     assert_eq!(numbers(&oldest), (0..5).rev().collect::<Vec<_>>());
     let waited = page(format!("from={}&wait_ms=50", second["next"].as_str().expect("next"))).await;
     assert_eq!(numbers(&waited), Vec::<i64>::new());
+}
+
+#[tokio::test]
+async fn of_large_events_no_more_are_read_than_an_answer_has() {
+    let server = RedisServer::start(Product::Redis, &[]).await;
+    let home = Home::new(&format!(
+        "[[streams]]\nname = \"aurora:alerts\"\n[store]\nbackend = \"redis\"\n[store.redis]\nurl = \"{}\"\n",
+        server.url()
+    ));
+    let add = "local pad = string.rep('x', 900000)
+        for n = 1, 60 do redis.call('XADD', KEYS[1], '*', 'data', '{\"n\":' .. n .. ',\"pad\":\"' .. pad .. '\"}') end";
+    server.cli(&["EVAL", add, "1", "aurora:alerts"]);
+    let daemon = home.start().await;
+    let read_bytes = || -> u64 {
+        let stats = server.cli(&["INFO", "stats"]);
+        let bytes = stats.lines().find_map(|line| line.strip_prefix("total_net_output_bytes:"));
+        bytes.expect("a count").trim().parse().expect("a number")
+    };
+    let (mut from, mut numbers, before) = ("0-0".to_owned(), Vec::new(), read_bytes());
+    while numbers.len() < 60 {
+        let page = daemon.get(&format!("{EVENTS}?limit=1000&from={from}")).await;
+        let page: Value = serde_json::from_str(&page).expect("JSON");
+        let events = page["events"].as_array().expect("events");
+        assert!((1..=10).contains(&events.len()), "{} events", events.len());
+        numbers.extend(events.iter().map(|event| event["data"]["n"].as_u64().expect("a number")));
+        page["next"].as_str().expect("next").clone_into(&mut from);
+    }
+    assert_eq!(numbers, (1..=60).collect::<Vec<_>>());
+    let read = (read_bytes() - before) / 900_000;
+    assert!(read <= 120, "as many as {read} events were read to answer with 60");
+    daemon.stop().await;
 }
 
 #[tokio::test]
