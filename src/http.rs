@@ -11,6 +11,7 @@ mod dead_letters;
 mod extract;
 mod feed;
 mod health;
+mod large;
 mod origin;
 mod places;
 mod problem;
@@ -186,6 +187,8 @@ struct Inner {
     publishes: Semaphore,
     /// Bodies on their way: one address that sends slowly must not take all of `publishes`, nor all memory.
     bodies: Arc<Places>,
+    /// Large answers on their way: one address that reads slowly must not take all memory.
+    answers: Arc<Places>,
     reads: Semaphore,
     waits: Semaphore,
     rate: DefaultKeyedRateLimiter<IpAddr>,
@@ -214,6 +217,7 @@ impl Api {
             is_loopback: config.listen.ip().is_loopback(),
             publishes: Semaphore::new(config.max_in_flight),
             bodies: Places::new(config.max_bodies_per_address),
+            answers: Places::new(large::MIB_PER_ADDRESS),
             reads: Semaphore::new(READS_AT_A_TIME),
             waits: Semaphore::new(WAITS_AT_A_TIME),
             rate: RateLimiter::keyed(Quota::per_second(rate)),

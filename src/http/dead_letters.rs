@@ -12,13 +12,14 @@ use axum::extract::{Request, State};
 use axum::http::HeaderMap;
 use axum::http::header::USER_AGENT;
 use axum::http::request::Parts;
+use axum::response::Response;
 use serde::{Deserialize, Serialize};
 
 use super::auth::{Denied, Principal};
 use super::extract::{Query, Segment, Segments};
 use super::publish::read;
 use super::streams::{EventView, event};
-use super::{Api, ApiError, Peer};
+use super::{Api, ApiError, Peer, large};
 use crate::dead_letters::{
     Alerts, Bulk, Cursor, Done, FOREIGN, Failure, Found, Level, Replay, Scope, Selection, Sight, Target,
 };
@@ -116,7 +117,7 @@ struct ReplayBody {
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct ListView {
+struct ListView {
     dead_letters: Vec<LetterView>,
     /// What to pass as `cursor` to go on; absent at the end. A page may be short, or empty, before the end.
     next: Option<String>,
@@ -232,7 +233,8 @@ pub(super) async fn list(
     Segment(name): Segment,
     Query(params): Query<ListParams>,
     principal: Principal,
-) -> Result<Json<ListView>, ApiError> {
+    peer: Peer,
+) -> Result<Response, ApiError> {
     let scope = scope(&api, &name, &principal)?;
     let (group, reason, since) = (params.group.as_deref(), params.reason.as_deref(), params.since.as_deref());
     let selection = selection(&api, &scope, group, reason, since, params.filter).await?;
@@ -242,7 +244,7 @@ pub(super) async fn list(
     let page = api.inner.dead_letters.list(&scope, &selection, cursor, limit).await;
     let page = page.map_err(|error| ApiError::from(&error))?;
     let next = page.next.map(|next| next.to_string());
-    Ok(Json(ListView { dead_letters: page.found.into_iter().map(letter).collect(), next }))
+    large::json(&api, peer, &ListView { dead_letters: page.found.into_iter().map(letter).collect(), next })
 }
 
 /// `GET /api/v1/dead-letters/{stream}/{id}`

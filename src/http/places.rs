@@ -32,8 +32,14 @@ impl Places {
 
     /// A place, if the address has one left.
     pub(super) fn take(self: &Arc<Self>, address: IpAddr) -> Option<Place> {
+        self.take_some(address, 1)
+    }
+
+    /// So many places as one, or all there are where that is fewer, if the address has them left.
+    pub(super) fn take_some(self: &Arc<Self>, address: IpAddr, count: usize) -> Option<Place> {
         let (mut place, of_address) = self.stand_by(address);
-        place.permit = Some(of_address.try_acquire_owned().ok()?);
+        let count = u32::try_from(count.min(self.most)).ok()?;
+        place.permit = Some(of_address.try_acquire_many_owned(count).ok()?);
         Some(place)
     }
 
@@ -92,6 +98,19 @@ mod tests {
         drop(other);
         assert_eq!(places.lock().len(), 1);
         drop(second);
+        assert_eq!(places.lock().len(), 0);
+    }
+
+    #[test]
+    fn what_takes_several_places_gives_them_back_and_has_all_where_it_needs_more() {
+        let places = Places::new(3);
+        let two = places.take_some(address(1), 2).expect("two places");
+        assert!(places.take_some(address(1), 2).is_none());
+        let one = places.take(address(1)).expect("the third");
+        drop(two);
+        assert!(places.take_some(address(1), 100).is_none(), "not all are free");
+        drop(one);
+        drop(places.take_some(address(1), 100).expect("all there are"));
         assert_eq!(places.lock().len(), 0);
     }
 

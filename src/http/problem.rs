@@ -144,6 +144,12 @@ impl ApiError {
         Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_bodies", detail).with_retry_after(Duration::from_secs(1))
     }
 
+    pub(super) fn too_many_answers() -> Self {
+        let detail =
+            "too many large answers are on their way to your address: read those first, or ask with a smaller limit";
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_answers", detail).with_retry_after(Duration::from_secs(1))
+    }
+
     pub(super) fn too_many_waiting() -> Self {
         let detail = "too many requests wait for new entries: ask without wait_ms, or again in a moment";
         Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_waiting", detail).with_retry_after(Duration::from_secs(1))

@@ -5,12 +5,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Json;
 use axum::extract::{RawQuery, State};
+use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::auth::{Deed, Principal, TENANT};
 use super::extract::{Query, Segment};
-use super::{Api, ApiError};
+use super::{Api, ApiError, Peer, large};
 use crate::bus::Catalogue;
 use crate::event::{Entry, EntryId, StreamName, field};
 use crate::relay::Filter;
@@ -121,7 +122,7 @@ pub(super) struct RangeParams {
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct EventsView {
+struct EventsView {
     events: Vec<EventView>,
     /// What to pass as `from` (as `to` when the order is `desc`) to go on; absent at the end of a backward range.
     next: Option<String>,
@@ -189,7 +190,8 @@ pub(super) async fn events(
     Query(params): Query<RangeParams>,
     RawQuery(query): RawQuery,
     principal: Principal,
-) -> Result<Json<EventsView>, ApiError> {
+    peer: Peer,
+) -> Result<Response, ApiError> {
     let name = readable(&api, &name)?;
     let filter = Filter::of_query(query.as_deref().unwrap_or_default());
     let filter = filter.map_err(|bad| ApiError::bad_parameter(bad.name, bad.to_string()))?;
@@ -215,7 +217,7 @@ pub(super) async fn events(
         let wanted = found.at_a_time.min(limit);
         found.add(store.tail(&name, after, wanted, left.min(Duration::from_secs(1))).await.map_err(failed)?);
     }
-    Ok(Json(EventsView { next: found.next(), events: found.events }))
+    large::json(&api, peer, &EventsView { next: found.next(), events: found.events })
 }
 
 /// What was found of a range so far.

@@ -225,6 +225,42 @@ async fn an_answer_that_nobody_reads_is_let_go() {
 }
 
 #[tokio::test]
+async fn one_address_that_reads_slowly_does_not_have_all_memory() {
+    let home = Home::new(SMALL);
+    let daemon = home.start().await;
+    let big = json!({ "pad": "x".repeat(900_000) }).to_string();
+    for _ in 0..8 {
+        daemon.publish("aurora:alerts", std::slice::from_ref(&big)).await.expect("accepted");
+    }
+    let address = daemon.url("").replacen("http://", "", 1);
+    let request = format!("GET {EVENTS} HTTP/1.1\r\nhost: localhost\r\n\r\n");
+    // Each has the head of an answer of 7 MiB, and leaves the rest; what the daemon keeps for them is 256 MiB.
+    let (mut deaf, mut statuses) = (Vec::new(), Vec::new());
+    for _ in 0..40 {
+        let mut reader = TcpStream::connect(&address).await.expect("a connection");
+        reader.write_all(request.as_bytes()).await.expect("sent");
+        let mut status = [0; 12];
+        reader.read_exact(&mut status).await.expect("an answer");
+        statuses.push(String::from_utf8_lossy(&status).into_owned());
+        deaf.push(reader);
+    }
+    let refused = statuses.iter().filter(|status| *status == "HTTP/1.1 429").count();
+    assert!((1..40).contains(&refused) && statuses[0] == "HTTP/1.1 200", "{statuses:?}");
+    drop(deaf);
+    let whole = until("an answer", BOUND, async || {
+        let response = client().get(daemon.url(EVENTS)).send().await.expect("an answer");
+        (response.status() == StatusCode::OK).then_some(response)
+    })
+    .await;
+    let length = whole.content_length().expect("a length");
+    let body = whole.bytes().await.expect("all of it");
+    assert_eq!(body.len() as u64, length);
+    let page: Value = serde_json::from_slice(&body).expect("JSON");
+    assert_eq!(page["events"].as_array().map(Vec::len), Some(8));
+    daemon.stop().await;
+}
+
+#[tokio::test]
 async fn a_range_is_read_page_by_page_in_both_orders() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;
