@@ -1,9 +1,10 @@
 //! Programs in Python, as those are who work beside the daemon.
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::{install, until};
@@ -11,10 +12,12 @@ use super::{install, until};
 /// How long a program may take to say something.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// A running program, with Python's redis client at hand. It is killed when this is dropped.
+/// A running program, with Python's redis client at hand. It is killed when this is dropped, and what it complained of
+/// shown if the test fails.
 pub(crate) struct Python {
     child: Child,
     lines: Arc<Mutex<Vec<String>>>,
+    complaints: Option<JoinHandle<String>>,
 }
 
 impl Python {
@@ -24,15 +27,23 @@ impl Python {
             command.env("PYTHONPATH", folder);
         }
         command.args(["-c", program]).args(arguments);
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("python runs");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("python runs");
         let (lines, output) = (Arc::<Mutex<Vec<String>>>::default(), child.stdout.take().expect("piped"));
         let written = lines.clone();
-        std::thread::spawn(move || {
+        thread::spawn(move || {
             for line in BufReader::new(output).lines().map_while(Result::ok) {
                 written.lock().expect("unpoisoned").push(line);
             }
         });
-        Self { child, lines }
+        let mut errors = child.stderr.take().expect("piped");
+        let complaints = thread::spawn(move || {
+            let mut text = Vec::new();
+            // What came before a failure is worth showing.
+            drop(errors.read_to_end(&mut text));
+            String::from_utf8_lossy(&text).into_owned()
+        });
+        Self { child, lines, complaints: Some(complaints) }
     }
 
     /// What it has written so far.
@@ -47,10 +58,19 @@ impl Python {
 }
 
 impl Drop for Python {
+    #[expect(clippy::print_stderr, reason = "a failed test shows what its programs complained of")]
     fn drop(&mut self) {
         // It may be dead already.
         drop(self.child.kill());
         drop(self.child.wait());
+        if thread::panicking()
+            && let Some(Ok(complaints)) = self.complaints.take().map(JoinHandle::join)
+        {
+            eprintln!(
+                "--- a program in Python wrote\n{}\n--- and complained\n{complaints}\n---",
+                self.lines().join("\n")
+            );
+        }
     }
 }
 
