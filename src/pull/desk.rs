@@ -91,7 +91,24 @@ pub(super) struct Waiter {
     pub(super) number: u64,
     pub(super) wanted: Wanted,
     pub(super) deadline: Instant,
-    pub(super) answer: oneshot::Sender<Result<Vec<Task>, PullError>>,
+    pub(super) answer: oneshot::Sender<Answer>,
+}
+
+type Answer = Result<Vec<Task>, PullError>;
+
+/// What someone who waits has in hand. What was answered and is not taken out when this is dropped goes to others.
+struct Place<'a> {
+    desk: &'a Desk,
+    answered: oneshot::Receiver<Answer>,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.answered.close();
+        if let Ok(Ok(tasks)) = self.answered.try_recv() {
+            self.desk.take_back(tasks);
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -101,6 +118,8 @@ pub(super) struct State {
     /// Whether the reader has found nothing and waits for what comes.
     pub(super) is_reading: bool,
     pub(super) is_closed: bool,
+    /// What was leased to those who had gone before they saw it.
+    pub(super) unseen: Vec<Receipt>,
     pub(super) ledger: Ledger,
 }
 
@@ -129,7 +148,7 @@ pub struct Desk {
     pub(super) guard: ConsumerName,
     pub(super) max_leases: usize,
     pub(super) state: Mutex<State>,
-    /// Told of those who begin to wait.
+    /// Told of those who begin to wait, and of what is unseen.
     pub(super) changed: Notify,
     /// Told of a lease that ends sooner than all others.
     pub(super) sooner: Notify,
@@ -210,7 +229,8 @@ impl Desk {
         self.meters.pulls.inc();
         let deadline = Instant::now() + wanted.wait;
         let is_waiting = !wanted.wait.is_zero();
-        let (answer, mut answered) = oneshot::channel();
+        let (answer, answered) = oneshot::channel();
+        let mut place = Place { desk: self, answered };
         let number = {
             let mut state = self.lock();
             if state.is_closed {
@@ -230,18 +250,18 @@ impl Desk {
         self.changed.notify_one();
         let _waiting = is_waiting.then(|| Waiting::begin(&self.meters.waiting));
         let first = if is_waiting { deadline } else { deadline + ANSWER_TIME };
-        if let Ok(answer) = tokio::time::timeout_at(first, &mut answered).await {
+        if let Ok(answer) = tokio::time::timeout_at(first, &mut place.answered).await {
             return answer.unwrap_or(Ok(Vec::new()));
         }
         {
             let mut state = self.lock();
-            if let Some(place) = state.waiters.iter().position(|waiter| waiter.number == number) {
-                state.waiters.remove(place);
+            if let Some(turn) = state.waiters.iter().position(|waiter| waiter.number == number) {
+                state.waiters.remove(turn);
                 return Ok(Vec::new());
             }
         }
         // It is being served.
-        let answer = tokio::time::timeout(ANSWER_TIME, answered).await;
+        let answer = tokio::time::timeout(ANSWER_TIME, &mut place.answered).await;
         answer.map_or(Ok(Vec::new()), |answer| answer.unwrap_or(Ok(Vec::new())))
     }
 
@@ -360,6 +380,12 @@ impl Desk {
         if is_next {
             self.sooner.notify_one();
         }
+    }
+
+    /// Has the reader give to others what was leased and never seen.
+    pub(super) fn take_back(&self, tasks: Vec<Task>) {
+        self.lock().unseen.extend(tasks.into_iter().map(|task| task.token.receipt));
+        self.changed.notify_one();
     }
 
     pub(super) fn forget(&self, id: EntryId) {

@@ -1,6 +1,6 @@
 //! How a desk serves: one reader for all who wait, and one clock for all leases.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -86,7 +86,7 @@ impl Desk {
         // What an earlier life of this name had fetched for someone who never got it.
         let mut is_swept = false;
         loop {
-            if !self.has_waiters() {
+            if !self.has_work() {
                 tokio::select! {
                     biased;
                     () = stop.cancelled() => return,
@@ -94,7 +94,7 @@ impl Desk {
                 }
                 continue;
             }
-            let served = if is_swept { self.read(stop).await } else { self.sweep().await };
+            let served = if is_swept { self.turn(stop).await } else { self.sweep().await };
             is_swept = served.is_ok();
             if let Err(error) = served {
                 self.fail(error);
@@ -107,6 +107,11 @@ impl Desk {
                 return;
             }
         }
+    }
+
+    /// Whether anyone waits, or has gone without what was leased to it.
+    fn has_work(&self) -> bool {
+        self.has_waiters() || !self.lock().unseen.is_empty()
     }
 
     /// Whether anyone waits; those who have gone are let go.
@@ -141,14 +146,14 @@ impl Desk {
             let Some(last) = found.last() else { return Ok(()) };
             from = last.id.next();
             let left = found.into_iter().filter(|one| one.idle < self.group.claim_idle);
-            let bodiless = |id| Entry { id, fields: Fields::default() };
-            self.release(&self.reader, left.map(|one| (bodiless(one.id), one.attempts))).await?;
+            self.release(&self.reader, left.map(|one| (one.id, one.attempts))).await?;
         }
     }
 
     /// Makes entries claimable for others at once, as if they had never been delivered.
-    async fn release(&self, cursor: &Cursor, entries: impl Iterator<Item = (Entry, u32)>) -> Result<(), StoreError> {
-        let settlement = |(entry, attempt)| {
+    async fn release(&self, cursor: &Cursor, entries: impl Iterator<Item = (EntryId, u32)>) -> Result<(), StoreError> {
+        let settlement = |(id, attempt)| {
+            let entry = Entry { id, fields: Fields::default() };
             let delivery = Delivery { entry, attempt, delivered_at: std::time::Instant::now() };
             Settlement { delivery, outcome: Outcome::Release }
         };
@@ -160,7 +165,28 @@ impl Desk {
         Ok(())
     }
 
-    /// One turn: what is there, or, where there is nothing, what comes within a while.
+    async fn turn(&self, stop: &CancellationToken) -> Result<(), StoreError> {
+        self.release_unseen().await?;
+        if self.has_waiters() { self.read(stop).await } else { Ok(()) }
+    }
+
+    /// Gives to others what was leased to those who had gone by then. What fails comes back with the end of its lease.
+    async fn release_unseen(&self) -> Result<(), StoreError> {
+        let mut by_consumer: BTreeMap<ConsumerName, Vec<Receipt>> = BTreeMap::new();
+        for receipt in std::mem::take(&mut self.lock().unseen) {
+            by_consumer.entry(receipt.consumer.clone()).or_default().push(receipt);
+        }
+        for (consumer, receipts) in by_consumer {
+            for receipt in &receipts {
+                self.forget(receipt.id);
+            }
+            let cursor = Cursor { consumer, ..self.reader.clone() };
+            self.release(&cursor, receipts.into_iter().map(|receipt| (receipt.id, receipt.attempt))).await?;
+        }
+        Ok(())
+    }
+
+    /// What is there, or, where there is nothing, what comes within a while.
     async fn read(&self, stop: &CancellationToken) -> Result<(), StoreError> {
         let mut found = self.store.fetch(&self.reader, self.wanted(), Duration::ZERO).await?;
         if found.is_empty() {
@@ -171,7 +197,7 @@ impl Desk {
             found = read?;
         }
         if stop.is_cancelled() {
-            return self.release(&self.reader, found.into_iter().map(|one| (one.entry, one.attempt))).await;
+            return self.release(&self.reader, found.into_iter().map(|one| (one.entry.id, one.attempt))).await;
         }
         self.give_out(found).await
     }
@@ -207,7 +233,7 @@ impl Desk {
             let Some((waiter, share)) = self.next_share(&mut left) else { break };
             self.lease(waiter, share).await?;
         }
-        let left = left.into_iter().map(|one| (one.entry, one.attempt));
+        let left = left.into_iter().map(|one| (one.entry.id, one.attempt));
         self.release(&self.reader, left).await
     }
 
@@ -255,15 +281,7 @@ impl Desk {
         match answer.send(Ok(tasks)) {
             Ok(()) => self.meters.delivered.inc_by(given),
             // It has gone meanwhile, and never saw them.
-            Err(tasks) => {
-                let tasks = tasks.unwrap_or_default();
-                for task in &tasks {
-                    self.forget(task.entry.id);
-                }
-                let cursor = Cursor { consumer: wanted.consumer, ..self.reader.clone() };
-                let unseen = tasks.into_iter().map(|task| (task.entry, task.token.receipt.attempt));
-                self.release(&cursor, unseen).await?;
-            }
+            Err(tasks) => self.take_back(tasks.unwrap_or_default()),
         }
         Ok(())
     }

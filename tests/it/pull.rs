@@ -1,5 +1,7 @@
 //! Pulling over HTTP: workers that die, are late, give back, or wait, on every kind of store, with real clients.
 
+mod gone;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
