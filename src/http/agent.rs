@@ -5,7 +5,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -59,6 +59,7 @@ impl Errands for Agents {
             name,
             under_way: FuturesUnordered::new(),
             frames: VecDeque::new(),
+            unsent: VecDeque::new(),
             held: HashMap::new(),
         })
     }
@@ -72,9 +73,14 @@ struct Agent {
     name: ConsumerName,
     under_way: FuturesUnordered<BoxFuture<'static, Step>>,
     frames: VecDeque<String>,
-    /// What was leased on this socket and not settled, with the end of its lease.
-    held: HashMap<Token, (Arc<Desk>, Instant)>,
+    /// What was leased on this socket and has yet to be sent, each with its frame.
+    unsent: VecDeque<(Token, Held, String)>,
+    /// What was sent and not settled.
+    held: HashMap<Token, Held>,
 }
+
+/// The desk of a lease, and the lease's end.
+type Held = (Arc<Desk>, Instant);
 
 #[derive(Debug, Deserialize)]
 struct Request {
@@ -133,6 +139,10 @@ impl Runner for Agent {
             if let Some(frame) = self.frames.pop_front() {
                 return Poll::Ready(frame);
             }
+            if let Some((token, held, frame)) = self.unsent.pop_front() {
+                self.held.insert(token, held);
+                return Poll::Ready(frame);
+            }
             match self.under_way.poll_next_unpin(cx) {
                 Poll::Ready(Some(step)) => self.step(step),
                 Poll::Ready(None) | Poll::Pending => return Poll::Pending,
@@ -141,11 +151,19 @@ impl Runner for Agent {
     }
 
     fn end(self: Box<Self>, is_sent_away: bool) -> BoxFuture<'static, ()> {
-        let Self { mut held, under_way, .. } = *self;
-        drop(under_way);
+        let Self { mut held, unsent, mut under_way, .. } = *self;
         if is_sent_away {
             held.clear();
         }
+        held.extend(unsent.into_iter().map(|(token, held, _)| (token, held)));
+        let mut cx = Context::from_waker(Waker::noop());
+        while let Poll::Ready(Some(step)) = under_way.poll_next_unpin(&mut cx) {
+            if let Step::Tasks(Pulling { desk, .. }, tasks) = step {
+                let until = Instant::now();
+                held.extend(tasks.into_iter().map(|task| (task.token, (Arc::clone(&desk), until + task.lease))));
+            }
+        }
+        drop(under_way);
         Box::pin(async move {
             let mut by_desk: Vec<(Arc<Desk>, Vec<Token>)> = Vec::new();
             for (token, (desk, _)) in held {
@@ -239,11 +257,18 @@ impl Agent {
         }
         let pull = &self.api.inner.pull;
         let desk = texts.iter().find_map(|text| pull.desk_of(&text.parse().ok()?)).cloned();
-        let Some(desk) = desk else { return Err(ApiError::from(&Refused::NotLeased)) };
+        let Some(desk) = desk else {
+            self.frames.push_back(refusal(request.id, &ApiError::from(&Refused::NotLeased), &texts));
+            return Ok(());
+        };
         self.permit(Deed::Consume(desk.stream().as_str()))?;
-        let tokens: Vec<Token> =
-            texts.iter().filter_map(|text| text.parse().ok()).filter(|token| desk.is_of(token)).collect();
-        let strange = texts.len() - tokens.len();
+        let (mut tokens, mut strange) = (Vec::with_capacity(texts.len()), Vec::new());
+        for text in texts {
+            match text.parse::<Token>().ok().filter(|token| desk.is_of(token)) {
+                Some(token) => tokens.push(token),
+                None => strange.push(text),
+            }
+        }
         let lease = request.lease_s.map_or(Ok(desk.max_lease()), |lease| seconds("lease_s", lease))?;
         let delay = request.delay_s.map_or(Ok(Duration::ZERO), |delay| seconds("delay_s", delay))?;
         let delay_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
@@ -260,8 +285,8 @@ impl Agent {
                 Ok(results) => results,
                 Err(error) => return Step::Answer(Some(refusal(id, &ApiError::from(&error), &[]))),
             };
-            let mut worst = (strange > 0).then_some(Refused::NotLeased);
-            let (mut gone, mut extended, mut refused) = (Vec::new(), Vec::new(), Vec::new());
+            let mut worst = (!strange.is_empty()).then_some(Refused::NotLeased);
+            let (mut gone, mut extended, mut refused) = (Vec::new(), Vec::new(), strange);
             for (token, result) in tokens.into_iter().zip(results) {
                 match result {
                     Ok(()) if is_extension => extended.push(token),
@@ -345,8 +370,8 @@ impl Agent {
                 self.held.retain(|_, (_, until)| *until > now);
                 pulling.wanted.max = pulling.wanted.max.saturating_sub(tasks.len());
                 for task in tasks {
-                    self.frames.push_back(frame(pulling.id, &pulling.desk, &task));
-                    self.held.insert(task.token, (Arc::clone(&pulling.desk), now + task.lease));
+                    let frame = frame(pulling.id, &pulling.desk, &task);
+                    self.unsent.push_back((task.token, (Arc::clone(&pulling.desk), now + task.lease), frame));
                 }
                 if pulling.wanted.max > 0 {
                     self.go_on(pulling);

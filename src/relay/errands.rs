@@ -23,6 +23,6 @@ pub trait Runner: Send {
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<String>;
 
     /// The client has gone, or, where it `is_sent_away`, is asked to come again: what it has in hand is given to others,
-    /// or kept for it.
+    /// or kept for it. What it was never sent is given to others in any case.
     fn end(self: Box<Self>, is_sent_away: bool) -> BoxFuture<'static, ()>;
 }

@@ -66,9 +66,11 @@ async fn tasks_are_given_as_they_come_and_settled_on_the_socket() {
     let ok = |id: u64| json!({"t": "ok", "id": id});
     assert_eq!(ask(&mut agent, json!({"op": "extend", "id": 2, "token": first.1, "lease_s": 9.5})).await, ok(2));
     assert_eq!(ask(&mut agent, json!({"op": "done", "id": 3, "token": first.1})).await, ok(3));
-    let again = ask(&mut agent, json!({"op": "done", "id": 4, "token": first.1})).await;
+    let again = ask(&mut agent, json!({"op": "done", "id": 4, "tokens": [first.1, "nonsense"]})).await;
     assert_eq!((&again["t"], &again["code"], &again["retry"]), (&json!("error"), &json!(409), &json!(false)));
-    assert_eq!(again["tokens"], json!([first.1]));
+    assert_eq!(again["tokens"], json!(["nonsense", first.1]));
+    let nothing = ask(&mut agent, json!({"op": "done", "id": 4, "token": "nonsense"})).await;
+    assert_eq!((&nothing["code"], &nothing["tokens"]), (&json!(409), &json!(["nonsense"])));
     assert_eq!(ask(&mut agent, json!({"op": "nack", "id": 5, "token": second.1, "reason": "busy"})).await, ok(5));
     let back = task(&mut agent).await;
     assert_eq!((back.0.as_str(), back.2), ("t1", 2), "the third of the three that were asked for");
@@ -117,6 +119,36 @@ async fn an_agent_that_is_sent_away_by_a_restart_goes_on_with_what_it_has() {
     let mut agent = open(&daemon).await;
     assert_eq!(ask(&mut agent, json!({"op": "done", "id": 7, "token": token})).await, json!({"t": "ok", "id": 7}));
     daemon.handled(TASKS, "agents").await;
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_never_sent_to_an_agent_that_is_sent_away_goes_to_others_at_once() {
+    let home = home("");
+    let file = home.path("aurora-bus.toml");
+    let config = std::fs::read_to_string(&file).expect("the configuration");
+    std::fs::write(&file, config.replace("\"10s\"", "\"10m\"")).expect("a writable folder");
+    let daemon = home.start().await;
+    // Far more than the buffers between have room for: the agent does not read.
+    let pad = "x".repeat(1_000_000);
+    for n in 0..20 {
+        let task = json!({"task_id": format!("t{n}"), "pad": pad}).to_string();
+        daemon.publish(TASKS, &[task]).await.expect("accepted");
+    }
+    let mut agent = open(&daemon).await;
+    for _ in 0..8 {
+        say(&mut agent, json!({"op": "pull", "stream": TASKS, "n": 4})).await;
+    }
+    let given = "aurora_bus_pull_deliveries_total";
+    until("leases", BOUND, async || (daemon.metric(given).await == 20).then_some(())).await;
+    daemon.signal("TERM");
+    assert_eq!(daemon.ended().await.status.code(), Some(0));
+    let daemon = home.start().await;
+    let mut other = open(&daemon).await;
+    say(&mut other, json!({"op": "pull", "stream": TASKS, "n": 20})).await;
+    for _ in 0..10 {
+        assert_eq!(task(&mut other).await.2, 2);
+    }
     daemon.stop().await;
 }
 
