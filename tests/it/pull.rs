@@ -531,3 +531,29 @@ async fn the_example_in_python_works_gives_back_and_gives_up() {
     drop(worker);
     daemon.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_example_in_python_settles_what_it_did_while_the_daemon_was_away() {
+    let mut home = shipped();
+    let daemon = home.start().await;
+    let base = daemon.url("");
+    home.set_env("AURORA_BUS__HTTP__LISTEN", base.strip_prefix("http://").expect("a URL"));
+    let is_working = home.path("is-working");
+    std::fs::write(&is_working, "").expect("a writable folder");
+    let told = "print(\"handles\", task[\"task_id\"], flush=True)\n";
+    let example = example("python").replace(
+        told,
+        &format!("{told}    while os.path.exists({is_working:?}): time.sleep(0.05)\n    print(\"done\", flush=True)\n"),
+    );
+    let worker = Python::start(&format!("import os\nos.environ[\"BUS\"] = {base:?}\n{example}"), &["agent-1"]);
+    publish(&daemon, 1).await;
+    worker.says("handles t0").await;
+    daemon.stop().await;
+    std::fs::remove_file(&is_working).expect("a writable folder");
+    worker.says("done").await;
+    let daemon = home.start().await;
+    daemon.handled(STREAM, "aurora-agents").await;
+    assert_eq!(worker.lines(), ["handles t0", "done"], "once");
+    drop(worker);
+    daemon.stop().await;
+}
