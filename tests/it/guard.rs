@@ -34,7 +34,8 @@ impl Guarded {
     async fn new(store: Arc<dyn Store>, max_deliveries: u32) -> Self {
         let stream = unique_stream();
         let mut config = GroupConfig::new("agents".parse().expect("a valid name"));
-        config.claim_idle = Duration::from_secs(1);
+        // Long enough for a worker that has to wait for its turn on a busy machine.
+        config.claim_idle = Duration::from_secs(2);
         config.max_deliveries = max_deliveries;
         config.reap_after = Duration::from_secs(1);
         assert_eq!(config.validate(), []);
@@ -110,7 +111,7 @@ while True:
             if mode == "hang":
                 time.sleep(3600)
             if mode == "slow":
-                for _ in range(14):
+                for _ in range(20):
                     time.sleep(0.25)
                     r.xclaim(stream, group, name, 0, [id], justid=True)
             r.xack(stream, group, id)
