@@ -139,7 +139,7 @@ pub(super) async fn acknowledge(
     let AckBody { tokens } = json(&api, request).await?;
     let shown = Shown::read(desk, tokens)?;
     let results = desk.acknowledge(&shown.good).await;
-    Ok(shown.answer(results, None))
+    shown.answer(results, None)
 }
 
 /// `POST …/nack`: the entries are given back, for others to have after a time, or for good.
@@ -153,7 +153,7 @@ pub(super) async fn give_back(
     let how = back(desk, delay_ms, reason, permanent)?;
     let shown = Shown::read(desk, tokens)?;
     let results = desk.give_back(&shown.good, &how).await;
-    Ok(shown.answer(results, None))
+    shown.answer(results, None)
 }
 
 /// `POST …/extend`: the entries are leased for longer.
@@ -167,7 +167,7 @@ pub(super) async fn extend(
     let lease = lease_ms.map_or(desk.max_lease(), Duration::from_millis);
     let shown = Shown::read(desk, tokens)?;
     let results = desk.extend(&shown.good, lease).await.map_err(|error| ApiError::from(&error))?;
-    Ok(shown.answer(results, Some(&expires(lease))))
+    shown.answer(results, Some(&expires(lease)))
 }
 
 /// How something is to be given back, within bounds.
@@ -248,8 +248,15 @@ impl Shown {
         Ok(Self { texts, places, good })
     }
 
-    /// A result for each token, in order; 200 where all are good, else 207.
-    fn answer(self, results: Vec<Result<(), Refused>>, expires: Option<&str>) -> Response {
+    /// A result for each token, in order; 200 where all are good, else 207. Where the store has failed for all of them, so
+    /// has the request: whoever looks at its status alone must not take them for settled.
+    fn answer(self, results: Vec<Result<(), Refused>>, expires: Option<&str>) -> Result<Response, ApiError> {
+        let has_failed = |result: &Result<(), Refused>| matches!(result, Err(Refused::Store(_)));
+        if let Some(Err(failure)) = results.first()
+            && results.iter().all(has_failed)
+        {
+            return Err(ApiError::from(failure));
+        }
         let foreign = || Err(ApiError::from(&Refused::NotLeased));
         let mut all: Vec<Result<(), ApiError>> = self.texts.iter().map(|_| foreign()).collect();
         for (place, result) in self.places.into_iter().zip(results) {
@@ -264,7 +271,7 @@ impl Shown {
         };
         let results = self.texts.into_iter().zip(all).map(item).collect();
         let status = if are_all_good { StatusCode::OK } else { StatusCode::MULTI_STATUS };
-        (status, Json(ResultsView { results })).into_response()
+        Ok((status, Json(ResultsView { results })).into_response())
     }
 }
 

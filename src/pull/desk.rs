@@ -14,7 +14,7 @@ use super::ledger::Ledger;
 use super::{Config, MIN_LEASE, PullGroup, Token};
 use crate::event::{ConsumerName, DeadLetter, DeadLetterReason, Delivery, Entry, EntryId, GroupName, StreamName};
 use crate::metrics::Metrics;
-use crate::store::{Cursor, Order, Outcome, Range, Receipt, Redemption, Settlement, Store, StoreError};
+use crate::store::{Cursor, Order, Outcome, Range, Receipt, Redemption, Settlement, Store, StoreError, StoreErrorKind};
 
 /// How long a pull waits for an answer that is being made for it.
 const ANSWER_TIME: Duration = Duration::from_secs(15);
@@ -327,7 +327,12 @@ impl Desk {
     }
 
     async fn redeem(&self, items: Vec<(Receipt, Redemption)>) -> Vec<Result<(), Refused>> {
-        match self.store.redeem(&self.reader, &items).await {
+        let redeemed = match self.store.redeem(&self.reader, &items).await {
+            // All leases have gone with the group.
+            Err(error) if error.kind() == StoreErrorKind::NoGroup => Ok(vec![false; items.len()]),
+            redeemed => redeemed,
+        };
+        match redeemed {
             Ok(good) => {
                 let refused = good.iter().filter(|is_good| !**is_good).count() as u64;
                 self.meters.refused.inc_by(refused);

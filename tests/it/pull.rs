@@ -423,6 +423,25 @@ cases!(
     limits_are_told_with_their_names,
 );
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_store_is_not_there_to_settle_is_asked_for_again() {
+    let mut site = Site { server: Some(RedisServer::durable().await) };
+    let home = site.patient("10m");
+    let daemon = home.start().await;
+    publish(&daemon, 2).await;
+    let (task, other) = (pull_one(&daemon, "agent-1", 600_000).await, pull_one(&daemon, "agent-1", 600_000).await);
+    let server = site.server.as_mut().expect("a server");
+    server.crash();
+    let (status, problem) = post(&daemon, "ack", &json!({"tokens": [task["token"], "nonsense"]})).await;
+    assert_eq!((status, &problem["code"]), (StatusCode::SERVICE_UNAVAILABLE, &json!("store_unavailable")));
+    server.restart().await;
+    daemon.ready(StatusCode::OK).await;
+    assert_eq!(ack(&daemon, &task).await, 200);
+    assert_eq!(server.cli(&["XGROUP", "DESTROY", STREAM, "agents"]), "1");
+    assert_eq!(ack(&daemon, &other).await, 409, "all leases have gone with the group");
+    daemon.stop().await;
+}
+
 /// A worker that reads the group straight from Redis.
 const REDIS_WORKER: &str = r#"
 import json, sys, redis
