@@ -16,7 +16,7 @@ use self::groups::{Groups, Means};
 use crate::bus::{Bus, Catalogue, Terms};
 use crate::config::{Backend, Config, InvalidConfig, Problem, StreamConfig};
 use crate::dead_letters::{DeadLetters, Keeper, Source};
-use crate::delivery::{FamilySpec, Janitor, Sampler, StreamSpec};
+use crate::delivery::{FamilySpec, Janitor, Quarantine, Sampler, StreamSpec};
 use crate::http::{self, Access, Api, Tls, Unusable, Validity};
 use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
@@ -112,8 +112,15 @@ impl App {
         );
         let keeper = (dead_letters.keeper(), readiness.part("dead letters", None));
 
-        let means =
-            Means { store: &store, sinks: &sinks, families: &families, metrics: &metrics, readiness: &readiness };
+        let quarantine = Quarantine::default();
+        let means = Means {
+            store: &store,
+            sinks: &sinks,
+            families: &families,
+            quarantine: &quarantine,
+            metrics: &metrics,
+            readiness: &readiness,
+        };
         let groups = Groups::build(&config, family_specs, means)?;
         let family_parts = families.parts(&readiness);
         let store_part = readiness.part("store", Some(STALE_AFTER));

@@ -48,6 +48,7 @@ pub use retention::{Janitor, Retention, StreamSpec, WhenFull};
 pub use rounds::FamilySpec;
 pub use sampler::Sampler;
 
+pub use self::pump::Quarantine;
 use self::pump::{End, Pump};
 use self::tenure::{Applicant, Lost};
 use crate::event::{ConsumerName, StreamName};
@@ -91,6 +92,7 @@ pub struct Worker {
     sink: Arc<dyn Sink>,
     group: GroupSpec,
     consumer: ConsumerName,
+    quarantine: Quarantine,
     metrics: Metrics,
     readiness: Part,
     grace: Duration,
@@ -103,17 +105,19 @@ impl Worker {
     /// A worker that is not running yet.
     ///
     /// `consumer` is its name in the group, the same after each restart: what is pending on it is taken for left over
-    /// by an earlier life. Where another worker is found alive under that name, this one takes another. `readiness` hears of it whenever a fetch
-    /// succeeded, about every second.
+    /// by an earlier life. Where another worker is found alive under that name, this one takes another. All workers of a
+    /// process share one `quarantine`. `readiness` hears of it whenever a fetch succeeded, about every second.
     pub fn new(
         store: Arc<dyn Store>,
         sink: Arc<dyn Sink>,
         group: GroupSpec,
         consumer: ConsumerName,
+        quarantine: Quarantine,
         metrics: Metrics,
         readiness: Part,
     ) -> Self {
-        Self { store, sink, group, consumer, metrics, readiness, grace: GRACE, name_ttl: NAME_TTL, family: None }
+        let (grace, name_ttl) = (GRACE, NAME_TTL);
+        Self { store, sink, group, consumer, quarantine, metrics, readiness, grace, name_ttl, family: None }
     }
 
     /// The same with another time to finish in after being told to stop, instead of 20 s.

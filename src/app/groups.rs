@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{STALE_AFTER, named};
 use crate::config::{Config, StreamConfig};
-use crate::delivery::{Crew, FamilySpec, GroupConfig, GroupSpec, Guard, Reaper, Worker};
+use crate::delivery::{Crew, FamilySpec, GroupConfig, GroupSpec, Guard, Quarantine, Reaper, Worker};
 use crate::event::{ConsumerName, StreamName};
 use crate::metrics::Metrics;
 use crate::pull::{Pull, PullGroup};
@@ -35,6 +35,7 @@ pub(super) struct Means<'a> {
     pub(super) store: &'a Arc<dyn Store>,
     pub(super) sinks: &'a BTreeMap<String, Arc<dyn Sink>>,
     pub(super) families: &'a Families,
+    pub(super) quarantine: &'a Quarantine,
     pub(super) metrics: &'a Metrics,
     pub(super) readiness: &'a Readiness,
 }
@@ -102,7 +103,8 @@ impl Means<'_> {
         let name = if spec.config.workers == 1 { full_name } else { format!("{full_name} {index}") };
         let part = self.part(&format!("worker {name}"));
         let sink = self.sink(&spec.config)?;
-        Ok(Worker::new(Arc::clone(self.store), sink, spec.clone(), consumer, self.metrics.clone(), part))
+        let (store, quarantine, metrics) = (Arc::clone(self.store), self.quarantine.clone(), self.metrics.clone());
+        Ok(Worker::new(store, sink, spec.clone(), consumer, quarantine, metrics, part))
     }
 
     fn crew(&self, stream: &StreamConfig, group: &GroupConfig, own: Vec<ConsumerName>) -> anyhow::Result<Crew> {
@@ -114,6 +116,7 @@ impl Means<'_> {
             stream.dead_letter(),
             group.clone(),
             own,
+            self.quarantine.clone(),
             self.metrics.clone(),
             self.part(&format!("workers {}", full_name(stream, group))),
         ))

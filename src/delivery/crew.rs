@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::patience::Trouble;
-use super::{GroupConfig, GroupSpec, Worker};
+use super::{GroupConfig, GroupSpec, Quarantine, Worker};
 use crate::event::{ConsumerName, EntryId, StreamName, StreamPattern};
 use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
@@ -49,6 +49,7 @@ pub struct Crew {
     dead_letter: StreamPattern,
     config: GroupConfig,
     consumers: Vec<ConsumerName>,
+    quarantine: Quarantine,
     metrics: Metrics,
     part: Part,
     standings: HashMap<StreamName, Standing>,
@@ -114,6 +115,7 @@ impl Crew {
         dead_letter: StreamPattern,
         config: GroupConfig,
         consumers: Vec<ConsumerName>,
+        quarantine: Quarantine,
         metrics: Metrics,
         part: Part,
     ) -> Self {
@@ -124,6 +126,7 @@ impl Crew {
             dead_letter,
             config,
             consumers,
+            quarantine,
             metrics,
             part,
             standings: HashMap::new(),
@@ -250,7 +253,8 @@ impl Crew {
         for consumer in &self.consumers {
             let part = readiness.part(consumer.as_str(), Some(STALE_AFTER));
             let (store, sink) = (Arc::clone(&self.store), Arc::clone(&self.sink));
-            let worker = Worker::new(store, sink, spec.clone(), consumer.clone(), self.metrics.clone(), part);
+            let (quarantine, metrics) = (self.quarantine.clone(), self.metrics.clone());
+            let worker = Worker::new(store, sink, spec.clone(), consumer.clone(), quarantine, metrics, part);
             let worker = worker.of_family(self.roster.family().name(), LEAVE_AFTER, Arc::clone(&self.is_crowded));
             workers.spawn(worker.run(stop.clone()));
         }

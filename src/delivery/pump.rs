@@ -17,6 +17,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+pub use self::care::Quarantine;
 use self::care::Suspects;
 use self::outage::Outage;
 use self::steps::Done;
@@ -249,7 +250,7 @@ impl Pump {
             dead_letter_trouble: Trouble::default(),
             failure_trouble: Trouble::default(),
             step_trouble: Trouble::default(),
-            suspects: Suspects::new(config, now),
+            suspects: Suspects::new(config, worker.quarantine.clone(), now),
             retries: Retries::new(remembered),
             claiming: Vec::new(),
             claim_not_before: now,
@@ -304,8 +305,13 @@ impl Pump {
     }
 
     fn may_take_in(&self) -> bool {
-        let is_sweep = matches!(self.intake, Intake::Sweep(_));
-        !(self.intake_under_way || is_sweep && self.is_searching)
+        let has_to_wait = match self.intake {
+            Intake::Ensure => false,
+            Intake::Sweep(_) => self.is_searching,
+            // An outage is a time for one entry after the other anyway.
+            Intake::Read => self.suspects.awaits_turn() && !self.breaker.is_open(),
+        };
+        !(self.intake_under_way || has_to_wait)
     }
 
     /// Whether anything may be taken in hand now.
@@ -434,8 +440,8 @@ impl Pump {
         } else {
             let is_reading = self.fetch_began.is_some_and(|began| began.elapsed() < FETCH_STUCK);
             let is_busy = !self.intake_under_way && !self.running.is_empty();
-            let waits_for_retries = self.ready.held() > 0;
-            if has_progressed || is_reading || is_busy || waits_for_retries {
+            let waits = self.ready.held() > 0 || self.suspects.awaits_turn();
+            if has_progressed || is_reading || is_busy || waits {
                 match &self.note {
                     Some(note) => self.part.ready_but(note.clone()),
                     None => self.part.ready(),

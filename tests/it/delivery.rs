@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use aurora_bus::delivery::{GroupConfig, GroupSpec, Retention, RetryPolicy, Sampler, StreamSpec, Worker};
+use aurora_bus::delivery::{GroupConfig, GroupSpec, Quarantine, Retention, RetryPolicy, Sampler, StreamSpec, Worker};
 use aurora_bus::event::{
     DeadLetter, DeadLetterReason, Delivery, Entry, EntryId, Fields, NewEntry, Severity, StreamName, field,
 };
@@ -135,6 +135,7 @@ struct Bus {
     store: Arc<dyn Store>,
     stream: StreamName,
     dead_letters: StreamName,
+    quarantine: Quarantine,
     metrics: Metrics,
     readiness: Readiness,
     workers: JoinSet<()>,
@@ -154,6 +155,7 @@ impl Bus {
             store,
             dead_letters: stream.default_dead_letter(),
             stream,
+            quarantine: Quarantine::default(),
             metrics: Metrics::new(),
             readiness: Readiness::default(),
             workers: JoinSet::new(),
@@ -183,7 +185,8 @@ impl Bus {
         let group = GroupSpec { stream: self.stream.clone(), dead_letter: self.dead_letters.clone(), config };
         let part = self.readiness.part("worker", None);
         let consumer = consumer.parse().expect("a valid name");
-        let worker = Worker::new(self.store.clone(), sink, group, consumer, self.metrics.clone(), part);
+        let (store, quarantine, metrics) = (self.store.clone(), self.quarantine.clone(), self.metrics.clone());
+        let worker = Worker::new(store, sink, group, consumer, quarantine, metrics, part);
         let worker = worker.with_grace(Duration::from_millis(200)).with_name_lease(self.name_lease);
         let stop = CancellationToken::new();
         let crash = self.workers.spawn(worker.run(stop.clone()));

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use aurora_bus::delivery::{GroupConfig, GroupSpec, RetryPolicy, Worker};
+use aurora_bus::delivery::{GroupConfig, GroupSpec, Quarantine, RetryPolicy, Worker};
 use aurora_bus::event::{DeadLetter, DeadLetterReason, Delivery, EntryId, StreamName};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
@@ -143,6 +143,7 @@ struct History {
     store: Arc<dyn Store>,
     stream: StreamName,
     sink: Arc<Fickle>,
+    quarantine: Quarantine,
     metrics: Metrics,
     published: u64,
     removed: BTreeSet<EntryId>,
@@ -159,6 +160,7 @@ impl History {
             store,
             stream,
             sink: Arc::default(),
+            quarantine: Quarantine::default(),
             metrics: Metrics::new(),
             published: 0,
             removed: BTreeSet::new(),
@@ -231,7 +233,8 @@ impl History {
         let spec = GroupSpec { stream: self.stream.clone(), dead_letter, config };
         let part = Readiness::default().part("worker", None);
         let consumer = CONSUMERS[place].parse().expect("a valid name");
-        let worker = Worker::new(self.store.clone(), self.sink.clone(), spec, consumer, self.metrics.clone(), part);
+        let (store, sink, metrics) = (self.store.clone(), self.sink.clone(), self.metrics.clone());
+        let worker = Worker::new(store, sink, spec, consumer, self.quarantine.clone(), metrics, part);
         let worker = worker.with_grace(Duration::from_millis(50));
         let stop = CancellationToken::new();
         let crash = self.workers.spawn(worker.run(stop.clone()));

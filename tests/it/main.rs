@@ -23,6 +23,7 @@ mod keyed;
 mod ledger;
 mod postgres;
 mod pull;
+mod quarantine;
 mod redis_durability;
 mod redis_faults;
 mod redis_sentinel;

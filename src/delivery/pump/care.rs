@@ -5,8 +5,10 @@
 //! at a time, whichever worker it is. So only the entry that kills is ever delivered as often as is allowed.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
 
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 use super::Pump;
@@ -18,8 +20,32 @@ use crate::store::Care;
 /// The most in hand with an entry that was delivered once, and twice.
 const MOST: [usize; 2] = [100, 10];
 
-/// The one entry of the process that must be alone. What kills a process kills it for all workers.
-static ALONE: Semaphore = Semaphore::const_new(1);
+/// How long an entry that must be alone is the only one. What kills a process mostly does so at once.
+const TURN: Duration = Duration::from_secs(5);
+
+/// Whose turn it is to have an entry in hand that must be alone. All workers of a process share one, for what kills a
+/// process kills it for all of them.
+///
+/// A turn is for one entry. It ends when the sink has dealt with that, or after 5 s: a sink that is slow must not hold
+/// up what the workers of other groups have to recover.
+#[derive(Debug, Clone)]
+pub struct Quarantine {
+    place: Arc<Semaphore>,
+    turn: Duration,
+}
+
+impl Default for Quarantine {
+    fn default() -> Self {
+        Self::with_turns_of(TURN)
+    }
+}
+
+impl Quarantine {
+    /// One whose turns last so long at most, instead of 5 s.
+    pub fn with_turns_of(turn: Duration) -> Self {
+        Self { place: Arc::new(Semaphore::new(1)), turn }
+    }
+}
 
 /// Entries in hand that others must be kept away from.
 #[derive(Debug)]
@@ -29,13 +55,16 @@ pub(super) struct Suspects {
     in_hand: HashMap<EntryId, usize>,
     /// The most in hand until an entry can be taken that waits for it.
     awaited: Option<usize>,
-    alone: Option<SemaphorePermit<'static>>,
-    /// When this worker may have the next one that must be alone: other workers may have some as well.
-    alone_not_before: Instant,
+    quarantine: Quarantine,
+    turn: Option<OwnedSemaphorePermit>,
+    /// When the turn is over for the entry that was taken.
+    turn_ends_at: Instant,
+    /// When this worker may have its next turn: other workers may wait for one as well.
+    turn_not_before: Instant,
 }
 
 impl Suspects {
-    pub(super) fn new(config: &GroupConfig, now: Instant) -> Self {
+    pub(super) fn new(config: &GroupConfig, quarantine: Quarantine, now: Instant) -> Self {
         // An entry must not fail for the first time with all its attempts used up.
         let alone_from = config.retry.max_attempts.min(config.max_deliveries).saturating_sub(1).clamp(1, 3);
         let most = [1, 2, 3].map(|attempts: u32| match attempts {
@@ -43,7 +72,15 @@ impl Suspects {
             2 if attempts < alone_from => MOST[1],
             _ => 1,
         });
-        Self { most, in_hand: HashMap::new(), awaited: None, alone: None, alone_not_before: now }
+        Self {
+            most,
+            in_hand: HashMap::new(),
+            awaited: None,
+            quarantine,
+            turn: None,
+            turn_ends_at: now,
+            turn_not_before: now,
+        }
     }
 
     /// The most that may be in hand now.
@@ -51,9 +88,15 @@ impl Suspects {
         self.in_hand.values().copied().chain(self.awaited).min().unwrap_or(usize::MAX)
     }
 
+    /// Whether an entry waits for all others to be gone, and for this worker's turn.
+    pub(super) fn awaits_turn(&self) -> bool {
+        self.awaited == Some(1)
+    }
+
     /// These were taken, which were delivered before.
     pub(super) fn taken(&mut self, deliveries: &[Delivery]) {
         let care = Care { in_hand: 0, most: self.most };
+        self.turn_ends_at = Instant::now() + self.quarantine.turn;
         for delivery in deliveries {
             let most = care.most(delivery.attempt.saturating_sub(1));
             if most < usize::MAX {
@@ -62,19 +105,11 @@ impl Suspects {
         }
     }
 
-    /// An entry can't be taken because of what is in hand: room is made for it.
-    fn await_room(&mut self, attempts: u32) {
-        let most = Care { in_hand: 0, most: self.most }.most(attempts);
-        if most > 1 || self.may_be_alone() {
-            self.awaited = Some(most);
+    fn has_turn(&mut self, now: Instant) -> bool {
+        if self.turn.is_none() && now >= self.turn_not_before {
+            self.turn = Arc::clone(&self.quarantine.place).try_acquire_owned().ok();
         }
-    }
-
-    fn may_be_alone(&mut self) -> bool {
-        if self.alone.is_none() && Instant::now() >= self.alone_not_before {
-            self.alone = ALONE.try_acquire().ok();
-        }
-        self.alone.is_some()
+        self.turn.is_some()
     }
 }
 
@@ -88,19 +123,19 @@ impl Pump {
             let at_risk: HashSet<EntryId> = ready.chain(running).collect();
             suspects.in_hand.retain(|id, _| at_risk.contains(id));
         }
-        let is_needed = self.is_searching || self.intake_under_way || suspects.awaited.is_some();
-        let has_one = suspects.in_hand.values().any(|most| *most == 1);
+        let is_taking = self.is_searching || self.intake_under_way;
+        let has_one = suspects.in_hand.values().any(|most| *most == 1) && now < suspects.turn_ends_at;
         // A sink that is down may stay so for long, and is tried with one entry at a time.
-        if suspects.alone.is_some() && (self.breaker.is_open() || !(is_needed || has_one)) {
-            suspects.alone = None;
-            suspects.alone_not_before = now + SUSPECT_PAUSE * 2;
+        if suspects.turn.is_some() && (self.breaker.is_open() || !(is_taking || has_one)) {
+            suspects.turn = None;
+            suspects.turn_not_before = now + SUSPECT_PAUSE * 2;
         }
     }
 
     /// What may be taken over beside what is in hand.
     pub(super) fn care(&self) -> Care {
         let mut most = self.suspects.most;
-        if self.suspects.alone.is_none() {
+        if self.suspects.turn.is_none() {
             for most in most.iter_mut().filter(|most| **most == 1) {
                 *most = 0;
             }
@@ -113,18 +148,21 @@ impl Pump {
         self.in_hand() - self.dead_letters.len() + self.expected
     }
 
+    /// Whether an entry may be taken that must be alone. A turn is not spent on waiting for others to end.
+    pub(super) fn may_be_alone(&mut self, now: Instant) -> bool {
+        self.at_risk() == 0 && self.suspects.has_turn(now)
+    }
+
     /// The search came to an entry that has to wait, delivered so often, or to none.
     pub(super) fn held_back(&mut self, attempts: Option<u32>) {
-        self.suspects.awaited = None;
-        if let Some(attempts) = attempts {
-            self.suspects.await_room(attempts);
-        }
+        let care = Care { in_hand: 0, most: self.suspects.most };
+        self.suspects.awaited = attempts.map(|attempts| care.most(attempts));
     }
 
     /// How many of these, by how often they were delivered, may be taken over now.
     pub(super) fn fitting(&mut self, attempts: impl Iterator<Item = u32> + Clone) -> usize {
         if attempts.clone().next().is_some_and(|first| self.care().most(first) == 0) {
-            self.suspects.may_be_alone();
+            self.may_be_alone(Instant::now());
         }
         self.care().fitting(attempts)
     }
@@ -141,7 +179,7 @@ mod tests {
             config.retry.max_attempts = max_attempts;
             config.max_deliveries = max_deliveries;
             let now = Instant::now();
-            Suspects::new(&config, now).most
+            Suspects::new(&config, Quarantine::default(), now).most
         };
         assert_eq!(most(5, 15), [100, 10, 1]);
         assert_eq!(most(3, 15), [100, 1, 1]);

@@ -394,6 +394,10 @@ impl Pump {
         if !is_due || limit == 0 {
             return;
         }
+        if self.suspects.awaits_turn() && !self.may_be_alone(now) {
+            self.search_at = now + SUSPECT_PAUSE;
+            return;
+        }
         self.is_searching = true;
         self.expected += limit;
         let care = Care { in_hand: self.at_risk() - limit, ..self.care() };

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use aurora_bus::delivery::{GroupConfig, GroupSpec, Worker};
+use aurora_bus::delivery::{GroupConfig, GroupSpec, Quarantine, Worker};
 use aurora_bus::event::{Delivery, EntryId};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
@@ -128,7 +128,8 @@ async fn a_clock_that_steps_takes_nothing_out_of_hands_and_keeps_the_order() {
         let spec = GroupSpec { stream: account.stream.clone(), dead_letter: account.dead_letter.clone(), config };
         let part = Readiness::default().part(consumer, None);
         let consumer = consumer.parse().expect("a valid name");
-        let worker = Worker::new(store.clone(), sink.clone(), spec, consumer, metrics.clone(), part);
+        let (quarantine, metrics) = (Quarantine::default(), metrics.clone());
+        let worker = Worker::new(store.clone(), sink.clone(), spec, consumer, quarantine, metrics, part);
         workers.spawn(worker.run(CancellationToken::new()));
     }
     // Backwards: entries in hand seem just delivered. Forwards: they seem to be idle for hours.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use aurora_bus::delivery::{GroupConfig, GroupSpec, Worker};
+use aurora_bus::delivery::{GroupConfig, GroupSpec, Quarantine, Worker};
 use aurora_bus::event::{DeadLetter, DeadLetterReason, Delivery, EntryId};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
@@ -132,7 +132,8 @@ async fn survives_a_deadly_entry(open: impl AsyncFn() -> Arc<dyn Store>) {
         let spec = GroupSpec { stream: account.stream.clone(), dead_letter: account.dead_letter.clone(), config };
         let part = Readiness::default().part("worker", None);
         let consumer = "soc-a-0".parse().expect("a valid name");
-        let worker = Worker::new(store.clone(), sink.clone(), spec, consumer, metrics.clone(), part);
+        let (quarantine, metrics) = (Quarantine::default(), metrics.clone());
+        let worker = Worker::new(store.clone(), sink.clone(), spec, consumer, quarantine, metrics, part);
         let mut running = JoinSet::new();
         running.spawn(worker.run(CancellationToken::new()));
         let letters = until("a death or the end", BOUND, async || {

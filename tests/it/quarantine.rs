@@ -1,0 +1,177 @@
+//! Entries that must be alone: over all workers of a process one at a time is in hand, and none of them keeps the others
+//! waiting for long.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use aurora_bus::delivery::{GroupConfig, GroupSpec, Quarantine, Worker};
+use aurora_bus::event::{Delivery, EntryId};
+use aurora_bus::metrics::Metrics;
+use aurora_bus::readiness::Readiness;
+use aurora_bus::sink::{Origin, Sink, SinkError};
+use aurora_bus::store::{Cursor, Start, Store};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::store_contract::{cursor, new_entry, unique_stream};
+use crate::store_redeliver::open_embedded;
+use crate::support::until;
+
+const BOUND: Duration = Duration::from_secs(20);
+/// Longer than any test waits.
+const LONG: Duration = Duration::from_hours(1);
+
+/// How many calls of sinks there are at a time.
+#[derive(Debug, Default)]
+struct Company {
+    now: AtomicUsize,
+    most: AtomicUsize,
+}
+
+/// Takes its time with each entry, or none of them before it is let go.
+#[derive(Debug)]
+struct SlowSink {
+    takes: Duration,
+    let_go: watch::Sender<bool>,
+    company: Arc<Company>,
+    begun: AtomicUsize,
+    taken: AtomicUsize,
+}
+
+impl SlowSink {
+    fn new(takes: Duration, is_let_go: bool, company: &Arc<Company>) -> Arc<Self> {
+        Arc::new(Self {
+            takes,
+            let_go: watch::Sender::new(is_let_go),
+            company: Arc::clone(company),
+            begun: AtomicUsize::new(0),
+            taken: AtomicUsize::new(0),
+        })
+    }
+
+    async fn has_begun(&self, calls: usize) {
+        until("calls of the sink", BOUND, async || (self.begun.load(Ordering::SeqCst) >= calls).then_some(())).await;
+    }
+
+    async fn has_taken(&self, entries: usize) {
+        until("entries taken", BOUND, async || (self.taken.load(Ordering::SeqCst) >= entries).then_some(())).await;
+    }
+}
+
+#[async_trait]
+impl Sink for SlowSink {
+    async fn check(&self) -> Result<(), SinkError> {
+        Ok(())
+    }
+
+    async fn deliver(&self, _: &Origin, batch: &[Delivery]) -> Result<(), SinkError> {
+        self.begun.fetch_add(1, Ordering::SeqCst);
+        let now = self.company.now.fetch_add(1, Ordering::SeqCst) + 1;
+        self.company.most.fetch_max(now, Ordering::SeqCst);
+        self.let_go.subscribe().wait_for(|is_let_go| *is_let_go).await.expect("the sink is there");
+        tokio::time::sleep(self.takes).await;
+        self.company.now.fetch_sub(1, Ordering::SeqCst);
+        self.taken.fetch_add(batch.len(), Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+/// A stream of entries that are pending on `consumer` and were delivered so often that each must be alone.
+async fn suspicious(store: &dyn Store, consumer: &str, count: usize) -> Cursor {
+    let cursor = cursor(&unique_stream(), "siem", consumer);
+    store.ensure_group(&cursor.stream, &cursor.group, Start::Oldest).await.expect("a group");
+    append(store, &cursor, count).await;
+    let fetched = store.fetch(&cursor, count, Duration::ZERO).await.expect("fetched");
+    let ids: Vec<EntryId> = fetched.iter().map(|delivery| delivery.entry.id).collect();
+    for _ in 0..2 {
+        let claimed = store.claim(&cursor, &ids, Duration::ZERO).await.expect("claimed");
+        assert_eq!(claimed.deliveries.len(), count);
+    }
+    cursor
+}
+
+async fn append(store: &dyn Store, cursor: &Cursor, count: usize) {
+    let entries = (0..count).map(|_| new_entry("x")).collect();
+    store.append(&cursor.stream, entries).await.expect("appended");
+}
+
+/// The workers of one process.
+struct Process {
+    store: Arc<dyn Store>,
+    quarantine: Quarantine,
+    workers: JoinSet<()>,
+}
+
+impl Process {
+    fn new(store: &Arc<dyn Store>, quarantine: Quarantine) -> Self {
+        Self { store: Arc::clone(store), quarantine, workers: JoinSet::new() }
+    }
+
+    fn start(&mut self, cursor: &Cursor, claim_idle: Duration, sink: &Arc<SlowSink>) {
+        let mut config = GroupConfig::new(cursor.group.clone());
+        config.sink = Some("slow".to_owned());
+        config.handler_timeout = LONG;
+        config.claim_idle = claim_idle;
+        let (stream, dead_letter) = (cursor.stream.clone(), cursor.stream.default_dead_letter());
+        let spec = GroupSpec { stream, dead_letter, config };
+        let part = Readiness::default().part("worker", None);
+        let consumer = "soc-a-0".parse().expect("a valid name");
+        let (store, quarantine) = (Arc::clone(&self.store), self.quarantine.clone());
+        let worker = Worker::new(store, Arc::<SlowSink>::clone(sink), spec, consumer, quarantine, Metrics::new(), part);
+        self.workers.spawn(worker.run(CancellationToken::new()));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_of_one_process_have_one_entry_in_hand_that_must_be_alone() {
+    let test = open_embedded().await;
+    let mut process = Process::new(&test.store, Quarantine::with_turns_of(LONG));
+    let company = Arc::<Company>::default();
+    let sink = SlowSink::new(Duration::from_millis(50), true, &company);
+    // Left by an earlier life, and by others.
+    for (consumer, claim_idle) in [("soc-a-0", LONG), ("soc-a-0", LONG), ("soc-b-0", Duration::from_millis(100))] {
+        let cursor = suspicious(&*test.store, consumer, 5).await;
+        process.start(&cursor, claim_idle, &sink);
+    }
+    sink.has_taken(15).await;
+    assert_eq!(company.most.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_that_hangs_does_not_hold_up_what_other_groups_recover() {
+    let test = open_embedded().await;
+    let mut process = Process::new(&test.store, Quarantine::with_turns_of(Duration::from_millis(100)));
+    let company = Arc::<Company>::default();
+    let hanging = SlowSink::new(Duration::ZERO, false, &company);
+    process.start(&suspicious(&*test.store, "soc-a-0", 3).await, LONG, &hanging);
+    hanging.has_begun(1).await;
+    let quick = SlowSink::new(Duration::ZERO, true, &company);
+    let cursor = suspicious(&*test.store, "soc-a-0", 3).await;
+    append(&*test.store, &cursor, 10).await;
+    process.start(&cursor, LONG, &quick);
+    quick.has_taken(13).await;
+    assert_eq!(hanging.begun.load(Ordering::SeqCst), 1, "the others of its group wait for it");
+    hanging.let_go.send_replace(true);
+    hanging.has_taken(3).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_waits_for_its_own_sink_does_not_spend_its_turn_on_that() {
+    let test = open_embedded().await;
+    let mut process = Process::new(&test.store, Quarantine::with_turns_of(Duration::from_millis(100)));
+    let company = Arc::<Company>::default();
+    let hanging = SlowSink::new(Duration::ZERO, false, &company);
+    let left = suspicious(&*test.store, "soc-b-0", 1).await;
+    append(&*test.store, &left, 1).await;
+    // What the other daemon has left is found only when the new entry is with the sink already.
+    process.start(&left, Duration::from_secs(1), &hanging);
+    hanging.has_begun(1).await;
+    let quick = SlowSink::new(Duration::from_millis(20), true, &company);
+    process.start(&suspicious(&*test.store, "soc-a-0", 40).await, LONG, &quick);
+    quick.has_taken(40).await;
+    hanging.let_go.send_replace(true);
+    hanging.has_taken(2).await;
+}
