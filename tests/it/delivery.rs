@@ -1,6 +1,6 @@
 //! Workers on real stores: what becomes of each entry, whatever sink, worker and store do.
 //!
-//! Most cases run on every backend, see [`delivery_tests`].
+//! Most cases run on both backends.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -22,6 +22,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use crate::support::stores::on_stores;
 use crate::support::until;
 
 /// The longest any test waits for a state.
@@ -291,7 +292,7 @@ fn firsts(numbers: impl IntoIterator<Item = u64>) -> Vec<(u64, u32)> {
     numbers.into_iter().map(|number| (number, 1)).collect()
 }
 
-pub(crate) async fn every_entry_is_delivered_once_and_in_order(store: Arc<dyn Store>) {
+async fn every_entry_is_delivered_once_and_in_order(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=2500).await;
     let sink = TestSink::takes_all(100);
@@ -308,7 +309,7 @@ pub(crate) async fn every_entry_is_delivered_once_and_in_order(store: Arc<dyn St
     assert_eq!(bus.counter("aurora_bus_in_flight{"), 0);
 }
 
-pub(crate) async fn a_transient_failure_is_tried_again_without_blocking_others(store: Arc<dyn Store>) {
+async fn a_transient_failure_is_tried_again_without_blocking_others(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=50).await;
     let sink = TestSink::new(1, fails_until_others_are_taken(7, 49));
@@ -322,7 +323,7 @@ pub(crate) async fn a_transient_failure_is_tried_again_without_blocking_others(s
     assert_eq!(bus.counter("aurora_bus_dead_letters_total"), 0);
 }
 
-pub(crate) async fn one_bad_entry_of_a_batch_goes_to_the_dead_letters_alone(store: Arc<dyn Store>) {
+async fn one_bad_entry_of_a_batch_goes_to_the_dead_letters_alone(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=200).await;
     let fails = |number, _| if number == 77 { Deed::Fail(SinkErrorClass::Permanent) } else { Deed::Take };
@@ -339,7 +340,7 @@ pub(crate) async fn one_bad_entry_of_a_batch_goes_to_the_dead_letters_alone(stor
     bus.counts("aurora_bus_dead_letters_total", 1).await;
 }
 
-pub(crate) async fn an_entry_that_fails_too_often_goes_to_the_dead_letters(store: Arc<dyn Store>) {
+async fn an_entry_that_fails_too_often_goes_to_the_dead_letters(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=20).await;
     let fails = |number, _| if number % 10 == 3 { Deed::Fail(SinkErrorClass::Transient) } else { Deed::Take };
@@ -356,7 +357,7 @@ pub(crate) async fn an_entry_that_fails_too_often_goes_to_the_dead_letters(store
     assert_eq!(taken, (1..=20).filter(|n| n % 10 != 3).collect::<Vec<_>>(), "its neighbours were taken, each once");
 }
 
-pub(crate) async fn an_unreadable_entry_goes_to_the_dead_letters_at_once(store: Arc<dyn Store>) {
+async fn an_unreadable_entry_goes_to_the_dead_letters_at_once(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     let entries = vec![entry(1, &[("payload", "{}")]), entry(2, &[(field::DATA, "{}")])];
     bus.store.append(&bus.stream, entries).await.expect("the store answers");
@@ -368,7 +369,7 @@ pub(crate) async fn an_unreadable_entry_goes_to_the_dead_letters_at_once(store: 
     assert_eq!(sink.taken(), firsts([2]));
 }
 
-pub(crate) async fn a_filter_acknowledges_what_it_does_not_let_through(store: Arc<dyn Store>) {
+async fn a_filter_acknowledges_what_it_does_not_let_through(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     let entries = vec![
         entry(1, &[(field::DATA, "{}"), (field::SEVERITY, "low")]),
@@ -390,7 +391,7 @@ pub(crate) async fn a_filter_acknowledges_what_it_does_not_let_through(store: Ar
     bus.counts("aurora_bus_acknowledged_total", 3).await;
 }
 
-pub(crate) async fn a_sink_that_panics_or_hangs_fails_that_delivery_only(store: Arc<dyn Store>) {
+async fn a_sink_that_panics_or_hangs_fails_that_delivery_only(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=30).await;
     let fails = |number, attempt| match (number, attempt) {
@@ -409,7 +410,7 @@ pub(crate) async fn a_sink_that_panics_or_hangs_fails_that_delivery_only(store: 
     assert_eq!(taken, expected);
 }
 
-pub(crate) async fn an_outage_of_the_sink_uses_up_no_attempts(store: Arc<dyn Store>) {
+async fn an_outage_of_the_sink_uses_up_no_attempts(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=20).await;
     let sink = TestSink::takes_all(5);
@@ -425,7 +426,7 @@ pub(crate) async fn an_outage_of_the_sink_uses_up_no_attempts(store: Arc<dyn Sto
     until("end of the note", PATIENCE, async || bus.readiness.report()[0].note.is_none().then_some(())).await;
 }
 
-pub(crate) async fn what_a_crash_leaves_is_delivered_again_to_the_same_consumer(store: Arc<dyn Store>) {
+async fn what_a_crash_leaves_is_delivered_again_to_the_same_consumer(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=150).await;
     let hanging = TestSink::new(1, |number, _| if number > 3 { Deed::Hang } else { Deed::Take });
@@ -444,7 +445,7 @@ pub(crate) async fn what_a_crash_leaves_is_delivered_again_to_the_same_consumer(
     bus.is_settled().await;
 }
 
-pub(crate) async fn what_a_crash_leaves_is_taken_over_by_another_worker(store: Arc<dyn Store>) {
+async fn what_a_crash_leaves_is_taken_over_by_another_worker(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=150).await;
     let hanging = TestSink::new(1, |_, _| Deed::Hang);
@@ -462,7 +463,7 @@ pub(crate) async fn what_a_crash_leaves_is_taken_over_by_another_worker(store: A
     assert_eq!(bus.counter("aurora_bus_claimed_total"), 150);
 }
 
-pub(crate) async fn entries_in_hand_are_not_taken_over_however_long_they_wait(store: Arc<dyn Store>) {
+async fn entries_in_hand_are_not_taken_over_however_long_they_wait(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=5).await;
     let sink = TestSink::new(1, |_, _| Deed::Sleep(Duration::from_secs(1)));
@@ -476,7 +477,7 @@ pub(crate) async fn entries_in_hand_are_not_taken_over_however_long_they_wait(st
     assert_eq!(bus.counter("aurora_bus_claimed_total"), 0);
 }
 
-pub(crate) async fn an_entry_that_waits_for_long_is_not_taken_over_before_its_time(store: Arc<dyn Store>) {
+async fn an_entry_that_waits_for_long_is_not_taken_over_before_its_time(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=3).await;
     let wait = Duration::from_secs(5);
@@ -494,7 +495,7 @@ pub(crate) async fn an_entry_that_waits_for_long_is_not_taken_over_before_its_ti
     assert_eq!(bus.counter("aurora_bus_claimed_total"), 0);
 }
 
-pub(crate) async fn a_sampler_keeps_the_gauges_and_stops(store: Arc<dyn Store>) {
+async fn a_sampler_keeps_the_gauges_and_stops(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=10).await;
     bus.store.fetch(&bus.cursor("soc-a-0"), 4, Duration::ZERO).await.expect("the store answers");
@@ -515,7 +516,7 @@ pub(crate) async fn a_sampler_keeps_the_gauges_and_stops(store: Arc<dyn Store>) 
     timeout(PATIENCE, bus.workers.join_next()).await.expect("the sampler stops");
 }
 
-pub(crate) async fn an_entry_that_crashes_every_worker_goes_to_the_dead_letters(store: Arc<dyn Store>) {
+async fn an_entry_that_crashes_every_worker_goes_to_the_dead_letters(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=2).await;
     let cursor = bus.cursor("soc-a-0");
@@ -537,7 +538,7 @@ pub(crate) async fn an_entry_that_crashes_every_worker_goes_to_the_dead_letters(
     bus.is_settled().await;
 }
 
-pub(crate) async fn entries_lost_while_pending_are_counted(store: Arc<dyn Store>) {
+async fn entries_lost_while_pending_are_counted(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=10).await;
     let fetched = bus.store.fetch(&bus.cursor("soc-a-0"), 5, Duration::ZERO).await.expect("the store answers");
@@ -552,7 +553,7 @@ pub(crate) async fn entries_lost_while_pending_are_counted(store: Arc<dyn Store>
     until("end of pending entries", PATIENCE, async || (bus.group().await.pending == 0).then_some(())).await;
 }
 
-pub(crate) async fn a_worker_that_stops_hands_back_what_it_has_not_begun(store: Arc<dyn Store>) {
+async fn a_worker_that_stops_hands_back_what_it_has_not_begun(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=40).await;
     let hanging = TestSink::new(1, |number, _| if number == 5 { Deed::Hang } else { Deed::Take });
@@ -569,7 +570,7 @@ pub(crate) async fn a_worker_that_stops_hands_back_what_it_has_not_begun(store: 
     bus.is_settled().await;
 }
 
-pub(crate) async fn workers_of_one_group_share_its_entries(store: Arc<dyn Store>) {
+async fn workers_of_one_group_share_its_entries(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     let sink = TestSink::takes_all(50);
     for n in 0..3 {
@@ -582,7 +583,7 @@ pub(crate) async fn workers_of_one_group_share_its_entries(store: Arc<dyn Store>
     assert_eq!(taken, firsts(1..=3000));
 }
 
-pub(crate) async fn calls_of_a_sink_run_beside_each_other_where_order_does_not_matter(store: Arc<dyn Store>) {
+async fn calls_of_a_sink_run_beside_each_other_where_order_does_not_matter(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=20).await;
     // None of the first ten calls would return alone.
@@ -602,44 +603,28 @@ pub(crate) async fn calls_of_a_sink_run_beside_each_other_where_order_does_not_m
     bus.is_settled().await;
 }
 
-/// Makes one test per case; `$open` is an async function that gives a `TestStore`.
-macro_rules! delivery_tests {
-    ($open:path) => {
-        $crate::delivery::delivery_tests!($open;
-            every_entry_is_delivered_once_and_in_order
-            a_transient_failure_is_tried_again_without_blocking_others
-            one_bad_entry_of_a_batch_goes_to_the_dead_letters_alone
-            an_entry_that_fails_too_often_goes_to_the_dead_letters
-            an_unreadable_entry_goes_to_the_dead_letters_at_once
-            a_filter_acknowledges_what_it_does_not_let_through
-            a_sink_that_panics_or_hangs_fails_that_delivery_only
-            an_outage_of_the_sink_uses_up_no_attempts
-            what_a_crash_leaves_is_delivered_again_to_the_same_consumer
-            what_a_crash_leaves_is_taken_over_by_another_worker
-            entries_in_hand_are_not_taken_over_however_long_they_wait
-            an_entry_that_waits_for_long_is_not_taken_over_before_its_time
-            a_sampler_keeps_the_gauges_and_stops
-            an_entry_that_crashes_every_worker_goes_to_the_dead_letters
-            entries_lost_while_pending_are_counted
-            a_worker_that_stops_hands_back_what_it_has_not_begun
-            workers_of_one_group_share_its_entries
-            calls_of_a_sink_run_beside_each_other_where_order_does_not_matter
-        );
-    };
-    ($open:path; $($case:ident)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $case() {
-                let test = $open().await;
-                $crate::delivery::$case(test.store.clone()).await;
-            }
-        )*
-    };
-}
-pub(crate) use delivery_tests;
+on_stores! { embedded redis: [
+    every_entry_is_delivered_once_and_in_order
+    a_transient_failure_is_tried_again_without_blocking_others
+    one_bad_entry_of_a_batch_goes_to_the_dead_letters_alone
+    an_entry_that_fails_too_often_goes_to_the_dead_letters
+    an_unreadable_entry_goes_to_the_dead_letters_at_once
+    a_filter_acknowledges_what_it_does_not_let_through
+    a_sink_that_panics_or_hangs_fails_that_delivery_only
+    an_outage_of_the_sink_uses_up_no_attempts
+    what_a_crash_leaves_is_delivered_again_to_the_same_consumer
+    what_a_crash_leaves_is_taken_over_by_another_worker
+    entries_in_hand_are_not_taken_over_however_long_they_wait
+    an_entry_that_waits_for_long_is_not_taken_over_before_its_time
+    a_sampler_keeps_the_gauges_and_stops
+    an_entry_that_crashes_every_worker_goes_to_the_dead_letters
+    entries_lost_while_pending_are_counted
+    a_worker_that_stops_hands_back_what_it_has_not_begun
+    workers_of_one_group_share_its_entries
+    calls_of_a_sink_run_beside_each_other_where_order_does_not_matter
+] }
 
-mod embedded;
 mod names;
 mod ordering;
 mod outage;
-mod redis;
+mod server;

@@ -7,14 +7,14 @@ use aurora_bus::delivery::{GroupConfig, GroupSpec, Guard, Reaper};
 use aurora_bus::event::{DeadLetter, DeadLetterReason, EntryId, StreamName, field};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
-use aurora_bus::store::{Cursor, GroupStatus, Order, Range, Start, Store, redis};
+use aurora_bus::store::{Cursor, GroupStatus, Order, Range, Start, Store};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::store_contract::{cursor, new_entry, unique_stream};
-use crate::store_redeliver::{open_embedded, open_redis, open_valkey};
 use crate::support::python::Python;
 use crate::support::redis::{Product, RedisServer};
+use crate::support::stores::{connect, on_stores};
 use crate::support::until;
 
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -126,8 +126,7 @@ fn agent(server: &RedisServer, stream: &StreamName, name: &str, mode: &str) -> P
 
 async fn server() -> (RedisServer, Arc<dyn Store>) {
     let server = RedisServer::start(Product::Redis, &[]).await;
-    let config = redis::Config { url: server.url().into(), ..redis::Config::default() };
-    let store = Arc::new(config.connect().await.expect("a valid configuration"));
+    let store = connect(&server.url()).await;
     (server, store)
 }
 
@@ -314,33 +313,8 @@ async fn a_consumer_removed_while_it_waits_gets_what_comes(store: Arc<dyn Store>
     assert_eq!(guarded.store.settle(&waiting, &settlements).await.expect("settled").settled, 1);
 }
 
-macro_rules! cases {
-    ($open:ident; $($case:ident)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $case() {
-                let test = super::$open().await;
-                super::$case(test.store.clone()).await;
-            }
-        )*
-    };
-    ($open:ident) => {
-        cases!($open;
-            a_guard_hands_on_what_was_left_and_leaves_no_consumer
-            consumers_that_are_gone_are_removed_and_no_others
-            a_consumer_removed_while_it_waits_gets_what_comes
-        );
-    };
-}
-
-mod embedded_store {
-    cases!(open_embedded);
-}
-
-mod redis_store {
-    cases!(open_redis);
-}
-
-mod valkey_store {
-    cases!(open_valkey);
-}
+on_stores! { embedded redis valkey: [
+    a_guard_hands_on_what_was_left_and_leaves_no_consumer
+    consumers_that_are_gone_are_removed_and_no_others
+    a_consumer_removed_while_it_waits_gets_what_comes
+] }

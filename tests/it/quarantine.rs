@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::store_contract::{cursor, new_entry, unique_stream};
-use crate::store_redeliver::open_embedded;
+use crate::support::stores;
 use crate::support::until;
 
 const BOUND: Duration = Duration::from_secs(20);
@@ -127,7 +127,7 @@ impl Process {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn workers_of_one_process_have_one_entry_in_hand_that_must_be_alone() {
-    let test = open_embedded().await;
+    let test = stores::embedded().await;
     let mut process = Process::new(&test.store, Quarantine::with_turns_of(LONG));
     let company = Arc::<Company>::default();
     let sink = SlowSink::new(Duration::from_millis(50), true, &company);
@@ -142,7 +142,7 @@ async fn workers_of_one_process_have_one_entry_in_hand_that_must_be_alone() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sink_that_hangs_does_not_hold_up_what_other_groups_recover() {
-    let test = open_embedded().await;
+    let test = stores::embedded().await;
     let mut process = Process::new(&test.store, Quarantine::with_turns_of(Duration::from_millis(100)));
     let company = Arc::<Company>::default();
     let hanging = SlowSink::new(Duration::ZERO, false, &company);
@@ -160,7 +160,7 @@ async fn a_sink_that_hangs_does_not_hold_up_what_other_groups_recover() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_waits_for_its_own_sink_does_not_spend_its_turn_on_that() {
-    let test = open_embedded().await;
+    let test = stores::embedded().await;
     let mut process = Process::new(&test.store, Quarantine::with_turns_of(Duration::from_millis(100)));
     let company = Arc::<Company>::default();
     let hanging = SlowSink::new(Duration::ZERO, false, &company);

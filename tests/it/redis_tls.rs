@@ -1,7 +1,7 @@
 //! Clusters and sentinels over TLS: whose certificates are taken, and that every way to a server is checked.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use aurora_bus::store::redis::Config;
 use aurora_bus::store::{Store, StoreErrorKind};
@@ -15,7 +15,6 @@ use crate::support::redis::{make_certificates, make_certificates_for};
 use crate::support::sentinel::Watched;
 use crate::support::until;
 
-const BOUND: Duration = Duration::from_mins(1);
 /// Long enough for every server to be asked, on a busy machine.
 const SOON: Duration = Duration::from_mins(1);
 const NAME: &str = "redis.soc.example";
@@ -100,18 +99,6 @@ async fn sentinels_over_tls_name_a_primary_over_tls_before_and_after_a_failover(
     let told = is_refused(config(&watched.url(), stranger.path())).await;
     assert!(told.contains("certificate"), "{told}");
     let store = is_ready(config(&watched.url(), certificates.path())).await;
-    let stream = unique_stream();
-    store.append(&stream, vec![new_entry("x")]).await.expect("appended");
-    let copied = || watched.servers[1].cli(&["XLEN", stream.as_str()]) == "1";
-    until("copy", BOUND, async || copied().then_some(())).await;
-    watched.fail_over().await;
-    watched.promoted(1).await;
-    let promoted = Instant::now();
-    until("append at the promoted server", BOUND, async || {
-        store.append(&stream, vec![new_entry("y")]).await.ok()?;
-        (watched.servers[1].cli(&["XLEN", stream.as_str()]) != "1").then_some(())
-    })
-    .await;
-    assert!(promoted.elapsed() < Duration::from_secs(10), "back after {:?}", promoted.elapsed());
+    watched.fail_over_under(&store).await;
     store.close().await;
 }

@@ -12,45 +12,19 @@ use aurora_bus::store::{
 };
 
 use crate::store_contract::{cursor, new_entry, unique_stream};
+use crate::support::stores::on_stores;
 
-/// Makes one test per case; `$open` is an async function that gives a [`crate::store_contract::TestStore`].
-macro_rules! account_tests {
-    ($open:path) => {
-        $crate::store_accounts::account_tests!($open;
-            every_way_out_of_a_group_is_counted
-            what_is_settled_again_is_counted_once
-            an_account_begins_with_what_the_group_is_to_be_given
-            an_account_does_not_begin_anew_when_the_group_is_ensured_again
-            a_drop_counts_what_each_group_loses
-            a_drop_goes_on_in_steps_to_the_limit
-            a_drop_leaves_alone_what_every_group_has_handled
-            missing_entries_are_written_off_once
-            a_trim_passes_groups_that_are_ignored
-        );
-    };
-    ($open:path; $($case:ident)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $case() {
-                let test = $open().await;
-                $crate::store_accounts::$case(test.store.clone()).await;
-            }
-        )*
-    };
-}
-pub(crate) use account_tests;
-
-mod embedded {
-    super::account_tests!(crate::store_embedded::open);
-}
-
-mod redis {
-    super::account_tests!(crate::store_redis::open_redis);
-}
-
-mod valkey {
-    super::account_tests!(crate::store_redis::open_valkey);
-}
+on_stores! { embedded redis valkey: [
+    every_way_out_of_a_group_is_counted
+    what_is_settled_again_is_counted_once
+    an_account_begins_with_what_the_group_is_to_be_given
+    an_account_does_not_begin_anew_when_the_group_is_ensured_again
+    a_drop_counts_what_each_group_loses
+    a_drop_goes_on_in_steps_to_the_limit
+    a_drop_leaves_alone_what_every_group_has_handled
+    missing_entries_are_written_off_once
+    a_trim_passes_groups_that_are_ignored
+] }
 
 async fn fill(store: &dyn Store, stream: &StreamName, count: usize) -> Vec<EntryId> {
     let entries = (0..count).map(|n| new_entry(&n.to_string())).collect();
@@ -90,7 +64,7 @@ fn dead(cursor: &Cursor) -> Outcome {
     Outcome::DeadLetter { to: format!("{}:dead", cursor.stream).parse().expect("a valid name"), fields }
 }
 
-pub(crate) async fn every_way_out_of_a_group_is_counted(store: Arc<dyn Store>) {
+async fn every_way_out_of_a_group_is_counted(store: Arc<dyn Store>) {
     let cursor = grouped(&*store, 20).await;
     let lost = store.fetch(&cursor, 2, Duration::ZERO).await.expect("fetched");
     let lost: Vec<EntryId> = lost.iter().map(|delivery| delivery.entry.id).collect();
@@ -109,7 +83,7 @@ pub(crate) async fn every_way_out_of_a_group_is_counted(store: Arc<dyn Store>) {
     assert_eq!((balance.published, balance.undelivered, balance.difference), (Some(20), Some(10), Some(0)));
 }
 
-pub(crate) async fn what_is_settled_again_is_counted_once(store: Arc<dyn Store>) {
+async fn what_is_settled_again_is_counted_once(store: Arc<dyn Store>) {
     let cursor = grouped(&*store, 4).await;
     let delivered = store.fetch(&cursor, 4, Duration::ZERO).await.expect("fetched");
     let outcomes = [Outcome::Acknowledge, Outcome::Filter, dead(&cursor), Outcome::Acknowledge];
@@ -123,7 +97,7 @@ pub(crate) async fn what_is_settled_again_is_counted_once(store: Arc<dyn Store>)
     assert_eq!(balance.difference, Some(0));
 }
 
-pub(crate) async fn an_account_begins_with_what_the_group_is_to_be_given(store: Arc<dyn Store>) {
+async fn an_account_begins_with_what_the_group_is_to_be_given(store: Arc<dyn Store>) {
     for name in ["oldest", "new", "after"] {
         let stream = unique_stream();
         let ids = fill(&*store, &stream, 300).await;
@@ -154,7 +128,7 @@ pub(crate) async fn an_account_begins_with_what_the_group_is_to_be_given(store: 
     }
 }
 
-pub(crate) async fn an_account_does_not_begin_anew_when_the_group_is_ensured_again(store: Arc<dyn Store>) {
+async fn an_account_does_not_begin_anew_when_the_group_is_ensured_again(store: Arc<dyn Store>) {
     let cursor = grouped(&*store, 10).await;
     settle(&*store, &cursor, [Outcome::Acknowledge, Outcome::Filter, dead(&cursor)]).await;
     store.ensure_group(&cursor.stream, &cursor.group, Start::New).await.expect("ensured");
@@ -180,7 +154,7 @@ async fn drop_to(store: &dyn Store, stream: &StreamName, keep: u64) -> (u64, BTr
     }
 }
 
-pub(crate) async fn a_drop_counts_what_each_group_loses(store: Arc<dyn Store>) {
+async fn a_drop_counts_what_each_group_loses(store: Arc<dyn Store>) {
     let slow = grouped(&*store, 300).await;
     let fast = cursor(&slow.stream, "fast", "a");
     store.ensure_group(&fast.stream, &fast.group, Start::Oldest).await.expect("a group");
@@ -208,7 +182,7 @@ pub(crate) async fn a_drop_counts_what_each_group_loses(store: Arc<dyn Store>) {
     assert_eq!(describe(&*store, &slow.stream).await.removed_by_others.unwrap_or(0), 0);
 }
 
-pub(crate) async fn a_drop_goes_on_in_steps_to_the_limit(store: Arc<dyn Store>) {
+async fn a_drop_goes_on_in_steps_to_the_limit(store: Arc<dyn Store>) {
     let cursor = grouped(&*store, 0).await;
     for _ in 0..10 {
         fill(&*store, &cursor.stream, 500).await;
@@ -221,7 +195,7 @@ pub(crate) async fn a_drop_goes_on_in_steps_to_the_limit(store: Arc<dyn Store>) 
     assert_eq!((balance.undelivered, balance.difference), (Some(5000 - removed), Some(0)));
 }
 
-pub(crate) async fn a_drop_leaves_alone_what_every_group_has_handled(store: Arc<dyn Store>) {
+async fn a_drop_leaves_alone_what_every_group_has_handled(store: Arc<dyn Store>) {
     assert_eq!(drop_to(&*store, &unique_stream(), 1).await, (0, BTreeMap::new()));
     let cursor = grouped(&*store, 200).await;
     settle(&*store, &cursor, (0..200).map(|_| Outcome::Acknowledge)).await;
@@ -230,7 +204,7 @@ pub(crate) async fn a_drop_leaves_alone_what_every_group_has_handled(store: Arc<
     assert_eq!(account(&*store, &cursor).await.0.lost, [0; 4]);
 }
 
-pub(crate) async fn missing_entries_are_written_off_once(store: Arc<dyn Store>) {
+async fn missing_entries_are_written_off_once(store: Arc<dyn Store>) {
     let cursor = grouped(&*store, 10).await;
     let (stream, group) = (&cursor.stream, &cursor.group);
     assert!(store.write_off(stream, group, 0, 3).await.expect("counted"));
@@ -239,7 +213,7 @@ pub(crate) async fn missing_entries_are_written_off_once(store: Arc<dyn Store>) 
     assert_eq!(account(&*store, &cursor).await.0.lost(LostReason::TrimmedUndelivered), 5);
 }
 
-pub(crate) async fn a_trim_passes_groups_that_are_ignored(store: Arc<dyn Store>) {
+async fn a_trim_passes_groups_that_are_ignored(store: Arc<dyn Store>) {
     let cursor = grouped(&*store, 500).await;
     let (stream, to_length) = (&cursor.stream, Trim::ToLength(100));
     let other = ["other".parse().expect("a valid name")];

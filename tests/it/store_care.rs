@@ -7,7 +7,7 @@ use aurora_bus::event::{EntryId, NewEntry};
 use aurora_bus::store::{Care, Cursor, Start, Store};
 
 use crate::store_contract::{cursor, new_entry, unique_stream};
-use crate::store_redeliver::{open_embedded, open_redis, open_valkey};
+use crate::support::stores::on_stores;
 
 const CARE: Care = Care { in_hand: 0, most: [5, 2, 1] };
 
@@ -57,33 +57,8 @@ async fn without_care_all_are_taken(store: Arc<dyn Store>) {
     assert_eq!(search(&*store, &cursor, EntryId::MIN, Care::NONE).await, (3, EntryId::MIN, None));
 }
 
-macro_rules! cases {
-    ($open:path: $($case:ident)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $case() {
-                let test = $open().await;
-                super::$case(test.store.clone()).await;
-            }
-        )*
-    };
-    ($open:path) => {
-        cases!($open:
-            the_company_of_an_entry_is_as_small_as_its_deliveries_ask
-            what_is_in_hand_already_counts
-            without_care_all_are_taken
-        );
-    };
-}
-
-mod embedded_store {
-    cases!(super::open_embedded);
-}
-
-mod redis_store {
-    cases!(super::open_redis);
-}
-
-mod valkey_store {
-    cases!(super::open_valkey);
-}
+on_stores! { embedded redis valkey: [
+    the_company_of_an_entry_is_as_small_as_its_deliveries_ask
+    what_is_in_hand_already_counts
+    without_care_all_are_taken
+] }

@@ -1,35 +1,20 @@
-//! The store on a cluster: its contract, and what it does when the cluster changes.
+//! The store on a cluster: what it does when the cluster changes.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use aurora_bus::event::{EntryId, Fields, StreamName};
-use aurora_bus::store::redis::Config;
-use aurora_bus::store::{Cursor, Durability, Order, Outcome, Range, Settled, Settlement, Start, Store, StoreErrorKind};
+use aurora_bus::store::{Cursor, Durability, Order, Outcome, Range, Settled, Settlement, Start, StoreErrorKind};
 
-use crate::store_contract::{TestStore, cursor, keyed, new_entry, unique_stream};
+use crate::store_contract::{cursor, keyed, new_entry, unique_stream};
 use crate::support::cluster::Cluster;
 use crate::support::redis::{Product, RedisServer};
+use crate::support::stores::connect;
 use crate::support::until;
 
 const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
 const BOUND: Duration = Duration::from_mins(1);
 const HOUR: Duration = Duration::from_hours(1);
-
-async fn connect(url: &str) -> Arc<dyn Store> {
-    let config = Config { url: url.into(), ..Config::default() };
-    Arc::new(config.connect().await.expect("a valid configuration"))
-}
-
-async fn open() -> TestStore {
-    let cluster = Cluster::shared().await;
-    TestStore::new(connect(&cluster.url()).await, cluster)
-}
-
-mod contract {
-    crate::store_contract::contract_tests!(super::open);
-    crate::store_news::news_tests!(super::open);
-}
 
 /// A stream whose keys are in another part of the cluster than those of `other`.
 fn apart_from(cluster: &Cluster, other: &StreamName) -> StreamName {

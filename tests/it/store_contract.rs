@@ -1,9 +1,7 @@
 //! The contract of [`Store`], sentence by sentence, as cases that every backend must pass.
 //!
-//! A backend instantiates them with [`contract_tests`]. Each case uses streams of its own, so that backends may share one
-//! server between all cases.
+//! Each case uses streams of its own, so that backends may share one server between all cases.
 
-use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,92 +14,67 @@ use aurora_bus::store::{
 use bytes::Bytes;
 use tokio::task::JoinSet;
 
-/// A store under test, with whatever must live as long as it.
-pub(crate) struct TestStore {
-    pub(crate) store: Arc<dyn Store>,
-    _keep: Box<dyn Any + Send>,
-}
+use crate::support::stores::on_stores;
 
-impl TestStore {
-    pub(crate) fn new(store: Arc<dyn Store>, keep: impl Any + Send) -> Self {
-        Self { store, _keep: Box::new(keep) }
-    }
-}
-
-/// Makes one test per case of the contract; `$open` is an async function that gives a [`TestStore`].
-macro_rules! contract_tests {
-    ($open:path) => {
-        $crate::store_contract::contract_tests!($open;
-            ids_grow_strictly_in_the_order_of_appending
-            an_append_of_the_greatest_size_keeps_its_order
-            an_append_of_nothing_gives_nothing
-            an_append_of_too_many_entries_is_refused_whole
-            concurrent_appends_each_stay_together_and_in_order
-            an_idempotency_key_stores_an_entry_once
-            an_idempotency_key_counts_within_one_append
-            an_idempotency_key_belongs_to_its_stream
-            an_idempotency_key_is_forgotten_after_its_window
-            any_bytes_come_back_as_they_were
-            a_value_of_a_mebibyte_comes_back_as_it_was
-            a_range_includes_both_ends_and_obeys_its_limit
-            a_range_backward_begins_with_the_newest
-            a_stream_that_does_not_exist_is_empty
-            a_tail_returns_what_is_there_at_once
-            a_tail_wakes_when_an_entry_comes
-            a_tail_wakes_when_its_stream_comes_into_being
-            a_tail_returns_nothing_when_nothing_comes
-            every_tail_gets_every_entry
-            a_tail_follows_without_hole_or_repetition
-            a_group_begins_where_it_is_told
-            ensuring_a_group_again_changes_nothing
-            a_group_makes_its_stream
-            a_fetch_hands_out_each_entry_once
-            a_fetch_wakes_when_an_entry_comes
-            a_fetch_returns_nothing_when_nothing_comes
-            concurrent_fetches_share_the_entries
-            groups_do_not_share_anything
-            operations_on_a_missing_group_say_so
-            pending_entries_are_listed_by_owner_and_page
-            a_claim_takes_named_entries_and_counts_an_attempt
-            a_claim_leaves_what_is_not_idle_or_not_pending
-            a_reclaim_pages_to_the_end
-            a_reclaim_leaves_what_is_not_idle
-            acknowledged_entries_are_settled_once
-            a_settlement_of_a_claimed_delivery_is_left_alone
-            a_retry_becomes_claimable_when_it_is_due
-            a_retry_is_never_later_than_the_claim_limit
-            a_dead_letter_is_moved_in_one_step_and_once
-            a_dead_letter_that_another_has_claimed_is_not_written
-            a_release_is_claimable_at_once_and_counts_no_attempt
-            one_settle_takes_every_outcome
-            an_extension_restarts_the_idle_time_without_an_attempt
-            an_extension_names_what_is_not_owned
-            a_trim_keeps_the_newest
-            a_trim_by_id_keeps_what_is_not_older
-            a_trim_never_passes_what_a_group_has_not_read
-            a_trim_never_passes_a_pending_entry
-            a_discarded_entry_is_gone_once
-            a_discarded_entry_is_not_delivered
-            a_lost_pending_entry_is_told_once_by_claim
-            a_lost_pending_entry_is_told_once_by_reclaim
-            a_consumer_with_pending_entries_is_not_removed
-            a_description_counts_right
-            an_epoch_stays_and_makes_no_stream
-            a_check_says_what_the_store_is
-            a_closed_store_is_unavailable
-        );
-    };
-    ($open:path; $($case:ident)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $case() {
-                let test = $open().await;
-                $crate::store_contract::$case(test.store.clone()).await;
-            }
-        )*
-    };
-}
-pub(crate) use contract_tests;
+on_stores! { embedded embedded_from_disk redis valkey cluster: [
+    ids_grow_strictly_in_the_order_of_appending
+    an_append_of_the_greatest_size_keeps_its_order
+    an_append_of_nothing_gives_nothing
+    an_append_of_too_many_entries_is_refused_whole
+    concurrent_appends_each_stay_together_and_in_order
+    an_idempotency_key_stores_an_entry_once
+    an_idempotency_key_counts_within_one_append
+    an_idempotency_key_belongs_to_its_stream
+    an_idempotency_key_is_forgotten_after_its_window
+    any_bytes_come_back_as_they_were
+    a_value_of_a_mebibyte_comes_back_as_it_was
+    a_range_includes_both_ends_and_obeys_its_limit
+    a_range_backward_begins_with_the_newest
+    a_stream_that_does_not_exist_is_empty
+    a_tail_returns_what_is_there_at_once
+    a_tail_wakes_when_an_entry_comes
+    a_tail_wakes_when_its_stream_comes_into_being
+    a_tail_returns_nothing_when_nothing_comes
+    every_tail_gets_every_entry
+    a_tail_follows_without_hole_or_repetition
+    a_group_begins_where_it_is_told
+    ensuring_a_group_again_changes_nothing
+    a_group_makes_its_stream
+    a_fetch_hands_out_each_entry_once
+    a_fetch_wakes_when_an_entry_comes
+    a_fetch_returns_nothing_when_nothing_comes
+    concurrent_fetches_share_the_entries
+    groups_do_not_share_anything
+    operations_on_a_missing_group_say_so
+    pending_entries_are_listed_by_owner_and_page
+    a_claim_takes_named_entries_and_counts_an_attempt
+    a_claim_leaves_what_is_not_idle_or_not_pending
+    a_reclaim_pages_to_the_end
+    a_reclaim_leaves_what_is_not_idle
+    acknowledged_entries_are_settled_once
+    a_settlement_of_a_claimed_delivery_is_left_alone
+    a_retry_becomes_claimable_when_it_is_due
+    a_retry_is_never_later_than_the_claim_limit
+    a_dead_letter_is_moved_in_one_step_and_once
+    a_dead_letter_that_another_has_claimed_is_not_written
+    a_release_is_claimable_at_once_and_counts_no_attempt
+    one_settle_takes_every_outcome
+    an_extension_restarts_the_idle_time_without_an_attempt
+    an_extension_names_what_is_not_owned
+    a_trim_keeps_the_newest
+    a_trim_by_id_keeps_what_is_not_older
+    a_trim_never_passes_what_a_group_has_not_read
+    a_trim_never_passes_a_pending_entry
+    a_discarded_entry_is_gone_once
+    a_discarded_entry_is_not_delivered
+    a_lost_pending_entry_is_told_once_by_claim
+    a_lost_pending_entry_is_told_once_by_reclaim
+    a_consumer_with_pending_entries_is_not_removed
+    a_description_counts_right
+    an_epoch_stays_and_makes_no_stream
+    a_check_says_what_the_store_is
+    a_closed_store_is_unavailable
+] }
 
 /// A claim limit that no test reaches by waiting.
 const HOUR: Duration = Duration::from_hours(1);
@@ -215,7 +188,7 @@ fn is_growing(ids: &[EntryId]) -> bool {
     ids.windows(2).all(|pair| pair[0] < pair[1])
 }
 
-pub(crate) async fn ids_grow_strictly_in_the_order_of_appending(store: Arc<dyn Store>) {
+async fn ids_grow_strictly_in_the_order_of_appending(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let mut ids = Vec::new();
     for n in 0..50 {
@@ -238,7 +211,7 @@ pub(crate) async fn ids_grow_strictly_in_the_order_of_appending(store: Arc<dyn S
     assert!(appended[0].event_id.is_empty(), "an entry without `id` has no event id");
 }
 
-pub(crate) async fn an_append_of_the_greatest_size_keeps_its_order(store: Arc<dyn Store>) {
+async fn an_append_of_the_greatest_size_keeps_its_order(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = fill(&*store, &stream, MAX_APPEND).await;
     assert_eq!(ids.len(), MAX_APPEND);
@@ -248,19 +221,19 @@ pub(crate) async fn an_append_of_the_greatest_size_keeps_its_order(store: Arc<dy
     assert_eq!(entries.iter().map(|entry| entry.id).collect::<Vec<_>>(), ids);
 }
 
-pub(crate) async fn an_append_of_nothing_gives_nothing(store: Arc<dyn Store>) {
+async fn an_append_of_nothing_gives_nothing(store: Arc<dyn Store>) {
     let stream = unique_stream();
     assert_eq!(store.append(&stream, Vec::new()).await.expect("appended"), Vec::new());
 }
 
-pub(crate) async fn an_append_of_too_many_entries_is_refused_whole(store: Arc<dyn Store>) {
+async fn an_append_of_too_many_entries_is_refused_whole(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let error = store.append(&stream, numbered(0..MAX_APPEND + 1)).await.expect_err("too many");
     assert_eq!(error.kind(), StoreErrorKind::Internal);
     assert!(all(&*store, &stream).await.is_empty());
 }
 
-pub(crate) async fn concurrent_appends_each_stay_together_and_in_order(store: Arc<dyn Store>) {
+async fn concurrent_appends_each_stay_together_and_in_order(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let mut tasks = JoinSet::new();
     for task in 0..8 {
@@ -290,7 +263,7 @@ pub(crate) async fn concurrent_appends_each_stay_together_and_in_order(store: Ar
     }
 }
 
-pub(crate) async fn an_idempotency_key_stores_an_entry_once(store: Arc<dyn Store>) {
+async fn an_idempotency_key_stores_an_entry_once(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let first = store.append(&stream, vec![keyed("one", "k1", HOUR)]).await.expect("appended");
     let second = store
@@ -306,7 +279,7 @@ pub(crate) async fn an_idempotency_key_stores_an_entry_once(store: Arc<dyn Store
     assert_eq!(describe(&*store, &stream).await.entries_added, 3);
 }
 
-pub(crate) async fn an_idempotency_key_counts_within_one_append(store: Arc<dyn Store>) {
+async fn an_idempotency_key_counts_within_one_append(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let appended = store
         .append(&stream, vec![keyed("one", "k", HOUR), keyed("two", "k", HOUR), new_entry("three")])
@@ -321,7 +294,7 @@ pub(crate) async fn an_idempotency_key_counts_within_one_append(store: Arc<dyn S
     assert_eq!(all(&*store, &stream).await.len(), 2);
 }
 
-pub(crate) async fn an_idempotency_key_belongs_to_its_stream(store: Arc<dyn Store>) {
+async fn an_idempotency_key_belongs_to_its_stream(store: Arc<dyn Store>) {
     let (one, other) = (unique_stream(), unique_stream());
     store.append(&one, vec![keyed("x", "k", HOUR)]).await.expect("appended");
     let appended = store.append(&other, vec![keyed("x", "k", HOUR)]).await.expect("appended");
@@ -334,7 +307,7 @@ pub(crate) async fn an_idempotency_key_belongs_to_its_stream(store: Arc<dyn Stor
     }
 }
 
-pub(crate) async fn an_idempotency_key_is_forgotten_after_its_window(store: Arc<dyn Store>) {
+async fn an_idempotency_key_is_forgotten_after_its_window(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let window = Duration::from_millis(300);
     let begun = Instant::now();
@@ -352,7 +325,7 @@ pub(crate) async fn an_idempotency_key_is_forgotten_after_its_window(store: Arc<
     }
 }
 
-pub(crate) async fn any_bytes_come_back_as_they_were(store: Arc<dyn Store>) {
+async fn any_bytes_come_back_as_they_were(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let mut fields = Fields::default();
     fields.push("data", Bytes::from_static(b"\xff\xfe not utf-8 \0 \r\n"));
@@ -379,7 +352,7 @@ pub(crate) async fn any_bytes_come_back_as_they_were(store: Arc<dyn Store>) {
     assert_eq!(claimed.deliveries[0].entry.fields, fields);
 }
 
-pub(crate) async fn a_value_of_a_mebibyte_comes_back_as_it_was(store: Arc<dyn Store>) {
+async fn a_value_of_a_mebibyte_comes_back_as_it_was(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let value: Bytes = (0..1_u32 << 20).map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect();
     let big = |n: usize| {
@@ -403,7 +376,7 @@ pub(crate) async fn a_value_of_a_mebibyte_comes_back_as_it_was(store: Arc<dyn St
     assert!(delivered[1].entry.data() == Some(&value), "the delivered value changed");
 }
 
-pub(crate) async fn a_range_includes_both_ends_and_obeys_its_limit(store: Arc<dyn Store>) {
+async fn a_range_includes_both_ends_and_obeys_its_limit(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = fill(&*store, &stream, 200).await;
     let read = async |from, to, limit| {
@@ -423,7 +396,7 @@ pub(crate) async fn a_range_includes_both_ends_and_obeys_its_limit(store: Arc<dy
     assert_eq!(payloads(&after), (191..200).map(|n| n.to_string()).collect::<Vec<_>>());
 }
 
-pub(crate) async fn a_range_backward_begins_with_the_newest(store: Arc<dyn Store>) {
+async fn a_range_backward_begins_with_the_newest(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = fill(&*store, &stream, 200).await;
     let read = async |from, to, limit| {
@@ -439,7 +412,7 @@ pub(crate) async fn a_range_backward_begins_with_the_newest(store: Arc<dyn Store
     assert_eq!(read(ids[100], ids[20], 1000).await, []);
 }
 
-pub(crate) async fn a_stream_that_does_not_exist_is_empty(store: Arc<dyn Store>) {
+async fn a_stream_that_does_not_exist_is_empty(store: Arc<dyn Store>) {
     let stream = unique_stream();
     assert!(all(&*store, &stream).await.is_empty());
     assert!(store.tail(&stream, EntryId::MIN, 10, Duration::ZERO).await.expect("tailed").is_empty());
@@ -449,7 +422,7 @@ pub(crate) async fn a_stream_that_does_not_exist_is_empty(store: Arc<dyn Store>)
     assert_eq!(store.describe(&stream).await.expect("described"), None, "reading made the stream");
 }
 
-pub(crate) async fn a_tail_returns_what_is_there_at_once(store: Arc<dyn Store>) {
+async fn a_tail_returns_what_is_there_at_once(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = fill(&*store, &stream, 150).await;
     let begun = Instant::now();
@@ -460,7 +433,7 @@ pub(crate) async fn a_tail_returns_what_is_there_at_once(store: Arc<dyn Store>) 
     assert!(begun.elapsed() < Duration::from_secs(4), "the tail waited though there were entries");
 }
 
-pub(crate) async fn a_tail_wakes_when_an_entry_comes(store: Arc<dyn Store>) {
+async fn a_tail_wakes_when_an_entry_comes(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = fill(&*store, &stream, 3).await;
     let begun = Instant::now();
@@ -476,7 +449,7 @@ pub(crate) async fn a_tail_wakes_when_an_entry_comes(store: Arc<dyn Store>) {
     assert!(begun.elapsed() < Duration::from_millis(4500), "the tail slept through the entry");
 }
 
-pub(crate) async fn a_tail_wakes_when_its_stream_comes_into_being(store: Arc<dyn Store>) {
+async fn a_tail_wakes_when_its_stream_comes_into_being(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let begun = Instant::now();
     let tail = store.tail(&stream, EntryId::MIN, 10, Duration::from_secs(5));
@@ -489,7 +462,7 @@ pub(crate) async fn a_tail_wakes_when_its_stream_comes_into_being(store: Arc<dyn
     assert!(begun.elapsed() < Duration::from_millis(4500), "the tail slept through the entry");
 }
 
-pub(crate) async fn a_tail_returns_nothing_when_nothing_comes(store: Arc<dyn Store>) {
+async fn a_tail_returns_nothing_when_nothing_comes(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = fill(&*store, &stream, 3).await;
     let begun = Instant::now();
@@ -501,7 +474,7 @@ pub(crate) async fn a_tail_returns_nothing_when_nothing_comes(store: Arc<dyn Sto
     assert!(tailed.is_empty());
 }
 
-pub(crate) async fn every_tail_gets_every_entry(store: Arc<dyn Store>) {
+async fn every_tail_gets_every_entry(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let mut tails = JoinSet::new();
     for _ in 0..4 {
@@ -518,7 +491,7 @@ pub(crate) async fn every_tail_gets_every_entry(store: Arc<dyn Store>) {
     }
 }
 
-pub(crate) async fn a_tail_follows_without_hole_or_repetition(store: Arc<dyn Store>) {
+async fn a_tail_follows_without_hole_or_repetition(store: Arc<dyn Store>) {
     const COUNT: usize = 2000;
     let stream = unique_stream();
     let writer = async {
@@ -540,7 +513,7 @@ pub(crate) async fn a_tail_follows_without_hole_or_repetition(store: Arc<dyn Sto
     assert_eq!(seen, (0..COUNT).map(|n| n.to_string()).collect::<Vec<_>>());
 }
 
-pub(crate) async fn a_group_begins_where_it_is_told(store: Arc<dyn Store>) {
+async fn a_group_begins_where_it_is_told(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = fill(&*store, &stream, 10).await;
     let starts = [
@@ -561,7 +534,7 @@ pub(crate) async fn a_group_begins_where_it_is_told(store: Arc<dyn Store>) {
     }
 }
 
-pub(crate) async fn ensuring_a_group_again_changes_nothing(store: Arc<dyn Store>) {
+async fn ensuring_a_group_again_changes_nothing(store: Arc<dyn Store>) {
     let (cursor, ids) = grouped(&*store, 10).await;
     let delivered = fetch(&*store, &cursor, 4).await;
     assert_eq!(delivered.len(), 4);
@@ -572,7 +545,7 @@ pub(crate) async fn ensuring_a_group_again_changes_nothing(store: Arc<dyn Store>
     assert_eq!(self::ids(&fetch(&*store, &cursor, 100).await), ids[4..]);
 }
 
-pub(crate) async fn a_group_makes_its_stream(store: Arc<dyn Store>) {
+async fn a_group_makes_its_stream(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let cursor = cursor(&stream, "g", "a");
     assert!(store.ensure_group(&stream, &cursor.group, Start::New).await.expect("a group"));
@@ -583,7 +556,7 @@ pub(crate) async fn a_group_makes_its_stream(store: Arc<dyn Store>) {
     assert_eq!(ids(&fetch(&*store, &cursor, 10).await), [appended[0].id]);
 }
 
-pub(crate) async fn a_fetch_hands_out_each_entry_once(store: Arc<dyn Store>) {
+async fn a_fetch_hands_out_each_entry_once(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 150).await;
     let b = by(&a, "b");
     let before = Instant::now();
@@ -605,7 +578,7 @@ pub(crate) async fn a_fetch_hands_out_each_entry_once(store: Arc<dyn Store>) {
     assert_eq!(pending.iter().filter(|one| one.consumer == b.consumer).count(), 50);
 }
 
-pub(crate) async fn a_fetch_wakes_when_an_entry_comes(store: Arc<dyn Store>) {
+async fn a_fetch_wakes_when_an_entry_comes(store: Arc<dyn Store>) {
     let (cursor, _) = grouped(&*store, 0).await;
     let begun = Instant::now();
     let fetched = store.fetch(&cursor, 10, Duration::from_secs(5));
@@ -618,7 +591,7 @@ pub(crate) async fn a_fetch_wakes_when_an_entry_comes(store: Arc<dyn Store>) {
     assert!(begun.elapsed() < Duration::from_millis(4500), "the fetch slept through the entry");
 }
 
-pub(crate) async fn a_fetch_returns_nothing_when_nothing_comes(store: Arc<dyn Store>) {
+async fn a_fetch_returns_nothing_when_nothing_comes(store: Arc<dyn Store>) {
     let (cursor, _) = grouped(&*store, 2).await;
     assert_eq!(fetch(&*store, &cursor, 10).await.len(), 2);
     let begun = Instant::now();
@@ -626,7 +599,7 @@ pub(crate) async fn a_fetch_returns_nothing_when_nothing_comes(store: Arc<dyn St
     assert!((Duration::from_millis(150)..Duration::from_secs(4)).contains(&begun.elapsed()), "{:?}", begun.elapsed());
 }
 
-pub(crate) async fn concurrent_fetches_share_the_entries(store: Arc<dyn Store>) {
+async fn concurrent_fetches_share_the_entries(store: Arc<dyn Store>) {
     let (cursor, ids) = grouped(&*store, 1000).await;
     let mut tasks = JoinSet::new();
     for n in 0..4 {
@@ -652,7 +625,7 @@ pub(crate) async fn concurrent_fetches_share_the_entries(store: Arc<dyn Store>) 
     assert_eq!(delivered, ids, "each entry goes to exactly one consumer");
 }
 
-pub(crate) async fn groups_do_not_share_anything(store: Arc<dyn Store>) {
+async fn groups_do_not_share_anything(store: Arc<dyn Store>) {
     let (one, ids) = grouped(&*store, 10).await;
     let other = cursor(&one.stream, "other", "a");
     store.ensure_group(&one.stream, &other.group, Start::Oldest).await.expect("a group");
@@ -663,7 +636,7 @@ pub(crate) async fn groups_do_not_share_anything(store: Arc<dyn Store>) {
     assert_eq!(pending_ids(&*store, &other).await, ids);
 }
 
-pub(crate) async fn operations_on_a_missing_group_say_so(store: Arc<dyn Store>) {
+async fn operations_on_a_missing_group_say_so(store: Arc<dyn Store>) {
     let stream = unique_stream();
     for fill_it in [false, true] {
         if fill_it {
@@ -680,7 +653,7 @@ pub(crate) async fn operations_on_a_missing_group_say_so(store: Arc<dyn Store>) 
     }
 }
 
-pub(crate) async fn pending_entries_are_listed_by_owner_and_page(store: Arc<dyn Store>) {
+async fn pending_entries_are_listed_by_owner_and_page(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 30).await;
     let b = by(&a, "b");
     fetch(&*store, &a, 10).await;
@@ -699,7 +672,7 @@ pub(crate) async fn pending_entries_are_listed_by_owner_and_page(store: Arc<dyn 
     assert_eq!(list(&a, false, ids[29].next(), 10).await, []);
 }
 
-pub(crate) async fn a_claim_takes_named_entries_and_counts_an_attempt(store: Arc<dyn Store>) {
+async fn a_claim_takes_named_entries_and_counts_an_attempt(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 10).await;
     let b = by(&a, "b");
     fetch(&*store, &a, 10).await;
@@ -726,7 +699,7 @@ pub(crate) async fn a_claim_takes_named_entries_and_counts_an_attempt(store: Arc
     assert_eq!(pending_ids(&*store, &a).await, ids);
 }
 
-pub(crate) async fn a_claim_leaves_what_is_not_idle_or_not_pending(store: Arc<dyn Store>) {
+async fn a_claim_leaves_what_is_not_idle_or_not_pending(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 10).await;
     let b = by(&a, "b");
     let delivered = fetch(&*store, &a, 5).await;
@@ -740,7 +713,7 @@ pub(crate) async fn a_claim_leaves_what_is_not_idle_or_not_pending(store: Arc<dy
     assert!(claimed.deliveries.is_empty());
 }
 
-pub(crate) async fn a_reclaim_pages_to_the_end(store: Arc<dyn Store>) {
+async fn a_reclaim_pages_to_the_end(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 250).await;
     let b = by(&a, "b");
     assert_eq!(fetch(&*store, &a, 250).await.len(), 250);
@@ -762,7 +735,7 @@ pub(crate) async fn a_reclaim_pages_to_the_end(store: Arc<dyn Store>) {
     assert_eq!(store.pending(&b, true, EntryId::MIN, 1000).await.expect("listed").len(), 250);
 }
 
-pub(crate) async fn a_reclaim_leaves_what_is_not_idle(store: Arc<dyn Store>) {
+async fn a_reclaim_leaves_what_is_not_idle(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 60).await;
     let b = by(&a, "b");
     let mut delivered = fetch(&*store, &a, 60).await;
@@ -781,7 +754,7 @@ pub(crate) async fn a_reclaim_leaves_what_is_not_idle(store: Arc<dyn Store>) {
     assert_eq!(taken, [ids[50]]);
 }
 
-pub(crate) async fn acknowledged_entries_are_settled_once(store: Arc<dyn Store>) {
+async fn acknowledged_entries_are_settled_once(store: Arc<dyn Store>) {
     let (cursor, ids) = grouped(&*store, 300).await;
     let mut delivered = Vec::new();
     while delivered.len() < 300 {
@@ -798,7 +771,7 @@ pub(crate) async fn acknowledged_entries_are_settled_once(store: Arc<dyn Store>)
     assert_eq!(store.settle(&cursor, &[]).await.expect("settled"), Settled::default());
 }
 
-pub(crate) async fn a_settlement_of_a_claimed_delivery_is_left_alone(store: Arc<dyn Store>) {
+async fn a_settlement_of_a_claimed_delivery_is_left_alone(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 4).await;
     // Without a claim limit nothing is young enough to be settled unasked.
     let a = Cursor { claim_idle: Duration::ZERO, ..a };
@@ -819,7 +792,7 @@ pub(crate) async fn a_settlement_of_a_claimed_delivery_is_left_alone(store: Arc<
     assert_eq!(acknowledge(&*store, &b, claimed.deliveries).await, Settled { settled: 4, not_owned: 0 });
 }
 
-pub(crate) async fn a_retry_becomes_claimable_when_it_is_due(store: Arc<dyn Store>) {
+async fn a_retry_becomes_claimable_when_it_is_due(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 3).await;
     let mut delivered = fetch(&*store, &a, 3).await;
     let (later, now) = (delivered.remove(1), delivered.remove(0));
@@ -849,7 +822,7 @@ pub(crate) async fn a_retry_becomes_claimable_when_it_is_due(store: Arc<dyn Stor
     }
 }
 
-pub(crate) async fn a_retry_is_never_later_than_the_claim_limit(store: Arc<dyn Store>) {
+async fn a_retry_is_never_later_than_the_claim_limit(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 1).await;
     let a = Cursor { claim_idle: Duration::from_millis(300), ..a };
     let delivered = fetch(&*store, &a, 1).await.remove(0);
@@ -874,7 +847,7 @@ fn dead_letter(to: &StreamName, text: &str) -> Outcome {
     Outcome::DeadLetter { to: to.clone(), fields }
 }
 
-pub(crate) async fn a_dead_letter_is_moved_in_one_step_and_once(store: Arc<dyn Store>) {
+async fn a_dead_letter_is_moved_in_one_step_and_once(store: Arc<dyn Store>) {
     let (cursor, ids) = grouped(&*store, 3).await;
     let dead = format!("{}:dead", cursor.stream).parse::<StreamName>().expect("a valid name");
     let delivered = fetch(&*store, &cursor, 3).await;
@@ -892,7 +865,7 @@ pub(crate) async fn a_dead_letter_is_moved_in_one_step_and_once(store: Arc<dyn S
     assert_eq!(all(&*store, &cursor.stream).await.len(), 3, "the entry itself stays in its stream");
 }
 
-pub(crate) async fn a_dead_letter_that_another_has_claimed_is_not_written(store: Arc<dyn Store>) {
+async fn a_dead_letter_that_another_has_claimed_is_not_written(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 1).await;
     let dead = format!("{}:dead", a.stream).parse::<StreamName>().expect("a valid name");
     let delivered = fetch(&*store, &a, 1).await.remove(0);
@@ -904,7 +877,7 @@ pub(crate) async fn a_dead_letter_that_another_has_claimed_is_not_written(store:
     assert_eq!(pending_ids(&*store, &a).await, ids);
 }
 
-pub(crate) async fn a_release_is_claimable_at_once_and_counts_no_attempt(store: Arc<dyn Store>) {
+async fn a_release_is_claimable_at_once_and_counts_no_attempt(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 2).await;
     let b = by(&a, "b");
     let mut delivered = fetch(&*store, &a, 2).await;
@@ -921,7 +894,7 @@ pub(crate) async fn a_release_is_claimable_at_once_and_counts_no_attempt(store: 
     assert_eq!(claimed.deliveries[0].attempt, 2, "the released delivery is not counted, the failed one is");
 }
 
-pub(crate) async fn one_settle_takes_every_outcome(store: Arc<dyn Store>) {
+async fn one_settle_takes_every_outcome(store: Arc<dyn Store>) {
     const COUNT: usize = 400;
     let (a, ids) = grouped(&*store, COUNT).await;
     let dead = format!("{}:dead", a.stream).parse::<StreamName>().expect("a valid name");
@@ -957,7 +930,7 @@ pub(crate) async fn one_settle_takes_every_outcome(store: Arc<dyn Store>) {
     }
 }
 
-pub(crate) async fn an_extension_restarts_the_idle_time_without_an_attempt(store: Arc<dyn Store>) {
+async fn an_extension_restarts_the_idle_time_without_an_attempt(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 2).await;
     for delivery in fetch(&*store, &a, 2).await {
         settle_one(&*store, &a, delivery, Outcome::Retry(Duration::ZERO)).await;
@@ -972,7 +945,7 @@ pub(crate) async fn an_extension_restarts_the_idle_time_without_an_attempt(store
     assert_eq!(self::ids(&claimed.deliveries), [ids[1]]);
 }
 
-pub(crate) async fn an_extension_names_what_is_not_owned(store: Arc<dyn Store>) {
+async fn an_extension_names_what_is_not_owned(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 5).await;
     let b = by(&a, "b");
     let delivered = fetch(&*store, &a, 4).await;
@@ -989,7 +962,7 @@ pub(crate) async fn an_extension_names_what_is_not_owned(store: Arc<dyn Store>) 
     }
 }
 
-pub(crate) async fn a_trim_keeps_the_newest(store: Arc<dyn Store>) {
+async fn a_trim_keeps_the_newest(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = fill(&*store, &stream, 1000).await;
     let removed = store.trim(&stream, Trim::ToLength(300)).await.expect("trimmed");
@@ -1011,7 +984,7 @@ pub(crate) async fn a_trim_keeps_the_newest(store: Arc<dyn Store>) {
     assert!(appended[0].id > ids[999], "ids grow across trims");
 }
 
-pub(crate) async fn a_trim_by_id_keeps_what_is_not_older(store: Arc<dyn Store>) {
+async fn a_trim_by_id_keeps_what_is_not_older(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = fill(&*store, &stream, 1000).await;
     let removed = store.trim(&stream, Trim::Before(ids[600])).await.expect("trimmed");
@@ -1024,7 +997,7 @@ pub(crate) async fn a_trim_by_id_keeps_what_is_not_older(store: Arc<dyn Store>) 
     assert!(describe(&*store, &stream).await.length <= 100);
 }
 
-pub(crate) async fn a_trim_never_passes_what_a_group_has_not_read(store: Arc<dyn Store>) {
+async fn a_trim_never_passes_what_a_group_has_not_read(store: Arc<dyn Store>) {
     let (slow, ids) = grouped(&*store, 1000).await;
     let quick = cursor(&slow.stream, "quick", "a");
     store.ensure_group(&slow.stream, &quick.group, Start::New).await.expect("a group");
@@ -1045,7 +1018,7 @@ pub(crate) async fn a_trim_never_passes_what_a_group_has_not_read(store: Arc<dyn
     assert_eq!(delivered, ids[read..]);
 }
 
-pub(crate) async fn a_trim_never_passes_a_pending_entry(store: Arc<dyn Store>) {
+async fn a_trim_never_passes_a_pending_entry(store: Arc<dyn Store>) {
     let (cursor, ids) = grouped(&*store, 1000).await;
     let mut delivered = Vec::new();
     while delivered.len() < 1000 {
@@ -1065,7 +1038,7 @@ pub(crate) async fn a_trim_never_passes_a_pending_entry(store: Arc<dyn Store>) {
     assert!(describe(&*store, &cursor.stream).await.length <= 100);
 }
 
-pub(crate) async fn a_discarded_entry_is_gone_once(store: Arc<dyn Store>) {
+async fn a_discarded_entry_is_gone_once(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = fill(&*store, &stream, 200).await;
     let gone = [ids[0], ids[63], ids[64], ids[150], ids[199], ids[199].next()];
@@ -1096,7 +1069,7 @@ pub(crate) async fn a_discarded_entry_is_gone_once(store: Arc<dyn Store>) {
     assert_eq!(payloads(&all(&*store, &stream).await), ["last"]);
 }
 
-pub(crate) async fn a_discarded_entry_is_not_delivered(store: Arc<dyn Store>) {
+async fn a_discarded_entry_is_not_delivered(store: Arc<dyn Store>) {
     let (cursor, ids) = grouped(&*store, 10).await;
     assert_eq!(store.discard(&cursor.stream, &[ids[0], ids[4], ids[9]]).await.expect("discarded"), 3);
     let expected = [&ids[1..4], &ids[5..9]].concat();
@@ -1114,7 +1087,7 @@ async fn assert_lost_once(store: &dyn Store, cursor: &Cursor, lost: EntryId, cla
     assert!(again.lost.is_empty() && again.deliveries.is_empty(), "a loss is told once");
 }
 
-pub(crate) async fn a_lost_pending_entry_is_told_once_by_claim(store: Arc<dyn Store>) {
+async fn a_lost_pending_entry_is_told_once_by_claim(store: Arc<dyn Store>) {
     let (cursor, ids) = grouped(&*store, 5).await;
     fetch(&*store, &cursor, 5).await;
     assert_eq!(store.discard(&cursor.stream, &[ids[2]]).await.expect("discarded"), 1);
@@ -1124,7 +1097,7 @@ pub(crate) async fn a_lost_pending_entry_is_told_once_by_claim(store: Arc<dyn St
     assert_lost_once(&*store, &cursor, ids[2], claimed, &taken).await;
 }
 
-pub(crate) async fn a_lost_pending_entry_is_told_once_by_reclaim(store: Arc<dyn Store>) {
+async fn a_lost_pending_entry_is_told_once_by_reclaim(store: Arc<dyn Store>) {
     let (cursor, ids) = grouped(&*store, 5).await;
     fetch(&*store, &cursor, 5).await;
     assert_eq!(store.discard(&cursor.stream, &[ids[4]]).await.expect("discarded"), 1);
@@ -1141,7 +1114,7 @@ pub(crate) async fn a_lost_pending_entry_is_told_once_by_reclaim(store: Arc<dyn 
     assert_lost_once(&*store, &cursor, ids[4], all_claimed, &ids[..4]).await;
 }
 
-pub(crate) async fn a_consumer_with_pending_entries_is_not_removed(store: Arc<dyn Store>) {
+async fn a_consumer_with_pending_entries_is_not_removed(store: Arc<dyn Store>) {
     let (a, _) = grouped(&*store, 2).await;
     let b = by(&a, "b");
     let delivered = fetch(&*store, &a, 1).await;
@@ -1155,7 +1128,7 @@ pub(crate) async fn a_consumer_with_pending_entries_is_not_removed(store: Arc<dy
     assert_eq!(group_status(&*store, &b).await.pending, 1);
 }
 
-pub(crate) async fn a_description_counts_right(store: Arc<dyn Store>) {
+async fn a_description_counts_right(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 100).await;
     let b = by(&a, "b");
     let idle_group = cursor(&a.stream, "at-the-end", "x");
@@ -1188,7 +1161,7 @@ pub(crate) async fn a_description_counts_right(store: Arc<dyn Store>) {
     assert_eq!((status.length, status.entries_added), (107, 107));
 }
 
-pub(crate) async fn an_epoch_stays_and_makes_no_stream(store: Arc<dyn Store>) {
+async fn an_epoch_stays_and_makes_no_stream(store: Arc<dyn Store>) {
     let (one, other) = (unique_stream(), unique_stream());
     let epoch = store.epoch(&one).await.expect("an epoch");
     assert_eq!(store.describe(&one).await.expect("described"), None);
@@ -1206,12 +1179,12 @@ pub(crate) async fn an_epoch_stays_and_makes_no_stream(store: Arc<dyn Store>) {
     assert_ne!(store.epoch(&other).await.expect("an epoch"), epoch);
 }
 
-pub(crate) async fn a_check_says_what_the_store_is(store: Arc<dyn Store>) {
+async fn a_check_says_what_the_store_is(store: Arc<dyn Store>) {
     let status = store.check().await.expect("a store that works");
     assert!(!status.description.is_empty());
 }
 
-pub(crate) async fn a_closed_store_is_unavailable(store: Arc<dyn Store>) {
+async fn a_closed_store_is_unavailable(store: Arc<dyn Store>) {
     let (cursor, ids) = grouped(&*store, 3).await;
     store.close().await;
     store.close().await;

@@ -1,4 +1,4 @@
-//! The embedded store: the contract, and what only it promises about files, restarts, full disks and damage.
+//! The embedded store: what only it promises about files, restarts, full disks and damage.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,47 +13,14 @@ use bytes::Bytes;
 use bytesize::ByteSize;
 use rusqlite::Connection;
 
-use crate::store_contract::{TestStore, contract_tests, cursor, new_entry, unique_stream};
+use crate::store_contract::{cursor, new_entry, unique_stream};
 use crate::store_model::{self, Traits};
+use crate::support::stores::small;
 
 const PATIENCE: Duration = Duration::from_mins(1);
 
-pub(crate) async fn open() -> TestStore {
-    open_with(Config::default()).await
-}
-
-async fn open_without_memory() -> TestStore {
-    open_with(Config { recent: ByteSize::b(0), ..Config::default() }).await
-}
-
-async fn open_with(config: Config) -> TestStore {
-    let folder = tempfile::tempdir().expect("a folder");
-    let store: Arc<dyn Store> = Arc::new(open_in(&folder.path().join("data"), config).await);
-    TestStore::new(store, folder)
-}
-
 async fn open_in(folder: &Path, config: Config) -> EmbeddedStore {
     small(folder, config).open().await.expect("opened")
-}
-
-/// A configuration whose reserve does not make every test write megabytes.
-fn small(folder: &Path, mut config: Config) -> Config {
-    folder.clone_into(&mut config.path);
-    config.reserve = ByteSize::kib(64);
-    config
-}
-
-mod contract {
-    use super::{contract_tests, open};
-    contract_tests!(open);
-    crate::store_leases::lease_tests!(open);
-    crate::store_news::news_tests!(open);
-}
-
-/// The same with nothing in memory, so that every entry is read back from its row.
-mod contract_from_disk {
-    use super::{contract_tests, open_without_memory};
-    contract_tests!(open_without_memory);
 }
 
 #[test]

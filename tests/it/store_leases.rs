@@ -11,35 +11,21 @@ use aurora_bus::store::{
 use tokio::time::timeout;
 
 use crate::store_contract::{cursor, new_entry, unique_stream};
+use crate::support::stores::on_stores;
 
 /// A time that no test reaches by waiting.
 const HOUR: Duration = Duration::from_hours(1);
 /// The longest any test waits for a state.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// Makes one test per case; `$open` is an async function that gives a `TestStore`.
-macro_rules! lease_tests {
-    ($open:path) => {
-        $crate::store_leases::lease_tests!($open;
-            a_lease_has_one_holder_until_it_is_given_up
-            a_lease_that_is_not_renewed_runs_out
-            leases_of_other_names_and_streams_do_not_matter
-            a_cursor_whose_lease_is_lost_can_do_nothing
-            a_settlement_under_a_lease_asks_for_the_owner_however_young
-            a_fetch_under_a_lease_wakes_when_an_entry_comes
-        );
-    };
-    ($open:path; $($case:ident)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $case() {
-                let test = $open().await;
-                $crate::store_leases::$case(test.store.clone()).await;
-            }
-        )*
-    };
-}
-pub(crate) use lease_tests;
+on_stores! { embedded redis valkey: [
+    a_lease_has_one_holder_until_it_is_given_up
+    a_lease_that_is_not_renewed_runs_out
+    leases_of_other_names_and_streams_do_not_matter
+    a_cursor_whose_lease_is_lost_can_do_nothing
+    a_settlement_under_a_lease_asks_for_the_owner_however_young
+    a_fetch_under_a_lease_wakes_when_an_entry_comes
+] }
 
 async fn take(
     store: &dyn Store,
@@ -56,7 +42,7 @@ async fn take(
     }
 }
 
-pub(crate) async fn a_lease_has_one_holder_until_it_is_given_up(store: Arc<dyn Store>) {
+async fn a_lease_has_one_holder_until_it_is_given_up(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let first = take(&*store, &stream, "soc-a 1", HOUR).await.expect("free");
     assert_eq!(take(&*store, &stream, "soc-a 1", HOUR).await, Ok(first.clone()), "renewed");
@@ -71,7 +57,7 @@ pub(crate) async fn a_lease_has_one_holder_until_it_is_given_up(store: Arc<dyn S
     assert!(take(&*store, &stream, "soc-a 1", HOUR).await.is_err());
 }
 
-pub(crate) async fn a_lease_that_is_not_renewed_runs_out(store: Arc<dyn Store>) {
+async fn a_lease_that_is_not_renewed_runs_out(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ttl = Duration::from_millis(300);
     let began = Instant::now();
@@ -85,7 +71,7 @@ pub(crate) async fn a_lease_that_is_not_renewed_runs_out(store: Arc<dyn Store>) 
     assert_eq!(store.release_lease(&stream, &first).await.ok(), Some(false));
 }
 
-pub(crate) async fn leases_of_other_names_and_streams_do_not_matter(store: Arc<dyn Store>) {
+async fn leases_of_other_names_and_streams_do_not_matter(store: Arc<dyn Store>) {
     let (stream, other) = (unique_stream(), unique_stream());
     take(&*store, &stream, "soc-a 1", HOUR).await.expect("free");
     take(&*store, &other, "soc-b 2", HOUR).await.expect("free");
@@ -114,7 +100,7 @@ async fn hand_over(store: &dyn Store, a: &Cursor, b: Cursor) -> Cursor {
     Cursor { lease: Some(lease), ..b }
 }
 
-pub(crate) async fn a_cursor_whose_lease_is_lost_can_do_nothing(store: Arc<dyn Store>) {
+async fn a_cursor_whose_lease_is_lost_can_do_nothing(store: Arc<dyn Store>) {
     let (a, b) = group(&*store).await;
     let mut fetched = store.fetch(&a, 3, Duration::ZERO).await.expect("held");
     let ids: Vec<EntryId> = fetched.iter().map(|delivery| delivery.entry.id).collect();
@@ -150,7 +136,7 @@ pub(crate) async fn a_cursor_whose_lease_is_lost_can_do_nothing(store: Arc<dyn S
     assert_eq!(settled, Settled { settled: 4, not_owned: 0 });
 }
 
-pub(crate) async fn a_settlement_under_a_lease_asks_for_the_owner_however_young(store: Arc<dyn Store>) {
+async fn a_settlement_under_a_lease_asks_for_the_owner_however_young(store: Arc<dyn Store>) {
     let (a, b) = group(&*store).await;
     let fetched = store.fetch(&a, 1, Duration::ZERO).await.expect("held");
     let id = fetched[0].entry.id;
@@ -163,7 +149,7 @@ pub(crate) async fn a_settlement_under_a_lease_asks_for_the_owner_however_young(
     assert_eq!(store.pending(&a, false, EntryId::MIN, 10).await.expect("the store answers").len(), 1);
 }
 
-pub(crate) async fn a_fetch_under_a_lease_wakes_when_an_entry_comes(store: Arc<dyn Store>) {
+async fn a_fetch_under_a_lease_wakes_when_an_entry_comes(store: Arc<dyn Store>) {
     let (a, _) = group(&*store).await;
     assert_eq!(store.fetch(&a, 10, Duration::ZERO).await.expect("held").len(), 5);
     let began = Instant::now();

@@ -10,31 +10,17 @@ use aurora_bus::store::{Families, NotJoined, Store};
 use tokio_util::sync::CancellationToken;
 
 use crate::store_contract::{new_entry, unique_stream};
+use crate::support::stores::on_stores;
 use crate::support::until;
 
 /// The longest any test waits for a state.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// Makes one test per case; `$open` is an async function that gives a `TestStore`.
-macro_rules! news_tests {
-    ($open:path) => {
-        $crate::store_news::news_tests!($open;
-            news_name_each_stream_that_has_them_with_its_newest_entry
-            news_are_waited_for_and_the_wait_has_an_end
-            a_family_has_the_same_members_for_everyone_and_no_more_than_it_may
-        );
-    };
-    ($open:path; $($case:ident)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $case() {
-                let test = $open().await;
-                $crate::store_news::$case(test.store.clone()).await;
-            }
-        )*
-    };
-}
-pub(crate) use news_tests;
+on_stores! { embedded redis valkey cluster: [
+    news_name_each_stream_that_has_them_with_its_newest_entry
+    news_are_waited_for_and_the_wait_has_an_end
+    a_family_has_the_same_members_for_everyone_and_no_more_than_it_may
+] }
 
 async fn append(store: &dyn Store, stream: &StreamName, count: usize) -> EntryId {
     let entries = (0..count).map(|_| new_entry("x")).collect();
@@ -45,7 +31,7 @@ async fn news(store: &dyn Store, places: &[(StreamName, EntryId)], wait: Duratio
     store.news(places, wait).await.expect("news").into_iter().collect()
 }
 
-pub(crate) async fn news_name_each_stream_that_has_them_with_its_newest_entry(store: Arc<dyn Store>) {
+async fn news_name_each_stream_that_has_them_with_its_newest_entry(store: Arc<dyn Store>) {
     let streams: Vec<StreamName> = std::iter::repeat_with(unique_stream).take(20).collect();
     let mut expected = BTreeMap::new();
     for stream in streams.iter().step_by(3) {
@@ -58,7 +44,7 @@ pub(crate) async fn news_name_each_stream_that_has_them_with_its_newest_entry(st
     assert_eq!(news(&*store, &[], Duration::ZERO).await, BTreeMap::new());
 }
 
-pub(crate) async fn news_are_waited_for_and_the_wait_has_an_end(store: Arc<dyn Store>) {
+async fn news_are_waited_for_and_the_wait_has_an_end(store: Arc<dyn Store>) {
     let streams: Vec<StreamName> = std::iter::repeat_with(unique_stream).take(50).collect();
     let places: Vec<_> = streams.iter().map(|stream| (stream.clone(), EntryId::MIN)).collect();
     let began = Instant::now();
@@ -71,7 +57,7 @@ pub(crate) async fn news_are_waited_for_and_the_wait_has_an_end(store: Arc<dyn S
     assert_eq!(found, [(streams[33].clone(), last)].into());
 }
 
-pub(crate) async fn a_family_has_the_same_members_for_everyone_and_no_more_than_it_may(store: Arc<dyn Store>) {
+async fn a_family_has_the_same_members_for_everyone_and_no_more_than_it_may(store: Arc<dyn Store>) {
     let family: Family = format!("{}:{{key}}:x", unique_stream()).parse().expect("a family");
     let instances: Vec<Families> = (0..3).map(|_| Families::new([(family.clone(), 5)])).collect();
     let stop = CancellationToken::new();

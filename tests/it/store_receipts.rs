@@ -7,7 +7,7 @@ use aurora_bus::event::{ConsumerName, EntryId, GroupName};
 use aurora_bus::store::{Cursor, Outcome, Receipt, Redelivery, Redemption, Settlement, Start, Store, StoreErrorKind};
 
 use crate::store_contract::{cursor, new_entry, unique_stream};
-use crate::store_redeliver::{open_embedded, open_redis, open_valkey};
+use crate::support::stores::on_stores;
 use crate::support::until;
 
 const HOUR: Duration = Duration::from_hours(1);
@@ -170,39 +170,14 @@ async fn a_missing_group_is_told(store: Arc<dyn Store>) {
     assert_eq!(error.expect_err("there is none").kind(), StoreErrorKind::NoGroup);
 }
 
-macro_rules! cases {
-    ($open:ident; $($case:ident)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $case() {
-                let test = super::$open().await;
-                super::$case(test.store.clone()).await;
-            }
-        )*
-    };
-    ($open:ident) => {
-        cases!($open;
-            a_good_receipt_acknowledges_once_and_is_counted
-            a_receipt_of_another_consumer_or_delivery_is_no_good
-            a_lease_ends_when_it_should_and_its_receipt_with_it
-            holding_on_counts_no_attempt_and_may_change_hands
-            a_lease_is_no_longer_than_the_claim_limit
-            an_entry_whose_body_is_gone_can_be_acknowledged_but_not_held
-            what_was_given_away_can_be_given_up_by_its_new_holder
-            more_receipts_than_fit_a_script_are_answered_in_order
-            a_missing_group_is_told
-        );
-    };
-}
-
-mod embedded_store {
-    cases!(open_embedded);
-}
-
-mod redis_store {
-    cases!(open_redis);
-}
-
-mod valkey_store {
-    cases!(open_valkey);
-}
+on_stores! { embedded redis valkey: [
+    a_good_receipt_acknowledges_once_and_is_counted
+    a_receipt_of_another_consumer_or_delivery_is_no_good
+    a_lease_ends_when_it_should_and_its_receipt_with_it
+    holding_on_counts_no_attempt_and_may_change_hands
+    a_lease_is_no_longer_than_the_claim_limit
+    an_entry_whose_body_is_gone_can_be_acknowledged_but_not_held
+    what_was_given_away_can_be_given_up_by_its_new_holder
+    more_receipts_than_fit_a_script_are_answered_in_order
+    a_missing_group_is_told
+] }

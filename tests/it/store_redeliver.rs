@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use aurora_bus::event::{Delivery, Entry, EntryId, Fields, NewEntry, field};
 use aurora_bus::store::{
-    Cursor, Order, Outcome, Range, Redelivered, Redelivery, Settlement, Start, Store, StoreErrorKind, embedded, redis,
+    Cursor, Order, Outcome, Range, Redelivered, Redelivery, Settlement, Start, Store, StoreErrorKind,
 };
 use tokio::task::JoinSet;
 
-use crate::store_contract::{TestStore, cursor, new_entry, unique_stream};
-use crate::support::redis::{Product, RedisServer};
+use crate::store_contract::{cursor, new_entry, unique_stream};
+use crate::support::stores::on_stores;
 
 const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
 const HOUR: Duration = Duration::from_hours(1);
@@ -171,58 +171,13 @@ async fn a_missing_group_is_told(store: Arc<dyn Store>) {
     assert_eq!(error.kind(), StoreErrorKind::NoGroup);
 }
 
-macro_rules! cases {
-    ($open:ident; $($case:ident)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $case() {
-                let test = super::$open().await;
-                super::$case(test.store.clone()).await;
-            }
-        )*
-    };
-    ($open:ident) => {
-        cases!($open;
-            what_was_left_is_appended_again_for_its_group_and_reaches_who_reads_new_entries
-            what_is_being_handled_is_left_alone
-            what_was_delivered_too_often_is_taken_over_and_given_up_in_one_step
-            what_is_for_another_group_is_acknowledged
-            a_lost_entry_is_told_once
-            several_guards_hand_each_entry_on_once
-            many_entries_are_handed_on_page_by_page
-            a_missing_group_is_told
-        );
-    };
-}
-
-pub(crate) async fn open_embedded() -> TestStore {
-    let folder = tempfile::tempdir().expect("a folder");
-    let config = embedded::Config { path: folder.path().join("data"), ..embedded::Config::default() };
-    TestStore::new(Arc::new(config.open().await.expect("opened")), folder)
-}
-
-pub(crate) async fn open_redis() -> TestStore {
-    open_server(Product::Redis).await
-}
-
-pub(crate) async fn open_valkey() -> TestStore {
-    open_server(Product::Valkey).await
-}
-
-async fn open_server(product: Product) -> TestStore {
-    let server = RedisServer::shared(product).await;
-    let config = redis::Config { url: server.url().into(), ..redis::Config::default() };
-    TestStore::new(Arc::new(config.connect().await.expect("a valid configuration")), server)
-}
-
-mod embedded_store {
-    cases!(open_embedded);
-}
-
-mod redis_store {
-    cases!(open_redis);
-}
-
-mod valkey_store {
-    cases!(open_valkey);
-}
+on_stores! { embedded redis valkey: [
+    what_was_left_is_appended_again_for_its_group_and_reaches_who_reads_new_entries
+    what_is_being_handled_is_left_alone
+    what_was_delivered_too_often_is_taken_over_and_given_up_in_one_step
+    what_is_for_another_group_is_acknowledged
+    a_lost_entry_is_told_once
+    several_guards_hand_each_entry_on_once
+    many_entries_are_handed_on_page_by_page
+    a_missing_group_is_told
+] }

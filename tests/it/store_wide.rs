@@ -4,13 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aurora_bus::event::{DeadLetter, DeadLetterReason, Entry, EntryId, Fields, IdempotencyKey, NewEntry, field};
-use aurora_bus::store::{Cursor, Order, Outcome, Range, Redelivery, Settlement, Start, Store, redis};
+use aurora_bus::store::{Cursor, Order, Outcome, Range, Redelivery, Settlement, Start, Store};
 use jiff::Timestamp;
 use tokio::task::JoinSet;
 
-use crate::store_contract::{TestStore, cursor, new_entry, unique_stream};
-use crate::store_redeliver::{open_embedded, open_redis, open_valkey};
-use crate::support::cluster::Cluster;
+use crate::store_contract::{cursor, new_entry, unique_stream};
+use crate::support::stores::on_stores;
 
 const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
 const WIDE: usize = 12_000;
@@ -111,44 +110,9 @@ async fn one_that_a_consumer_outside_left_is_handed_on(store: Arc<dyn Store>) {
     assert_eq!(again.fields.text(field::REPLAY_ATTEMPTS), Some("1"));
 }
 
-async fn open_cluster() -> TestStore {
-    let cluster = Cluster::shared().await;
-    let config = redis::Config { url: cluster.url().into(), ..redis::Config::default() };
-    TestStore::new(Arc::new(config.connect().await.expect("a valid configuration")), cluster)
-}
-
-macro_rules! cases {
-    ($open:path: $($case:ident)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $case() {
-                let test = $open().await;
-                super::$case(test.store.clone()).await;
-            }
-        )*
-    };
-    ($open:path) => {
-        cases!($open:
-            they_are_appended_once_in_order_beside_others
-            many_who_append_the_same_make_one
-            one_is_buried_and_replayed_byte_for_byte
-            one_that_a_consumer_outside_left_is_handed_on
-        );
-    };
-}
-
-mod embedded_store {
-    cases!(super::open_embedded);
-}
-
-mod redis_store {
-    cases!(super::open_redis);
-}
-
-mod valkey_store {
-    cases!(super::open_valkey);
-}
-
-mod cluster {
-    cases!(super::open_cluster);
-}
+on_stores! { embedded redis valkey cluster: [
+    they_are_appended_once_in_order_beside_others
+    many_who_append_the_same_make_one
+    one_is_buried_and_replayed_byte_for_byte
+    one_that_a_consumer_outside_left_is_handed_on
+] }

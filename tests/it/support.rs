@@ -10,6 +10,7 @@ pub(crate) mod python;
 pub(crate) mod receiver;
 pub(crate) mod redis;
 pub(crate) mod sentinel;
+pub(crate) mod stores;
 
 use std::time::{Duration, Instant};
 

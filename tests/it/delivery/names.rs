@@ -6,28 +6,14 @@ use std::time::{Duration, Instant};
 use aurora_bus::store::Store;
 
 use super::{Bus, Deed, PATIENCE, TestSink, firsts, group};
+use crate::support::stores::on_stores;
 use crate::support::until;
 
-/// Makes one test per case; `$open` is an async function that gives a `TestStore`.
-macro_rules! name_tests {
-    ($open:path) => {
-        $crate::delivery::names::name_tests!($open;
-            a_second_worker_of_a_name_takes_another_one
-            a_name_that_was_given_up_is_free_at_once
-            the_name_of_a_crashed_worker_is_free_soon
-        );
-    };
-    ($open:path; $($case:ident)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $case() {
-                let test = $open().await;
-                $crate::delivery::names::$case(test.store.clone()).await;
-            }
-        )*
-    };
-}
-pub(crate) use name_tests;
+on_stores! { embedded redis: [
+    a_second_worker_of_a_name_takes_another_one
+    a_name_that_was_given_up_is_free_at_once
+    the_name_of_a_crashed_worker_is_free_soon
+] }
 
 impl Bus {
     async fn has_note(&self) -> String {

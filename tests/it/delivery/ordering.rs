@@ -15,34 +15,20 @@ use aurora_bus::store::Store;
 use super::{
     Bus, Deed, PATIENCE, Running, TestSink, entry, fails_until_others_are_taken, firsts, group, number_of, patient,
 };
+use crate::support::stores::on_stores;
 use crate::support::{random_below, until};
 
-/// Makes one test per case; `$open` is an async function that gives a `TestStore`.
-macro_rules! ordering_tests {
-    ($open:path) => {
-        $crate::delivery::ordering::ordering_tests!($open;
-            a_failing_entry_holds_back_its_key_only
-            entries_without_the_key_hold_back_no_one
-            a_failed_entry_blocks_its_stream_until_it_is_taken
-            an_entry_that_is_given_up_lets_its_stream_go_on
-            a_group_that_halts_says_where_and_goes_on_when_told
-            one_worker_at_a_time_keeps_an_order
-            the_next_worker_begins_with_what_a_crash_left
-            an_order_survives_whatever_fails_by_key
-            an_order_survives_whatever_fails_by_stream
-        );
-    };
-    ($open:path; $($case:ident)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $case() {
-                let test = $open().await;
-                $crate::delivery::ordering::$case(test.store.clone()).await;
-            }
-        )*
-    };
-}
-pub(crate) use ordering_tests;
+on_stores! { embedded redis: [
+    a_failing_entry_holds_back_its_key_only
+    entries_without_the_key_hold_back_no_one
+    a_failed_entry_blocks_its_stream_until_it_is_taken
+    an_entry_that_is_given_up_lets_its_stream_go_on
+    a_group_that_halts_says_where_and_goes_on_when_told
+    one_worker_at_a_time_keeps_an_order
+    the_next_worker_begins_with_what_a_crash_left
+    an_order_survives_whatever_fails_by_key
+    an_order_survives_whatever_fails_by_stream
+] }
 
 fn in_order(ordering: Ordering) -> GroupConfig {
     let mut config = group();

@@ -10,7 +10,7 @@ use aurora_bus::sink::SinkErrorClass;
 use aurora_bus::store::Store;
 
 use super::{Bus, Deed, PATIENCE, TestSink, firsts, group};
-use crate::store_redeliver::{open_embedded, open_redis};
+use crate::support::stores::on_stores;
 use crate::support::until;
 
 /// A group that stops calling its sink soon, and tries it often; three attempts.
@@ -161,33 +161,12 @@ async fn without_a_breaker_attempts_are_used_up(store: Arc<dyn Store>) {
     bus.is_settled().await;
 }
 
-macro_rules! cases {
-    ($open:ident; $($case:ident)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $case() {
-                let test = super::$open().await;
-                super::$case(test.store.clone()).await;
-            }
-        )*
-    };
-    ($open:ident) => {
-        cases!($open;
-            an_outage_longer_than_all_attempts_gives_nothing_up
-            the_only_entry_of_an_outage_is_not_given_up
-            a_sink_that_was_well_before_loses_nothing_either
-            a_poisonous_entry_among_good_ones_is_given_up_and_the_sink_is_not_taken_for_down
-            a_poisonous_entry_that_makes_the_sink_look_down_does_not_hold_up_what_comes_after
-            a_worker_that_stops_in_an_outage_hands_everything_back_without_an_attempt
-            without_a_breaker_attempts_are_used_up
-        );
-    };
-}
-
-mod embedded {
-    cases!(open_embedded);
-}
-
-mod redis {
-    cases!(open_redis);
-}
+on_stores! { embedded redis: [
+    an_outage_longer_than_all_attempts_gives_nothing_up
+    the_only_entry_of_an_outage_is_not_given_up
+    a_sink_that_was_well_before_loses_nothing_either
+    a_poisonous_entry_among_good_ones_is_given_up_and_the_sink_is_not_taken_for_down
+    a_poisonous_entry_that_makes_the_sink_look_down_does_not_hold_up_what_comes_after
+    a_worker_that_stops_in_an_outage_hands_everything_back_without_an_attempt
+    without_a_breaker_attempts_are_used_up
+] }

@@ -3,12 +3,14 @@
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use aurora_bus::store::Store;
 use tempfile::TempDir;
 
 use super::redis::{Product, RedisServer, free_port, tls_options};
 use super::{install, until};
+use crate::store_contract::{new_entry, unique_stream};
 
 const BOUND: Duration = Duration::from_mins(1);
 
@@ -104,11 +106,29 @@ impl Watched {
     }
 
     /// Has the sentinels make the other server the primary.
-    pub(crate) async fn fail_over(&self) {
+    async fn fail_over(&self) {
         until("failover that begins", BOUND, async || {
             (self.ask(&self.sentinels[0], &["SENTINEL", "FAILOVER", SERVICE]) == "OK").then_some(())
         })
         .await;
+    }
+
+    /// Fails over while a store is used, which has to follow to the promoted server.
+    pub(crate) async fn fail_over_under(&self, store: &dyn Store) {
+        let stream = unique_stream();
+        store.append(&stream, vec![new_entry("x")]).await.expect("appended");
+        let length_at_the_other = || self.servers[1].cli(&["XLEN", stream.as_str()]);
+        until("copy", BOUND, async || (length_at_the_other() == "1").then_some(())).await;
+        self.fail_over().await;
+        self.promoted(1).await;
+        let promoted = Instant::now();
+        // Until the sentinels reach it, the old one takes writes, and they are lost with the roles it loses.
+        until("append at the promoted server", BOUND, async || {
+            store.append(&stream, vec![new_entry("y")]).await.ok()?;
+            (length_at_the_other() != "1").then_some(())
+        })
+        .await;
+        assert!(promoted.elapsed() < Duration::from_secs(10), "back after {:?}", promoted.elapsed());
     }
 
     fn ask(&self, sentinel: &Sentinel, command: &[&str]) -> String {

@@ -1,4 +1,4 @@
-//! Workers on Redis, and what only a server can do to them.
+//! What only a server can do to workers.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -10,23 +10,10 @@ use aurora_bus::store::Store;
 use aurora_bus::store::redis::Config;
 
 use super::{Bus, Deed, PATIENCE, TestSink, firsts, group};
-use crate::store_contract::TestStore;
 use crate::support::proxy::Proxy;
 use crate::support::redis::{Product, RedisServer};
+use crate::support::stores::{TestStore, on};
 use crate::support::until;
-
-async fn open() -> TestStore {
-    on(RedisServer::shared(Product::Redis).await).await
-}
-
-async fn on(server: Arc<RedisServer>) -> TestStore {
-    let config = Config { url: server.url().into(), ..Config::default() };
-    TestStore::new(Arc::new(config.connect().await.expect("a valid configuration")), server)
-}
-
-super::delivery_tests!(open);
-super::names::name_tests!(open);
-super::ordering::ordering_tests!(open);
 
 /// A worker that has delivered 1 to 100 on a server of its own.
 async fn settled() -> (Arc<RedisServer>, TestStore, Bus, Arc<TestSink>, GroupConfig) {
