@@ -6,6 +6,7 @@
 mod care;
 mod ends;
 mod outage;
+mod recovery;
 mod steps;
 
 use std::collections::{HashMap, HashSet};

@@ -17,8 +17,10 @@ mod leases;
 mod log;
 mod marks;
 mod news;
+mod opening;
 mod operations;
 mod queue;
+mod ranges;
 mod raw;
 mod readers;
 mod receipts;
@@ -31,176 +33,37 @@ mod writer;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use bytesize::ByteSize;
-use rusqlite::Connection;
-use serde::{Deserialize, Serialize};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 #[cfg(any(test, fuzzing))]
 pub use chunk::fuzz as fuzz_chunk;
+pub use opening::{Config, Durability};
 pub use raw::{RawRate, raw_append_rate};
 
 use self::damage::Damage;
-use self::folder::FolderLock;
 use self::leases::Leases;
-use self::log::{ChunkRef, Found, Published};
+use self::log::Published;
 use self::operations::{Ending, How, NewEntries, Taken, millis};
 use self::queue::Queue;
 use self::readers::Readers;
-use self::tables::{ReadFailure, is_closed_error};
-use self::writer::{DATABASE, Options, Syncing, Writer};
+use self::tables::is_closed_error;
+use self::writer::Writer;
 use super::{
-    Appended, Care, Claimed, Cursor, Dropped, Lease, Leased, MAX_APPEND, Order, Outcome, Pending, Range, Receipt,
-    Reclaimed, Redelivered, Redelivery, Redemption, Settled, Settlement, Start, Store, StoreError, StoreErrorKind,
-    StoreStatus, StreamStatus, Trim,
+    Appended, Care, Claimed, Cursor, Dropped, Lease, Leased, MAX_APPEND, Outcome, Pending, Range, Receipt, Reclaimed,
+    Redelivered, Redelivery, Redemption, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus,
+    StreamStatus, Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName, field};
 
-/// Where the embedded store is and how durable it is.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Config {
-    /// The folder that the store keeps its files in; it is made where there is none.
-    pub path: PathBuf,
-    /// When an accepted entry is on the disk.
-    pub durability: Durability,
-    /// With `durability = "interval"`, how often what was accepted is written to the disk.
-    #[serde(with = "humantime_serde")]
-    pub interval: Duration,
-    /// Memory for the newest entries of all streams together, from which readers at the head are served.
-    pub recent: ByteSize,
-    /// Room kept on the disk by a file, for acknowledgements and trims to go on when the disk is full.
-    pub reserve: ByteSize,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self {
-            path: PathBuf::from("data"),
-            durability: Durability::Commit,
-            interval: Duration::from_millis(50),
-            recent: ByteSize::mib(16),
-            reserve: ByteSize::mib(16),
-        }
-    }
-}
-
-/// When an accepted entry is on the disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Durability {
-    /// Before it is accepted: it survives a power cut.
-    Commit,
-    /// Within [`Config::interval`]: it survives a crash of the process, but a power cut takes the newest.
-    Interval,
-}
-
 /// An entry may not be larger than this; it has to fit into memory several times.
 const MAX_ENTRY_BYTES: usize = 64 * 1024 * 1024;
-
-impl Config {
-    /// Opens the store, and makes it where there is none. Blocking work is done on threads of its own.
-    ///
-    /// Fails where another process holds the folder, where it can't be written to, and where what is in it is damaged or
-    /// of a newer format.
-    pub async fn open(self) -> Result<EmbeddedStore, StoreError> {
-        let (opened, when_opened) = oneshot::channel();
-        readers::spawn("store-writer", move || match start(&self) {
-            Ok((writer, store, files)) => {
-                let end = End { shared: store.shared.clone(), ended: store.ended.clone() };
-                // A store that no one takes closes itself.
-                drop(opened.send(Ok(store)));
-                writer.run(&end.shared.queue);
-                files.close();
-            }
-            Err(error) => drop(opened.send(Err(error))),
-        })?;
-        when_opened.await.unwrap_or_else(|_panicked| Err(is_closed_error()))
-    }
-}
-
-/// Tells everybody that the writer's thread has ended, also when it panicked.
-struct End {
-    shared: Arc<Shared>,
-    ended: CancellationToken,
-}
-
-impl Drop for End {
-    fn drop(&mut self) {
-        self.shared.close();
-        self.shared.queue.abandon();
-        self.ended.cancel();
-    }
-}
-
-/// What the writer's thread holds until it ends.
-struct Files {
-    shared: Arc<Shared>,
-    threads: Vec<std::thread::JoinHandle<()>>,
-    lock: FolderLock,
-}
-
-impl Files {
-    fn close(self) {
-        self.shared.close();
-        for thread in self.threads {
-            if thread.join().is_err() {
-                tracing::error!("a thread of the embedded store had panicked");
-            }
-        }
-        drop(self.lock);
-    }
-}
-
-fn start(config: &Config) -> Result<(Writer, EmbeddedStore, Files), StoreError> {
-    let lock = folder::lock(&config.path)?;
-    let file = config.path.join(DATABASE);
-    let syncing = match config.durability {
-        Durability::Commit => Syncing::Each,
-        Durability::Interval => Syncing::Every(config.interval),
-    };
-    let (shared, asked) = new_shared(&file);
-    let recent_bytes = usize::try_from(config.recent.as_u64()).unwrap_or(usize::MAX);
-    let options = Options { syncing, recent_bytes, reserve_bytes: config.reserve.as_u64() };
-    let writer = Writer::open(&config.path, &options, shared.clone());
-    let writer = writer.map_err(|error| damage::explained(error, &file))?;
-    let (readers, mut threads) = Readers::start(&file)?;
-    threads.push(readers::start_checkpointer(&file, &shared, asked)?);
-    shared.readers.get_or_init(|| readers);
-    let is_synced_each = config.durability == Durability::Commit;
-    let store = EmbeddedStore {
-        shared: shared.clone(),
-        leases: Leases::default(),
-        ended: CancellationToken::new(),
-        is_synced_each,
-    };
-    Ok((writer, store, Files { shared, threads, lock }))
-}
-
-/// What is shared while nothing is open yet, and where requests to checkpoint come out.
-fn new_shared(file: &Path) -> (Arc<Shared>, Receiver<()>) {
-    let (checkpoints, asked) = readers::checkpoint_requests();
-    let shared = Shared {
-        streams: RwLock::default(),
-        made: watch::Sender::new(()),
-        news: watch::Sender::new(()),
-        queue: Queue::new(),
-        damage: Damage::new(file.to_owned()),
-        readers: OnceLock::new(),
-        is_checkpointed: AtomicBool::new(false),
-        checkpoints: RwLock::new(Some(checkpoints)),
-        closed: CancellationToken::new(),
-    };
-    (Arc::new(shared), asked)
-}
 
 /// What the writer, the readers and the callers share.
 #[derive(Debug)]
@@ -272,37 +135,6 @@ impl Drop for EmbeddedStore {
     }
 }
 
-/// What a reader's thread found in the rows it was given.
-struct RowsRead {
-    entries: Vec<Entry>,
-    /// How many of the rows were read to their end.
-    rows: usize,
-    failure: Option<ReadFailure>,
-}
-
-fn read_rows(
-    connection: &Connection,
-    stream: &StreamName,
-    chunks: &[ChunkRef],
-    range: Range,
-    limit: usize,
-) -> RowsRead {
-    let mut entries = Vec::new();
-    for (rows, chunk_ref) in chunks.iter().enumerate() {
-        if entries.len() >= limit {
-            return RowsRead { entries, rows, failure: None };
-        }
-        let read = tables::read_chunk(connection, stream, chunk_ref).and_then(|chunk| {
-            let collected = chunk.collect(range, limit, &mut entries);
-            collected.map_err(|damage| ReadFailure::Failed(tables::damaged_chunk(stream, chunk_ref, &damage)))
-        });
-        if let Err(failure) = read {
-            return RowsRead { entries, rows, failure: Some(failure) };
-        }
-    }
-    RowsRead { entries, rows: chunks.len(), failure: None }
-}
-
 impl EmbeddedStore {
     /// Has the writer do `work`, together with whatever else waits.
     async fn call<R: Send + 'static>(
@@ -323,70 +155,6 @@ impl EmbeddedStore {
 
     fn fail_if_closed(&self) -> Result<(), StoreError> {
         if self.shared.closed.is_cancelled() { Err(is_closed_error()) } else { Ok(()) }
-    }
-
-    /// The entries of a range. An error where any of them is damaged, unless `allow_part` and there are some before it.
-    async fn read(
-        &self,
-        stream: &Arc<Published>,
-        mut range: Range,
-        limit: usize,
-        allow_part: bool,
-    ) -> Result<Vec<Entry>, StoreError> {
-        let readers = self.shared.readers.get().ok_or_else(is_closed_error)?;
-        let mut entries = Vec::new();
-        let mut failed_at: Option<ChunkRef> = None;
-        while entries.len() < limit && range.from <= range.to {
-            let left = limit - entries.len();
-            let found = stream.log().find(range, left);
-            let (chunks, is_all) = match found {
-                Found::Recent(chunks) => {
-                    for chunk in chunks {
-                        chunk.collect(range, limit, &mut entries).map_err(|damage| {
-                            tables::corrupt(format!("recent entries of stream `{}` are damaged: {damage}", stream.name))
-                        })?;
-                    }
-                    break;
-                }
-                Found::Rows { chunks, .. } if chunks.is_empty() => break,
-                Found::Rows { chunks, is_all } => (chunks, is_all),
-            };
-            let (name, rows) = (stream.name.clone(), chunks.clone());
-            let read = readers.read(move |connection| read_rows(connection, &name, &rows, range, left)).await?;
-            entries.extend(read.entries);
-            let passed = read.rows.checked_sub(1).and_then(|last| chunks.get(last));
-            let error = match read.failure {
-                None if is_all || read.rows < chunks.len() => break,
-                None => None,
-                Some(ReadFailure::Changed) => {
-                    let failed = chunks.get(read.rows).copied();
-                    let is_again = failed.is_some() && failed == failed_at;
-                    failed_at = failed;
-                    if !is_again {
-                        // The writer commits first and tells afterwards what it moved: let it come to that.
-                        self.call(0, |_writer| Ok(())).await?;
-                    }
-                    let reason = "their row is missing or holds something else";
-                    failed.filter(|_| is_again).map(|chunk| tables::damaged_chunk(&stream.name, &chunk, &reason))
-                }
-                Some(ReadFailure::Failed(error)) => Some(error),
-            };
-            match error {
-                Some(_) if allow_part && !entries.is_empty() => break,
-                Some(error) => {
-                    self.shared.damage.note(&error);
-                    return Err(error);
-                }
-                None => {}
-            }
-            match (range.order, passed) {
-                (_, None) => {}
-                (Order::Forward, Some(chunk)) => range.from = range.from.max(chunk.head.last.next()),
-                (Order::Backward, Some(chunk)) if chunk.head.first == EntryId::MIN => break,
-                (Order::Backward, Some(chunk)) => range.to = range.to.min(chunk.head.first.previous()),
-            }
-        }
-        Ok(entries)
     }
 }
 

@@ -12,13 +12,15 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 use super::Pump;
-use super::steps::SUSPECT_PAUSE;
 use crate::delivery::GroupConfig;
 use crate::event::{Delivery, EntryId};
 use crate::store::Care;
 
 /// The most in hand with an entry that was delivered once, and twice.
 const MOST: [usize; 2] = [100, 10];
+
+/// How soon to look again whether all is done that was begun before a suspicious entry.
+pub(super) const SUSPECT_PAUSE: Duration = Duration::from_millis(20);
 
 /// How long an entry that must be alone is the only one. What kills a process mostly does so at once.
 const TURN: Duration = Duration::from_secs(5);

@@ -3,46 +3,26 @@
 use std::time::Duration;
 
 use tokio::time::Instant;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
+use super::care::SUSPECT_PAUSE;
+use super::recovery::{Purpose, TakenOver};
 use super::{CLAIM_LIMIT, EXTEND_LIMIT, FETCH_BYTES, FETCH_WAIT, Intake, Pump, Store};
 use crate::delivery::GroupStart;
 use crate::delivery::call::{Delivered, guarded};
 use crate::delivery::outbox::Load;
 use crate::event::{AlertView, DeadLetterReason, Delivery, EntryId, Epoch, Severity, field};
-use crate::store::{Care, Claimed, Cursor, Outcome, Pending, Reclaimed, Settled, Start, StoreError, StoreErrorKind};
+use crate::store::{Cursor, Outcome, Pending, Reclaimed, Settled, Start, StoreError, StoreErrorKind};
 use crate::telemetry::chain;
-
-/// Ids that a log line names; there may be many.
-const NAMED_IDS: usize = 5;
-/// Between pages of a search that found nothing, so that a long one does not keep the store busy.
-const SEARCH_PAUSE: Duration = Duration::from_millis(100);
 
 /// Between fetches that don't wait, while the sink has still something and others wait for the room.
 const CROWDED_PAUSE: Duration = Duration::from_millis(50);
-
-/// How soon to look again whether all is done that was begun before a suspicious entry.
-pub(super) const SUSPECT_PAUSE: Duration = Duration::from_millis(20);
 
 /// Before which entry the group has handled everything, in which life of the stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::delivery) struct Floor {
     epoch: Epoch,
     pub(in crate::delivery) id: EntryId,
-}
-
-/// Why entries are taken over by their ids.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Purpose {
-    Retry,
-    Sweep,
-}
-
-/// What taking over by ids brought.
-#[derive(Debug, Default)]
-pub(super) struct TakenOver {
-    claimed: Claimed,
-    not_owned: Vec<EntryId>,
 }
 
 /// How a task ended.
@@ -215,7 +195,7 @@ impl Pump {
         }
     }
 
-    fn intake_failed(&mut self, error: &StoreError) {
+    pub(super) fn intake_failed(&mut self, error: &StoreError) {
         if self.loses_lease(error) {
             return;
         }
@@ -244,7 +224,7 @@ impl Pump {
     }
 
     /// Takes deliveries in hand: to the sink, or settled at once where the sink is not to see them.
-    fn admit(&mut self, deliveries: Vec<Delivery>) {
+    pub(super) fn admit(&mut self, deliveries: Vec<Delivery>) {
         if self.is_stopping() {
             return self.hand_back(deliveries, &Outcome::Release);
         }
@@ -278,177 +258,6 @@ impl Pump {
                     self.ready.push(delivery);
                 }
                 Some((reason, text)) => self.bury(delivery, reason, text),
-            }
-        }
-    }
-
-    // Taking over by ids: what is due again, and what an earlier life left.
-
-    pub(super) fn start_retries(&mut self, now: Instant) {
-        if self.retries.is_empty() || !self.claiming.is_empty() || now < self.claim_not_before {
-            return;
-        }
-        let limit = match (self.is_ordered, self.breaker.is_open()) {
-            // Where an order is kept there is always room for those that others wait for.
-            (true, false) => CLAIM_LIMIT,
-            (true, true) => usize::from(self.is_without_probe()),
-            (false, _) => {
-                let probe = if self.ready.len() == 0 { self.probe_slots() } else { 0 };
-                self.free_slots().min(CLAIM_LIMIT).max(probe)
-            }
-        };
-        let ids = self.retries.take_due(now, limit);
-        if !ids.is_empty() {
-            self.claiming.clone_from(&ids);
-            self.start_taking_over(Purpose::Retry, ids);
-        }
-    }
-
-    fn start_taking_over(&mut self, purpose: Purpose, ids: Vec<EntryId>) {
-        self.expected += ids.len();
-        let (store, cursor) = (self.store.clone(), self.cursor.clone());
-        let takes_from_others = self.is_ordered && purpose == Purpose::Sweep;
-        self.tasks.spawn(async move {
-            let take_over = async {
-                if !takes_from_others {
-                    return take_over(&*store, &cursor, &ids).await;
-                }
-                let claimed = store.claim(&cursor, &ids, Duration::ZERO).await?;
-                Ok(TakenOver { claimed, not_owned: Vec::new() })
-            };
-            let result = asked(take_over).await;
-            Done::TookOver { purpose, ids, result }
-        });
-    }
-
-    fn took_over(&mut self, purpose: Purpose, ids: &[EntryId], result: Result<TakenOver, StoreError>) {
-        self.expected -= ids.len();
-        match purpose {
-            Purpose::Retry => self.claiming.clear(),
-            Purpose::Sweep => self.intake_under_way = false,
-        }
-        match (result, purpose) {
-            (Ok(TakenOver { claimed, not_owned }), purpose) => {
-                self.claim_backoff.succeeded();
-                self.meters.not_owned.inc_by(not_owned.len() as u64);
-                let taken: Vec<EntryId> = claimed.deliveries.iter().map(|delivery| delivery.entry.id).collect();
-                for id in ids.iter().filter(|id| !taken.contains(id)) {
-                    self.retries.forget(*id);
-                    self.ready.done(*id);
-                }
-                if purpose == Purpose::Sweep {
-                    self.suspects.taken(&claimed.deliveries);
-                }
-                self.claimed(claimed);
-            }
-            (Err(error), Purpose::Sweep) => self.intake_failed(&error),
-            (Err(error), Purpose::Retry) if error.kind() == StoreErrorKind::NoGroup => {
-                for id in ids {
-                    self.retries.forget(*id);
-                    self.ready.done(*id);
-                }
-                self.group_is_gone();
-            }
-            (Err(error), Purpose::Retry) => {
-                self.claim_not_before = Instant::now() + self.claim_backoff.failed();
-                for id in ids {
-                    self.retries.wait(*id, self.claim_not_before, false);
-                }
-                self.step_failed(&error, "the worker cannot take entries for their next attempt");
-            }
-        }
-    }
-
-    /// Takes claimed entries in hand, and tells of those found lost.
-    fn claimed(&mut self, claimed: Claimed) {
-        if !claimed.lost.is_empty() {
-            self.meters.trimmed_pending.inc_by(claimed.lost.len() as u64);
-            let first: Vec<String> = claimed.lost.iter().take(NAMED_IDS).map(EntryId::to_string).collect();
-            error!(
-                entries = claimed.lost.len(),
-                ?first,
-                "entries are lost: trimmed by others before they were handled"
-            );
-            for id in &claimed.lost {
-                self.retries.forget(*id);
-            }
-        }
-        let mut deliveries = claimed.deliveries;
-        if deliveries.is_empty() {
-            return;
-        }
-        let in_hand = self.in_hand_ids();
-        // What is in hand already is settled once: by the delivery in hand, which is this consumer's as well.
-        deliveries.retain(|delivery| !in_hand.contains(&delivery.entry.id));
-        for delivery in &deliveries {
-            self.retries.taken(delivery.entry.id);
-        }
-        self.admit(deliveries);
-    }
-
-    // Searching for what crashed workers left.
-
-    pub(super) fn start_search(&mut self, now: Instant) {
-        let is_due = self.may_search() && now >= self.search_at;
-        let limit = self.free_slots().min(CLAIM_LIMIT);
-        if !is_due || limit == 0 {
-            return;
-        }
-        if self.suspects.awaits_turn() && !self.may_be_alone(now) {
-            self.search_at = now + SUSPECT_PAUSE;
-            return;
-        }
-        self.is_searching = true;
-        self.expected += limit;
-        let care = Care { in_hand: self.at_risk() - limit, ..self.care() };
-        let (store, cursor, from) = (self.store.clone(), self.cursor.clone(), self.search_from);
-        let is_sweep_enough = self.is_ordered;
-        self.tasks.spawn(async move {
-            let search = async {
-                let found = if is_sweep_enough {
-                    Reclaimed::default()
-                } else {
-                    store.reclaim_with_care(&cursor, cursor.claim_idle, from, limit, care).await?
-                };
-                // Once per search is enough, and an answer about the floor is not worth the entries just claimed.
-                let floor =
-                    if found.next == EntryId::MIN { floor(&*store, &cursor).await.ok().flatten() } else { None };
-                Ok((found, floor))
-            };
-            let result = asked(search).await;
-            Done::Searched { limit, result }
-        });
-    }
-
-    fn searched(&mut self, limit: usize, result: Result<(Reclaimed, Option<Floor>), StoreError>) {
-        self.expected -= limit;
-        self.is_searching = false;
-        match result {
-            Ok((Reclaimed { claimed, next, held_back }, floor)) => {
-                self.floor = floor.or(self.floor.take());
-                if self.is_ordered {
-                    self.doubt();
-                }
-                self.search_from = next;
-                self.search_at = match (next == EntryId::MIN, claimed.deliveries.is_empty()) {
-                    (true, _) => self.next_search(),
-                    (false, true) => Instant::now() + SEARCH_PAUSE,
-                    (false, false) => Instant::now(),
-                };
-                self.meters.claimed.inc_by(claimed.deliveries.len() as u64);
-                // An entry that is just being taken for its next attempt comes with that claim.
-                let (mut claimed, claiming) = (claimed, &self.claiming);
-                claimed.deliveries.retain(|delivery| !claiming.contains(&delivery.entry.id));
-                self.suspects.taken(&claimed.deliveries);
-                self.claimed(claimed);
-                self.held_back(held_back);
-            }
-            Err(error) => {
-                self.search_from = EntryId::MIN;
-                self.search_at = self.next_search();
-                self.held_back(None);
-                self.sweep_due = true;
-                self.step_failed(&error, "the worker cannot search for entries that others left");
             }
         }
     }
@@ -536,7 +345,7 @@ impl Pump {
         is_lost
     }
 
-    fn step_failed(&mut self, error: &StoreError, message: &'static str) {
+    pub(super) fn step_failed(&mut self, error: &StoreError, message: &'static str) {
         if self.loses_lease(error) {
             return;
         }
@@ -585,18 +394,6 @@ pub(in crate::delivery) async fn floor(store: &dyn Store, cursor: &Cursor) -> Re
     let group = status.groups.into_iter().find(|group| group.name == cursor.group);
     let id = group.map(|group| group.oldest_pending.map_or(group.last_delivered, EntryId::previous));
     Ok(id.map(|id| Floor { epoch, id }))
-}
-
-/// Takes entries for one more attempt that are pending on this consumer, and leaves those that are not any more:
-/// while they count as delivered just now, no one else takes them.
-async fn take_over(store: &dyn Store, cursor: &Cursor, ids: &[EntryId]) -> Result<TakenOver, StoreError> {
-    let not_owned = store.extend(cursor, ids).await?;
-    let owned: Vec<EntryId> = ids.iter().filter(|id| !not_owned.contains(id)).copied().collect();
-    if owned.is_empty() {
-        return Ok(TakenOver { claimed: Claimed::default(), not_owned });
-    }
-    let claimed = store.claim(cursor, &owned, Duration::ZERO).await?;
-    Ok(TakenOver { claimed, not_owned })
 }
 
 /// Asks the store. Should it panic, that fails this call only.

@@ -7,8 +7,9 @@ use bytes::Bytes;
 
 use super::chunk;
 use super::folder::lock;
+use super::opening::new_shared;
+use super::readers;
 use super::writer::{DATABASE, Options, Syncing, Writer};
-use super::{new_shared, readers};
 use crate::event::{Fields, StreamName, field};
 use crate::store::{StoreError, StoreErrorKind};
 

@@ -203,7 +203,7 @@ mod tests {
 
     use super::*;
     use crate::event::EntryId;
-    use crate::store::embedded::new_shared;
+    use crate::store::embedded::opening::new_shared;
     use crate::store::embedded::writer::{Options, wall_ms};
 
     fn open(folder: &Path) -> Writer {

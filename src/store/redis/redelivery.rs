@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use super::connection::Arguments;
 use super::failure::Failure;
-use super::{LOOKED_AT_PER_CLAIM, MAX_CLAIM, RedisStore, Step, reply, script};
+use super::settling::Step;
+use super::{LOOKED_AT_PER_CLAIM, MAX_CLAIM, RedisStore, reply, script};
 use crate::event::{Delivery, Entry, EntryId, IdempotencyKey, NewEntry, field};
 use crate::store::{Cursor, Redelivered, Redelivery};
 
