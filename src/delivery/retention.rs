@@ -212,10 +212,10 @@ impl Janitor {
             self.limits.tell(stream, known, 0, None);
             return Ok(0);
         };
-        // The groups of a member are made when it is found: what they are to be given must not go before.
+        // Who works for a group makes it first of all: what it is to be given must not go before.
         let is_made = |group: &GroupConfig| status.groups.iter().any(|made| made.name == group.name);
-        if label != stream.as_str() && !spec.groups.iter().all(is_made) {
-            self.limits.tell(stream, known, status.length, None);
+        if let Some(group) = spec.groups.iter().find(|group| !is_made(group)) {
+            self.limits.tell(stream, known, status.length, Some(group.name.clone()));
             return Ok(status.length);
         }
         let abandoned = spec.abandoned(&status);

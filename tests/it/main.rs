@@ -31,6 +31,7 @@ mod redis_states;
 mod redis_tls;
 mod redis_torn;
 mod relay;
+mod retention;
 mod sink_outages;
 mod sinks;
 mod soak;
