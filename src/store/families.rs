@@ -409,8 +409,9 @@ impl Roster {
 
     /// Writes the register anew where it was lost with the store's data.
     async fn check_register(&self, store: &dyn Store) -> Result<(), StoreError> {
-        let last = store.describe(&self.family.register()).await?.map_or(EntryId::MIN, |status| status.last_id);
+        // Nobody may read on meanwhile: that would look as if the register had gone back.
         let mut read = self.read.lock().await;
+        let last = store.describe(&self.family.register()).await?.map_or(EntryId::MIN, |status| status.last_id);
         if last >= *read {
             return Ok(());
         }
