@@ -137,10 +137,10 @@ struct Bus {
     stream: StreamName,
     dead_letters: StreamName,
     quarantine: Quarantine,
+    name_lease: Duration,
     metrics: Metrics,
     readiness: Readiness,
     workers: JoinSet<()>,
-    name_lease: Duration,
 }
 
 /// A worker that runs.
@@ -157,10 +157,10 @@ impl Bus {
             dead_letters: stream.default_dead_letter(),
             stream,
             quarantine: Quarantine::default(),
+            name_lease: NAME_LEASE,
             metrics: Metrics::new(),
             readiness: Readiness::default(),
             workers: JoinSet::new(),
-            name_lease: NAME_LEASE,
         };
         bus.store
             .ensure_group(&bus.stream, &"siem".parse().expect("a valid name"), Start::Oldest)

@@ -58,6 +58,7 @@ pub(super) async fn a_name_that_was_given_up_is_free_at_once(store: Arc<dyn Stor
         let worker = bus.start("soc-a-0", &sink, group());
         bus.publish(round * 10 + 1..=round * 10 + 10).await;
         assert_eq!(sink.has_taken(usize::try_from(round + 1).expect("small") * 10).await, firsts(1..=round * 10 + 10));
+        assert_eq!(bus.consumers().await, ["soc-a-0"]);
         bus.stop(worker).await;
     }
 }
