@@ -10,8 +10,8 @@ use aurora_bus::delivery::{GroupConfig, GroupSpec, Quarantine, Worker};
 use aurora_bus::event::{Delivery, EntryId};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
-use aurora_bus::sink::{Origin, Sink, SinkError};
-use aurora_bus::store::{Cursor, Start, Store};
+use aurora_bus::sink::{Origin, Sink, SinkError, SinkErrorClass};
+use aurora_bus::store::{Cursor, Order, Range, Start, Store};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -36,20 +36,23 @@ struct Company {
 struct SlowSink {
     takes: Duration,
     let_go: watch::Sender<bool>,
+    /// Never taken.
+    poison: Option<EntryId>,
     company: Arc<Company>,
     begun: AtomicUsize,
     taken: AtomicUsize,
 }
 
 impl SlowSink {
-    fn new(takes: Duration, is_let_go: bool, company: &Arc<Company>) -> Arc<Self> {
-        Arc::new(Self {
+    fn new(takes: Duration, is_let_go: bool, company: &Arc<Company>) -> Self {
+        Self {
             takes,
             let_go: watch::Sender::new(is_let_go),
+            poison: None,
             company: Arc::clone(company),
             begun: AtomicUsize::new(0),
             taken: AtomicUsize::new(0),
-        })
+        }
     }
 
     async fn has_begun(&self, calls: usize) {
@@ -74,6 +77,9 @@ impl Sink for SlowSink {
         self.let_go.subscribe().wait_for(|is_let_go| *is_let_go).await.expect("the sink is there");
         tokio::time::sleep(self.takes).await;
         self.company.now.fetch_sub(1, Ordering::SeqCst);
+        if batch.iter().any(|delivery| Some(delivery.entry.id) == self.poison) {
+            return Err(SinkError::new(SinkErrorClass::Transient, "not this one"));
+        }
         self.taken.fetch_add(batch.len(), Ordering::SeqCst);
         Ok(())
     }
@@ -113,6 +119,9 @@ impl Process {
     fn start(&mut self, cursor: &Cursor, claim_idle: Duration, sink: &Arc<SlowSink>) {
         let mut config = GroupConfig::new(cursor.group.clone());
         config.sink = Some("slow".to_owned());
+        config.retry.max_attempts = 4;
+        config.breaker.pause = Duration::from_millis(20);
+        config.breaker.max_pause = Duration::from_millis(100);
         config.handler_timeout = LONG;
         config.claim_idle = claim_idle;
         let (stream, dead_letter) = (cursor.stream.clone(), cursor.stream.default_dead_letter());
@@ -130,7 +139,7 @@ async fn workers_of_one_process_have_one_entry_in_hand_that_must_be_alone() {
     let test = stores::embedded().await;
     let mut process = Process::new(&test.store, Quarantine::with_turns_of(LONG));
     let company = Arc::<Company>::default();
-    let sink = SlowSink::new(Duration::from_millis(50), true, &company);
+    let sink = Arc::new(SlowSink::new(Duration::from_millis(50), true, &company));
     // Left by an earlier life, and by others.
     for (consumer, claim_idle) in [("soc-a-0", LONG), ("soc-a-0", LONG), ("soc-b-0", Duration::from_millis(100))] {
         let cursor = suspicious(&*test.store, consumer, 5).await;
@@ -145,10 +154,10 @@ async fn a_sink_that_hangs_does_not_hold_up_what_other_groups_recover() {
     let test = stores::embedded().await;
     let mut process = Process::new(&test.store, Quarantine::with_turns_of(Duration::from_millis(100)));
     let company = Arc::<Company>::default();
-    let hanging = SlowSink::new(Duration::ZERO, false, &company);
+    let hanging = Arc::new(SlowSink::new(Duration::ZERO, false, &company));
     process.start(&suspicious(&*test.store, "soc-a-0", 3).await, LONG, &hanging);
     hanging.has_begun(1).await;
-    let quick = SlowSink::new(Duration::ZERO, true, &company);
+    let quick = Arc::new(SlowSink::new(Duration::ZERO, true, &company));
     let cursor = suspicious(&*test.store, "soc-a-0", 3).await;
     append(&*test.store, &cursor, 10).await;
     process.start(&cursor, LONG, &quick);
@@ -163,15 +172,34 @@ async fn a_worker_that_waits_for_its_own_sink_does_not_spend_its_turn_on_that() 
     let test = stores::embedded().await;
     let mut process = Process::new(&test.store, Quarantine::with_turns_of(Duration::from_millis(100)));
     let company = Arc::<Company>::default();
-    let hanging = SlowSink::new(Duration::ZERO, false, &company);
+    let hanging = Arc::new(SlowSink::new(Duration::ZERO, false, &company));
     let left = suspicious(&*test.store, "soc-b-0", 1).await;
     append(&*test.store, &left, 1).await;
     // What the other daemon has left is found only when the new entry is with the sink already.
     process.start(&left, Duration::from_secs(1), &hanging);
     hanging.has_begun(1).await;
-    let quick = SlowSink::new(Duration::from_millis(20), true, &company);
+    let quick = Arc::new(SlowSink::new(Duration::from_millis(20), true, &company));
     process.start(&suspicious(&*test.store, "soc-a-0", 40).await, LONG, &quick);
     quick.has_taken(40).await;
     hanging.let_go.send_replace(true);
     hanging.has_taken(2).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_entry_that_no_sink_takes_does_not_keep_away_for_ever_what_must_be_alone() {
+    let test = stores::embedded().await;
+    let mut process = Process::new(&test.store, Quarantine::default());
+    let left = suspicious(&*test.store, "soc-a-0", 3).await;
+    let first = test.store.pending(&left, true, EntryId::MIN, 1).await.expect("listed")[0].id;
+    let company = Arc::<Company>::default();
+    let sink = Arc::new(SlowSink { poison: Some(first), ..SlowSink::new(Duration::ZERO, true, &company) });
+    // It is used up with the first attempt, when the sink has taken nothing yet: only others can show that it is there.
+    process.start(&left, LONG, &sink);
+    sink.has_taken(2).await;
+    until("a dead letter", BOUND, async || {
+        let everything = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
+        let letters = test.store.range(&left.stream.default_dead_letter(), everything, 10).await.expect("read");
+        (letters.len() == 1).then_some(())
+    })
+    .await;
 }

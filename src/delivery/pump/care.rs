@@ -163,6 +163,11 @@ impl Pump {
 
     /// How many of these, by how often they were delivered, may be taken over now.
     pub(super) fn fitting(&mut self, attempts: impl Iterator<Item = u32> + Clone) -> usize {
+        // What is in hand while the sink is down was tried, and nobody died of it. If that kept all others away, a sink
+        // that only refuses what is in hand would look down for ever.
+        if self.breaker.is_open() {
+            return 1;
+        }
         if attempts.clone().next().is_some_and(|first| self.care().most(first) == 0) {
             self.may_be_alone(Instant::now());
         }
