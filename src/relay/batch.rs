@@ -16,6 +16,8 @@ use crate::event::{Entry, EntryId, Epoch, Position, Severity, StreamName};
 /// Entries that can't be sent as text are left out; `last` still counts them as passed.
 pub(super) struct Batch {
     last: EntryId,
+    /// Whether entries right before the first one were gone before the relay had read them.
+    is_torn_off: bool,
     stream: StreamName,
     epoch: Epoch,
     ids: Box<[EntryId]>,
@@ -92,6 +94,7 @@ impl Batch {
         }
         let batch = Self {
             last: entries[..taken].last().map_or(EntryId::MIN, |entry| entry.id),
+            is_torn_off: false,
             stream: stream.clone(),
             epoch: epoch.clone(),
             ids: ids.into(),
@@ -127,6 +130,16 @@ impl Batch {
     /// Stands for everything up to `last` from now on.
     pub(super) fn extend_to(&mut self, last: EntryId) {
         self.last = self.last.max(last);
+    }
+
+    /// Entries right before the first one are gone, and were never read.
+    pub(super) fn tear_off(&mut self) {
+        self.is_torn_off = true;
+    }
+
+    /// Whether entries right before the first one are gone, and were never read.
+    pub(super) fn is_torn_off(&self) -> bool {
+        self.is_torn_off
     }
 
     /// The id of an entry.

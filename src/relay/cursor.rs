@@ -168,6 +168,10 @@ impl Cursor {
                 Lookup::Batch(batch, passed_bytes) => {
                     let index = batch.first_after(self.after);
                     (self.stage, self.passed_bytes) = (Stage::InRing, Some(passed_bytes));
+                    if batch.is_torn_off() && index == 0 && self.is_owed {
+                        let before = self.epoch.clone().map(|epoch| Position { epoch, id: batch.id(0) });
+                        teller.gap(self.ring.stream(), self.position(), before, Reason::Trimmed);
+                    }
                     self.current = Some((batch, index));
                 }
                 Lookup::Behind if skips => {

@@ -18,7 +18,8 @@ pub(super) struct Limits {
     pub(super) entries: usize,
 }
 
-/// A bounded log of batches. It has every entry after its `floor` up to its `last`, or knows that it can't be sent.
+/// A bounded log of batches. It has every entry after its `floor` up to its `last`, or knows that it can't be sent, or
+/// that it was gone before it could be read.
 #[derive(Debug)]
 pub(super) struct Ring {
     stream: StreamName,
@@ -44,12 +45,17 @@ struct State {
     bytes: usize,
     entries: usize,
     total_bytes: u64,
+    /// Whether entries between `last` and the next one are gone.
+    is_torn: bool,
 }
 
 impl State {
-    fn push(&mut self, batch: Batch) {
+    fn push(&mut self, mut batch: Batch) {
         self.last = self.last.max(batch.last());
         if batch.len() > 0 {
+            if std::mem::take(&mut self.is_torn) {
+                batch.tear_off();
+            }
             self.bytes += batch.size_bytes();
             self.entries += batch.len();
             self.total_bytes += batch.size_bytes() as u64;
@@ -157,6 +163,11 @@ impl Ring {
     /// Whether the ring has not begun, but will as soon as the store is there.
     pub(super) fn is_starting(&self) -> bool {
         !self.is_unreadable.load(Ordering::Acquire) && self.read().epoch.is_none()
+    }
+
+    /// Tells that entries which come next in the stream are gone, and were never read.
+    pub(super) fn tear(&self) {
+        self.write().is_torn = true;
     }
 
     /// Adds entries at the head, and lets go of the oldest ones that are too many now.

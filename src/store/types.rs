@@ -381,6 +381,9 @@ pub struct StreamStatus {
     pub entries_added: u64,
     /// Entries that were removed by others than the store, since it began to count; absent where it does not.
     pub removed_by_others: Option<u64>,
+    /// How many entries were ever appended before the oldest that it holds; absent where others than the oldest were
+    /// removed, so that no one can tell.
+    pub before_first: Option<u64>,
     /// Its groups, by name.
     pub groups: Vec<GroupStatus>,
 }

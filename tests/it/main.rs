@@ -48,6 +48,7 @@ mod store_news;
 mod store_receipts;
 mod store_redeliver;
 mod store_redis;
+mod store_removed;
 mod store_wide;
 mod support;
 mod tidy;

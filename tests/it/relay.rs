@@ -6,6 +6,7 @@ mod limits;
 mod server;
 mod store;
 mod storm;
+mod trims;
 
 use std::collections::HashMap;
 use std::time::Duration;

@@ -473,7 +473,13 @@ impl Writer {
     pub(super) fn describe(&self, name: &StreamName) -> Option<StreamStatus> {
         let now_ms = self.now_ms();
         let stream = &self.streams[self.made(name)?];
-        let first_id = stream.published.log().chunks.front().map(|chunk| chunk.head.first);
+        let oldest = stream.published.log().chunks.front().copied();
+        let first_id = oldest.map(|chunk| chunk.head.first);
+        let before_first = match oldest {
+            Some(chunk) => (chunk.holes == 0).then(|| chunk.head.added.saturating_sub(u64::from(chunk.head.count))),
+            // What is being appended is counted already, and is not there yet.
+            None => (stream.length == 0).then_some(stream.row.added),
+        };
         let group_status = |group: &Group| GroupStatus {
             name: group.name.clone(),
             last_delivered: group.cursor,
@@ -499,6 +505,7 @@ impl Writer {
             entries_added: stream.row.added,
             // No one else can.
             removed_by_others: None,
+            before_first,
             groups: stream.groups.values().map(group_status).collect(),
         })
     }

@@ -20,6 +20,7 @@ pub(super) fn stream(reply: Reply) -> Result<Option<StreamStatus>, Failure> {
     let (first, last) = (info.take("first-entry")?.bytes()?, info.take("last-entry")?.bytes()?);
     // Servers before 7.0 don't count them.
     let added = info.find("entries-added").map(Reply::count).transpose()?;
+    let newest_deleted = info.find("max-deleted-entry-id").map(Reply::id).transpose()?;
     let held = Held { length, ends: optional_id(&first)?.zip(optional_id(&last)?), added };
     let groups = groups.list()?.into_iter().map(|reply| group(reply, &held, &accounts));
     let mut groups = groups.collect::<Result<Vec<_>, _>>()?;
@@ -32,6 +33,10 @@ pub(super) fn stream(reply: Reply) -> Result<Option<StreamStatus>, Failure> {
         removed_by_others: added
             .zip(accounts.removed())
             .map(|(added, removed)| added.saturating_sub(length).saturating_sub(removed)),
+        before_first: added.zip(newest_deleted).and_then(|(added, deleted)| {
+            let is_whole = held.ends.is_none_or(|(first, _)| deleted < first);
+            is_whole.then(|| added.saturating_sub(length))
+        }),
         groups,
     }))
 }

@@ -35,6 +35,8 @@ enum Happening {
     Restart(usize, usize),
     /// The stream is lost and begins anew.
     Lose,
+    /// While the relays can't reach the store, others publish so much to it and trim it to so much.
+    Outage(u64, u64),
     Pass(u64),
 }
 
@@ -44,6 +46,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         3 => (0_u64..80).prop_map(Happening::Trim),
         3 => (0..RELAYS, 1_usize..120).prop_map(|(relay, ring)| Happening::Restart(relay, ring)),
         1 => Just(Happening::Lose),
+        1 => (1_u64..150, 0_u64..80).prop_map(|(count, length)| Happening::Outage(count, length)),
         3 => (1_u64..20).prop_map(Happening::Pass),
     ]
 }
@@ -353,13 +356,13 @@ impl Truth {
 }
 
 /// A store that can be lost.
-enum Ground {
+pub(super) enum Ground {
     Embedded,
     Redis(RedisServer),
 }
 
 impl Ground {
-    async fn fresh(&self) -> Arc<Fragile> {
+    pub(super) async fn fresh(&self) -> Arc<Fragile> {
         match self {
             Self::Embedded => Fragile::open().await,
             Self::Redis(server) => {
@@ -408,12 +411,13 @@ impl History {
             Happening::Trim(length) => {
                 // What is gone before it was read, nobody can be shown.
                 self.relayed().await;
-                self.store.trim(&alerts(), Trim::ToLength(*length)).await.expect("trimmed");
-                let status = self.store.describe(&alerts()).await.expect("described");
-                let first = status.and_then(|status| status.first_id).unwrap_or(EntryId::MAX);
-                let life = self.truth.lives.len() - 1;
-                let gone = self.truth.numbers.range((life, EntryId::MIN)..(life, first)).map(|(place, _)| *place);
-                self.truth.gone.extend(gone);
+                self.trim(*length).await;
+            }
+            Happening::Outage(count, length) => {
+                self.cut_off().await;
+                self.publish(self.published..self.published + count).await;
+                self.trim(*length).await;
+                self.store.set_away(false);
             }
             Happening::Restart(relay, ring) => {
                 let server = Server::start(self.store.clone(), config(*ring)).await;
@@ -422,11 +426,7 @@ impl History {
             }
             Happening::Lose => {
                 // An outage brings the comparison with the store forward.
-                self.store.set_away(true);
-                for relay in &self.relays {
-                    let is_out = || relay.readiness.report().iter().all(|part| part.reason.is_some());
-                    relay.until("the outage is noticed", is_out).await;
-                }
+                self.cut_off().await;
                 ground.lose(&self.store).await;
                 self.store.set_away(false);
                 let epoch = self.store.epoch(&alerts()).await.expect("an epoch");
@@ -444,8 +444,27 @@ impl History {
         }
     }
 
+    /// The relays know that the store is away.
+    async fn cut_off(&self) {
+        self.store.set_away(true);
+        for relay in &self.relays {
+            let is_out = || relay.readiness.report().iter().all(|part| part.reason.is_some());
+            relay.until("the outage is noticed", is_out).await;
+        }
+    }
+
+    async fn trim(&mut self, length: u64) {
+        let store = self.store.beneath();
+        store.trim(&alerts(), Trim::ToLength(length)).await.expect("trimmed");
+        let status = store.describe(&alerts()).await.expect("described");
+        let first = status.and_then(|status| status.first_id).unwrap_or(EntryId::MAX);
+        let life = self.truth.lives.len() - 1;
+        let gone = self.truth.numbers.range((life, EntryId::MIN)..(life, first)).map(|(place, _)| *place);
+        self.truth.gone.extend(gone);
+    }
+
     async fn publish(&mut self, numbers: impl Iterator<Item = u64> + Clone) {
-        let appended = publish(&*self.store, &alerts(), numbers.clone().map(alert)).await;
+        let appended = publish(&*self.store.beneath(), &alerts(), numbers.clone().map(alert)).await;
         let life = self.truth.lives.len() - 1;
         self.last = appended.last().expect("some").id;
         self.published += appended.len() as u64;

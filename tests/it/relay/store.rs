@@ -51,6 +51,11 @@ impl Fragile {
         *self.inner.lock().unwrap_or_else(PoisonError::into_inner) = empty;
     }
 
+    /// The store as others reach it, who are not cut off from it.
+    pub(crate) fn beneath(&self) -> Arc<dyn Store> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
+    }
+
     fn inner_for(&self, stream: &StreamName) -> Result<Arc<dyn Store>, StoreError> {
         if self.spoiled.lock().unwrap_or_else(PoisonError::into_inner).as_ref() == Some(stream) {
             return Err(StoreError::new(StoreErrorKind::WrongType, "the name is taken by a list"));
@@ -62,7 +67,7 @@ impl Fragile {
         if self.is_away.load(Ordering::SeqCst) {
             return Err(StoreError::new(StoreErrorKind::Unavailable, "the store is away"));
         }
-        Ok(self.inner.lock().unwrap_or_else(PoisonError::into_inner).0.clone())
+        Ok(self.beneath())
     }
 }
 

@@ -1,0 +1,95 @@
+//! What is trimmed before the relay has read it.
+
+use aurora_bus::store::{Store as _, Trim};
+use futures_util::SinkExt as _;
+use serde_json::{Value, json};
+use tokio_tungstenite::tungstenite::Message;
+
+use super::histories::Ground;
+use super::server::{Client, Server, alerts, publish};
+use super::{config, number, numbered};
+use crate::support::redis::{Product, RedisServer};
+
+const SEEN: usize = 5;
+
+async fn frame(client: &mut Client) -> Value {
+    serde_json::from_str(&client.text().await).expect("a JSON frame")
+}
+
+/// A client in rich mode that is live.
+async fn rich(server: &Server, terms: Value) -> Client {
+    let mut client = server.connect("alerts?v=1").await;
+    let mut request = json!({"op": "subscribe", "id": 1, "stream": alerts().as_str()});
+    request.as_object_mut().expect("an object").extend(terms.as_object().expect("an object").clone());
+    client.socket.send(Message::text(request.to_string())).await.expect("sent");
+    while frame(&mut client).await["t"] != "live" {}
+    client
+}
+
+/// Those who are live are told exactly what they miss of what others publish and trim while the store is away.
+async fn told(ground: Ground) {
+    let store = ground.fresh().await;
+    let server = Server::start(store.clone(), config()).await;
+    let mut plain = server.connect("alerts").await;
+    let (mut live, mut strict) = (rich(&server, json!({})).await, rich(&server, json!({"strict": true})).await);
+    publish(&*store, &alerts(), numbered(0..SEEN)).await;
+    assert_eq!(plain.texts(SEEN).await, numbered(0..SEEN).collect::<Vec<_>>());
+    let mut last = Value::Null;
+    for _ in 0..SEEN {
+        last = frame(&mut live).await["p"].take();
+    }
+
+    let is_out = || server.readiness.report().iter().all(|part| part.reason.is_some());
+    store.set_away(true);
+    server.until("the outage is noticed", is_out).await;
+    let others = store.beneath();
+    for first in (SEEN..1000).step_by(100) {
+        publish(&*others, &alerts(), numbered(first..first + 100)).await;
+    }
+    others.trim(&alerts(), Trim::ToLength(150)).await.expect("trimmed");
+    let oldest = others.describe(&alerts()).await.expect("described").expect("it exists").first_id.expect("some");
+    store.set_away(false);
+
+    let gap = frame(&mut live).await;
+    assert_eq!((&gap["t"], &gap["reason"], &gap["after"]), (&json!("gap"), &json!("trimmed"), &last), "{gap}");
+    let before = gap["before"].as_str().expect("a position");
+    assert!(before.ends_with(&format!(":{oldest}")), "{gap}, but there is {oldest}");
+    let event = frame(&mut live).await;
+    assert_eq!((&event["t"], &event["p"]), (&json!("event"), &gap["before"]));
+    let first = number(&plain.text().await);
+    assert!(first > SEEN && event["d"]["n"] == first, "{event}");
+    let rest = SEEN + 999 / 100 * 100 + 100 - first - 1;
+    assert!(
+        plain.texts(rest).await.iter().map(|text| number(text)).eq(first + 1..first + 1 + rest),
+        "all that is left"
+    );
+    assert_eq!(strict.close().await.1, 4002);
+    assert_eq!(server.gaps("trimmed"), 3 + 1, "for each client, and for the channel");
+
+    // What everybody has seen is not missed: no more is told.
+    server.until("it goes on", || !is_out()).await;
+    store.set_away(true);
+    server.until("the outage is noticed", is_out).await;
+    others.trim(&alerts(), Trim::ToLength(0)).await.expect("trimmed");
+    let left = others.describe(&alerts()).await.expect("described").expect("it exists").length;
+    publish(&*others, &alerts(), numbered(2000..2100)).await;
+    others.trim(&alerts(), Trim::ToLength(100)).await.expect("trimmed");
+    store.set_away(false);
+    assert_eq!(number(&plain.text().await), 2000, "{left} were left");
+    assert_eq!(server.gaps("trimmed"), 3 + 1);
+}
+
+#[tokio::test]
+async fn who_is_live_is_told_what_the_embedded_store_has_trimmed_meanwhile() {
+    told(Ground::Embedded).await;
+}
+
+#[tokio::test]
+async fn who_is_live_is_told_what_redis_has_trimmed_meanwhile() {
+    told(Ground::Redis(RedisServer::start(Product::Redis, &[]).await)).await;
+}
+
+#[tokio::test]
+async fn who_is_live_is_told_what_valkey_has_trimmed_meanwhile() {
+    told(Ground::Redis(RedisServer::start(Product::Valkey, &[]).await)).await;
+}
