@@ -109,6 +109,8 @@ impl Inbound {
     /// Appends our close frame to `output`, unless one was sent already. Nothing may be sent after it.
     pub(super) fn close(&mut self, code: CloseCode, reason: &str, output: &mut Vec<u8>) {
         self.is_closing = true;
+        // Nobody answers them any more, and nothing limits how many still come.
+        self.requests = None;
         let reason = Utf8Bytes::from(fitting_reason(reason));
         let frame = CloseFrame { code: code.code().into(), reason };
         // Fails only where the client's close was read before, and answered.
@@ -270,6 +272,21 @@ mod tests {
         let (mut inbound, chunk) = (Inbound::new(65_536, began), masked(0x2, &vec![0; 60_000]));
         let outcomes: Vec<_> = (0..18).map(|_| inbound.read(&chunk, &mut output, began)).collect();
         assert_eq!(outcomes.last(), Some(&Err(CloseCode::RateLimited)), "bytes count as well");
+    }
+
+    #[test]
+    fn nothing_is_kept_of_what_a_client_says_after_our_close() {
+        let (mut inbound, mut output) = (inbound(), Vec::new());
+        inbound.keep_requests();
+        let text = masked(0x1, &[b'x'; 60_000]);
+        assert_eq!(inbound.read(&text, &mut output, Instant::now()), Ok(Heard::Alive));
+        assert!(inbound.next_request().is_some());
+        assert_eq!(inbound.read(&text, &mut output, Instant::now()), Ok(Heard::Alive));
+        inbound.close(CloseCode::GoingAway, "going_away", &mut output);
+        for _ in 0..100 {
+            assert_eq!(inbound.read(&text, &mut output, Instant::now()), Ok(Heard::Alive), "it may not have heard");
+        }
+        assert_eq!(inbound.next_request(), None);
     }
 
     proptest! {
