@@ -58,6 +58,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 pub use admission::{Admission, NotRenewed, Renewal};
 pub use close::{CloseCode, Ending};
@@ -108,6 +109,8 @@ struct Hub {
     members: Arc<Members>,
     slots: Arc<Slots>,
     pages: Semaphore,
+    /// Reads of pages under way.
+    reads: TaskTracker,
     is_draining: AtomicBool,
     metrics: Metrics,
     /// One per ring.
@@ -285,8 +288,9 @@ impl Relay {
         let rings = all;
         let part = |ring: &Arc<Ring>| readiness.part(&format!("relay {}", ring.stream()), Some(STALE_AFTER));
         let parts = rings.iter().map(part).collect();
-        let (pages, is_draining) = (Semaphore::new(PAGES_AT_A_TIME), AtomicBool::new(false));
-        let hub = Hub { store, config, channels, rings, members, slots, pages, is_draining, metrics, parts };
+        let (pages, reads) = (Semaphore::new(PAGES_AT_A_TIME), TaskTracker::new());
+        let is_draining = AtomicBool::new(false);
+        let hub = Hub { store, config, channels, rings, members, slots, pages, reads, is_draining, metrics, parts };
         Self { hub: Arc::new(hub) }
     }
 

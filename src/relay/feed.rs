@@ -83,7 +83,12 @@ impl Feed {
     /// costs a few pieces. Cancel-safe.
     pub async fn next(&mut self) -> Option<Bytes> {
         loop {
-            if self.expires_at.is_some_and(|at| Instant::now() >= at) {
+            // Also a reader for whom there is always something ends in time.
+            if self.ends_at.is_none() && self.stop.is_cancelled() {
+                self.ends_at = Some(Instant::now() + jitter(self.hub.config.drain_window));
+            }
+            let ends_at = self.ends_at.into_iter().chain(self.expires_at).min();
+            if ends_at.is_some_and(|at| Instant::now() >= at) {
                 return None;
             }
             if let Some(piece) = self.outgoing.pop() {
@@ -103,7 +108,6 @@ impl Feed {
             if self.work.is_none() {
                 self.work = self.subscription.work(&self.hub);
             }
-            let ends_at = self.ends_at;
             tokio::select! {
                 fetched = async { self.work.as_mut().expect("there is work").await }, if self.work.is_some() => {
                     self.work = None;
@@ -114,11 +118,8 @@ impl Feed {
                 // The sender lives as long as the channel, which this holds.
                 _ = self.wake.changed() => {}
                 () = tokio::time::sleep_until(self.beat_at) => self.beat(),
-                () = tokio::time::sleep_until(self.expires_at.unwrap_or(self.beat_at)), if self.expires_at.is_some() => {}
-                () = self.stop.cancelled(), if ends_at.is_none() => {
-                    self.ends_at = Some(Instant::now() + jitter(self.hub.config.drain_window));
-                }
-                () = tokio::time::sleep_until(ends_at.unwrap_or(self.beat_at)), if ends_at.is_some() => return None,
+                () = self.stop.cancelled(), if self.ends_at.is_none() => {}
+                () = tokio::time::sleep_until(ends_at.unwrap_or(self.beat_at)), if ends_at.is_some() => {}
             }
         }
     }

@@ -1,11 +1,14 @@
 //! What has left the ring, read from the store in pages that clients share.
 
 use std::future::Future;
+use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use tokio::sync::Semaphore;
+use tokio::task::JoinError;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::backoff::Backoff;
 use super::batch::Batch;
@@ -94,11 +97,19 @@ pub(super) async fn newest(
 
 async fn get(hub: &Arc<Hub>, ring: &Arc<Ring>, generation: u64, ask: Ask) -> Outcome {
     let begin = || {
-        let (hub, ring) = (hub.clone(), ring.clone());
-        async move {
-            let read = || read(&hub, &ring, generation, ask);
-            patiently(&hub.pages, read).await.map_err(Arc::new)
-        }
+        let (of_hub, of_ring) = (hub.clone(), ring.clone());
+        // A task of its own: a client that waits is not always driven, because whoever reads from it is slow, and would
+        // keep its turn at the store from the others.
+        let task = AbortOnDropHandle::new(hub.reads.spawn(async move {
+            let read = || read(&of_hub, &of_ring, generation, ask);
+            patiently(&of_hub.pages, read).await.map_err(Arc::new)
+        }));
+        task.map(|ended| match ended.map_err(JoinError::try_into_panic) {
+            Ok(outcome) => outcome,
+            Err(Ok(panic)) => resume_unwind(panic),
+            // The runtime ends, and all who wait with it.
+            Err(Err(_cancelled)) => Ok(None),
+        })
         .boxed()
     };
     let (is_shared, reading) = match ring.shelf().ask(generation, ask, begin) {

@@ -77,7 +77,7 @@ type Reading = BoxFuture<'static, Outcome>;
 pub(super) enum Asked {
     /// A page.
     Page(Arc<Page>),
-    /// A read under way that others wait for too. Whoever waits drives it; it ends when nobody waits any more.
+    /// A read under way that others wait for too. It ends when nobody waits any more.
     UnderWay(Shared<Reading>),
     /// A read that has just been begun.
     Begun(Shared<Reading>),

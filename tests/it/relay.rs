@@ -1,5 +1,7 @@
 //! The relay behind real sockets.
 
+mod feeds;
+mod filters;
 mod histories;
 mod lane;
 mod limits;
