@@ -223,7 +223,10 @@ fn perform(
             let stream = stream_named(request.s.or(request.stream), channel)?;
             let position = request.p.and_then(|position| position.parse::<Position>().ok());
             let position = position.ok_or_else(|| Failure::new(422, "`p` must be the position of what was seen"))?;
-            let ring = channel.rings.iter().find(|ring| *ring.stream() == stream);
+            // Members of families are of no channel, but for those who watch them.
+            let subscription = subscriptions.of(&stream);
+            let watched = subscription.as_ref().and_then(|subscription| subscription.ring_of(&stream));
+            let ring = watched.or_else(|| channel.rings.iter().find(|ring| *ring.stream() == stream));
             let mark = ring.and_then(|ring| ring.mark()).filter(|mark| mark.epoch == position.epoch);
             if mark.is_none_or(|mark| mark.last < position.id) {
                 return Err(Failure::new(410, format!("`{stream}` has no such position")));

@@ -71,8 +71,8 @@ pub(super) type Work = Pin<Box<dyn Future<Output = Fetched> + Send>>;
 pub(super) enum Fetched {
     /// The next entries of the cursor with this index.
     Page(usize, Outcome),
-    /// For each cursor with these indices, the newest entries that match, newest first.
-    Newest(Vec<(usize, Newest)>),
+    /// For each cursor with these indices, the newest entries that pass this filter, newest first.
+    Newest(Arc<Filter>, Vec<(usize, Newest)>),
 }
 
 impl Subscription {
@@ -233,7 +233,12 @@ impl Subscription {
 
     /// Whether it is to this stream.
     pub(super) fn is_to(&self, stream: &StreamName) -> bool {
-        self.cursors.iter().any(|cursor| cursor.ring.stream() == stream)
+        self.ring_of(stream).is_some()
+    }
+
+    /// The ring of the stream, if it is one that this is to.
+    pub(super) fn ring_of(&self, stream: &StreamName) -> Option<&Arc<Ring>> {
+        self.cursors.iter().map(|cursor| &cursor.ring).find(|ring| ring.stream() == stream)
     }
 
     /// Where the client stands in each stream, as it is passed for `since`.
@@ -319,7 +324,7 @@ impl Subscription {
                 for (index, ring, generation, cut) in cuts {
                     newest.push((index, pages::newest(&hub, &ring, generation, &filter, count, cut).await));
                 }
-                Fetched::Newest(newest)
+                Fetched::Newest(filter, newest)
             }));
         }
         let (index, cursor) = at_stage(Stage::Behind).next()?;
@@ -330,7 +335,9 @@ impl Subscription {
     /// Takes in what was read. An error is how the session must end.
     pub(super) fn apply(&mut self, fetched: Fetched, hub: &Hub, channel: &Channel) -> Result<(), CloseCode> {
         match fetched {
-            Fetched::Newest(newest) => {
+            // Where the filter was replaced meanwhile, it is another snapshot that is asked for.
+            Fetched::Newest(filter, _) if !Arc::ptr_eq(&filter, &self.filter) => Ok(()),
+            Fetched::Newest(_, newest) => {
                 let Some(Start::Snapshot(count)) = self.start else { return Ok(()) };
                 let found: Vec<&[EntryId]> = newest.iter().map(|(_, ids)| ids.as_deref().unwrap_or_default()).collect();
                 let firsts = oldest_of_newest(&found, count);

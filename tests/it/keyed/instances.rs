@@ -55,6 +55,9 @@ async fn one_socket_watches_many_keys_in_rich_mode() {
         publish(&daemon, key, n).await;
         let event = frame(&mut socket).await;
         assert_eq!((&event["s"], &event["d"]["n"]), (&json!(member(key)), &json!(n)), "{event}");
+        say(&mut socket, json!({"op": "ack", "id": 7, "s": event["s"], "p": event["p"]})).await;
+        let seen = frame(&mut socket).await;
+        assert_eq!(seen["t"], "ok", "{seen}");
     }
     say(&mut socket, json!({"op": "subscribe", "id": 9, "stream": "aurora:tenant:a:b:alerts"})).await;
     assert_eq!(frame(&mut socket).await["code"], 404);
