@@ -1,6 +1,6 @@
 //! What is trimmed before the relay has read it.
 
-use aurora_bus::store::{Store as _, Trim};
+use aurora_bus::store::Trim;
 use futures_util::SinkExt as _;
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
@@ -10,7 +10,9 @@ use super::server::{Client, Server, alerts, publish};
 use super::{config, number, numbered};
 use crate::support::redis::{Product, RedisServer};
 
+/// So many alerts everybody sees, and so many are there at last.
 const SEEN: usize = 5;
+const ALL: usize = 1005;
 
 async fn frame(client: &mut Client) -> Value {
     serde_json::from_str(&client.text().await).expect("a JSON frame")
@@ -43,7 +45,7 @@ async fn told(ground: Ground) {
     store.set_away(true);
     server.until("the outage is noticed", is_out).await;
     let others = store.beneath();
-    for first in (SEEN..1000).step_by(100) {
+    for first in (SEEN..ALL).step_by(100) {
         publish(&*others, &alerts(), numbered(first..first + 100)).await;
     }
     others.trim(&alerts(), Trim::ToLength(150)).await.expect("trimmed");
@@ -58,11 +60,8 @@ async fn told(ground: Ground) {
     assert_eq!((&event["t"], &event["p"]), (&json!("event"), &gap["before"]));
     let first = number(&plain.text().await);
     assert!(first > SEEN && event["d"]["n"] == first, "{event}");
-    let rest = SEEN + 999 / 100 * 100 + 100 - first - 1;
-    assert!(
-        plain.texts(rest).await.iter().map(|text| number(text)).eq(first + 1..first + 1 + rest),
-        "all that is left"
-    );
+    let rest = plain.texts(ALL - first - 1).await;
+    assert!(rest.iter().map(|text| number(text)).eq(first + 1..ALL), "all that is left");
     assert_eq!(strict.close().await.1, 4002);
     assert_eq!(server.gaps("trimmed"), 3 + 1, "for each client, and for the channel");
 
