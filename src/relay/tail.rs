@@ -352,7 +352,7 @@ mod tests {
         let place = Place { at: id(100), count: Some(100) };
         let cases = [
             ("nothing is gone", status(110, Some(90)), read(101..=110), 0),
-            ("what was read is gone", status(100, None), read(101..=100), 0),
+            ("what was read is gone", status(100, None), Vec::new(), 0),
             ("and what comes now is not", status(110, Some(101)), read(101..=110), 0),
             ("nor is more to come", status(200, Some(101)), read(101..=110), 0),
             ("some are gone before those that were read", status(110, Some(106)), read(106..=110), 5),
