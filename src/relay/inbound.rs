@@ -278,7 +278,7 @@ mod tests {
     fn nothing_is_kept_of_what_a_client_says_after_our_close() {
         let (mut inbound, mut output) = (inbound(), Vec::new());
         inbound.keep_requests();
-        let text = masked(0x1, &[b'x'; 60_000]);
+        let text = masked(0x1, &vec![b'x'; 60_000]);
         assert_eq!(inbound.read(&text, &mut output, Instant::now()), Ok(Heard::Alive));
         assert!(inbound.next_request().is_some());
         assert_eq!(inbound.read(&text, &mut output, Instant::now()), Ok(Heard::Alive));
