@@ -3,7 +3,8 @@
 //! Owns what happens between [`Store::fetch`] and [`Store::settle`]: batches, deadlines, retries, dead letters, taking
 //! over what crashed workers left, and handing back at the end. It promises that an entry leaves a group only
 //! acknowledged after its sink took it, as a dead letter, or counted as filtered or lost. It knows nothing of the
-//! relay, of HTTP, or of which store and sink it works with. Groups consumed from outside have a [`Guard`] instead.
+//! relay, of HTTP, or of which store and sink it works with. Groups consumed from outside have a [`Guard`] instead, or, for all
+//! members of a family, a [`Patrol`].
 //!
 //! One [`Worker`] is one consumer of one group. It fetches the next batch while the sink handles the last one and the
 //! one before it is being acknowledged; each of these three steps has at most one store call under way, and what
@@ -21,6 +22,7 @@ mod meters;
 mod ordering;
 mod outbox;
 mod patience;
+mod patrol;
 mod policy;
 mod pump;
 mod reaper;
@@ -42,6 +44,7 @@ pub use config::{GroupConfig, GroupStart, InvalidValue};
 pub use crew::Crew;
 pub use guard::Guard;
 pub use ordering::{InvalidOrderBy, OnPoison, OrderBy, Ordering};
+pub use patrol::Patrol;
 pub use policy::{RetryPolicy, Verdict};
 pub use reaper::Reaper;
 pub use retention::{Janitor, Retention, StreamSpec, WhenFull};

@@ -1,5 +1,5 @@
 //! Who works for the declared groups: a worker for each consumer of a group with a sink, a crew for all members of a
-//! family, a guard and a desk for a group that is consumed from outside.
+//! family, a guard and a desk for a group that is consumed from outside, a patrol for such a group of a family.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -11,13 +11,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::{STALE_AFTER, named};
 use crate::config::{Config, StreamConfig};
-use crate::delivery::{Crew, FamilySpec, GroupConfig, GroupSpec, Guard, Quarantine, Reaper, Worker};
+use crate::delivery::{Crew, FamilySpec, GroupConfig, GroupSpec, Guard, Patrol, Quarantine, Reaper, Worker};
 use crate::event::{ConsumerName, StreamName};
 use crate::metrics::Metrics;
 use crate::pull::{Pull, PullGroup};
 use crate::readiness::{Part, Readiness};
 use crate::sink::Sink;
-use crate::store::{Families, Store};
+use crate::store::{Families, Roster, Store};
 
 /// Those who work for the groups, not yet at work.
 #[derive(Debug)]
@@ -25,6 +25,7 @@ pub(super) struct Groups {
     workers: Vec<Worker>,
     crews: Vec<Crew>,
     guards: Vec<Guard>,
+    patrols: Vec<Patrol>,
     reaper: Reaper,
     pull: Pull,
 }
@@ -46,13 +47,17 @@ impl Groups {
         let guard: ConsumerName = format!("{instance}-guard").parse()?;
         let reader: ConsumerName = format!("{instance}-pull").parse()?;
         let mut own = HashSet::from([guard.clone(), reader.clone()]);
-        let (mut workers, mut crews, mut guards) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut workers, mut crews, mut guards, mut patrols) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let (mut specs, mut pulled) = (Vec::new(), Vec::new());
         for (stream, group) in config.streams.iter().flat_map(|stream| stream.groups.iter().map(move |g| (stream, g))) {
             let consumers = consumers_of(instance, group)?;
             let Some(name) = stream.name.stream() else {
-                crews.push(means.crew(stream, group, consumers.clone())?);
-                own.extend(consumers);
+                if group.sink.is_some() {
+                    crews.push(means.crew(stream, group, consumers.clone())?);
+                    own.extend(consumers);
+                } else {
+                    patrols.push(means.patrol(stream, group, guard.clone())?);
+                }
                 continue;
             };
             let spec = spec_of(stream, name, group)?;
@@ -72,7 +77,7 @@ impl Groups {
         }
         let pull = Pull::new(means.store, config.pull.clone(), pulled, &reader, &guard, means.metrics);
         let reaper = Reaper::new(Arc::clone(means.store), specs, own, means.metrics.clone());
-        Ok(Self { workers, crews, guards, reaper: reaper.with_families(family_specs), pull })
+        Ok(Self { workers, crews, guards, patrols, reaper: reaper.with_families(family_specs), pull })
     }
 
     /// The groups that are consumed from outside.
@@ -91,6 +96,9 @@ impl Groups {
         for guard in self.guards {
             tasks.spawn(named("guard", guard.run(stop.clone())));
         }
+        for patrol in self.patrols {
+            tasks.spawn(named("patrol", patrol.run(stop.clone())));
+        }
         tasks.spawn(named("reaper", self.reaper.run(stop.clone())));
         let (pull, stop) = (self.pull, stop.clone());
         tasks.spawn(named("desks", async move { pull.run(stop).await }));
@@ -108,11 +116,10 @@ impl Means<'_> {
     }
 
     fn crew(&self, stream: &StreamConfig, group: &GroupConfig, own: Vec<ConsumerName>) -> anyhow::Result<Crew> {
-        let roster = self.families.named(stream.name.as_str()).context("a family is declared, and not there")?;
         Ok(Crew::new(
             Arc::clone(self.store),
             self.sink(group)?,
-            Arc::clone(roster),
+            self.roster(stream)?,
             stream.dead_letter(),
             group.clone(),
             own,
@@ -120,6 +127,22 @@ impl Means<'_> {
             self.metrics.clone(),
             self.part(&format!("workers {}", full_name(stream, group))),
         ))
+    }
+
+    fn patrol(&self, stream: &StreamConfig, group: &GroupConfig, guard: ConsumerName) -> anyhow::Result<Patrol> {
+        Ok(Patrol::new(
+            Arc::clone(self.store),
+            self.roster(stream)?,
+            stream.dead_letter(),
+            group.clone(),
+            guard,
+            self.metrics.clone(),
+            self.part(&format!("group {}", full_name(stream, group))),
+        ))
+    }
+
+    fn roster(&self, stream: &StreamConfig) -> anyhow::Result<Arc<Roster>> {
+        self.families.named(stream.name.as_str()).cloned().context("a family is declared, and not there")
     }
 
     fn sink(&self, group: &GroupConfig) -> anyhow::Result<Arc<dyn Sink>> {

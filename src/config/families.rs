@@ -1,4 +1,4 @@
-//! What families of streams may not do: overlap with other names, grow without bounds, or have groups that nobody works for.
+//! What families of streams may not do: overlap with other names, or grow without bounds.
 
 use super::{Config, Problem};
 use crate::delivery::GroupStart;
@@ -55,9 +55,9 @@ pub(super) fn problems(config: &Config) -> Vec<Problem> {
             let message = "must be \"oldest\": a stream's first entry is there before its groups are";
             problems.push(Problem::new(format!("{path}.groups[{index}].start"), message));
         }
-        for (index, _) in stream.groups.iter().enumerate().filter(|(_, group)| group.sink.is_none()) {
-            let message = "is missing: the groups of a family are worked for by the daemon, not by consumers outside";
-            problems.push(Problem::new(format!("{path}.groups[{index}].sink"), message));
+        if let Some(theirs) = dead_letter.family().filter(|theirs| !theirs.has_room_for_keys()) {
+            let message = format!("`{theirs}` leaves too little room for keys: name a shorter one");
+            problems.push(Problem::new(format!("{path}.dead_letter"), message));
         }
     }
     problems
@@ -81,21 +81,21 @@ mod tests {
     fn a_family_of_its_own_is_fine() {
         let text = "[[streams]]\nname = 'aurora:tenant:{tenant}:alerts'\nmax_keys = 50\n[[streams.groups]]\n\
                     name = 'siem'\nsink = 'log'\n[[streams]]\nname = 'aurora:tenant:{tenant}:tasks'\n\
-                    dead_letter = 'aurora:tenants:dead_letter'\n[[streams]]\nname = 'aurora:alerts'";
+                    dead_letter = 'aurora:tenants:dead_letter'\n[[streams.groups]]\nname = 'agents'\n[[streams]]\nname = 'aurora:alerts'";
         assert_eq!(told(text), [""; 0]);
     }
 
     #[test]
     fn what_makes_no_sense_is_told_with_its_key() {
         let text = "[[streams]]\nname = 'a:{k}:b'\nmax_keys = 0\ndead_letter = 'a:{other}:dead'\n[[streams.groups]]\n\
-                    name = 'g'\n[[streams]]\nname = 'a:x:b'\nmax_keys = 3\ndead_letter = 'a:{k}:b'\n[[streams]]\n\
+                    name = 'g'\nstart = 'new'\n[[streams]]\nname = 'a:x:b'\nmax_keys = 3\ndead_letter = 'a:{k}:b'\n[[streams]]\n\
                     name = 'a:{z}:b'\n[[streams]]\nname = 'c'\ndead_letter = 'a:y:dead'";
         let keys: Vec<String> =
             told(text).iter().map(|line| line.split(": ").next().unwrap_or_default().to_owned()).collect();
         for key in [
             "streams[0].max_keys",
             "streams[0].dead_letter",
-            "streams[0].groups[0].sink",
+            "streams[0].groups[0].start",
             "streams[1].name",
             "streams[1].max_keys",
             "streams[1].dead_letter",
@@ -104,5 +104,13 @@ mod tests {
         ] {
             assert!(keys.iter().any(|told| told == key), "{key} is not among {keys:?}");
         }
+    }
+
+    #[test]
+    fn every_key_leaves_room_for_the_name_of_its_dead_letters() {
+        let named = |bytes: usize| format!("[[streams]]\nname = 'a:{{k}}:{}'", "x".repeat(bytes));
+        assert_eq!(told(&named(200 - "a::".len() - ":dead_letter".len() - 64)), [""; 0]);
+        let problems = told(&named(200 - "a::".len() - ":dead_letter".len() - 63));
+        assert!(problems[0].starts_with("streams[0].dead_letter: "), "{problems:?}");
     }
 }

@@ -242,11 +242,8 @@ impl Crew {
 
     fn begin(&mut self, stream: StreamName, stop: CancellationToken) {
         let key = self.roster.family().key_of(&stream);
-        let Some(Ok(dead_letter)) = key.map(|key| self.dead_letter.of_key(key)) else {
-            warn!(%stream, "the name of the dead letters would be too long: the member is left alone");
-            self.standings.insert(stream, Standing::idle(EntryId::MAX, Instant::now() + STALE_AFTER));
-            return;
-        };
+        let dead_letter = key.and_then(|key| self.dead_letter.of_key(key).ok());
+        let dead_letter = dead_letter.expect("the configuration was checked with the longest key");
         let readiness = Readiness::default();
         let spec = GroupSpec { stream: stream.clone(), dead_letter, config: self.config.clone() };
         let mut workers = JoinSet::new();

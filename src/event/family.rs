@@ -55,6 +55,9 @@ pub enum InvalidPattern {
         "a family has one placeholder, a whole part between colons but the first, such as `aurora:tenant:{{tenant}}:alerts`"
     )]
     Placeholder,
+    /// It leaves too little room for keys.
+    #[error("a family's name must leave room for keys of {MAX_KEY_BYTES} bytes within the 200 that a name may have")]
+    TooLong,
 }
 
 fn check_key(key: &str) -> Result<(), InvalidKey> {
@@ -93,7 +96,7 @@ impl Family {
 
     /// Where the family's keys are written down, so that they are found again, by every instance.
     pub fn register(&self) -> StreamName {
-        self.with(REGISTER).parse().expect("the name of a family was checked with a longer key")
+        self.with(REGISTER).parse().expect("the name of a family was checked with the longest key")
     }
 
     /// Where members' entries go that can't be handled, unless the configuration says otherwise.
@@ -101,6 +104,11 @@ impl Family {
     pub fn default_dead_letter(&self) -> Self {
         let after = format!("{}:dead_letter", self.0.after);
         Self::of(&self.0.before, &self.0.placeholder, &after)
+    }
+
+    /// Whether the longest key makes a name that is not too long, as with every family that was declared.
+    pub fn has_room_for_keys(&self) -> bool {
+        self.with(&ANY_KEY.repeat(MAX_KEY_BYTES)).parse::<StreamName>().is_ok()
     }
 
     fn with(&self, key: &str) -> String {
@@ -127,8 +135,8 @@ impl FromStr for Family {
         if family.with(ANY_KEY).contains(['{', '}']) {
             return Err(InvalidPattern::Placeholder);
         }
-        family.with(&ANY_KEY.repeat(REGISTER.len())).parse::<StreamName>()?;
-        Ok(family)
+        family.with(ANY_KEY).parse::<StreamName>()?;
+        if family.has_room_for_keys() { Ok(family) } else { Err(InvalidPattern::TooLong) }
     }
 }
 
@@ -269,6 +277,9 @@ mod tests {
         }
         assert!("a:{b}".parse::<Family>().is_ok() && "a:{b}:c".parse::<StreamPattern>().is_ok());
         assert!("a b:{c}".parse::<Family>().is_err());
+        let long = |bytes: usize| format!("{}:{{c}}", "a".repeat(bytes)).parse::<Family>();
+        assert!(long(135).is_ok_and(|family| family.member(&"k".repeat(64)).is_ok()));
+        assert_eq!(long(136), Err(InvalidPattern::TooLong));
     }
 
     #[test]

@@ -21,6 +21,7 @@ mod forward;
 mod guard;
 mod keyed;
 mod ledger;
+mod patrol;
 mod postgres;
 mod pull;
 mod quarantine;

@@ -23,6 +23,8 @@ const CROWDED_PAUSE: Duration = Duration::from_millis(50);
 pub(in crate::delivery) struct Floor {
     epoch: Epoch,
     pub(in crate::delivery) id: EntryId,
+    /// Whether the group had entries pending then.
+    pub(in crate::delivery) has_pending: bool,
 }
 
 /// How a task ended.
@@ -392,8 +394,10 @@ pub(in crate::delivery) async fn floor(store: &dyn Store, cursor: &Cursor) -> Re
     let Some(status) = store.describe(&cursor.stream).await? else { return Ok(None) };
     let epoch = store.epoch(&cursor.stream).await?;
     let group = status.groups.into_iter().find(|group| group.name == cursor.group);
-    let id = group.map(|group| group.oldest_pending.map_or(group.last_delivered, EntryId::previous));
-    Ok(id.map(|id| Floor { epoch, id }))
+    Ok(group.map(|group| {
+        let id = group.oldest_pending.map_or(group.last_delivered, EntryId::previous);
+        Floor { epoch, id, has_pending: group.pending > 0 }
+    }))
 }
 
 /// Asks the store. Should it panic, that fails this call only.
