@@ -319,7 +319,8 @@ impl Daemon {
         until(&format!("group {group} with nothing left"), BOUND, async || {
             let stream = self.get(&format!("/api/v1/streams/{stream}")).await;
             let stream: Stream = serde_json::from_str(&stream).expect("the state of a stream");
-            let group = stream.groups.into_iter().find(|g| g.name == group).expect("the group exists");
+            // That of a new stream may have still to be made.
+            let group = stream.groups.into_iter().find(|g| g.name == group)?;
             (group.lag == Some(0) && group.pending == 0).then_some(())
         })
         .await;
