@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use super::{Cursor, Range, Store, StoreError, StoreErrorKind};
-use crate::event::{Delivery, Entry, EntryId, Family, Fields, IdempotencyKey, NewEntry, StreamName};
+use crate::event::{Delivery, Entry, EntryId, Family, Fields, NewEntry, StreamName};
 use crate::readiness::{Part, Readiness};
 
 /// How long one question for news waits.
@@ -32,8 +32,6 @@ const LONGEST_BREATH: Duration = Duration::from_millis(20);
 const AGAIN: Duration = Duration::from_millis(500);
 /// After how long a member that can't be read is tried again.
 const BROKEN_FOR: Duration = Duration::from_secs(30);
-/// How long a key that is written down is not written down again, should several instances find it missing.
-const WRITTEN_ONCE: Duration = Duration::from_hours(1);
 /// Entries of the register read at a time.
 const PAGE: usize = 512;
 /// A reporter that has told nothing for so long is stuck.
@@ -126,8 +124,16 @@ pub struct Roster {
     changes: watch::Sender<()>,
     /// Members of which it is not known how far they are.
     fresh: Mutex<BTreeSet<StreamName>>,
-    /// Up to where the register was read, by one at a time.
-    read: tokio::sync::Mutex<EntryId>,
+    /// How far the register was read, by one at a time, who may also write.
+    read: tokio::sync::Mutex<Read>,
+}
+
+/// How far the register was read.
+#[derive(Debug, Default)]
+struct Read {
+    last: EntryId,
+    /// How many entries that were. A register that holds fewer has lost some.
+    entries: u64,
 }
 
 impl Roster {
@@ -138,7 +144,7 @@ impl Roster {
             members: RwLock::default(),
             changes: watch::Sender::new(()),
             fresh: Mutex::default(),
-            read: tokio::sync::Mutex::new(EntryId::MIN),
+            read: tokio::sync::Mutex::default(),
         }
     }
 
@@ -188,20 +194,30 @@ impl Roster {
         self.changes.subscribe()
     }
 
+    /// Whether the stream is a member, also where another instance has made it one just now.
+    pub async fn finds(&self, store: &dyn Store, stream: &StreamName) -> Result<bool, StoreError> {
+        if !self.has(stream) {
+            self.read_register(store).await?;
+        }
+        Ok(self.has(stream))
+    }
+
     /// Makes the stream a member, if it is none; it must have a key of this family. Safe to repeat.
     pub async fn join(&self, store: &dyn Store, stream: &StreamName) -> Result<(), NotJoined> {
         if self.has(stream) {
             return Ok(());
         }
         let full = || NotJoined::Full { family: self.family.clone(), max_keys: self.max_keys };
-        // Another instance may have made it one.
-        self.read_register(store).await?;
+        let mut read = self.read.lock().await;
+        // Another instance may have made it one, or another call of this one.
+        self.read_on(store, &mut read).await?;
         if self.has(stream) {
             return Ok(());
         }
         let key = self.family.key_of(stream).filter(|_| self.len() < self.max_keys).ok_or_else(full)?;
         self.write_down(store, &[key]).await?;
-        self.read_register(store).await?;
+        self.read_on(store, &mut read).await?;
+        drop(read);
         if !self.has(stream) {
             return Err(full());
         }
@@ -261,12 +277,12 @@ impl Roster {
         self.fresh.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Appends keys to the register.
+    /// Appends keys to the register. One that is in it twice does no harm.
     async fn write_down(&self, store: &dyn Store, keys: &[&str]) -> Result<(), StoreError> {
         let entry = |key: &&str| {
             let key = Bytes::copy_from_slice(key.as_bytes());
-            let fields: Fields = [(Bytes::from_static(KEY.as_bytes()), key.clone())].into_iter().collect();
-            NewEntry { fields, idempotency: Some(IdempotencyKey { key, window: WRITTEN_ONCE }) }
+            let fields: Fields = [(Bytes::from_static(KEY.as_bytes()), key)].into_iter().collect();
+            NewEntry { fields, idempotency: None }
         };
         for keys in keys.chunks(PAGE) {
             store.append(&self.family.register(), keys.iter().map(entry).collect()).await?;
@@ -277,26 +293,31 @@ impl Roster {
     /// Reads what is new in the register.
     async fn read_register(&self, store: &dyn Store) -> Result<(), StoreError> {
         let mut read = self.read.lock().await;
+        self.read_on(store, &mut read).await.map(drop)
+    }
+
+    /// Reads on in the register; says which members are written there.
+    async fn read_on(&self, store: &dyn Store, read: &mut Read) -> Result<BTreeSet<StreamName>, StoreError> {
+        let mut written = BTreeSet::new();
         let mut has_come = false;
         loop {
-            let page = store.range(&self.family.register(), Range::after(*read), PAGE).await?;
-            for entry in &page {
-                has_come |= entry.fields.text(KEY).is_some_and(|key| self.add(key));
-            }
+            let page = store.range(&self.family.register(), Range::after(read.last), PAGE).await?;
             let Some(last) = page.last() else { break };
-            *read = last.id;
+            (read.last, read.entries) = (last.id, read.entries + page.len() as u64);
+            for stream in page.iter().filter_map(|entry| self.family.member(entry.fields.text(KEY)?).ok()) {
+                has_come |= self.add(&stream);
+                written.insert(stream);
+            }
         }
-        drop(read);
         if has_come {
             self.changes.send_replace(());
         }
-        Ok(())
+        Ok(written)
     }
 
-    fn add(&self, key: &str) -> bool {
-        let Ok(stream) = self.family.member(key) else { return false };
+    fn add(&self, stream: &StreamName) -> bool {
         let mut members = self.members.write().unwrap_or_else(PoisonError::into_inner);
-        if members.contains_key(&stream) {
+        if members.contains_key(stream) {
             return false;
         }
         if members.len() >= self.max_keys {
@@ -305,7 +326,7 @@ impl Roster {
             return false;
         }
         members.insert(stream.clone(), watch::Sender::new(EntryId::MIN));
-        self.fresh().insert(stream);
+        self.fresh().insert(stream.clone());
         true
     }
 
@@ -365,7 +386,7 @@ impl Roster {
             self.look_at_fresh(store, broken).await?;
             let mut places = self.newest();
             places.retain(|(stream, _)| !broken.contains_key(stream));
-            places.push((register.clone(), *self.read.lock().await));
+            places.push((register.clone(), self.read.lock().await.last));
             let answer = timeout(WAIT + GRACE, store.news(&places, WAIT)).await;
             let news = answer.unwrap_or_else(|_elapsed| {
                 Err(StoreError::new(StoreErrorKind::Unavailable, "the store does not answer"))
@@ -407,22 +428,26 @@ impl Roster {
         }
     }
 
-    /// Writes the register anew where it was lost with the store's data.
+    /// Writes down again what the register has lost, alone or with the store's other data.
     async fn check_register(&self, store: &dyn Store) -> Result<(), StoreError> {
         // Nobody may read on meanwhile: that would look as if the register had gone back.
         let mut read = self.read.lock().await;
-        let last = store.describe(&self.family.register()).await?.map_or(EntryId::MIN, |status| status.last_id);
-        if last >= *read {
+        let status = store.describe(&self.family.register()).await?;
+        let (last, entries) = status.map_or((EntryId::MIN, 0), |status| (status.last_id, status.length));
+        if last >= read.last && entries >= read.entries {
             return Ok(());
         }
-        tracing::warn!(family = %self.family, "the family's register was lost; writing it anew");
-        *read = EntryId::MIN;
-        drop(read);
+        let mut anew = Read::default();
+        let written = self.read_on(store, &mut anew).await?;
         let members = self.members();
-        let keys: Vec<&str> = members.iter().filter_map(|member| self.family.key_of(member)).collect();
-        self.write_down(store, &keys).await?;
-        self.fresh().extend(members.iter().cloned());
-        self.read_register(store).await
+        let lost = members.iter().filter(|member| !written.contains(*member));
+        let lost: Vec<&str> = lost.filter_map(|member| self.family.key_of(member)).collect();
+        tracing::warn!(family = %self.family, keys = lost.len(), "the family's register was lost; writing it anew");
+        self.write_down(store, &lost).await?;
+        self.read_on(store, &mut anew).await?;
+        *read = anew;
+        self.fresh().extend(members);
+        Ok(())
     }
 }
 

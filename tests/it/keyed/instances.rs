@@ -39,6 +39,33 @@ async fn members_made_by_one_instance_are_known_to_the_others_and_survive_restar
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_register_that_alone_was_lost_is_written_anew_and_members_survive_a_restart() {
+    const REGISTER: &str = "aurora:tenant:~keys:alerts";
+    let server = RedisServer::start(Product::Redis, &[]).await;
+    let home = Home::new(&config("[[streams.groups]]\nname = \"siem\"\nsink = \"log\"", &on_redis(&server)));
+    let daemon = home.start().await;
+    let keys = ["acme", "globex", "initech"];
+    for (n, key) in keys.into_iter().enumerate() {
+        publish(&daemon, key, n).await;
+    }
+    let whole = || server.cli(&["XRANGE", REGISTER, "-", "+"]);
+    let names = || keys.into_iter().filter(|key| whole().lines().any(|line| line.contains(key))).count();
+    assert_eq!(server.cli(&["DEL", REGISTER]), "1");
+    until("the register again", BOUND, async || (names() == 3).then_some(())).await;
+    // One of its entries, and not the last.
+    assert_eq!(server.cli(&["XTRIM", REGISTER, "MAXLEN", "2"]), "1");
+    assert_eq!(names(), 2);
+    until("what was lost of it", BOUND, async || (names() == 3).then_some(())).await;
+    daemon.crash();
+    server.cli(&["XADD", &member("acme"), "*", "data", &event(9)]);
+    let daemon = home.start().await;
+    let all = keys.map(member);
+    until("the members again", BOUND, async || (members(&daemon).await == all).then_some(())).await;
+    daemon.handled(&all[0], "siem").await;
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_socket_watches_many_keys_in_rich_mode() {
     let home = Home::new(&config("", ""));
     let daemon = home.start().await;
