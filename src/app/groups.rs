@@ -1,11 +1,11 @@
 //! Who works for the declared groups: a worker for each consumer of a group with a sink, a crew for all members of a
-//! family, a guard and a desk for a group that is consumed from outside, a patrol for such a group of a family.
+//! family; a guard and a desk for a group that is consumed from outside, a patrol and desks for all members of a family.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -14,10 +14,13 @@ use crate::config::{Config, StreamConfig};
 use crate::delivery::{Crew, FamilySpec, GroupConfig, GroupSpec, Guard, Patrol, Quarantine, Reaper, Worker};
 use crate::event::{ConsumerName, StreamName};
 use crate::metrics::Metrics;
-use crate::pull::{Pull, PullGroup};
+use crate::pull::{Bell, Pull, PullFamily, PullGroup};
 use crate::readiness::{Part, Readiness};
 use crate::sink::Sink;
 use crate::store::{Families, Roster, Store};
+
+/// How many rings for the patrol of a family's group may be unheard.
+const RINGS: usize = 1024;
 
 /// Those who work for the groups, not yet at work.
 #[derive(Debug)]
@@ -48,7 +51,7 @@ impl Groups {
         let reader: ConsumerName = format!("{instance}-pull").parse()?;
         let mut own = HashSet::from([guard.clone(), reader.clone()]);
         let (mut workers, mut crews, mut guards, mut patrols) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        let (mut specs, mut pulled) = (Vec::new(), Vec::new());
+        let (mut specs, mut pulled, mut pulled_families) = (Vec::new(), Vec::new(), Vec::new());
         for (stream, group) in config.streams.iter().flat_map(|stream| stream.groups.iter().map(move |g| (stream, g))) {
             let consumers = consumers_of(instance, group)?;
             let Some(name) = stream.name.stream() else {
@@ -56,7 +59,9 @@ impl Groups {
                     crews.push(means.crew(stream, group, consumers.clone())?);
                     own.extend(consumers);
                 } else {
-                    patrols.push(means.patrol(stream, group, guard.clone())?);
+                    let (ring, bell) = mpsc::channel(RINGS);
+                    patrols.push(means.patrol(stream, group, guard.clone())?.with_bell(bell));
+                    pulled_families.push(means.pull_family(stream, group, ring)?);
                 }
                 continue;
             };
@@ -75,7 +80,7 @@ impl Groups {
             }
             specs.push(spec);
         }
-        let pull = Pull::new(means.store, config.pull.clone(), pulled, &reader, &guard, means.metrics);
+        let pull = Pull::new(means.store, config.pull.clone(), pulled, pulled_families, &reader, &guard, means.metrics);
         let reaper = Reaper::new(Arc::clone(means.store), specs, own, means.metrics.clone());
         Ok(Self { workers, crews, guards, patrols, reaper: reaper.with_families(family_specs), pull })
     }
@@ -141,6 +146,23 @@ impl Means<'_> {
         ))
     }
 
+    /// A group without a sink of every member, as those see it who pull from one.
+    fn pull_family(
+        &self,
+        stream: &StreamConfig,
+        group: &GroupConfig,
+        bell: mpsc::Sender<StreamName>,
+    ) -> anyhow::Result<PullFamily> {
+        Ok(PullFamily {
+            roster: self.roster(stream)?,
+            group: group.name.clone(),
+            dead_letter: stream.dead_letter(),
+            claim_idle: group.claim_idle,
+            max_deliveries: group.max_deliveries,
+            bell,
+        })
+    }
+
     fn roster(&self, stream: &StreamConfig) -> anyhow::Result<Arc<Roster>> {
         self.families.named(stream.name.as_str()).cloned().context("a family is declared, and not there")
     }
@@ -165,11 +187,12 @@ fn spec_of(stream: &StreamConfig, name: &StreamName, group: &GroupConfig) -> any
 fn pull_group(spec: &GroupSpec, bell: Arc<Notify>) -> PullGroup {
     PullGroup {
         stream: spec.stream.clone(),
+        label: spec.stream.to_string(),
         group: spec.config.name.clone(),
         dead_letter: spec.dead_letter.clone(),
         claim_idle: spec.config.claim_idle,
         max_deliveries: spec.config.max_deliveries,
-        bell,
+        bell: Bell::OfStream(bell),
     }
 }
 

@@ -21,6 +21,14 @@ pub(super) fn problems(config: &Config) -> Vec<Problem> {
             }
         }
         let dead_letter = stream.dead_letter();
+        for family in config.streams.iter().filter_map(|other| other.name.family()) {
+            for (key, named) in [("name", &stream.name), ("dead_letter", &dead_letter)] {
+                if named.stream() == Some(&family.register()) {
+                    let message = format!("`{named}` is where the keys of `{family}` are written down");
+                    problems.push(Problem::new(format!("{path}.{key}"), message));
+                }
+            }
+        }
         for other in &config.streams {
             if differ(&other.name, &dead_letter) && other.name.overlaps(&dead_letter) {
                 let message = format!("`{dead_letter}` overlaps with the declared `{}`", other.name);
@@ -89,7 +97,8 @@ mod tests {
     fn what_makes_no_sense_is_told_with_its_key() {
         let text = "[[streams]]\nname = 'a:{k}:b'\nmax_keys = 0\ndead_letter = 'a:{other}:dead'\n[[streams.groups]]\n\
                     name = 'g'\nstart = 'new'\n[[streams]]\nname = 'a:x:b'\nmax_keys = 3\ndead_letter = 'a:{k}:b'\n[[streams]]\n\
-                    name = 'a:{z}:b'\n[[streams]]\nname = 'c'\ndead_letter = 'a:y:dead'";
+                    name = 'a:{z}:b'\n[[streams]]\nname = 'c'\ndead_letter = 'a:y:dead'\n\
+                    [[streams]]\nname = 'a:~keys:b'";
         let keys: Vec<String> =
             told(text).iter().map(|line| line.split(": ").next().unwrap_or_default().to_owned()).collect();
         for key in [
@@ -101,6 +110,7 @@ mod tests {
             "streams[1].dead_letter",
             "streams[2].name",
             "streams[3].dead_letter",
+            "streams[4].name",
         ] {
             assert!(keys.iter().any(|told| told == key), "{key} is not among {keys:?}");
         }

@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, timeout};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
@@ -19,10 +20,12 @@ use crate::metrics::Metrics;
 use crate::readiness::Part;
 use crate::store::{Roster, Store, StoreError, StoreErrorKind};
 
-/// How often it is seen to which members are due.
+/// How often it is seen which members there are, and which of them are due.
 const TICK: Duration = Duration::from_secs(1);
-/// The most members looked at between two of those.
-const LOOKS: usize = 64;
+/// The most members looked at between two words to readiness.
+const LOOKS: usize = 16;
+/// The most rings that are heard at a time.
+const RINGS: usize = 64;
 
 /// Guards one group without a sink of every member of a family.
 #[derive(Debug)]
@@ -36,6 +39,9 @@ pub struct Patrol {
     part: Part,
     trouble: Trouble,
     members: BTreeMap<StreamName, Member>,
+    /// When to go round again: at the next tick, or sooner for members that were looked at just now, or rung for.
+    go_at: Instant,
+    bell: mpsc::Receiver<StreamName>,
 }
 
 #[derive(Debug)]
@@ -59,18 +65,40 @@ impl Patrol {
         part: Part,
     ) -> Self {
         let (trouble, members) = (Trouble::default(), BTreeMap::new());
-        Self { store, roster, dead_letter, config, consumer, metrics, part, trouble, members }
+        let (_, bell) = mpsc::channel(1);
+        let go_at = Instant::now();
+        Self { store, roster, dead_letter, config, consumer, metrics, part, trouble, members, go_at, bell }
+    }
+
+    /// The same with a bell: of whom it tells, there is something to hand on.
+    #[must_use]
+    pub fn with_bell(mut self, bell: mpsc::Receiver<StreamName>) -> Self {
+        self.bell = bell;
+        self
     }
 
     /// Goes round until `stop`; the member that it is at then, it finishes.
     pub async fn run(mut self, stop: CancellationToken) {
-        while !stop.is_cancelled() {
-            self.hear();
-            let round = self.go_round(&stop).await;
-            let is_done = !matches!(round, Ok(true));
-            self.report(round.err());
-            if is_done {
-                stop.run_until_cancelled(sleep(TICK)).await;
+        let mut rung_for = Vec::new();
+        let mut hear_at = Instant::now();
+        loop {
+            if Instant::now() >= hear_at {
+                self.hear_news();
+                hear_at = Instant::now() + TICK;
+            }
+            let looked = self.go_round(&stop).await;
+            self.report(looked);
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                () = sleep_until(hear_at.min(self.go_at)) => {}
+                1.. = self.bell.recv_many(&mut rung_for, RINGS) => {}
+            }
+            for stream in rung_for.drain(..) {
+                if let Some(member) = self.members.get_mut(&stream) {
+                    member.ward.hear_bell();
+                    self.go_at = self.go_at.min(member.ward.next_at());
+                }
             }
         }
         let leave = async {
@@ -84,7 +112,7 @@ impl Patrol {
     }
 
     /// Takes notice of members that have come, and of those that have news.
-    fn hear(&mut self) {
+    fn hear_news(&mut self) {
         for (stream, newest) in self.roster.newest() {
             match self.members.get_mut(&stream) {
                 Some(member) if newest > member.newest => {
@@ -109,14 +137,17 @@ impl Patrol {
         Ward::new(Arc::clone(&self.store), spec, self.consumer.clone(), &self.metrics, family.name(), pace)
     }
 
-    /// Looks at members that are due, the longest overdue first; says whether there are more.
-    async fn go_round(&mut self, stop: &CancellationToken) -> Result<bool, StoreError> {
+    /// Looks at members that are due, the longest overdue first.
+    async fn go_round(&mut self, stop: &CancellationToken) -> Result<(), StoreError> {
         let now = Instant::now();
+        if self.go_at <= now {
+            self.go_at = now + TICK;
+        }
         let due = self.members.values_mut().map(|member| &mut member.ward).filter(|ward| ward.next_at() <= now);
         let mut due: Vec<&mut Ward> = due.collect();
         due.sort_by_key(|ward| ward.next_at());
-        let has_more = due.len() > LOOKS;
-        for ward in due.into_iter().take(LOOKS) {
+        let later = due.split_off(due.len().min(LOOKS));
+        for ward in due {
             if stop.is_cancelled() {
                 break;
             }
@@ -125,20 +156,24 @@ impl Patrol {
                 Err(error) if error.kind() == StoreErrorKind::WrongType => {}
                 looked => looked?,
             }
+            self.go_at = self.go_at.min(ward.next_at());
         }
-        Ok(has_more)
+        if !later.is_empty() {
+            self.go_at = now;
+        }
+        Ok(())
     }
 
-    fn report(&mut self, failure: Option<StoreError>) {
+    fn report(&mut self, looked: Result<(), StoreError>) {
         let (family, group) = (self.roster.family(), &self.config.name);
-        match failure {
-            None => {
+        match looked {
+            Ok(()) => {
                 self.part.ready();
                 if let Some(after) = self.trouble.ended() {
                     info!(%family, %group, ?after, "guards the group of the family's members again");
                 }
             }
-            Some(error) => {
+            Err(error) => {
                 if let Some(times) = self.trouble.occurred() {
                     let kind = error.kind().as_str();
                     warn!(%family, %group, error = %error, kind, times, "cannot guard the group of the family's members");

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::auth::{Deed, Denied, Principal};
-use super::pull::{back, desk_of, view};
+use super::pull::{back, open_desk, view};
 use super::{Api, ApiError, publish};
 use crate::bus::{Dedup, Promise};
 use crate::event::{ConsumerName, NewEvent, StreamName};
@@ -105,6 +105,8 @@ struct Request {
 enum Step {
     /// It is over.
     Answer(Option<String>),
+    /// It waits for entries from now on.
+    Opened(Pulling),
     /// It has got some, and may get more.
     Tasks(Pulling, Vec<Task>),
     /// Something was settled, or leased for longer.
@@ -207,7 +209,6 @@ impl Agent {
         let stream = request.stream.ok_or_else(|| missing("stream"))?;
         self.permit(Deed::Consume(&stream))?;
         let group = request.group.or_else(|| self.only_group(&stream)).ok_or_else(|| missing("group"))?;
-        let desk = Arc::clone(desk_of(&self.api, &stream, &group)?);
         let consumer = match request.consumer {
             Some(name) => name.parse().map_err(|error| ApiError::bad_parameter("consumer", format!("{error}")))?,
             None => self.name.clone(),
@@ -221,12 +222,17 @@ impl Agent {
         if self.api.is_draining() {
             return Err(ApiError::draining());
         }
-        let lease = request.lease_s.map_or(Ok(desk.max_lease()), |lease| seconds("lease_s", lease))?;
-        let wanted = Wanted { consumer, max, lease, wait: config.max_wait };
-        if let Some(id) = request.id {
-            self.frames.push_back(json!({"t": "ok", "id": id}).to_string());
-        }
-        self.go_on(Pulling { id: request.id, desk, wanted });
+        let lease = request.lease_s.map(|lease| seconds("lease_s", lease)).transpose()?;
+        let (api, id, wait) = (self.api.clone(), request.id, config.max_wait);
+        self.under_way.push(Box::pin(async move {
+            match open_desk(&api, &stream, &group).await {
+                Ok(desk) => {
+                    let lease = lease.unwrap_or(desk.max_lease());
+                    Step::Opened(Pulling { id, wanted: Wanted { consumer, max, lease, wait }, desk })
+                }
+                Err(error) => Step::Answer(Some(refusal(id, &error, &[]))),
+            }
+        }));
         Ok(())
     }
 
@@ -255,8 +261,13 @@ impl Agent {
                 format!("must be one token, or `tokens`, up to {MAX_TOKENS}"),
             ));
         }
-        let pull = &self.api.inner.pull;
-        let desk = texts.iter().find_map(|text| pull.desk_of(&text.parse().ok()?)).cloned();
+        let desk = match (&request.stream, &request.group) {
+            (Some(stream), Some(group)) => {
+                self.permit(Deed::Consume(stream))?;
+                self.named_desk(stream, group)
+            }
+            _ => texts.iter().find_map(|text| self.desk_of(&text.parse().ok()?)),
+        };
         let Some(desk) = desk else {
             self.frames.push_back(refusal(request.id, &ApiError::from(&Refused::NotLeased), &texts));
             return Ok(());
@@ -344,6 +355,16 @@ impl Agent {
         if self.principal.may(deed) { Ok(()) } else { Err(ApiError::from(&Denied::Scope(deed.to_string()))) }
     }
 
+    /// The desk that gave a token: of a member of a family, where it was given on this socket.
+    fn desk_of(&self, token: &Token) -> Option<Arc<Desk>> {
+        let held = self.held.get(token).map(|(desk, _)| Arc::clone(desk));
+        held.or_else(|| self.api.inner.pull.desk_of(token))
+    }
+
+    fn named_desk(&self, stream: &str, group: &str) -> Option<Arc<Desk>> {
+        self.api.inner.pull.desk(&stream.parse().ok()?, &group.parse().ok()?)
+    }
+
     /// The group of a stream that can be pulled from, where there is one only.
     fn only_group(&self, stream: &str) -> Option<String> {
         let stream: StreamName = stream.parse().ok()?;
@@ -354,6 +375,11 @@ impl Agent {
     fn step(&mut self, step: Step) {
         match step {
             Step::Answer(answer) => self.frames.extend(answer),
+            Step::Opened(pulling) => {
+                let accepted = pulling.id.map(|id| json!({"t": "ok", "id": id}).to_string());
+                self.frames.extend(accepted);
+                self.go_on(pulling);
+            }
             Step::Settled { answer, gone, extended, lease } => {
                 for token in &gone {
                     self.held.remove(token);

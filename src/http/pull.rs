@@ -18,6 +18,7 @@ use super::problem::ItemError;
 use super::publish::read;
 use super::streams::{EventView, event};
 use super::{Api, ApiError, Peer};
+use crate::bus::PublishError;
 use crate::event::{ConsumerName, GroupName, StreamName};
 use crate::pull::{Desk, GiveBack, Refused, Task, Token, Wanted};
 use crate::relay::counted_address;
@@ -100,7 +101,7 @@ pub(super) async fn pull(
     peer: Peer,
     request: Request,
 ) -> Result<Json<DeliveriesView>, ApiError> {
-    let desk = desk_of(&api, &stream, &group)?;
+    pulled_from(&api, &stream, &group)?;
     let body: PullBody = json(&api, request).await?;
     let config = api.inner.pull.config();
     let consumer: ConsumerName =
@@ -124,6 +125,7 @@ pub(super) async fn pull(
         let who = principal.id().map_or_else(|| counted_address(peer.0.ip()).to_string(), str::to_owned);
         Some(Waits::begin(&api.inner.pulls, who, config.max_waiting).ok_or_else(ApiError::too_many_pulls)?)
     };
+    let desk = open_desk(&api, &stream, &group).await?;
     let lease = body.lease_ms.map_or(desk.max_lease(), Duration::from_millis);
     let tasks = desk.pull(Wanted { consumer, max, lease, wait }).await.map_err(|error| ApiError::from(&error))?;
     Ok(Json(DeliveriesView { deliveries: tasks.iter().map(view).collect() }))
@@ -135,9 +137,9 @@ pub(super) async fn acknowledge(
     Segments(stream, group): Segments,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let desk = desk_of(&api, &stream, &group)?;
+    let desk = desk_of(&api, &stream, &group).await?;
     let AckBody { tokens } = json(&api, request).await?;
-    let shown = Shown::read(desk, tokens)?;
+    let shown = Shown::read(&desk, tokens)?;
     let results = desk.acknowledge(&shown.good).await;
     shown.answer(results, None)
 }
@@ -148,10 +150,10 @@ pub(super) async fn give_back(
     Segments(stream, group): Segments,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let desk = desk_of(&api, &stream, &group)?;
+    let desk = desk_of(&api, &stream, &group).await?;
     let NackBody { tokens, delay_ms, reason, permanent } = json(&api, request).await?;
-    let how = back(desk, delay_ms, reason, permanent)?;
-    let shown = Shown::read(desk, tokens)?;
+    let how = back(&desk, delay_ms, reason, permanent)?;
+    let shown = Shown::read(&desk, tokens)?;
     let results = desk.give_back(&shown.good, &how).await;
     shown.answer(results, None)
 }
@@ -162,10 +164,10 @@ pub(super) async fn extend(
     Segments(stream, group): Segments,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let desk = desk_of(&api, &stream, &group)?;
+    let desk = desk_of(&api, &stream, &group).await?;
     let ExtendBody { tokens, lease_ms } = json(&api, request).await?;
     let lease = lease_ms.map_or(desk.max_lease(), Duration::from_millis);
-    let shown = Shown::read(desk, tokens)?;
+    let shown = Shown::read(&desk, tokens)?;
     let results = desk.extend(&shown.good, lease).await.map_err(|error| ApiError::from(&error))?;
     shown.answer(results, Some(&expires(lease)))
 }
@@ -189,13 +191,35 @@ pub(super) fn back(
     Ok(GiveBack { delay, reason, is_permanent })
 }
 
-/// The desk of a group that is declared without a sink.
-pub(super) fn desk_of<'a>(api: &'a Api, stream: &str, group: &str) -> Result<&'a Arc<Desk>, ApiError> {
+/// The desk of a group that is declared without a sink, for someone who shows what was leased there.
+async fn desk_of(api: &Api, stream: &str, group: &str) -> Result<Arc<Desk>, ApiError> {
+    let (stream, group) = pulled_from(api, stream, group)?;
+    let catalogue = api.inner.bus.catalogue();
+    if let Some(roster) = catalogue.families().of(&stream) {
+        roster.finds(&*api.inner.store, &stream).await.map_err(|error| ApiError::from(&error))?;
+    }
+    api.inner.pull.desk(&stream, &group).ok_or_else(|| ApiError::no_such_stream(stream.as_str(), catalogue.names()))
+}
+
+/// The same for someone who pulls. A stream of a family becomes a member by that.
+pub(super) async fn open_desk(api: &Api, stream: &str, group: &str) -> Result<Arc<Desk>, ApiError> {
+    let (stream, group) = pulled_from(api, stream, group)?;
+    if let Some(roster) = api.inner.bus.catalogue().families().of(&stream) {
+        let joined = roster.join(&*api.inner.store, &stream).await;
+        joined.map_err(|error| ApiError::from(&PublishError::from(error)))?;
+    }
+    api.inner.pull.desk(&stream, &group).ok_or_else(ApiError::internal)
+}
+
+/// What a path or a request names, where that can be pulled from.
+fn pulled_from(api: &Api, stream: &str, group: &str) -> Result<(StreamName, GroupName), ApiError> {
     let catalogue = api.inner.bus.catalogue();
     let known = stream.parse::<StreamName>().ok().filter(|stream| catalogue.contains(stream));
     let known = known.ok_or_else(|| ApiError::no_such_stream(stream, catalogue.names()))?;
-    let desk = group.parse().ok().and_then(|group| api.inner.pull.desk(&known, &group));
-    desk.ok_or_else(|| ApiError::no_such_group(group, api.inner.pull.groups(&known).map(GroupName::as_str)))
+    let named = group.parse().ok().filter(|group| api.inner.pull.groups(&known).any(|known| known == group));
+    let named =
+        named.ok_or_else(|| ApiError::no_such_group(group, api.inner.pull.groups(&known).map(GroupName::as_str)))?;
+    Ok((known, named))
 }
 
 async fn json<T: DeserializeOwned>(api: &Api, request: Request) -> Result<T, ApiError> {

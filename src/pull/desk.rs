@@ -164,7 +164,7 @@ impl Desk {
         guard: ConsumerName,
         metrics: &Metrics,
     ) -> Self {
-        let labels = [group.stream.as_str(), group.group.as_str()];
+        let labels = [group.label.as_str(), group.group.as_str()];
         let settled = |result| metrics.pull_settled.with_label_values(&[labels[0], labels[1], result]);
         let meters = Meters {
             pulls: metrics.pulls.with_label_values(&labels),
@@ -269,12 +269,12 @@ impl Desk {
     pub async fn acknowledge(&self, tokens: &[Token]) -> Vec<Result<(), Refused>> {
         let items = tokens.iter().map(|token| (token.receipt.clone(), Redemption::Acknowledge)).collect();
         let results = self.redeem(items).await;
-        let mut state = self.lock();
-        for (token, _) in tokens.iter().zip(&results).filter(|(_, result)| result.is_ok()) {
-            state.ledger.remove(token.receipt.id);
-            self.meters.acknowledged.inc();
-        }
-        self.meters.leases.set(count(state.ledger.leases()));
+        self.change(|ledger| {
+            for (token, _) in tokens.iter().zip(&results).filter(|(_, result)| result.is_ok()) {
+                ledger.remove(token.receipt.id);
+                self.meters.acknowledged.inc();
+            }
+        });
         results
     }
 
@@ -371,7 +371,8 @@ impl Desk {
         let settled = self.store.settle(cursor, &[Settlement { delivery, outcome }]).await?;
         if settled.settled > 0 {
             self.meters.dead.inc();
-            self.meters.letters.with_label_values(&[stream.as_str(), group.as_str(), reason.as_str()]).inc();
+            let labels = [self.group.label.as_str(), group.as_str(), reason.as_str()];
+            self.meters.letters.with_label_values(&labels).inc();
             debug!(%stream, %group, entry.id = %letter.id, %reason, attempts, "an entry goes to the dead letters");
         }
         Ok(())
@@ -379,10 +380,7 @@ impl Desk {
 
     /// Notes that an entry is leased, or will be due, from now on for so long.
     pub(super) fn note(&self, id: EntryId, consumer: Option<ConsumerName>, time: Duration) {
-        let mut state = self.lock();
-        let is_next = state.ledger.put(id, consumer, Instant::now() + time);
-        self.meters.leases.set(count(state.ledger.leases()));
-        if is_next {
+        if self.change(|ledger| ledger.put(id, consumer, Instant::now() + time)) {
             self.sooner.notify_one();
         }
     }
@@ -394,9 +392,27 @@ impl Desk {
     }
 
     pub(super) fn forget(&self, id: EntryId) {
+        self.change(|ledger| ledger.remove(id));
+    }
+
+    /// Changes what is noted of leases, and counts them: beside those of other desks, where those have the same labels.
+    pub(super) fn change<T>(&self, change: impl FnOnce(&mut Ledger) -> T) -> T {
         let mut state = self.lock();
-        state.ledger.remove(id);
-        self.meters.leases.set(count(state.ledger.leases()));
+        let before = state.ledger.leases();
+        let changed = change(&mut state.ledger);
+        self.meters.leases.add(count(state.ledger.leases()) - count(before));
+        changed
+    }
+
+    /// Lets those who wait go, and serves no one from now on.
+    pub(super) fn close(&self) {
+        let waiters = {
+            let mut state = self.lock();
+            state.is_closed = true;
+            std::mem::take(&mut state.waiters)
+        };
+        drop(waiters);
+        self.changed.notify_one();
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
@@ -420,6 +436,6 @@ impl Drop for Waiting<'_> {
     }
 }
 
-pub(super) fn count(number: usize) -> i64 {
+fn count(number: usize) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::desk::{Desk, PullError, Task, Waiter, count};
+use super::desk::{Desk, PullError, Task, Waiter};
 use super::token::Token;
 use crate::event::{ConsumerName, DeadLetterReason, Delivery, Entry, EntryId, Fields, field};
 use crate::store::{Cursor, Outcome, Pending, Receipt, Redemption, Settlement, StoreError, StoreErrorKind};
@@ -32,13 +32,7 @@ impl Desk {
     /// Lets those who wait go at once when this instance stops.
     async fn close_at(&self, stop: &CancellationToken) {
         stop.cancelled().await;
-        let waiters = {
-            let mut state = self.lock();
-            state.is_closed = true;
-            std::mem::take(&mut state.waiters)
-        };
-        drop(waiters);
-        self.changed.notify_one();
+        self.close();
     }
 
     /// Rings for the guard whenever a lease ends.
@@ -57,14 +51,9 @@ impl Desk {
                 () = self.sooner.notified() => continue,
                 () = end => {}
             }
-            let ended = {
-                let mut state = self.lock();
-                let ended = state.ledger.take_ended(Instant::now());
-                self.meters.leases.set(count(state.ledger.leases()));
-                ended
-            };
+            let ended = self.change(|ledger| ledger.take_ended(Instant::now()));
             self.count_expired(&ended).await;
-            self.group.bell.notify_one();
+            self.group.bell.ring(&self.group.stream);
         }
     }
 
@@ -160,7 +149,7 @@ impl Desk {
         let settlements: Vec<_> = entries.map(settlement).collect();
         if !settlements.is_empty() {
             self.store.settle(cursor, &settlements).await?;
-            self.group.bell.notify_one();
+            self.group.bell.ring(&self.group.stream);
         }
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 mod groups;
 mod instances;
+mod pulled;
 mod tokens;
 
 use std::collections::BTreeMap;
