@@ -39,7 +39,8 @@ impl Guarded {
         let families = Families::new([(family.clone(), 100)]);
         let store: Arc<dyn Store> = Arc::new(Metered::new(store, metrics.clone()).with_families(families.clone()));
         let mut config = GroupConfig::new("agents".parse().expect("a valid name"));
-        config.claim_idle = Duration::from_secs(1);
+        // Longer than anything takes that a consumer does here, also on a slow machine.
+        config.claim_idle = Duration::from_secs(3);
         config.max_deliveries = max_deliveries;
         let (stop, mut tasks) = (CancellationToken::new(), JoinSet::new());
         tasks.spawn(families.clone().run(store.clone(), families.parts(&readiness), stop.clone()));

@@ -25,7 +25,7 @@ async fn post(daemon: &Daemon, key: &str, what: &str, body: &Value) -> (StatusCo
 
 /// What a worker is given, waiting for it for a while.
 async fn pull(daemon: &Daemon, key: &str, consumer: &str, lease_ms: u64) -> Value {
-    let body = json!({"consumer": consumer, "max": 10, "lease_ms": lease_ms, "wait_ms": 20_000});
+    let body = json!({"consumer": consumer, "max": 10, "lease_ms": lease_ms, "wait_ms": 30_000});
     let (status, answer) = post(daemon, key, "pull", &body).await;
     assert_eq!(status, StatusCode::OK, "{answer}");
     let tasks = answer["deliveries"].as_array().expect("a list");
@@ -45,12 +45,12 @@ async fn each_worker_is_given_what_is_of_its_member(product: Option<Product>) {
     let home = Home::new(&config(GROUP, &store));
     let daemon = home.start().await;
     // Who pulls first makes the member, and is given what comes.
-    let (early, ()) = tokio::join!(pull(&daemon, "acme", "agent-1", 60_000), async {
+    let (early, ()) = tokio::join!(pull(&daemon, "acme", "agent-1", 300_000), async {
         until("the member", BOUND, async || (members(&daemon).await == [member("acme")]).then_some(())).await;
         publish(&daemon, "acme", 1).await;
     });
     publish(&daemon, "globex", 2).await;
-    let other = pull(&daemon, "globex", "agent-1", 60_000).await;
+    let other = pull(&daemon, "globex", "agent-1", 300_000).await;
     assert_eq!((&early["data"]["n"], &other["data"]["n"]), (&json!(1), &json!(2)));
     assert_eq!(daemon.metric("aurora_bus_pull_leases").await, 2, "of both members together");
 
@@ -64,7 +64,7 @@ async fn each_worker_is_given_what_is_of_its_member(product: Option<Product>) {
     // What is given back, and what a lease has ended for, is given again at once.
     assert_eq!(settle(&daemon, "globex", "nack", &other, json!({})).await, 200);
     let second = pull(&daemon, "globex", "agent-2", 300).await;
-    let third = pull(&daemon, "globex", "agent-3", 60_000).await;
+    let third = pull(&daemon, "globex", "agent-3", 300_000).await;
     assert_eq!((&second["attempt"], &third["attempt"], &third["id"]), (&json!(2), &json!(3), &other["id"]));
     assert_eq!(settle(&daemon, "globex", "ack", &second, json!({})).await, 409);
     assert_eq!(settle(&daemon, "globex", "nack", &third, json!({"reason": "no use"})).await, 200);
