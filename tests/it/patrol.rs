@@ -14,8 +14,8 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::store_contract::{cursor, new_entry, unique_stream};
-use crate::store_redeliver::{open_embedded, open_redis, open_valkey};
 use crate::support::redis::{Product, RedisServer};
+use crate::support::stores::{connect, on_stores};
 use crate::support::until;
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -201,8 +201,7 @@ async fn members_that_an_earlier_life_knew_are_guarded_from_the_start(store: Arc
 /// A server of its own, and a store on it.
 async fn server() -> (RedisServer, Arc<dyn Store>) {
     let server = RedisServer::start(Product::Redis, &[]).await;
-    let config = aurora_bus::store::redis::Config { url: server.url().into(), ..Default::default() };
-    let store = Arc::new(config.connect().await.expect("a valid configuration"));
+    let store = connect(&server.url()).await;
     (server, store)
 }
 
@@ -229,33 +228,8 @@ async fn a_group_of_a_member_that_was_destroyed_or_deleted_with_it_is_made_again
     guarded.end().await;
 }
 
-macro_rules! cases {
-    ($open:ident; $($case:ident)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $case() {
-                let test = super::$open().await;
-                super::$case(test.store.clone()).await;
-            }
-        )*
-    };
-    ($open:ident) => {
-        cases!($open;
-            what_is_left_at_any_member_reaches_another_consumer_of_it_once
-            what_nobody_can_handle_is_in_the_dead_letters_of_its_member
-            members_that_an_earlier_life_knew_are_guarded_from_the_start
-        );
-    };
-}
-
-mod embedded_store {
-    cases!(open_embedded);
-}
-
-mod redis_store {
-    cases!(open_redis);
-}
-
-mod valkey_store {
-    cases!(open_valkey);
-}
+on_stores! { embedded redis valkey: [
+    what_is_left_at_any_member_reaches_another_consumer_of_it_once
+    what_nobody_can_handle_is_in_the_dead_letters_of_its_member
+    members_that_an_earlier_life_knew_are_guarded_from_the_start
+] }

@@ -6,14 +6,15 @@ use std::task::Poll;
 
 use aurora_bus::delivery::{GroupConfig, GroupSpec, Guard};
 use aurora_bus::metrics::Metrics;
-use aurora_bus::pull::{Config, Pull, PullGroup, Wanted};
+use aurora_bus::pull::{Bell, Config, Pull, PullGroup, Wanted};
 use aurora_bus::readiness::Readiness;
 use aurora_bus::store::{Start, Store};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::store_contract::{new_entry, unique_stream};
-use crate::store_redeliver::{open_embedded, open_redis, open_valkey};
+use crate::support::stores::on_stores;
 
 /// Far longer than the test: only what is given back comes again.
 const CLAIM_IDLE: Duration = Duration::from_mins(10);
@@ -24,20 +25,22 @@ async fn what_was_answered_to_someone_who_had_gone_is_given_to_others_at_once(st
     let mut config = GroupConfig::new("agents".parse().expect("a valid name"));
     config.claim_idle = CLAIM_IDLE;
     store.ensure_group(&stream, &config.name, Start::Oldest).await.expect("a group");
+    let bell = Arc::<Notify>::default();
     let group = PullGroup {
         stream: stream.clone(),
+        label: stream.to_string(),
         group: config.name.clone(),
         dead_letter: stream.default_dead_letter(),
         claim_idle: CLAIM_IDLE,
         max_deliveries: 3,
-        bell: Arc::default(),
+        bell: Bell::OfStream(Arc::clone(&bell)),
     };
     let (stop, mut tasks) = (CancellationToken::new(), JoinSet::new());
     let spec = GroupSpec { dead_letter: stream.default_dead_letter(), stream: stream.clone(), config };
     let guard = Guard::new(store.clone(), spec, name("it-guard"), &metrics, readiness.part("guard", None));
-    tasks.spawn(guard.with_bell(Arc::clone(&group.bell)).run(stop.clone()));
+    tasks.spawn(guard.with_bell(bell).run(stop.clone()));
     let key = (group.stream.clone(), group.group.clone());
-    let pull = Pull::new(&store, Config::default(), [group], &name("it-pull"), &name("it-guard"), &metrics);
+    let pull = Pull::new(&store, Config::default(), [group], Vec::new(), &name("it-pull"), &name("it-guard"), &metrics);
     let running = pull.clone();
     let stopped = stop.clone();
     tasks.spawn(async move { running.run(stopped).await });
@@ -59,20 +62,6 @@ async fn what_was_answered_to_someone_who_had_gone_is_given_to_others_at_once(st
     tasks.join_all().await;
 }
 
-macro_rules! cases {
-    ($($name:ident: $open:ident,)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $name() {
-                let test = $open().await;
-                what_was_answered_to_someone_who_had_gone_is_given_to_others_at_once(test.store.clone()).await;
-            }
-        )*
-    };
-}
-
-cases!(
-    an_answer_that_nobody_took_goes_on_on_the_embedded_store: open_embedded,
-    an_answer_that_nobody_took_goes_on_on_redis: open_redis,
-    an_answer_that_nobody_took_goes_on_on_valkey: open_valkey,
-);
+on_stores! { embedded redis valkey: [
+    what_was_answered_to_someone_who_had_gone_is_given_to_others_at_once
+] }
