@@ -162,7 +162,8 @@ impl Cursor {
             }
             match self.ring.after(self.generation, self.after) {
                 Lookup::Head => {
-                    (self.stage, self.head_seen, self.lane) = (Stage::InRing, Some(changes), None);
+                    // Whatever it has asked for of the past, from here on it is owed everything.
+                    (self.stage, self.head_seen, self.lane, self.is_owed) = (Stage::InRing, Some(changes), None, true);
                     return Next::Head;
                 }
                 Lookup::Batch(batch, passed_bytes) => {

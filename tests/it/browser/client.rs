@@ -237,7 +237,8 @@ async fn a_tab_comes_back_at_once_with_its_network_and_waits_longer_and_longer_w
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_page_that_has_said_too_much_waits_for_as_long_as_it_is_told() {
-    let home = Home::new(STREAMS);
+    // On a busy machine, two short ping intervals may pass in silence before it is told.
+    let home = Home::new(&STREAMS.replace("ping_interval = \"1s\"\n", ""));
     let daemon = home.start().await;
     let (server, browser) = (PageServer::start().await, Chromium::start().await);
     let mut tab = open(&browser, &server, &daemon.url(""), &json!({})).await;
