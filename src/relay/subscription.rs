@@ -49,7 +49,7 @@ struct Unanswered {
     id: u64,
     /// Whether it asked for what comes after something.
     is_resumed: bool,
-    /// Where it begins, if that is known, but not whether all of what comes after that can be given.
+    /// Where it begins, once that is known.
     from: Option<String>,
 }
 
@@ -151,6 +151,11 @@ impl Subscription {
         let is_over = |cursor: &Cursor| !matches!(cursor.stage, Stage::Waiting | Stage::Locating);
         if self.cursors.iter().all(is_over) {
             self.start = None;
+            // As it is before anything is passed: what is told of gaps comes after that.
+            let from = self.positions();
+            if let Some(unanswered) = &mut self.unanswered {
+                unanswered.from.get_or_insert(from);
+            }
         }
     }
 
@@ -278,20 +283,16 @@ impl Subscription {
         if self.start.is_some() || self.unanswered.is_none() {
             return;
         }
-        let positions = self.positions();
-        let Some(mut unanswered) = self.unanswered.take() else { return };
-        let from = unanswered.from.take().unwrap_or(positions);
-        if unanswered.is_resumed && self.cursors.iter().any(|cursor| cursor.stage == Stage::Behind) {
-            self.unanswered = Some(Unanswered { from: Some(from), ..unanswered });
-            return;
-        }
+        let is_behind = self.cursors.iter().any(|cursor| cursor.stage == Stage::Behind);
+        let is_answerable = |unanswered: &mut Unanswered| !(unanswered.is_resumed && is_behind);
+        let Some(unanswered) = self.unanswered.take_if(is_answerable) else { return };
         let streams: Vec<&str> = self.cursors.iter().map(|cursor| cursor.ring.stream().as_str()).collect();
         let gaps = self.notices.iter().filter(|notice| matches!(notice, Notice::Gap { .. })).count();
         let answer = serde_json::json!({
             "t": "subscribed",
             "id": unanswered.id,
             "stream": streams.join(","),
-            "from": from,
+            "from": unanswered.from,
             "recovered": unanswered.is_resumed && gaps == 0,
         });
         out.push(text_message(&answer.to_string()).into());
