@@ -121,6 +121,8 @@ pub(super) struct Pump {
     /// A call whose answer was lost may have left entries pending that are not in hand.
     sweep_due: bool,
     was_ensured: bool,
+    /// Whether the last read brought nothing.
+    is_at_end: bool,
     floor: Option<Floor>,
     fetch_began: Option<Instant>,
     /// Entries that calls under way may bring.
@@ -232,6 +234,7 @@ impl Pump {
             intake_error: None,
             sweep_due: false,
             was_ensured: false,
+            is_at_end: false,
             floor: None,
             fetch_began: None,
             expected: 0,

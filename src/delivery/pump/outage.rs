@@ -1,8 +1,9 @@
 //! What the worker does while its sink is down: it keeps what it has, lets go of nothing and asks for nothing, but one
 //! entry at a time to try the sink with.
 //!
-//! Attempts are not used up meanwhile: entries in hand stay there, those that wait for their next attempt wait on, and
-//! all of them count as being handled, so that no one else takes them over.
+//! Attempts are not used up meanwhile: entries in hand stay there, those that wait for their next attempt wait on while
+//! there is anything else to try the sink with, and all of them count as being handled, so that no one else takes them
+//! over.
 
 use jiff::Timestamp;
 use tokio::time::Instant;
@@ -88,6 +89,16 @@ impl Pump {
         usize::from(self.breaker.is_open() && has_room && !has_probe)
     }
 
+    /// How many of those that wait for their next attempt may come in while the sink is down: one, if nothing else is
+    /// left to try it with.
+    pub(super) fn retry_slots(&self) -> usize {
+        match (self.is_ordered, self.ready.len() == 0 || self.is_at_end) {
+            (true, _) => usize::from(self.is_without_probe()),
+            (false, true) => self.probe_slots(),
+            (false, false) => 0,
+        }
+    }
+
     /// When something is due while the sink is down.
     pub(super) fn next_wake_in_outage(&mut self) -> Option<Instant> {
         let mut wake = None;
@@ -95,9 +106,7 @@ impl Pump {
         if self.ready.first().is_some() && self.running.len() < self.group.config.concurrency {
             self.breaker.due().into_iter().for_each(&mut at);
         }
-        let may_probe_by_retry =
-            if self.is_ordered { self.is_without_probe() } else { self.probe_slots() > 0 && self.ready.len() == 0 };
-        if may_probe_by_retry
+        if self.retry_slots() > 0
             && self.claiming.is_empty()
             && let Some(due) = self.retries.next_due()
         {

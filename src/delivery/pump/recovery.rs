@@ -36,14 +36,11 @@ impl Pump {
         if self.retries.is_empty() || !self.claiming.is_empty() || now < self.claim_not_before {
             return;
         }
-        let limit = match (self.is_ordered, self.breaker.is_open()) {
+        let limit = match (self.breaker.is_open(), self.is_ordered) {
+            (true, _) => self.retry_slots(),
             // Where an order is kept there is always room for those that others wait for.
-            (true, false) => CLAIM_LIMIT,
-            (true, true) => usize::from(self.is_without_probe()),
-            (false, _) => {
-                let probe = if self.ready.len() == 0 { self.probe_slots() } else { 0 };
-                self.free_slots().min(CLAIM_LIMIT).max(probe)
-            }
+            (false, true) => CLAIM_LIMIT,
+            (false, false) => self.free_slots().min(CLAIM_LIMIT),
         };
         let ids = self.retries.take_due(now, limit);
         if !ids.is_empty() {

@@ -165,6 +165,7 @@ impl Pump {
                 self.intake_succeeded();
                 self.guess_entry_bytes(&deliveries);
                 let has_come = !deliveries.is_empty();
+                self.is_at_end = !has_come;
                 // An answer that lay about for so long, as when this process stood still, may be of entries that
                 // others have by now: the sweep finds those that they have not.
                 let is_stale = began.is_some_and(|began| began.elapsed() > FETCH_WAIT + self.cursor.claim_idle / 2);

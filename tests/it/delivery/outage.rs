@@ -78,6 +78,23 @@ async fn the_only_entry_of_an_outage_is_not_given_up(store: Arc<dyn Store>) {
     bus.is_settled().await;
 }
 
+async fn an_entry_that_no_sink_takes_does_not_keep_back_what_waits_for_its_next_attempt(store: Arc<dyn Store>) {
+    let mut bus = Bus::new(store).await;
+    bus.publish(1..=2).await;
+    // The sink has taken nothing when the first is used up, and is taken for down; nothing new shows that it is not.
+    let fails = |number, attempt| match (number, attempt) {
+        (1, _) => Deed::Fail(SinkErrorClass::Transient),
+        (_, 1) => Deed::Throttle(Duration::from_secs(1)),
+        _ => Deed::Take,
+    };
+    let sink = TestSink::new(1, fails);
+    bus.start("soc-a-0", &sink, cautious());
+    assert_eq!(sink.has_taken(1).await, [(2, 2)]);
+    assert_eq!(bus.has_dead_letters(1).await[0].fields, super::entry(1, &[("data", "{}")]).fields);
+    assert_eq!(bus.counter("aurora_bus_breaker_opened_total"), 1);
+    bus.is_settled().await;
+}
+
 async fn a_sink_that_was_well_before_loses_nothing_either(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     let (sink, is_down) = overloaded(7);
@@ -164,6 +181,7 @@ async fn without_a_breaker_attempts_are_used_up(store: Arc<dyn Store>) {
 on_stores! { embedded redis: [
     an_outage_longer_than_all_attempts_gives_nothing_up
     the_only_entry_of_an_outage_is_not_given_up
+    an_entry_that_no_sink_takes_does_not_keep_back_what_waits_for_its_next_attempt
     a_sink_that_was_well_before_loses_nothing_either
     a_poisonous_entry_among_good_ones_is_given_up_and_the_sink_is_not_taken_for_down
     a_poisonous_entry_that_makes_the_sink_look_down_does_not_hold_up_what_comes_after
