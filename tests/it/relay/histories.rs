@@ -334,7 +334,8 @@ impl Truth {
                 None if habits.begins == Begins::Earliest && number.is_some() => Some((here.0, EntryId::MIN)),
                 None => None,
             };
-            let is_first = at.is_none() || is_new_life;
+            // Who asked for the earliest begins before all there is, and was promised none of what had gone by then.
+            let is_first = at.is_none_or(|(_, id)| id == EntryId::MIN) || is_new_life;
             let passed =
                 from.into_iter().flat_map(|from| self.numbers.range(from..here).filter(move |(p, _)| **p > from));
             for (place, n) in passed.filter(|(_, n)| habits.sieve.passes(**n)) {
