@@ -26,8 +26,11 @@ pub(super) struct Cursor {
     pub(super) epoch: Option<Epoch>,
     /// Everything up to here is given or filtered out, but for what is left of `current`.
     pub(super) after: EntryId,
-    /// Whether everything after that is owed to the client: it is told where something is gone.
-    pub(super) is_owed: bool,
+    /// Where the client began: everything after that is owed to it, so that it is told where something is gone. Nothing as
+    /// long as it is to begin with what there is, and that has not been seen.
+    pub(super) began: Option<Position>,
+    /// Whether it was at the head once, and the client was told.
+    is_live: bool,
     /// A batch under way, from the ring or from the store, and the index of what is next in it.
     current: Option<(Arc<Batch>, usize)>,
     /// The ring's change at which there was nothing more.
@@ -92,7 +95,8 @@ impl Cursor {
             generation: mark.as_ref().map_or(0, |mark| mark.generation),
             epoch: mark.as_ref().map(|mark| mark.epoch.clone()),
             after: mark.map_or(EntryId::MIN, |mark| mark.last),
-            is_owed: true,
+            began: None,
+            is_live: false,
             current: None,
             head_seen: None,
             passed_bytes: None,
@@ -112,8 +116,28 @@ impl Cursor {
         Some(Position { epoch, id })
     }
 
+    /// Whether it is not known yet where the client begins, and will be.
+    pub(super) fn is_beginning(&self) -> bool {
+        match self.stage {
+            Stage::Waiting => self.ring.is_starting(),
+            Stage::Locating => true,
+            Stage::InRing | Stage::InPages | Stage::Behind => self.began.is_none(),
+        }
+    }
+
+    /// Tells that the past is told, if it is for the first time, and if there is one to tell.
+    pub(super) fn reach_head(&mut self, notices: &mut Vec<Notice>) {
+        if !self.is_live && self.stage == Stage::InRing {
+            self.is_live = true;
+            notices.push(Notice::Live { stream: self.ring.stream().clone() });
+        }
+    }
+
     /// Tells where the client stands, if it does not know.
     pub(super) fn mark(&mut self, notices: &mut Vec<Notice>) {
+        if self.began.is_none() {
+            return;
+        }
         if let Some(position) = self.position().filter(|position| position.id > self.told) {
             (self.told, self.unseen) = (position.id, 0);
             notices.push(Notice::Mark { stream: self.ring.stream().clone(), position });
@@ -162,23 +186,24 @@ impl Cursor {
             }
             match self.ring.after(self.generation, self.after) {
                 Lookup::Head => {
-                    // Whatever it has asked for of the past, from here on it is owed everything.
-                    (self.stage, self.head_seen, self.lane, self.is_owed) = (Stage::InRing, Some(changes), None, true);
+                    (self.stage, self.head_seen, self.lane) = (Stage::InRing, Some(changes), None);
+                    self.owe();
                     return Next::Head;
                 }
                 Lookup::Batch(batch, passed_bytes) => {
                     let index = batch.first_after(self.after);
                     (self.stage, self.passed_bytes) = (Stage::InRing, Some(passed_bytes));
-                    if batch.is_torn_off() && index == 0 && self.is_owed {
+                    if batch.is_torn_off() && index == 0 && self.began.is_some() {
                         let before = self.epoch.clone().map(|epoch| Position { epoch, id: batch.id(0) });
                         teller.gap(self.ring.stream(), self.position(), before, Reason::Trimmed);
                     }
-                    self.current = Some((batch, index));
+                    self.open(batch, index);
                 }
                 Lookup::Behind if skips => {
                     let after = self.position();
                     if let Some(mark) = self.ring.mark() {
-                        (self.after, self.is_owed) = (mark.last, true);
+                        self.after = mark.last;
+                        self.owe();
                     }
                     teller.gap(self.ring.stream(), after, self.position(), Reason::Lossy);
                 }
@@ -194,7 +219,8 @@ impl Cursor {
                     teller.gap(self.ring.stream(), self.position(), None, Reason::StateLost);
                     let mark = self.ring.mark().expect("a ring that restarted has begun");
                     (self.generation, self.epoch) = (mark.generation, Some(mark.epoch));
-                    (self.after, self.is_owed, self.passed_bytes) = (mark.start, true, None);
+                    (self.after, self.passed_bytes) = (mark.start, None);
+                    self.owe();
                     (self.told, self.lane) = (EntryId::MIN, None);
                 }
             }
@@ -268,7 +294,24 @@ impl Cursor {
 
     fn pass_current(&mut self) {
         if let Some((batch, _)) = self.current.take() {
-            (self.after, self.is_owed) = (self.after.max(batch.last()), true);
+            self.after = self.after.max(batch.last());
+            self.owe();
+        }
+    }
+
+    /// Has a batch at hand, with what comes next at `index`.
+    fn open(&mut self, batch: Arc<Batch>, index: usize) {
+        if self.began.is_none() && index < batch.len() {
+            self.after = self.after.max(batch.id(index).previous());
+            self.owe();
+        }
+        self.current = Some((batch, index));
+    }
+
+    /// Whatever it has asked for of the past, from here on it is owed everything.
+    pub(super) fn owe(&mut self) {
+        if self.began.is_none() {
+            self.began = self.epoch.clone().map(|epoch| Position { epoch, id: self.after });
         }
     }
 
@@ -277,7 +320,7 @@ impl Cursor {
     pub(super) fn turn(&mut self, page: Option<&Page>, hub: &Hub, teller: &mut Teller<'_>) -> Result<(), CloseCode> {
         self.stage = Stage::InPages;
         let Some(page) = page else { return Ok(()) };
-        if self.is_owed && page.is_trimmed_after(self.after) {
+        if self.began.is_some() && page.is_trimmed_after(self.after) {
             let oldest = page.front.and_then(|front| front.oldest);
             let before = oldest.zip(self.epoch.clone()).map(|(id, epoch)| Position { epoch, id });
             teller.gap(self.ring.stream(), self.position(), before, Reason::Trimmed);
@@ -292,7 +335,7 @@ impl Cursor {
                 return Err(CloseCode::TooSlow);
             }
         }
-        self.current = Some((batch, index));
+        self.open(batch, index);
         Ok(())
     }
 
@@ -300,7 +343,8 @@ impl Cursor {
     pub(super) fn skip_to_ring(&mut self) {
         self.stage = Stage::InRing;
         if let Some(mark) = self.ring.mark() {
-            (self.after, self.is_owed) = (self.after.max(mark.floor), true);
+            self.after = self.after.max(mark.floor);
+            self.owe();
         }
     }
 }

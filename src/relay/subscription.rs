@@ -49,8 +49,6 @@ struct Unanswered {
     id: u64,
     /// Whether it asked for what comes after something.
     is_resumed: bool,
-    /// Where it begins, once that is known.
-    from: Option<String>,
 }
 
 /// Where to begin.
@@ -102,11 +100,7 @@ impl Subscription {
             has_lane: params.has_lane,
             is_lagging: false,
             is_strict: params.is_strict,
-            unanswered: answers.map(|id| Unanswered {
-                id,
-                is_resumed: matches!(start, Start::Positions(_)),
-                from: None,
-            }),
+            unanswered: answers.map(|id| Unanswered { id, is_resumed: matches!(start, Start::Positions(_)) }),
             gaps: 0,
             notices: Vec::new(),
             start: Some(start),
@@ -145,17 +139,15 @@ impl Subscription {
                 Teller { channel, notices: &mut self.notices }.gap(stream, None, None, Reason::Epoch);
             }
             (cursor.generation, cursor.epoch) = (mark.generation, Some(mark.epoch));
-            (cursor.after, cursor.is_owed) = (begin.after, begin.is_owed);
+            cursor.after = begin.after;
+            if begin.is_owed {
+                cursor.owe();
+            }
             cursor.stage = if matches!(start, Start::Snapshot(_)) { Stage::Locating } else { Stage::InRing };
         }
         let is_over = |cursor: &Cursor| !matches!(cursor.stage, Stage::Waiting | Stage::Locating);
         if self.cursors.iter().all(is_over) {
             self.start = None;
-            // As it is before anything is passed: what is told of gaps comes after that.
-            let from = self.positions();
-            if let Some(unanswered) = &mut self.unanswered {
-                unanswered.from.get_or_insert(from);
-            }
         }
     }
 
@@ -195,10 +187,9 @@ impl Subscription {
                 break;
             }
             let Some((index, first)) = next else {
-                if !self.is_live && self.start.is_none() {
+                if !is_behind && !self.cursors.iter().any(Cursor::is_beginning) {
                     self.is_live = true;
-                    let live = |cursor: &Cursor| Notice::Live { stream: cursor.ring.stream().clone() };
-                    self.notices.extend(self.cursors.iter().map(live));
+                    self.cursors.iter_mut().for_each(|cursor| cursor.reach_head(&mut self.notices));
                     self.tell(out);
                 }
                 break;
@@ -248,8 +239,7 @@ impl Subscription {
 
     /// Where the client stands in each stream, as it is passed for `since`.
     pub(super) fn positions(&self) -> String {
-        let positions: Vec<String> = self.cursors.iter().filter_map(Cursor::position).map(|p| p.to_string()).collect();
-        positions.join(",")
+        joined(self.cursors.iter().filter_map(Cursor::position))
     }
 
     /// Lets something else pass from where the client stands.
@@ -280,11 +270,11 @@ impl Subscription {
 
     /// Answers the request that made this, once it is known where it begins, and whether that can be given.
     fn answer(&mut self, out: &mut Outgoing) {
-        if self.start.is_some() || self.unanswered.is_none() {
-            return;
-        }
         let is_behind = self.cursors.iter().any(|cursor| cursor.stage == Stage::Behind);
         let is_answerable = |unanswered: &mut Unanswered| !(unanswered.is_resumed && is_behind);
+        if self.cursors.iter().any(Cursor::is_beginning) {
+            return;
+        }
         let Some(unanswered) = self.unanswered.take_if(is_answerable) else { return };
         let streams: Vec<&str> = self.cursors.iter().map(|cursor| cursor.ring.stream().as_str()).collect();
         let gaps = self.notices.iter().filter(|notice| matches!(notice, Notice::Gap { .. })).count();
@@ -292,7 +282,7 @@ impl Subscription {
             "t": "subscribed",
             "id": unanswered.id,
             "stream": streams.join(","),
-            "from": unanswered.from,
+            "from": joined(self.cursors.iter().filter_map(|cursor| cursor.began.clone())),
             "recovered": unanswered.is_resumed && gaps == 0,
         });
         out.push(text_message(&answer.to_string()).into());
@@ -349,7 +339,7 @@ impl Subscription {
                     }
                     cursor.stage = Stage::InRing;
                     if let Some(first) = first {
-                        (cursor.after, cursor.is_owed) = (first.previous(), false);
+                        (cursor.after, cursor.began) = (first.previous(), None);
                     }
                 }
                 self.begin(hub, channel);
@@ -369,4 +359,9 @@ impl Subscription {
             }
         }
     }
+}
+
+/// Positions as they are passed for `since`.
+fn joined(positions: impl Iterator<Item = Position>) -> String {
+    positions.map(|position| position.to_string()).collect::<Vec<_>>().join(",")
 }

@@ -7,7 +7,7 @@ use futures_util::FutureExt as _;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::server::{PATIENCE, Server, alerts};
+use super::server::{PATIENCE, Server, alerts, cps_alerts, publish};
 use super::store::Fragile;
 use super::{config, member, numbered, tiny_ring};
 
@@ -49,4 +49,34 @@ async fn a_feed_for_which_there_is_always_more_ends_with_the_others() {
     assert!(piece.len() < 100_000, "there is more");
     stop.cancel();
     assert_eq!(timeout(PATIENCE, feed.next()).await.expect("in time"), None);
+}
+
+/// What is told until there are so many empty lines, which end what is told at a time.
+async fn told(feed: &mut Feed, count: usize) -> Vec<String> {
+    let mut text = String::new();
+    while text.matches("\n\n").count() < count {
+        let piece = timeout(PATIENCE, feed.next()).await.expect("in time").expect("a piece");
+        text.push_str(std::str::from_utf8(&piece).expect("text"));
+    }
+    text.split_terminator("\n\n").map(ToOwned::to_owned).collect()
+}
+
+#[tokio::test]
+async fn who_reads_several_streams_is_live_while_one_of_them_cannot_be_read() {
+    let store = Fragile::open().await;
+    store.spoil(Some(cps_alerts()));
+    let server = Server::start_cold(store.clone(), config());
+    server.publish(&alerts(), numbered(0..1)).await;
+    let params = SubscribeParams::parse("since=earliest").expect("valid");
+    let (form, peer, stop) = (FeedForm::EventStream, [127, 0, 0, 1].into(), CancellationToken::new());
+    let mut feed = server.relay.feed("alerts", params, form, peer, Admission::default(), stop).expect("let in");
+    let kind = |words: &String| words.lines().next().map(ToOwned::to_owned).expect("a line");
+    let first = told(&mut feed, 3).await;
+    assert_eq!(first.iter().map(kind).take(2).collect::<Vec<_>>(), [r#"data: {"n":0}"#, "event: live"]);
+    assert!(first[1].contains(alerts().as_str()), "{first:?}");
+    publish(&*store.beneath(), &cps_alerts(), numbered(1..2)).await;
+    store.spoil(None);
+    let late = told(&mut feed, 3).await;
+    assert_eq!(late.iter().map(kind).take(2).collect::<Vec<_>>(), [r#"data: {"n":1}"#, "event: live"]);
+    assert!(late[1].contains(cps_alerts().as_str()), "{late:?}");
 }
