@@ -214,9 +214,11 @@ async fn look_at_front(
     after: EntryId,
     oldest: Option<EntryId>,
 ) -> Result<Front, StoreError> {
-    // Who has seen nothing yet can't see by an id whether anything is gone.
+    // Who has seen nothing yet can't see by an id whether anything is gone. Something was there, or the ring would have
+    // begun with the stream.
     let is_worn = after == EntryId::MIN
-        && store.describe(ring.stream()).await?.is_some_and(|status| status.entries_added > status.length);
+        && (oldest.is_none()
+            || store.describe(ring.stream()).await?.is_none_or(|status| status.entries_added > status.length));
     Ok(Front { oldest, is_worn })
 }
 

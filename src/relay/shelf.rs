@@ -40,7 +40,7 @@ pub(super) struct Page {
 pub(super) struct Front {
     /// The oldest entry that was left; nothing where there was none up to the end of the page.
     pub(super) oldest: Option<EntryId>,
-    /// Whether entries have ever been removed. Only looked at in pages that go back to [`EntryId::MIN`].
+    /// Whether entries were removed ever, or lost. Only looked at in pages that go back to [`EntryId::MIN`].
     pub(super) is_worn: bool,
 }
 

@@ -170,15 +170,16 @@ impl Tail {
             Some(membership) => membership.start(status.as_ref()),
             None => status.as_ref().map_or(EntryId::MIN, |status| status.last_id),
         };
-        let past = self.past(&epoch, at).await;
+        let place = Place::of(at, status.as_ref());
+        let past = self.past(&epoch, &place).await;
         self.restart(epoch, at, past);
-        Ok(Place::of(at, status.as_ref()))
+        Ok(place)
     }
 
-    /// The newest entries up to `at`, as many as the ring keeps: those who were connected before a restart come back,
+    /// The newest entries up to `place`, as many as the ring keeps: those who were connected before a restart come back,
     /// and miss just these. What can't be read now, they read when they need it.
-    async fn past(&self, epoch: &Epoch, at: EntryId) -> Past {
-        let (mut past, mut to, limits) = (Past::default(), at, self.ring.limits());
+    async fn past(&self, epoch: &Epoch, place: &Place) -> Past {
+        let (mut past, mut to, limits) = (Past::default(), place.at, self.ring.limits());
         let (mut bytes, mut count, mut size) = (0, 0, PageSize::new(MAX_READ, READ_BYTES));
         while to > EntryId::MIN && bytes < limits.bytes && count < limits.entries {
             let range = Range { from: EntryId::MIN, to, order: Order::Backward };
@@ -199,6 +200,11 @@ impl Tail {
             count += entries.len();
             batches.append(&mut past.batches);
             (past.batches, past.floor, to) = (batches, Some(oldest.previous()), oldest.previous());
+            if place.count == Some(count as u64) {
+                // These are all that there ever were.
+                past.floor = Some(EntryId::MIN);
+                break;
+            }
             if entries.len() < limit {
                 break;
             }

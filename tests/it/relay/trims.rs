@@ -1,13 +1,14 @@
 //! What is trimmed before the relay has read it.
 
-use aurora_bus::store::Trim;
+use aurora_bus::store::{Store as _, Trim};
 use futures_util::SinkExt as _;
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
 
 use super::histories::Ground;
 use super::server::{Client, Server, alerts, publish};
-use super::{config, number, numbered};
+use super::store::Fragile;
+use super::{config, number, numbered, tiny_ring};
 use crate::support::redis::{Product, RedisServer};
 
 /// So many alerts everybody sees, and so many are there at last.
@@ -91,4 +92,25 @@ async fn who_is_live_is_told_what_redis_has_trimmed_meanwhile() {
 #[tokio::test]
 async fn who_is_live_is_told_what_valkey_has_trimmed_meanwhile() {
     told(Ground::Redis(RedisServer::start(Product::Valkey, &[]).await)).await;
+}
+
+#[tokio::test]
+async fn who_has_seen_nothing_is_told_that_all_was_lost_before_the_relay_has_noticed() {
+    let store = Fragile::open().await;
+    let server = Server::start(store.clone(), tiny_ring()).await;
+    for first in [0, 5] {
+        let published = server.publish(&alerts(), numbered(first..first + 5)).await;
+        server.until_relayed(&alerts(), &published).await;
+    }
+    let epoch = store.epoch(&alerts()).await.expect("an epoch");
+    store.lose_everything().await;
+    let mut client = server.connect("alerts?v=1").await;
+    let request = json!({"op": "subscribe", "id": 1, "stream": alerts().as_str(), "since": format!("{epoch}:0-0")});
+    client.socket.send(Message::text(request.to_string())).await.expect("sent");
+    let mut answer = frame(&mut client).await;
+    while answer["t"] == "welcome" {
+        answer = frame(&mut client).await;
+    }
+    assert_eq!((&answer["t"], &answer["recovered"]), (&json!("subscribed"), &json!(false)), "{answer}");
+    assert_eq!(frame(&mut client).await["t"], "gap");
 }
