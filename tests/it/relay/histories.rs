@@ -457,7 +457,12 @@ impl History {
         let store = self.store.beneath();
         store.trim(&alerts(), Trim::ToLength(length)).await.expect("trimmed");
         let status = store.describe(&alerts()).await.expect("described");
-        let first = status.and_then(|status| status.first_id).unwrap_or(EntryId::MAX);
+        let first = status.and_then(|status| status.first_id);
+        if first.is_none() {
+            // There is nothing left that could be read.
+            self.last = EntryId::MIN;
+        }
+        let first = first.unwrap_or(EntryId::MAX);
         let life = self.truth.lives.len() - 1;
         let gone = self.truth.numbers.range((life, EntryId::MIN)..(life, first)).map(|(place, _)| *place);
         self.truth.gone.extend(gone);
