@@ -73,6 +73,8 @@ const READS_AT_A_TIME: usize = 32;
 const MAX_COUNT: usize = 1_000_000;
 /// Requests that wait for new entries at a time.
 const WAITS_AT_A_TIME: usize = 64;
+/// What tells whether the daemon works, to proxies and containers of this machine too, whatever name they ask for.
+const PROBES: [&str; 2] = ["/health", "/ready"];
 
 /// The listener and its limits.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
@@ -260,6 +262,7 @@ impl Api {
             .fallback(|| async { ApiError::no_such_route() })
             .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
             .layer(CatchPanicLayer::custom(problem::after_panic))
+            .layer(from_fn_with_state(self.clone(), know))
             .layer(from_fn_with_state(self.clone(), cors::share))
             .layer(from_fn_with_state(self.clone(), observe))
             .with_state(self.clone())
@@ -311,14 +314,20 @@ async fn observe(State(api): State<Api>, request: Request, next: Next) -> Respon
     response
 }
 
-/// Refuses an address that asks too often, names that are not this machine's, and pages of other hosts that publish.
-async fn guard(State(api): State<Api>, peer: Peer, request: Request, next: Next) -> Response {
-    if api.inner.is_loopback && !origin::is_host_allowed(request.headers(), &api.inner.config.origins) {
-        let host = request.headers().get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
-        let error = ApiError::forbidden_host(host);
-        api.inner.metrics.rejected.with_label_values(&[error.code()]).inc();
-        return error.into_response();
+/// Refuses names that are not this machine's where only this machine can connect.
+async fn know(State(api): State<Api>, request: Request, next: Next) -> Response {
+    let is_open = !api.inner.is_loopback || PROBES.contains(&request.uri().path());
+    if is_open || origin::is_host_allowed(request.headers(), &api.inner.config.origins) {
+        return next.run(request).await;
     }
+    let host = request.headers().get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    let error = ApiError::forbidden_host(host);
+    api.inner.metrics.rejected.with_label_values(&[error.code()]).inc();
+    error.into_response()
+}
+
+/// Refuses an address that asks too often, and pages of other hosts that publish.
+async fn guard(State(api): State<Api>, peer: Peer, request: Request, next: Next) -> Response {
     let is_read = request.method().is_safe();
     if !is_read && !origin::is_allowed(request.headers(), &api.inner.config.origins) {
         let error = ApiError::forbidden_origin("pages of this origin may not publish (http.origins)");

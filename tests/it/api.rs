@@ -175,9 +175,22 @@ async fn a_mended_batch_is_stored_once_when_it_is_sent_again() {
 async fn a_name_that_is_not_this_machines_is_not_answered_to() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;
-    let request = client().get(daemon.url(EVENTS)).header("host", "evil.example:8080");
-    let (status, problem) = answer(request.send().await.expect("an answer")).await;
-    assert_eq!((status, &problem["code"]), (StatusCode::MISDIRECTED_REQUEST, &json!("forbidden_host")));
+    let ask = async |path: &str, host: &str| {
+        let request = client().get(daemon.url(path)).header("host", host);
+        answer(request.send().await.expect("an answer")).await
+    };
+    for path in [EVENTS, "/", "/metrics", "/client/", "/nowhere"] {
+        let (status, problem) = ask(path, "evil.example:8080").await;
+        assert_eq!((status, &problem["code"]), (StatusCode::MISDIRECTED_REQUEST, &json!("forbidden_host")), "{path}");
+    }
+    for path in ["/", "/metrics"] {
+        for host in ["localhost:8080", "127.0.0.1", "[::1]:8080"] {
+            assert_eq!(ask(path, host).await.0, StatusCode::OK, "{path} of {host}");
+        }
+    }
+    for path in ["/health", "/ready"] {
+        assert_eq!(ask(path, "host.docker.internal:8080").await.0, StatusCode::OK, "{path}");
+    }
 }
 
 #[tokio::test]
