@@ -71,8 +71,9 @@ use places::Places;
 const READS_AT_A_TIME: usize = 32;
 /// The most of anything that is counted.
 const MAX_COUNT: usize = 1_000_000;
-/// Requests that wait for new entries at a time.
+/// Requests that wait for new entries at a time, and those of one principal or address among them.
 const WAITS_AT_A_TIME: usize = 64;
+const WAITS_OF_EACH: usize = WAITS_AT_A_TIME / 2;
 /// What tells whether the daemon works, to proxies and containers of this machine too, whatever name they ask for.
 const PROBES: [&str; 2] = ["/health", "/ready"];
 
@@ -178,8 +179,8 @@ struct Inner {
     bus: Bus,
     dead_letters: DeadLetters,
     pull: Pull,
-    /// Who waits for entries to pull.
-    pulls: Arc<pull::Waits>,
+    /// Requests that wait for entries to pull.
+    pulls: Arc<Places>,
     store: Arc<dyn Store>,
     relay: Relay,
     metrics: Metrics,
@@ -193,6 +194,7 @@ struct Inner {
     answers: Arc<Places>,
     reads: Semaphore,
     waits: Semaphore,
+    waits_of_each: Arc<Places>,
     rate: DefaultKeyedRateLimiter<IpAddr>,
     draining: AtomicBool,
     sessions: TaskTracker,
@@ -222,6 +224,7 @@ impl Api {
             answers: Places::new(large::MIB_PER_ADDRESS),
             reads: Semaphore::new(READS_AT_A_TIME),
             waits: Semaphore::new(WAITS_AT_A_TIME),
+            waits_of_each: Places::new(WAITS_OF_EACH),
             rate: RateLimiter::keyed(Quota::per_second(rate)),
             draining: AtomicBool::new(false),
             sessions: TaskTracker::new(),
@@ -229,7 +232,7 @@ impl Api {
             access,
             bus,
             dead_letters,
-            pulls: Arc::default(),
+            pulls: Places::new(pull.config().max_waiting),
             pull,
             store,
             relay,

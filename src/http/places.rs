@@ -1,4 +1,4 @@
-//! So many at a time from one address.
+//! So many at a time for one who asks.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -6,72 +6,93 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::Peer;
+use super::auth::Principal;
 use crate::relay::counted_address;
 
-/// Places for what an address does at a time, so that no address takes all there are.
+/// Places for what somebody does at a time, so that nobody takes all there are.
 #[derive(Debug)]
 pub(super) struct Places {
     most: usize,
-    /// Those of each address that has a place or waits for one.
-    addresses: Mutex<HashMap<IpAddr, Arc<Semaphore>>>,
+    /// Those of each who has a place or waits for one.
+    all: Mutex<HashMap<Who, Arc<Semaphore>>>,
+}
+
+/// Whose places they are.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) enum Who {
+    /// As it is counted.
+    Address(IpAddr),
+    Principal(Arc<str>),
+}
+
+impl Who {
+    /// The principal, or the address where nobody is asked for credentials: behind a proxy all have the same address.
+    pub(super) fn of(principal: &Principal, peer: Peer) -> Self {
+        principal.shared_id().map_or_else(|| peer.0.ip().into(), Self::Principal)
+    }
+}
+
+impl From<IpAddr> for Who {
+    fn from(address: IpAddr) -> Self {
+        Self::Address(counted_address(address))
+    }
 }
 
 /// A place, or the wait for one. Free again when dropped.
 #[derive(Debug)]
 pub(super) struct Place {
     places: Arc<Places>,
-    address: IpAddr,
-    of_address: Option<Arc<Semaphore>>,
+    who: Who,
+    own: Option<Arc<Semaphore>>,
     permit: Option<OwnedSemaphorePermit>,
 }
 
 impl Places {
     pub(super) fn new(most: usize) -> Arc<Self> {
-        Arc::new(Self { most, addresses: Mutex::default() })
+        Arc::new(Self { most, all: Mutex::default() })
     }
 
-    /// A place, if the address has one left.
-    pub(super) fn take(self: &Arc<Self>, address: IpAddr) -> Option<Place> {
-        self.take_some(address, 1)
+    /// A place, if there is one left for whoever asks.
+    pub(super) fn take(self: &Arc<Self>, who: impl Into<Who>) -> Option<Place> {
+        self.take_some(who, 1)
     }
 
-    /// So many places as one, or all there are where that is fewer, if the address has them left.
-    pub(super) fn take_some(self: &Arc<Self>, address: IpAddr, count: usize) -> Option<Place> {
-        let (mut place, of_address) = self.stand_by(address);
+    /// So many places as one, or all there are where that is fewer, if they are left for whoever asks.
+    pub(super) fn take_some(self: &Arc<Self>, who: impl Into<Who>, count: usize) -> Option<Place> {
+        let (mut place, own) = self.stand_by(who.into());
         let count = u32::try_from(count.min(self.most)).ok()?;
-        place.permit = Some(of_address.try_acquire_many_owned(count).ok()?);
+        place.permit = Some(own.try_acquire_many_owned(count).ok()?);
         Some(place)
     }
 
-    /// A place, as soon as the address has one left; first come, first served. Cancel-safe: the turn is lost.
-    pub(super) async fn wait(self: &Arc<Self>, address: IpAddr) -> Place {
-        let (mut place, of_address) = self.stand_by(address);
-        place.permit = of_address.acquire_owned().await.ok();
+    /// A place, as soon as there is one left for whoever asks; first come, first served. Cancel-safe: the turn is lost.
+    pub(super) async fn wait(self: &Arc<Self>, who: impl Into<Who>) -> Place {
+        let (mut place, own) = self.stand_by(who.into());
+        place.permit = own.acquire_owned().await.ok();
         place
     }
 
-    fn stand_by(self: &Arc<Self>, address: IpAddr) -> (Place, Arc<Semaphore>) {
-        let address = counted_address(address);
+    fn stand_by(self: &Arc<Self>, who: Who) -> (Place, Arc<Semaphore>) {
         let new = || Arc::new(Semaphore::new(self.most));
-        let of_address = Arc::clone(self.lock().entry(address).or_insert_with(new));
-        let place =
-            Place { places: Arc::clone(self), address, of_address: Some(Arc::clone(&of_address)), permit: None };
-        (place, of_address)
+        let own = Arc::clone(self.lock().entry(who.clone()).or_insert_with(new));
+        let place = Place { places: Arc::clone(self), who, own: Some(Arc::clone(&own)), permit: None };
+        (place, own)
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, Arc<Semaphore>>> {
-        self.addresses.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, HashMap<Who, Arc<Semaphore>>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         self.permit = None;
-        let mut addresses = self.places.lock();
+        let mut all = self.places.lock();
         // Only with the lock: whoever goes last must see that nobody else is left.
-        self.of_address = None;
-        if addresses.get(&self.address).is_some_and(|of_address| Arc::strong_count(of_address) == 1) {
-            addresses.remove(&self.address);
+        self.own = None;
+        if all.get(&self.who).is_some_and(|own| Arc::strong_count(own) == 1) {
+            all.remove(&self.who);
         }
     }
 }
@@ -112,6 +133,17 @@ mod tests {
         drop(one);
         drop(places.take_some(address(1), 100).expect("all there are"));
         assert_eq!(places.lock().len(), 0);
+    }
+
+    #[test]
+    fn principals_are_counted_by_themselves_and_addresses_as_networks() {
+        let places = Places::new(1);
+        let principal = |id: &str| Who::Principal(id.into());
+        let network = |last: &str| IpAddr::V6(format!("2001:db8:1:2::{last}").parse().expect("an address"));
+        let _held = [places.take(principal("key:a")), places.take(principal("key:b")), places.take(network("1"))]
+            .map(|place| place.expect("the first of each"));
+        assert!(places.take(principal("key:a")).is_none() && places.take(network("2")).is_none());
+        assert_eq!(places.lock().len(), 3);
     }
 
     #[test]

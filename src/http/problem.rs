@@ -155,6 +155,11 @@ impl ApiError {
         Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_waiting", detail).with_retry_after(Duration::from_secs(1))
     }
 
+    pub(super) fn too_many_own_waits() -> Self {
+        let detail = "too many of your requests wait for new entries: ask without wait_ms, or when one is answered";
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_waiting", detail).with_retry_after(Duration::from_secs(1))
+    }
+
     pub(super) fn too_many_pulls() -> Self {
         let detail = "too many of your pulls wait for entries (pull.max_waiting): ask again when one is answered";
         Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_waiting", detail).with_retry_after(Duration::from_secs(1))

@@ -1,7 +1,6 @@
 //! Pulling over HTTP: workers lease entries of a group, and settle them by tokens.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
@@ -14,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::auth::Principal;
 use super::extract::Segments;
+use super::places::Who;
 use super::problem::ItemError;
 use super::publish::read;
 use super::streams::{EventView, event};
@@ -21,7 +21,6 @@ use super::{Api, ApiError, Peer};
 use crate::bus::PublishError;
 use crate::event::{ConsumerName, GroupName, StreamName};
 use crate::pull::{Desk, GiveBack, Refused, Task, Token, Wanted};
-use crate::relay::counted_address;
 
 /// The most tokens in one request.
 const MAX_TOKENS: usize = 1_000;
@@ -122,8 +121,7 @@ pub(super) async fn pull(
     let _waiting = if wait.is_zero() {
         None
     } else {
-        let who = principal.id().map_or_else(|| counted_address(peer.0.ip()).to_string(), str::to_owned);
-        Some(Waits::begin(&api.inner.pulls, who, config.max_waiting).ok_or_else(ApiError::too_many_pulls)?)
+        Some(api.inner.pulls.take(Who::of(&principal, peer)).ok_or_else(ApiError::too_many_pulls)?)
     };
     let desk = open_desk(&api, &stream, &group).await?;
     let lease = body.lease_ms.map_or(desk.max_lease(), Duration::from_millis);
@@ -296,41 +294,5 @@ impl Shown {
         let results = self.texts.into_iter().zip(all).map(item).collect();
         let status = if are_all_good { StatusCode::OK } else { StatusCode::MULTI_STATUS };
         Ok((status, Json(ResultsView { results })).into_response())
-    }
-}
-
-/// How many requests of each principal, or of each address where nobody is asked who it is, wait for entries.
-#[derive(Debug, Default)]
-pub(super) struct Waits(Mutex<HashMap<String, usize>>);
-
-/// One of them, until it is dropped.
-#[derive(Debug)]
-struct Wait {
-    waits: Arc<Waits>,
-    who: String,
-}
-
-impl Waits {
-    fn begin(waits: &Arc<Self>, who: String, most: usize) -> Option<Wait> {
-        let mut counts = waits.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = counts.entry(who.clone()).or_default();
-        if *count >= most {
-            return None;
-        }
-        *count += 1;
-        drop(counts);
-        Some(Wait { waits: Arc::clone(waits), who })
-    }
-}
-
-impl Drop for Wait {
-    fn drop(&mut self) {
-        let mut counts = self.waits.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = counts.get_mut(&self.who) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.who);
-            }
-        }
     }
 }

@@ -11,6 +11,7 @@ use serde_json::value::RawValue;
 
 use super::auth::{Deed, Principal, TENANT};
 use super::extract::{Query, Segment};
+use super::places::Who;
 use super::{Api, ApiError, Peer, large};
 use crate::bus::Catalogue;
 use crate::event::{Entry, EntryId, StreamName, field};
@@ -208,8 +209,12 @@ pub(super) async fn events(
     let deadline = tokio::time::Instant::now() + wait;
     let can_wait = range.order == Order::Forward && range.to == EntryId::MAX && !wait.is_zero();
     // Each one that waits holds a blocking read of the store, of which workers and dashboards need theirs.
-    let waiting = (can_wait && found.events.is_empty()).then(|| api.inner.waits.try_acquire());
-    let _waiting = waiting.transpose().map_err(|_error| ApiError::too_many_waiting())?;
+    let _waiting = if can_wait && found.events.is_empty() {
+        let own = api.inner.waits_of_each.take(Who::of(&principal, peer)).ok_or_else(ApiError::too_many_own_waits)?;
+        Some((own, api.inner.waits.try_acquire().map_err(|_error| ApiError::too_many_waiting())?))
+    } else {
+        None
+    };
     while found.events.is_empty() && can_wait && !api.is_draining() {
         let left = deadline.saturating_duration_since(tokio::time::Instant::now());
         let Some(rest) = found.rest().filter(|_| !left.is_zero()) else { break };

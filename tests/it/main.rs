@@ -21,6 +21,7 @@ mod forward;
 mod guard;
 mod keyed;
 mod ledger;
+mod limits;
 mod patrol;
 mod postgres;
 mod pull;

@@ -41,7 +41,7 @@ impl Principal {
         self.0.id.as_deref()
     }
 
-    pub(super) fn shared_id(&self) -> Option<Arc<str>> {
+    pub(in crate::http) fn shared_id(&self) -> Option<Arc<str>> {
         self.0.id.clone()
     }
 
