@@ -89,6 +89,10 @@ pub struct Config {
     pub max_batch: usize,
     /// The most connections at a time, dashboards included. More are refused with 503.
     pub max_connections: usize,
+    /// The most connections at a time from one address on which there is no request: those that are new, in a TLS
+    /// handshake, or kept open for the next request. At most half of `max_connections`. More are refused with 503, or
+    /// closed with the answer.
+    pub max_idle_per_address: usize,
     /// The most publish requests being answered at a time. More are refused with 429.
     pub max_in_flight: usize,
     /// The most bodies of requests on their way at a time from one address. More are refused with 429.
@@ -121,6 +125,7 @@ impl Default for Config {
             max_body: ByteSize::mib(8),
             max_batch: 5_000,
             max_connections: 25_000,
+            max_idle_per_address: 8_192,
             max_in_flight: 1_024,
             max_bodies_per_address: 256,
             rate_limit: 20_000,
@@ -141,6 +146,7 @@ impl Config {
         let counts = [
             ("max_batch", self.max_batch),
             ("max_connections", self.max_connections),
+            ("max_idle_per_address", self.max_idle_per_address),
             ("max_in_flight", self.max_in_flight),
             ("max_bodies_per_address", self.max_bodies_per_address),
             ("rate_limit", self.rate_limit as usize),

@@ -2,15 +2,16 @@
 
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
 use axum::extract::Request;
-use axum::http::Response;
-use hyper::body::Incoming;
+use axum::http::header::{CONNECTION, CONTENT_LENGTH};
+use axum::http::{HeaderValue, Response, StatusCode};
+use hyper::body::{Body as _, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -22,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
 
+use super::places::{self, Places};
 use super::socket::Socket;
 use super::timed::Timed;
 use super::tls::Tls;
@@ -46,6 +48,7 @@ pub async fn serve(listener: TcpListener, tls: Option<Tls>, api: Api, stop: Canc
     let router = api.router();
     let config = &api.inner.config;
     let slots = Arc::new(Semaphore::new(config.max_connections));
+    let idle_places = Places::new(config.max_idle_per_address.min(config.max_connections.div_ceil(2)));
     let connections = TaskTracker::new();
     let mut forget_at = Instant::now() + FORGET_EVERY;
     loop {
@@ -67,8 +70,10 @@ pub async fn serve(listener: TcpListener, tls: Option<Tls>, api: Api, stop: Canc
                 continue;
             }
         };
-        let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
-            api.inner.metrics.rejected.with_label_values(&["connection_limit"]).inc();
+        let places = (Arc::clone(&slots).try_acquire_owned(), Idle::begin(&idle_places, peer.ip()));
+        let (Ok(slot), Some(idle)) = places else {
+            let reason = if places.0.is_ok() { "idle_connection_limit" } else { "connection_limit" };
+            api.inner.metrics.rejected.with_label_values(&[reason]).inc();
             // Without a handshake, which would cost more than it tells, nothing can be said over TLS.
             if tls.is_some() {
                 continue;
@@ -87,7 +92,7 @@ pub async fn serve(listener: TcpListener, tls: Option<Tls>, api: Api, stop: Canc
         let (header_timeout, write_timeout) = (config.header_timeout, config.write_timeout);
         let Some(tls) = tls.clone() else {
             let socket = Socket::Plain(Timed::new(stream, write_timeout));
-            connections.spawn(connection(socket, peer, open, router, header_timeout, stop));
+            connections.spawn(connection(socket, peer, (open, idle), router, header_timeout, stop));
             continue;
         };
         let api = api.clone();
@@ -99,7 +104,7 @@ pub async fn serve(listener: TcpListener, tls: Option<Tls>, api: Api, stop: Canc
                 () = stop.cancelled() => None,
             };
             if let Some(socket) = socket {
-                connection(socket, peer, open, router, header_timeout, stop).await;
+                connection(socket, peer, (open, idle), router, header_timeout, stop).await;
             }
         });
     }
@@ -133,22 +138,68 @@ impl Drop for Place {
     }
 }
 
+/// A connection's place among those of its address on which there is no request. One address can't take all
+/// connections by saying nothing, nor by saying little now and then; those on which it asks for something have limits by
+/// what it asks for.
+#[derive(Debug)]
+struct Idle {
+    places: Arc<Places>,
+    address: IpAddr,
+    /// Nothing while a request is answered.
+    place: Mutex<Option<places::Place>>,
+}
+
+impl Idle {
+    fn begin(places: &Arc<Places>, address: IpAddr) -> Option<Arc<Self>> {
+        let place = places.take(address)?;
+        Some(Arc::new(Self { places: Arc::clone(places), address, place: Mutex::new(Some(place)) }))
+    }
+
+    /// A request has come.
+    fn end(&self) {
+        self.set(None);
+    }
+
+    /// Whether there is a place to wait for the next request.
+    fn begin_again(&self) -> bool {
+        let place = self.places.take(self.address);
+        let is_there = place.is_some();
+        self.set(place);
+        is_there
+    }
+
+    fn set(&self, place: Option<places::Place>) {
+        *self.place.lock().unwrap_or_else(PoisonError::into_inner) = place;
+    }
+}
+
+/// Whether the connection waits for a request once the answer is taken. Those that are handed over never do; feeds, whose
+/// length nobody knows, last, and those who watch are counted.
+fn is_soon_idle(response: &Response<Body>) -> bool {
+    let has_length = response.headers().contains_key(CONTENT_LENGTH) || response.body().size_hint().exact().is_some();
+    has_length && response.status() != StatusCode::SWITCHING_PROTOCOLS
+}
+
 async fn connection(
     socket: Socket,
     peer: SocketAddr,
-    open: Open,
+    (open, idle): (Open, Arc<Idle>),
     router: Router,
     header_timeout: Duration,
     stop: CancellationToken,
 ) {
     let service = service_fn(move |request: Request<Incoming>| {
-        let (router, open) = (router.clone(), open.clone());
+        let (router, open, idle) = (router.clone(), open.clone(), idle.clone());
         async move {
+            idle.end();
             let mut request = request.map(Body::new);
             request.extensions_mut().insert(Peer(peer));
             request.extensions_mut().insert(open);
-            let response: Result<Response<Body>, Infallible> = router.oneshot(request).await;
-            response
+            let Ok(mut response) = router.oneshot(request).await;
+            if is_soon_idle(&response) && !idle.begin_again() {
+                response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            Ok::<_, Infallible>(response)
         }
     });
     let connection = http1::Builder::new()

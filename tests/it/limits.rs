@@ -1,23 +1,127 @@
 //! What one address can take of the listener, on the real binary.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use futures_util::FutureExt as _;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use tokio_tungstenite::client_async;
 
-use crate::support::app::{BOUND, Home};
+use crate::support::app::{BOUND, Daemon, Home};
+use crate::support::until;
 
 /// An address of its own: the tests themselves ask from another one.
 const GREEDY: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 const EVENTS: &str = "/api/v1/streams/aurora:alerts/events";
+const ASK: &str = "GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n";
 
 fn home(http: &str) -> Home {
     let stream = "[[streams]]\nname = \"aurora:alerts\"\nrelay = true\n";
     let cps = "[[streams]]\nname = \"aurora:cps:alerts\"\nrelay = true\n";
     Home::new(&format!("{stream}{cps}[relay]\ndrain_window = \"200ms\"\n[http]\n{http}\n"))
+}
+
+async fn connect(daemon: &Daemon) -> TcpStream {
+    let address: SocketAddr = daemon.url("").trim_start_matches("http://").parse().expect("an address");
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket.bind(SocketAddr::from((GREEDY, 0))).expect("all of 127.0.0.0/8 is this machine");
+    socket.connect(address).await.expect("it listens")
+}
+
+/// What comes until the daemon closes.
+async fn rest(stream: &mut TcpStream) -> String {
+    let mut rest = String::new();
+    timeout(BOUND, stream.read_to_string(&mut rest)).await.expect("the daemon closes").expect("an end");
+    rest
+}
+
+/// What comes up to a text in it.
+async fn up_to(stream: &mut TcpStream, end: &str) -> String {
+    let mut bytes = Vec::new();
+    while !bytes.ends_with(end.as_bytes()) {
+        let byte = timeout(BOUND, stream.read_u8()).await.expect("an answer");
+        bytes.push(byte.unwrap_or_else(|error| panic!("{error} after {}", String::from_utf8_lossy(&bytes))));
+    }
+    String::from_utf8(bytes).expect("UTF-8")
+}
+
+#[tokio::test]
+async fn one_address_that_says_nothing_keeps_nobody_else_out() {
+    let home = home("max_idle_per_address = 3\nheader_timeout = \"1m\"");
+    let daemon = home.start().await;
+    let mut silent = [connect(&daemon).await, connect(&daemon).await, connect(&daemon).await];
+    silent[0].write_all(b"GET /health HTTP/1.1\r\nhost: local").await.expect("it takes that");
+    let told = rest(&mut connect(&daemon).await).await;
+    assert!(told.starts_with("HTTP/1.1 503 "), "{told}");
+    let refused = "aurora_bus_rejected_total{reason=\"idle_connection_limit\"} 1\n";
+    assert!(daemon.get("/metrics").await.contains(refused), "another address is answered, and told of it");
+    silent[0].write_all(b"host\r\nconnection: close\r\n\r\n").await.expect("it takes that");
+    let answer = rest(&mut silent[0]).await;
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    until("the place of the one that has asked", BOUND, async || {
+        let mut stream = connect(&daemon).await;
+        // Where it is refused already, the answer may be lost.
+        stream.write_all(ASK.as_bytes()).await.ok()?;
+        let mut status = [0; 12];
+        stream.read_exact(&mut status).await.ok()?;
+        (&status == b"HTTP/1.1 200").then_some(())
+    })
+    .await;
+    drop(silent);
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn a_connection_is_kept_for_the_next_request_where_its_address_has_a_place_left() {
+    let home = home("max_idle_per_address = 1\nheader_timeout = \"1m\"");
+    let daemon = home.start().await;
+    let mut asks = connect(&daemon).await;
+    for _ in 0..3 {
+        asks.write_all(ASK.as_bytes()).await.expect("it takes that");
+        let head = up_to(&mut asks, "\r\n\r\n").await;
+        assert!(head.starts_with("HTTP/1.1 200 ") && !head.contains("connection: close"), "{head}");
+        up_to(&mut asks, "}").await;
+    }
+    let publish =
+        format!("POST {EVENTS} HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: 7\r\n\r\n");
+    asks.write_all(publish.as_bytes()).await.expect("it takes that");
+    up_to(&mut asks, "\r\n\r\n").await;
+    // Its place is free while it publishes.
+    let silent = connect(&daemon).await;
+    let told = rest(&mut connect(&daemon).await).await;
+    assert!(told.starts_with("HTTP/1.1 503 "), "{told}");
+    asks.write_all(br#"{"n":1}"#).await.expect("it takes that");
+    let answer = rest(&mut asks).await;
+    assert!(answer.starts_with("HTTP/1.1 201 ") && answer.contains("connection: close\r\n"), "{answer}");
+    drop(silent);
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn those_who_watch_are_not_idle() {
+    let home = home("max_idle_per_address = 1\nheader_timeout = \"1m\"");
+    let daemon = home.start().await;
+    let (mut sockets, mut feeds) = (Vec::new(), Vec::new());
+    for _ in 0..3 {
+        let url = daemon.url("/api/v1/ws/alerts").replacen("http", "ws", 1);
+        sockets.push(client_async(url, connect(&daemon).await).await.expect("a WebSocket").0);
+        let mut feed = connect(&daemon).await;
+        let ask = "GET /api/v1/feeds/alerts HTTP/1.1\r\nhost: localhost\r\n\r\n";
+        feed.write_all(ask.as_bytes()).await.expect("it takes that");
+        let head = up_to(&mut feed, "\r\n\r\n").await;
+        assert!(head.starts_with("HTTP/1.1 200 ") && !head.contains("connection: close"), "{head}");
+        feeds.push(feed);
+    }
+    let mut asks = connect(&daemon).await;
+    asks.write_all(ASK.as_bytes()).await.expect("it takes that");
+    let head = up_to(&mut asks, "\r\n\r\n").await;
+    assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
+    drop((sockets, feeds));
+    daemon.stop().await;
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 
 use super::{address, curl, home, secure, text};
@@ -61,6 +61,32 @@ async fn those_who_say_nothing_hold_up_nobody_and_are_closed() {
         drop(timeout(BOUND, stream.read_to_end(&mut rest)).await.expect("the daemon closes"));
     }
     assert!(started.elapsed() >= Duration::from_secs(2), "they have their time");
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn those_who_say_nothing_take_the_places_of_their_own_address() {
+    let (mut home, authority) = home("handshake_timeout = \"1m\"");
+    home.set_env("AURORA_BUS__HTTP__MAX_IDLE_PER_ADDRESS", "2");
+    let daemon = home.start().await;
+    let ca = authority.path("ca.pem");
+    let greedy = async || {
+        let socket = TcpSocket::new_v4().expect("a socket");
+        socket.bind(([127, 0, 0, 2], 0).into()).expect("all of 127.0.0.0/8 is this machine");
+        socket.connect(address(&daemon).parse().expect("an address")).await.expect("it listens")
+    };
+    let mut held = [greedy().await, greedy().await];
+    // The beginning of a handshake that does not go on.
+    held[0].write_all(b"\x16\x03\x01\x02\x00\x01").await.expect("it takes that");
+    let mut refused = Vec::new();
+    timeout(BOUND, greedy().await.read_to_end(&mut refused)).await.expect("the daemon closes").expect("an end");
+    assert_eq!(text(&refused), "");
+    assert!(secure(&daemon, &ca).await.is_ok(), "another address");
+    drop(held);
+    until("a place again", BOUND, async || {
+        curl(&ca, &["--interface", "127.0.0.2", &daemon.url("/health")]).status.success().then_some(())
+    })
+    .await;
     daemon.stop().await;
 }
 
