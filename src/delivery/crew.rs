@@ -5,7 +5,7 @@
 //! of the store serves all of them. A bounded number of members is worked for at a time; where others wait, they take
 //! turns.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -31,10 +31,14 @@ const TURN: Duration = Duration::from_secs(10);
 const LEAVE_AFTER: Duration = Duration::from_secs(5);
 /// How often the crew looks round when nothing wakes it.
 const TICK: Duration = Duration::from_secs(1);
-/// The most members looked at between two looks at what else there is to do.
+/// The most members looked at between two looks at what else there is to do, and how long that may take before no other
+/// is looked at.
 const LOOKS: usize = 64;
+const ROUND: Duration = Duration::from_secs(5);
 /// How long one look may take.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
+/// When a member is looked at again where that failed.
+const AGAIN: Duration = Duration::from_secs(2);
 /// Between two looks at a member of which nothing is heard, at least: what crashed workers left shows in nothing else.
 const LEAST_LOOK_EVERY: Duration = Duration::from_secs(1);
 /// After how long without a word a worker counts as stuck.
@@ -58,6 +62,8 @@ pub struct Crew {
     /// Whether members wait for workers: those who have nothing to do then make room at once.
     is_crowded: Arc<AtomicBool>,
     tasks: JoinSet<StreamName>,
+    /// Why members could not be looked at.
+    failures: BTreeMap<StreamName, StoreError>,
     trouble: Trouble,
 }
 
@@ -134,6 +140,7 @@ impl Crew {
             at_work: HashMap::new(),
             is_crowded: Arc::default(),
             tasks: JoinSet::new(),
+            failures: BTreeMap::new(),
             trouble: Trouble::default(),
         }
     }
@@ -143,14 +150,13 @@ impl Crew {
         let mut changes = self.roster.changes();
         loop {
             changes.mark_unchanged();
-            let looked = tokio::select! {
+            let has_more = tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
-                looked = self.look_round() => looked,
+                has_more = self.look_round() => has_more,
             };
             self.begin_work(&stop);
-            let has_more = *looked.as_ref().unwrap_or(&false);
-            self.report(looked.err());
+            self.report();
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
@@ -165,7 +171,7 @@ impl Crew {
     }
 
     /// Finds the members for which there is something to do; says whether there are more to be looked at now.
-    async fn look_round(&mut self) -> Result<bool, StoreError> {
+    async fn look_round(&mut self) -> bool {
         let now = Instant::now();
         let mut due = Vec::new();
         for (stream, newest) in self.roster.newest() {
@@ -176,18 +182,41 @@ impl Crew {
                     self.waiting.push_back(stream);
                 }
                 Standing::Idle { look_at, has_been_at_work, .. } if look_at <= now => {
-                    due.push((stream, has_been_at_work));
+                    due.push((look_at, stream, has_been_at_work));
                 }
                 Standing::Idle { .. } | Standing::Waiting | Standing::AtWork => {}
             }
         }
-        let has_more = due.len() > LOOKS;
-        for (stream, has_been_at_work) in due.into_iter().take(LOOKS) {
-            let found = self.look(&stream).await?;
-            // What is pending after work is others' for now.
-            self.settle(stream, found, found.has_pending && !has_been_at_work);
+        // So that members which fail, or are slow, hold up no others.
+        due.sort_by_key(|(look_at, ..)| *look_at);
+        for (looks, (_, stream, has_been_at_work)) in due.into_iter().enumerate() {
+            if looks == LOOKS || now.elapsed() >= ROUND {
+                return true;
+            }
+            match timeout(LOOK_TIMEOUT, self.look(&stream)).await.unwrap_or_else(silent_for) {
+                Ok(found) => {
+                    self.failures.remove(&stream);
+                    // What is pending after work is others' for now.
+                    self.settle(stream, found, found.has_pending && !has_been_at_work);
+                }
+                Err(error) => self.failed(stream, error),
+            }
         }
-        Ok(has_more)
+        false
+    }
+
+    /// A member could not be looked at.
+    fn failed(&mut self, stream: StreamName, error: StoreError) {
+        if let Some(times) = self.trouble.occurred() {
+            warn!(
+                family = %self.roster.family(), group = %self.config.name, error = %error, times,
+                "cannot look for work at the members of the family"
+            );
+        }
+        if let Some(Standing::Idle { look_at, .. }) = self.standings.get_mut(&stream) {
+            *look_at = Instant::now() + AGAIN;
+        }
+        self.failures.insert(stream, error);
     }
 
     /// A member goes to work or is left alone, by what was found.
@@ -202,8 +231,7 @@ impl Crew {
     }
 
     async fn look(&self, stream: &StreamName) -> Result<Found, StoreError> {
-        let asked = timeout(LOOK_TIMEOUT, self.store.describe(stream)).await;
-        let status = match asked.unwrap_or_else(silent_for) {
+        let status = match self.store.describe(stream).await {
             // What is no stream has nothing to be done; who follows the family tells of it.
             Err(error) if error.kind() == StoreErrorKind::WrongType => {
                 return Ok(Found { last: EntryId::MAX, is_behind: false, has_pending: false });
@@ -214,8 +242,7 @@ impl Crew {
         let group = status.and_then(|status| status.groups.into_iter().find(|group| group.name == self.config.name));
         let Some(group) = group else {
             // At once, however many wait for workers: what no group has still to handle may be trimmed.
-            let made = self.store.ensure_group(stream, &self.config.name, self.config.start.into());
-            timeout(LOOK_TIMEOUT, made).await.unwrap_or_else(silent_for)?;
+            self.store.ensure_group(stream, &self.config.name, self.config.start.into()).await?;
             return Ok(Found { last, is_behind: true, has_pending: false });
         };
         let undelivered = group.undelivered.or(group.lag);
@@ -264,6 +291,8 @@ impl Crew {
             }
             member
         });
+        // From here on its workers tell.
+        self.failures.remove(&stream);
         self.standings.insert(stream.clone(), Standing::AtWork);
         self.at_work.insert(stream, AtWork { since: Instant::now(), stop, readiness });
     }
@@ -285,15 +314,9 @@ impl Crew {
         }
     }
 
-    /// Tells readiness how the workers are.
-    fn report(&mut self, failure: Option<StoreError>) {
-        if let Some(error) = failure {
-            if let Some(times) = self.trouble.occurred() {
-                warn!(
-                    family = %self.roster.family(), group = %self.config.name, error = %error, times,
-                    "cannot look for work at the members of the family"
-                );
-            }
+    /// Tells readiness how the members and the workers are.
+    fn report(&mut self) {
+        if let Some(error) = self.failures.values().next() {
             return self.part.not_ready(error.to_string());
         }
         if let Some(after) = self.trouble.ended() {

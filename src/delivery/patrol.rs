@@ -22,8 +22,9 @@ use crate::store::{Roster, Store, StoreError, StoreErrorKind};
 
 /// How often it is seen which members there are, and which of them are due.
 const TICK: Duration = Duration::from_secs(1);
-/// The most members looked at between two words to readiness.
+/// The most members looked at between two words to readiness, and how long that may take before no other is looked at.
 const LOOKS: usize = 16;
+const ROUND: Duration = Duration::from_secs(5);
 /// The most rings that are heard at a time.
 const RINGS: usize = 64;
 
@@ -49,6 +50,8 @@ struct Member {
     ward: Ward,
     /// The newest entry when it was heard of last.
     newest: EntryId,
+    /// Why it could not be looked at the last time.
+    failure: Option<StoreError>,
 }
 
 impl Patrol {
@@ -86,8 +89,8 @@ impl Patrol {
                 self.hear_news();
                 hear_at = Instant::now() + TICK;
             }
-            let looked = self.go_round(&stop).await;
-            self.report(looked);
+            self.go_round(&stop).await;
+            self.report();
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
@@ -122,7 +125,7 @@ impl Patrol {
                 Some(_) => {}
                 None => {
                     let ward = self.ward(stream.clone());
-                    self.members.insert(stream, Member { ward, newest });
+                    self.members.insert(stream, Member { ward, newest, failure: None });
                 }
             }
         }
@@ -138,48 +141,43 @@ impl Patrol {
     }
 
     /// Looks at members that are due, the longest overdue first.
-    async fn go_round(&mut self, stop: &CancellationToken) -> Result<(), StoreError> {
+    async fn go_round(&mut self, stop: &CancellationToken) {
         let now = Instant::now();
         if self.go_at <= now {
             self.go_at = now + TICK;
         }
-        let due = self.members.values_mut().map(|member| &mut member.ward).filter(|ward| ward.next_at() <= now);
-        let mut due: Vec<&mut Ward> = due.collect();
-        due.sort_by_key(|ward| ward.next_at());
-        let later = due.split_off(due.len().min(LOOKS));
-        for ward in due {
-            if stop.is_cancelled() {
+        let mut due: Vec<&mut Member> = self.members.values_mut().filter(|m| m.ward.next_at() <= now).collect();
+        due.sort_by_key(|member| member.ward.next_at());
+        for (looks, member) in due.into_iter().enumerate() {
+            if looks == LOOKS || now.elapsed() >= ROUND || stop.is_cancelled() {
+                self.go_at = now;
                 break;
             }
-            match ward.step().await {
+            member.failure = match member.ward.step().await {
                 // What is no stream has nothing to be guarded; who follows the family tells of it.
-                Err(error) if error.kind() == StoreErrorKind::WrongType => {}
-                looked => looked?,
+                Err(error) if error.kind() == StoreErrorKind::WrongType => None,
+                looked => looked.err(),
+            };
+            match &member.failure {
+                None => self.go_at = self.go_at.min(member.ward.next_at()),
+                Some(error) => {
+                    if let Some(times) = self.trouble.occurred() {
+                        let (family, group, kind) = (self.roster.family(), &self.config.name, error.kind().as_str());
+                        warn!(%family, %group, error = %error, kind, times, "cannot guard the group of the family's members");
+                    }
+                }
             }
-            self.go_at = self.go_at.min(ward.next_at());
         }
-        if !later.is_empty() {
-            self.go_at = now;
-        }
-        Ok(())
     }
 
-    fn report(&mut self, looked: Result<(), StoreError>) {
-        let (family, group) = (self.roster.family(), &self.config.name);
-        match looked {
-            Ok(()) => {
-                self.part.ready();
-                if let Some(after) = self.trouble.ended() {
-                    info!(%family, %group, ?after, "guards the group of the family's members again");
-                }
-            }
-            Err(error) => {
-                if let Some(times) = self.trouble.occurred() {
-                    let kind = error.kind().as_str();
-                    warn!(%family, %group, error = %error, kind, times, "cannot guard the group of the family's members");
-                }
-                self.part.not_ready(error.to_string());
-            }
+    fn report(&mut self) {
+        if let Some(error) = self.members.values().find_map(|member| member.failure.as_ref()) {
+            return self.part.not_ready(error.to_string());
+        }
+        self.part.ready();
+        if let Some(after) = self.trouble.ended() {
+            let (family, group) = (self.roster.family(), &self.config.name);
+            info!(%family, %group, ?after, "guards the group of the family's members again");
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Groups of families whose consumers live outside the daemon: one guard for all members, on every kind of store.
 
+mod partly;
+
 use std::sync::Arc;
 use std::time::Duration;
 

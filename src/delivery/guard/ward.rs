@@ -19,6 +19,8 @@ use crate::store::{Cursor, Outcome, Redelivered, Redelivery, Settlement, Start, 
 const ENSURE_EVERY: Duration = Duration::from_secs(5);
 /// The same after a failure.
 const TRY_AGAIN_AFTER: Duration = Duration::from_secs(1);
+/// After how long, or about that, a search that failed is tried again at the latest: until then it counts as failing.
+const SEARCH_AGAIN_WITHIN: Duration = Duration::from_secs(5);
 /// Between two searches of a member of a family, at least, while nothing is pending there.
 const LEAST_SEARCH_EVERY: Duration = Duration::from_secs(1);
 /// The most entries that one step of the search acts on.
@@ -136,7 +138,11 @@ impl Ward {
             self.ensure_at = pause.map(|pause| Instant::now() + pause);
         }
         if Instant::now() >= self.search_at {
-            return ensured.and(self.search().await);
+            let searched = self.search().await;
+            if searched.is_err() {
+                self.search_at = self.search_at.min(Instant::now() + jittered(SEARCH_AGAIN_WITHIN));
+            }
+            return ensured.and(searched);
         }
         ensured
     }
