@@ -54,11 +54,11 @@ pub use sampler::Sampler;
 pub use self::pump::Quarantine;
 use self::pump::{End, Pump};
 use self::tenure::{Applicant, Lost};
-use crate::event::{ConsumerName, StreamName};
+use crate::event::{ConsumerName, StreamName, StreamPattern};
 use crate::metrics::Metrics;
 use crate::readiness::Part;
 use crate::sink::Sink;
-use crate::store::Store;
+use crate::store::{Roster, Store};
 
 /// How long a worker that is told to stop lets the sink finish what it has begun.
 const GRACE: Duration = Duration::from_secs(20);
@@ -75,6 +75,27 @@ pub struct GroupSpec {
     pub dead_letter: StreamName,
     /// The group.
     pub config: GroupConfig,
+}
+
+/// A group of every member of a family.
+#[derive(Debug, Clone)]
+pub struct FamilyGroup {
+    /// The family and its members.
+    pub roster: Arc<Roster>,
+    /// The streams that their dead letters go to, each with a member's key.
+    pub dead_letter: StreamPattern,
+    /// The group.
+    pub config: GroupConfig,
+}
+
+impl FamilyGroup {
+    /// The group of a member.
+    fn member(&self, stream: StreamName) -> GroupSpec {
+        let key = self.roster.family().key_of(&stream);
+        let dead_letter = key.and_then(|key| self.dead_letter.of_key(key).ok());
+        let dead_letter = dead_letter.expect("the configuration was checked with the longest key");
+        GroupSpec { stream, dead_letter, config: self.config.clone() }
+    }
 }
 
 /// How long a worker stays with a member of a family.

@@ -11,7 +11,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{STALE_AFTER, named};
 use crate::config::{Config, StreamConfig};
-use crate::delivery::{Crew, FamilySpec, GroupConfig, GroupSpec, Guard, Patrol, Quarantine, Reaper, Worker};
+use crate::delivery::{
+    Crew, FamilyGroup, FamilySpec, GroupConfig, GroupSpec, Guard, Patrol, Quarantine, Reaper, Worker,
+};
 use crate::event::{ConsumerName, StreamName};
 use crate::metrics::Metrics;
 use crate::pull::{Bell, Pull, PullFamily, PullGroup};
@@ -121,29 +123,20 @@ impl Means<'_> {
     }
 
     fn crew(&self, stream: &StreamConfig, group: &GroupConfig, own: Vec<ConsumerName>) -> anyhow::Result<Crew> {
-        Ok(Crew::new(
-            Arc::clone(self.store),
-            self.sink(group)?,
-            self.roster(stream)?,
-            stream.dead_letter(),
-            group.clone(),
-            own,
-            self.quarantine.clone(),
-            self.metrics.clone(),
-            self.part(&format!("workers {}", full_name(stream, group))),
-        ))
+        let part = self.part(&format!("workers {}", full_name(stream, group)));
+        let (sink, family_group) = (self.sink(group)?, self.family_group(stream, group)?);
+        let (store, quarantine, metrics) = (Arc::clone(self.store), self.quarantine.clone(), self.metrics.clone());
+        Ok(Crew::new(store, sink, family_group, own, quarantine, metrics, part))
     }
 
     fn patrol(&self, stream: &StreamConfig, group: &GroupConfig, guard: ConsumerName) -> anyhow::Result<Patrol> {
-        Ok(Patrol::new(
-            Arc::clone(self.store),
-            self.roster(stream)?,
-            stream.dead_letter(),
-            group.clone(),
-            guard,
-            self.metrics.clone(),
-            self.part(&format!("group {}", full_name(stream, group))),
-        ))
+        let part = self.part(&format!("group {}", full_name(stream, group)));
+        let family_group = self.family_group(stream, group)?;
+        Ok(Patrol::new(Arc::clone(self.store), family_group, guard, self.metrics.clone(), part))
+    }
+
+    fn family_group(&self, stream: &StreamConfig, group: &GroupConfig) -> anyhow::Result<FamilyGroup> {
+        Ok(FamilyGroup { roster: self.roster(stream)?, dead_letter: stream.dead_letter(), config: group.clone() })
     }
 
     /// A group without a sink of every member, as those see it who pull from one.

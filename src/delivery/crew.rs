@@ -16,12 +16,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::patience::Trouble;
-use super::{GroupConfig, GroupSpec, Quarantine, Worker};
-use crate::event::{ConsumerName, EntryId, StreamName, StreamPattern};
+use super::{FamilyGroup, Quarantine, Worker};
+use crate::event::{ConsumerName, EntryId, StreamName};
 use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
 use crate::sink::Sink;
-use crate::store::{Roster, Store, StoreError, StoreErrorKind};
+use crate::store::{Store, StoreError, StoreErrorKind};
 
 /// The members that are worked for at a time.
 const AT_WORK: usize = 64;
@@ -49,9 +49,7 @@ const STALE_AFTER: Duration = Duration::from_secs(20);
 pub struct Crew {
     store: Arc<dyn Store>,
     sink: Arc<dyn Sink>,
-    roster: Arc<Roster>,
-    dead_letter: StreamPattern,
-    config: GroupConfig,
+    group: FamilyGroup,
     consumers: Vec<ConsumerName>,
     quarantine: Quarantine,
     metrics: Metrics,
@@ -113,13 +111,10 @@ struct Found {
 
 impl Crew {
     /// A crew that does not work yet. Each member has workers of these names, as many as there are.
-    #[expect(clippy::too_many_arguments, reason = "what a worker is given, and whose")]
     pub fn new(
         store: Arc<dyn Store>,
         sink: Arc<dyn Sink>,
-        roster: Arc<Roster>,
-        dead_letter: StreamPattern,
-        config: GroupConfig,
+        group: FamilyGroup,
         consumers: Vec<ConsumerName>,
         quarantine: Quarantine,
         metrics: Metrics,
@@ -128,9 +123,7 @@ impl Crew {
         Self {
             store,
             sink,
-            roster,
-            dead_letter,
-            config,
+            group,
             consumers,
             quarantine,
             metrics,
@@ -147,7 +140,7 @@ impl Crew {
 
     /// Works until `stop`; then as [`Worker::run`] ends, for each member that is worked for.
     pub async fn run(mut self, stop: CancellationToken) {
-        let mut changes = self.roster.changes();
+        let mut changes = self.group.roster.changes();
         loop {
             changes.mark_unchanged();
             let has_more = tokio::select! {
@@ -174,7 +167,7 @@ impl Crew {
     async fn look_round(&mut self) -> bool {
         let now = Instant::now();
         let mut due = Vec::new();
-        for (stream, newest) in self.roster.newest() {
+        for (stream, newest) in self.group.roster.newest() {
             let standing = self.standings.entry(stream.clone()).or_insert(Standing::idle(EntryId::MAX, now));
             match *standing {
                 Standing::Idle { seen, .. } if newest > seen => {
@@ -209,7 +202,7 @@ impl Crew {
     fn failed(&mut self, stream: StreamName, error: StoreError) {
         if let Some(times) = self.trouble.occurred() {
             warn!(
-                family = %self.roster.family(), group = %self.config.name, error = %error, times,
+                family = %self.group.roster.family(), group = %self.group.config.name, error = %error, times,
                 "cannot look for work at the members of the family"
             );
         }
@@ -225,7 +218,7 @@ impl Crew {
             self.standings.insert(stream.clone(), Standing::Waiting);
             self.waiting.push_back(stream);
         } else {
-            let look_at = Instant::now() + self.config.claim_idle.max(LEAST_LOOK_EVERY);
+            let look_at = Instant::now() + self.group.config.claim_idle.max(LEAST_LOOK_EVERY);
             self.standings.insert(stream, Standing::idle(found.last, look_at));
         }
     }
@@ -239,10 +232,11 @@ impl Crew {
             status => status?,
         };
         let last = status.as_ref().map_or(EntryId::MIN, |status| status.last_id);
-        let group = status.and_then(|status| status.groups.into_iter().find(|group| group.name == self.config.name));
+        let group =
+            status.and_then(|status| status.groups.into_iter().find(|group| group.name == self.group.config.name));
         let Some(group) = group else {
             // At once, however many wait for workers: what no group has still to handle may be trimmed.
-            self.store.ensure_group(stream, &self.config.name, self.config.start.into()).await?;
+            self.store.ensure_group(stream, &self.group.config.name, self.group.config.start.into()).await?;
             return Ok(Found { last, is_behind: true, has_pending: false });
         };
         let undelivered = group.undelivered.or(group.lag);
@@ -268,18 +262,14 @@ impl Crew {
     }
 
     fn begin(&mut self, stream: StreamName, stop: CancellationToken) {
-        let key = self.roster.family().key_of(&stream);
-        let dead_letter = key.and_then(|key| self.dead_letter.of_key(key).ok());
-        let dead_letter = dead_letter.expect("the configuration was checked with the longest key");
-        let readiness = Readiness::default();
-        let spec = GroupSpec { stream: stream.clone(), dead_letter, config: self.config.clone() };
+        let (readiness, spec) = (Readiness::default(), self.group.member(stream.clone()));
         let mut workers = JoinSet::new();
         for consumer in &self.consumers {
             let part = readiness.part(consumer.as_str(), Some(STALE_AFTER));
             let (store, sink) = (Arc::clone(&self.store), Arc::clone(&self.sink));
             let (quarantine, metrics) = (self.quarantine.clone(), self.metrics.clone());
             let worker = Worker::new(store, sink, spec.clone(), consumer.clone(), quarantine, metrics, part);
-            let worker = worker.of_family(self.roster.family().name(), LEAVE_AFTER, Arc::clone(&self.is_crowded));
+            let worker = worker.of_family(self.group.roster.family().name(), LEAVE_AFTER, Arc::clone(&self.is_crowded));
             workers.spawn(worker.run(stop.clone()));
         }
         let member = stream.clone();
@@ -320,7 +310,7 @@ impl Crew {
             return self.part.not_ready(error.to_string());
         }
         if let Some(after) = self.trouble.ended() {
-            info!(family = %self.roster.family(), group = %self.config.name, ?after, "looks for work again");
+            info!(family = %self.group.roster.family(), group = %self.group.config.name, ?after, "looks for work again");
         }
         let (mut reasons, mut notes) = (Vec::new(), Vec::new());
         for (stream, work) in &self.at_work {

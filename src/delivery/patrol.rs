@@ -12,13 +12,13 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
+use super::FamilyGroup;
 use super::guard::{LEAVE_TIME, Pace, Ward};
 use super::patience::Trouble;
-use super::{GroupConfig, GroupSpec};
-use crate::event::{ConsumerName, EntryId, StreamName, StreamPattern};
+use crate::event::{ConsumerName, EntryId, StreamName};
 use crate::metrics::Metrics;
 use crate::readiness::Part;
-use crate::store::{Roster, Store, StoreError, StoreErrorKind};
+use crate::store::{Store, StoreError, StoreErrorKind};
 
 /// How often it is seen which members there are, and which of them are due.
 const TICK: Duration = Duration::from_secs(1);
@@ -32,9 +32,7 @@ const RINGS: usize = 64;
 #[derive(Debug)]
 pub struct Patrol {
     store: Arc<dyn Store>,
-    roster: Arc<Roster>,
-    dead_letter: StreamPattern,
-    config: GroupConfig,
+    group: FamilyGroup,
     consumer: ConsumerName,
     metrics: Metrics,
     part: Part,
@@ -60,9 +58,7 @@ impl Patrol {
     /// `consumer` is the name under which it holds entries while it gives them up.
     pub fn new(
         store: Arc<dyn Store>,
-        roster: Arc<Roster>,
-        dead_letter: StreamPattern,
-        config: GroupConfig,
+        group: FamilyGroup,
         consumer: ConsumerName,
         metrics: Metrics,
         part: Part,
@@ -70,7 +66,7 @@ impl Patrol {
         let (trouble, members) = (Trouble::default(), BTreeMap::new());
         let (_, bell) = mpsc::channel(1);
         let go_at = Instant::now();
-        Self { store, roster, dead_letter, config, consumer, metrics, part, trouble, members, go_at, bell }
+        Self { store, group, consumer, metrics, part, trouble, members, go_at, bell }
     }
 
     /// The same with a bell: of whom it tells, there is something to hand on.
@@ -116,7 +112,7 @@ impl Patrol {
 
     /// Takes notice of members that have come, and of those that have news.
     fn hear_news(&mut self) {
-        for (stream, newest) in self.roster.newest() {
+        for (stream, newest) in self.group.roster.newest() {
             match self.members.get_mut(&stream) {
                 Some(member) if newest > member.newest => {
                     member.newest = newest;
@@ -132,11 +128,8 @@ impl Patrol {
     }
 
     fn ward(&self, stream: StreamName) -> Ward {
-        let family = self.roster.family();
-        let dead_letter = family.key_of(&stream).and_then(|key| self.dead_letter.of_key(key).ok());
-        let dead_letter = dead_letter.expect("the configuration was checked with the longest key");
-        let (config, pace) = (self.config.clone(), Pace::of_member(self.config.claim_idle));
-        let spec = GroupSpec { stream, dead_letter, config };
+        let (family, pace) = (self.group.roster.family(), Pace::of_member(self.group.config.claim_idle));
+        let spec = self.group.member(stream);
         Ward::new(Arc::clone(&self.store), spec, self.consumer.clone(), &self.metrics, family.name(), pace)
     }
 
@@ -162,7 +155,8 @@ impl Patrol {
                 None => self.go_at = self.go_at.min(member.ward.next_at()),
                 Some(error) => {
                     if let Some(times) = self.trouble.occurred() {
-                        let (family, group, kind) = (self.roster.family(), &self.config.name, error.kind().as_str());
+                        let (family, group, kind) =
+                            (self.group.roster.family(), &self.group.config.name, error.kind().as_str());
                         warn!(%family, %group, error = %error, kind, times, "cannot guard the group of the family's members");
                     }
                 }
@@ -176,7 +170,7 @@ impl Patrol {
         }
         self.part.ready();
         if let Some(after) = self.trouble.ended() {
-            let (family, group) = (self.roster.family(), &self.config.name);
+            let (family, group) = (self.group.roster.family(), &self.group.config.name);
             info!(%family, %group, ?after, "guards the group of the family's members again");
         }
     }

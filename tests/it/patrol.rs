@@ -5,19 +5,18 @@ mod partly;
 use std::sync::Arc;
 use std::time::Duration;
 
-use aurora_bus::delivery::{GroupConfig, Patrol};
+use aurora_bus::delivery::{FamilyGroup, GroupConfig, Patrol};
 use aurora_bus::event::{DeadLetter, DeadLetterReason, Delivery, EntryId, Family, StreamName, field};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
 use aurora_bus::store::{
-    Cursor, Families, GroupStatus, Metered, Order, Outcome, Range, Roster, Settlement, Store, StoreErrorKind,
+    Cursor, Families, GroupStatus, Metered, Order, Outcome, Range, Settlement, Store, StoreErrorKind,
 };
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::store_contract::{cursor, new_entry, unique_stream};
-use crate::support::redis::{Product, RedisServer};
-use crate::support::stores::{connect, on_stores};
+use crate::support::stores::{on_stores, own_redis};
 use crate::support::until;
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -26,8 +25,7 @@ const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: O
 /// A family with the group `agents`, which is consumed from outside, and its patrols.
 struct Guarded {
     store: Arc<dyn Store>,
-    roster: Arc<Roster>,
-    config: GroupConfig,
+    spec: FamilyGroup,
     metrics: Metrics,
     readiness: Readiness,
     stop: CancellationToken,
@@ -47,21 +45,21 @@ impl Guarded {
         let (stop, mut tasks) = (CancellationToken::new(), JoinSet::new());
         tasks.spawn(families.clone().run(store.clone(), families.parts(&readiness), stop.clone()));
         let roster = Arc::clone(families.named(family.name()).expect("declared"));
-        Self { store, roster, config, metrics, readiness, stop, tasks }
+        let dead_letter = format!("{}:dead_letter", family.name()).parse().expect("a pattern");
+        let spec = FamilyGroup { roster, dead_letter, config };
+        Self { store, spec, metrics, readiness, stop, tasks }
     }
 
     /// Starts a patrol, as each daemon has one.
     fn patrol(&mut self, name: &str) {
-        let (store, roster, config) = (self.store.clone(), Arc::clone(&self.roster), self.config.clone());
-        let dead_letter = format!("{}:dead_letter", self.roster.family().name()).parse().expect("a pattern");
         let (part, name) = (self.readiness.part(name, None), name.parse().expect("a valid name"));
-        let patrol = Patrol::new(store, roster, dead_letter, config, name, self.metrics.clone(), part);
+        let patrol = Patrol::new(self.store.clone(), self.spec.clone(), name, self.metrics.clone(), part);
         self.tasks.spawn(patrol.run(self.stop.clone()));
     }
 
     async fn publish(&self, key: &str, text: &str) -> StreamName {
-        let stream = self.roster.family().member(key).expect("a key");
-        self.roster.join(&*self.store, &stream).await.expect("room for one more");
+        let stream = self.spec.roster.family().member(key).expect("a key");
+        self.spec.roster.join(&*self.store, &stream).await.expect("room for one more");
         self.store.append(&stream, vec![new_entry(text)]).await.expect("appended");
         stream
     }
@@ -105,7 +103,7 @@ impl Guarded {
 
     fn counter(&self, name: &str) -> u64 {
         let text = self.metrics.render();
-        let label = format!("stream=\"{}\"", self.roster.family().name());
+        let label = format!("stream=\"{}\"", self.spec.roster.family().name());
         let lines = text.lines().filter(|line| line.starts_with(name) && line.contains(&label));
         lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
     }
@@ -185,14 +183,14 @@ async fn members_that_an_earlier_life_knew_are_guarded_from_the_start(store: Arc
     first.take(&stream, "agent-1").await;
     // Neither is told anything of the other but by the store.
     let mut second = Guarded::new(store, 15);
-    second.roster = {
-        let families = Families::new([(first.roster.family().clone(), 100)]);
+    second.spec.roster = {
+        let families = Families::new([(first.spec.roster.family().clone(), 100)]);
         second.tasks.spawn(families.clone().run(
             second.store.clone(),
             families.parts(&second.readiness),
             second.stop.clone(),
         ));
-        Arc::clone(families.named(first.roster.family().name()).expect("declared"))
+        Arc::clone(families.named(first.spec.roster.family().name()).expect("declared"))
     };
     first.end().await;
     second.patrol("soc-a-guard");
@@ -200,16 +198,9 @@ async fn members_that_an_earlier_life_knew_are_guarded_from_the_start(store: Arc
     second.end().await;
 }
 
-/// A server of its own, and a store on it.
-async fn server() -> (RedisServer, Arc<dyn Store>) {
-    let server = RedisServer::start(Product::Redis, &[]).await;
-    let store = connect(&server.url()).await;
-    (server, store)
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_group_of_a_member_that_was_destroyed_or_deleted_with_it_is_made_again() {
-    let (server, store) = server().await;
+    let (server, store) = own_redis().await;
     let mut guarded = Guarded::new(store, 15);
     guarded.patrol("soc-a-guard");
     let acme = guarded.publish("acme", "one").await;

@@ -14,6 +14,8 @@ pub(crate) mod stores;
 
 use std::time::{Duration, Instant};
 
+use aurora_bus::metrics::Metrics;
+
 /// Asks again and again until there is an answer. Fails after `bound`, saying what was waited for.
 pub(crate) async fn until<T>(what: &str, bound: Duration, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
     let started = Instant::now();
@@ -24,6 +26,13 @@ pub(crate) async fn until<T>(what: &str, bound: Duration, mut ask: impl AsyncFnM
         assert!(started.elapsed() < bound, "no {what} within {bound:?}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+}
+
+/// The sum of the counters whose name, or name and first labels, begin with that.
+pub(crate) fn counted(metrics: &Metrics, name: &str) -> u64 {
+    let text = metrics.render();
+    let values = text.lines().filter(|line| line.starts_with(name)).filter_map(|line| line.rsplit(' ').next());
+    values.map(|value| value.parse::<u64>().expect("a number")).sum()
 }
 
 /// A number below `limit`, another one each time.

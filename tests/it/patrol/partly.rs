@@ -4,13 +4,15 @@ use aurora_bus::delivery::{Crew, Quarantine};
 use aurora_bus::sink::{LogConfig, LogSink};
 
 use super::*;
+use crate::support::counted;
+use crate::support::redis::RedisServer;
 
 /// Members that the server denies, before the others by name: more than are looked at in one round.
 const DENIED: usize = 70;
 
 /// A family on a server of its own, of whose members those whose keys begin with `denied` are denied.
 async fn partly_denied() -> (RedisServer, Guarded) {
-    let (server, store) = server().await;
+    let (server, store) = own_redis().await;
     let guarded = Guarded::new(store, 15);
     for n in 0..DENIED {
         guarded.publish(&format!("denied-{n}"), "kept").await;
@@ -25,12 +27,10 @@ async fn partly_denied() -> (RedisServer, Guarded) {
 impl Guarded {
     /// Starts a crew, as each daemon has one for a group with a sink.
     fn crew(&mut self, name: &str) {
-        let (store, roster, config) = (self.store.clone(), Arc::clone(&self.roster), self.config.clone());
-        let sink = Arc::new(LogSink::new("log", &LogConfig::default()));
-        let dead_letter = format!("{}:dead_letter", self.roster.family().name()).parse().expect("a pattern");
+        let (store, sink) = (self.store.clone(), Arc::new(LogSink::new("log", &LogConfig::default())));
         let (part, names) = (self.readiness.part(name, None), vec![name.parse().expect("a valid name")]);
-        let (quarantine, metrics) = (Quarantine::default(), self.metrics.clone());
-        let crew = Crew::new(store, sink, roster, dead_letter, config, names, quarantine, metrics, part);
+        let (group, quarantine, metrics) = (self.spec.clone(), Quarantine::default(), self.metrics.clone());
+        let crew = Crew::new(store, sink, group, names, quarantine, metrics, part);
         self.tasks.spawn(crew.run(self.stop.clone()));
     }
 
@@ -53,9 +53,7 @@ impl Guarded {
 
     /// How often the server has denied something.
     fn denied(&self) -> u64 {
-        let text = self.metrics.render();
-        let lines = text.lines().filter(|line| line.starts_with("aurora_bus_store_errors_total{kind=\"denied\""));
-        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+        counted(&self.metrics, "aurora_bus_store_errors_total{kind=\"denied\"")
     }
 }
 
@@ -64,7 +62,7 @@ async fn workers_deliver_what_there_is_at_the_members_that_they_can_look_at() {
     let (server, mut guarded) = partly_denied().await;
     guarded.crew("soc-a-0");
     let is_handled = async |key: &str| {
-        let stream = guarded.roster.family().member(key).expect("a key");
+        let stream = guarded.spec.roster.family().member(key).expect("a key");
         until(&format!("end of {key}"), PATIENCE, async || {
             guarded.group(&stream).await.filter(|group| group.pending == 0 && group.lag == Some(0))
         })
@@ -86,15 +84,15 @@ async fn workers_deliver_what_there_is_at_the_members_that_they_can_look_at() {
 async fn a_patrol_guards_the_members_that_it_can_look_at() {
     let (server, mut guarded) = partly_denied().await;
     // So long that a round in which nothing fails comes between two searches of one member.
-    guarded.config.claim_idle = Duration::from_secs(10);
+    guarded.spec.config.claim_idle = Duration::from_secs(10);
     guarded.patrol("soc-a-guard");
     for key in ["served-1", "served-2"] {
-        let stream = guarded.roster.family().member(key).expect("a key");
+        let stream = guarded.spec.roster.family().member(key).expect("a key");
         assert_eq!(text(&guarded.take(&stream, "agent-1").await), b"one");
     }
     guarded.tells_and_goes_on_telling("soc-a-guard").await;
     assert_eq!(server.cli(&["ACL", "SETUSER", "default", "allkeys"]), "OK");
-    let stream = guarded.roster.family().member("denied-0").expect("a key");
+    let stream = guarded.spec.roster.family().member("denied-0").expect("a key");
     assert_eq!(text(&guarded.take(&stream, "agent-1").await), b"kept");
     until("ready patrol", PATIENCE, async || guarded.reason("soc-a-guard").is_none().then_some(())).await;
     guarded.end().await;

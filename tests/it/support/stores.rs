@@ -55,6 +55,13 @@ pub(crate) async fn valkey() -> TestStore {
     on(RedisServer::shared(Product::Valkey).await).await
 }
 
+/// A Redis that no other test uses, and a store on it.
+pub(crate) async fn own_redis() -> (RedisServer, Arc<dyn Store>) {
+    let server = RedisServer::start(Product::Redis, &[]).await;
+    let store = connect(&server.url()).await;
+    (server, store)
+}
+
 /// A store on a server, which lives as long as that.
 pub(crate) async fn on(server: Arc<RedisServer>) -> TestStore {
     TestStore::new(connect(&server.url()).await, server)
