@@ -23,7 +23,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::support::stores::on_stores;
-use crate::support::until;
+use crate::support::{counted, until};
 
 /// The longest any test waits for a state.
 const PATIENCE: Duration = Duration::from_mins(1);
@@ -242,9 +242,7 @@ impl Bus {
     }
 
     fn counter(&self, name: &str) -> u64 {
-        let text = self.metrics.render();
-        let values = text.lines().filter(|line| line.starts_with(name)).filter_map(|line| line.rsplit(' ').next());
-        values.map(|value| value.parse::<u64>().expect("a number")).sum()
+        counted(&self.metrics, name)
     }
 
     async fn counts(&self, name: &str, count: u64) {

@@ -27,6 +27,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::store_contract::{new_entry, unique_stream};
+use crate::support::counted;
 use crate::support::redis::{Product, RedisServer};
 
 const CONSUMERS: [&str; 3] = ["a", "b", "c"];
@@ -293,11 +294,7 @@ impl History {
                 lost += 1;
             }
         }
-        let text = self.metrics.render();
-        let sum = |name: &str| -> u64 {
-            let values = text.lines().filter(|line| line.starts_with(name)).filter_map(|line| line.rsplit(' ').next());
-            values.map(|value| value.parse::<u64>().expect("a count")).sum()
-        };
+        let sum = |name| counted(&self.metrics, name);
         let counted = (sum("aurora_bus_lost_total{"), sum("aurora_bus_dead_letters_total{"));
         if self.has_crashed {
             // A process may crash between an answer and its counter.

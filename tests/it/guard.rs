@@ -13,9 +13,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::store_contract::{cursor, new_entry, unique_stream};
 use crate::support::python::Python;
-use crate::support::redis::{Product, RedisServer};
-use crate::support::stores::{connect, on_stores};
-use crate::support::until;
+use crate::support::redis::RedisServer;
+use crate::support::stores::{on_stores, own_redis};
+use crate::support::{counted, until};
 
 const PATIENCE: Duration = Duration::from_mins(1);
 const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
@@ -89,9 +89,7 @@ impl Guarded {
     }
 
     fn counter(&self, name: &str) -> u64 {
-        let text = self.metrics.render();
-        let values = text.lines().filter(|line| line.starts_with(name)).filter_map(|line| line.rsplit(' ').next());
-        values.map(|value| value.parse::<u64>().expect("a number")).sum()
+        counted(&self.metrics, name)
     }
 }
 
@@ -124,15 +122,9 @@ fn agent(server: &RedisServer, stream: &StreamName, name: &str, mode: &str) -> P
     Python::start(WORKER, &[&port, stream.as_str(), "agents", name, mode])
 }
 
-async fn server() -> (RedisServer, Arc<dyn Store>) {
-    let server = RedisServer::start(Product::Redis, &[]).await;
-    let store = connect(&server.url()).await;
-    (server, store)
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_task_of_a_killed_worker_reaches_another_worker_once() {
-    let (server, store) = server().await;
+    let (server, store) = own_redis().await;
     let mut guarded = Guarded::new(store, 15).await;
     guarded.guard("soc-a-guard");
     guarded.guard("soc-b-guard");
@@ -156,7 +148,7 @@ async fn the_task_of_a_killed_worker_reaches_another_worker_once() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_task_that_kills_every_worker_ends_in_the_dead_letters() {
-    let (server, store) = server().await;
+    let (server, store) = own_redis().await;
     let mut guarded = Guarded::new(store, 3).await;
     guarded.guard("soc-a-guard");
     guarded.guard("soc-b-guard");
@@ -184,7 +176,7 @@ async fn a_task_that_kills_every_worker_ends_in_the_dead_letters() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_worker_that_shows_it_is_alive_is_left_alone() {
-    let (server, store) = server().await;
+    let (server, store) = own_redis().await;
     let mut guarded = Guarded::new(store, 15).await;
     guarded.guard("soc-a-guard");
     guarded.publish(&["long"]).await;
@@ -197,7 +189,7 @@ async fn a_slow_worker_that_shows_it_is_alive_is_left_alone() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_destroyed_group_does_not_get_all_its_tasks_once_more() {
-    let (server, store) = server().await;
+    let (server, store) = own_redis().await;
     let mut guarded = Guarded::new(store, 15).await;
     guarded.publish(&["one", "two"]).await;
     let worker = agent(&server, guarded.stream(), "agent-1", "work");

@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use aurora_bus::delivery::GroupConfig;
 use aurora_bus::sink::SinkErrorClass;
 use aurora_bus::store::Store;
 use aurora_bus::store::redis::Config;
@@ -12,28 +11,33 @@ use aurora_bus::store::redis::Config;
 use super::{Bus, Deed, PATIENCE, TestSink, firsts, group};
 use crate::support::proxy::Proxy;
 use crate::support::redis::{Product, RedisServer};
-use crate::support::stores::{TestStore, on};
+use crate::support::stores::own_redis;
 use crate::support::until;
 
-/// A worker that has delivered 1 to 100 on a server of its own.
-async fn settled() -> (Arc<RedisServer>, TestStore, Bus, Arc<TestSink>, GroupConfig) {
-    let server = Arc::new(RedisServer::start(Product::Redis, &[]).await);
-    let test = on(server.clone()).await;
-    let mut bus = Bus::new(test.store.clone()).await;
-    bus.publish(1..=100).await;
+/// A server of its own, with as many entries.
+async fn with_entries(count: u64) -> (RedisServer, Bus) {
+    let (server, store) = own_redis().await;
+    let bus = Bus::new(store).await;
+    bus.publish(1..=count).await;
+    (server, bus)
+}
+
+/// The same with a worker that has delivered 1 to 100.
+async fn settled() -> (RedisServer, Bus, Arc<TestSink>) {
+    let (server, mut bus) = with_entries(100).await;
     let sink = TestSink::takes_all(10);
     let mut config = group();
     config.claim_idle = Duration::from_secs(2);
     config.handler_timeout = Duration::from_secs(1);
-    bus.start("soc-a-0", &sink, config.clone());
+    bus.start("soc-a-0", &sink, config);
     sink.has_taken(100).await;
     bus.is_settled().await;
-    (server, test, bus, sink, config)
+    (server, bus, sink)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flushed_server_gets_its_group_back_and_no_new_entry_is_missed() {
-    let (server, _test, bus, sink, _) = settled().await;
+    let (server, bus, sink) = settled().await;
     server.cli(&["FLUSHALL"]);
     bus.publish(101..=200).await;
     let mut taken = sink.has_taken(200).await;
@@ -45,7 +49,7 @@ async fn a_flushed_server_gets_its_group_back_and_no_new_entry_is_missed() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_destroyed_group_goes_on_where_it_had_handled_everything() {
-    let (server, _test, bus, sink, _) = settled().await;
+    let (server, bus, sink) = settled().await;
     // Each search for idle entries ends with a note of how far the group has come; the second shows the end of the first.
     server.note_commands();
     let searches = || server.commands(&[bus.stream.as_str(), "from"]);
@@ -59,11 +63,8 @@ async fn a_destroyed_group_goes_on_where_it_had_handled_everything() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn dead_letters_that_cannot_be_written_wait_and_hold_up_no_acknowledgement() {
-    let server = Arc::new(RedisServer::start(Product::Redis, &[]).await);
-    let test = on(server.clone()).await;
-    let mut bus = Bus::new(test.store.clone()).await;
+    let (server, mut bus) = with_entries(20).await;
     server.cli(&["SET", bus.dead_letters.as_str(), "in the way"]);
-    bus.publish(1..=20).await;
     let sink = TestSink::new(5, |n, _| if n == 4 { Deed::Fail(SinkErrorClass::Permanent) } else { Deed::Take });
     bus.start("soc-a-0", &sink, group());
     sink.has_taken(19).await;
@@ -147,10 +148,7 @@ async fn a_network_that_breaks_again_and_again_loses_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_result_that_comes_after_another_took_the_entry_over_does_not_count() {
-    let server = Arc::new(RedisServer::start(Product::Redis, &[]).await);
-    let test = on(server.clone()).await;
-    let mut bus = Bus::new(test.store.clone()).await;
-    bus.publish(1..=1).await;
+    let (server, mut bus) = with_entries(1).await;
     // Longer than half of the claim limit: what is settled sooner is settled unasked. What is left of it is time to look.
     let sink = TestSink::new(1, |_, _| Deed::Sleep(Duration::from_secs(5)));
     let mut config = group();

@@ -63,7 +63,7 @@ pub(crate) async fn own_redis() -> (RedisServer, Arc<dyn Store>) {
 }
 
 /// A store on a server, which lives as long as that.
-pub(crate) async fn on(server: Arc<RedisServer>) -> TestStore {
+async fn on(server: Arc<RedisServer>) -> TestStore {
     TestStore::new(connect(&server.url()).await, server)
 }
 
