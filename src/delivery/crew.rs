@@ -3,7 +3,7 @@
 //! A crew looks at each member once it comes and now and then, and hears from the family's [`Roster`] when there is news;
 //! only then workers begin, and end when nothing came for a while. So an idle member costs a look a minute, and one wait
 //! of the store serves all of them. A bounded number of members is worked for at a time; where others wait, they take
-//! turns.
+//! turns. A member that can't be looked at holds up no other.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
