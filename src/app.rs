@@ -345,9 +345,15 @@ fn in_auth((key, message): (String, String)) -> InvalidConfig {
     InvalidConfig(vec![Problem::new(format!("auth.{key}"), message)])
 }
 
-/// Reads the files that `http.tls` names, checks that they fit each other, and tells how long the certificate is valid.
-pub fn check_tls(config: &Config) -> Result<Option<Validity>, InvalidConfig> {
-    config.http.tls.as_ref().map(http::TlsConfig::check).transpose().map_err(in_tls)
+/// Reads the files that `auth` and `http.tls` name, checks that they make sense and fit each other, and tells how long the
+/// certificate is valid.
+pub fn check_files(config: &Config) -> Result<Option<Validity>, InvalidConfig> {
+    let tls = config.http.tls.as_ref().map(http::TlsConfig::check).transpose().map_err(in_tls);
+    match (open_access(config), tls) {
+        (Ok(_), tls) => tls,
+        (Err(access), Ok(_)) => Err(access),
+        (Err(access), Err(tls)) => Err(InvalidConfig([access.0, tls.0].concat())),
+    }
 }
 
 fn in_tls((key, message): Unusable) -> InvalidConfig {

@@ -4,8 +4,11 @@ use std::error::Error;
 use std::io::IsTerminal as _;
 
 use serde::{Deserialize, Serialize};
+use tracing::{Level, Metadata};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::fmt::format::FmtSpan;
+use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::{SubscriberInitExt as _, TryInitError};
 
 /// What is logged, and how.
@@ -56,8 +59,7 @@ pub enum TelemetryError {
 
 /// Starts logging for the whole process.
 pub fn init(config: &Config) -> Result<(), TelemetryError> {
-    // On its finest levels the WebSocket library writes out what clients send, tokens among it.
-    let mut filter = EnvFilter::try_new(&config.level)?.add_directive("tungstenite=info".parse()?);
+    let mut filter = EnvFilter::try_new(&config.level)?;
     if !config.level.contains("fred") {
         // What the Redis client warns of, each failed command of an outage, is told by whoever ran the command.
         filter = filter.add_directive("fred=error".parse()?);
@@ -72,10 +74,14 @@ pub fn init(config: &Config) -> Result<(), TelemetryError> {
         .with_writer(std::io::stderr)
         .with_span_events(FmtSpan::NONE)
         .with_ansi(std::io::stderr().is_terminal());
+    // On its finest levels the WebSocket library writes out what clients send, tokens among it: whatever is asked for.
+    let is_fit =
+        |metadata: &Metadata<'_>| *metadata.level() <= Level::INFO || !metadata.target().starts_with("tungstenite");
     if is_pretty {
-        subscriber.with_target(false).finish().try_init()?;
+        subscriber.with_target(false).finish().with(filter_fn(is_fit)).try_init()?;
     } else {
-        subscriber.json().flatten_event(true).with_current_span(true).with_span_list(false).finish().try_init()?;
+        let subscriber = subscriber.json().flatten_event(true).with_current_span(true).with_span_list(false);
+        subscriber.finish().with(filter_fn(is_fit)).try_init()?;
     }
     Ok(())
 }

@@ -27,7 +27,7 @@ pub(super) async fn check(config: &ConfigArgs, args: CheckArgs) -> anyhow::Resul
     let config = config.load()?;
     let groups: usize = config.streams.iter().map(|stream| stream.groups.len()).sum();
     say(&format!("configuration: {} streams, {groups} groups, {} sinks", config.streams.len(), config.sinks.len()))?;
-    if let Some(validity) = app::check_tls(&config)? {
+    if let Some(validity) = app::check_files(&config)? {
         if !validity.is_now() {
             bail!("http.tls.cert_file: {}", validity.concern().unwrap_or_default());
         }

@@ -45,7 +45,15 @@ pub(super) fn config(trust: Trust<'_>, identity: Option<(&Path, &Path)>) -> anyh
     let chain = certificates(certificate).context("--client-cert-file")?;
     let key = PrivateKeyDer::from_pem_file(key)
         .map_err(|error| anyhow!("--client-key-file: no private key in PEM in {}: {error}", key.display()))?;
-    builder.with_client_auth_cert(chain, key).context("--client-key-file is not the key of --client-cert-file")
+    builder.with_client_auth_cert(chain, key).map_err(|error| match error {
+        Error::InvalidCertificate(error) => {
+            anyhow!(
+                "--client-cert-file: {} holds no certificate of version 3 that can be used: {error}",
+                certificate.display()
+            )
+        }
+        error => anyhow!("--client-key-file is not the key of --client-cert-file: {error}"),
+    })
 }
 
 fn certificates(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {

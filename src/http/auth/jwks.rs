@@ -131,15 +131,17 @@ impl KeySet {
         let known = self.known();
         let found = known.as_deref().map(|known| fitting(known, header)).unwrap_or_default();
         // A set that could be read has no say over keys that were taken out of it, unless it is read again.
-        if let Some(known) = self.refreshed(found.is_empty()).await {
-            let found = fitting(&known, header);
-            return if found.is_empty() { Err(Denied::UnknownKid) } else { Ok(found) };
+        let found = match self.refreshed(found.is_empty()).await {
+            Some(known) => fitting(&known, header),
+            None => found,
+        };
+        if !found.is_empty() {
+            return Ok(found);
         }
-        match known {
-            _ if !found.is_empty() => Ok(found),
-            Some(_) => Err(Denied::UnknownKid),
-            None => Err(Denied::Unavailable),
-        }
+        // Where the set could not be read last, the key may be a new one.
+        let tried = self.tried.lock().await;
+        let is_current = tried.read_at.is_some() && tried.at == tried.read_at;
+        Err(if is_current { Denied::UnknownKid } else { Denied::Unavailable })
     }
 
     fn known(&self) -> Option<Arc<[Known]>> {

@@ -15,7 +15,11 @@ use crate::support::redis::free_port;
 async fn the_log_holds_no_credentials_at_its_finest_level() {
     let mut keys = Keys::default();
     let key = keys.add("ops", &["admin"], None);
-    let home = Home::new(&format!("{STREAMS}\n[log]\nlevel = \"trace\"\n{}{}", keys.toml, issuer_toml()));
+    let home = Home::new(&format!(
+        "{STREAMS}\n[log]\nlevel = \"trace,tungstenite::protocol=trace\"\n{}{}",
+        keys.toml,
+        issuer_toml()
+    ));
     let daemon = home.start().await;
     let good = token("ann", &["admin"], None, 600);
     let expired = {
@@ -105,7 +109,7 @@ fn every_mistake_is_told_with_its_key_and_no_secret() {
     );
     let home = Home::new(&format!("{STREAMS}\n{issuers}"));
     let config = home.path("aurora-bus.toml");
-    for arguments in [&["check", "--connect"][..], &["serve"]] {
+    for arguments in [&["check"][..], &["check", "--connect"], &["serve"]] {
         let arguments = [arguments, &["--config", config.to_str().expect("UTF-8")]].concat();
         let output = home.run(&arguments);
         let told = String::from_utf8(output.stderr).expect("text");

@@ -246,6 +246,14 @@ async fn a_key_set_in_a_file_is_read_again_for_a_key_that_is_not_known() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert_eq!(outcome(&issuers, &old).await, Err(Denied::UnknownKid), "what was taken out is no good any more");
+
+    std::fs::remove_file(file.path()).expect("removed");
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    while outcome(&issuers, &old).await != Err(Denied::Unavailable) {
+        assert!(std::time::Instant::now() < deadline, "a key that can't be looked up is taken for unknown");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(outcome(&issuers, &new).await.is_ok(), "keys that are known stay so");
 }
 
 #[tokio::test]
