@@ -215,11 +215,13 @@ impl Cursor {
                     return Next::Behind;
                 }
                 Lookup::Restarted => {
-                    // The client goes on with the new life of the stream from its beginning.
+                    // The client goes on with the new life of the stream from its beginning; with what is left of the
+                    // same one from where it stands, or from its end.
                     teller.gap(self.ring.stream(), self.position(), None, Reason::StateLost);
                     let mark = self.ring.mark().expect("a ring that restarted has begun");
-                    (self.generation, self.epoch) = (mark.generation, Some(mark.epoch));
-                    (self.after, self.passed_bytes) = (mark.start, None);
+                    let is_same = self.epoch.as_ref() == Some(&mark.epoch);
+                    self.after = if is_same { self.after.min(mark.start) } else { mark.start };
+                    (self.generation, self.epoch, self.passed_bytes) = (mark.generation, Some(mark.epoch), None);
                     self.owe();
                     (self.told, self.lane) = (EntryId::MIN, None);
                 }

@@ -245,8 +245,10 @@ impl Tail {
         if last < place.at {
             tracing::warn!(stream = %self.ring.stream(), "the stream was lost and has begun anew");
             count(&self.gaps.state_lost, 1);
-            self.restart(epoch, EntryId::MIN, Past::default());
-            *place = Place::of(EntryId::MIN, None);
+            // A server that came back with what it had a while ago has lost the end of the same life.
+            let is_older = self.ring.mark().is_some_and(|mark| mark.epoch == epoch);
+            *place = if is_older { Place::of(last, status.as_ref()) } else { Place::of(EntryId::MIN, None) };
+            self.restart(epoch, place.at, Past::default());
         } else if self.ring.mark().is_none_or(|mark| mark.epoch != epoch) {
             tracing::warn!(stream = %self.ring.stream(), "the stream has a new epoch");
             count(&self.gaps.state_lost, 1);

@@ -1,6 +1,8 @@
 //! What is trimmed before the relay has read it.
 
-use aurora_bus::store::{Store as _, Trim};
+use std::sync::Arc;
+
+use aurora_bus::store::{self, Store as _, Trim};
 use futures_util::SinkExt as _;
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
@@ -113,4 +115,35 @@ async fn who_has_seen_nothing_is_told_that_all_was_lost_before_the_relay_has_not
     }
     assert_eq!((&answer["t"], &answer["recovered"]), (&json!("subscribed"), &json!(false)), "{answer}");
     assert_eq!(frame(&mut client).await["t"], "gap");
+}
+
+#[tokio::test]
+async fn what_a_server_still_has_when_it_comes_back_with_older_data_is_not_given_again() {
+    let redis = RedisServer::start(Product::Redis, &[]).await;
+    let config_of = store::redis::Config { url: redis.url().into(), ..store::redis::Config::default() };
+    let store = Fragile::around(Arc::new(config_of.connect().await.expect("a valid configuration")));
+    let server = Server::start(store.clone(), config()).await;
+    let mut plain = server.connect("alerts").await;
+    let mut live = rich(&server, json!({})).await;
+    publish(&*store, &alerts(), numbered(0..10)).await;
+    redis.cli(&["COPY", alerts().as_str(), "{aurora:alerts}:older"]);
+    publish(&*store, &alerts(), numbered(10..20)).await;
+    assert_eq!(plain.texts(20).await, numbered(0..20).collect::<Vec<_>>());
+    for n in 0..20 {
+        assert_eq!(frame(&mut live).await["d"]["n"], n);
+    }
+
+    let is_out = || server.readiness.report().iter().all(|part| part.reason.is_some());
+    store.set_away(true);
+    server.until("the outage is noticed", is_out).await;
+    redis.cli(&["COPY", "{aurora:alerts}:older", alerts().as_str(), "REPLACE"]);
+    store.set_away(false);
+    server.until("the loss is noticed", || server.gaps("state_lost") > 0).await;
+    publish(&*store, &alerts(), numbered(20..25)).await;
+    assert_eq!(plain.texts(5).await, numbered(20..25).collect::<Vec<_>>());
+    let gap = frame(&mut live).await;
+    assert_eq!((&gap["t"], &gap["reason"]), (&json!("gap"), &json!("state_lost")));
+    for n in 20..25 {
+        assert_eq!(frame(&mut live).await["d"]["n"], n);
+    }
 }
