@@ -31,22 +31,22 @@ pub const PROTOCOL: &str = "aurora.v1";
 /// A request, before it is known what it asks for.
 #[derive(Debug, Deserialize)]
 struct Request<'a> {
-    op: &'a str,
+    #[serde(borrow)]
+    op: Cow<'a, str>,
     id: Option<u64>,
-    stream: Option<&'a str>,
-    since: Option<&'a str>,
+    stream: Option<String>,
+    since: Option<String>,
     #[serde(default)]
     snapshot: usize,
     #[serde(borrow)]
     filter: Option<&'a RawValue>,
-    mode: Option<&'a str>,
-    lane: Option<&'a str>,
+    mode: Option<String>,
+    lane: Option<String>,
     #[serde(default)]
     strict: bool,
-    #[serde(borrow)]
-    token: Option<Cow<'a, str>>,
-    s: Option<&'a str>,
-    p: Option<&'a str>,
+    token: Option<String>,
+    s: Option<String>,
+    p: Option<String>,
     batch: Option<BatchRequest>,
 }
 
@@ -153,13 +153,17 @@ pub(super) fn welcome(hub: &Hub, channel: &Channel, expires_at: Option<SystemTim
 /// Does what a text message asks for. Says what to answer, if anything.
 pub(super) fn handle(text: &str, asker: &mut Asker<'_>, hub: &Hub, channel: &Channel) -> Option<String> {
     let (id, outcome) = match serde_json::from_str::<Request<'_>>(text) {
-        Ok(request) if errands::OPS.contains(&request.op) => (request.id, take_on(&request, text, asker)),
+        Ok(request) if errands::OPS.contains(&&*request.op) => (request.id, take_on(&request, text, asker)),
         Ok(request) => (request.id, perform(&request, asker, hub, channel)),
-        Err(error) => (None, Err(Failure::new(400, format!("not a request: {error}")))),
+        Err(error) => {
+            let id =
+                serde_json::from_str::<serde_json::Value>(text).ok().and_then(|request| request.get("id")?.as_u64());
+            (id, Err(Failure::new(400, format!("not a request: {error}"))))
+        }
     };
     match outcome {
         Ok(answer) => answer.map(|answer| answer.to_string()),
-        Err(failure) => Some(refusal(id, failure.code, &failure.message, false)),
+        Err(failure) => Some(refusal(id, failure.code, &failure.message, failure.code == 429)),
     }
 }
 
@@ -186,7 +190,7 @@ fn perform(
         }
         Ok(Some(answer))
     };
-    match request.op {
+    match &*request.op {
         "subscribe" => {
             let stream = stream_of(request, channel)?;
             if subscriptions.of(&stream).is_some() {
@@ -215,13 +219,12 @@ fn perform(
         "filter" => {
             let stream = stream_of(request, channel)?;
             let filter = admission.filter.clone().and(filter_of(request)?);
-            let subscription = subscriptions.of(&stream).ok_or_else(|| not_subscribed(&stream))?;
-            subscription.replace_filter(filter);
-            ok(json!({"s": stream.as_str(), "p": subscription.positions()}))
+            let position = subscriptions.replace_filter(&stream, filter).ok_or_else(|| not_subscribed(&stream))?;
+            ok(json!({"s": stream.as_str(), "p": position}))
         }
         "ack" => {
-            let stream = stream_named(request.s.or(request.stream), channel)?;
-            let position = request.p.and_then(|position| position.parse::<Position>().ok());
+            let stream = stream_named(request.s.as_deref().or(request.stream.as_deref()), channel)?;
+            let position = request.p.as_deref().and_then(|position| position.parse::<Position>().ok());
             let position = position.ok_or_else(|| Failure::new(422, "`p` must be the position of what was seen"))?;
             // Members of families are of no channel, but for those who watch them.
             let subscription = subscriptions.of(&stream);
@@ -265,7 +268,7 @@ fn not_subscribed(stream: &StreamName) -> Failure {
 
 /// The stream that a request names; with one stream in the channel it need not.
 fn stream_of(request: &Request<'_>, channel: &Channel) -> Result<StreamName, Failure> {
-    stream_named(request.stream, channel)
+    stream_named(request.stream.as_deref(), channel)
 }
 
 fn stream_named(stream: Option<&str>, channel: &Channel) -> Result<StreamName, Failure> {
@@ -303,7 +306,7 @@ fn batching_of(request: &Request<'_>) -> Result<Option<Batching>, Failure> {
 
 fn params_of(request: &Request<'_>) -> Result<SubscribeParams, Failure> {
     let invalid = |name: &str, problem: &str| Failure::new(422, format!("`{name}` {problem}"));
-    let is_latest = match request.mode {
+    let is_latest = match request.mode.as_deref() {
         None | Some("lossless") => false,
         Some("latest") => true,
         Some(_) => return Err(invalid("mode", "must be lossless or latest")),
@@ -312,14 +315,23 @@ fn params_of(request: &Request<'_>) -> Result<SubscribeParams, Failure> {
         return Err(invalid("snapshot", &format!("must be a number from 0 to {MAX_SNAPSHOT}")));
     }
     Ok(SubscribeParams {
-        since: request.since.map(str::parse).transpose().map_err(|problem: String| invalid("since", &problem))?,
+        since: request
+            .since
+            .as_deref()
+            .map(str::parse)
+            .transpose()
+            .map_err(|problem: String| invalid("since", &problem))?,
         snapshot: request.snapshot,
         filter: filter_of(request)?,
         meta: false,
         stream: None,
         key: None,
         is_latest,
-        has_lane: request.lane.map_or(Ok(true), params::lane).map_err(|problem| invalid("lane", &problem))?,
+        has_lane: request
+            .lane
+            .as_deref()
+            .map_or(Ok(true), params::lane)
+            .map_err(|problem| invalid("lane", &problem))?,
         is_strict: request.strict,
     })
 }

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::gather::Gathering;
 use super::outgoing::Outgoing;
 use super::subscription::{Fetched, Subscription, Work};
-use super::{Channel, CloseCode, Hub};
+use super::{Channel, CloseCode, Filter, Hub};
 use crate::event::StreamName;
 
 /// The subscriptions of one session: one in plain mode, up to one per stream of the channel in rich mode.
@@ -27,6 +27,14 @@ struct Held {
     gathering: Option<Box<Gathering>>,
 }
 
+impl Held {
+    /// Where the client stands: it has not been given what waits.
+    fn position(&self) -> String {
+        let waiting = self.gathering.as_ref().and_then(|gathering| gathering.position());
+        waiting.map_or_else(|| self.subscription.positions(), str::to_owned)
+    }
+}
+
 impl Subscriptions {
     pub(super) fn add(&mut self, subscription: Subscription) {
         self.add_gathered(subscription, None);
@@ -42,9 +50,14 @@ impl Subscriptions {
     /// Ends the subscription to a stream, if there is one, and says where it stood.
     pub(super) fn remove(&mut self, stream: &StreamName) -> Option<String> {
         let index = self.held.iter().position(|held| held.subscription.is_to(stream))?;
-        let Held { subscription, gathering, .. } = self.held.swap_remove(index);
-        let waiting = gathering.as_ref().and_then(|gathering| gathering.position());
-        Some(waiting.map_or_else(|| subscription.positions(), str::to_owned))
+        Some(self.held.swap_remove(index).position())
+    }
+
+    /// Lets something else pass from where the client stands, and says where that is, if there is such a subscription.
+    pub(super) fn replace_filter(&mut self, stream: &StreamName, filter: Filter) -> Option<String> {
+        let held = self.held.iter_mut().find(|held| held.subscription.is_to(stream))?;
+        held.subscription.replace_filter(filter);
+        Some(held.position())
     }
 
     /// The subscription to a stream.

@@ -262,3 +262,25 @@ async fn events_come_in_arrays_where_that_is_asked_for_each_once_and_in_order() 
     assert_eq!((&left["t"], &left["p"]), (&json!("ok"), &last));
     daemon.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_filter_that_is_replaced_while_events_wait_tells_where_those_begin() {
+    let home = home("");
+    let daemon = home.start().await;
+    let mut dashboard = open(&daemon).await;
+    let subscribe = json!({"op": "subscribe", "id": 1, "since": "earliest", "batch": {"max": 100, "ms": 5_000}});
+    say(&mut dashboard, subscribe).await;
+    let subscribed = frame(&mut dashboard).await;
+    assert_eq!(frame(&mut dashboard).await["t"], "live");
+    daemon.publish("aurora:alerts", &["{\"n\":1}".to_owned(), "{\"n\":2}".to_owned()]).await.expect("accepted");
+    let mut watcher = daemon.watch("/api/v1/ws/alerts?since=earliest&stream=aurora:alerts").await;
+    for expected in ["{\"n\":1}", "{\"n\":2}"] {
+        assert_eq!(next_text(&mut watcher).await, expected);
+    }
+    assert_eq!(ask(&mut dashboard, json!({"op": "ping", "id": 2})).await["t"], "pong");
+    let replaced = ask(&mut dashboard, json!({"op": "filter", "id": 3})).await;
+    assert_eq!((&replaced["t"], &replaced["p"]), (&json!("ok"), &subscribed["from"]), "nothing was given yet");
+    let events = frame(&mut dashboard).await;
+    assert_eq!((&events["t"], events["e"].as_array().map(Vec::len)), (&json!("events"), Some(2)));
+    daemon.stop().await;
+}
