@@ -59,7 +59,8 @@ pub(super) async fn open(
 
 fn params(query: Option<&str>, headers: &HeaderMap) -> Result<SubscribeParams, BadParameter> {
     let mut params = SubscribeParams::parse(query.unwrap_or_default())?;
-    if let Some(seen) = headers.get(LAST_EVENT_ID).and_then(|seen| seen.to_str().ok()).filter(|seen| !seen.is_empty()) {
+    let seen = headers.get(LAST_EVENT_ID).map(|seen| String::from_utf8_lossy(seen.as_bytes()));
+    if let Some(seen) = seen.filter(|seen| !seen.is_empty()) {
         let since = seen.parse().map_err(|problem| BadParameter { name: "Last-Event-ID", problem })?;
         params.since = Some(since);
     }

@@ -33,10 +33,13 @@ impl Begin {
 /// A position of none of the `known` epochs belongs to a life that is over, and it can't be told of which stream: one
 /// without a position of its own begins with its oldest entry then. Otherwise it begins a little before the oldest
 /// position, because the client has seen nothing of it that it could name. Without `known` epochs, because there are
-/// streams that have not begun, every position is taken for one of a living stream.
-pub(super) fn resolve(positions: &[Position], epoch: &Epoch, known: Option<&[Epoch]>) -> Begin {
-    if let Some(after) = positions.iter().filter(|p| p.epoch == *epoch).map(|p| p.id).min() {
-        return Begin::after(after);
+/// streams that have not begun, every position is taken for one of a living stream. One later than `latest_ms` was never
+/// given to anybody: it is as good as one of a lost life.
+pub(super) fn resolve(positions: &[Position], epoch: &Epoch, known: Option<&[Epoch]>, latest_ms: u64) -> Begin {
+    match positions.iter().filter(|p| p.epoch == *epoch).map(|p| p.id).min() {
+        Some(after) if after.ms > latest_ms => return Begin { is_gap: true, ..Begin::at(EntryId::MIN) },
+        Some(after) => return Begin::after(after),
+        None => {}
     }
     let is_known = |position: &Position| known.is_none_or(|known| known.contains(&position.epoch));
     if !positions.iter().all(is_known) {
@@ -70,7 +73,7 @@ mod tests {
     fn begins(positions: &[&str], streams: &[&str], known: &[&str]) -> Vec<Begin> {
         let positions: Vec<Position> = positions.iter().map(|text| text.parse().expect("a position")).collect();
         let known: Vec<Epoch> = known.iter().map(|name| epoch(name)).collect();
-        streams.iter().map(|name| resolve(&positions, &epoch(name), Some(&known))).collect()
+        streams.iter().map(|name| resolve(&positions, &epoch(name), Some(&known), 1_000_000)).collect()
     }
 
     fn seen(ms: u64) -> Begin {
@@ -101,9 +104,16 @@ mod tests {
     }
 
     #[test]
+    fn a_position_that_was_never_given_is_a_gap_and_begins_with_the_oldest_entry() {
+        let gap = Begin { is_gap: true, ..Begin::at(EntryId::MIN) };
+        assert_eq!(begins(&["a:1000000-0"], &["a"], &["a"]), [seen(1_000_000)]);
+        assert_eq!(begins(&["a:1000001-0"], &["a"], &["a"]), [gap]);
+    }
+
+    #[test]
     fn as_long_as_a_stream_has_not_begun_no_position_counts_as_lost() {
         let positions = ["a:100000-0".parse().expect("a position")];
-        assert_eq!(resolve(&positions, &epoch("b"), None), Begin::at(id(90_000).previous()));
+        assert_eq!(resolve(&positions, &epoch("b"), None, u64::MAX), Begin::at(id(90_000).previous()));
     }
 
     #[test]

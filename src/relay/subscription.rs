@@ -14,6 +14,9 @@ use super::shelf::Outcome;
 use super::{Channel, CloseCode, Filter, Hub, Since, SubscribeParams};
 use crate::event::{EntryId, Position, StreamName};
 
+/// How far ahead of what there is a position may be, in ms: other instances may have read more, and clocks differ.
+const AHEAD_MS: u64 = 60_000;
+
 /// What a client asked for and how far it is.
 #[derive(Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
@@ -132,7 +135,11 @@ impl Subscription {
                 Start::Now | Start::Snapshot(_) => Begin::after(head),
                 Start::Earliest => Begin::at(EntryId::MIN),
                 Start::At(ms) => Begin::at(EntryId::new(*ms, 0).previous().min(head)),
-                Start::Positions(positions) => resolve(positions, &mark.epoch, known.as_deref()),
+                Start::Positions(positions) => {
+                    let latest_ms = mark.last.ms.max(self.began_ms).saturating_add(AHEAD_MS);
+                    let begin = resolve(positions, &mark.epoch, known.as_deref(), latest_ms);
+                    if begin.is_owed { begin } else { Begin { after: begin.after.min(head), ..begin } }
+                }
             };
             if begin.is_gap {
                 let stream = cursor.ring.stream();
@@ -154,7 +161,6 @@ impl Subscription {
     /// Adds what can be written now.
     pub(super) fn fill(&mut self, hub: &Hub, channel: &Channel, out: &mut Outgoing) {
         self.begin(hub, channel);
-        let alerts_before = out.alerts;
         let was_lagging = self.is_lagging;
         if was_lagging {
             self.overtake(hub, channel, out);
@@ -190,19 +196,26 @@ impl Subscription {
                 if !is_behind && !self.cursors.iter().any(Cursor::is_beginning) {
                     self.is_live = true;
                     self.cursors.iter_mut().for_each(|cursor| cursor.reach_head(&mut self.notices));
+                    if !self.notices.is_empty() {
+                        // Whoever breaks off before there is an alert comes back to this place.
+                        self.push_ids(out);
+                    }
                     self.tell(out);
                 }
                 break;
             };
             // Two streams may give the same id.
-            self.cursors[index].take(bound.max(first.next()), &self.filter, self.form, self.began_ms, out);
+            let mut bound = bound.max(first.next());
+            if matches!(self.form, Form::EventStream { ids: false, .. }) {
+                // What tells where a client stands in several streams can't be shared with others.
+                bound = first.next();
+                out.push(self.id_at(index, first).into());
+            }
+            self.cursors[index].take(bound, &self.filter, self.form, self.began_ms, out);
             self.is_lagging = true;
         }
         if self.is_lagging && !was_lagging {
             self.overtake(hub, channel, out);
-        }
-        if out.alerts > alerts_before {
-            self.push_ids(out);
         }
     }
 
@@ -261,11 +274,21 @@ impl Subscription {
         }
     }
 
-    /// Tells a client of several streams that knows one id only where it stands in all of them.
+    /// Tells a reader of an event stream where it stands in all streams.
     fn push_ids(&self, out: &mut Outgoing) {
-        if matches!(self.form, Form::EventStream { ids: false, .. }) {
+        if matches!(self.form, Form::EventStream { .. }) {
             out.push(format!("id: {}\n\n", self.positions()).into());
         }
+    }
+
+    /// The line of an event that tells where its reader stands in all streams once it has it: `id`, of the cursor with
+    /// this index.
+    fn id_at(&self, index: usize, id: EntryId) -> String {
+        let at = |(i, cursor): (usize, &Cursor)| {
+            let position = cursor.position()?;
+            Some(if i == index { Position { id, ..position } } else { position })
+        };
+        format!("id: {}\n", joined(self.cursors.iter().enumerate().filter_map(at)))
     }
 
     /// Answers the request that made this, once it is known where it begins, and whether that can be given.

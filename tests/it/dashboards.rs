@@ -198,6 +198,7 @@ async fn what_a_rich_client_gets_wrong_is_told_and_it_goes_on() {
     let cases = [
         (json!([1]), 400, "not a request"),
         (json!({"op": "fly", "id": 9}), 400, "no op `fly`"),
+        (subscribe(json!({"snapshot": "5"})), 400, "not a request"),
         (subscribe(json!({"stream": "aurora:audit"})), 404, "aurora:alerts, aurora:cps:alerts"),
         (json!({"op": "subscribe", "id": 9}), 422, "`stream` is missing"),
         (subscribe(json!({"since": "yesterday"})), 422, "`since`"),
@@ -209,7 +210,11 @@ async fn what_a_rich_client_gets_wrong_is_told_and_it_goes_on() {
     for (request, code, words) in cases {
         rich.send(request.clone()).await;
         let error = rich.expect("error").await;
-        assert_eq!(error["code"], code, "{request}: {error}");
+        assert_eq!(
+            (&error["code"], error.get("id")),
+            (&json!(code), request.get("id").or(Some(&Value::Null))),
+            "{error}"
+        );
         assert!(error["msg"].as_str().is_some_and(|message| message.contains(words)), "{request}: {error}");
     }
     rich.send(json!({"op": "not known, and nobody waits"})).await;
@@ -220,6 +225,9 @@ async fn what_a_rich_client_gets_wrong_is_told_and_it_goes_on() {
     assert_eq!(rich.expect("error").await["code"], 409);
     rich.send(json!({"op": "ping", "id": 5})).await;
     assert_eq!(rich.expect("pong").await["id"], 5);
+    let escaped = r#"{"op":"p\u0069ng","id":6,"stream":"aurora\u003aalerts"}"#;
+    rich.0.send(Message::text(escaped)).await.expect("sent");
+    assert_eq!(rich.expect("pong").await["id"], 6);
     daemon.stop().await;
 }
 
@@ -279,8 +287,9 @@ async fn an_event_source_resumes_by_its_last_event_id() {
     let past = feed.until("\n\n", 250).await;
     let data = past.lines().filter_map(|line| line.strip_prefix("data: "));
     assert!(data.eq(numbered(0..250)));
-    assert!(feed.until("\n\n", 1).await.starts_with("event: live\n"));
     let last_id = past.lines().filter_map(|line| line.strip_prefix("id: ")).next_back().expect("ids").to_owned();
+    assert_eq!(feed.until("\n\n", 1).await, format!("id: {last_id}\n\n"));
+    assert!(feed.until("\n\n", 1).await.starts_with("event: live\n"));
     drop(feed);
     publish(&daemon, ALERTS, 250..260).await;
     relayed(&daemon, ALERTS, 0..260).await;
@@ -297,11 +306,15 @@ async fn an_event_source_of_two_streams_has_one_id_for_both() {
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     let mut feed = Feed::open(&daemon, "", &[EVENTS]).await;
+    let begun = feed.until("event: live", 2).await;
+    assert!(begun.starts_with("id: "), "{begun}");
+    feed.until("\n\n", 1).await;
     publish(&daemon, ALERTS, [0]).await;
-    let first = feed.until("id: ", 1).await;
-    assert!(first.ends_with(&format!("data: {}\n\nid: ", numbered([0])[0])), "{first}");
-    let id = feed.until("\n\n", 1).await;
-    assert_eq!(id.trim().split(',').count(), 2, "{id}");
+    let first = feed.until("\n\n", 1).await;
+    let (id, data) = first.trim().split_once('\n').expect("two lines");
+    assert_eq!(data, format!("data: {}", numbered([0])[0]));
+    let id = id.strip_prefix("id: ").expect("an id").to_owned();
+    assert_eq!(id.split(',').count(), 2, "{id}");
     drop(feed);
     publish(&daemon, CPS, [1]).await;
     relayed(&daemon, CPS, [1]).await;

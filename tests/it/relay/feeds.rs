@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::server::{PATIENCE, Server, alerts, cps_alerts, publish};
 use super::store::Fragile;
-use super::{config, member, numbered, tiny_ring};
+use super::{config, member, number, numbered, tiny_ring};
 
 fn open(server: &Server, query: &str, stop: CancellationToken) -> Feed {
     let params = SubscribeParams::parse(query).expect("valid");
@@ -70,13 +70,51 @@ async fn who_reads_several_streams_is_live_while_one_of_them_cannot_be_read() {
     let params = SubscribeParams::parse("since=earliest").expect("valid");
     let (form, peer, stop) = (FeedForm::EventStream, [127, 0, 0, 1].into(), CancellationToken::new());
     let mut feed = server.relay.feed("alerts", params, form, peer, Admission::default(), stop).expect("let in");
-    let kind = |words: &String| words.lines().next().map(ToOwned::to_owned).expect("a line");
     let first = told(&mut feed, 3).await;
-    assert_eq!(first.iter().map(kind).take(2).collect::<Vec<_>>(), [r#"data: {"n":0}"#, "event: live"]);
-    assert!(first[1].contains(alerts().as_str()), "{first:?}");
+    assert!(first[0].ends_with(r#"data: {"n":0}"#) && first[2].starts_with("event: live"), "{first:?}");
+    assert!(first[2].contains(alerts().as_str()), "{first:?}");
     publish(&*store.beneath(), &cps_alerts(), numbered(1..2)).await;
     store.spoil(None);
     let late = told(&mut feed, 3).await;
-    assert_eq!(late.iter().map(kind).take(2).collect::<Vec<_>>(), [r#"data: {"n":1}"#, "event: live"]);
-    assert!(late[1].contains(cps_alerts().as_str()), "{late:?}");
+    assert!(late[0].ends_with(r#"data: {"n":1}"#) && late[2].starts_with("event: live"), "{late:?}");
+    assert!(late[2].contains(cps_alerts().as_str()), "{late:?}");
+}
+
+/// The last id among what was told.
+fn last_id(told: &[String]) -> String {
+    let mut ids = told.iter().flat_map(|words| words.lines()).filter_map(|line| line.strip_prefix("id: "));
+    ids.next_back().expect("an id").to_owned()
+}
+
+#[tokio::test]
+async fn who_reads_several_streams_as_events_goes_on_after_the_last_one() {
+    let server = Server::start(Fragile::open().await, config()).await;
+    let open_at = |since: &str| {
+        let params = SubscribeParams::parse(&format!("since={since}")).expect("valid");
+        let (peer, stop) = ([127, 0, 0, 1].into(), CancellationToken::new());
+        server.relay.feed("alerts", params, FeedForm::EventStream, peer, Admission::default(), stop).expect("let in")
+    };
+    let data = |told: &[String]| -> Vec<usize> {
+        let lines = told.iter().flat_map(|words| words.lines()).filter_map(|line| line.strip_prefix("data: {\"n\""));
+        lines.map(number).collect()
+    };
+    // Where it is to go on is known before there is an alert.
+    let mut feed = open_at("earliest");
+    let begun = told(&mut feed, 3).await;
+    assert!(begun[0].starts_with("id: ") && begun[1].starts_with("event: live"), "{begun:?}");
+    drop(feed);
+    for n in 0..10 {
+        server.publish(&alerts(), numbered([2 * n])).await;
+        let published = server.publish(&cps_alerts(), numbered([2 * n + 1])).await;
+        server.until_relayed(&cps_alerts(), &published).await;
+    }
+    let (mut at, mut seen) = (last_id(&begun), Vec::new());
+    for _ in 0..20 {
+        let mut feed = open_at(&at);
+        // It breaks off in the middle of what was written at once.
+        let told = told(&mut feed, 1).await;
+        seen.extend(data(&told[..1]));
+        at = last_id(&told[..1]);
+    }
+    assert_eq!(seen, (0..20).collect::<Vec<_>>());
 }
