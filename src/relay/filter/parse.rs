@@ -1,6 +1,7 @@
 //! Filters as JSON, and what can be wrong with them.
 
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::{Attribute, Filter, Node, Severities, Test};
 use crate::event::Severity;
@@ -56,6 +57,14 @@ impl Filter {
         let written = serde_json::from_str(json).map_err(|error| invalid("", format!("is no filter: {error}")))?;
         let mut budget = MAX_NODES;
         compile(written, "", 1, &mut budget).map(Self::new)
+    }
+
+    /// The same of a tree that was read already, or is a text in other JSON.
+    pub fn from_value(value: &Value) -> Result<Self, InvalidFilter> {
+        match value {
+            Value::String(text) => Self::parse(text),
+            tree => Self::parse(&tree.to_string()),
+        }
     }
 }
 
@@ -265,6 +274,19 @@ mod tests {
         let too_deep =
             format!(r#"{{"op":"not","nodes":[{}]}}"#, deep.replace("[]", r#"[{"key":"source","cmp":"exists"}]"#));
         assert!(Filter::parse(&too_deep).is_err_and(|invalid| invalid.problem.contains("4 levels")));
+    }
+
+    #[test]
+    fn a_tree_is_the_same_as_its_text() {
+        let text = r#"{"op":"not","nodes":[{"key":"source","cmp":"in","vals":["a","b"]}]}"#;
+        let (tree, filter) = (serde_json::from_str(text).expect("JSON"), Filter::parse(text));
+        assert!(filter.is_ok());
+        assert_eq!(Filter::from_value(&tree), filter);
+        assert_eq!(Filter::from_value(&Value::from(text)), filter);
+        for senseless in [Value::Null, Value::from(true), Value::from(""), serde_json::json!([]), serde_json::json!({})]
+        {
+            assert!(Filter::from_value(&senseless).is_err(), "{senseless}");
+        }
     }
 
     proptest! {
