@@ -8,6 +8,7 @@ use jiff::Timestamp;
 
 use super::{ConfigArgs, say, tell};
 use crate::http::{AuthConfig, KeyConfig, KeyHash, Scope, TokenRequest, new_key, sign};
+use crate::relay::Filter;
 
 /// What to make.
 #[derive(Debug, Subcommand)]
@@ -30,6 +31,9 @@ pub(super) struct KeyArgs {
     /// The one tenant whose entries it lets see and publish
     #[arg(long)]
     tenant: Option<String>,
+    /// What of the entries it lets see at most, as JSON: {"key":"severity","cmp":"gte","val":"high"}
+    #[arg(long)]
+    filter: Option<String>,
     /// How long it is good for, such as 90d
     #[arg(long, value_parser = lifetime)]
     expires_in: Option<Duration>,
@@ -50,6 +54,9 @@ pub(super) struct JwtArgs {
     /// The tenant that it is bound to
     #[arg(long)]
     tenant: Option<String>,
+    /// What of the entries it lets see at most, as JSON: {"key":"severity","cmp":"gte","val":"high"}
+    #[arg(long)]
+    filter: Option<String>,
     /// How long it is good for
     #[arg(long, default_value = "1h", value_parser = lifetime)]
     expires_in: Duration,
@@ -71,8 +78,8 @@ fn key(args: KeyArgs) -> anyhow::Result<()> {
     let expires = args.expires_in.map(|time| Timestamp::now().checked_add(time)).transpose();
     let expires = expires.context("--expires-in is too long")?;
     let expires = expires.and_then(|time| Timestamp::from_second(time.as_second()).ok());
-    let KeyArgs { name, scope: scopes, tenant, .. } = args;
-    let declared = KeyConfig { name, hash: KeyHash::of(&key), scopes, tenant, expires };
+    let KeyArgs { name, scope: scopes, tenant, filter, .. } = args;
+    let declared = KeyConfig { name, hash: KeyHash::of(&key), scopes, tenant, filter, expires };
     let auth = AuthConfig { keys: vec![declared.clone()], ..AuthConfig::default() };
     if let Some((path, problem)) = auth.problems().into_iter().next() {
         bail!("--{}: {problem}", path.rsplit('.').next().unwrap_or(&path));
@@ -93,7 +100,11 @@ fn jwt(config: &ConfigArgs, args: JwtArgs) -> anyhow::Result<()> {
         (None, _) => bail!("several issuers are configured: name one by --issuer"),
     };
     let issuer = issuer.with_context(|| format!("there is no issuer `{}`", args.issuer.unwrap_or_default()))?;
-    let JwtArgs { subject, scope: scopes, tenant, expires_in: lifetime, .. } = args;
-    say(&sign(issuer, &TokenRequest { subject, scopes, tenant, lifetime })?)?;
+    let JwtArgs { subject, scope: scopes, tenant, filter, expires_in: lifetime, .. } = args;
+    if let Some(invalid) = filter.as_deref().and_then(|text| Filter::parse(text).err()) {
+        bail!("--filter: is refused: {invalid}");
+    }
+    let filter = filter.map(|text| serde_json::from_str(&text)).transpose().context("--filter is no JSON")?;
+    say(&sign(issuer, &TokenRequest { subject, scopes, tenant, filter, lifetime })?)?;
     Ok(())
 }

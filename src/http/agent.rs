@@ -195,8 +195,8 @@ impl Agent {
         if request.op == "publish" {
             return self.publish(request);
         }
-        if self.principal.tenant().is_some() {
-            return Err(ApiError::from(&Denied::AllTenants));
+        if self.principal.is_bounded() {
+            return Err(ApiError::from(&Denied::AllEntries));
         }
         match request.op.as_str() {
             "pull" => self.pull(request),

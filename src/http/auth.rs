@@ -1,9 +1,9 @@
 //! Access: who asks, and what they may do, on every route.
 //!
-//! Owns the keys and issuers that are believed, where credentials are looked for, the scopes, the tickets, and the
-//! binding of principals to tenants. Promises that with credentials asked for nobody gets past without them, that a
-//! principal bound to a tenant is shown nothing else on any path, and that nothing of what callers show is ever
-//! printed. Knows nothing of what the routes do: those ask [`Access`] and [`Principal`].
+//! Owns the keys and issuers that are believed, where credentials are looked for, the scopes, the tickets, and what of
+//! the entries each principal may see: its tenant's, and what its own filter lets pass. Promises that with credentials
+//! asked for nobody gets past without them, that a principal is shown nothing else on any path, and that nothing of what
+//! callers show is ever printed. Knows nothing of what the routes do: those ask [`Access`] and [`Principal`].
 
 mod config;
 mod extract;
@@ -32,7 +32,7 @@ pub(super) use principal::Principal;
 pub(super) use scope::Deed;
 pub(super) use ticket::LIFETIME as TICKET_LIFETIME;
 
-use crate::relay::{Admission, NotRenewed, Renewal};
+use crate::relay::{Admission, InvalidFilter, NotRenewed, Renewal};
 use extract::Credential;
 use jwt::Issuers;
 use keys::Keys;
@@ -41,7 +41,8 @@ use ticket::Tickets;
 /// The placeholder of families of streams that are of one tenant each.
 pub(super) const TENANT: &str = "tenant";
 
-/// Why someone is not let in, or may not do something. Holds nothing of what was shown.
+/// Why someone is not let in, or may not do something. Holds nothing of what was shown, but for what is wrong with the
+/// filter in a token that is believed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Denied {
     #[error("the stream is another tenant's, and you are bound to `{0}`")]
@@ -76,12 +77,14 @@ pub(super) enum Denied {
     Claim(&'static str),
     #[error("the token must name one tenant")]
     Tenant,
+    #[error("the claim `{0}` of the token is refused: {1}")]
+    Filter(String, InvalidFilter),
     #[error("the keys of the token's issuer can't be read now")]
     Unavailable,
     #[error("the scope {0} is needed")]
     Scope(String),
-    #[error("this shows what all tenants have, and you are bound to one")]
-    AllTenants,
+    #[error("this is about all entries, and you may see those of one tenant or of a filter alone")]
+    AllEntries,
 }
 
 /// Who is let in, and to what. Cheap to clone.
@@ -117,7 +120,7 @@ impl Access {
         let inner = Inner {
             is_required,
             are_metrics_open,
-            keys: Keys::new(&config.keys),
+            keys: Keys::new(&config.keys)?,
             issuers: Issuers::open(&config.issuers)?,
             tickets: Tickets::default(),
         };
@@ -204,7 +207,7 @@ impl Renewal for Renewer {
                 _ => NotRenewed::Unauthenticated(denied.to_string()),
             })?;
             if !renewed.is_same(&principal) {
-                let text = "the token is another principal's or tenant's: connect anew with it";
+                let text = "the token is another principal's or tenant's, or has another filter: connect anew with it";
                 return Err(NotRenewed::Forbidden(text.to_owned()));
             }
             if !renewed.may_all_of(&principal) {

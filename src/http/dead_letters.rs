@@ -193,8 +193,8 @@ pub(super) struct DiscardedView {
 
 /// `GET /api/v1/dead-letters`: the streams of dead letters, and how full they are.
 pub(super) async fn streams(State(api): State<Api>, principal: Principal) -> Result<Json<StreamsView>, ApiError> {
-    if principal.tenant().is_some() {
-        return Err(ApiError::from(&Denied::AllTenants));
+    if principal.is_bounded() {
+        return Err(ApiError::from(&Denied::AllEntries));
     }
     let mut views = Vec::new();
     for (stream, of) in api.inner.dead_letters.streams() {
@@ -426,8 +426,7 @@ fn scope(api: &Api, name: &str, principal: &Principal) -> Result<Scope, ApiError
     let known = || api.inner.bus.catalogue().names();
     let scope = api.inner.dead_letters.scope(name).ok_or_else(|| ApiError::no_such_stream(name, known()))?;
     let principal = principal.clone();
-    let is_bound = principal.tenant().is_some();
-    let sight = if is_bound { Sight::only(move |entry| principal.sees(entry)) } else { Sight::default() };
+    let sight = if principal.is_bounded() { Sight::only(move |entry| principal.sees(entry)) } else { Sight::default() };
     Ok(Scope { sight, ..scope })
 }
 

@@ -238,7 +238,7 @@ impl From<&Denied> for ApiError {
     fn from(denied: &Denied) -> Self {
         match denied {
             Denied::Unavailable => Self::auth_unavailable(denied.to_string()),
-            Denied::Scope(_) | Denied::AllTenants | Denied::OtherTenant(_) => Self::forbidden(denied.to_string()),
+            Denied::Scope(_) | Denied::AllEntries | Denied::OtherTenant(_) => Self::forbidden(denied.to_string()),
             _ => Self::unauthenticated(denied.to_string()),
         }
     }

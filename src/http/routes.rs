@@ -27,7 +27,7 @@ pub enum Need {
     PublishEach,
     /// `read:` for the stream in the path; `admin` where that holds dead letters.
     Read,
-    /// `consume:` for the stream in the path, and not bound to a tenant: a group's entries are of all tenants.
+    /// `consume:` for the stream in the path, and no bounds to what may be seen: a group has all entries.
     Consume,
     /// `ws:` for the channel in the path. Asked for by the handler, since pages are told by a close code.
     Watch,
@@ -163,8 +163,8 @@ fn check(api: &Api, principal: &Principal, need: Need, stream: &str) -> Result<(
     if let Ok(stream) = stream.parse() {
         keep_to_tenant(api, principal, &stream)?;
     }
-    let is_of_all_tenants = matches!(need, Need::Metrics | Need::Consume);
-    if is_of_all_tenants && principal.tenant().is_some() { Err(Denied::AllTenants) } else { Ok(()) }
+    let is_of_all_entries = matches!(need, Need::Metrics | Need::Consume);
+    if is_of_all_entries && principal.is_bounded() { Err(Denied::AllEntries) } else { Ok(()) }
 }
 
 /// Who is bound to a tenant has to do with this tenant's streams alone, whatever the scopes say.

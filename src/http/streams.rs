@@ -36,7 +36,7 @@ const READ_BYTES: usize = 4 * 1024 * 1024;
 #[derive(Debug, Serialize)]
 pub(super) struct StreamView {
     name: String,
-    /// Of all tenants, like everything here that may be absent: not shown to those who are bound to one.
+    /// Of all entries, like everything here that may be absent: not shown to those who may see some of them alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     length: Option<u64>,
     first_id: Option<String>,
@@ -385,7 +385,7 @@ fn family(roster: &Roster, principal: &Principal, with_streams: bool) -> StreamV
     };
     let is_shown = |stream: &StreamName| is_own(stream) && principal.may(Deed::Read(stream.as_str()));
     let names = || roster.members().into_iter().filter(is_shown).map(String::from).collect();
-    let keys = principal.tenant().is_none().then(|| roster.len());
+    let keys = (!principal.is_bounded()).then(|| roster.len());
     let view = FamilyView { max_keys: roster.max_keys(), keys, streams: with_streams.then(names) };
     StreamView {
         name: family.to_string(),
@@ -402,9 +402,9 @@ fn family(roster: &Roster, principal: &Principal, with_streams: bool) -> StreamV
 }
 
 impl StreamView {
-    /// Without what is of all tenants, for those who are bound to one.
+    /// Without what is of all entries, for those who may see some of them alone.
     fn for_eyes_of(self, principal: &Principal) -> Self {
-        if principal.tenant().is_none() {
+        if !principal.is_bounded() {
             return self;
         }
         Self { length: None, entries_added: None, removed_by_others: None, groups: None, dead_letters: None, ..self }

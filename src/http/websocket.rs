@@ -174,7 +174,7 @@ async fn principal_and_admission(
         super::routes::refuse(api, &denied);
         let text = denied.to_string();
         match denied {
-            Denied::Scope(_) | Denied::AllTenants | Denied::OtherTenant(_) => Refused::Forbidden(text),
+            Denied::Scope(_) | Denied::AllEntries | Denied::OtherTenant(_) => Refused::Forbidden(text),
             Denied::Unavailable => Refused::Unavailable(text),
             _ => Refused::Unauthenticated(text),
         }

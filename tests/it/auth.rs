@@ -1,6 +1,7 @@
 //! Access as callers meet it, on the real binary: keys, tokens, scopes, tenants, tickets.
 
 mod expiry;
+mod filters;
 mod issuers;
 mod secrets;
 mod tenants;
@@ -74,10 +75,16 @@ fn issuer() -> IssuerConfig {
 
 /// A token of that issuer.
 pub(crate) fn token(subject: &str, scopes: &[&str], tenant: Option<&str>, seconds: u64) -> String {
+    filtered_token(subject, scopes, tenant, None, seconds)
+}
+
+/// The same with a filter, or something else in its place.
+fn filtered_token(subject: &str, scopes: &[&str], tenant: Option<&str>, filter: Option<Value>, seconds: u64) -> String {
     let request = TokenRequest {
         subject: subject.to_owned(),
         scopes: scopes.iter().map(|scope| scope.parse().expect("a scope")).collect(),
         tenant: tenant.map(str::to_owned),
+        filter,
         lifetime: Duration::from_secs(seconds),
     };
     sign(&issuer(), &request).expect("a token")

@@ -13,6 +13,7 @@ use url::{Host, Url};
 
 use super::keys::KeyHash;
 use super::scope::Scope;
+use crate::relay::Filter;
 use crate::secret::masked;
 
 /// The shortest secret that tokens may be signed with: that of its hash.
@@ -76,6 +77,10 @@ pub struct KeyConfig {
     /// The one tenant whose entries it lets see and publish; all by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tenant: Option<String>,
+    /// What of the entries it lets see at most, as JSON: a tree such as dashboards ask for, see
+    /// [`Filter::parse`](crate::relay::Filter::parse).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filter: Option<String>,
     /// From when on it is no good, in RFC 3339.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires: Option<Timestamp>,
@@ -120,6 +125,9 @@ pub struct IssuerConfig {
     /// The claim that names the tenant.
     #[serde(default = "default_tenant_claim")]
     pub tenant_claim: String,
+    /// The claim that says what of the entries the token lets see at most: the tree of a filter, or its text.
+    #[serde(default = "default_filter_claim")]
+    pub filter_claim: String,
     /// Whether a token without a tenant is refused, instead of letting see all tenants.
     #[serde(default)]
     pub require_tenant: bool,
@@ -135,6 +143,10 @@ const fn default_refresh_floor() -> Duration {
 
 fn default_tenant_claim() -> String {
     "tenant".to_owned()
+}
+
+fn default_filter_claim() -> String {
+    "filter".to_owned()
 }
 
 impl AuthConfig {
@@ -182,6 +194,14 @@ impl AuthConfig {
 }
 
 impl KeyConfig {
+    /// What its filter lets see; everything without one. Fails with what is wrong with it.
+    pub(super) fn sight(&self) -> Result<Filter, String> {
+        let filter = self.filter.as_deref().map(Filter::parse).transpose();
+        let example = r#"{"key":"severity","cmp":"gte","val":"high"}"#;
+        let filter = filter.map_err(|invalid| format!("is refused: {invalid}; a filter is JSON such as {example}"))?;
+        Ok(filter.unwrap_or_default())
+    }
+
     fn problems(&self) -> Vec<(&'static str, String)> {
         let mut problems = Vec::new();
         let is_name = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
@@ -194,6 +214,7 @@ impl KeyConfig {
         if self.tenant.as_ref().is_some_and(|tenant| !(1..=MAX_TENANT).contains(&tenant.len())) {
             problems.push(("tenant", format!("must have 1 to {MAX_TENANT} bytes")));
         }
+        problems.extend(self.sight().err().map(|problem| ("filter", problem)));
         problems
     }
 }
@@ -207,12 +228,18 @@ impl IssuerConfig {
 
     fn problems(&self) -> Vec<(&'static str, String)> {
         let mut problems: Vec<(&'static str, String)> = Vec::new();
-        for (key, value) in
-            [("issuer", &self.issuer), ("audience", &self.audience), ("tenant_claim", &self.tenant_claim)]
-        {
+        for (key, value) in [
+            ("issuer", &self.issuer),
+            ("audience", &self.audience),
+            ("tenant_claim", &self.tenant_claim),
+            ("filter_claim", &self.filter_claim),
+        ] {
             if value.is_empty() {
                 problems.push((key, "must not be empty".to_owned()));
             }
+        }
+        if self.filter_claim == self.tenant_claim {
+            problems.push(("filter_claim", "is the claim of the tenant: name another one".to_owned()));
         }
         let keys = [
             ("secret", self.secret.is_some()),
@@ -314,6 +341,11 @@ mod tests {
                 "[[keys]]\nname = \"a\"\nhash = \"sha256:{}\"\nscopes = [\"publish:*\"]\nexpires = \"2030-01-01T00:00:00Z\"",
                 "0".repeat(64)
             ),
+            format!(
+                "[[keys]]\nname = \"a\"\nhash = \"sha256:{}\"\nscopes = [\"ws:*\"]\nfilter = '{}'",
+                "0".repeat(64),
+                r#"{"key":"severity","cmp":"gte","val":"high"}"#
+            ),
         ];
         for text in texts {
             assert_eq!(problems(&text), [""; 0], "{text}");
@@ -334,6 +366,13 @@ mod tests {
             (key.replace("\"a\"", "\"a b\""), "keys[0].name: must be"),
             (key.replace("\"admin\"", ""), "keys[0].scopes: is empty"),
             (format!("{key}tenant = \"\""), "keys[0].tenant: must have"),
+            (format!("{key}filter = \"\""), "keys[0].filter: is refused: is no filter: "),
+            (
+                format!("{key}filter = '{}'", r#"{"op":"not","nodes":[{"key":"sauce","cmp":"exists"}]}"#),
+                "keys[0].filter: is refused: nodes[0].key must be severity or one of",
+            ),
+            (format!("{ISSUER}algorithms = []\nfilter_claim = \"\""), "issuers[0].filter_claim: must not be empty"),
+            (format!("{ISSUER}algorithms = []\ntenant_claim = \"filter\""), "issuers[0].filter_claim: is the claim"),
             (format!("{ISSUER}algorithms = [\"HS256\"]"), "issuers[0].secret: is missing"),
             (
                 format!("{ISSUER}algorithms = [\"RS256\"]\njwks_file = \"a\"\npublic_key_file = \"b\""),

@@ -14,6 +14,7 @@ use super::config::{IssuerConfig, MAX_TENANT};
 use super::jwks::{KeySource, read_secret};
 use super::principal::Principal;
 use super::scope::Scope;
+use crate::relay::Filter;
 
 /// The longest token that is looked at, in bytes.
 const MAX_TOKEN: usize = 8 * 1024;
@@ -110,9 +111,12 @@ impl Issuer {
             // To see everything because of a claim that makes no sense would be the wrong way round.
             Some(_) => return Err(Denied::Tenant),
         };
+        let name = &self.config.filter_claim;
+        let filter = claims.get(name).map(Filter::from_value).transpose();
+        let filter = filter.map_err(|invalid| Denied::Filter(name.clone(), invalid))?.unwrap_or_default();
         let expires = claims.get("exp").and_then(seconds).ok_or(Denied::Claim("exp"))?;
         let id = format!("{}#{subject}", self.config.issuer);
-        Ok(Principal::new(id, scopes(claims), tenant, Some(end_of(expires, now))))
+        Ok(Principal::new(id, scopes(claims), tenant, filter, Some(end_of(expires, now))))
     }
 }
 
@@ -169,6 +173,8 @@ pub struct TokenRequest {
     pub scopes: Vec<Scope>,
     /// The tenant that it is bound to.
     pub tenant: Option<String>,
+    /// What of the entries it lets see at most: the tree of a filter, or its text.
+    pub filter: Option<Value>,
     /// How long it is good for.
     pub lifetime: Duration,
 }
@@ -206,6 +212,9 @@ pub fn sign(issuer: &IssuerConfig, request: &TokenRequest) -> Result<String, Not
     });
     if let Some(tenant) = &request.tenant {
         claims[&issuer.tenant_claim] = tenant.as_str().into();
+    }
+    if let Some(filter) = &request.filter {
+        claims[&issuer.filter_claim] = filter.clone();
     }
     let algorithm = issuer.algorithms.first().copied().unwrap_or(Algorithm::HS256);
     let key = EncodingKey::from_secret(secret.as_bytes());

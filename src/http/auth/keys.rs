@@ -13,6 +13,7 @@ use sha2::{Digest as _, Sha256};
 use super::Denied;
 use super::config::KeyConfig;
 use super::principal::Principal;
+use crate::relay::Filter;
 
 /// How every key begins, so that people and secret scanners tell it from other texts.
 pub(super) const PREFIX: &str = "ab_";
@@ -98,18 +99,20 @@ struct Known {
 }
 
 impl Keys {
-    pub(super) fn new(keys: &[KeyConfig]) -> Self {
-        let known = |key: &KeyConfig| Known {
-            hash: key.hash,
-            expires: key.expires,
-            principal: Principal::new(
-                format!("key:{}", key.name),
-                key.scopes.clone(),
-                key.tenant.clone(),
-                key.expires.map(Into::into),
-            ),
-        };
-        Self(keys.iter().map(known).collect())
+    /// Fails with every filter that makes no sense, each with its key below `auth`.
+    pub(super) fn new(keys: &[KeyConfig]) -> Result<Self, Vec<(String, String)>> {
+        let (mut known, mut problems) = (Vec::new(), Vec::new());
+        for (index, key) in keys.iter().enumerate() {
+            let filter = key.sight().unwrap_or_else(|problem| {
+                problems.push((format!("keys[{index}].filter"), problem));
+                Filter::default()
+            });
+            let id = format!("key:{}", key.name);
+            let ends = key.expires.map(Into::into);
+            let principal = Principal::new(id, key.scopes.clone(), key.tenant.clone(), filter, ends);
+            known.push(Known { hash: key.hash, expires: key.expires, principal });
+        }
+        if problems.is_empty() { Ok(Self(known)) } else { Err(problems) }
     }
 
     /// Whose key it is. Looks at all of them, whichever it is.
@@ -139,6 +142,7 @@ mod tests {
             hash: KeyHash::of(key),
             scopes: vec!["admin".parse().expect("a scope")],
             tenant: None,
+            filter: None,
             expires: expires.map(|time| time.parse().expect("a time")),
         }
     }
@@ -149,6 +153,7 @@ mod tests {
         assert_ne!(first, second);
         assert!(first.starts_with("ab_") && first.len() == 46);
         let keys = Keys::new(&[config("first", &first, None), config("second", &second, Some("2030-01-01T00:00:00Z"))]);
+        let keys = keys.unwrap_or_else(|problems| panic!("{problems:?}"));
         let at = |time: &str| time.parse::<Timestamp>().expect("a time");
         let found = |key: &str, time: &str| keys.find(key, at(time)).map(|principal| principal.id().map(str::to_owned));
         assert_eq!(found(&first, "2099-01-01T00:00:00Z"), Ok(Some("key:first".to_owned())));
@@ -156,6 +161,13 @@ mod tests {
         assert_eq!(found(&second, "2030-01-01T00:00:00Z"), Err(Denied::Expired));
         assert_eq!(found("ab_guess", "2029-01-01T00:00:00Z"), Err(Denied::UnknownKey));
         assert_eq!(found("", "2029-01-01T00:00:00Z"), Err(Denied::UnknownKey));
+    }
+
+    #[test]
+    fn a_key_whose_filter_makes_no_sense_is_not_known_without_it() {
+        let senseless = KeyConfig { filter: Some("{}".to_owned()), ..config("second", "ab_y", None) };
+        let problems = Keys::new(&[config("first", "ab_x", None), senseless]).err().expect("a problem");
+        assert!(problems.len() == 1 && problems[0].0 == "keys[1].filter", "{problems:?}");
     }
 
     #[test]

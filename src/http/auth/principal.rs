@@ -18,7 +18,7 @@ struct Who {
     id: Option<Arc<str>>,
     scopes: Vec<Scope>,
     tenant: Option<Box<str>>,
-    /// What of the entries this one may see.
+    /// What of the entries this one may see: its tenant's, and of those what passes its own filter.
     sight: Filter,
     expires_at: Option<SystemTime>,
 }
@@ -30,8 +30,14 @@ impl Principal {
         Self(Arc::new(Who { id: None, scopes, tenant: None, sight: Filter::default(), expires_at: None }))
     }
 
-    pub(super) fn new(id: String, scopes: Vec<Scope>, tenant: Option<String>, expires_at: Option<SystemTime>) -> Self {
-        let sight = tenant.as_ref().map(|tenant| Filter::is(Attribute::Tenant, tenant)).unwrap_or_default();
+    pub(super) fn new(
+        id: String,
+        scopes: Vec<Scope>,
+        tenant: Option<String>,
+        filter: Filter,
+        expires_at: Option<SystemTime>,
+    ) -> Self {
+        let sight = tenant.as_ref().map(|tenant| Filter::is(Attribute::Tenant, tenant)).unwrap_or_default().and(filter);
         let tenant = tenant.map(String::into_boxed_str);
         Self(Arc::new(Who { id: Some(id.into()), scopes, tenant, sight, expires_at }))
     }
@@ -63,9 +69,14 @@ impl Principal {
         &self.0.sight
     }
 
+    /// Whether there are entries that this one may not see: then nothing is for it that is of all of them.
+    pub(in crate::http) fn is_bounded(&self) -> bool {
+        !self.0.sight.is_empty()
+    }
+
     /// Whether this one may see an entry; a dead letter is judged as the entry that it was before.
     pub(in crate::http) fn sees(&self, entry: &Entry) -> bool {
-        if self.0.sight.is_empty() {
+        if !self.is_bounded() {
             return true;
         }
         match DeadLetter::from_entry(entry) {
@@ -86,9 +97,9 @@ impl Principal {
         self.0.scopes.contains(&Scope::Admin) || other.0.scopes.iter().all(|scope| self.0.scopes.contains(scope))
     }
 
-    /// Whether it is the same one, bound in the same way, whatever it may do.
+    /// Whether it is the same one, that sees the same, whatever it may do.
     pub(super) fn is_same(&self, other: &Self) -> bool {
-        self.id() == other.id() && self.tenant() == other.tenant()
+        self.id() == other.id() && self.tenant() == other.tenant() && self.sight() == other.sight()
     }
 }
 
@@ -105,7 +116,11 @@ mod tests {
     use super::*;
 
     fn bound(tenant: &str) -> Principal {
-        Principal::new("key:x".to_owned(), Vec::new(), Some(tenant.to_owned()), None)
+        principal(Some(tenant), Filter::default())
+    }
+
+    fn principal(tenant: Option<&str>, filter: Filter) -> Principal {
+        Principal::new("key:x".to_owned(), Vec::new(), tenant.map(str::to_owned), filter, None)
     }
 
     fn event(payload: &'static str) -> NewEvent {
@@ -139,5 +154,53 @@ mod tests {
         assert!(Principal::anyone().sees(&entry("globex")));
         let nobodys = Entry { id: crate::event::EntryId::MIN, fields: crate::event::Fields::default() };
         assert!(!bound("acme").sees(&nobodys), "what is nobody's is not this one's either");
+    }
+
+    #[test]
+    fn an_own_filter_narrows_what_a_tenant_may_see_and_never_widens_it() {
+        let entry = |tenant: &'static str, severity: &'static str| Entry {
+            id: crate::event::EntryId::MIN,
+            fields: [("tenant", tenant), ("severity", severity)]
+                .map(|(n, v)| (n.into(), v.into()))
+                .into_iter()
+                .collect(),
+        };
+        let severe = || Filter::parse(r#"{"key":"severity","cmp":"gte","val":"high"}"#).expect("a filter");
+        let wide =
+            Filter::parse(r#"{"op":"or","nodes":[{"key":"tenant","cmp":"exists"},{"key":"severity","cmp":"exists"}]}"#);
+        let seen = |principal: &Principal| {
+            [("acme", "high"), ("acme", "low"), ("globex", "critical")].map(|(t, s)| principal.sees(&entry(t, s)))
+        };
+        assert_eq!(seen(&principal(Some("acme"), severe())), [true, false, false]);
+        assert_eq!(seen(&principal(Some("acme"), wide.expect("a filter"))), [true, true, false]);
+        assert_eq!(seen(&principal(None, severe())), [true, false, true]);
+        assert!(principal(None, severe()).is_bounded() && bound("acme").is_bounded());
+        assert!(!principal(None, Filter::default()).is_bounded() && !Principal::anyone().is_bounded());
+        assert!(principal(None, severe()).is_same(&principal(None, severe())));
+        assert!(!principal(None, severe()).is_same(&principal(None, Filter::default())));
+        assert!(!principal(Some("acme"), severe()).is_same(&bound("acme")));
+    }
+
+    #[test]
+    fn a_dead_letter_is_judged_as_the_entry_that_it_was() {
+        let letter = |severity: &'static str| {
+            let fields: crate::event::Fields = [("severity".into(), severity.into())].into_iter().collect();
+            let letter = DeadLetter {
+                stream: "aurora:alerts".parse().expect("a name"),
+                id: crate::event::EntryId::MIN,
+                group: "siem".parse().expect("a name"),
+                reason: crate::event::DeadLetterReason::Rejected,
+                error: String::new(),
+                attempts: 1,
+                first_failure: jiff::Timestamp::UNIX_EPOCH,
+                last_failure: jiff::Timestamp::UNIX_EPOCH,
+                replays: 0,
+                fields,
+            };
+            Entry { id: crate::event::EntryId::MIN, fields: letter.to_fields() }
+        };
+        let severe = Filter::parse(r#"{"key":"severity","cmp":"gte","val":"high"}"#).expect("a filter");
+        let severe = principal(None, severe);
+        assert!(severe.sees(&letter("critical")) && !severe.sees(&letter("low")));
     }
 }

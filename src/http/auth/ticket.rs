@@ -55,9 +55,10 @@ fn hash(text: &str) -> [u8; 32] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::relay::Filter;
 
     fn principal(name: &str) -> Principal {
-        Principal::new(name.to_owned(), Vec::new(), None, None)
+        Principal::new(name.to_owned(), Vec::new(), None, Filter::default(), None)
     }
 
     #[test]

@@ -7,7 +7,7 @@ use serde_json::json;
 use tokio::time::timeout;
 
 use super::watching::{closed, frame, open, say};
-use super::{STREAMS, ask, bearer, issuer_toml, token};
+use super::{STREAMS, ask, bearer, filtered_token, issuer_toml, token};
 use crate::support::app::{BOUND, Home};
 
 const SCOPES: &[&str] = &["ws:alerts"];
@@ -52,6 +52,7 @@ async fn a_newer_token_of_the_same_principal_lets_a_socket_live_on() {
         (json!(token("bob", SCOPES, Some("acme"), 600)), 403),
         (json!(token("ann", SCOPES, Some("globex"), 600)), 403),
         (json!(token("ann", SCOPES, None, 600)), 403),
+        (json!(filtered_token("ann", SCOPES, Some("acme"), Some(json!({"key": "title", "cmp": "exists"})), 600)), 403),
         (json!(token("ann", &["ws:agent_thoughts"], Some("acme"), 600)), 403),
         (json!("nonsense"), 401),
         (json!("ab_guess"), 401),

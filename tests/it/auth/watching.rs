@@ -111,7 +111,7 @@ async fn a_page_may_show_its_token_as_a_subprotocol_and_never_gets_it_back() {
     daemon.stop().await;
 }
 
-async fn ticket(daemon: &Daemon, key: &str, headers: &[(&str, &str)], body: &str) -> String {
+pub(crate) async fn ticket(daemon: &Daemon, key: &str, headers: &[(&str, &str)], body: &str) -> String {
     let key = bearer(key);
     let headers: Vec<_> = headers.iter().copied().chain([("authorization", key.as_str())]).collect();
     let response = ask(daemon, "POST", "/api/v1/ws/ticket", &headers, body).await;

@@ -12,6 +12,7 @@ use proptest::prelude::*;
 
 use super::super::scope::Deed::{Administer, Publish, Read, Watch};
 use super::*;
+use crate::relay::Attribute;
 
 const SECRET: &str = "this secret is known to two parties";
 
@@ -143,6 +144,45 @@ async fn a_token_without_a_tenant_is_refused_where_one_is_required() {
     assert_eq!(principal.tenant(), Some("acme"));
 }
 
+fn severe() -> Value {
+    json!({"key": "severity", "cmp": "gte", "val": "high"})
+}
+
+#[tokio::test]
+async fn a_filter_in_a_token_bounds_what_it_lets_see_and_one_that_makes_no_sense_refuses_it() {
+    let issuers = open(&[shared()]);
+    let own = Filter::from_value(&severe()).expect("a filter");
+    for written in [severe(), json!(severe().to_string())] {
+        let principal = issuers.verify(&by_secret(&with("filter", written))).await.expect("a good token");
+        assert_eq!((principal.sight(), principal.is_bounded(), principal.tenant()), (&own, true, None));
+    }
+    assert!(!issuers.verify(&by_secret(&claims())).await.expect("a good token").is_bounded());
+    let cases = [
+        (Value::Null, "is no filter: "),
+        (json!(""), "is no filter: "),
+        (json!("null"), "is no filter: "),
+        (json!(true), "is no filter: "),
+        (json!({}), "must have either op and nodes, or key, cmp and val or vals"),
+        (json!({"key": "sauce", "cmp": "exists"}), "key must be severity or one of "),
+        (json!([severe()]), "is no filter: "),
+    ];
+    for (filter, problem) in cases {
+        let denied =
+            outcome(&issuers, &by_secret(&with("filter", filter.clone()))).await.expect_err("it makes no sense");
+        let text = denied.to_string();
+        assert!(
+            text.starts_with(&format!("the claim `filter` of the token is refused: {problem}")),
+            "{filter}: {text}"
+        );
+    }
+    let mut config = shared();
+    config.filter_claim = "https://bus.example/sees".to_owned();
+    let issuers = open(&[config]);
+    let principal = issuers.verify(&by_secret(&with("https://bus.example/sees", severe()))).await.expect("good");
+    assert_eq!(*principal.sight(), own);
+    assert!(issuers.verify(&by_secret(&with("filter", json!("another service's")))).await.is_ok());
+}
+
 fn pem(label: &str, der: &[u8]) -> String {
     let text = STANDARD.encode(der);
     let lines: Vec<&str> = text.as_bytes().chunks(64).map(|line| str::from_utf8(line).expect("ASCII")).collect();
@@ -264,11 +304,14 @@ async fn a_token_made_here_is_good_here() {
         subject: "ann".to_owned(),
         scopes,
         tenant: Some("acme".to_owned()),
+        filter: Some(severe()),
         lifetime: Duration::from_mins(1),
     };
     let token = sign(&config, &request).expect("a token");
     let principal = open(&[config]).verify(&token).await.expect("a good token");
     assert_eq!((principal.id(), principal.tenant()), (Some("shared#ann"), Some("acme")));
+    let own = Filter::from_value(&severe()).expect("a filter");
+    assert_eq!(*principal.sight(), Filter::is(Attribute::Tenant, "acme").and(own));
     let file = in_file("{}");
     let key = format!("jwks_file = {:?}", file.path().to_str().expect("UTF-8"));
     assert_eq!(sign(&issuer("far", "\"RS256\"", &key), &request), Err(NotSigned::NoSecret("far".to_owned())));
