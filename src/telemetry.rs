@@ -4,12 +4,11 @@ use std::error::Error;
 use std::io::IsTerminal as _;
 
 use serde::{Deserialize, Serialize};
-use tracing::{Level, Metadata};
+use tracing::level_filters::LevelFilter;
+use tracing::subscriber::set_global_default;
+use tracing_log::{AsLog as _, LogTracer};
 use tracing_subscriber::EnvFilter;
-use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::fmt::format::FmtSpan;
-use tracing_subscriber::layer::SubscriberExt as _;
-use tracing_subscriber::util::{SubscriberInitExt as _, TryInitError};
 
 /// What is logged, and how.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
@@ -54,7 +53,7 @@ pub enum TelemetryError {
     Level(#[from] tracing_subscriber::filter::ParseError),
     /// A subscriber is set already.
     #[error("logging was started before")]
-    Started(#[from] TryInitError),
+    Started,
 }
 
 /// Starts logging for the whole process.
@@ -74,16 +73,15 @@ pub fn init(config: &Config) -> Result<(), TelemetryError> {
         .with_writer(std::io::stderr)
         .with_span_events(FmtSpan::NONE)
         .with_ansi(std::io::stderr().is_terminal());
-    // On its finest levels the WebSocket library writes out what clients send, tokens among it: whatever is asked for.
-    let is_fit =
-        |metadata: &Metadata<'_>| *metadata.level() <= Level::INFO || !metadata.target().starts_with("tungstenite");
     if is_pretty {
-        subscriber.with_target(false).finish().with(filter_fn(is_fit)).try_init()?;
+        set_global_default(subscriber.with_target(false).finish())
     } else {
-        let subscriber = subscriber.json().flatten_event(true).with_current_span(true).with_span_list(false);
-        subscriber.finish().with(filter_fn(is_fit)).try_init()?;
+        set_global_default(subscriber.json().flatten_event(true).with_current_span(true).with_span_list(false).finish())
     }
-    Ok(())
+    .map_err(|_error| TelemetryError::Started)?;
+    // On its finest levels the WebSocket library writes out what clients send, tokens among it: whatever is asked for.
+    let others = LogTracer::builder().ignore_crate("tungstenite").with_max_level(LevelFilter::current().as_log());
+    others.init().map_err(|_error| TelemetryError::Started)
 }
 
 /// An error with all its causes, on one line.
