@@ -335,11 +335,13 @@ async fn know(State(api): State<Api>, request: Request, next: Next) -> Response 
     error.into_response()
 }
 
-/// Refuses an address that asks too often, and pages of other hosts that publish.
+/// Refuses an address that asks too often, and pages of other hosts that do more than read.
 async fn guard(State(api): State<Api>, peer: Peer, request: Request, next: Next) -> Response {
     let is_read = request.method().is_safe();
     if !is_read && !origin::is_allowed(request.headers(), &api.inner.config.origins) {
-        let error = ApiError::forbidden_origin("pages of this origin may not publish (http.origins)");
+        let route = request.extensions().get::<MatchedPath>().map_or("this", MatchedPath::as_str);
+        let what = format!("pages of this origin may not use {} {route} (http.origins)", request.method());
+        let error = ApiError::forbidden_origin(what);
         api.inner.metrics.rejected.with_label_values(&[error.code()]).inc();
         return error.into_response();
     }

@@ -47,9 +47,7 @@ pub(super) const TENANT: &str = "tenant";
 pub(super) enum Denied {
     #[error("the stream is another tenant's, and you are bound to `{0}`")]
     OtherTenant(String),
-    #[error(
-        "credentials are needed: Authorization: Bearer, X-API-Key, the cookie access_token; for WebSockets and feeds also a ticket"
-    )]
+    #[error("credentials are needed: Authorization: Bearer, X-API-Key, cookie access_token; to watch, also a ticket")]
     Missing,
     #[error("the Authorization header must be: Bearer, and a key or token")]
     Scheme,
@@ -218,5 +216,34 @@ impl Renewal for Renewer {
             admission.map(|admission| admission.expires_at).map_err(|denied| NotRenewed::Forbidden(denied.to_string()))
         }
         .boxed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_pages_are_told_by_a_close_frame_is_whole() {
+        let told = [
+            Denied::Missing,
+            Denied::Scheme,
+            Denied::Malformed,
+            Denied::UnknownKey,
+            Denied::Ticket,
+            Denied::UnknownIssuer,
+            Denied::Algorithm,
+            Denied::UnknownKid,
+            Denied::Signature,
+            Denied::Audience,
+            Denied::Expired,
+            Denied::NotYet,
+            Denied::Claim("a_long_claim"),
+            Denied::Tenant,
+        ];
+        for denied in told {
+            let text = format!("unauthenticated: {denied}");
+            assert!(text.len() <= 123, "{} bytes: {text}", text.len());
+        }
     }
 }

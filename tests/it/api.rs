@@ -452,6 +452,10 @@ async fn a_page_of_another_host_may_not_publish_through_its_visitors() {
     let daemon = home.start().await;
     let (status, problem) = answer(post(&daemon, EVENTS, &[("origin", "https://evil.example")], "{}").await).await;
     assert_eq!((status, &problem["code"]), (StatusCode::FORBIDDEN, &json!("forbidden_origin")));
+    let ticket = post(&daemon, "/api/v1/ws/ticket", &[("origin", "https://evil.example")], "").await;
+    let (status, problem) = answer(ticket).await;
+    assert_eq!(status, StatusCode::FORBIDDEN);
+    assert_eq!(problem["detail"], "pages of this origin may not use POST /api/v1/ws/ticket (http.origins)");
     let own = daemon.url("");
     let (status, _) = answer(post(&daemon, EVENTS, &[("origin", &own)], "{}").await).await;
     assert_eq!(status, StatusCode::CREATED);
