@@ -27,7 +27,7 @@ pub use jwt::{NotSigned, TokenRequest, sign};
 pub use keys::{InvalidKeyHash, KeyHash, new_key};
 pub use scope::{Names, Scope, UnknownScope};
 
-pub(super) use extract::{Shown, page};
+pub(super) use extract::{Page, Shown};
 pub(super) use principal::Principal;
 pub(super) use scope::Deed;
 pub(super) use ticket::LIFETIME as TICKET_LIFETIME;
@@ -141,8 +141,8 @@ impl Access {
         }
         match Credential::of(shown)?.ok_or(Denied::Missing)? {
             Credential::Token(token) => self.of_token(&token).await,
-            Credential::Ticket { text, origin } => {
-                let principal = self.inner.tickets.take(&text, origin.as_deref(), Instant::now());
+            Credential::Ticket { text, page } => {
+                let principal = self.inner.tickets.take(&text, &page, Instant::now());
                 let principal = principal.ok_or(Denied::Ticket)?;
                 let is_over = principal.expires_at().is_some_and(|at| at <= SystemTime::now());
                 if is_over { Err(Denied::Expired) } else { Ok(principal) }
@@ -158,9 +158,9 @@ impl Access {
         }
     }
 
-    /// A ticket for one WebSocket or feed, to be opened by a page of that origin; nothing where too many wait.
-    pub(super) fn ticket(&self, principal: &Principal, origin: Option<String>) -> Option<String> {
-        self.inner.tickets.give(principal, origin, Instant::now())
+    /// A ticket for one WebSocket or feed, to be opened by that page; nothing where too many wait.
+    pub(super) fn ticket(&self, principal: &Principal, page: Page) -> Option<String> {
+        self.inner.tickets.give(principal, page, Instant::now())
     }
 
     /// On what terms a principal may watch a channel.

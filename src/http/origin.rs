@@ -16,6 +16,11 @@ pub(super) fn is_allowed(headers: &HeaderMap, origins: &[String]) -> bool {
     if origins.iter().any(|allowed| allowed == "*" || allowed.eq_ignore_ascii_case(origin)) {
         return true;
     }
+    is_own(headers, origin)
+}
+
+/// Whether pages of that origin come from the very host that is asked, on whatever port.
+pub(super) fn is_own(headers: &HeaderMap, origin: &str) -> bool {
     let host =
         headers.get(HOST).and_then(|host| host.to_str().ok()).and_then(|host| host_name(&format!("ws://{host}")));
     host.is_some() && host == host_name(origin)

@@ -4,7 +4,8 @@ use axum::Json;
 use axum::extract::{Request, State};
 use serde::{Deserialize, Serialize};
 
-use super::auth::{Principal, TICKET_LIFETIME, page};
+use super::auth::{Page, Principal, TICKET_LIFETIME};
+use super::origin::is_own;
 use super::publish::read;
 use super::{Api, ApiError};
 
@@ -35,12 +36,17 @@ pub(super) async fn give(
         serde_json::from_slice(&body).map_err(|error| ApiError::bad_parameter("body", error.to_string()))?
     };
     let asked_for = body.origin.map(|origin| origin.to_ascii_lowercase());
-    let origin = match (page(&head.headers), asked_for) {
-        (Some(page), Some(origin)) if page != origin => {
+    let asks = Page::of(&head.headers);
+    let page = match asked_for {
+        Some(origin) if asks.origin.is_none() => {
+            let may_be_own = is_own(&head.headers, &origin);
+            Page { origin: Some(origin), may_be_own }
+        }
+        Some(origin) if asks.origin != Some(origin.clone()) => {
             return Err(ApiError::bad_parameter("origin", "a page can have a ticket for itself only"));
         }
-        (page, origin) => page.or(origin),
+        _ => asks,
     };
-    let ticket = api.inner.access.ticket(&principal, origin).ok_or_else(ApiError::too_many_tickets)?;
+    let ticket = api.inner.access.ticket(&principal, page).ok_or_else(ApiError::too_many_tickets)?;
     Ok(Json(TicketView { ticket, expires_in: TICKET_LIFETIME.as_secs() }))
 }

@@ -11,6 +11,8 @@ use crate::http::ApiError;
 use crate::http::origin;
 
 const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+/// How far the page is from what it asks, which no page can set by itself.
+const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 /// The cookie that may hold a token.
 const COOKIE_NAME: &str = "access_token";
 /// How a subprotocol begins that is a token: the one thing that a page can say of itself when it opens a WebSocket.
@@ -21,8 +23,35 @@ const SUBPROTOCOL: &str = "bearer.";
 pub(super) enum Credential {
     /// A key, or a token.
     Token(String),
-    /// A ticket, with the page that uses it.
-    Ticket { text: String, origin: Option<String> },
+    /// A ticket, with who uses it.
+    Ticket { text: String, page: Page },
+}
+
+/// Which page asks, as far as its browser tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::http) struct Page {
+    /// Its origin; nothing of programs, and of pages of the daemon's own origin when they read.
+    pub(in crate::http) origin: Option<String>,
+    /// Whether nothing speaks against its being a page of the daemon's own origin.
+    pub(in crate::http) may_be_own: bool,
+}
+
+impl Page {
+    pub(in crate::http) fn of(headers: &HeaderMap) -> Self {
+        let origin = headers.get(ORIGIN).and_then(|origin| origin.to_str().ok()).map(str::to_ascii_lowercase);
+        let may_be_own = match headers.get(SEC_FETCH_SITE) {
+            Some(site) => site == "same-origin",
+            // Browsers say it over TLS and on loopback only.
+            None => origin.as_deref().is_none_or(|origin| origin::is_own(headers, origin)),
+        };
+        Self { origin, may_be_own }
+    }
+
+    /// Whether what was given to this page is good for the one that shows it.
+    pub(super) fn is(&self, shown: &Self) -> bool {
+        let is_own = self.may_be_own && shown.may_be_own && shown.origin.is_none();
+        self.origin == shown.origin || is_own
+    }
 }
 
 /// What of a request is looked at.
@@ -60,7 +89,7 @@ impl Credential {
             pairs.find(|(name, _)| name == wanted).map(|(_, value)| value.into_owned())
         };
         if let Some(text) = param("ticket") {
-            return Ok(Some(Self::Ticket { text, origin: page(headers) }));
+            return Ok(Some(Self::Ticket { text, page: Page::of(headers) }));
         }
         if let Some(token) = param("token") {
             return Ok(Some(Self::Token(token)));
@@ -69,11 +98,6 @@ impl Credential {
         let named: Vec<String> = origins.iter().filter(|origin| *origin != "*").cloned().collect();
         Ok(cookie(headers).filter(|_| origin::is_allowed(headers, &named)).map(Self::Token))
     }
-}
-
-/// The page that asks, if it is one.
-pub(in crate::http) fn page(headers: &HeaderMap) -> Option<String> {
-    headers.get(ORIGIN).and_then(|origin| origin.to_str().ok()).map(str::to_ascii_lowercase)
 }
 
 fn text(value: &HeaderValue) -> Result<&str, Denied> {
@@ -112,7 +136,7 @@ mod tests {
         let credential = Credential::of(Shown { headers: &headers, query: Some(query), origins: &origins })?;
         Ok(credential.map(|credential| match credential {
             Credential::Token(token) => token,
-            Credential::Ticket { text, origin } => format!("ticket {text} of {}", origin.unwrap_or_default()),
+            Credential::Ticket { text, page } => format!("ticket {text} of {}", page.origin.unwrap_or_default()),
         }))
     }
 
@@ -137,6 +161,30 @@ mod tests {
         }
         assert_eq!(shown(&[("cookie", "other=abc")], "tokens=abc", &[]), Ok(None));
         assert_eq!(shown(&[("authorization", "Basic abc")], "token=abc", &[]), Err(Denied::Scheme));
+    }
+
+    #[test]
+    fn a_page_of_the_daemons_own_origin_is_the_same_when_it_reads_and_says_no_origin() {
+        let page = |headers: &[(&'static str, &'static str)]| {
+            let headers = [("host", "bus.example:8080")].iter().chain(headers);
+            Page::of(
+                &headers
+                    .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)))
+                    .collect(),
+            )
+        };
+        let (own, other) = (("origin", "https://bus.example"), ("origin", "https://soc.example"));
+        let (here, there) = (("sec-fetch-site", "same-origin"), ("sec-fetch-site", "cross-site"));
+        for given in [page(&[own]), page(&[own, here]), page(&[other, here])] {
+            assert!(given.is(&page(&[])) && given.is(&page(&[here])) && given.is(&given), "{given:?}");
+            assert!(!given.is(&page(&[there])) && !given.is(&page(&[("sec-fetch-site", "none")])), "{given:?}");
+            assert!(!given.is(&page(&[("origin", "https://evil.example")])), "{given:?}");
+        }
+        for given in [page(&[other]), page(&[other, there]), page(&[own, ("sec-fetch-site", "same-site")])] {
+            assert!(given.is(&given) && !given.is(&page(&[])) && !given.is(&page(&[here])), "{given:?}");
+        }
+        let program = page(&[]);
+        assert!(program.is(&page(&[])) && program.is(&page(&[there])) && !program.is(&page(&[own])));
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use sha2::{Digest as _, Sha256};
 
+use super::extract::Page;
 use super::keys::random_text;
 use super::principal::Principal;
 
@@ -21,14 +22,14 @@ pub(super) struct Tickets(Mutex<HashMap<[u8; 32], Ticket>>);
 
 struct Ticket {
     principal: Principal,
-    /// The page that may use it; nothing for programs.
-    origin: Option<String>,
+    /// Who may use it.
+    page: Page,
     ends: Instant,
 }
 
 impl Tickets {
-    /// A ticket for the principal on a page of that origin; nothing where too many wait to be used.
-    pub(super) fn give(&self, principal: &Principal, origin: Option<String>, now: Instant) -> Option<String> {
+    /// A ticket for the principal on that page; nothing where too many wait to be used.
+    pub(super) fn give(&self, principal: &Principal, page: Page, now: Instant) -> Option<String> {
         let mut tickets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         tickets.retain(|_, ticket| ticket.ends > now);
         let of_principal = tickets.values().filter(|ticket| ticket.principal.is_same(principal)).count();
@@ -36,14 +37,14 @@ impl Tickets {
             return None;
         }
         let text = random_text();
-        tickets.insert(hash(&text), Ticket { principal: principal.clone(), origin, ends: now + LIFETIME });
+        tickets.insert(hash(&text), Ticket { principal: principal.clone(), page, ends: now + LIFETIME });
         Some(text)
     }
 
     /// Whose ticket it is. It can't be used again, even where it does not fit.
-    pub(super) fn take(&self, text: &str, origin: Option<&str>, now: Instant) -> Option<Principal> {
+    pub(super) fn take(&self, text: &str, page: &Page, now: Instant) -> Option<Principal> {
         let ticket = self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&hash(text))?;
-        let fits = ticket.ends > now && ticket.origin.as_deref() == origin;
+        let fits = ticket.ends > now && ticket.page.is(page);
         fits.then_some(ticket.principal)
     }
 }
@@ -57,6 +58,8 @@ mod tests {
     use super::*;
     use crate::relay::Filter;
 
+    const PROGRAM: Page = Page { origin: None, may_be_own: true };
+
     fn principal(name: &str) -> Principal {
         Principal::new(name.to_owned(), Vec::new(), None, Filter::default(), None)
     }
@@ -64,28 +67,29 @@ mod tests {
     #[test]
     fn a_ticket_is_used_once_in_time_and_by_its_page() {
         let (tickets, now) = (Tickets::default(), Instant::now());
-        let page = || Some("https://soc.example".to_owned());
-        let give = || tickets.give(&principal("ops"), page(), now).expect("a ticket");
+        let of = |origin: &str| Page { origin: Some(origin.to_owned()), may_be_own: false };
+        let (page, evil, program) = (of("https://soc.example"), of("https://evil.example"), PROGRAM);
+        let give = || tickets.give(&principal("ops"), page.clone(), now).expect("a ticket");
         let ticket = give();
-        assert_eq!(tickets.take(&ticket, page().as_deref(), now), Some(principal("ops")));
-        assert_eq!(tickets.take(&ticket, page().as_deref(), now), None, "used");
-        assert_eq!(tickets.take(&give(), Some("https://evil.example"), now), None);
-        assert_eq!(tickets.take(&give(), None, now), None);
-        assert_eq!(tickets.take(&give(), page().as_deref(), now + LIFETIME), None, "too late");
+        assert_eq!(tickets.take(&ticket, &page, now), Some(principal("ops")));
+        assert_eq!(tickets.take(&ticket, &page, now), None, "used");
+        assert_eq!(tickets.take(&give(), &evil, now), None);
+        assert_eq!(tickets.take(&give(), &program, now), None);
+        assert_eq!(tickets.take(&give(), &page, now + LIFETIME), None, "too late");
         let stolen = give();
-        assert_eq!(tickets.take(&stolen, Some("https://evil.example"), now), None);
-        assert_eq!(tickets.take(&stolen, page().as_deref(), now), None, "gone once it was shown");
-        assert_eq!(tickets.take("guess", None, now), None);
+        assert_eq!(tickets.take(&stolen, &evil, now), None);
+        assert_eq!(tickets.take(&stolen, &page, now), None, "gone once it was shown");
+        assert_eq!(tickets.take("guess", &program, now), None);
     }
 
     #[test]
     fn tickets_that_wait_are_bounded_and_make_room_when_they_end() {
         let (tickets, now) = (Tickets::default(), Instant::now());
         for _ in 0..MOST_PER_PRINCIPAL {
-            tickets.give(&principal("ops"), None, now).expect("a ticket");
+            tickets.give(&principal("ops"), PROGRAM, now).expect("a ticket");
         }
-        assert_eq!(tickets.give(&principal("ops"), None, now), None);
-        assert!(tickets.give(&principal("soc"), None, now).is_some());
-        assert!(tickets.give(&principal("ops"), None, now + LIFETIME).is_some());
+        assert_eq!(tickets.give(&principal("ops"), PROGRAM, now), None);
+        assert!(tickets.give(&principal("soc"), PROGRAM, now).is_some());
+        assert!(tickets.give(&principal("ops"), PROGRAM, now + LIFETIME).is_some());
     }
 }

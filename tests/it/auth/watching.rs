@@ -157,6 +157,40 @@ async fn a_ticket_opens_one_socket_or_feed_of_its_page() {
 }
 
 #[tokio::test]
+async fn a_ticket_of_the_daemons_own_page_is_good_where_its_browser_names_no_origin() {
+    const OWN: (&str, &str) = ("origin", "http://127.0.0.1");
+    const SAME: (&str, &str) = ("sec-fetch-site", "same-origin");
+    const OTHER: (&str, &str) = ("sec-fetch-site", "same-site");
+    let mut keys = Keys::default();
+    let key = keys.add("page", &["ws:alerts"], None);
+    keys.toml = format!("[http]\norigins = [\"https://soc.example\"]\n{}", keys.toml);
+    let home = keys.home();
+    let daemon = home.start().await;
+    let soc = ("origin", "https://soc.example");
+    let (good, bad) = (StatusCode::OK, StatusCode::UNAUTHORIZED);
+    let cases = [
+        (vec![OWN, SAME], "", vec![SAME], good),
+        (vec![OWN], "", vec![], good),
+        (vec![], r#"{"origin":"http://127.0.0.1"}"#, vec![SAME], good),
+        // What a proxy in front is called, the daemon may not know; the browser does.
+        (vec![soc, SAME], "", vec![SAME], good),
+        (vec![OWN, SAME], "", vec![OTHER], bad),
+        (vec![OWN, OTHER], "", vec![], bad),
+        (vec![OWN, SAME], "", vec![soc], bad),
+        (vec![soc], "", vec![], bad),
+        (vec![], r#"{"origin":"https://soc.example"}"#, vec![], bad),
+    ];
+    for (asked_by, body, shown_by, expected) in cases {
+        let ticket = ticket(&daemon, &key, &asked_by, body).await;
+        let feed = format!("/api/v1/feeds/alerts?ticket={ticket}");
+        let status = ask(&daemon, "GET", &feed, &shown_by, "").await.status();
+        assert_eq!(status, expected, "{asked_by:?} {body} {shown_by:?}");
+        assert_eq!(ask(&daemon, "GET", &feed, &shown_by, "").await.status(), bad, "used");
+    }
+    daemon.stop().await;
+}
+
+#[tokio::test]
 async fn a_principal_has_a_number_of_connections_of_its_own() {
     let mut keys = Keys::default();
     let (ops, soc) = (keys.add("ops", &["ws:alerts"], None), keys.add("soc", &["ws:alerts"], None));
