@@ -160,8 +160,8 @@ pub enum Refused {
     /// The page that asks is of an origin that is not let in.
     #[error("pages of this origin are not let in (http.origins)")]
     Origin,
-    /// The client offers versions of the protocol, and none that is spoken here.
-    #[error("no version of the protocol that is offered is spoken here; there is aurora.v1")]
+    /// The client asks for versions of the protocol, and none that is spoken here.
+    #[error("no version of the protocol that is asked for is spoken here; there is aurora.v1, or v=1")]
     Version,
     /// Credentials are asked for, and there are none, or none that are any good; in words.
     #[error("{0}")]

@@ -41,7 +41,7 @@ pub(super) async fn connect(
         Err(error) => return error.into_response(),
     };
     let is_browser = request.headers().contains_key(ORIGIN);
-    let protocol = offered(request.headers(), query.as_deref());
+    let (protocol, confirmed) = offered(request.headers(), query.as_deref());
     let admitted = admit(&api, &channel, query.as_deref(), protocol, peer, request.headers()).await;
     let session = match admitted {
         Ok(session) => Ok(session),
@@ -69,7 +69,7 @@ pub(super) async fn connect(
             (session, socket) => Box::pin(converse(api, session, socket, stop)).await,
         }
     });
-    switching_protocols(&accept, protocol)
+    switching_protocols(&accept, confirmed)
 }
 
 /// Serves a client that was refused, or has sent something before it was answered.
@@ -90,25 +90,35 @@ async fn converse(api: Api, session: Result<Session, Refused>, socket: (Socket, 
 enum Protocol {
     /// It only listens.
     Plain,
-    /// [`PROTOCOL`], asked for as a subprotocol, which has to be confirmed, or in the query.
-    Rich { is_offered: bool },
+    /// [`PROTOCOL`], asked for as a subprotocol or in the query.
+    Rich,
     /// Versions of it that are not spoken here, of which this is one.
     Unknown,
 }
 
-/// What the client offers to speak. Browsers can name subprotocols, but no headers; others may only have the query.
-fn offered(headers: &HeaderMap, query: Option<&str>) -> Protocol {
+/// What the client offers to speak, and the subprotocol to confirm. Browsers can name subprotocols, but no headers; others
+/// may only have the query.
+///
+/// A version that is not spoken here is confirmed too: a browser breaks off where nothing that it offered is, and its page
+/// would never see the close code. A token is no version, and never sent back.
+fn offered(headers: &HeaderMap, query: Option<&str>) -> (Protocol, Option<HeaderValue>) {
     let values = headers.get_all(SEC_WEBSOCKET_PROTOCOL).into_iter().filter_map(|value| value.to_str().ok());
-    let names: Vec<&str> = values.flat_map(|value| value.split(',')).map(str::trim).collect();
-    let asks_for_version = |version| query.unwrap_or_default().split('&').any(|pair| pair == version);
-    if names.contains(&PROTOCOL) {
-        Protocol::Rich { is_offered: true }
-    } else if names.iter().any(|name| name.starts_with("aurora.")) {
-        Protocol::Unknown
-    } else if asks_for_version("v=1") {
-        Protocol::Rich { is_offered: false }
+    let names = values.flat_map(|value| value.split(',')).map(str::trim);
+    let versions: Vec<&str> = names.filter(|name| name.starts_with("aurora.")).collect();
+    if versions.contains(&PROTOCOL) {
+        return (Protocol::Rich, Some(HeaderValue::from_static(PROTOCOL)));
+    }
+    if let Some(version) = versions.first() {
+        return (Protocol::Unknown, HeaderValue::from_str(version).ok());
+    }
+    let pairs = url::form_urlencoded::parse(query.unwrap_or_default().as_bytes());
+    let versions: Vec<_> = pairs.filter(|(name, _)| name == "v").map(|(_, version)| version).collect();
+    if versions.is_empty() {
+        (Protocol::Plain, None)
+    } else if versions.iter().all(|version| version == "1") {
+        (Protocol::Rich, None)
     } else {
-        Protocol::Plain
+        (Protocol::Unknown, None)
     }
 }
 
@@ -128,7 +138,7 @@ async fn admit(
     }
     let (principal, admission) = principal_and_admission(api, channel, query, headers).await?;
     match protocol {
-        Protocol::Rich { .. } => {
+        Protocol::Rich => {
             let key = key_of(query.unwrap_or_default());
             let errands: Option<Arc<dyn Errands>> = Some(Arc::new(Agents::new(api.clone(), principal)));
             let admission = Admission { errands, ..admission };
@@ -197,7 +207,7 @@ fn check_handshake(method: &Method, headers: &HeaderMap) -> Result<String, ApiEr
     Ok(derive_accept_key(key.as_bytes()))
 }
 
-fn switching_protocols(accept: &str, protocol: Protocol) -> Response {
+fn switching_protocols(accept: &str, confirmed: Option<HeaderValue>) -> Response {
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     let headers = response.headers_mut();
@@ -205,8 +215,8 @@ fn switching_protocols(accept: &str, protocol: Protocol) -> Response {
     headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
     let accept = HeaderValue::from_str(accept).expect("base64 is a header value");
     headers.insert(SEC_WEBSOCKET_ACCEPT, accept);
-    if protocol == (Protocol::Rich { is_offered: true }) {
-        headers.insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(PROTOCOL));
+    if let Some(confirmed) = confirmed {
+        headers.insert(SEC_WEBSOCKET_PROTOCOL, confirmed);
     }
     response
 }

@@ -78,7 +78,7 @@ impl CloseCode {
             Self::ConnectionLimit => "connection_limit: too many connections",
             Self::Origin => "origin: pages of this origin are not let in",
             Self::TooBig => "too_big: the message is too long",
-            Self::Version => "version: no version of the protocol that you offer is spoken here",
+            Self::Version => "version: the version that you ask for is not spoken here; there is aurora.v1",
         }
     }
 }

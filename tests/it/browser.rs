@@ -2,6 +2,7 @@
 
 mod chromium;
 mod client;
+mod codes;
 mod cors;
 mod examples;
 mod terms;

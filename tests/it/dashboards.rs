@@ -235,14 +235,33 @@ async fn what_a_rich_client_gets_wrong_is_told_and_it_goes_on() {
 async fn a_version_that_is_not_spoken_here_is_refused() {
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
-    let connect = |origin: Option<&'static str>| {
-        let mut request = daemon.url("/api/v1/ws/alerts").replace("http", "ws").into_client_request().expect("a URL");
-        request.headers_mut().insert("sec-websocket-protocol", HeaderValue::from_static("aurora.v9"));
-        origin.map(|origin| request.headers_mut().insert("origin", HeaderValue::from_static(origin)));
+    let connect = |query: &str, offer: Option<&'static str>, origin: Option<&'static str>| {
+        let url = daemon.url(&format!("/api/v1/ws/alerts{query}")).replace("http", "ws");
+        let mut request = url.into_client_request().expect("a URL");
+        for (name, value) in [("sec-websocket-protocol", offer), ("origin", origin)] {
+            value.map(|value| request.headers_mut().insert(name, HeaderValue::from_static(value)));
+        }
         tokio_tungstenite::connect_async(request)
     };
-    let refused = connect(None).await.expect_err("no version in common");
-    assert!(matches!(refused, Error::Http(response) if response.status() == 400));
+    let cases = [
+        ("", Some("aurora.v9"), Some("aurora.v9")),
+        ("", Some("chat, aurora.v9, aurora.v8"), Some("aurora.v9")),
+        ("?v=1", Some("aurora.v9"), Some("aurora.v9")),
+        ("?v=2", None, None),
+        ("?v=1&v=2", None, None),
+        ("?v=", None, None),
+    ];
+    for (query, offer, confirmed) in cases {
+        let refused = connect(query, offer, None).await.expect_err("no version in common");
+        assert!(matches!(refused, Error::Http(response) if response.status() == 400), "{query} {offer:?}");
+        // A page sees the code only where a subprotocol that it has offered is confirmed.
+        let page = connect(query, offer, Some("http://127.0.0.1")).await;
+        let (mut socket, response) = page.expect("a page is let in to be told");
+        let protocol = response.headers().get("sec-websocket-protocol");
+        assert_eq!(protocol.and_then(|protocol| protocol.to_str().ok()), confirmed, "{query} {offer:?}");
+        let close = timeout(BOUND, socket.next()).await.expect("in time");
+        assert!(matches!(close, Some(Ok(Message::Close(Some(frame)))) if u16::from(frame.code) == 4506), "{query}");
+    }
     daemon.stop().await;
 }
 

@@ -157,6 +157,39 @@ async fn a_ticket_opens_one_socket_or_feed_of_its_page() {
 }
 
 #[tokio::test]
+async fn a_token_that_is_offered_alone_is_not_sent_back_either() {
+    let mut keys = Keys::default();
+    let key = keys.add("page", &["ws:alerts"], None);
+    let home = keys.home();
+    let daemon = home.start().await;
+    let offer = format!("bearer.{key}");
+    let both = format!("{offer}, aurora.v2");
+    let page = ("origin", "http://127.0.0.1");
+    let cases = [
+        (&offer, None, StatusCode::SWITCHING_PROTOCOLS, None),
+        (&offer, Some(page), StatusCode::SWITCHING_PROTOCOLS, None),
+        (&both, None, StatusCode::BAD_REQUEST, None),
+        (&both, Some(page), StatusCode::SWITCHING_PROTOCOLS, Some("aurora.v2")),
+    ];
+    for (offer, origin, status, confirmed) in cases {
+        let handshake = [
+            ("connection", "upgrade"),
+            ("upgrade", "websocket"),
+            ("sec-websocket-version", "13"),
+            ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
+            ("sec-websocket-protocol", offer.as_str()),
+        ];
+        let headers: Vec<_> = handshake.into_iter().chain(origin).collect();
+        let answer = ask(&daemon, "GET", "/api/v1/ws/alerts", &headers, "").await;
+        assert_eq!(answer.status(), status, "{origin:?}");
+        let protocol = answer.headers().get("sec-websocket-protocol");
+        assert_eq!(protocol.and_then(|protocol| protocol.to_str().ok()), confirmed, "{origin:?}");
+        assert!(!format!("{answer:?}").contains(&key), "{origin:?}");
+    }
+    daemon.stop().await;
+}
+
+#[tokio::test]
 async fn a_ticket_of_the_daemons_own_page_is_good_where_its_browser_names_no_origin() {
     const OWN: (&str, &str) = ("origin", "http://127.0.0.1");
     const SAME: (&str, &str) = ("sec-fetch-site", "same-origin");
