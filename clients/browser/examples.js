@@ -2,7 +2,11 @@ import { connect } from "./aurora-bus.js";
 
 const SHOWN = 200;
 const LOGGED = 20;
+// As the daemon reads them where it filters: by word, by OCSF's number, by Suricata's.
 const SEVERITIES = ["info", "low", "medium", "high", "critical"];
+const SYNONYMS = { informational: "info", information: "info", fatal: "critical" };
+const OCSF = new Map([...SEVERITIES, "critical"].map((severity, index) => [index + 1, severity]));
+const SURICATA = new Map([[1, "critical"], [2, "high"], [3, "medium"], [4, "low"]]);
 
 const element = (id) => document.getElementById(id);
 const [alerts, log, state, access] = ["alerts", "log", "state", "access"].map(element);
@@ -17,14 +21,20 @@ function make(name, text) {
   return made;
 }
 
+function severityOf({ severity, severity_id: number, event_type: type, alert }) {
+  const word = typeof severity === "string" ? severity.toLowerCase() : "";
+  if (SEVERITIES.includes(word)) return word;
+  if (Object.hasOwn(SYNONYMS, word)) return SYNONYMS[word];
+  const ofSuricata = type === "alert" ? SURICATA.get(alert?.severity) : undefined;
+  return OCSF.get(number) ?? ofSuricata ?? (word || "unknown");
+}
+
 /** What there is to show of an alert, in whatever shape it was published. */
 function view(data) {
   const alert = Object(data?.specversion ? data.data : data);
-  const number = alert.severity_id ?? [undefined, 5, 4, 3, 2][alert.alert?.severity];
-  const severity = typeof alert.severity === "string" ? alert.severity.toLowerCase() : SEVERITIES[number - 1];
   const source = alert.source ?? alert.metadata?.product?.name ?? alert.event_type ?? alert.peer ?? data?.source;
   const title = alert.title ?? alert.finding_info?.title ?? alert.alert?.signature ?? alert.message ?? alert.note ?? alert.name;
-  return { severity: severity ?? "unknown", source, title: title ?? "(no title)" };
+  return { severity: severityOf(alert), source, title: title ?? "(no title)" };
 }
 
 function row(cells, name) {
@@ -70,10 +80,13 @@ function change({ state: now, code, reason, wait }) {
     note(bus.position ? `connected, resuming after ${bus.position}` : "connected");
   } else if (now === "live") note(`live, after ${sinceConnected} of before`);
   else if (why) note(state.textContent);
-  const isRefused = now === "stopped" && (code === 4501 || code === 4502);
+  // Without a code it is the browser that could not send the token.
+  const isUnfit = now === "stopped" && code === undefined;
+  const isRefused = isUnfit || (now === "stopped" && (code === 4501 || code === 4502));
   access.hidden = !isRefused;
   if (isRefused) {
-    element("refusal").textContent = token ? reason : "Credentials are needed.";
+    const why = isUnfit ? "This has characters that no key or token has: paste the key or token alone." : reason;
+    element("refusal").textContent = token ? why : "Credentials are needed.";
     element("token").focus();
   }
 }
@@ -110,7 +123,7 @@ element("pause").addEventListener("click", ({ target }) => {
 });
 access.addEventListener("submit", (submit) => {
   submit.preventDefault();
-  token = element("token").value.trim();
+  token = element("token").value.trim().replace(/^bearer\s+/i, "");
   element("token").value = "";
   bus.resume();
 });

@@ -70,6 +70,51 @@ async fn alerts_are_shown_filtered_and_never_run() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn severities_are_shown_as_the_filter_reads_them() {
+    let home = Home::new(STREAMS);
+    let daemon = home.start().await;
+    let browser = Chromium::start().await;
+    let alerts = [
+        (json!({"severity_id": 0}), "unknown"),
+        (json!({"severity_id": 1}), "info"),
+        (json!({"severity_id": 3, "severity": "Moderate"}), "medium"),
+        (json!({"severity_id": 5}), "critical"),
+        (json!({"severity_id": 6}), "critical"),
+        (json!({"severity_id": 6, "severity": "Fatal"}), "critical"),
+        (json!({"severity": "Informational"}), "info"),
+        (json!({"severity": "HIGH"}), "high"),
+        (json!({"severity_id": 99}), "unknown"),
+        (json!({"severity_id": 99, "severity": "Custom"}), "custom"),
+        (json!({"severity_id": "constructor", "severity": "toString"}), "tostring"),
+        (json!({"severity": ""}), "unknown"),
+        (json!({"event_type": "alert", "alert": {"severity": 2}}), "high"),
+        (json!({"event_type": "alert", "alert": {"severity": 4}}), "low"),
+        (json!({"event_type": "flow", "alert": {"severity": 1}}), "unknown"),
+        (json!({"specversion": "1.0", "data": {"severity_id": 6}}), "critical"),
+    ];
+    let published: Vec<String> = alerts.iter().map(|(alert, _)| alert.to_string()).collect();
+    daemon.publish(ALERTS, &published).await.expect("accepted");
+    let mut tab = browser.open(&daemon.url("/client/")).await;
+    tab.until(&format!("document.querySelectorAll('#alerts tr').length === {}", alerts.len())).await;
+    let shown = "[...document.querySelectorAll('#alerts td:nth-child(2)')].map((td) => td.textContent).reverse()";
+    let expected: Vec<&str> = alerts.iter().map(|(_, severity)| *severity).collect();
+    assert_eq!(tab.get(shown).await, json!(expected));
+    for severity in ["info", "low", "medium", "high", "critical"] {
+        let choose = format!(
+            "document.querySelector('#alerts').replaceChildren();
+             document.querySelector('#severity').value = {severity:?};
+             document.querySelector('#severity').dispatchEvent(new Event('change'))"
+        );
+        tab.get(&choose).await;
+        let rank = |of: &str| ["info", "low", "medium", "high", "critical"].iter().position(|known| *known == of);
+        let passing: Vec<&str> =
+            expected.iter().copied().filter(|shown| rank(shown).is_some() && rank(shown) >= rank(severity)).collect();
+        tab.until(&format!("JSON.stringify({shown}) === JSON.stringify({})", json!(passing))).await;
+    }
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_visitor_without_credentials_is_asked_for_them() {
     let mut keys = Keys::default();
     let key = keys.add("page", &["ws:alerts", "publish:*"], None);
@@ -83,7 +128,14 @@ async fn a_visitor_without_credentials_is_asked_for_them() {
     };
     tab.get(&enter("ab_guess")).await;
     tab.until("document.querySelector('#refusal').textContent.includes('the key is not known')").await;
-    tab.get(&enter(&key)).await;
+    for unfit in ["ab_a b", "ab_ü", &format!("{key}\u{a0}x")] {
+        tab.get(&enter(unfit)).await;
+        tab.until("document.querySelector('#refusal').textContent.includes('characters')").await;
+        assert_eq!(tab.get("document.querySelector('#access').hidden").await, false, "it is asked for again");
+        tab.get(&enter("ab_guess")).await;
+        tab.until("document.querySelector('#refusal').textContent.includes('the key is not known')").await;
+    }
+    tab.get(&enter(&format!(" Bearer  {key} "))).await;
     tab.until("document.querySelector('#state').textContent === 'live'").await;
     let left = tab.get("[document.querySelector('#access').hidden, document.querySelector('#token').value]").await;
     assert_eq!(left, json!([true, ""]));
