@@ -9,7 +9,7 @@ use anyhow::{Context as _, anyhow, bail};
 use clap::Args;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use reqwest::redirect::Policy;
-use reqwest::{Client, Response, Url};
+use reqwest::{Client, Response, StatusCode, Url};
 use secrecy::{ExposeSecret as _, SecretString};
 
 use super::{ConfigArgs, say};
@@ -103,6 +103,10 @@ pub(super) async fn refusal(response: Response) -> String {
     let status = response.status();
     let body = response.bytes().await.unwrap_or_default();
     match serde_json::from_slice::<Problem>(&body) {
+        Ok(problem) if status == StatusCode::UNAUTHORIZED => {
+            let detail = problem.detail;
+            format!("401: {detail}; commands show the key or token of --token or AURORA_BUS_TOKEN")
+        }
         Ok(problem) => format!("{}: {}", status.as_u16(), problem.detail),
         Err(_) => status.to_string(),
     }

@@ -173,7 +173,10 @@ async fn the_command_line_makes_keys_and_tokens_and_shows_them() {
     let event = home.path("event.json");
     fs::write(&event, "{\"n\":1}\n").expect("written");
     let publish = ["publish", "aurora:alerts", event.to_str().expect("UTF-8"), "--url", &url];
-    assert!(!home.run(&publish).status.success(), "without a key");
+    let refused = home.run(&publish);
+    assert!(!refused.status.success(), "without a key");
+    let told = String::from_utf8(refused.stderr).expect("text");
+    assert!(told.contains("credentials are needed") && told.contains("--token or AURORA_BUS_TOKEN"), "{told}");
     let published = home.run(&[&publish[..], &["--token", key]].concat());
     assert!(published.status.success(), "{}", String::from_utf8_lossy(&published.stderr));
     let tail = |token: &str| {
