@@ -119,17 +119,20 @@ pub struct AlertView<'a> {
     pub traceparent: Option<Cow<'a, str>>,
 }
 
+/// How many `CloudEvents` envelopes an alert may be inside of, one in the other.
+const ENVELOPES: u8 = 4;
+
 impl<'a> AlertView<'a> {
     /// Reads a payload. Fails only where it is not one JSON object.
     pub fn parse(data: &'a [u8]) -> Result<Self, serde_json::Error> {
         let raw: Raw<'a> = serde_json::from_slice(data)?;
-        Ok(raw.into_view())
+        Ok(raw.into_view(ENVELOPES))
     }
 
     /// The same for text that is known to be UTF-8.
     pub(super) fn parse_text(data: &'a str) -> Result<Self, serde_json::Error> {
         let raw: Raw<'a> = serde_json::from_str(data)?;
-        Ok(raw.into_view())
+        Ok(raw.into_view(ENVELOPES))
     }
 }
 
@@ -158,11 +161,13 @@ struct Raw<'a> {
 }
 
 impl<'a> Raw<'a> {
-    fn into_view(self) -> AlertView<'a> {
+    /// `envelopes` is how many it may be yet: what is deeper is no alert, and must not become a deep stack.
+    fn into_view(self, envelopes: u8) -> AlertView<'a> {
         if self.is_cloud_event
+            && let Some(fewer) = envelopes.checked_sub(1)
             && let Some(inner) = self.data.and_then(|data| serde_json::from_str::<Self>(data.get()).ok())
         {
-            let mut view = inner.into_view();
+            let mut view = inner.into_view(fewer);
             view.id = self.id.text().or(view.id);
             view.source = view.source.or(self.source.text());
             view.tenant = view.tenant.or(self.tenant.text());
@@ -421,6 +426,17 @@ mod tests {
         let view = view(r#"{"mitre_techniques":["T1071.001",5,"T1059"],"time":1700239437000}"#);
         assert_eq!(view.techniques, ["T1071.001", "T1059"]);
         assert_eq!(view.time_ms, Some(1_700_239_437_000));
+    }
+
+    #[test]
+    fn an_alert_is_found_in_a_few_envelopes_and_any_number_of_them_is_no_harm() {
+        let wrapped = |times: usize| {
+            let (open, close) = (r#"{"specversion":"1.0","data":"#.repeat(times), "}".repeat(times));
+            format!(r#"{open}{{"title":"t"}}{close}"#)
+        };
+        for (times, title) in [(1, Some("t")), (4, Some("t")), (5, None), (30_000, None)] {
+            assert_eq!(view(&wrapped(times)).title.as_deref(), title, "{times}");
+        }
     }
 
     #[test]
