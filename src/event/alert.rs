@@ -105,10 +105,13 @@ pub struct AlertView<'a> {
     pub title: Option<Cow<'a, str>>,
     /// What raised it.
     pub source: Option<Cow<'a, str>>,
-    /// Its category, lower-case in all shapes we know.
+    /// Its category, as the shape has it: `cps`, `Potentially Bad Traffic`, `Findings`.
     pub category: Option<Cow<'a, str>>,
     /// Whose alert it is.
     pub tenant: Option<Cow<'a, str>>,
+    /// The tenant is only what OCSF's `metadata` says, by the names of the product that raised the alert: who publishes
+    /// it, or where, says better whose it is.
+    pub(super) is_tenant_of_product: bool,
     /// What kind of event it is: `type`, `event_type` or OCSF's `class_name`.
     pub kind: Option<Cow<'a, str>>,
     /// When it happened, milliseconds since 1970, where the shape gives a number.
@@ -154,14 +157,19 @@ struct Raw<'a> {
     kind: Loose<'a>,
     event_type: Loose<'a>,
     class_name: Loose<'a>,
-    is_cloud_event: bool,
     techniques: Texts<'a>,
-    suricata: Suricata<'a>,
+    is_cloud_event: bool,
     data: Option<&'a RawValue>,
+    suricata: Option<&'a RawValue>,
+    is_ocsf: bool,
+    category_name: Option<&'a RawValue>,
+    metadata: Option<&'a RawValue>,
+    finding: Option<&'a RawValue>,
+    attacks: Option<&'a RawValue>,
 }
 
 impl<'a> Raw<'a> {
-    /// `envelopes` is how many it may be yet: what is deeper is no alert, and must not become a deep stack.
+    /// `envelopes` is how many more it may be inside of: what is deeper is no alert, and must not become a deep stack.
     fn into_view(self, envelopes: u8) -> AlertView<'a> {
         if self.is_cloud_event
             && let Some(fewer) = envelopes.checked_sub(1)
@@ -170,31 +178,72 @@ impl<'a> Raw<'a> {
             let mut view = inner.into_view(fewer);
             view.id = self.id.text().or(view.id);
             view.source = view.source.or(self.source.text());
-            view.tenant = view.tenant.or(self.tenant.text());
             view.kind = view.kind.or(self.kind.text());
             view.traceparent = self.traceparent.text().or(view.traceparent);
+            if (view.tenant.is_none() || view.is_tenant_of_product)
+                && let Some(tenant) = self.tenant.text()
+            {
+                view.tenant = Some(tenant);
+                view.is_tenant_of_product = false;
+            }
             return view;
         }
-        let is_suricata = matches!(&self.event_type, Loose::Text(kind) if kind == "alert");
-        let suricata_severity = is_suricata.then_some(self.suricata.severity).flatten();
+        let nested = self.nested();
         let word = match &self.severity {
             Loose::Text(text) => text.parse().ok(),
             _ => None,
         };
+        let tenant = self.tenant.text().or(self.tenant_id.text());
+        let mut techniques = self.techniques.0;
+        techniques.extend(nested.techniques);
         AlertView {
             id: self.id.text(),
-            severity: word
-                .or_else(|| self.severity_id.integer().and_then(Severity::from_ocsf))
-                .or_else(|| suricata_severity.and_then(Severity::from_suricata)),
-            title: self.title.text().or(self.suricata.signature).or(self.message.text()),
-            source: self.source.text().or(is_suricata.then_some(Cow::Borrowed("suricata"))),
-            category: self.category.text(),
-            tenant: self.tenant.text().or(self.tenant_id.text()),
+            severity: word.or_else(|| self.severity_id.integer().and_then(Severity::from_ocsf)).or(nested.severity),
+            title: self.title.text().or(nested.title).or(self.message.text()),
+            source: self.source.text().or(nested.source),
+            category: self.category.text().or(nested.category),
+            is_tenant_of_product: tenant.is_none() && nested.tenant.is_some(),
+            tenant: tenant.or(nested.tenant),
             kind: self.kind.text().or(self.event_type.text()).or(self.class_name.text()),
             time_ms: self.timestamp_ms.integer().or(self.time.integer()),
-            techniques: self.techniques.0,
+            techniques,
             traceparent: self.traceparent.text(),
         }
+    }
+
+    /// What Suricata and OCSF keep in objects inside the alert.
+    fn nested(&self) -> AlertView<'a> {
+        let mut view = AlertView::default();
+        let is_suricata = matches!(&self.event_type, Loose::Text(kind) if kind == "alert");
+        if is_suricata {
+            view.source = Some(Cow::Borrowed("suricata"));
+        }
+        if self.suricata.is_some() {
+            let [severity, signature, category, metadata] =
+                members(self.suricata, ["severity", "signature", "category", "metadata"]);
+            view.severity = loose(severity).integer().and_then(Severity::from_suricata).filter(|_| is_suricata);
+            view.title = loose(signature).text();
+            view.category = loose(category).text();
+            let [techniques] = members(metadata, ["mitre_technique_id"]);
+            view.techniques = elements(techniques).filter_map(|technique| loose(Some(technique)).text()).collect();
+        }
+        if !self.is_ocsf {
+            return view;
+        }
+        let [product, tenant] = members(self.metadata, ["product", "tenant_uid"]);
+        let [product] = members(product, ["name"]);
+        let [title, attacks] = members(self.finding, ["title", "attacks"]);
+        view.source = view.source.or_else(|| loose(product).text());
+        view.title = view.title.or_else(|| loose(title).text());
+        view.category = view.category.or_else(|| loose(self.category_name).text());
+        view.tenant = loose(tenant).text();
+        for attack in elements(self.attacks).chain(elements(attacks)) {
+            for technique in members(Some(attack), ["technique", "sub_technique"]) {
+                let [uid] = members(technique, ["uid"]);
+                view.techniques.extend(loose(uid).text());
+            }
+        }
+        view
     }
 }
 
@@ -230,6 +279,13 @@ impl<'de> Deserialize<'de> for Raw<'de> {
                         "event_type" => raw.event_type = map.next_value()?,
                         "mitre_techniques" => raw.techniques = map.next_value()?,
                         "alert" => raw.suricata = map.next_value()?,
+                        "class_uid" => raw.is_ocsf = map.next_value::<Option<IgnoredAny>>()?.is_some(),
+                        "category_name" => raw.category_name = map.next_value()?,
+                        "metadata" => raw.metadata = map.next_value()?,
+                        // As OCSF called it up to 1.0.
+                        "finding" => raw.finding = raw.finding.or(map.next_value()?),
+                        "finding_info" => raw.finding = map.next_value::<Option<_>>()?.or(raw.finding),
+                        "attacks" => raw.attacks = map.next_value()?,
                         "specversion" => {
                             let version: Loose<'de> = map.next_value()?;
                             raw.is_cloud_event = matches!(version, Loose::Text(v) if v == "1.0");
@@ -343,27 +399,50 @@ impl<'de> Deserialize<'de> for Texts<'de> {
     }
 }
 
-/// The part of a Suricata EVE alert that matters here.
-#[derive(Default)]
-struct Suricata<'a> {
-    severity: Option<i64>,
-    signature: Option<Cow<'a, str>>,
+/// A value on its own: one that can't be read is of no interest, and takes nothing else with it.
+fn loose(value: Option<&RawValue>) -> Loose<'_> {
+    value.and_then(|value| serde_json::from_str(value.get()).ok()).unwrap_or_default()
 }
 
-impl<'de> Deserialize<'de> for Suricata<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(Deserialize)]
-        struct Alert<'a> {
-            #[serde(borrow, default)]
-            severity: Loose<'a>,
-            #[serde(borrow, default)]
-            signature: Loose<'a>,
+/// The elements of an array, or of nothing.
+fn elements(value: Option<&RawValue>) -> impl Iterator<Item = &RawValue> {
+    let elements: Vec<&RawValue> = value.and_then(|value| serde_json::from_str(value.get()).ok()).unwrap_or_default();
+    elements.into_iter()
+}
+
+/// The members of these names of an object; of any other value there are none.
+fn members<'a, const N: usize>(value: Option<&'a RawValue>, names: [&str; N]) -> [Option<&'a RawValue>; N] {
+    let mut found = [None; N];
+    if let Some(value) = value {
+        find(value, &names, &mut found);
+    }
+    found
+}
+
+fn find<'a>(value: &'a RawValue, names: &[&str], found: &mut [Option<&'a RawValue>]) {
+    struct Find<'f, 'a>(&'f [&'f str], &'f mut [Option<&'a RawValue>]);
+
+    impl<'de> Visitor<'de> for Find<'_, 'de> {
+        type Value = ();
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a JSON object")
         }
 
-        let raw: &'de RawValue = Deserialize::deserialize(deserializer)?;
-        let alert: Option<Alert<'de>> = serde_json::from_str(raw.get()).ok();
-        Ok(alert.map_or_else(Self::default, |a| Self { severity: a.severity.integer(), signature: a.signature.text() }))
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+            while let Some(Key(key)) = map.next_key()? {
+                let place = self.0.iter().position(|name| *name == key);
+                match place.and_then(|place| self.1.get_mut(place)) {
+                    Some(found) => *found = map.next_value()?,
+                    None => drop(map.next_value::<IgnoredAny>()?),
+                }
+            }
+            Ok(())
+        }
     }
+
+    // What was found before a key that can't be read stands.
+    serde_json::Deserializer::from_str(value.get()).deserialize_map(Find(names, found)).unwrap_or_default();
 }
 
 #[cfg(test)]
@@ -421,22 +500,109 @@ mod tests {
         }
     }
 
+    /// Severity, title, source, category, tenant, kind, techniques: `-` for what is absent.
+    fn told(json: &str) -> String {
+        let view = view(json);
+        let texts = [&view.title, &view.source, &view.category, &view.tenant, &view.kind];
+        let texts = texts.map(|text| text.as_deref().unwrap_or("-")).join("|");
+        format!("{}|{texts}|{}", view.severity.map_or("-", Severity::as_str), view.techniques.join(","))
+    }
+
+    #[test]
+    fn alerts_as_products_send_them_tell_what_filters_ask() {
+        let cases = [
+            // OCSF 1.1 and later.
+            (
+                r#"{"activity_id":1,"category_name":"Findings","category_uid":2,"class_name":"Detection Finding",
+                "class_uid":2004,"time":1716000000000,"severity":"Critical","severity_id":5,"message":"long",
+                "finding_info":{"uid":"f-1","title":"Modbus write from a workstation","attacks":[
+                {"tactics":[{"uid":"TA0106"}],"technique":{"name":"Unauthorized Command Message","uid":"T0855"}},
+                {"technique":{"uid":"T1021"},"sub_technique":{"uid":"T1021.002"}}]},
+                "metadata":{"version":"1.3.0","tenant_uid":"acme","product":{"name":"OT Sensor","vendor_name":"V"}}}"#,
+                "critical|Modbus write from a workstation|OT Sensor|Findings|acme|Detection Finding|T0855,T1021,T1021.002",
+            ),
+            // OCSF 1.0.
+            (
+                r#"{"class_uid":2001,"class_name":"Security Finding","category_name":"Findings","severity_id":1,
+                "severity":"Informational ","message":"Infection detected by a sinkhole","attacks":[
+                {"technique":{"uid":"T1071"},"version":"12.1"}],"data":"{}","finding":{"uid":"2b79","types":["malware"],
+                "title":"Infection found"},"metadata":{"product":{"feature":{"name":"f"},"name":"SecurityScorecard"}}}"#,
+                "info|Infection found|SecurityScorecard|Findings|-|Security Finding|T1071",
+            ),
+            (
+                r#"{"timestamp":"2024-05-02T10:11:12.131415+0000","event_type":"alert","src_ip":"10.0.0.5","proto":"TCP",
+                "alert":{"action":"allowed","signature_id":2027865,"signature":"ET INFO DNS Query","severity":2,
+                "category":"Potentially Bad Traffic","metadata":{"mitre_tactic_id":["TA0011"],
+                "mitre_technique_id":["T1071","T1571"]}},"metadata":{"flowbits":["x"]}}"#,
+                "high|ET INFO DNS Query|suricata|Potentially Bad Traffic|-|alert|T1071,T1571",
+            ),
+            (
+                r#"{"ts":1.5,"uid":"C1","note":"Scan::Port_Scan","msg":"scanned 20 ports","peer":"zeek"}"#,
+                "-|-|-|-|-|-|",
+            ),
+            (r#"{"ts":950988235.15,"name":"fragment_overlap","notice":false,"source":"UDP"}"#, "-|-|UDP|-|-|-|"),
+            (
+                r#"{"@timestamp":"2024-05-02T10:11:12Z","ecs":{"version":"8.11"},"event":{"kind":"alert","category":["x"],
+                "severity":73},"rule":{"name":"r"},"message":"m","threat":{"technique":[{"id":"T1"}]}}"#,
+                "-|m|-|-|-|-|",
+            ),
+            (
+                r#"{"id":"1b9e","title":"Beacon","severity":"high","status":"new","source":"zeek","category":"network",
+                "tenant":"acme","mitre_techniques":["T1071.001"],"metadata":{"product":{"name":"x"},"tenant_uid":"y"}}"#,
+                "high|Beacon|zeek|network|acme|-|T1071.001",
+            ),
+            (
+                r#"{"specversion":"1.0","type":"finding","source":"/edge","tenant":"acme","data":{"class_uid":2004,
+                "metadata":{"product":{"name":"EDR"},"tenant_uid":"directory-7"}}}"#,
+                "-|-|EDR|-|acme|finding|",
+            ),
+        ];
+        for (json, expected) in cases {
+            assert_eq!(told(json), expected, "{json}");
+        }
+    }
+
+    #[test]
+    fn what_an_alert_says_itself_comes_before_what_is_inside_of_it() {
+        let findings = [r#""finding":{"title":"old"}"#, r#""finding_info":{"title":"new"}"#];
+        for [one, other] in [findings, [findings[1], findings[0]]] {
+            assert_eq!(view(&format!(r#"{{{one},"class_uid":2004,{other}}}"#)).title.as_deref(), Some("new"));
+        }
+        let all = r#"{"class_uid":2004,"severity":"low","severity_id":5,"title":"t","source":"s","category":"c",
+            "tenant_id":"t1","type":"k","class_name":"n","category_name":"n","event_type":"alert","mitre_techniques":["T1"],
+            "alert":{"severity":1,"signature":"n","category":"n","metadata":{"mitre_technique_id":["T2"]}},
+            "metadata":{"tenant_uid":"n","product":{"name":"n"}},"attacks":[{"technique":{"uid":"T3"}}],
+            "finding_info":{"title":"n","attacks":[{"technique":{"uid":"T4"}}]}}"#;
+        assert_eq!(told(all), "low|t|s|c|t1|k|T1,T2,T3,T4");
+    }
+
+    #[test]
+    fn odd_members_inside_an_alert_are_absent_and_take_nothing_with_them() {
+        let deep = "[".repeat(100_000) + &"]".repeat(100_000);
+        let odd = ["7", "1e999", "null", "true", "[]", "{}", "[[1],{}]", r#""\ud800""#, r#"{"\ud800":1}"#, &deep];
+        for odd in odd {
+            for inside in [
+                r#""alert":{"severity":2,"signature":"t","category":ODD,"metadata":ODD},"event_type":"alert""#,
+                r#""alert":{"severity":2,"signature":"t","metadata":{"mitre_technique_id":[ODD]}},"event_type":"alert""#,
+                r#""severity":"high","title":"t","alert":ODD,"attacks":[ODD,{"technique":ODD},{"technique":{"uid":ODD}}]"#,
+                r#""severity_id":4,"finding_info":{"title":"t","attacks":ODD},"attacks":ODD,"category_name":ODD"#,
+                r#""severity_id":4,"message":"t","finding_info":ODD,"metadata":ODD"#,
+                r#""severity_id":4,"finding":{"title":"t"},"metadata":{"product":ODD,"tenant_uid":ODD}"#,
+                r#""severity_id":4,"message":"t","finding_info":{"title":ODD},"metadata":{"product":{"name":ODD}}"#,
+            ] {
+                let json = format!(r#"{{"class_uid":2004,{}}}"#, inside.replace("ODD", odd));
+                let view = view(&json);
+                assert_eq!((view.severity, view.title.as_deref()), (Some(Severity::High), Some("t")), "{inside}");
+                assert_eq!((view.tenant, view.techniques.len()), (None, 0), "{inside}");
+            }
+        }
+    }
+
     #[test]
     fn techniques_and_times_are_read_where_they_are_plain() {
         let view = view(r#"{"mitre_techniques":["T1071.001",5,"T1059"],"time":1700239437000}"#);
         assert_eq!(view.techniques, ["T1071.001", "T1059"]);
         assert_eq!(view.time_ms, Some(1_700_239_437_000));
-    }
-
-    #[test]
-    fn an_alert_is_found_in_a_few_envelopes_and_any_number_of_them_is_no_harm() {
-        let wrapped = |times: usize| {
-            let (open, close) = (r#"{"specversion":"1.0","data":"#.repeat(times), "}".repeat(times));
-            format!(r#"{open}{{"title":"t"}}{close}"#)
-        };
-        for (times, title) in [(1, Some("t")), (4, Some("t")), (5, None), (30_000, None)] {
-            assert_eq!(view(&wrapped(times)).title.as_deref(), title, "{times}");
-        }
     }
 
     #[test]

@@ -197,6 +197,7 @@ pub struct NewEvent {
     source: Option<String>,
     category: Option<String>,
     tenant: Option<String>,
+    is_tenant_of_product: bool,
     traceparent: Option<String>,
 }
 
@@ -226,6 +227,7 @@ impl NewEvent {
             source: owned(view.source),
             category: owned(view.category),
             tenant: owned(view.tenant),
+            is_tenant_of_product: view.is_tenant_of_product,
             traceparent: owned(view.traceparent),
             data,
         })
@@ -241,8 +243,12 @@ impl NewEvent {
         self.tenant.as_deref()
     }
 
-    /// Whose event it is, where the payload does not say so itself.
+    /// Whose event it is, where the payload does not say so itself. What a product calls its own tenants says nothing of
+    /// the bus's.
     pub fn set_tenant(&mut self, tenant: &str) {
+        if std::mem::take(&mut self.is_tenant_of_product) {
+            self.tenant = None;
+        }
         self.tenant.get_or_insert_with(|| tenant.to_owned());
     }
 

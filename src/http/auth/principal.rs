@@ -114,6 +114,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
+    use crate::event::NewEntry;
 
     fn bound(tenant: &str) -> Principal {
         principal(Some(tenant), Filter::default())
@@ -142,6 +143,22 @@ mod tests {
         let mut anothers = event(r#"{"tenant":"globex"}"#);
         assert_eq!(Principal::anyone().claim(&mut anothers), Ok(()));
         assert_eq!(anothers.tenant(), Some("globex"));
+    }
+
+    #[test]
+    fn what_a_product_calls_its_tenant_counts_where_nothing_else_tells() {
+        let finding = r#"{"class_uid":2004,"metadata":{"tenant_uid":"globex"}}"#;
+        let seen = |fields: crate::event::Fields| {
+            let entry = Entry { id: crate::event::EntryId::MIN, fields };
+            ["acme", "globex"].map(|tenant| bound(tenant).sees(&entry))
+        };
+        for (publisher, seen_by) in [(bound("acme"), [true, false]), (Principal::anyone(), [false, true])] {
+            let mut event = event(finding);
+            assert_eq!(publisher.claim(&mut event), Ok(()));
+            assert_eq!(seen(event.into_entry(&NewEntry::timestamp_now(), None).fields), seen_by);
+        }
+        // As written by others than the bus.
+        assert_eq!(seen([("data".into(), finding.into())].into_iter().collect()), [false, true]);
     }
 
     #[test]
