@@ -1,4 +1,4 @@
-//! Filters that are replaced while their client is given the past.
+//! Filters on alerts of any shape, and filters that are replaced while their client is given the past.
 
 use futures_util::SinkExt as _;
 use serde_json::{Value, json};
@@ -6,7 +6,7 @@ use tokio_tungstenite::tungstenite::Message;
 
 use super::server::{Server, alerts};
 use super::store::Fragile;
-use super::tiny_ring;
+use super::{config, tiny_ring};
 
 #[tokio::test]
 async fn a_snapshot_is_of_what_passes_the_filter_that_has_come_meanwhile() {
@@ -37,4 +37,61 @@ async fn a_snapshot_is_of_what_passes_the_filter_that_has_come_meanwhile() {
     }
     let numbers: Vec<u64> = frames.iter().filter_map(|frame| frame["d"]["n"].as_u64()).collect();
     assert_eq!(numbers, [60, 70, 80, 90, 100], "{frames:?}");
+}
+
+#[tokio::test]
+async fn a_filter_finds_what_it_asks_for_in_every_shape() {
+    let shapes = [
+        json!({
+            "class_uid": 2004, "class_name": "Detection Finding", "category_name": "Findings", "severity_id": 5,
+            "finding_info": {"title": "Modbus write", "attacks": [{"technique": {"uid": "T0855"}}]},
+            "metadata": {"tenant_uid": "acme", "product": {"name": "OT Sensor"}},
+        }),
+        json!({
+            "event_type": "alert", "alert": {
+                "signature": "Modbus write", "category": "ICS", "severity": 1, "metadata": {"mitre_technique_id": ["T0855"]},
+            },
+        }),
+        json!({
+            "severity": "critical", "title": "Modbus write", "source": "zeek", "category": "cps", "tenant": "acme",
+            "mitre_techniques": ["T0855"],
+        }),
+        json!({"ts": 950_988_235.15, "name": "fragment_overlap", "notice": false, "peer": "zeek"}),
+    ];
+    let shapes: Vec<String> = shapes.iter().map(Value::to_string).collect();
+    let exists = |key: &str| {
+        let filter = json!({"key": key, "cmp": "exists"}).to_string();
+        url::form_urlencoded::Serializer::new(String::new()).append_pair("filter", &filter).finish()
+    };
+    let server = Server::start(Fragile::open().await, config()).await;
+    let queries: [(String, &[usize]); 10] = [
+        ("technique=T0855".to_owned(), &[0, 1, 2]),
+        ("min_severity=critical".to_owned(), &[0, 1, 2]),
+        (exists("title"), &[0, 1, 2]),
+        (exists("source"), &[0, 1, 2]),
+        (exists("category"), &[0, 1, 2]),
+        ("source=OT%20Sensor".to_owned(), &[0]),
+        ("category=ICS".to_owned(), &[1]),
+        ("category=cps".to_owned(), &[2]),
+        ("tenant=acme".to_owned(), &[0, 2]),
+        ("since=earliest".to_owned(), &[0, 1, 2, 3]),
+    ];
+    let mut live = Vec::new();
+    for (query, passing) in &queries {
+        live.push((server.connect(&format!("alerts?{query}")).await, query, passing));
+    }
+    // The last one passes every filter: nothing else is to come before it.
+    let last = json!({
+        "severity": "critical", "title": "last", "source": "OT Sensor", "category": "ICS", "tenant": "acme",
+        "mitre_techniques": ["T0855"],
+    })
+    .to_string();
+    server.publish(&alerts(), shapes.iter().cloned().chain([last.clone()])).await;
+    for (client, query, passing) in &mut live {
+        let mut expected: Vec<&str> = passing.iter().filter_map(|n| shapes.get(*n)).map(String::as_str).collect();
+        if *query != "category=cps" {
+            expected.push(&last);
+        }
+        assert_eq!(client.texts(expected.len()).await, expected, "{query}");
+    }
 }
