@@ -90,12 +90,9 @@ impl Form {
         let body = notice.body();
         match (self, notice) {
             (Self::Plain | Self::WithPosition | Self::Lines { meta: false }, _)
-            // Where a client has several streams, its session tells all positions at once.
-            | (Self::EventStream { ids: false, .. }, Notice::Mark { .. }) => None,
+            // The subscription tells where the client stands in all its streams at once.
+            | (Self::EventStream { .. }, Notice::Mark { .. }) => None,
             (Self::Rich | Self::Item, _) => Some(text_message(&format!(r#"{{"t":"{}",{body}}}"#, notice.kind()))),
-            (Self::EventStream { ids: true, .. }, Notice::Mark { position, .. }) => {
-                Some(format!("id: {position}\n\n").into_bytes())
-            }
             (Self::EventStream { .. }, _) => {
                 Some(format!("event: {}\ndata: {{{body}}}\n\n", notice.kind()).into_bytes())
             }

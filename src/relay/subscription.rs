@@ -270,7 +270,6 @@ impl Subscription {
         }
         if !self.notices.is_empty() {
             self.tell(out);
-            self.push_ids(out);
         }
     }
 
@@ -316,11 +315,16 @@ impl Subscription {
         if self.unanswered.is_some() {
             return;
         }
+        let mut is_marked = false;
         for notice in self.notices.drain(..) {
+            is_marked |= matches!(notice, Notice::Mark { .. });
             self.gaps += usize::from(matches!(&notice, Notice::Gap { reason, .. } if *reason != Reason::Lossy));
             if let Some(words) = self.form.tell(&notice) {
                 out.push(words.into());
             }
+        }
+        if is_marked {
+            self.push_ids(out);
         }
     }
 
