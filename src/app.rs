@@ -51,7 +51,6 @@ pub struct App {
     dead_letters: (Keeper, Part),
     relay: Relay,
     api: Api,
-    stop_sessions: CancellationToken,
     store_part: Part,
     tls: Option<(Tls, Part)>,
     metrics: Metrics,
@@ -124,7 +123,6 @@ impl App {
         let groups = Groups::build(&config, family_specs, means)?;
         let family_parts = families.parts(&readiness);
         let store_part = readiness.part("store", Some(STALE_AFTER));
-        let stop_sessions = CancellationToken::new();
         let api = Api::new(
             config.http,
             access,
@@ -135,7 +133,6 @@ impl App {
             relay.clone(),
             metrics.clone(),
             readiness,
-            stop_sessions.clone(),
         );
         let grace = config.shutdown.grace;
         Ok(Self {
@@ -152,7 +149,6 @@ impl App {
             dead_letters: keeper,
             relay,
             api,
-            stop_sessions,
             store_part,
             tls,
             metrics,
@@ -210,7 +206,6 @@ impl App {
 
         self.api.drain();
         work.cancel();
-        self.stop_sessions.cancel();
         let drained = tokio::time::timeout(self.grace, async {
             while tasks.join_next().await.is_some() {}
             self.api.sessions_ended().await;

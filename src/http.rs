@@ -44,7 +44,6 @@ use governor::clock::{Clock as _, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
-use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower_http::catch_panic::CatchPanicLayer;
 
@@ -204,11 +203,10 @@ struct Inner {
     rate: DefaultKeyedRateLimiter<IpAddr>,
     draining: AtomicBool,
     sessions: TaskTracker,
-    stop_sessions: CancellationToken,
 }
 
 impl Api {
-    /// Puts the parts together. `stop_sessions` tells dashboards' sessions to end.
+    /// Puts the parts together.
     #[expect(clippy::too_many_arguments, reason = "the parts of the daemon, put together in one place")]
     pub fn new(
         config: Config,
@@ -220,7 +218,6 @@ impl Api {
         relay: Relay,
         metrics: Metrics,
         readiness: Readiness,
-        stop_sessions: CancellationToken,
     ) -> Self {
         let rate = NonZeroU32::new(config.rate_limit).unwrap_or(NonZeroU32::MIN);
         let inner = Inner {
@@ -244,14 +241,14 @@ impl Api {
             relay,
             metrics,
             readiness,
-            stop_sessions,
         };
         Self { inner: Arc::new(inner) }
     }
 
-    /// From now on `/ready` answers 503 and no new dashboard is let in.
+    /// From now on `/ready` answers 503, no new dashboard is let in, and those that are here are told to come again.
     pub fn drain(&self) {
         self.inner.draining.store(true, Ordering::Relaxed);
+        self.inner.relay.drain();
     }
 
     /// Ends when every dashboard's session has ended. No new one may begin afterwards.

@@ -18,9 +18,11 @@
 //! subscriptions feed Server-Sent Events and lines of JSON ([`Feed`]).
 
 mod admission;
+mod alarm;
 mod backoff;
 mod batch;
 mod begin;
+mod bell;
 mod close;
 mod config;
 mod cursor;
@@ -48,13 +50,12 @@ mod tail;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -77,6 +78,7 @@ use crate::event::{EntryId, Epoch, StreamName, StreamPattern};
 use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
 use crate::store::{Families, Roster, Store};
+use bell::Bell;
 use form::Form;
 use members::Members;
 use ring::{Limits, Ring};
@@ -111,7 +113,8 @@ struct Hub {
     pages: Semaphore,
     /// Reads of pages under way.
     reads: TaskTracker,
-    is_draining: AtomicBool,
+    /// Rung once, when this instance stops.
+    draining: Arc<Bell>,
     metrics: Metrics,
     /// One per ring.
     parts: Vec<Part>,
@@ -127,8 +130,8 @@ struct Channel {
     members: Arc<Members>,
     /// Itself, for those who wake it.
     me: Weak<Self>,
-    /// Told of every change of its rings.
-    wake: watch::Sender<()>,
+    /// Rung for every change of its rings.
+    bell: Arc<Bell>,
     connections: IntGauge,
     deliveries: IntCounter,
     writes: IntCounter,
@@ -289,15 +292,24 @@ impl Relay {
         let part = |ring: &Arc<Ring>| readiness.part(&format!("relay {}", ring.stream()), Some(STALE_AFTER));
         let parts = rings.iter().map(part).collect();
         let (pages, reads) = (Semaphore::new(PAGES_AT_A_TIME), TaskTracker::new());
-        let is_draining = AtomicBool::new(false);
-        let hub = Hub { store, config, channels, rings, members, slots, pages, reads, is_draining, metrics, parts };
+        let hub = Hub {
+            store,
+            config,
+            channels,
+            rings,
+            members,
+            slots,
+            pages,
+            reads,
+            draining: Arc::default(),
+            metrics,
+            parts,
+        };
         Self { hub: Arc::new(hub) }
     }
 
     /// Follows the streams until `stop` is cancelled, and then until the last client has gone, or the drain window is
     /// over. To be called once. Returns earlier only where a tail has panicked.
-    ///
-    /// Sessions are driven by whoever connects them, and are to be given the same `stop`.
     pub async fn run(&self, stop: CancellationToken) {
         let mut tails = JoinSet::new();
         let stop_tails = CancellationToken::new();
@@ -326,7 +338,7 @@ impl Relay {
                 _ = sweep.tick() => self.hub.members.sweep(),
             }
         }
-        self.hub.is_draining.store(true, Ordering::Release);
+        self.drain();
         // Clients are served until they are closed, or those that can't resume would miss what comes meanwhile.
         let deadline = Instant::now() + self.hub.config.drain_window;
         while self.hub.slots.total() > 0 && Instant::now() < deadline {
@@ -339,6 +351,12 @@ impl Relay {
                 tracing::error!(%error, "a tail of the relay has ended badly");
             }
         }
+    }
+
+    /// From now on nobody is let in, and everyone who is here is closed at a random moment within the configured drain
+    /// window, and served until then.
+    pub fn drain(&self) {
+        self.hub.draining.ring();
     }
 
     /// Lets a client in, who is then given everything that comes after this call, and what it asked for of the past.
@@ -373,8 +391,6 @@ impl Relay {
     }
 
     /// Lets a client in that reads the alerts in the answer to an HTTP request. Otherwise as [`Relay::connect`].
-    ///
-    /// When `stop` is cancelled the feed ends at a random moment within the configured drain window.
     pub fn feed(
         &self,
         channel: &str,
@@ -382,7 +398,6 @@ impl Relay {
         form: FeedForm,
         peer: IpAddr,
         admission: Admission,
-        stop: CancellationToken,
     ) -> Result<Feed, Refused> {
         let (key, stream) = (params.key.as_deref(), params.stream.as_ref());
         let Admitted { channel, rings, slot } = self.admit(channel, key, stream, false, peer, &admission)?;
@@ -394,7 +409,7 @@ impl Relay {
             FeedForm::Lines => Form::Lines { meta },
         };
         let subscription = Subscription::new(rings, params, form, None, &self.hub, &channel);
-        Ok(Feed::new(self.hub.clone(), channel, subscription, form, slot, stop).until(expires_at))
+        Ok(Feed::new(self.hub.clone(), channel, subscription, form, slot).until(expires_at))
     }
 
     fn admit(
@@ -407,7 +422,7 @@ impl Relay {
         admission: &Admission,
     ) -> Result<Admitted, Refused> {
         let hub = &self.hub;
-        if hub.is_draining.load(Ordering::Acquire) {
+        if hub.draining.is_rung() {
             return Err(Refused::Draining);
         }
         let unknown = || Refused::UnknownChannel(channel.chars().take(64).collect());
@@ -455,7 +470,7 @@ impl Relay {
         };
         RelayStatus {
             connections: hub.slots.total(),
-            is_draining: hub.is_draining.load(Ordering::Acquire),
+            is_draining: hub.draining.is_rung(),
             channels: hub.channels.values().map(channel).collect(),
             streams: hub.rings.iter().map(stream).collect(),
         }
@@ -531,7 +546,7 @@ impl Channel {
             families,
             members: members.clone(),
             me: me.clone(),
-            wake: watch::Sender::new(()),
+            bell: Arc::default(),
             connections: metrics.relay_connections.with_label_values(&[name]),
             deliveries: metrics.relay_deliveries.with_label_values(&[name]),
             writes: metrics.relay_writes.with_label_values(&[name]),
@@ -550,7 +565,7 @@ impl Channel {
             families: Vec::new(),
             members: self.members.clone(),
             me: me.clone(),
-            wake: watch::Sender::new(()),
+            bell: Arc::default(),
             connections: self.connections.clone(),
             deliveries: self.deliveries.clone(),
             writes: self.writes.clone(),

@@ -38,8 +38,7 @@ pub(super) async fn open(
     let admission = admission(&api, &channel, query.as_deref(), &headers).await;
     let admission = admission.map_err(|refused| ApiError::from(&refused))?;
     let params = params(query.as_deref(), &headers).map_err(|bad| ApiError::from(&Refused::BadParameter(bad)))?;
-    let stop = api.inner.stop_sessions.clone();
-    let feed = api.inner.relay.feed(&channel, params, form, peer.0.ip(), admission, stop);
+    let feed = api.inner.relay.feed(&channel, params, form, peer.0.ip(), admission);
     let feed = feed.map_err(|refused| ApiError::from(&refused))?;
     let pieces = stream::unfold(feed, |mut feed| async {
         let piece = feed.next().await?;

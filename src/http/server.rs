@@ -91,20 +91,20 @@ pub async fn serve(listener: TcpListener, tls: Option<Tls>, api: Api, stop: Canc
         let open = Open::new(slot, api.inner.metrics.http_connections.clone());
         let (header_timeout, write_timeout) = (config.header_timeout, config.write_timeout);
         let Some(tls) = tls.clone() else {
-            let socket = Socket::Plain(Timed::new(stream, write_timeout));
-            connections.spawn(connection(socket, peer, (open, idle), router, header_timeout, stop));
+            let socket = Socket::Plain(Timed::new(stream, open, write_timeout));
+            connections.spawn(connection(socket, peer, idle, router, header_timeout, stop));
             continue;
         };
         let api = api.clone();
         connections.spawn(async move {
             // Boxed: it takes more room than all that comes afterwards, and for a moment only.
-            let accepted = Box::pin(tls.accept(stream, peer.ip(), write_timeout, &api.inner.metrics));
+            let accepted = Box::pin(tls.accept(stream, open, peer.ip(), write_timeout, &api.inner.metrics));
             let socket = tokio::select! {
                 socket = accepted => socket,
                 () = stop.cancelled() => None,
             };
             if let Some(socket) = socket {
-                connection(socket, peer, (open, idle), router, header_timeout, stop).await;
+                connection(socket, peer, idle, router, header_timeout, stop).await;
             }
         });
     }
@@ -113,10 +113,10 @@ pub async fn serve(listener: TcpListener, tls: Option<Tls>, api: Api, stop: Canc
     connections.wait().await;
 }
 
-/// A connection's place among all, taken until the last holder is gone: a WebSocket outlives its request.
-#[derive(Debug, Clone)]
+/// A connection's place among all, taken as long as its socket is there: a WebSocket outlives its request.
+#[derive(Debug)]
 pub(super) struct Open {
-    _place: Arc<Place>,
+    _place: Box<Place>,
 }
 
 #[derive(Debug)]
@@ -128,7 +128,7 @@ struct Place {
 impl Open {
     fn new(slot: OwnedSemaphorePermit, open: IntGauge) -> Self {
         open.inc();
-        Self { _place: Arc::new(Place { _slot: slot, open }) }
+        Self { _place: Box::new(Place { _slot: slot, open }) }
     }
 }
 
@@ -183,18 +183,17 @@ fn is_soon_idle(response: &Response<Body>) -> bool {
 async fn connection(
     socket: Socket,
     peer: SocketAddr,
-    (open, idle): (Open, Arc<Idle>),
+    idle: Arc<Idle>,
     router: Router,
     header_timeout: Duration,
     stop: CancellationToken,
 ) {
     let service = service_fn(move |request: Request<Incoming>| {
-        let (router, open, idle) = (router.clone(), open.clone(), idle.clone());
+        let (router, idle) = (router.clone(), idle.clone());
         async move {
             idle.end();
             let mut request = request.map(Body::new);
             request.extensions_mut().insert(Peer(peer));
-            request.extensions_mut().insert(open);
             let Ok(mut response) = router.oneshot(request).await;
             if is_soon_idle(&response) && !idle.begin_again() {
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));

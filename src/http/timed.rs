@@ -9,19 +9,22 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::Sleep;
 
+use super::server::Open;
+
 /// Fails once the peer has taken nothing for `limit` although there is something for it: an answer that nobody reads
 /// would be kept for as long as its connection lives. Belongs below TLS, where every byte taken can be seen.
 #[derive(Debug)]
 pub(super) struct Timed {
     stream: TcpStream,
+    _open: Open,
     limit: Option<Duration>,
     /// Runs while the peer takes nothing.
     stuck: Option<Pin<Box<Sleep>>>,
 }
 
 impl Timed {
-    pub(super) fn new(stream: TcpStream, limit: Duration) -> Self {
-        Self { stream, limit: Some(limit), stuck: None }
+    pub(super) fn new(stream: TcpStream, open: Open, limit: Duration) -> Self {
+        Self { stream, _open: open, limit: Some(limit), stuck: None }
     }
 
     /// From now on someone else watches over the peer.

@@ -15,13 +15,11 @@ use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
 use tokio::io::AsyncReadExt as _;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
-use tokio_util::sync::CancellationToken;
 
 use super::agent::Agents;
 use super::auth::{Denied, Principal, Shown};
 use super::extract::Segment;
 use super::origin::is_allowed;
-use super::server::Open;
 use super::socket::Socket;
 use super::{Api, ApiError, Peer};
 use crate::relay::{Admission, Errands, PROTOCOL, Refused, Session, SubscribeParams};
@@ -51,35 +49,32 @@ pub(super) async fn connect(
     let Some(upgrade) = request.extensions_mut().remove::<OnUpgrade>() else {
         return ApiError::bad_handshake("the connection can't be upgraded").into_response();
     };
-    let open = request.extensions_mut().remove::<Open>();
-    let stop = api.inner.stop_sessions.clone();
     let sessions = api.inner.sessions.clone();
-    sessions.spawn(async move {
-        let _open = open;
+    sessions.clone().spawn(async move {
         let socket = match upgrade.await.map(into_socket) {
             Ok(Some(socket)) => socket,
             Ok(None) => return tracing::error!("an upgraded connection is of another kind"),
             Err(error) => return tracing::debug!(error = %error, "the upgrade did not come about"),
         };
         match (session, socket) {
+            // A task of its own, which has no room for what came before.
             (Ok(session), (socket, sent_early)) if sent_early.is_empty() => {
-                session.run(socket, stop).await;
+                sessions.spawn(session.run(socket));
             }
-            // Rare, and larger: boxed, or every session would have the room for it.
-            (session, socket) => Box::pin(converse(api, session, socket, stop)).await,
+            (session, socket) => converse(api, session, socket).await,
         }
     });
     switching_protocols(&accept, confirmed)
 }
 
 /// Serves a client that was refused, or has sent something before it was answered.
-async fn converse(api: Api, session: Result<Session, Refused>, socket: (Socket, Bytes), stop: CancellationToken) {
+async fn converse(api: Api, session: Result<Session, Refused>, socket: (Socket, Bytes)) {
     let (socket, sent_early) = socket;
     let (read, write) = tokio::io::split(socket);
     let socket = tokio::io::join(Cursor::new(sent_early).chain(read), write);
     match session {
         Ok(session) => {
-            session.run(socket, stop).await;
+            session.run(socket).await;
         }
         Err(refused) => api.inner.relay.refuse(socket, &refused).await,
     }

@@ -33,7 +33,7 @@ pub(super) struct Cursor {
     is_live: bool,
     /// A batch under way, from the ring or from the store, and the index of what is next in it.
     current: Option<(Arc<Batch>, usize)>,
-    /// The ring's change at which there was nothing more.
+    /// The ring's change at which there is nothing more than what is at hand.
     head_seen: Option<u64>,
     /// Bytes of the ring's log passed, once that is known.
     passed_bytes: Option<u64>,
@@ -182,15 +182,16 @@ impl Cursor {
             }
             let changes = self.ring.changes();
             if self.head_seen == Some(changes) {
+                self.lane = None;
                 return Next::Head;
             }
             match self.ring.after(self.generation, self.after) {
                 Lookup::Head => {
-                    (self.stage, self.head_seen, self.lane) = (Stage::InRing, Some(changes), None);
+                    (self.stage, self.head_seen) = (Stage::InRing, Some(changes));
                     self.owe();
-                    return Next::Head;
                 }
-                Lookup::Batch(batch, passed_bytes) => {
+                Lookup::Batch(batch, passed_bytes, is_newest) => {
+                    self.head_seen = is_newest.then_some(changes);
                     let index = batch.first_after(self.after);
                     (self.stage, self.passed_bytes) = (Stage::InRing, Some(passed_bytes));
                     if batch.is_torn_off() && index == 0 && self.began.is_some() {

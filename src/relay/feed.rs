@@ -4,11 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::watch;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 use super::backoff::jitter;
+use super::bell::Listener;
 use super::cursor::now_ms;
 use super::form::Form;
 use super::outgoing::Outgoing;
@@ -36,9 +35,9 @@ pub struct Feed {
     form: Form,
     outgoing: Outgoing,
     work: Option<Work>,
-    wake: watch::Receiver<()>,
+    bell: Listener,
     beat_at: Instant,
-    stop: CancellationToken,
+    drain: Listener,
     ends_at: Option<Instant>,
     /// When what the client showed has expired.
     expires_at: Option<Instant>,
@@ -52,9 +51,9 @@ impl Feed {
         subscription: Subscription,
         form: Form,
         slot: Slot,
-        stop: CancellationToken,
     ) -> Self {
-        let (wake, beat_at) = (channel.wake.subscribe(), Instant::now() + BEAT);
+        let (bell, drain) = (Listener::new(channel.bell.clone()), Listener::new(hub.draining.clone()));
+        let beat_at = Instant::now() + BEAT;
         let outgoing = Outgoing::default();
         Self {
             hub,
@@ -63,9 +62,9 @@ impl Feed {
             form,
             outgoing,
             work: None,
-            wake,
+            bell,
             beat_at,
-            stop,
+            drain,
             ends_at: None,
             expires_at: None,
             _slot: slot,
@@ -84,7 +83,7 @@ impl Feed {
     pub async fn next(&mut self) -> Option<Bytes> {
         loop {
             // Also a reader for whom there is always something ends in time.
-            if self.ends_at.is_none() && self.stop.is_cancelled() {
+            if self.ends_at.is_none() && self.hub.draining.is_rung() {
                 self.ends_at = Some(Instant::now() + jitter(self.hub.config.drain_window));
             }
             let ends_at = self.ends_at.into_iter().chain(self.expires_at).min();
@@ -96,7 +95,7 @@ impl Feed {
                 return Some(piece);
             }
             // Only what changes after this line needs to wake us.
-            self.wake.mark_unchanged();
+            self.bell.catch_up();
             if self.subscription.is_lost() {
                 return None;
             }
@@ -115,10 +114,9 @@ impl Feed {
                         return None;
                     }
                 }
-                // The sender lives as long as the channel, which this holds.
-                _ = self.wake.changed() => {}
+                () = self.bell.rung() => {}
                 () = tokio::time::sleep_until(self.beat_at) => self.beat(),
-                () = self.stop.cancelled(), if self.ends_at.is_none() => {}
+                () = self.drain.rung(), if self.ends_at.is_none() => {}
                 () = tokio::time::sleep_until(ends_at.unwrap_or(self.beat_at)), if ends_at.is_some() => {}
             }
         }

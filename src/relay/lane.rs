@@ -44,7 +44,7 @@ impl Lane {
         self.after = self.after.max(turn);
         for _ in 0..MAX_BATCHES {
             let batch = match ring.after(generation, self.after) {
-                Lookup::Batch(batch, _) => batch,
+                Lookup::Batch(batch, ..) => batch,
                 // What has left the ring comes in its turn.
                 Lookup::Behind => {
                     let floor = ring.mark().map_or(self.after, |mark| mark.floor);

@@ -17,7 +17,9 @@ pub(super) const MAX_BYTES: usize = 64 * 1024;
 /// keep alive here.
 #[derive(Debug, Default)]
 pub(super) struct Outgoing {
-    slices: VecDeque<Bytes>,
+    /// Empty only where all is. While little happens there is no other one, and nothing to look up elsewhere.
+    first: Bytes,
+    rest: VecDeque<Bytes>,
     bytes: usize,
     /// Alerts in it.
     pub(super) alerts: u64,
@@ -28,50 +30,54 @@ pub(super) struct Outgoing {
 impl Outgoing {
     /// Whether everything is written.
     pub(super) fn is_empty(&self) -> bool {
-        self.slices.is_empty()
+        self.bytes == 0
     }
 
     /// Whether it is time to write before adding more.
     pub(super) fn is_full(&self) -> bool {
-        self.slices.len() >= MAX_SLICES || self.bytes >= MAX_BYTES
+        self.bytes >= MAX_BYTES || self.rest.len() + 1 >= MAX_SLICES
     }
 
     /// Adds whole frames.
     pub(super) fn push(&mut self, frames: Bytes) {
-        if !frames.is_empty() {
-            self.bytes += frames.len();
-            self.slices.push_back(frames);
+        if frames.is_empty() {
+            return;
+        }
+        self.bytes += frames.len();
+        if self.first.is_empty() {
+            self.first = frames;
+        } else {
+            self.rest.push_back(frames);
         }
     }
 
     /// Takes out what comes first.
     pub(super) fn pop(&mut self) -> Option<Bytes> {
-        let slice = self.slices.pop_front()?;
+        let next = self.rest.pop_front().unwrap_or_default();
+        let slice = std::mem::replace(&mut self.first, next);
         self.bytes -= slice.len();
-        Some(slice)
+        (!slice.is_empty()).then_some(slice)
     }
 
     /// What to write next, if it is one slice.
     pub(super) fn only(&self) -> Option<&[u8]> {
-        self.slices.front().filter(|_| self.slices.len() == 1).map(|slice| &**slice)
+        self.rest.is_empty().then_some(&*self.first)
     }
 
     /// Fills in what to write next; says how many slices that is.
     pub(super) fn fill<'a>(&'a self, buffers: &mut [IoSlice<'a>; MAX_SLICES]) -> usize {
-        self.slices.iter().zip(buffers).map(|(slice, buffer)| *buffer = IoSlice::new(slice)).count()
+        let slices = std::iter::once(&self.first).chain(&self.rest);
+        slices.zip(buffers).map(|(slice, buffer)| *buffer = IoSlice::new(slice)).count()
     }
 
     /// So many bytes were written.
     pub(super) fn advance(&mut self, mut written: usize) {
         self.bytes -= written;
-        while let Some(front) = self.slices.front_mut() {
-            if written < front.len() {
-                front.advance(written);
-                break;
-            }
-            written -= front.len();
-            self.slices.pop_front();
+        while written >= self.first.len() && written > 0 {
+            written -= self.first.len();
+            self.first = self.rest.pop_front().unwrap_or_default();
         }
+        self.first.advance(written);
     }
 }
 

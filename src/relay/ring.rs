@@ -104,8 +104,8 @@ pub(super) struct Mark {
 /// What a ring has for a reader.
 #[derive(Debug)]
 pub(super) enum Lookup {
-    /// The batch with the next entry, and the total of bytes up to its end.
-    Batch(Arc<Batch>, u64),
+    /// The batch with the next entry, the total of bytes up to its end, and whether it is the newest.
+    Batch(Arc<Batch>, u64, bool),
     /// Nothing yet.
     Head,
     /// The next entries have left the ring.
@@ -226,7 +226,7 @@ impl Ring {
             state.batches.partition_point(|held| held.batch.last() <= id)
         };
         let Held { batch, total_bytes } = &state.batches[index];
-        Lookup::Batch(batch.clone(), *total_bytes)
+        Lookup::Batch(batch.clone(), *total_bytes, index == newest)
     }
 
     /// The ids of the newest entries at or before `cut` that pass, at most `count`, newest first, and the floor: older
@@ -364,7 +364,7 @@ mod tests {
                         let expected = model.iter().find(|id| **id > *after);
                         match ring.after(1, *after) {
                             Lookup::Head => prop_assert_eq!(expected, None),
-                            Lookup::Batch(batch, _) => {
+                            Lookup::Batch(batch, ..) => {
                                 let first = batch.first_after(*after);
                                 prop_assert_eq!(expected, Some(&batch.id(first)));
                                 *after = batch.last();

@@ -4,6 +4,8 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use super::begin::{Begin, oldest_of_newest, resolve};
 use super::cursor::{Cursor, Next, Stage, Teller, now_ms};
 use super::form::{Form, Notice, Reason, text_message};
@@ -21,8 +23,9 @@ const AHEAD_MS: u64 = 60_000;
 #[derive(Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(super) struct Subscription {
-    cursors: Vec<Cursor>,
-    filter: Arc<Filter>,
+    /// Most have one, and it is at hand with the rest.
+    cursors: SmallVec<[Cursor; 1]>,
+    filter: Filter,
     form: Form,
     /// Whether what a live client is too slow for is left out.
     is_latest: bool,
@@ -33,13 +36,13 @@ pub(super) struct Subscription {
     /// Whether the client would rather be closed than go on after a gap.
     is_strict: bool,
     /// The request that is answered once it is known where this begins.
-    unanswered: Option<Unanswered>,
+    unanswered: Option<Box<Unanswered>>,
     /// How many gaps were told.
     gaps: usize,
     /// What is to be told before the next alert.
     notices: Vec<Notice>,
     /// Where to begin, as long as there is a cursor that has not begun.
-    start: Option<Start>,
+    start: Option<Box<Start>>,
     /// Whether it was at the head once: from then on, what a stream has is given at once. On the way there, streams
     /// are merged by the time of their entries.
     is_live: bool,
@@ -73,7 +76,7 @@ pub(super) enum Fetched {
     /// The next entries of the cursor with this index.
     Page(usize, Outcome),
     /// For each cursor with these indices, the newest entries that pass this filter, newest first.
-    Newest(Arc<Filter>, Vec<(usize, Newest)>),
+    Newest(Filter, Vec<(usize, Newest)>),
 }
 
 impl Subscription {
@@ -97,16 +100,16 @@ impl Subscription {
         };
         let mut subscription = Self {
             cursors: rings.into_iter().map(Cursor::new).collect(),
-            filter: Arc::new(params.filter),
+            filter: params.filter,
             form,
             is_latest: params.is_latest,
             has_lane: params.has_lane,
             is_lagging: false,
             is_strict: params.is_strict,
-            unanswered: answers.map(|id| Unanswered { id, is_resumed: matches!(start, Start::Positions(_)) }),
+            unanswered: answers.map(|id| Box::new(Unanswered { id, is_resumed: matches!(start, Start::Positions(_)) })),
             gaps: 0,
             notices: Vec::new(),
-            start: Some(start),
+            start: Some(Box::new(start)),
             is_live: false,
             began_ms,
         };
@@ -123,7 +126,7 @@ impl Subscription {
         }
         let marks: Vec<(usize, Mark)> =
             waiting().filter_map(|(index, cursor)| cursor.ring.mark().map(|mark| (index, mark))).collect();
-        let known = match start {
+        let known = match &**start {
             Start::Positions(_) => hub.epochs(self.cursors.iter().map(|cursor| &cursor.ring)),
             _ => None,
         };
@@ -131,7 +134,7 @@ impl Subscription {
             let cursor = &mut self.cursors[index];
             // A cursor that was made before its ring began is given all that came since.
             let head = if cursor.generation == mark.generation { cursor.after } else { mark.start };
-            let begin = match start {
+            let begin = match &**start {
                 Start::Now | Start::Snapshot(_) => Begin::after(head),
                 Start::Earliest => Begin::at(EntryId::MIN),
                 Start::At(ms) => Begin::at(EntryId::new(*ms, 0).previous().min(head)),
@@ -150,7 +153,7 @@ impl Subscription {
             if begin.is_owed {
                 cursor.owe();
             }
-            cursor.stage = if matches!(start, Start::Snapshot(_)) { Stage::Locating } else { Stage::InRing };
+            cursor.stage = if matches!(**start, Start::Snapshot(_)) { Stage::Locating } else { Stage::InRing };
         }
         let is_over = |cursor: &Cursor| !matches!(cursor.stage, Stage::Waiting | Stage::Locating);
         if self.cursors.iter().all(is_over) {
@@ -257,7 +260,7 @@ impl Subscription {
 
     /// Lets something else pass from where the client stands.
     pub(super) fn replace_filter(&mut self, filter: Filter) {
-        self.filter = Arc::new(filter);
+        self.filter = filter;
     }
 
     /// Tells where the client stands in streams of which nothing passed since it was told last.
@@ -292,8 +295,11 @@ impl Subscription {
 
     /// Answers the request that made this, once it is known where it begins, and whether that can be given.
     fn answer(&mut self, out: &mut Outgoing) {
+        if self.unanswered.is_none() {
+            return;
+        }
         let is_behind = self.cursors.iter().any(|cursor| cursor.stage == Stage::Behind);
-        let is_answerable = |unanswered: &mut Unanswered| !(unanswered.is_resumed && is_behind);
+        let is_answerable = |unanswered: &mut Box<Unanswered>| !(unanswered.is_resumed && is_behind);
         if self.cursors.iter().any(Cursor::is_beginning) {
             return;
         }
@@ -331,7 +337,7 @@ impl Subscription {
     /// The read of the store that has to come next, if any.
     pub(super) fn work(&self, hub: &Arc<Hub>) -> Option<Work> {
         let at_stage = |stage| self.cursors.iter().enumerate().filter(move |(_, cursor)| cursor.stage == stage);
-        if let Some(Start::Snapshot(count)) = self.start
+        if let Some(&Start::Snapshot(count)) = self.start.as_deref()
             && at_stage(Stage::Locating).next().is_some()
         {
             let (hub, filter) = (hub.clone(), self.filter.clone());
@@ -354,9 +360,9 @@ impl Subscription {
     pub(super) fn apply(&mut self, fetched: Fetched, hub: &Hub, channel: &Channel) -> Result<(), CloseCode> {
         match fetched {
             // Where the filter was replaced meanwhile, it is another snapshot that is asked for.
-            Fetched::Newest(filter, _) if !Arc::ptr_eq(&filter, &self.filter) => Ok(()),
+            Fetched::Newest(filter, _) if filter != self.filter => Ok(()),
             Fetched::Newest(_, newest) => {
-                let Some(Start::Snapshot(count)) = self.start else { return Ok(()) };
+                let Some(&Start::Snapshot(count)) = self.start.as_deref() else { return Ok(()) };
                 let found: Vec<&[EntryId]> = newest.iter().map(|(_, ids)| ids.as_deref().unwrap_or_default()).collect();
                 let firsts = oldest_of_newest(&found, count);
                 for ((index, ids), first) in newest.iter().zip(firsts) {

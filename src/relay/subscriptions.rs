@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use super::gather::Gathering;
@@ -14,7 +15,7 @@ use crate::event::StreamName;
 /// The subscriptions of one session: one in plain mode, up to one per stream of the channel in rich mode.
 #[derive(Default)]
 pub(super) struct Subscriptions {
-    held: Vec<Held>,
+    held: SmallVec<[Held; 1]>,
     /// Which of them is served first the next time.
     first: usize,
 }
@@ -42,7 +43,7 @@ impl Subscriptions {
 
     /// A subscription whose events are gathered.
     pub(super) fn add_gathered(&mut self, subscription: Subscription, gathering: Option<Box<Gathering>>) {
-        // Most clients have one, and there are many clients.
+        // Many have a few, and there are many clients.
         self.held.reserve_exact(1);
         self.held.push(Held { subscription, work: None, gathering });
     }

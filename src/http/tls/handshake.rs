@@ -9,6 +9,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
 use super::Tls;
+use crate::http::server::Open;
 use crate::http::socket::Socket;
 use crate::http::timed::Timed;
 use crate::metrics::Metrics;
@@ -57,17 +58,24 @@ impl Tls {
     pub(in crate::http) async fn accept(
         &self,
         stream: TcpStream,
+        open: Open,
         address: IpAddr,
         write_timeout: Duration,
         metrics: &Metrics,
     ) -> Option<Socket> {
-        let begun = self.begin(stream, address, write_timeout).await;
+        let begun = self.begin(stream, open, address, write_timeout).await;
         let outcome = begun.as_ref().err().copied().unwrap_or(Outcome::Done);
         metrics.tls_handshakes.with_label_values(&[outcome.label()]).inc();
         begun.ok()
     }
 
-    async fn begin(&self, stream: TcpStream, address: IpAddr, write_timeout: Duration) -> Result<Socket, Outcome> {
+    async fn begin(
+        &self,
+        stream: TcpStream,
+        open: Open,
+        address: IpAddr,
+        write_timeout: Duration,
+    ) -> Result<Socket, Outcome> {
         let limit = self.inner.config.handshake_timeout;
         let late = |_| Outcome::Timeout;
         // Until a client has said something, nothing is kept for it.
@@ -75,7 +83,7 @@ impl Tls {
         // Many may come at once, after a restart: all have their turn, and none takes that of other addresses.
         let _place = timeout(LONGEST_TURN, self.inner.handshakes.wait(address)).await.map_err(late)?;
         let acceptor = TlsAcceptor::from(self.shown().server.clone());
-        let stream = Timed::new(stream, write_timeout);
+        let stream = Timed::new(stream, open, write_timeout);
         let accept = acceptor.accept_with(stream, |connection| connection.set_buffer_limit(Some(MAX_BUFFERED)));
         match timeout(limit, accept).await.map_err(late)? {
             Ok(stream) => Ok(Socket::Tls(Box::new(stream))),

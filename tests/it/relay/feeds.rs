@@ -5,16 +5,15 @@ use std::time::Duration;
 use aurora_bus::relay::{Admission, Config, Feed, FeedForm, SubscribeParams};
 use futures_util::FutureExt as _;
 use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
 
 use super::server::{PATIENCE, Server, alerts, cps_alerts, publish};
 use super::store::Fragile;
 use super::{config, member, number, numbered, tiny_ring};
 
-fn open(server: &Server, query: &str, stop: CancellationToken) -> Feed {
+fn open(server: &Server, query: &str) -> Feed {
     let params = SubscribeParams::parse(query).expect("valid");
     let peer = [127, 0, 0, 1].into();
-    server.relay.feed("alerts", params, FeedForm::Lines, peer, Admission::default(), stop).expect("let in")
+    server.relay.feed("alerts", params, FeedForm::Lines, peer, Admission::default()).expect("let in")
 }
 
 #[tokio::test]
@@ -29,7 +28,7 @@ async fn feeds_that_nobody_reads_from_keep_nobody_from_the_store() {
     let mut unread = Vec::new();
     for position in positions.iter().step_by(10) {
         let query = format!("stream=aurora:alerts&since={position}");
-        let mut feed = open(&server, &query, CancellationToken::new());
+        let mut feed = open(&server, &query);
         // It begins to read, and is left at that: a reader that is slow asks for no more.
         assert_eq!(feed.next().now_or_never(), None, "what is asked of the store takes its time");
         unread.push(feed);
@@ -43,11 +42,10 @@ async fn a_feed_for_which_there_is_always_more_ends_with_the_others() {
     let server = Server::start(Fragile::open().await, Config { drain_window: Duration::ZERO, ..config() }).await;
     let published = server.publish(&alerts(), numbered(0..10_000)).await;
     server.until_relayed(&alerts(), &published).await;
-    let stop = CancellationToken::new();
-    let mut feed = open(&server, "since=earliest", stop.clone());
+    let mut feed = open(&server, "since=earliest");
     let piece = timeout(PATIENCE, feed.next()).await.expect("in time").expect("a piece");
     assert!(piece.len() < 100_000, "there is more");
-    stop.cancel();
+    server.relay.drain();
     assert_eq!(timeout(PATIENCE, feed.next()).await.expect("in time"), None);
 }
 
@@ -68,8 +66,8 @@ async fn who_reads_several_streams_is_live_while_one_of_them_cannot_be_read() {
     let server = Server::start_cold(store.clone(), config());
     server.publish(&alerts(), numbered(0..1)).await;
     let params = SubscribeParams::parse("since=earliest").expect("valid");
-    let (form, peer, stop) = (FeedForm::EventStream, [127, 0, 0, 1].into(), CancellationToken::new());
-    let mut feed = server.relay.feed("alerts", params, form, peer, Admission::default(), stop).expect("let in");
+    let (form, peer) = (FeedForm::EventStream, [127, 0, 0, 1].into());
+    let mut feed = server.relay.feed("alerts", params, form, peer, Admission::default()).expect("let in");
     let first = told(&mut feed, 3).await;
     assert!(first[0].ends_with(r#"data: {"n":0}"#) && first[2].starts_with("event: live"), "{first:?}");
     assert!(first[2].contains(alerts().as_str()), "{first:?}");
@@ -91,8 +89,8 @@ async fn who_reads_several_streams_as_events_goes_on_after_the_last_one() {
     let server = Server::start(Fragile::open().await, config()).await;
     let open_at = |since: &str| {
         let params = SubscribeParams::parse(&format!("since={since}")).expect("valid");
-        let (peer, stop) = ([127, 0, 0, 1].into(), CancellationToken::new());
-        server.relay.feed("alerts", params, FeedForm::EventStream, peer, Admission::default(), stop).expect("let in")
+        let peer = [127, 0, 0, 1].into();
+        server.relay.feed("alerts", params, FeedForm::EventStream, peer, Admission::default()).expect("let in")
     };
     let data = |told: &[String]| -> Vec<usize> {
         let lines = told.iter().flat_map(|words| words.lines()).filter_map(|line| line.strip_prefix("data: {\"n\""));

@@ -139,9 +139,9 @@ async fn accept(listener: TcpListener, relay: Relay, stop: CancellationToken, en
     let mut sessions = JoinSet::new();
     while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
         let (socket, peer) = accepted.expect("a connection");
-        let (relay, stop, endings) = (relay.clone(), stop.clone(), endings.clone());
+        let (relay, endings) = (relay.clone(), endings.clone());
         sessions.spawn(async move {
-            let ending = serve(socket, peer, &relay, stop).await;
+            let ending = serve(socket, peer, &relay).await;
             endings.lock().expect("no test panics here").extend(ending);
         });
     }
@@ -151,7 +151,7 @@ async fn accept(listener: TcpListener, relay: Relay, stop: CancellationToken, en
 }
 
 #[expect(clippy::result_large_err, reason = "the handshake's callback is made like this")]
-async fn serve(socket: TcpStream, peer: SocketAddr, relay: &Relay, stop: CancellationToken) -> Option<Ending> {
+async fn serve(socket: TcpStream, peer: SocketAddr, relay: &Relay) -> Option<Ending> {
     socket.set_nodelay(true).expect("a socket option");
     let mut connected = None;
     // Before the handshake is answered: what is published after that is for this client.
@@ -174,7 +174,7 @@ async fn serve(socket: TcpStream, peer: SocketAddr, relay: &Relay, stop: Cancell
     };
     let socket = tokio_tungstenite::accept_hdr_async(socket, connect).await.ok()?.into_inner();
     match connected? {
-        Ok(session) => Some(session.run(socket, stop).await),
+        Ok(session) => Some(session.run(socket).await),
         Err(refused) => {
             relay.refuse(socket, &refused).await;
             None
