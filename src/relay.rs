@@ -113,7 +113,7 @@ struct Hub {
     pages: Semaphore,
     /// Reads of pages under way.
     reads: TaskTracker,
-    /// Rung once, when this instance stops.
+    /// Rung when this instance stops.
     draining: Arc<Bell>,
     metrics: Metrics,
     /// One per ring.
@@ -323,11 +323,11 @@ impl Relay {
                 () = stop.cancelled() => break,
                 Some(ended) = tails.join_next() => {
                     tracing::error!(error = ?ended.err(), "a tail of the relay has ended");
-                    return;
+                    return self.drain();
                 }
                 Some(Err(error)) = member_tails.join_next(), if !member_tails.is_empty() => {
                     tracing::error!(%error, "a tail of the relay has ended badly");
-                    return;
+                    return self.drain();
                 }
                 () = self.hub.members.news.notified() => {
                     for wanted in self.hub.members.take_wanted() {

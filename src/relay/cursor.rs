@@ -182,16 +182,16 @@ impl Cursor {
             }
             let changes = self.ring.changes();
             if self.head_seen == Some(changes) {
-                self.lane = None;
                 return Next::Head;
             }
             match self.ring.after(self.generation, self.after) {
                 Lookup::Head => {
-                    (self.stage, self.head_seen) = (Stage::InRing, Some(changes));
+                    (self.stage, self.head_seen, self.lane) = (Stage::InRing, Some(changes), None);
                     self.owe();
                 }
                 Lookup::Batch(batch, passed_bytes, is_newest) => {
-                    self.head_seen = is_newest.then_some(changes);
+                    // A lane ends only where the ring itself says that there is nothing more.
+                    self.head_seen = (is_newest && self.lane.is_none()).then_some(changes);
                     let index = batch.first_after(self.after);
                     (self.stage, self.passed_bytes) = (Stage::InRing, Some(passed_bytes));
                     if batch.is_torn_off() && index == 0 && self.began.is_some() {

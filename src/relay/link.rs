@@ -51,8 +51,11 @@ pub(super) struct Link<S> {
     writes: u64,
     /// Whether everything that was written has left the layers below.
     is_flushed: bool,
+    /// Whether the next deadline may be sooner than it was.
+    is_hurried: bool,
     /// Since when the socket has taken no bytes.
     blocked_since: Option<Instant>,
+    closing: Option<Closing>,
     next_ping: Instant,
     pong_due: Option<Instant>,
     drain_at: Option<Instant>,
@@ -63,8 +66,7 @@ pub(super) struct Link<S> {
     /// When the client is told next where it stands, if it wants to know.
     mark_at: Option<Instant>,
     /// When events that wait for others are written.
-    pub(super) gathered_at: Option<Instant>,
-    closing: Option<Closing>,
+    gathered_at: Option<Instant>,
     ping_interval: Duration,
     pong_timeout: Duration,
     write_timeout: Duration,
@@ -94,6 +96,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
             writes: 0,
             blocked_since: None,
             is_flushed: true,
+            is_hurried: false,
             next_ping,
             pong_due: None,
             drain_at: None,
@@ -157,22 +160,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
                     self.lose();
                     return Poll::Ready(());
                 }
-                Poll::Pending => {
-                    self.blocked_since.get_or_insert_with(Instant::now);
-                    return Poll::Pending;
-                }
+                Poll::Pending => return self.blocked(),
             }
         }
         match Pin::new(&mut self.io).poll_flush(cx) {
             Poll::Ready(Ok(())) => self.is_flushed = true,
             Poll::Ready(Err(_)) => self.lose(),
-            Poll::Pending => {
-                self.blocked_since.get_or_insert_with(Instant::now);
-                return Poll::Pending;
-            }
+            Poll::Pending => return self.blocked(),
         }
         self.blocked_since = None;
         Poll::Ready(())
+    }
+
+    /// The socket takes nothing more now.
+    fn blocked(&mut self) -> Poll<()> {
+        self.blocked_since.get_or_insert_with(Instant::now);
+        self.is_hurried = true;
+        Poll::Pending
     }
 
     /// Reads what has come; ready when it told something.
@@ -203,6 +207,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
     }
 
     pub(super) fn hear(&mut self, outcome: Result<Heard, CloseCode>) {
+        self.is_hurried = true;
         match outcome {
             Ok(Heard::Nothing) => {}
             Ok(Heard::Alive) => self.pong_due = None,
@@ -220,6 +225,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
             self.inbound.close(code, reason, &mut self.answers);
             let deadline = Instant::now() + CLOSE_TIMEOUT;
             self.closing = Some(Closing { ending: Ending::Closed(code), deadline, is_answered: false });
+            self.is_hurried = true;
         }
     }
 
@@ -228,6 +234,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
         let deadline = Instant::now() + CLOSE_TIMEOUT;
         let closing = self.closing.get_or_insert(Closing { ending, deadline, is_answered: true });
         closing.is_answered = true;
+        self.is_hurried = true;
     }
 
     /// The connection is broken: nothing can be told any more.
@@ -236,6 +243,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
         self.outgoing = Outgoing::default();
         self.answers.clear();
         self.is_flushed = true;
+    }
+
+    /// The next deadline, if it may be sooner than it was when this was asked last.
+    pub(super) fn take_hurry(&mut self) -> Option<Instant> {
+        std::mem::take(&mut self.is_hurried).then(|| self.next_deadline())
     }
 
     pub(super) fn next_deadline(&self) -> Instant {
@@ -254,7 +266,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
 
     /// Closes the client at that moment, unless it ends before.
     pub(super) fn drain_at(&mut self, at: Instant) {
-        self.drain_at = Some(at);
+        (self.drain_at, self.is_hurried) = (Some(at), true);
     }
 
     /// Closes the client when what it showed expires, and tells it before that.
@@ -263,7 +275,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
         // Clients that were let in at once, after a restart, should not all come with a new token at once.
         let early = WARNING + jitter(WARNING / 4);
         let warn_at = at.map(|at| at.checked_sub(early).unwrap_or_else(Instant::now));
-        self.warn_at = warn_at.filter(|_| is_told);
+        (self.warn_at, self.is_hurried) = (warn_at.filter(|_| is_told), true);
     }
 
     /// From now on the client's messages are requests, and it is told from time to time where it stands.
@@ -287,6 +299,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
         if self.closing.is_none() {
             self.answers.extend_from_slice(&text_message(text));
         }
+    }
+
+    /// Events that wait for others are to be written then. This comes and goes with each write.
+    pub(super) fn gathered_at(&mut self, at: Option<Instant>) {
+        (self.gathered_at, self.is_hurried) = (at, true);
     }
 
     /// Whether it is time to tell the client where it stands.

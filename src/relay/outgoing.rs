@@ -73,7 +73,7 @@ impl Outgoing {
     /// So many bytes were written.
     pub(super) fn advance(&mut self, mut written: usize) {
         self.bytes -= written;
-        while written >= self.first.len() && written > 0 {
+        while written > 0 && written >= self.first.len() {
             written -= self.first.len();
             self.first = self.rest.pop_front().unwrap_or_default();
         }

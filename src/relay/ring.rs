@@ -151,7 +151,7 @@ impl Ring {
         for batch in past.batches {
             state.push(batch);
         }
-        drop(state);
+        // Still under the lock: whoever has seen the change sees the number too.
         self.changes.fetch_add(1, Ordering::Release);
     }
 
@@ -180,7 +180,7 @@ impl Ring {
             state.entries -= oldest.len();
             state.floor = oldest.last();
         }
-        drop(state);
+        // Still under the lock: whoever has seen the change sees the number too.
         self.changes.fetch_add(1, Ordering::Release);
     }
 

@@ -59,7 +59,8 @@ impl Session {
     /// Serves the client on `io`, whose WebSocket handshake is done, until one side closes.
     ///
     /// When the relay drains, the client is closed at a random moment within the configured window, and served until then.
-    /// Returns within that window and a few seconds. Dropping the future breaks the connection off.
+    /// Returns within that window and a few seconds. Dropping the future breaks the connection off. To be called within
+    /// a runtime.
     pub fn run<S>(self, io: S) -> impl Future<Output = Ending> + Send
     where
         S: AsyncRead + AsyncWrite + Unpin + Send,
@@ -139,7 +140,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
                 link.close(code);
             }
             if self.is_rich {
-                link.gathered_at = subscriptions.due();
+                link.gathered_at(subscriptions.due());
             }
             if let Some(ending) = link.ending() {
                 return Poll::Ready(ending);
@@ -171,9 +172,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
                 link.drain_at(Instant::now() + after);
                 continue;
             }
-            // Deadlines come and go with each write; the alarm is set anew only where it would be late.
-            let deadline = link.next_deadline();
-            if deadline < self.alarm.at() {
+            // The alarm is set anew only where it would be late.
+            if let Some(deadline) = link.take_hurry()
+                && deadline < self.alarm.at()
+            {
                 self.alarm.set(deadline);
             }
             if self.alarm.poll(cx).is_ready() {
