@@ -29,7 +29,6 @@ mod websocket;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -201,7 +200,6 @@ struct Inner {
     waits: Semaphore,
     waits_of_each: Arc<Places>,
     rate: DefaultKeyedRateLimiter<IpAddr>,
-    draining: AtomicBool,
     sessions: TaskTracker,
 }
 
@@ -229,7 +227,6 @@ impl Api {
             waits: Semaphore::new(WAITS_AT_A_TIME),
             waits_of_each: Places::new(WAITS_OF_EACH),
             rate: RateLimiter::keyed(Quota::per_second(rate)),
-            draining: AtomicBool::new(false),
             sessions: TaskTracker::new(),
             config,
             access,
@@ -247,7 +244,6 @@ impl Api {
 
     /// From now on `/ready` answers 503, no new dashboard is let in, and those that are here are told to come again.
     pub fn drain(&self) {
-        self.inner.draining.store(true, Ordering::Relaxed);
         self.inner.relay.drain();
     }
 
@@ -258,7 +254,7 @@ impl Api {
     }
 
     fn is_draining(&self) -> bool {
-        self.inner.draining.load(Ordering::Relaxed)
+        self.inner.relay.is_draining()
     }
 
     /// Every route.

@@ -292,19 +292,8 @@ impl Relay {
         let part = |ring: &Arc<Ring>| readiness.part(&format!("relay {}", ring.stream()), Some(STALE_AFTER));
         let parts = rings.iter().map(part).collect();
         let (pages, reads) = (Semaphore::new(PAGES_AT_A_TIME), TaskTracker::new());
-        let hub = Hub {
-            store,
-            config,
-            channels,
-            rings,
-            members,
-            slots,
-            pages,
-            reads,
-            draining: Arc::default(),
-            metrics,
-            parts,
-        };
+        let draining = Arc::default();
+        let hub = Hub { store, config, channels, rings, members, slots, pages, reads, draining, metrics, parts };
         Self { hub: Arc::new(hub) }
     }
 
@@ -357,6 +346,11 @@ impl Relay {
     /// window, and served until then.
     pub fn drain(&self) {
         self.hub.draining.ring();
+    }
+
+    /// Whether nobody is let in any more.
+    pub fn is_draining(&self) -> bool {
+        self.hub.draining.is_rung()
     }
 
     /// Lets a client in, who is then given everything that comes after this call, and what it asked for of the past.
@@ -422,7 +416,7 @@ impl Relay {
         admission: &Admission,
     ) -> Result<Admitted, Refused> {
         let hub = &self.hub;
-        if hub.draining.is_rung() {
+        if self.is_draining() {
             return Err(Refused::Draining);
         }
         let unknown = || Refused::UnknownChannel(channel.chars().take(64).collect());
@@ -470,7 +464,7 @@ impl Relay {
         };
         RelayStatus {
             connections: hub.slots.total(),
-            is_draining: hub.draining.is_rung(),
+            is_draining: self.is_draining(),
             channels: hub.channels.values().map(channel).collect(),
             streams: hub.rings.iter().map(stream).collect(),
         }

@@ -117,6 +117,7 @@ impl Drop for Listener {
 mod tests {
     use std::sync::atomic::AtomicUsize;
     use std::task::Wake;
+    use std::time::Duration;
 
     use tokio::task::JoinSet;
 
@@ -212,7 +213,7 @@ mod tests {
             news.fetch_add(1, Ordering::Release);
             bell.ring();
         }
-        // Whoever missed the last ring would wait for ever.
-        listeners.join_all().await;
+        let all = tokio::time::timeout(Duration::from_mins(1), listeners.join_all());
+        assert_eq!(all.await.map(|heard| heard.len()), Ok(8), "whoever missed the last ring would wait for ever");
     }
 }
