@@ -27,6 +27,7 @@ mod close;
 mod config;
 mod cursor;
 mod errands;
+mod fanout;
 mod feed;
 mod filter;
 mod form;
@@ -47,6 +48,7 @@ mod slots;
 mod subscription;
 mod subscriptions;
 mod tail;
+mod tally;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -79,12 +81,14 @@ use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
 use crate::store::{Families, Roster, Store};
 use bell::Bell;
+use fanout::Fanout;
 use form::Form;
 use members::Members;
 use ring::{Limits, Ring};
 use slots::{Slot, Slots};
 use subscription::Subscription;
 use tail::{Gaps, Tail};
+use tally::Meter;
 
 /// Reads of the store at a time for clients that catch up: those that are live, and the groups, come first.
 const PAGES_AT_A_TIME: usize = 4;
@@ -132,12 +136,12 @@ struct Channel {
     me: Weak<Self>,
     /// Rung for every change of its rings.
     bell: Arc<Bell>,
+    /// Those of its clients that wait for nothing but that.
+    fanout: Arc<Fanout>,
     connections: IntGauge,
-    deliveries: IntCounter,
-    writes: IntCounter,
+    meter: Meter,
     catchups: IntCounter,
     gaps: IntCounterVec,
-    latency: Histogram,
     seen: Histogram,
 }
 
@@ -534,38 +538,38 @@ impl Channel {
         members: &Arc<Members>,
         metrics: &Metrics,
     ) -> Arc<Self> {
+        let (bell, meter) = (Arc::<Bell>::default(), Meter::new(metrics, name));
         Arc::new_cyclic(|me| Self {
             name: name.to_owned(),
             rings,
             families,
             members: members.clone(),
             me: me.clone(),
-            bell: Arc::default(),
+            fanout: Fanout::new(bell.clone(), meter.clone()),
+            bell,
             connections: metrics.relay_connections.with_label_values(&[name]),
-            deliveries: metrics.relay_deliveries.with_label_values(&[name]),
-            writes: metrics.relay_writes.with_label_values(&[name]),
+            meter,
             catchups: metrics.relay_catchups.with_label_values(&[name]),
             gaps: metrics.relay_gaps.clone(),
-            latency: metrics.relay_latency_seconds.with_label_values(&[name]),
             seen: metrics.relay_seen_seconds.with_label_values(&[name]),
         })
     }
 
     /// The same with these rings and no families, counted together.
     fn with_rings(&self, rings: Vec<Arc<Ring>>) -> Arc<Self> {
+        let (bell, meter) = (Arc::<Bell>::default(), self.meter.clone());
         Arc::new_cyclic(|me| Self {
             name: self.name.clone(),
             rings,
             families: Vec::new(),
             members: self.members.clone(),
             me: me.clone(),
-            bell: Arc::default(),
+            fanout: Fanout::new(bell.clone(), meter.clone()),
+            bell,
             connections: self.connections.clone(),
-            deliveries: self.deliveries.clone(),
-            writes: self.writes.clone(),
+            meter,
             catchups: self.catchups.clone(),
             gaps: self.gaps.clone(),
-            latency: self.latency.clone(),
             seen: self.seen.clone(),
         })
     }
@@ -581,6 +585,12 @@ impl Channel {
             BadParameter::new("stream", format!("must be one of this channel's: {}", streams.join(", ")))
         })?;
         Ok(vec![ring.clone()])
+    }
+
+    /// Tells its clients that there is news. To be called within a runtime.
+    fn wake(&self) {
+        self.bell.ring();
+        self.fanout.begin();
     }
 
     /// Counts something that a client can't be given.

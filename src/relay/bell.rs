@@ -37,7 +37,8 @@ impl Bell {
         self.rings() > 0
     }
 
-    fn rings(&self) -> u64 {
+    /// How often it was rung.
+    pub(super) fn rings(&self) -> u64 {
         self.rings.load(Ordering::Acquire)
     }
 

@@ -8,11 +8,11 @@ use tokio::time::Instant;
 
 use super::backoff::jitter;
 use super::bell::Listener;
-use super::cursor::now_ms;
 use super::form::Form;
 use super::outgoing::Outgoing;
 use super::slots::Slot;
 use super::subscription::{Subscription, Work};
+use super::tally::Written;
 use super::{Channel, Hub};
 
 /// How often something is sent where nothing comes, so that nobody on the way takes the connection for dead.
@@ -136,14 +136,8 @@ impl Feed {
     }
 
     fn count(&mut self) {
-        let alerts = std::mem::take(&mut self.outgoing.alerts);
-        if alerts > 0 {
-            self.channel.writes.inc();
-            self.channel.deliveries.inc_by(alerts);
-        }
-        if let Some(ms) = self.outgoing.oldest_ms.take() {
-            self.channel.latency.observe(Duration::from_millis(now_ms().saturating_sub(ms)).as_secs_f64());
-        }
+        let written = self.outgoing.take_written();
+        self.channel.meter.count(&Written { writes: u64::from(written.alerts > 0), ..written });
     }
 }
 

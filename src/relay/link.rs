@@ -12,12 +12,12 @@ use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::protocol::frame::Utf8Bytes;
 
 use super::backoff::jitter;
-use super::cursor::now_ms;
 use super::form::text_message;
 use super::frames::PING;
 use super::inbound::{Heard, Inbound};
 use super::outgoing::{MAX_SLICES, Outgoing};
-use super::{Channel, CloseCode, Config, Ending};
+use super::tally::Written;
+use super::{CloseCode, Config, Ending};
 
 /// What is read of a socket at once.
 const READ_BYTES: usize = 4096;
@@ -152,7 +152,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
                     self.writes += 1;
                     self.is_flushed = false;
                     // A socket that takes bytes again has a client that reads: it may answer late.
-                    if self.blocked_since.take().is_some() && self.pong_due.is_some() {
+                    if self.unblocked() && self.pong_due.is_some() {
                         self.pong_due = Some(Instant::now() + self.pong_timeout);
                     }
                 }
@@ -168,8 +168,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
             Poll::Ready(Err(_)) => self.lose(),
             Poll::Pending => return self.blocked(),
         }
-        self.blocked_since = None;
+        self.unblocked();
         Poll::Ready(())
+    }
+
+    /// The socket takes something again; says whether it did not before.
+    fn unblocked(&mut self) -> bool {
+        let was_blocked = self.blocked_since.take().is_some();
+        if was_blocked {
+            self.is_hurried = true;
+        }
+        was_blocked
     }
 
     /// The socket takes nothing more now.
@@ -303,7 +312,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
 
     /// Events that wait for others are to be written then. This comes and goes with each write.
     pub(super) fn gathered_at(&mut self, at: Option<Instant>) {
-        (self.gathered_at, self.is_hurried) = (at, true);
+        self.is_hurried |= at.is_some() || self.gathered_at.is_some();
+        self.gathered_at = at;
     }
 
     /// Whether it is time to tell the client where it stands.
@@ -344,15 +354,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
         }
     }
 
-    pub(super) fn count_written(&mut self, channel: &Channel) {
-        channel.writes.inc_by(std::mem::take(&mut self.writes));
-        let alerts = std::mem::take(&mut self.outgoing.alerts);
-        if alerts > 0 {
-            channel.deliveries.inc_by(alerts);
-        }
-        if let Some(ms) = self.outgoing.oldest_ms.take() {
-            channel.latency.observe(Duration::from_millis(now_ms().saturating_sub(ms)).as_secs_f64());
-        }
+    /// What was written since this was asked last.
+    pub(super) fn take_written(&mut self) -> Written {
+        Written { writes: std::mem::take(&mut self.writes), ..self.outgoing.take_written() }
+    }
+
+    /// Whether the next deadline may be sooner than it was when it was asked for last.
+    pub(super) fn is_hurried(&self) -> bool {
+        self.is_hurried
     }
 
     /// Ends the connection.
@@ -433,6 +442,17 @@ mod tests {
         tokio::time::advance(link.write_timeout).await;
         link.look_at_the_clock(Duration::ZERO);
         assert_eq!(ends(&link), Some(Ending::Closed(CloseCode::WriteTimeout)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_taken_at_once_changes_no_deadline() {
+        let (mut link, _theirs) = link(1024);
+        let write = |link: &mut Link<DuplexStream>, bytes| {
+            link.outgoing.push(Bytes::from(vec![0; bytes]));
+            link.poll_write(&mut Context::from_waker(std::task::Waker::noop())).is_ready()
+        };
+        assert!(write(&mut link, 64) && !link.is_hurried());
+        assert!(!write(&mut link, 2048) && link.is_hurried());
     }
 
     #[tokio::test(start_paused = true)]

@@ -5,6 +5,8 @@ use std::io::IoSlice;
 
 use bytes::{Buf, Bytes};
 
+use super::tally::Written;
+
 /// The most slices in one write.
 pub(super) const MAX_SLICES: usize = 32;
 
@@ -68,6 +70,11 @@ impl Outgoing {
     pub(super) fn fill<'a>(&'a self, buffers: &mut [IoSlice<'a>; MAX_SLICES]) -> usize {
         let slices = std::iter::once(&self.first).chain(&self.rest);
         slices.zip(buffers).map(|(slice, buffer)| *buffer = IoSlice::new(slice)).count()
+    }
+
+    /// What is counted of what went in since this was asked last.
+    pub(super) fn take_written(&mut self) -> Written {
+        Written { writes: 0, alerts: std::mem::take(&mut self.alerts), oldest_ms: self.oldest_ms.take() }
     }
 
     /// So many bytes were written.

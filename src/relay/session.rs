@@ -1,20 +1,23 @@
-//! One client's socket, driven by one task.
+//! One client's socket, driven by a task of its own, and written to by those who bring news.
 
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
-use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker, ready};
 
+use futures_util::task::AtomicWaker;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Instant;
 
 use super::alarm::Alarm;
 use super::backoff::jitter;
 use super::bell::Listener;
+use super::fanout::Recipient;
 use super::link::Link;
 use super::slots::Slot;
 use super::subscription::Subscription;
 use super::subscriptions::Subscriptions;
+use super::tally::Tally;
 use super::{Admission, Channel, CloseCode, Ending, Hub, Refused, Runner, rich};
 
 /// A client that was let in: what it asked for, from the moment of [`super::Relay::connect`] on.
@@ -63,14 +66,71 @@ impl Session {
     /// a runtime.
     pub fn run<S>(self, io: S) -> impl Future<Output = Ending> + Send
     where
-        S: AsyncRead + AsyncWrite + Unpin + Send,
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        // Boxed and polled by hand: a future of all this would keep its parts wherever it likes, and some of them twice.
-        let mut driver = Box::new(Driver::new(*self.client, io));
+        // Shared and polled by hand: a future of all this would keep its parts wherever it likes, and some of them twice.
+        let driver = Mutex::new(Some(Driver::new(*self.client, io)));
+        let served = Served(Arc::new(Shared { driver, task: AtomicWaker::new() }));
         async move {
-            let ending = poll_fn(|cx| driver.poll(cx)).await;
-            driver.end(ending).await
+            let ending = poll_fn(|cx| served.poll(cx)).await;
+            match served.take_out() {
+                Some(driver) => driver.end(ending).await,
+                None => ending,
+            }
         }
+    }
+}
+
+/// A client as its own task has it: when that is dropped, nobody else may keep the socket.
+struct Served<S: Serves>(Arc<Shared<S>>);
+
+/// What its task and those who bring news share.
+#[repr(C)]
+struct Shared<S> {
+    /// Nothing once the session is over.
+    driver: Mutex<Option<Driver<S>>>,
+    /// Its task, for those who find the driver taken.
+    task: AtomicWaker,
+}
+
+impl<S: Serves> Served<S> {
+    fn poll(&self, cx: &mut Context<'_>) -> Poll<Ending> {
+        self.0.task.register(cx.waker());
+        match self.0.driver.lock().map(|mut driver| driver.as_mut().map(|driver| driver.poll(cx, &self.0))) {
+            Ok(Some(outcome)) => outcome,
+            // Whoever brought it news has panicked.
+            Ok(None) | Err(_) => Poll::Ready(Ending::Lost),
+        }
+    }
+
+    /// Nobody writes to the client any more.
+    fn take_out(&self) -> Option<Box<Driver<S>>> {
+        let mut driver = self.0.driver.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        driver.leave();
+        Some(Box::new(driver))
+    }
+}
+
+impl<S: Serves> Drop for Served<S> {
+    fn drop(&mut self) {
+        self.take_out();
+    }
+}
+
+impl<S: Serves> Recipient for Shared<S> {
+    fn give(&self, tally: &mut Tally) {
+        let is_given = match self.driver.try_lock() {
+            Ok(mut driver) => driver.as_mut().is_none_or(|driver| driver.give(tally)),
+            // Its task is at it, and may have looked for news before there was this.
+            Err(_) => false,
+        };
+        if !is_given {
+            self.wake();
+        }
+    }
+
+    fn wake(&self) {
+        self.task.wake();
     }
 }
 
@@ -81,20 +141,23 @@ impl Session {
 struct Driver<S> {
     hub: Arc<Hub>,
     channel: Arc<Channel>,
-    bell: Listener,
-    drain: Listener,
-    is_drained: bool,
+    /// Its place among those who wait for news, if it does.
+    place: Option<usize>,
+    /// Its task.
+    waker: Waker,
     is_rich: bool,
     subscriptions: Subscriptions,
-    alarm: Alarm,
     link: Link<S>,
+    alarm: Alarm,
+    drain: Listener,
+    is_drained: bool,
     renewing: Option<rich::Renewing>,
     runner: Option<Box<dyn Runner>>,
     admission: Admission,
     _slot: Slot,
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
+impl<S: Serves> Driver<S> {
     fn new(client: Client, io: S) -> Self {
         let Client { hub, channel, subscriptions, is_rich, admission, slot } = client;
         let mut link = Link::new(io, &hub.config);
@@ -104,13 +167,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
         }
         link.expires_at(admission.deadline(), is_rich);
         Self {
-            bell: Listener::new(channel.bell.clone()),
-            drain: Listener::new(hub.draining.clone()),
-            is_drained: false,
+            place: None,
+            waker: Waker::noop().clone(),
             is_rich,
             subscriptions,
             alarm: Alarm::new(link.next_deadline()),
             link,
+            drain: Listener::new(hub.draining.clone()),
+            is_drained: false,
             renewing: None,
             runner: None,
             hub,
@@ -121,11 +185,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
     }
 
     /// Serves the client; ready when its session is over.
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ending> {
+    fn poll(&mut self, cx: &mut Context<'_>, shared: &Arc<Shared<S>>) -> Poll<Ending> {
         let Self { hub, channel, subscriptions, link, renewing, runner, .. } = self;
+        self.waker.clone_from(cx.waker());
         loop {
             // Only what changes after this line needs to wake us.
-            self.bell.catch_up();
+            let heard = channel.bell.rings();
             while self.is_rich
                 && let Some(request) = link.next_request()
             {
@@ -146,11 +211,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
                 return Poll::Ready(ending);
             }
             if link.poll_write(cx).is_ready() {
-                link.count_written(channel);
+                channel.meter.count(&link.take_written());
                 continue;
             }
-            if link.is_hungry() && self.bell.poll_ring(cx).is_ready() {
-                continue;
+            if self.place.is_none() && link.is_hungry() {
+                self.place = channel.fanout.join(heard, || shared.clone());
+                if self.place.is_none() {
+                    continue;
+                }
             }
             // Before the clock, so that a pong which has come is not called late.
             if let Poll::Ready(outcome) = link.poll_read(cx) {
@@ -204,6 +272,44 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
         }
     }
 
+    /// Gives the client what is new, and says whether that is all there is to do: if not, it waits for news no more, and its
+    /// task has to look.
+    fn give(&mut self, tally: &mut Tally) -> bool {
+        let is_given = self.give_all(tally);
+        if !is_given {
+            self.leave();
+        }
+        is_given
+    }
+
+    fn give_all(&mut self, tally: &mut Tally) -> bool {
+        let Self { hub, channel, subscriptions, link, .. } = self;
+        if !link.is_hungry() {
+            return false;
+        }
+        if let Err(code) = subscriptions.fill(hub, channel, &mut link.outgoing) {
+            link.close(code);
+            return false;
+        }
+        if self.is_rich {
+            link.gathered_at(subscriptions.due());
+        }
+        if !link.outgoing.is_empty() {
+            if link.poll_write(&mut Context::from_waker(&self.waker)).is_pending() {
+                return false;
+            }
+            tally.add(&link.take_written());
+        }
+        link.is_hungry() && !link.is_hurried() && !subscriptions.is_lagging()
+    }
+
+    /// Waits for news no more.
+    fn leave(&mut self) {
+        if let Some(place) = self.place.take() {
+            self.channel.fanout.leave(place);
+        }
+    }
+
     /// Ends the connection, and gives back what the client had in hand.
     async fn end(mut self: Box<Self>, ending: Ending) -> Ending {
         if let Some(runner) = self.runner.take() {
@@ -218,6 +324,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
         ending
     }
 }
+
+/// A socket.
+trait Serves: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Serves for S {}
 
 /// Tells a client whose handshake is done why it is not let in, by the close code: browsers can't see more.
 pub(super) async fn refuse<S>(io: S, refused: &Refused, hub: &Hub)
@@ -242,4 +353,56 @@ where
     .await;
     link.shut_down().await;
     hub.metrics.relay_closes.with_label_values(&[&refused.close_code().to_string()]).inc();
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::Wake;
+
+    use tokio::io::DuplexStream;
+
+    use super::super::tally::Meter;
+    use super::*;
+    use crate::metrics::Metrics;
+
+    #[derive(Default)]
+    struct Count(AtomicUsize);
+
+    impl Wake for Count {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// How often the task is woken where there is news.
+    fn wakes(shared: &Shared<DuplexStream>) -> usize {
+        let count = Arc::<Count>::default();
+        shared.task.register(&count.clone().into());
+        shared.give(&mut Meter::new(&Metrics::new(), "alerts").tally());
+        count.0.load(Ordering::SeqCst)
+    }
+
+    #[test]
+    fn a_task_that_is_at_work_when_news_comes_is_woken_to_look_again() {
+        let shared = Shared { driver: Mutex::new(None), task: AtomicWaker::new() };
+        let taken = shared.driver.lock();
+        assert_eq!(wakes(&shared), 1);
+        drop(taken);
+        assert_eq!(wakes(&shared), 0, "it is over");
+    }
+
+    #[test]
+    fn a_task_whose_client_could_not_be_given_news_ends_it() {
+        let shared = Arc::new(Shared::<DuplexStream> { driver: Mutex::new(None), task: AtomicWaker::new() });
+        let giving = shared.clone();
+        let failed = std::thread::spawn(move || {
+            let _taken = giving.driver.lock();
+            panic!("as a bug would");
+        });
+        assert!(failed.join().is_err());
+        assert_eq!(wakes(&shared), 1);
+        let served = Served(shared);
+        assert_eq!(served.poll(&mut Context::from_waker(Waker::noop())), Poll::Ready(Ending::Lost));
+    }
 }

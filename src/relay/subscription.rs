@@ -238,6 +238,11 @@ impl Subscription {
         }
     }
 
+    /// Whether it was behind, or had more than could be written at once, when it was looked at last.
+    pub(super) fn is_lagging(&self) -> bool {
+        self.is_lagging
+    }
+
     /// Whether the client asked to be closed after what could not be given.
     pub(super) fn is_lost(&self) -> bool {
         self.is_strict && self.gaps > 0

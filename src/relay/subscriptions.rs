@@ -91,6 +91,11 @@ impl Subscriptions {
         Ok(())
     }
 
+    /// Whether there was more than could be given when this was filled last.
+    pub(super) fn is_lagging(&self) -> bool {
+        self.held.iter().any(|held| held.subscription.is_lagging())
+    }
+
     /// Ready when one of the reads is done, and then with the index of whose it is.
     pub(super) fn poll_work(&mut self, cx: &mut Context<'_>) -> Poll<(usize, Fetched)> {
         for (index, held) in self.held.iter_mut().enumerate() {
