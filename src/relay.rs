@@ -18,7 +18,6 @@
 //! subscriptions feed Server-Sent Events and lines of JSON ([`Feed`]).
 
 mod admission;
-mod alarm;
 mod backoff;
 mod batch;
 mod begin;

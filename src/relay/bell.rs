@@ -1,4 +1,4 @@
-//! What wakes the clients of a channel when there is news.
+//! What wakes those who wait for something that concerns all of them.
 
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -7,9 +7,8 @@ use std::task::{Context, Poll, Waker, ready};
 
 use futures_util::task::AtomicWaker;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::alarm::Alarm;
 use super::backoff::jitter;
 use super::bell::Listener;
 use super::fanout::Recipient;
@@ -148,7 +147,7 @@ struct Driver<S> {
     is_rich: bool,
     subscriptions: Subscriptions,
     link: Link<S>,
-    alarm: Alarm,
+    timer: Pin<Box<Sleep>>,
     drain: Listener,
     is_drained: bool,
     renewing: Option<rich::Renewing>,
@@ -171,7 +170,7 @@ impl<S: Serves> Driver<S> {
             waker: Waker::noop().clone(),
             is_rich,
             subscriptions,
-            alarm: Alarm::new(link.next_deadline()),
+            timer: Box::pin(sleep_until(link.next_deadline())),
             link,
             drain: Listener::new(hub.draining.clone()),
             is_drained: false,
@@ -240,18 +239,18 @@ impl<S: Serves> Driver<S> {
                 link.drain_at(Instant::now() + after);
                 continue;
             }
-            // The alarm is set anew only where it would be late.
+            // The timer is set anew only where it would be late.
             if let Some(deadline) = link.take_hurry()
-                && deadline < self.alarm.at()
+                && deadline < self.timer.deadline()
             {
-                self.alarm.set(deadline);
+                self.timer.as_mut().reset(deadline);
             }
-            if self.alarm.poll(cx).is_ready() {
-                link.look_at_the_clock(self.alarm.at().elapsed());
+            if self.timer.as_mut().poll(cx).is_ready() {
+                link.look_at_the_clock(self.timer.deadline().elapsed());
                 if link.take_mark() {
                     subscriptions.mark(&mut link.outgoing);
                 }
-                self.alarm.set(link.next_deadline());
+                self.timer.as_mut().reset(link.next_deadline());
                 continue;
             }
             if let Some(Poll::Ready(renewed)) = renewing.as_mut().map(|renewal| Pin::new(renewal).poll(cx)) {
@@ -337,7 +336,7 @@ where
 {
     let mut link = Link::new(io, &hub.config);
     link.close_with(refused.close_code(), &refused.close_reason());
-    let mut timer = pin!(tokio::time::sleep_until(link.next_deadline()));
+    let mut timer = pin!(sleep_until(link.next_deadline()));
     poll_fn(|cx| {
         while link.ending().is_none() {
             if link.poll_write(cx).is_ready() {
