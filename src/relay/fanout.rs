@@ -4,13 +4,14 @@
 //! looks at all that could be the matter. So those who wait for nothing but news are given it in place; their own tasks
 //! do whatever takes longer.
 
+use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
 
 use slab::Slab;
 use tokio::runtime::Handle;
 use tokio::task::coop::unconstrained;
-use tokio::task::yield_now;
 use tokio_util::task::TaskTracker;
 
 use super::bell::Bell;
@@ -48,8 +49,8 @@ struct Waiting {
     next: usize,
     /// Whether there was more news since.
     is_behind: bool,
-    /// The tasks under way.
-    tasks: usize,
+    /// How many tasks go round.
+    going: usize,
 }
 
 impl Fanout {
@@ -66,7 +67,7 @@ impl Fanout {
 
     /// Lets go of whoever has that place.
     pub(super) fn leave(&self, place: usize) {
-        let left = self.waiting().recipients.try_remove(place);
+        let left = self.waiting().recipients.remove(place);
         // Not under the lock.
         drop(left);
     }
@@ -77,14 +78,18 @@ impl Fanout {
         if waiting.recipients.is_empty() {
             return;
         }
-        if waiting.tasks == 0 {
+        if waiting.going == 0 {
             waiting.next = 0;
+            if waiting.recipients.capacity() > 4 * waiting.recipients.len().max(ROUND) {
+                // All places are looked at, also those that a crowd has left.
+                waiting.recipients.shrink_to_fit();
+            }
         } else {
             waiting.is_behind = true;
         }
         let wanted = waiting.recipients.len().div_ceil(CROWD).min(Handle::current().metrics().num_workers());
-        for _ in waiting.tasks..wanted {
-            waiting.tasks += 1;
+        for _ in waiting.going..wanted {
+            waiting.going += 1;
             self.tasks.spawn(unconstrained(self.clone().go_round()));
         }
     }
@@ -100,14 +105,14 @@ impl Fanout {
                 }
             }
             tally.flush();
-            yield_now().await;
+            make_way().await;
         }
     }
 
     /// Whose turn it is; nothing once all had theirs.
     fn take_round(&self, round: &mut Vec<Arc<dyn Recipient>>) -> bool {
         let mut waiting = self.waiting();
-        let Waiting { recipients, next, is_behind, tasks } = &mut *waiting;
+        let Waiting { recipients, next, is_behind, going } = &mut *waiting;
         loop {
             while round.len() < ROUND && *next < recipients.capacity() {
                 round.extend(recipients.get(*next).cloned());
@@ -117,7 +122,7 @@ impl Fanout {
                 return true;
             }
             if !std::mem::take(is_behind) {
-                *tasks -= 1;
+                *going -= 1;
                 return false;
             }
             *next = 0;
@@ -129,6 +134,20 @@ impl Fanout {
     }
 }
 
+/// Lets others have their turn. Unlike after tokio's own yielding, any worker may go on: the one that was at it may be busy
+/// for long with what comes next.
+async fn make_way() {
+    let mut has_made = false;
+    poll_fn(|cx| {
+        if std::mem::replace(&mut has_made, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
 impl std::fmt::Debug for Fanout {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Fanout").field("waiting", &self.waiting().recipients.len()).finish_non_exhaustive()
@@ -137,10 +156,12 @@ impl std::fmt::Debug for Fanout {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Barrier;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    use std::thread;
     use std::time::Duration;
 
-    use tokio::task::JoinSet;
+    use tokio::task::{JoinSet, yield_now};
     use tokio::time::timeout;
 
     use super::*;
@@ -219,35 +240,63 @@ mod tests {
         assert!(site.fanout.join(site.bell.rings(), || reader.clone()).is_some());
     }
 
+    #[test]
+    fn who_is_about_to_be_let_in_when_news_comes_is_not() {
+        for _ in 0..1_000 {
+            let (site, start) = (Site::new(), Barrier::new(2));
+            let heard = site.bell.rings();
+            let place = thread::scope(|scope| {
+                let taken = site.fanout.waiting();
+                let joining = scope.spawn(|| {
+                    start.wait();
+                    site.fanout.join(heard, || site.reader(false))
+                });
+                start.wait();
+                (0..1_000).for_each(|_| std::hint::spin_loop());
+                site.bell.ring();
+                drop(taken);
+                joining.join()
+            });
+            assert_eq!(place.expect("it does not panic"), None);
+        }
+    }
+
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn no_news_is_missed_by_those_who_come_and_go() {
-        const NEWS: u64 = 20_000;
+    async fn no_news_is_missed_by_those_who_come_while_it_is_given() {
+        const BURSTS: usize = 1_000;
         let site = Arc::new(Site::new());
-        let readers: Vec<_> = (0..3 * CROWD).map(|_| site.reader(false)).collect();
+        let readers: Vec<_> = (0..2 * CROWD).map(|_| site.reader(false)).collect();
         let mut places: Vec<_> = readers.iter().map(|reader| site.let_in(reader)).collect();
-        let mut publisher = JoinSet::new();
-        publisher.spawn({
-            let site = site.clone();
-            async move {
-                for _ in 0..NEWS {
-                    site.publish();
-                    yield_now().await;
-                }
-            }
-        });
-        let mut turn = 0;
-        while publisher.try_join_next().is_none() {
-            let index = turn * 7 % readers.len();
+        for burst in 0..BURSTS {
+            let mut publisher = JoinSet::new();
+            publisher.spawn({
+                let site = site.clone();
+                async move { (0..3).for_each(|_| site.publish()) }
+            });
+            let index = burst * 7 % readers.len();
             site.fanout.leave(places[index]);
             places[index] = site.let_in(&readers[index]);
-            turn += 1;
-            yield_now().await;
+            publisher.join_all().await;
+            becomes("all had their turn", || site.fanout.waiting().going == 0).await;
+            let news = site.news.load(Ordering::SeqCst);
+            let missed = readers.iter().position(|reader| reader.seen.load(Ordering::SeqCst) != news);
+            assert_eq!(missed, None, "whoever missed news would wait for ever, in burst {burst} in which {index} came");
         }
-        becomes("whoever missed the last news would wait for ever", || {
-            readers.iter().all(|reader| reader.seen.load(Ordering::SeqCst) == NEWS)
-        })
-        .await;
-        becomes("nobody goes round where there is nothing more", || site.fanout.waiting().tasks == 0).await;
+    }
+
+    #[tokio::test]
+    async fn places_that_a_crowd_has_left_are_not_looked_at_for_ever() {
+        let site = Site::new();
+        let reader = site.reader(false);
+        site.let_in(&reader);
+        let places: Vec<_> = (0..2 * CROWD).map(|_| site.let_in(&site.reader(false))).collect();
+        for place in places {
+            site.fanout.leave(place);
+        }
+        site.publish();
+        becomes("all had their turn", || site.fanout.waiting().going == 0).await;
+        assert!(site.fanout.waiting().recipients.capacity() <= 4 * ROUND);
+        assert_eq!(reader.seen.load(Ordering::SeqCst), 1);
     }
 
     #[tokio::test]
@@ -258,7 +307,7 @@ mod tests {
             site.let_in(reader);
         }
         site.publish();
-        becomes("all had their turn", || site.fanout.waiting().tasks == 0).await;
+        becomes("all had their turn", || site.fanout.waiting().going == 0).await;
         let is_woken = readers.each_ref().map(|reader| reader.is_woken.load(Ordering::SeqCst));
         let seen = readers.each_ref().map(|reader| reader.seen.load(Ordering::SeqCst));
         assert_eq!((is_woken, seen), ([false, true, false], [1, 0, 1]));

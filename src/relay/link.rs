@@ -265,8 +265,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
         }
         let ping_or_pong = self.pong_due.unwrap_or(self.next_ping);
         let blocked = self.blocked_since.map(|since| since + self.write_timeout);
-        // While something is on its way nothing is told, so that time is not waited for.
-        let mark_at = self.mark_at.into_iter().chain(self.gathered_at).min().filter(|_| self.is_told());
+        // While the socket takes nothing nothing is told, so that time is not waited for.
+        let mark_at = self.mark_at.into_iter().chain(self.gathered_at).min();
+        let mark_at = mark_at.filter(|_| self.blocked_since.is_none());
         [blocked, self.drain_at, mark_at, self.expires_at, self.warn_at]
             .into_iter()
             .flatten()
@@ -310,9 +311,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
         }
     }
 
-    /// Events that wait for others are to be written then. This comes and goes with each write.
+    /// Events that wait for others are to be written then.
     pub(super) fn gathered_at(&mut self, at: Option<Instant>) {
-        self.is_hurried |= at.is_some() || self.gathered_at.is_some();
+        if at.is_some_and(|at| self.gathered_at.is_none_or(|before| at < before)) {
+            self.is_hurried = true;
+        }
         self.gathered_at = at;
     }
 
@@ -453,6 +456,21 @@ mod tests {
         };
         assert!(write(&mut link, 64) && !link.is_hurried());
         assert!(!write(&mut link, 2048) && link.is_hurried());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_on_its_way_keeps_nobody_from_being_told_in_time_where_it_stands() {
+        let (mut link, _theirs) = link(64);
+        link.converse();
+        let mark_at = link.mark_at.expect("it is to be told");
+        link.next_ping = mark_at + Duration::from_mins(1);
+        link.outgoing.push(Bytes::from(vec![0; 64]));
+        assert_eq!(link.next_deadline(), mark_at, "it is about to be written");
+        let mut write = || link.poll_write(&mut Context::from_waker(std::task::Waker::noop())).is_ready();
+        assert!(write());
+        link.outgoing.push(Bytes::from(vec![0; 64]));
+        assert!(link.poll_write(&mut Context::from_waker(std::task::Waker::noop())).is_pending());
+        assert!(link.next_deadline() < mark_at, "nothing is told before it is written or has taken too long");
     }
 
     #[tokio::test(start_paused = true)]

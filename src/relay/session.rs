@@ -81,18 +81,18 @@ impl Session {
 }
 
 /// A client as its own task has it: when that is dropped, nobody else may keep the socket.
-struct Served<S: Serves>(Arc<Shared<S>>);
+struct Served<S: Socket>(Arc<Shared<S>>);
 
 /// What its task and those who bring news share.
 #[repr(C)]
 struct Shared<S> {
     /// Nothing once the session is over.
     driver: Mutex<Option<Driver<S>>>,
-    /// Its task, for those who find the driver taken.
+    /// Its task, for those who leave it something to do.
     task: AtomicWaker,
 }
 
-impl<S: Serves> Served<S> {
+impl<S: Socket> Served<S> {
     fn poll(&self, cx: &mut Context<'_>) -> Poll<Ending> {
         self.0.task.register(cx.waker());
         match self.0.driver.lock().map(|mut driver| driver.as_mut().map(|driver| driver.poll(cx, &self.0))) {
@@ -110,17 +110,17 @@ impl<S: Serves> Served<S> {
     }
 }
 
-impl<S: Serves> Drop for Served<S> {
+impl<S: Socket> Drop for Served<S> {
     fn drop(&mut self) {
         self.take_out();
     }
 }
 
-impl<S: Serves> Recipient for Shared<S> {
+impl<S: Socket> Recipient for Shared<S> {
     fn give(&self, tally: &mut Tally) {
         let is_given = match self.driver.try_lock() {
             Ok(mut driver) => driver.as_mut().is_none_or(|driver| driver.give(tally)),
-            // Its task is at it, and may have looked for news before there was this.
+            // Someone is at it, and may have looked for news before there was this.
             Err(_) => false,
         };
         if !is_given {
@@ -142,8 +142,6 @@ struct Driver<S> {
     channel: Arc<Channel>,
     /// Its place among those who wait for news, if it does.
     place: Option<usize>,
-    /// Its task.
-    waker: Waker,
     is_rich: bool,
     subscriptions: Subscriptions,
     link: Link<S>,
@@ -156,7 +154,7 @@ struct Driver<S> {
     _slot: Slot,
 }
 
-impl<S: Serves> Driver<S> {
+impl<S: Socket> Driver<S> {
     fn new(client: Client, io: S) -> Self {
         let Client { hub, channel, subscriptions, is_rich, admission, slot } = client;
         let mut link = Link::new(io, &hub.config);
@@ -167,7 +165,6 @@ impl<S: Serves> Driver<S> {
         link.expires_at(admission.deadline(), is_rich);
         Self {
             place: None,
-            waker: Waker::noop().clone(),
             is_rich,
             subscriptions,
             timer: Box::pin(sleep_until(link.next_deadline())),
@@ -186,7 +183,6 @@ impl<S: Serves> Driver<S> {
     /// Serves the client; ready when its session is over.
     fn poll(&mut self, cx: &mut Context<'_>, shared: &Arc<Shared<S>>) -> Poll<Ending> {
         let Self { hub, channel, subscriptions, link, renewing, runner, .. } = self;
-        self.waker.clone_from(cx.waker());
         loop {
             // Only what changes after this line needs to wake us.
             let heard = channel.bell.rings();
@@ -283,7 +279,7 @@ impl<S: Serves> Driver<S> {
 
     fn give_all(&mut self, tally: &mut Tally) -> bool {
         let Self { hub, channel, subscriptions, link, .. } = self;
-        if !link.is_hungry() {
+        if !link.is_hungry() || subscriptions.is_lagging() {
             return false;
         }
         if let Err(code) = subscriptions.fill(hub, channel, &mut link.outgoing) {
@@ -294,7 +290,8 @@ impl<S: Serves> Driver<S> {
             link.gathered_at(subscriptions.due());
         }
         if !link.outgoing.is_empty() {
-            if link.poll_write(&mut Context::from_waker(&self.waker)).is_pending() {
+            // Where the socket takes no more, our task is woken at once, and waits for it.
+            if link.poll_write(&mut Context::from_waker(Waker::noop())).is_pending() {
                 return false;
             }
             tally.add(&link.take_written());
@@ -324,10 +321,9 @@ impl<S: Serves> Driver<S> {
     }
 }
 
-/// A socket.
-trait Serves: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
+trait Socket: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
 
-impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Serves for S {}
+impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Socket for S {}
 
 /// Tells a client whose handshake is done why it is not let in, by the close code: browsers can't see more.
 pub(super) async fn refuse<S>(io: S, refused: &Refused, hub: &Hub)
