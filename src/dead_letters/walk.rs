@@ -92,9 +92,11 @@ impl Walk {
         store: &dyn Store,
         dead_letter: &StreamName,
     ) -> Result<Option<Vec<Entry>>, StoreError> {
+        if self.at > self.until {
+            self.is_at_end = true;
+        }
         let is_spent = self.looked_at >= MAX_LOOKED_AT || self.looked_at > 0 && Instant::now() >= self.deadline;
-        if self.is_at_end || self.at > self.until || is_spent {
-            self.is_at_end |= self.at > self.until;
+        if self.is_at_end || is_spent {
             return Ok(None);
         }
         let range = Range { from: self.at, to: self.until, order: Order::Forward };
