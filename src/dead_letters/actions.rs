@@ -258,7 +258,9 @@ impl Inner {
         } else if !letters.is_empty() {
             let about: Vec<&Found> = letters.iter().map(|(found, _)| *found).collect();
             let is_written = self.write_down(&task.action(), &about).await?;
-            counted.is_audited &= is_written;
+            if !is_written {
+                counted.is_audited = false;
+            }
             match task.step {
                 Step::Discard => self.discard(task.scope, &about, &mut counted).await?,
                 Step::Replay(_) => self.replay(task.scope, letters, &mut counted).await?,
@@ -354,7 +356,9 @@ impl Done {
         self.first_id = self.first_id.or(other.first_id);
         self.last_id = other.last_id.or(self.last_id);
         self.new_id = other.new_id.or(self.new_id);
-        self.is_audited &= other.is_audited;
+        if !other.is_audited {
+            self.is_audited = false;
+        }
     }
 }
 

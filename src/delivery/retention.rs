@@ -166,7 +166,9 @@ impl Janitor {
                     () = stop.cancelled() => return,
                     kept = self.keep(spec, spec.name.as_str()) => kept,
                 };
-                is_near_full |= kept.is_ok_and(|length| spec.retention.is_near_full(length));
+                if kept.is_ok_and(|length| spec.retention.is_near_full(length)) {
+                    is_near_full = true;
+                }
             }
             for (spec, rounds) in &mut families {
                 for stream in rounds.next(spec) {
@@ -176,7 +178,9 @@ impl Janitor {
                         () = stop.cancelled() => return,
                         kept = self.keep(&member, spec.label()) => kept,
                     };
-                    is_near_full |= kept.is_ok_and(|length| spec.retention.is_near_full(length));
+                    if kept.is_ok_and(|length| spec.retention.is_near_full(length)) {
+                        is_near_full = true;
+                    }
                 }
             }
             tokio::select! {

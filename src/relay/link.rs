@@ -175,7 +175,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
     /// The socket takes something again; says whether it did not before.
     fn unblocked(&mut self) -> bool {
         let was_blocked = self.blocked_since.take().is_some();
-        // Not `|=`: optimized by LLVM 22, as rustc 1.95 has it, that came out as `= true` where this is inlined.
         if was_blocked {
             self.is_hurried = true;
         }

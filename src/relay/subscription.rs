@@ -328,7 +328,9 @@ impl Subscription {
         }
         let mut is_marked = false;
         for notice in self.notices.drain(..) {
-            is_marked |= matches!(notice, Notice::Mark { .. });
+            if matches!(notice, Notice::Mark { .. }) {
+                is_marked = true;
+            }
             self.gaps += usize::from(matches!(&notice, Notice::Gap { reason, .. } if *reason != Reason::Lossy));
             if let Some(words) = self.form.tell(&notice) {
                 out.push(words.into());

@@ -305,7 +305,9 @@ impl Roster {
             let Some(last) = page.last() else { break };
             (read.last, read.entries) = (last.id, read.entries + page.len() as u64);
             for stream in page.iter().filter_map(|entry| self.family.member(entry.fields.text(KEY)?).ok()) {
-                has_come |= self.add(&stream);
+                if self.add(&stream) {
+                    has_come = true;
+                }
                 written.insert(stream);
             }
         }

@@ -212,7 +212,9 @@ impl Ward {
         self.was_there = true;
         self.search_from = found.next;
         let has_found = found.handed_on + found.foreign + found.exhausted.len() + found.lost.len() > 0;
-        self.may_have_joined |= has_found;
+        if has_found {
+            self.may_have_joined = true;
+        }
         let is_over = found.next == EntryId::MIN;
         let is_rung_for = is_over && std::mem::take(&mut self.was_rung);
         self.search_at = match (is_over, has_found) {

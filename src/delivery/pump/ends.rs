@@ -179,7 +179,9 @@ impl Pump {
                     kept.push(delivery);
                 }
                 Verdict::DeadLetter(reason) => {
-                    self.gave_up_in_vain |= self.is_ordered && reason == DeadLetterReason::Exhausted;
+                    if self.is_ordered && reason == DeadLetterReason::Exhausted {
+                        self.gave_up_in_vain = true;
+                    }
                     if self.group.config.halts() {
                         self.halt(delivery, &text);
                     } else {

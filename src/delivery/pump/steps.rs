@@ -306,7 +306,9 @@ impl Pump {
         if self.is_in_doubt && (!was_in_doubt || result.is_err()) {
             self.extend_at = Instant::now();
         }
-        self.is_in_doubt &= !was_in_doubt || result.is_err();
+        if was_in_doubt && result.is_ok() {
+            self.is_in_doubt = false;
+        }
         match result {
             Err(error) => {
                 // There is time for several more tries before anyone takes the entries over.
@@ -344,7 +346,9 @@ impl Pump {
     /// Whether the error says that the group's lease is lost, and with it everything in hand.
     pub(super) fn loses_lease(&mut self, error: &StoreError) -> bool {
         let is_lost = error.kind() == StoreErrorKind::LeaseLost;
-        self.is_lease_lost |= is_lost;
+        if is_lost {
+            self.is_lease_lost = true;
+        }
         is_lost
     }
 

@@ -155,8 +155,9 @@ impl Writer {
         self.numbers.group += 1;
         let place = self.place_or_new(name);
         let stream = self.change(place);
-        stream.is_changed |= !stream.row.is_made;
-        stream.row.is_made = true;
+        if !stream.row.is_made {
+            (stream.is_changed, stream.row.is_made) = (true, true);
+        }
         stream.groups.insert(group.clone(), made);
         self.staged.must_sync = true;
         Ok(true)

@@ -298,7 +298,9 @@ impl Writer {
         self.streams = streams;
         self.touched = touched;
         result?;
-        self.has_keys |= !staged.keys.is_empty();
+        if !staged.keys.is_empty() {
+            self.has_keys = true;
+        }
         self.unchecked_bytes += COMMIT_BYTES + staged.bytes;
         self.unmarked.extend(chunks.iter().map(|chunk| chunk.place));
         self.publish(chunks);
@@ -519,8 +521,9 @@ impl Writer {
         let last = stream.row.last_id;
         let now = wall_ms();
         let id = if now > last.ms { EntryId::new(now, 0) } else { last.next() };
-        stream.is_changed |= !stream.row.is_made;
-        stream.row.is_made = true;
+        if !stream.row.is_made {
+            (stream.is_changed, stream.row.is_made) = (true, true);
+        }
         stream.row.last_id = id;
         stream.row.added += 1;
         stream.length += 1;
