@@ -586,12 +586,6 @@ impl Channel {
         Ok(vec![ring.clone()])
     }
 
-    /// Tells its clients that there is news. To be called within a runtime.
-    fn wake(&self) {
-        self.bell.ring();
-        self.fanout.begin();
-    }
-
     /// Counts something that a client can't be given.
     fn gap(&self, reason: &str) {
         self.gaps.with_label_values(&[&self.name, reason]).inc();

@@ -9,9 +9,9 @@ use slab::Slab;
 
 /// Rung for every change; wakes whoever listens.
 ///
-/// Does what a `tokio::sync::watch` of nothing would, whose list of those who wait is linked through their own memory.
-/// With many clients that is in no cache, and following the list took longer than all else about waking them. Here their
-/// wakers are side by side.
+/// Does what a `tokio::sync::watch` of nothing would, but for two things. Whether it was rung is told without a lock, which
+/// sessions ask each time they are polled. And those who wait are not linked through their own memory, which with many
+/// of them is in no cache: their wakers are side by side.
 #[derive(Debug, Default)]
 pub(super) struct Bell {
     /// How often it was rung. Changes only under the lock.

@@ -1,8 +1,8 @@
 //! How news reaches the clients that wait for it: a few tasks go from one to the next and write to each.
 //!
-//! A task per client that is woken for every alert costs as much as a good part of the write: it is queued, looked up, and
-//! looks at all that could be the matter. So those who wait for nothing but news are given it in place; their own tasks
-//! do whatever takes longer.
+//! To wake a task per client for every alert costs a good part of what the write costs: the task is queued and taken up,
+//! and looks at all that could be the matter. So those who wait for nothing but news are given it in place; their own
+//! tasks do whatever takes longer.
 
 use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,8 +20,8 @@ use super::tally::{Meter, Tally};
 /// How many are given news between two looks at what else there is to do: some 0.2 ms.
 const ROUND: usize = 32;
 
-/// How many one task gives news to before another one helps: some 3 ms. Those who are fewer would have it sooner from
-/// more threads only where nothing else wants these.
+/// How many one task gives news to before another one helps: some 3 ms. For fewer, waking another worker costs more than
+/// it saves: measured with 500 clients on two cores.
 const CROWD: usize = 512;
 
 /// Someone who waits for news.
@@ -68,12 +68,14 @@ impl Fanout {
     /// Lets go of whoever has that place.
     pub(super) fn leave(&self, place: usize) {
         let left = self.waiting().recipients.remove(place);
-        // Not under the lock.
+        // After the lock, which the end of a session would want.
         drop(left);
     }
 
-    /// There is news: begins to give it to all. To be called within a runtime, after the bell was rung.
-    pub(super) fn begin(self: &Arc<Self>) {
+    /// There is news: rings the bell, and begins to give it to all who are in. To be called within a runtime.
+    pub(super) fn announce(self: &Arc<Self>) {
+        // First: whoever comes too late to be in has to hear that there is more.
+        self.bell.ring();
         let mut waiting = self.waiting();
         if waiting.recipients.is_empty() {
             return;
@@ -217,8 +219,7 @@ mod tests {
 
         fn publish(&self) {
             self.news.fetch_add(1, Ordering::SeqCst);
-            self.bell.ring();
-            self.fanout.begin();
+            self.fanout.announce();
         }
     }
 

@@ -40,7 +40,7 @@ impl Wakes {
 
     pub(super) fn wake(&self) {
         for channel in self.0.read().unwrap_or_else(PoisonError::into_inner).iter().filter_map(Weak::upgrade) {
-            channel.wake();
+            channel.fanout.announce();
         }
     }
 }
