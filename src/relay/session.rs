@@ -1,5 +1,16 @@
 //! One client's socket, driven by a task of its own, and written to by those who bring news.
 
+pub(super) mod admission;
+pub(super) mod broadcast;
+pub(super) mod close;
+pub(super) mod commands;
+pub(super) mod connection;
+pub(super) mod feed;
+pub(super) mod limits;
+pub(super) mod notify;
+pub(super) mod protocol;
+pub(super) mod reader;
+
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,15 +20,15 @@ use futures_util::task::AtomicWaker;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::backoff::jitter;
-use super::bell::Listener;
-use super::fanout::Recipient;
-use super::link::Link;
-use super::slots::Slot;
 use super::subscription::Subscription;
-use super::subscriptions::Subscriptions;
-use super::tally::Tally;
-use super::{Admission, Channel, CloseCode, Ending, Hub, Refused, Runner, rich};
+use super::{Admission, Channel, CloseCode, Ending, Hub, Refused, Runner};
+use crate::backoff::full_jitter;
+use crate::relay::metrics::Tally;
+use crate::relay::session::broadcast::Recipient;
+use crate::relay::session::connection::Link;
+use crate::relay::session::limits::Slot;
+use crate::relay::session::notify::Listener;
+use crate::relay::subscription::set::Subscriptions;
 
 /// A client that was let in: what it asked for, from the moment of [`super::Relay::connect`] on.
 ///
@@ -148,7 +159,7 @@ struct Driver<S> {
     timer: Pin<Box<Sleep>>,
     drain: Listener,
     is_drained: bool,
-    renewing: Option<rich::Renewing>,
+    renewing: Option<protocol::Renewing>,
     runner: Option<Box<dyn Runner>>,
     admission: Admission,
     _slot: Slot,
@@ -160,7 +171,7 @@ impl<S: Socket> Driver<S> {
         let mut link = Link::new(io, &hub.config);
         if is_rich {
             link.converse();
-            link.answer(&rich::welcome(&hub, &channel, admission.expires_at));
+            link.answer(&protocol::welcome(&hub, &channel, admission.expires_at));
         }
         link.expires_at(admission.deadline(), is_rich);
         Self {
@@ -189,8 +200,8 @@ impl<S: Socket> Driver<S> {
             while self.is_rich
                 && let Some(request) = link.next_request()
             {
-                let mut asker = rich::Asker { subscriptions, admission: &self.admission, renewing, runner };
-                if let Some(answer) = rich::handle(&request, &mut asker, hub, channel) {
+                let mut asker = protocol::Asker { subscriptions, admission: &self.admission, renewing, runner };
+                if let Some(answer) = protocol::handle(&request, &mut asker, hub, channel) {
                     link.answer(&answer);
                 }
             }
@@ -228,7 +239,7 @@ impl<S: Socket> Driver<S> {
             }
             if !self.is_drained && self.drain.poll_ring(cx).is_ready() {
                 self.is_drained = true;
-                let after = jitter(hub.config.drain_window);
+                let after = full_jitter(hub.config.drain_window);
                 if self.is_rich {
                     link.answer(&format!(r#"{{"t":"drain","after_ms":{}}}"#, after.as_millis()));
                 }
@@ -252,11 +263,11 @@ impl<S: Socket> Driver<S> {
             if let Some(Poll::Ready(renewed)) = renewing.as_mut().map(|renewal| Pin::new(renewal).poll(cx)) {
                 *renewing = None;
                 match renewed {
-                    rich::Renewed::Good { answer, expires_at } => {
+                    protocol::Renewed::Good { answer, expires_at } => {
                         link.expires_at(expires_at, true);
                         link.answer(&answer);
                     }
-                    rich::Renewed::Bad { answer } => link.answer(&answer),
+                    protocol::Renewed::Bad { answer } => link.answer(&answer),
                 }
                 continue;
             }
@@ -355,9 +366,9 @@ where
 mod tests {
     use tokio::io::DuplexStream;
 
-    use super::super::tally::Meter;
     use super::*;
     use crate::metrics::Metrics;
+    use crate::relay::metrics::Meter;
 
     /// Whether the task is woken where there is news.
     fn is_woken(shared: &Shared<DuplexStream>) -> bool {
