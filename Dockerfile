@@ -1,4 +1,4 @@
-# Builds with BuildKit and with the classic builder: the dependencies are a layer of their own, made again only when
+# Builds with BuildKit and with the classic builder. The dependencies have their own layer, which is rebuilt only when
 # Cargo.toml or Cargo.lock change.
 
 FROM rust:1.95-slim-bookworm AS build
@@ -10,7 +10,7 @@ RUN mkdir src && echo 'fn main() {}' >src/main.rs && touch src/lib.rs \
 COPY config config
 COPY clients clients
 COPY src src
-# Files keep their times when they are copied; without the touch, the empty crate above would count as newer.
+# COPY keeps the file times. Without the touch, the empty crate above would count as newer.
 RUN touch src/main.rs src/lib.rs \
  && cargo build --release --locked --lib --bins \
  && mkdir -p /root-fs/aurora-bus/data /root-fs/usr/local/bin /root-fs/usr/share/doc/aurora-bus \
@@ -24,10 +24,10 @@ LABEL org.opencontainers.image.title="aurora-bus" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /root-fs/usr /usr
 COPY --from=build --chown=65532:65532 /root-fs/aurora-bus /aurora-bus
-# The daemon finds config/aurora-bus.toml and writes data/ where it runs.
+# The daemon reads config/aurora-bus.toml and writes data/ in its working directory.
 WORKDIR /aurora-bus
-# Loopback would be out of reach outside of the container. The daemon refuses any other address until the
-# configuration says who may come in ([auth]).
+# Loopback cannot be reached from outside of the container. The daemon refuses any other address until the
+# configuration requires credentials or turns them off ([auth]).
 ENV AURORA_BUS__HTTP__LISTEN=0.0.0.0:8080
 VOLUME /aurora-bus/data
 EXPOSE 8080

@@ -1,33 +1,34 @@
-/** Connects to the daemon's alerts, and goes on until `close`. */
+/** Connects to the daemon and receives alerts until `close`. */
 export declare function connect<T = unknown>(options?: Options<T>): AuroraBus<T>;
 
 export interface Options<T = unknown> {
-  /** The channel: `/api/v1/ws/alerts` of the daemon that the module comes from, unless this says otherwise. */
+  /** The channel. Default: `/api/v1/ws/alerts` of the daemon that serves the module. */
   url?: string | URL;
-  /** Some of the channel's streams; all of them by default. */
+  /** Some of the channel's streams. Default: all. */
   streams?: string[];
-  /** Where to begin: positions (with commas between), an RFC 3339 time, `-15m`, or `earliest`; by default what is new. */
+  /** The start: positions (separated by commas), an RFC 3339 time, `-15m`, or `earliest`. Default: only new alerts. */
   since?: string;
-  /** Begin with the newest so many (up to 1000) of each stream that pass. Not looked at where `since` is given. */
+  /** Start with the newest matching alerts of each stream, up to 1000. Ignored if `since` is set. */
   snapshot?: number;
-  /** What to see; everything by default. */
+  /** The alerts to receive. Default: all. */
   filter?: Filter;
-  /** `latest`: what a live page is too slow for is left out, and told as a gap. `lossless` by default. */
+  /** `latest`: leaves out alerts if a live page is too slow, and reports a gap. Default: `lossless`. */
   mode?: "lossless" | "latest";
-  /** `off`: critical alerts wait for their turn too. By default they come early to a page that is far behind. */
+  /** `off`: critical alerts keep their order too. By default they come early to a page that is far behind. */
   lane?: "critical" | "off";
-  /** Begin anew with the snapshot where something can't be given any more, instead of going on after the gap. */
+  /** Start again with the snapshot if entries cannot be delivered, instead of continuing after the gap. */
   strict?: boolean;
   /**
-   * A key or token, or who provides one. It is asked for each connection, and before a token expires; `renew` says that
-   * the last one is no good any more. It has 30 s; where it fails, it is asked again a little later.
+   * An API key or token, or a function that returns one. The function runs before each connection and before a token
+   * expires. `renew` is true if the last token is no longer valid. It has 30 s; if it fails, it is called again a
+   * little later.
    */
   token?: Provided;
-  /** A single-use ticket, or who provides one for each connection: what `POST /api/v1/ws/ticket` has answered. */
+  /** A single-use ticket from `POST /api/v1/ws/ticket`, or a function that returns one for each connection. */
   ticket?: Provided;
-  /** Keep the positions in `sessionStorage` under this name, so that the page goes on after it was loaded again. */
+  /** Keeps the positions in `sessionStorage` under this name, so that a reloaded page resumes. */
   remember?: string;
-  /** The events of the same names, without their wrapping. */
+  /** Handlers for the events of the same names. They receive the `detail` of the event. */
   onEvent?(event: Received<T>): void;
   onGap?(gap: Gap): void;
   onLive?(live: { stream: string }): void;
@@ -38,42 +39,42 @@ export interface Options<T = unknown> {
 export type Provided =
   | string
   | undefined
-  | ((why: { renew: boolean }) => string | undefined | Promise<string | undefined>);
+  | ((request: { renew: boolean }) => string | undefined | Promise<string | undefined>);
 
 /**
- * - `connecting`: on the way;
- * - `catching-up`: connected, and being told the past;
- * - `live`: what comes is new;
- * - `waiting`: the connection is lost, and tried again by itself;
- * - `paused`: until `resume`;
- * - `stopped`: the daemon would refuse it again; for people to see to, then `resume`;
- * - `closed`: for good.
+ * - `connecting`: a connection is being opened;
+ * - `catching-up`: connected, receiving past alerts;
+ * - `live`: receiving new alerts;
+ * - `waiting`: the connection is lost, the module will connect again;
+ * - `paused`: disconnected until `resume`;
+ * - `stopped`: the daemon would refuse the connection again. A person must fix the cause, then call `resume`;
+ * - `closed`: disconnected for good.
  */
 export type State = "connecting" | "catching-up" | "live" | "waiting" | "paused" | "stopped" | "closed";
 
 export interface Change {
   state: State;
-  /** Of `waiting` and `stopped`: the close code of the WebSocket or the code of an error, where there is one. */
+  /** For `waiting` and `stopped`: the close code of the WebSocket or the code of an error, if there is one. */
   code?: number;
-  /** Why, as the daemon or the module says it. */
+  /** The reason, from the daemon or the module. */
   reason?: string;
-  /** Of `waiting`: how long, in ms. */
+  /** For `waiting`: the pause in ms. */
   wait?: number;
 }
 
 export interface Received<T = unknown> {
   stream: string;
-  /** Where it is in its stream. */
+  /** The position in the stream. */
   position: string;
-  /** What was published; nothing where that is no JSON. */
+  /** The payload. Undefined if it is not JSON. */
   data: T;
-  /** What was published, where that is no JSON. */
+  /** The payload as a text if it is not JSON. */
   text?: string;
-  /** Whether it came before its turn: older ones are still on their way. */
+  /** Whether the alert came ahead of its order: older alerts follow. */
   early: boolean;
 }
 
-/** Something can't be given: between those positions, as far as they are known. */
+/** Entries between these positions (if known) that cannot be delivered. */
 export interface Gap {
   stream: string;
   after?: string;
@@ -90,31 +91,31 @@ export type Filter =
 export type Key = "severity" | "source" | "category" | "tenant" | "type" | "title" | "technique";
 
 export interface Events<T = unknown> {
-  /** An alert: each once, in the order of its stream, unless it is `early`. */
+  /** An alert. Each comes once, in the order of its stream unless it is `early`. */
   event: CustomEvent<Received<T>>;
   gap: CustomEvent<Gap>;
-  /** The past of a stream is told; what comes now is new. */
+  /** The past of a stream is complete; new alerts follow. */
   live: CustomEvent<{ stream: string }>;
-  /** Positions were given up: what was shown so far is shown again, as far as it is in the snapshot. */
+  /** The positions were reset. Alerts of the new snapshot come again. */
   reset: CustomEvent<undefined>;
   state: CustomEvent<Change>;
 }
 
-/** What is received, as events, or in a loop: `for await (const { data } of connect())`. */
+/** Emits alerts as events, or in a loop: `for await (const { data } of connect())`. */
 export declare class AuroraBus<T = unknown> extends EventTarget implements AsyncIterable<Received<T>> {
   constructor(options?: Options<T>);
   readonly state: State;
-  /** Where it stands in all streams, as a text that `since` takes. */
+  /** The position in all streams, as a text for `since`. */
   readonly position: string;
   /** Disconnects until `resume`. */
   pause(): void;
-  /** Goes on from the last positions after `pause`, or after it has stopped. */
+  /** Connects again after `pause` or `stopped`, and resumes from the last positions. */
   resume(): void;
-  /** Disconnects for good. Nothing is told after that. */
+  /** Disconnects for good. No events follow. */
   close(): void;
-  /** Replaces the filter in place; without one everything passes. Fails and changes nothing where the daemon refuses it. */
+  /** Replaces the filter; without an argument all alerts match. Rejects and changes nothing if the daemon refuses it. */
   filter(filter?: Filter): Promise<void>;
-  /** Forgets the positions, and begins anew with the snapshot. */
+  /** Forgets the positions and starts again with the snapshot. */
   reload(): void;
   addEventListener<K extends keyof Events<T>>(
     type: K,
@@ -136,6 +137,6 @@ export declare class AuroraBus<T = unknown> extends EventTarget implements Async
     listener: EventListenerOrEventListenerObject | null,
     options?: boolean | EventListenerOptions,
   ): void;
-  /** In a loop that is slower than what comes, the connection is paused, and goes on from there. Ends with `close`. */
+  /** If the loop is too slow, the connection pauses and then resumes. Ends with `close`. */
   [Symbol.asyncIterator](): AsyncGenerator<Received<T>, void, void>;
 }

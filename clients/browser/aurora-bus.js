@@ -1,20 +1,20 @@
 /**
- * Watches the streams of an aurora-bus daemon from a web page: without holes and without duplicates, through restarts,
- * broken networks and expiring tokens. Needs nothing else. What is told and asked for is described in aurora-bus.d.ts.
+ * Watches the streams of an aurora-bus daemon from a web page, without gaps and duplicates, through restarts, broken
+ * networks and expiring tokens. It has no dependencies. aurora-bus.d.ts describes options and events.
  *
  *     import { connect } from "https://bus.example/client/aurora-bus.js";
  *     connect({ snapshot: 50, onEvent: ({ data }) => console.log(data.title) });
  */
 
-// In ms. Waiting begins anew with the shortest after HEALTHY_AFTER of being connected.
+// In ms. After HEALTHY_AFTER of connection the pauses start with FIRST_WAIT again.
 const FIRST_WAIT = 500;
 const LONGEST_WAIT = 20_000;
 const HEALTHY_AFTER = 30_000;
 const WELCOME_WITHIN = 10_000;
 const TOKEN_WITHIN = 30_000;
 const PROBE_WITHIN = 5_000;
-/** The most alerts that an iteration holds for its loop. */
-const HELD = 1_000;
+/** Limits the alerts that wait for an iterating loop. */
+const MAX_BUFFERED = 1_000;
 
 /** @param {import("./aurora-bus.d.ts").Options} [options] */
 export const connect = (options) => new AuroraBus(options);
@@ -25,35 +25,35 @@ export class AuroraBus extends EventTarget {
   #options;
   #url;
   #filter;
-  /** By stream, the last position that was handed on. */
+  /** The last delivered position of each stream. */
   #positions = new Map();
-  /** By stream, the positions of what was handed on before its turn, which has not come. */
+  /** The positions of early alerts of each stream that its position has not passed yet. */
   #early = new Map();
-  /** By stream, its subscription on this connection. */
+  /** The subscription of each stream on this connection. */
   #streams = new Map();
-  /** By id, who waits for the answer to a request. */
+  /** The open requests, by id. */
   #requests = new Map();
   #ids = 0;
   #socket;
   #attempts = 0;
-  /** Counts up with every beginning and end, so that whoever waited in between knows. */
-  #turn = 0;
-  /** Until the next attempt, or while connected the next look for a sign of life. */
+  /** Grows with each connect and disconnect, so that code after an `await` detects the change. */
+  #generation = 0;
+  /** Runs until the next connection or, while connected, until the next check for silence. */
   #timer;
-  /** Whether the daemon has told how long to wait. */
-  #isTold = false;
+  /** Whether the daemon set the pause. */
+  #isWaitFixed = false;
   #saving;
   #ping = 25_000;
-  #heardAt = 0;
-  #welcomeAt;
-  /** Whether a token is asked for that is newer than the last one, and whether it was on this attempt. */
+  #receivedAt = 0;
+  #welcomedAt;
+  /** Whether the next token must be newer than the last one, and whether that was so for this connection. */
   #renew = false;
   #renewed = false;
-  /** Whether positions were given up. */
-  #isAnew = false;
-  /** What was told with the last change of the state. */
-  #why;
-  #listening = new AbortController();
+  /** Whether the positions were reset. */
+  #isReset = false;
+  /** The details of the last change of state. */
+  #cause;
+  #listeners = new AbortController();
 
   /** @param {import("./aurora-bus.d.ts").Options} [options] */
   constructor(options = {}) {
@@ -66,7 +66,7 @@ export class AuroraBus extends EventTarget {
       const handle = options[`on${type[0].toUpperCase()}${type.slice(1)}`];
       if (handle) this.addEventListener(type, ({ detail }) => handle(detail));
     }
-    const on = (type, handle) => globalThis.addEventListener?.(type, handle, { signal: this.#listening.signal });
+    const on = (type, handle) => globalThis.addEventListener?.(type, handle, { signal: this.#listeners.signal });
     on("online", () => this.#wake());
     on("pageshow", () => this.#wake());
     on("visibilitychange", () => globalThis.document?.visibilityState !== "hidden" && this.#wake());
@@ -78,12 +78,12 @@ export class AuroraBus extends EventTarget {
     this.resume();
   }
 
-  /** Where it stands in all streams, as a text that `since` takes. */
+  /** The position in all streams, as a text for `since`. */
   get position() {
     return [...this.#positions.values()].join(",");
   }
 
-  /** Goes on from the last positions after `pause`, or after it has stopped. */
+  /** Connects again after `pause` or `stopped`, and resumes from the last positions. */
   resume() {
     if (this.state !== "paused" && this.state !== "stopped") return;
     this.#attempts = 0;
@@ -95,20 +95,20 @@ export class AuroraBus extends EventTarget {
   pause() {
     if (this.state === "closed") return;
     this.#disconnect();
-    this.#become("paused");
+    this.#setState("paused");
   }
 
-  /** Disconnects for good. Nothing is told after that. */
+  /** Disconnects for good. No events follow. */
   close() {
     if (this.state === "closed") return;
     this.#disconnect();
-    this.#listening.abort();
+    this.#listeners.abort();
     this.#save();
-    this.#become("closed");
+    this.#setState("closed");
   }
 
   /**
-   * Lets something else pass from now on, or everything. Fails, and changes nothing, where the daemon refuses it.
+   * Replaces the filter; without an argument all alerts match. Rejects and changes nothing if the daemon refuses it.
    * @param {import("./aurora-bus.d.ts").Filter} [filter]
    */
   async filter(filter) {
@@ -118,14 +118,14 @@ export class AuroraBus extends EventTarget {
     try {
       await Promise.all([...this.#streams.keys()].map(replace));
     } catch (error) {
-      // Without a code the connection was lost: the next one begins with the new filter.
+      // No code: the connection was lost, and the next one uses the new filter.
       if (error.code === undefined) return;
       if (this.#filter === filter) this.#filter = before;
       throw error;
     }
   }
 
-  /** Forgets its positions, and begins anew with the snapshot. */
+  /** Forgets the positions and starts again with the snapshot. */
   reload() {
     this.#reset();
     for (const stream of [...this.#streams.keys()]) {
@@ -134,26 +134,26 @@ export class AuroraBus extends EventTarget {
     }
   }
 
-  /** What is received, in a loop that may be slow: it is disconnected, and goes on from there, if it falls behind. */
+  /** Iterates over the alerts. If the loop is too slow, the connection pauses and then resumes. */
   async *[Symbol.asyncIterator]() {
-    const held = [];
+    const buffer = [];
     let wake = () => {};
     let isFull = false;
-    const look = () => wake();
-    const hold = ({ detail }) => {
-      if (held.push(detail) >= HELD && !isFull) {
+    const check = () => wake();
+    const push = ({ detail }) => {
+      if (buffer.push(detail) >= MAX_BUFFERED && !isFull) {
         isFull = true;
         this.pause();
       }
       wake();
     };
-    this.addEventListener("event", hold);
-    this.addEventListener("state", look);
+    this.addEventListener("event", push);
+    this.addEventListener("state", check);
     try {
       for (;;) {
-        while (held.length) yield held.shift();
+        while (buffer.length) yield buffer.shift();
         if (this.state === "closed") return;
-        if (this.state === "stopped") throw Object.assign(new Error(this.#why.reason), this.#why);
+        if (this.state === "stopped") throw Object.assign(new Error(this.#cause.reason), this.#cause);
         if (isFull) {
           isFull = false;
           this.resume();
@@ -161,82 +161,82 @@ export class AuroraBus extends EventTarget {
         await new Promise((resolve) => (wake = resolve));
       }
     } finally {
-      this.removeEventListener("event", hold);
-      this.removeEventListener("state", look);
+      this.removeEventListener("event", push);
+      this.removeEventListener("state", check);
     }
   }
 
   async #open() {
     clearTimeout(this.#timer);
-    const turn = ++this.#turn;
-    const isOvertaken = () => turn !== this.#turn;
+    const generation = ++this.#generation;
+    const isStale = () => generation !== this.#generation;
     this.#renewed = this.#renew;
-    this.#become("connecting");
-    if (isOvertaken()) return;
+    this.#setState("connecting");
+    if (isStale()) return;
     let token, ticket;
     try {
       const { token: ofToken, ticket: ofTicket } = this.#options;
-      [token, ticket] = await within(TOKEN_WITHIN, Promise.all([this.#ask(ofToken), this.#ask(ofTicket)]));
+      [token, ticket] = await within(TOKEN_WITHIN, Promise.all([this.#provide(ofToken), this.#provide(ofTicket)]));
     } catch (error) {
-      if (!isOvertaken()) this.#lose({ reason: `no token: ${error?.message ?? error}` });
+      if (!isStale()) this.#reconnect({ reason: `no token: ${error?.message ?? error}` });
       return;
     }
-    if (isOvertaken()) return;
+    if (isStale()) return;
     const url = new URL(this.#url);
     if (ticket) url.searchParams.set("ticket", ticket);
     let socket;
     try {
       socket = new WebSocket(url, token ? ["aurora.v1", `bearer.${token}`] : ["aurora.v1"]);
     } catch (error) {
-      // Not the message: it has the token in it.
-      return this.#stop({ reason: `the URL or the token can't be used: ${error.name}` });
+      // The message contains the token, so it is left out.
+      return this.#stop({ reason: `the URL or the token is not valid: ${error.name}` });
     }
-    socket.onmessage = ({ data }) => this.#hear(data);
-    socket.onclose = ({ code, reason }) => this.#closed(code, reason);
+    socket.onmessage = ({ data }) => this.#receive(data);
+    socket.onclose = ({ code, reason }) => this.#onClose(code, reason);
     this.#socket = socket;
-    this.#timer = setTimeout(() => this.#lose({ reason: "no answer" }), WELCOME_WITHIN);
+    this.#timer = setTimeout(() => this.#reconnect({ reason: "no response" }), WELCOME_WITHIN);
   }
 
-  /** What an option says, or whoever is named there. */
-  async #ask(source) {
+  /** Returns the value of an option, or the result of its function. */
+  async #provide(source) {
     return typeof source === "function" ? source({ renew: this.#renew }) : source;
   }
 
-  #closed(code, reason) {
+  #onClose(code, reason) {
     const { token, ticket } = this.#options;
-    const isAsked = typeof token === "function" || typeof ticket === "function";
-    if (code === 4003 || (code === 4501 && isAsked && !this.#renewed)) this.#renew = true;
+    const canRenew = typeof token === "function" || typeof ticket === "function";
+    if (code === 4003 || (code === 4501 && canRenew && !this.#renewed)) this.#renew = true;
     else if (code >= 4500 && code < 5000) return this.#stop({ code, reason });
-    const turn = this.#turn;
+    const generation = this.#generation;
     if (code === 4002) this.#reset();
-    // Whoever was told may have ended it.
-    if (turn !== this.#turn) return;
+    // A listener of `reset` may have disconnected.
+    if (generation !== this.#generation) return;
     const seconds = code === 4005 ? (/(\d+) ?s\b/.exec(reason)?.[1] ?? 10) : undefined;
-    this.#lose({ code, reason }, seconds && 1000 * seconds + Math.random() * FIRST_WAIT);
+    this.#reconnect({ code, reason }, seconds && 1000 * seconds + Math.random() * FIRST_WAIT);
   }
 
-  /** The connection is gone, or given up: tries again, after `wait` ms where the daemon has told how long. */
-  #lose(why, wait) {
-    if (performance.now() - this.#welcomeAt > HEALTHY_AFTER) this.#attempts = 0;
-    this.#isTold = wait !== undefined;
+  /** Drops the connection and connects again after `wait` ms, or after a random pause. */
+  #reconnect(cause, wait) {
+    if (performance.now() - this.#welcomedAt > HEALTHY_AFTER) this.#attempts = 0;
+    this.#isWaitFixed = wait !== undefined;
     wait ??= Math.random() * Math.min(LONGEST_WAIT, FIRST_WAIT * 2 ** this.#attempts++);
     this.#disconnect();
     this.#timer = setTimeout(() => this.#open(), wait);
-    this.#become("waiting", { ...why, wait });
+    this.#setState("waiting", { ...cause, wait });
   }
 
-  #stop(why) {
+  #stop(cause) {
     this.#disconnect();
-    this.#become("stopped", why);
+    this.#setState("stopped", cause);
   }
 
   #disconnect() {
-    this.#turn++;
+    this.#generation++;
     clearTimeout(this.#timer);
     const socket = this.#socket;
-    this.#socket = this.#welcomeAt = undefined;
+    this.#socket = this.#welcomedAt = undefined;
     if (socket) {
-      // What is still on its way comes again.
+      // Frames in transit are dropped: the next connection receives them again.
       socket.onmessage = socket.onclose = null;
       socket.close(1000);
     }
@@ -246,42 +246,42 @@ export class AuroraBus extends EventTarget {
     for (const { reject } of requests) reject(new Error("disconnected"));
   }
 
-  #hear(text) {
-    this.#heardAt = performance.now();
+  #receive(text) {
+    this.#receivedAt = performance.now();
     const frame = JSON.parse(text);
     const subscription = this.#streams.get(frame.s ?? frame.stream);
-    // What comes of a subscription before it is confirmed is of the one that it replaces.
-    const isOurs = subscription?.isBegun;
+    // Frames before the confirmation belong to the subscription that this one replaces.
+    const isOurs = subscription?.isConfirmed;
     switch (frame.t) {
       case "welcome":
-        return this.#begin(frame);
+        return this.#onWelcome(frame);
       case "subscribed":
         if (subscription?.id !== frame.id) return;
-        subscription.isBegun = true;
+        subscription.isConfirmed = true;
         this.#requests.delete(frame.id);
-        if (!isSameLife(this.#positions.get(frame.stream), frame.from)) this.#advance(frame.stream, frame.from);
+        if (!isSameEpoch(this.#positions.get(frame.stream), frame.from)) this.#advance(frame.stream, frame.from);
         return;
       case "event":
-        return isOurs && this.#take(frame.s, frame.p, frame);
+        return isOurs && this.#deliver(frame.s, frame.p, frame);
       case "mark":
         if (isOurs && isAfter(frame.p, this.#positions.get(frame.s))) this.#advance(frame.s, frame.p);
         return;
       case "gap": {
         const { s: stream, after, before, reason } = frame;
-        return isOurs && this.#tell("gap", { stream, after, before, reason });
+        return isOurs && this.#emit("gap", { stream, after, before, reason });
       }
       case "live":
         if (!isOurs) return;
         subscription.isLive = true;
-        this.#tell("live", { stream: frame.s });
-        if (this.#socket && [...this.#streams.values()].every(({ isLive }) => isLive)) this.#become("live");
+        this.#emit("live", { stream: frame.s });
+        if (this.#socket && [...this.#streams.values()].every(({ isLive }) => isLive)) this.#setState("live");
         return;
       case "expiring":
         return this.#renewToken();
       case "drain":
-        // It is the daemon that closes, so that not everybody comes back at once.
+        // The daemon closes the connection, so that clients do not all return at the same time.
         clearTimeout(this.#timer);
-        this.#timer = setTimeout(() => this.#lose({ reason: "drain" }), frame.after_ms + PROBE_WITHIN);
+        this.#timer = setTimeout(() => this.#reconnect({ reason: "drain" }), frame.after_ms + PROBE_WITHIN);
         return;
       case "ok":
       case "error": {
@@ -293,44 +293,44 @@ export class AuroraBus extends EventTarget {
     }
   }
 
-  #begin(welcome) {
-    this.#welcomeAt = this.#heardAt;
+  #onWelcome(welcome) {
+    this.#welcomedAt = this.#receivedAt;
     this.#ping = 1000 * Math.max(1, welcome.ping);
     this.#renew = false;
     for (const stream of this.#options.streams ?? welcome.streams) this.#subscribe(stream);
-    this.#rest();
-    this.#become("catching-up");
+    this.#watchSilence();
+    this.#setState("catching-up");
   }
 
   #subscribe(stream) {
     const { since, snapshot, mode, lane, strict } = this.#options;
     const known = this.#positions.get(stream);
-    const first = this.#isAnew ? (snapshot ? undefined : "earliest") : since;
-    const begin = { since: known ?? first, snapshot, filter: this.#filter };
+    const first = this.#isReset ? (snapshot ? undefined : "earliest") : since;
+    const start = { since: known ?? first, snapshot, filter: this.#filter };
     const id = ++this.#ids;
     this.#streams.set(stream, { id });
-    const answer = this.#request({ op: "subscribe", stream, ...begin, mode, lane, strict }, id);
-    answer.catch(({ code, message, frame }) => {
-      if (frame?.retry) this.#lose({ code, reason: message }, frame.after_ms);
+    const response = this.#request({ op: "subscribe", stream, ...start, mode, lane, strict }, id);
+    response.catch(({ code, message, frame }) => {
+      if (frame?.retry) this.#reconnect({ code, reason: message }, frame.after_ms);
       else if (frame) this.#stop({ code, reason: message });
     });
   }
 
-  /** Hands an alert on, unless it was before. */
-  #take(stream, position, { d, x, lane }) {
+  /** Emits an alert, unless it was emitted before. */
+  #deliver(stream, position, { d, x, lane }) {
     if (!this.#socket || !isAfter(position, this.#positions.get(stream))) return;
     const early = this.#early.get(stream) ?? new Set();
-    const isKnown = early.has(position);
+    const isRepeated = early.has(position);
     if (lane) this.#early.set(stream, early.add(position));
     else this.#advance(stream, position);
-    if (!isKnown) this.#tell("event", { stream, position, data: d, text: x, early: Boolean(lane) });
+    if (!isRepeated) this.#emit("event", { stream, position, data: d, text: x, early: Boolean(lane) });
   }
 
   #advance(stream, position) {
     this.#positions.set(stream, position);
     const early = this.#early.get(stream) ?? [];
     for (const given of early) {
-      if (isSameLife(given, position) && isAfter(given, position)) break;
+      if (isSameEpoch(given, position) && isAfter(given, position)) break;
       early.delete(given);
     }
     if (this.#options.remember) this.#saving ??= setTimeout(() => this.#save(), 1000);
@@ -339,24 +339,24 @@ export class AuroraBus extends EventTarget {
   #reset() {
     this.#positions.clear();
     this.#early.clear();
-    this.#isAnew = true;
+    this.#isReset = true;
     this.#save();
-    this.#tell("reset");
+    this.#emit("reset");
   }
 
   async #renewToken() {
     const { token } = this.#options;
     if (typeof token !== "function") return;
-    const turn = this.#turn;
+    const generation = this.#generation;
     try {
       const newer = await within(TOKEN_WITHIN, (async () => token({ renew: true }))());
-      if (newer && turn === this.#turn) await this.#request({ op: "auth", token: newer });
+      if (newer && generation === this.#generation) await this.#request({ op: "auth", token: newer });
     } catch {
-      // The daemon closes with 4003 then, and the token is asked for again.
+      // The daemon then closes with 4003, and the next connection requests a new token.
     }
   }
 
-  /** Sends a request, and waits for its answer. */
+  /** Sends a request and waits for its response. */
   #request(request, id = ++this.#ids) {
     return new Promise((resolve, reject) => {
       this.#requests.set(id, { resolve, reject });
@@ -368,36 +368,36 @@ export class AuroraBus extends EventTarget {
     if (this.#socket?.readyState === 1) this.#socket.send(JSON.stringify(message));
   }
 
-  /** Waits for silence, and asks then whether anybody is there. */
-  #rest() {
+  /** Sends a ping after one ping interval of silence. */
+  #watchSilence() {
     clearTimeout(this.#timer);
-    const left = this.#heardAt + this.#ping - performance.now();
-    this.#timer = setTimeout(() => (left > 0 ? this.#rest() : this.#probe(this.#ping)), Math.max(0, left));
+    const left = this.#receivedAt + this.#ping - performance.now();
+    this.#timer = setTimeout(() => (left > 0 ? this.#watchSilence() : this.#probe(this.#ping)), Math.max(0, left));
   }
 
-  /** Gives the connection up if nothing is heard in time. */
+  /** Reconnects if no message comes in time. */
   #probe(ms = PROBE_WITHIN) {
-    if (!this.#welcomeAt) return;
+    if (!this.#welcomedAt) return;
     clearTimeout(this.#timer);
-    const askedAt = performance.now();
+    const sentAt = performance.now();
     this.#send({ op: "ping" });
-    const judge = () => (this.#heardAt > askedAt ? this.#rest() : this.#lose({ reason: "silence" }));
-    this.#timer = setTimeout(judge, ms);
+    const check = () => (this.#receivedAt > sentAt ? this.#watchSilence() : this.#reconnect({ reason: "silence" }));
+    this.#timer = setTimeout(check, ms);
   }
 
-  /** The page is back, or the network. */
+  /** Runs when the page or the network is back. */
   #wake() {
-    if (this.state === "waiting" && !this.#isTold) this.#open();
+    if (this.state === "waiting" && !this.#isWaitFixed) this.#open();
     else this.#probe();
   }
 
-  #become(state, why) {
+  #setState(state, cause) {
     this.state = state;
-    this.#why = why;
-    this.#tell("state", { state, ...why });
+    this.#cause = cause;
+    this.#emit("state", { state, ...cause });
   }
 
-  #tell(type, detail) {
+  #emit(type, detail) {
     this.dispatchEvent(new CustomEvent(type, { detail }));
   }
 
@@ -410,7 +410,7 @@ export class AuroraBus extends EventTarget {
       const saved = Object.entries(JSON.parse(sessionStorage.getItem(this.#key)) ?? {});
       this.#positions = new Map(saved.filter(([, position]) => /^\w+:\d+-\d+$/.test(position)));
     } catch {
-      // No storage, or not ours: it begins as if it were the first time.
+      // No storage, or foreign contents: start without positions.
     }
   }
 
@@ -421,23 +421,23 @@ export class AuroraBus extends EventTarget {
     try {
       sessionStorage.setItem(this.#key, JSON.stringify(Object.fromEntries(this.#positions)));
     } catch {
-      // No storage, or no room: positions are in memory all the same.
+      // No storage, or no space: the positions in memory remain.
     }
   }
 }
 
-/** Whether both positions are of the same life of their stream. */
-const isSameLife = (one, other) => one?.split(":")[0] === other.split(":")[0];
+/** Returns whether both positions have the same epoch. */
+const isSameEpoch = (one, other) => one?.split(":")[0] === other.split(":")[0];
 
-/** Whether a position comes after another one of its stream. Between two lives of a stream there is no order. */
+/** Returns whether a position is after another one of its stream. Between two epochs it is always true. */
 function isAfter(position, last) {
-  if (!last || !isSameLife(position, last)) return true;
+  if (!last || !isSameEpoch(position, last)) return true;
   const [, ms, seq] = position.split(/[:-]/);
   const [, lastMs, lastSeq] = last.split(/[:-]/);
   return ms === lastMs ? BigInt(seq) > BigInt(lastSeq) : Number(ms) > Number(lastMs);
 }
 
-/** The promise, or an error after so many ms. */
+/** Resolves like the promise, or rejects after `ms`. */
 function within(ms, promise) {
   let timer;
   const late = new Promise((_, reject) => (timer = setTimeout(() => reject(new Error("took too long")), ms)));

@@ -2,7 +2,7 @@ import { connect } from "./aurora-bus.js";
 
 const SHOWN = 200;
 const LOGGED = 20;
-// As the daemon reads them where it filters: by word, by OCSF's number, by Suricata's.
+// The same rules as the daemon's filter: by word, by OCSF number, by Suricata number.
 const SEVERITIES = ["info", "low", "medium", "high", "critical"];
 const SYNONYMS = { informational: "info", information: "info", fatal: "critical" };
 const OCSF = new Map([...SEVERITIES, "critical"].map((severity, index) => [index + 1, severity]));
@@ -14,7 +14,7 @@ let token;
 let count = 0;
 let sinceConnected = 0;
 
-// What alerts say is only ever set as text: it comes from attackers.
+// Attackers can write alerts, so their contents are only set as text.
 function make(name, text) {
   const made = document.createElement(name);
   made.textContent = text ?? "";
@@ -29,7 +29,7 @@ function severityOf({ severity, severity_id: number, event_type: type, alert }) 
   return OCSF.get(number) ?? ofSuricata ?? (word || "unknown");
 }
 
-/** What there is to show of an alert, in whatever shape it was published. */
+/** Returns the severity, source and title of an alert in any known format. */
 function view(data) {
   const alert = Object(data?.specversion ? data.data : data);
   const source = alert.source ?? alert.metadata?.product?.name ?? alert.event_type ?? alert.peer ?? data?.source;
@@ -58,7 +58,7 @@ function show({ data, text, position, stream, early }) {
   });
   const cell = document.createElement("td");
   cell.append(details);
-  row([make("td", early ? `${time}, before its turn` : time), level, make("td", source), cell]);
+  row([make("td", early ? `${time}, early` : time), level, make("td", source), cell]);
   sinceConnected += 1;
   count += 1;
   element("count").textContent = count === 1 ? "1 alert" : `${count} alerts`;
@@ -73,20 +73,20 @@ function note(text) {
 function change({ state: now, code, reason, wait }) {
   state.dataset.state = now;
   const why = [code, reason].filter(Boolean).join(" ");
-  const soon = wait === undefined ? "" : `again in ${(wait / 1000).toFixed(1)} s`;
+  const soon = wait === undefined ? "" : `connecting again in ${(wait / 1000).toFixed(1)} s`;
   state.textContent = [now, soon, why].filter(Boolean).join(": ");
   if (now === "catching-up") {
     sinceConnected = 0;
     note(bus.position ? `connected, resuming after ${bus.position}` : "connected");
-  } else if (now === "live") note(`live, after ${sinceConnected} of before`);
+  } else if (now === "live") note(`live, after ${sinceConnected} past alerts`);
   else if (why) note(state.textContent);
-  // Without a code it is the browser that could not send the token.
+  // No code: the browser could not send the token.
   const isUnfit = now === "stopped" && code === undefined;
   const isRefused = isUnfit || (now === "stopped" && (code === 4501 || code === 4502));
   access.hidden = !isRefused;
   if (isRefused) {
-    const why = isUnfit ? "This has characters that no key or token has: paste the key or token alone." : reason;
-    element("refusal").textContent = token ? why : "Credentials are needed.";
+    const why = isUnfit ? "This contains characters that are not valid in a key or token. Paste only the key or token." : reason;
+    element("refusal").textContent = token ? why : "Credentials are required.";
     element("token").focus();
   }
 }
@@ -102,7 +102,7 @@ const bus = connect({
 bus.addEventListener("event", ({ detail }) => show(detail));
 bus.addEventListener("state", ({ detail }) => change(detail));
 bus.addEventListener("gap", ({ detail: { stream, reason } }) => {
-  const cell = make("td", `Some of ${stream} can't be shown: ${reason}`);
+  const cell = make("td", `Some alerts of ${stream} cannot be shown: ${reason}`);
   cell.colSpan = 4;
   row([cell], "gap");
 });
