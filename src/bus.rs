@@ -4,7 +4,7 @@
 //! Promises that an event it answers for is stored as durably as the store promises, and that a batch keeps its
 //! order. Knows nothing of HTTP, groups or dashboards.
 
-mod catalogue;
+mod catalog;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use bytes::Bytes;
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 
-pub use catalogue::{Catalogue, Terms};
+pub use crate::bus::catalog::{Catalogue, Terms};
 
 use crate::event::{Fields, IdempotencyKey, NewEntry, NewEvent, StreamName, field};
 use crate::metrics::Metrics;

@@ -3,8 +3,8 @@
 //! Each module owns its own part; this one puts them together. [`load`] reads the layers: built-in default,
 //! file, environment, flags. Reading the environment happens here and in `main` alone.
 
-mod families;
-mod forwards;
+mod family_checks;
+mod forwarding_checks;
 mod load;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,7 +18,7 @@ pub use load::{DEFAULT_FILE, Layers, load};
 
 use crate::event::{GroupName, StreamName, StreamPattern};
 use crate::sink::SinkConfig;
-use crate::{bus, dead_letters, delivery, http, pull, relay, store, telemetry};
+use crate::{auth, bus, dead_letters, delivery, http, maintenance, pull, relay, store, telemetry};
 
 /// The whole configuration.
 #[derive(Debug, Clone, Deserialize, Serialize)]
@@ -30,7 +30,7 @@ pub struct Config {
     /// The listener and its limits.
     pub http: http::Config,
     /// Who may do what.
-    pub auth: http::AuthConfig,
+    pub auth: auth::AuthConfig,
     /// Where streams are kept.
     pub store: StoreConfig,
     /// What publishers may do.
@@ -104,7 +104,7 @@ pub struct StreamConfig {
     pub relay: bool,
     /// What is kept.
     #[serde(default)]
-    pub retention: delivery::Retention,
+    pub retention: maintenance::Retention,
     /// Where entries go that can't be handled; `<name>:dead_letter` by default. Of a family: with its placeholder, or
     /// without, where all of them share one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -178,7 +178,7 @@ impl Default for Config {
                 name: name.into(),
                 max_keys: None,
                 relay,
-                retention: delivery::Retention::default(),
+                retention: maintenance::Retention::default(),
                 groups: vec![delivery::GroupConfig {
                     sink: sink.map(str::to_owned),
                     ..delivery::GroupConfig::new(group)
@@ -188,7 +188,7 @@ impl Default for Config {
         Self {
             instance: default_instance(),
             http: http::Config::default(),
-            auth: http::AuthConfig::default(),
+            auth: auth::AuthConfig::default(),
             store: StoreConfig::default(),
             publish: bus::Config::default(),
             pull: pull::Config::default(),
@@ -231,7 +231,7 @@ impl Config {
         if format!("{}-0", self.instance).parse::<crate::event::ConsumerName>().is_err() || self.instance.len() > 100 {
             problems.push(Problem::new("instance", "must be 1 to 100 letters, digits and `_.-`"));
         }
-        let is_open = self.auth.mode == http::AuthMode::Loopback && !self.auth.is_required();
+        let is_open = self.auth.mode == auth::AuthMode::Loopback && !self.auth.is_required();
         if is_open && !self.http.listen.ip().is_loopback() {
             problems.push(Problem::new(
                 "http.listen",
@@ -276,12 +276,12 @@ impl Config {
             problems.push(Problem::new("store.redis", error.to_string()));
         }
         problems.extend(self.stream_problems());
-        problems.extend(families::problems(self));
+        problems.extend(family_checks::problems(self));
         for (name, sink) in &self.sinks {
             let own = sink.problems().into_iter();
             problems.extend(own.map(|(key, message)| Problem::new(format!("sinks.{name}.{key}"), message)));
         }
-        problems.extend(forwards::problems(self));
+        problems.extend(forwarding_checks::problems(self));
         if self.relay.drain_window >= self.shutdown.grace {
             let message = "must be shorter than shutdown.grace: dashboards would be broken off instead of closed";
             problems.push(Problem::new("relay.drain_window", message));

@@ -9,9 +9,9 @@
 
 mod actions;
 mod audit;
-mod keeper;
+mod retention;
+mod scan;
 mod selection;
-mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -19,11 +19,11 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::dead_letters::retention::Keeper;
+pub use crate::dead_letters::scan::{Cursor, Page};
 pub use actions::{Bulk, Done, Refusal, Replay, Target};
 pub use audit::DEFAULT_AUDIT_STREAM;
-pub use keeper::Keeper;
 pub use selection::{Alerts, FOREIGN, Found, Reason, Scope, Selection, Sight};
-pub use walk::{Cursor, Page};
 
 use crate::bus::{Bus, PublishError};
 use crate::event::{EntryId, Family, GroupName, StreamName, StreamPattern};
@@ -184,7 +184,7 @@ impl DeadLetters {
         cursor: Cursor,
         limit: usize,
     ) -> Result<Page, StoreError> {
-        walk::page(&*self.inner.store, scope, selection, cursor, limit).await
+        scan::page(&*self.inner.store, scope, selection, cursor, limit).await
     }
 
     /// One dead letter by its id in the stream of dead letters.

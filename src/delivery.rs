@@ -10,27 +10,12 @@
 //! one before it is being acknowledged; each of these three steps has at most one store call under way, and what
 //! comes up meanwhile goes into the next call together.
 
-mod breaker;
-mod call;
 mod config;
-mod crew;
-mod figures;
-mod guard;
-mod lanes;
-mod ledger;
-mod meters;
+mod family_workers;
 mod ordering;
-mod outbox;
-mod patience;
-mod patrol;
 mod policy;
-mod pump;
-mod reaper;
-mod retention;
-mod retries;
-mod rounds;
-mod sampler;
-mod tenure;
+mod redelivery;
+mod worker;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -39,21 +24,17 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, info_span, warn};
 
-pub use breaker::BreakerPolicy;
+pub use crate::delivery::family_workers::Crew;
+pub use crate::delivery::redelivery::Guard;
+pub use crate::delivery::redelivery::family::Patrol;
+pub use crate::delivery::worker::breaker::BreakerPolicy;
 pub use config::{GroupConfig, GroupStart, InvalidValue};
-pub use crew::Crew;
-pub use guard::Guard;
 pub use ordering::{InvalidOrderBy, OnPoison, OrderBy, Ordering};
-pub use patrol::Patrol;
 pub use policy::{RetryPolicy, Verdict};
-pub use reaper::Reaper;
-pub use retention::{Janitor, Retention, StreamSpec, WhenFull};
-pub use rounds::FamilySpec;
-pub use sampler::Sampler;
 
-pub use self::pump::Quarantine;
-use self::pump::{End, Pump};
-use self::tenure::{Applicant, Lost};
+pub use crate::delivery::worker::event_loop::Quarantine;
+use crate::delivery::worker::event_loop::{End, Pump};
+use crate::delivery::worker::leases::{Applicant, Lost};
 use crate::event::{ConsumerName, StreamName, StreamPattern};
 use crate::metrics::Metrics;
 use crate::readiness::Part;

@@ -7,6 +7,7 @@ mod alert;
 mod dead_letter;
 mod entry;
 mod family;
+mod filter;
 mod id;
 mod name;
 
@@ -14,5 +15,7 @@ pub use alert::{AlertView, Severity, UnknownSeverity};
 pub use dead_letter::{DeadLetter, DeadLetterReason};
 pub use entry::{Delivery, Entry, Fields, IdempotencyKey, NewEntry, NewEvent, NotAnEvent, field};
 pub use family::{Family, InvalidKey, InvalidPattern, StreamPattern};
+pub(crate) use filter::relayable;
+pub use filter::{Attribute, Filter, InvalidFilter, Tags};
 pub use id::{EntryId, Epoch, InvalidEntryId, InvalidPosition, Position};
 pub use name::{ConsumerName, GroupName, InvalidName, StreamName};

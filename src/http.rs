@@ -3,28 +3,13 @@
 //! Owns the listener, routes, request parsing and problem documents. Promises that every answer is within limits and
 //! that bad input goes no further than here. The only module that knows HTTP statuses and axum.
 
-mod agent;
-mod assets;
-mod auth;
-mod cors;
-mod dead_letters;
+mod access;
 mod extract;
-mod feed;
-mod health;
-mod large;
-mod origin;
-mod places;
+mod handlers;
+mod middleware;
 mod problem;
-mod publish;
-mod pull;
 mod routes;
 mod server;
-mod socket;
-mod streams;
-mod ticket;
-mod timed;
-mod tls;
-mod websocket;
 
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU32;
@@ -46,24 +31,22 @@ use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 use tower_http::catch_panic::CatchPanicLayer;
 
-pub use auth::{
-    Access, AuthConfig, AuthMode, InvalidKeyHash, IssuerConfig, KeyConfig, KeyHash, MetricsAccess, Names, NotSigned,
-    Scope, TokenRequest, UnknownScope, new_key, sign,
-};
-pub use dead_letters::CLI_AGENT;
+pub use crate::http::handlers::dead_letters::CLI_AGENT;
+pub use crate::http::server::tls::{ClientCertificates, Tls, TlsConfig, TlsVersion, Unusable, Validity};
+pub use access::Access;
 pub use problem::ApiError;
 pub use routes::{Need, Route, routes};
 pub use server::serve;
-pub use tls::{ClientCertificates, Tls, TlsConfig, TlsVersion, Unusable, Validity};
 
+use crate::auth::Principal;
 use crate::bus::Bus;
 use crate::dead_letters::DeadLetters;
+use crate::limiter::{KeyedLimiter, LimitKey, counted_address};
 use crate::metrics::Metrics;
 use crate::pull::Pull;
 use crate::readiness::Readiness;
-use crate::relay::{Relay, counted_address};
+use crate::relay::Relay;
 use crate::store::Store;
-use places::Places;
 
 /// Ranges read from the store at a time: each may hold megabytes.
 const READS_AT_A_TIME: usize = 32;
@@ -152,7 +135,7 @@ impl Config {
         for (key, _) in counts.into_iter().filter(|(_, count)| !(1..=MAX_COUNT).contains(count)) {
             problems.push((key, format!("must be from 1 to {MAX_COUNT}")));
         }
-        for origin in self.origins.iter().filter(|origin| !origin::is_well_formed(origin)) {
+        for origin in self.origins.iter().filter(|origin| !middleware::origin::is_well_formed(origin)) {
             problems.push(("origins", format!("`{origin}` is no origin, such as https://soc.example, without a path")));
         }
         if self.max_body.as_u64() == 0 {
@@ -184,7 +167,7 @@ struct Inner {
     dead_letters: DeadLetters,
     pull: Pull,
     /// Requests that wait for entries to pull.
-    pulls: Arc<Places>,
+    pulls: Arc<KeyedLimiter>,
     store: Arc<dyn Store>,
     relay: Relay,
     metrics: Metrics,
@@ -193,12 +176,12 @@ struct Inner {
     is_loopback: bool,
     publishes: Semaphore,
     /// Bodies on their way: one address that sends slowly must not take all of `publishes`, nor all memory.
-    bodies: Arc<Places>,
+    bodies: Arc<KeyedLimiter>,
     /// Large answers on their way: one address that reads slowly must not take all memory.
-    answers: Arc<Places>,
+    answers: Arc<KeyedLimiter>,
     reads: Semaphore,
     waits: Semaphore,
-    waits_of_each: Arc<Places>,
+    waits_of_each: Arc<KeyedLimiter>,
     rate: DefaultKeyedRateLimiter<IpAddr>,
     sessions: TaskTracker,
 }
@@ -221,18 +204,18 @@ impl Api {
         let inner = Inner {
             is_loopback: config.listen.ip().is_loopback(),
             publishes: Semaphore::new(config.max_in_flight),
-            bodies: Places::new(config.max_bodies_per_address),
-            answers: Places::new(large::MIB_PER_ADDRESS),
+            bodies: KeyedLimiter::new(config.max_bodies_per_address),
+            answers: KeyedLimiter::new(middleware::large_response::MIB_PER_ADDRESS),
             reads: Semaphore::new(READS_AT_A_TIME),
             waits: Semaphore::new(WAITS_AT_A_TIME),
-            waits_of_each: Places::new(WAITS_OF_EACH),
+            waits_of_each: KeyedLimiter::new(WAITS_OF_EACH),
             rate: RateLimiter::keyed(Quota::per_second(rate)),
             sessions: TaskTracker::new(),
             config,
             access,
             bus,
             dead_letters,
-            pulls: Places::new(pull.config().max_waiting),
+            pulls: KeyedLimiter::new(pull.config().max_waiting),
             pull,
             store,
             relay,
@@ -265,7 +248,7 @@ impl Api {
             .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
             .layer(CatchPanicLayer::custom(problem::after_panic))
             .layer(from_fn_with_state(self.clone(), know))
-            .layer(from_fn_with_state(self.clone(), cors::share))
+            .layer(from_fn_with_state(self.clone(), middleware::cors::share))
             .layer(from_fn_with_state(self.clone(), observe))
             .with_state(self.clone())
     }
@@ -274,6 +257,12 @@ impl Api {
 /// The address a request came from.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Peer(pub(crate) SocketAddr);
+
+/// Returns the key that a request counts under: the principal, or the address if no credentials are asked for. Behind a
+/// proxy all clients share one address.
+pub(crate) fn limit_key(principal: &Principal, peer: Peer) -> LimitKey {
+    principal.shared_id().map_or_else(|| peer.0.ip().into(), LimitKey::Principal)
+}
 
 impl<S: Sync> FromRequestParts<S> for Peer {
     type Rejection = ApiError;
@@ -319,7 +308,7 @@ async fn observe(State(api): State<Api>, request: Request, next: Next) -> Respon
 /// Refuses names that are not this machine's where only this machine can connect.
 async fn know(State(api): State<Api>, request: Request, next: Next) -> Response {
     let is_open = !api.inner.is_loopback || PROBES.contains(&request.uri().path());
-    if is_open || origin::is_host_allowed(request.headers(), &api.inner.config.origins) {
+    if is_open || middleware::origin::is_host_allowed(request.headers(), &api.inner.config.origins) {
         return next.run(request).await;
     }
     let host = request.headers().get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
@@ -331,7 +320,7 @@ async fn know(State(api): State<Api>, request: Request, next: Next) -> Response 
 /// Refuses an address that asks too often, and pages of other hosts that do more than read.
 async fn guard(State(api): State<Api>, peer: Peer, request: Request, next: Next) -> Response {
     let is_read = request.method().is_safe();
-    if !is_read && !origin::is_allowed(request.headers(), &api.inner.config.origins) {
+    if !is_read && !middleware::origin::is_allowed(request.headers(), &api.inner.config.origins) {
         let route = request.extensions().get::<MatchedPath>().map_or("this", MatchedPath::as_str);
         let what = format!("pages of this origin may not use {} {route} (http.origins)", request.method());
         let error = ApiError::forbidden_origin(what);

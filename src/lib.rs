@@ -4,14 +4,20 @@
 //! [`sink::Sink`] for the two seams.
 
 pub mod app;
+pub mod auth;
+mod backoff;
 pub mod bench;
 pub mod bus;
 pub mod cli;
+mod clock;
 pub mod config;
 pub mod dead_letters;
 pub mod delivery;
 pub mod event;
 pub mod http;
+mod limiter;
+mod log_throttle;
+pub mod maintenance;
 pub mod metrics;
 pub mod pull;
 pub mod readiness;

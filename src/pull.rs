@@ -10,8 +10,8 @@
 //! Knows nothing of HTTP. Handing on what was left, and giving up what was left too often, is the guard's;
 //! it is told by a bell when a lease ends, so that nobody has to wait for its next round.
 
-mod desk;
-mod ledger;
+mod consumer;
+mod leases;
 mod reader;
 mod token;
 
@@ -24,7 +24,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-pub use desk::{Desk, GiveBack, PullError, Refused, Task, Wanted};
+pub use crate::pull::consumer::{Desk, GiveBack, PullError, Refused, Task, Wanted};
 pub use token::{InvalidToken, Token};
 
 use crate::event::{ConsumerName, GroupName, StreamName, StreamPattern};

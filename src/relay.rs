@@ -17,37 +17,12 @@
 //! ([`PROTOCOL`]) frames have types, clients ask for streams one by one, and gaps and positions are told. The same
 //! subscriptions feed Server-Sent Events and lines of JSON ([`Feed`]).
 
-mod admission;
-mod backoff;
-mod batch;
-mod begin;
-mod bell;
-mod close;
 mod config;
-mod cursor;
-mod errands;
-mod fanout;
-mod feed;
-mod filter;
-mod form;
-mod frames;
-mod gather;
-mod inbound;
-mod lane;
-mod link;
-mod members;
-mod outgoing;
-mod pages;
-mod params;
-mod rich;
-mod ring;
+mod log;
+mod metrics;
 mod session;
-mod shelf;
-mod slots;
 mod subscription;
-mod subscriptions;
-mod tail;
-mod tally;
+mod wire;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -62,32 +37,30 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use admission::{Admission, NotRenewed, Renewal};
-pub use close::{CloseCode, Ending};
-pub use config::Config;
-pub use errands::{Errands, Runner};
-pub use feed::{Feed, FeedForm};
-pub use filter::{Attribute, Filter, InvalidFilter, Tags};
+pub use crate::relay::session::admission::{Admission, NotRenewed, Renewal};
+pub use crate::relay::session::close::{CloseCode, Ending};
+pub use crate::relay::session::commands::{Errands, Runner};
+pub use crate::relay::session::feed::{Feed, FeedForm};
+pub use crate::relay::session::protocol::PROTOCOL;
 #[cfg(any(test, fuzzing))]
-pub use inbound::fuzz as fuzz_inbound;
-pub use params::{BadParameter, MAX_SNAPSHOT, Since, SubscribeParams};
-pub use rich::PROTOCOL;
+pub use crate::relay::session::reader::fuzz as fuzz_inbound;
+pub use crate::relay::subscription::params::{BadParameter, MAX_SNAPSHOT, Since, SubscribeParams};
+pub use config::Config;
 pub use session::Session;
-pub use slots::counted_address;
 
 use crate::event::{EntryId, Epoch, StreamName, StreamPattern};
 use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
+use crate::relay::log::keyed_rings::Members;
+use crate::relay::log::ring::{Limits, Ring};
+use crate::relay::log::tail::{Gaps, Tail};
+use crate::relay::metrics::Meter;
+use crate::relay::session::broadcast::Fanout;
+use crate::relay::session::limits::{Slot, Slots};
+use crate::relay::session::notify::Bell;
+use crate::relay::wire::encoding::Form;
 use crate::store::{Families, Roster, Store};
-use bell::Bell;
-use fanout::Fanout;
-use form::Form;
-use members::Members;
-use ring::{Limits, Ring};
-use slots::{Slot, Slots};
 use subscription::Subscription;
-use tail::{Gaps, Tail};
-use tally::Meter;
 
 /// Reads of the store at a time for clients that catch up: those that are live, and the groups, come first.
 const PAGES_AT_A_TIME: usize = 4;
@@ -106,7 +79,7 @@ pub struct Relay {
 
 /// What all sessions share.
 #[derive(Debug)]
-struct Hub {
+pub(crate) struct Hub {
     store: Arc<dyn Store>,
     config: Config,
     channels: BTreeMap<String, Arc<Channel>>,
@@ -125,7 +98,7 @@ struct Hub {
 
 /// Some streams under one name, and what is counted of its clients.
 #[derive(Debug)]
-struct Channel {
+pub(crate) struct Channel {
     name: String,
     rings: Vec<Arc<Ring>>,
     /// The families among its streams, of which clients are given members.
@@ -286,7 +259,7 @@ impl Relay {
         for channel in channels.values() {
             channel.rings.iter().for_each(|ring| members.wakes_of(ring.stream()).add(&channel.me));
         }
-        let slots = Slots::new(slots::Most {
+        let slots = Slots::new(session::limits::Most {
             total: config.max_connections,
             per_address: config.max_connections_per_address,
             per_principal: config.max_connections_per_principal,
@@ -309,7 +282,7 @@ impl Relay {
             tails.spawn(self.hub.tail(ring, part).run(stop_tails.clone()));
         }
         let mut member_tails = JoinSet::new();
-        let mut sweep = tokio::time::interval(members::SWEEP_EVERY);
+        let mut sweep = tokio::time::interval(log::keyed_rings::SWEEP_EVERY);
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
@@ -426,7 +399,7 @@ impl Relay {
         let tenant = admission.tenant.as_deref();
         let mut channel = hub.channels.get(channel).ok_or_else(unknown)?.clone();
         let named = stream.and_then(|stream| channel.families.iter().find_map(|r| r.family().key_of(stream)));
-        match key.or(named).or_else(|| members::own_key(&channel, tenant)) {
+        match key.or(named).or_else(|| log::keyed_rings::own_key(&channel, tenant)) {
             Some(_) if channel.families.is_empty() => {}
             Some(key) => channel = hub.members.keyed(&channel, key, tenant)?,
             None if channel.families.is_empty() || will_ask => {}
@@ -506,8 +479,8 @@ impl Hub {
     }
 
     /// The tail of a member. Whether the family can be followed, its own part tells.
-    fn member_tail(&self, wanted: members::Wanted) -> Tail {
-        let members::Wanted { ring, wakes, membership, .. } = wanted;
+    fn member_tail(&self, wanted: log::keyed_rings::Wanted) -> Tail {
+        let log::keyed_rings::Wanted { ring, wakes, membership, .. } = wanted;
         let is_of =
             |channel: &&Arc<Channel>| channel.families.iter().any(|known| Arc::ptr_eq(known, &membership.roster));
         let counters = |reason: &str| {
@@ -584,12 +557,6 @@ impl Channel {
             BadParameter::new("stream", format!("must be one of this channel's: {}", streams.join(", ")))
         })?;
         Ok(vec![ring.clone()])
-    }
-
-    /// Tells its clients that there is news. To be called within a runtime.
-    fn wake(&self) {
-        self.bell.ring();
-        self.fanout.begin();
     }
 
     /// Counts something that a client can't be given.

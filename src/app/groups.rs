@@ -11,10 +11,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{STALE_AFTER, named};
 use crate::config::{Config, StreamConfig};
-use crate::delivery::{
-    Crew, FamilyGroup, FamilySpec, GroupConfig, GroupSpec, Guard, Patrol, Quarantine, Reaper, Worker,
-};
+use crate::delivery::{Crew, FamilyGroup, GroupConfig, GroupSpec, Guard, Patrol, Quarantine, Worker};
 use crate::event::{ConsumerName, StreamName};
+use crate::maintenance::{FamilySpec, Reaper};
 use crate::metrics::Metrics;
 use crate::pull::{Bell, Pull, PullFamily, PullGroup};
 use crate::readiness::{Part, Readiness};

@@ -7,8 +7,8 @@ use clap::{Args, Subcommand};
 use jiff::Timestamp;
 
 use super::{ConfigArgs, say, tell};
-use crate::http::{AuthConfig, KeyConfig, KeyHash, Scope, TokenRequest, new_key, sign};
-use crate::relay::Filter;
+use crate::auth::{AuthConfig, KeyConfig, KeyHash, Scope, TokenRequest, new_key, sign};
+use crate::event::Filter;
 
 /// What to make.
 #[derive(Debug, Subcommand)]

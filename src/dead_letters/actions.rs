@@ -8,8 +8,8 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 
 use super::audit::{Action, Deed};
 use super::selection::{Found, Scope, Selection};
-use super::walk::{Cursor, Walk};
 use super::{DeadLetters, Failure, Inner, store_failure};
+use crate::dead_letters::scan::{Cursor, Walk};
 use crate::event::{DeadLetter, EntryId, Fields, GroupName, IdempotencyKey, NewEntry, StreamName};
 use crate::store::{Order, Range};
 

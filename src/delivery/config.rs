@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::breaker::BreakerPolicy;
 use super::ordering::{OnPoison, OrderBy, Ordering};
 use super::policy::RetryPolicy;
+use crate::delivery::worker::breaker::BreakerPolicy;
 use crate::event::{GroupName, Severity};
 use crate::store::Start;
 

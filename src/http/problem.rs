@@ -8,7 +8,7 @@ use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
-use super::auth::Denied;
+use crate::auth::AuthError;
 use crate::bus::PublishError;
 use crate::pull::{PullError, Refused};
 use crate::store::{StoreError, StoreErrorKind};
@@ -234,11 +234,13 @@ impl ApiError {
     }
 }
 
-impl From<&Denied> for ApiError {
-    fn from(denied: &Denied) -> Self {
+impl From<&AuthError> for ApiError {
+    fn from(denied: &AuthError) -> Self {
         match denied {
-            Denied::Unavailable => Self::auth_unavailable(denied.to_string()),
-            Denied::Scope(_) | Denied::AllEntries | Denied::OtherTenant(_) => Self::forbidden(denied.to_string()),
+            AuthError::Unavailable => Self::auth_unavailable(denied.to_string()),
+            AuthError::Scope(_) | AuthError::AllEntries | AuthError::OtherTenant(_) => {
+                Self::forbidden(denied.to_string())
+            }
             _ => Self::unauthenticated(denied.to_string()),
         }
     }

@@ -8,9 +8,11 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{MethodRouter, delete, get, post};
 
-use super::auth::{Deed, Denied, Principal, Shown, TENANT};
-use super::{Api, ApiError, assets, dead_letters, feed, health, publish, pull, streams, ticket, websocket};
+use super::{Api, ApiError};
+use crate::auth::{Action, AuthError, Principal, TENANT};
 use crate::event::StreamName;
+use crate::http::handlers::{assets, dead_letters, feed, health, publish, pull, streams, ticket, websocket};
+use crate::http::middleware::credentials::PresentedCredentials;
 
 /// What it takes to be let in, where credentials are asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,7 +133,7 @@ async fn authorize(
     if is_open {
         return next.run(request).await;
     }
-    let shown = Shown { headers: request.headers(), query: None, origins: &api.inner.config.origins };
+    let shown = PresentedCredentials { headers: request.headers(), query: None, origins: &api.inner.config.origins };
     // A path that makes no sense names no stream: those who may do everything are told so by the handler.
     let params = params.as_ref().ok();
     let stream = params.and_then(|params| params.iter().find(|(name, _)| *name == "stream"));
@@ -149,28 +151,28 @@ async fn authorize(
     }
 }
 
-fn check(api: &Api, principal: &Principal, need: Need, stream: &str) -> Result<(), Denied> {
+fn check(api: &Api, principal: &Principal, need: Need, stream: &str) -> Result<(), AuthError> {
     let deed = match need {
         Need::Nothing | Need::Credentials | Need::PublishEach | Need::Watch => return Ok(()),
-        Need::Publish => Deed::Publish(stream),
-        Need::Consume => Deed::Consume(stream),
-        Need::Read if is_declared(api, stream) => Deed::Read(stream),
-        Need::Read | Need::Metrics | Need::Administer => Deed::Administer,
+        Need::Publish => Action::Publish(stream),
+        Need::Consume => Action::Consume(stream),
+        Need::Read if is_declared(api, stream) => Action::Read(stream),
+        Need::Read | Need::Metrics | Need::Administer => Action::Administer,
     };
     if !principal.may(deed) {
-        return Err(Denied::Scope(deed.to_string()));
+        return Err(AuthError::Scope(deed.to_string()));
     }
     if let Ok(stream) = stream.parse() {
         keep_to_tenant(api, principal, &stream)?;
     }
     let is_of_all_entries = matches!(need, Need::Metrics | Need::Consume);
-    if is_of_all_entries && principal.is_bounded() { Err(Denied::AllEntries) } else { Ok(()) }
+    if is_of_all_entries && principal.is_bounded() { Err(AuthError::AllEntries) } else { Ok(()) }
 }
 
 /// Who is bound to a tenant has to do with this tenant's streams alone, whatever the scopes say.
-pub(super) fn keep_to_tenant(api: &Api, principal: &Principal, stream: &StreamName) -> Result<(), Denied> {
+pub(super) fn keep_to_tenant(api: &Api, principal: &Principal, stream: &StreamName) -> Result<(), AuthError> {
     match (principal.tenant(), api.inner.bus.catalogue().binding(stream)) {
-        (Some(tenant), Some((TENANT, key))) if key != tenant => Err(Denied::OtherTenant(tenant.to_owned())),
+        (Some(tenant), Some((TENANT, key))) if key != tenant => Err(AuthError::OtherTenant(tenant.to_owned())),
         _ => Ok(()),
     }
 }
@@ -182,7 +184,7 @@ fn is_declared(api: &Api, stream: &str) -> bool {
 }
 
 /// The answer to someone who is not let in, counted.
-pub(super) fn refuse(api: &Api, denied: &Denied) -> ApiError {
+pub(super) fn refuse(api: &Api, denied: &AuthError) -> ApiError {
     let error = ApiError::from(denied);
     api.inner.metrics.rejected.with_label_values(&[error.code()]).inc();
     error

@@ -1,5 +1,8 @@
 //! The accept loop: connections with limits, and a graceful end.
 
+pub(super) mod maybe_tls;
+pub(super) mod tls;
+pub(super) mod write_timeout;
 use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -23,11 +26,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
 
-use super::places::{self, Places};
-use super::socket::Socket;
-use super::timed::Timed;
-use super::tls::Tls;
 use super::{Api, Peer};
+use crate::http::server::maybe_tls::Socket;
+use crate::http::server::tls::Tls;
+use crate::http::server::write_timeout::Timed;
+use crate::limiter::{KeyedLimiter, KeyedPermit};
 
 /// How long accepting pauses when the process has no file descriptors left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -48,7 +51,7 @@ pub async fn serve(listener: TcpListener, tls: Option<Tls>, api: Api, stop: Canc
     let router = api.router();
     let config = &api.inner.config;
     let slots = Arc::new(Semaphore::new(config.max_connections));
-    let idle_places = Places::new(config.max_idle_per_address.min(config.max_connections.div_ceil(2)));
+    let idle_places = KeyedLimiter::new(config.max_idle_per_address.min(config.max_connections.div_ceil(2)));
     let connections = TaskTracker::new();
     let mut forget_at = Instant::now() + FORGET_EVERY;
     loop {
@@ -115,7 +118,7 @@ pub async fn serve(listener: TcpListener, tls: Option<Tls>, api: Api, stop: Canc
 
 /// A connection's place among all, taken as long as its socket is there: a WebSocket outlives its request.
 #[derive(Debug)]
-pub(super) struct Open {
+pub(crate) struct Open {
     _place: Box<Place>,
 }
 
@@ -143,15 +146,15 @@ impl Drop for Place {
 /// what it asks for.
 #[derive(Debug)]
 struct Idle {
-    places: Arc<Places>,
+    places: Arc<KeyedLimiter>,
     address: IpAddr,
     /// Nothing while a request is answered.
-    place: Mutex<Option<places::Place>>,
+    place: Mutex<Option<KeyedPermit>>,
 }
 
 impl Idle {
-    fn begin(places: &Arc<Places>, address: IpAddr) -> Option<Arc<Self>> {
-        let place = places.take(address)?;
+    fn begin(places: &Arc<KeyedLimiter>, address: IpAddr) -> Option<Arc<Self>> {
+        let place = places.try_acquire(address)?;
         Some(Arc::new(Self { places: Arc::clone(places), address, place: Mutex::new(Some(place)) }))
     }
 
@@ -162,13 +165,13 @@ impl Idle {
 
     /// Whether there is a place to wait for the next request.
     fn begin_again(&self) -> bool {
-        let place = self.places.take(self.address);
+        let place = self.places.try_acquire(self.address);
         let is_there = place.is_some();
         self.set(place);
         is_there
     }
 
-    fn set(&self, place: Option<places::Place>) {
+    fn set(&self, place: Option<KeyedPermit>) {
         *self.place.lock().unwrap_or_else(PoisonError::into_inner) = place;
     }
 }

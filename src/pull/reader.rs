@@ -8,9 +8,9 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::desk::{Desk, PullError, Task, Waiter};
 use super::token::Token;
 use crate::event::{ConsumerName, DeadLetterReason, Delivery, Entry, EntryId, Fields, field};
+use crate::pull::consumer::{Desk, PullError, Task, Waiter};
 use crate::store::{Cursor, Outcome, Pending, Receipt, Redemption, Settlement, StoreError, StoreErrorKind};
 
 /// How long one read of the store waits for entries.

@@ -1,20 +1,29 @@
 //! What one client still has to be given: a cursor per stream, and how it moves.
 
+pub(super) mod batching;
+pub(super) mod cursor;
+pub(super) mod params;
+pub(super) mod priority;
+pub(super) mod set;
+pub(super) mod start;
+
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::begin::{Begin, oldest_of_newest, resolve};
-use super::cursor::{Cursor, Next, Stage, Teller, now_ms};
-use super::form::{Form, Notice, Reason, text_message};
-use super::outgoing::Outgoing;
-use super::pages::{self, Newest};
-use super::ring::{Mark, Ring};
-use super::shelf::Outcome;
-use super::{Channel, CloseCode, Filter, Hub, Since, SubscribeParams};
-use crate::event::{EntryId, Position, StreamName};
+use super::{Channel, CloseCode, Hub, Since, SubscribeParams};
+use crate::clock::now_ms;
+use crate::event::{EntryId, Filter, Position, StreamName};
+use crate::relay::log::page_cache::Outcome;
+use crate::relay::log::page_reader;
+use crate::relay::log::page_reader::Newest;
+use crate::relay::log::ring::{Mark, Ring};
+use crate::relay::subscription::cursor::{Cursor, Next, Stage, Teller};
+use crate::relay::subscription::start::{Begin, oldest_of_newest, resolve};
+use crate::relay::wire::encoding::{Form, Notice, Reason, text_message};
+use crate::relay::wire::write_buffer::Outgoing;
 
 /// How far ahead of what there is a position may be, in ms: other instances may have read more, and clocks differ.
 const AHEAD_MS: u64 = 60_000;
@@ -22,7 +31,7 @@ const AHEAD_MS: u64 = 60_000;
 /// What a client asked for and how far it is.
 #[derive(Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
-pub(super) struct Subscription {
+pub(crate) struct Subscription {
     /// Most have one, and it is at hand with the rest.
     cursors: SmallVec<[Cursor; 1]>,
     filter: Filter,
@@ -353,13 +362,13 @@ impl Subscription {
             return Some(Box::pin(async move {
                 let mut newest = Vec::with_capacity(cuts.len());
                 for (index, ring, generation, cut) in cuts {
-                    newest.push((index, pages::newest(&hub, &ring, generation, &filter, count, cut).await));
+                    newest.push((index, page_reader::newest(&hub, &ring, generation, &filter, count, cut).await));
                 }
                 Fetched::Newest(filter, newest)
             }));
         }
         let (index, cursor) = at_stage(Stage::Behind).next()?;
-        let page = pages::after(hub.clone(), cursor.ring.clone(), cursor.generation, cursor.after);
+        let page = page_reader::after(hub.clone(), cursor.ring.clone(), cursor.generation, cursor.after);
         Some(Box::pin(async move { Fetched::Page(index, page.await) }))
     }
 

@@ -8,27 +8,12 @@
 //! entries; one process at a time. Memory is bounded by [`Config::recent`], about 100 bytes per 32 or more entries
 //! stored, and about 60 bytes per pending entry.
 
-mod accounts;
-mod chunk;
-mod damage;
-mod folder;
-mod groups;
-mod leases;
-mod log;
-mod marks;
-mod news;
-mod opening;
-mod operations;
-mod queue;
+mod disk;
+mod memory;
+mod open;
 mod ranges;
 mod raw;
 mod readers;
-mod receipts;
-mod redelivery;
-mod removal;
-mod reserve;
-mod tables;
-mod upkeep;
 mod writer;
 
 use std::collections::HashMap;
@@ -43,17 +28,11 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 #[cfg(any(test, fuzzing))]
-pub use chunk::fuzz as fuzz_chunk;
-pub use opening::{Config, Durability};
+pub use crate::store::embedded::disk::chunk::fuzz as fuzz_chunk;
+pub use crate::store::embedded::open::{Config, Durability};
 pub use raw::{RawRate, raw_append_rate};
 
-use self::damage::Damage;
-use self::leases::Leases;
-use self::log::Published;
-use self::operations::{Ending, How, NewEntries, Taken, millis};
-use self::queue::Queue;
 use self::readers::Readers;
-use self::tables::is_closed_error;
 use self::writer::Writer;
 use super::{
     Appended, Care, Claimed, Cursor, Dropped, Lease, Leased, MAX_APPEND, Outcome, Pending, Range, Receipt, Reclaimed,
@@ -61,6 +40,12 @@ use super::{
     StreamStatus, Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName, field};
+use crate::store::embedded::disk::corruption::Damage;
+use crate::store::embedded::disk::schema::is_closed_error;
+use crate::store::embedded::memory::index::Published;
+use crate::store::embedded::memory::leases::Leases;
+use crate::store::embedded::writer::operations::{Ending, How, NewEntries, Taken, millis};
+use crate::store::embedded::writer::queue::Queue;
 
 /// An entry may not be larger than this; it has to fit into memory several times.
 const MAX_ENTRY_BYTES: usize = 64 * 1024 * 1024;
@@ -167,8 +152,8 @@ fn encode(entries: Vec<NewEntry>) -> Result<NewEntries, StoreError> {
             return Err(StoreError::new(StoreErrorKind::Internal, message));
         }
         let start = new.bytes.len();
-        chunk::encode(&entry.fields, &mut new.bytes);
-        new.entries.push(operations::NewEntry {
+        disk::chunk::encode(&entry.fields, &mut new.bytes);
+        new.entries.push(writer::operations::NewEntry {
             fields: start..new.bytes.len(),
             event_id: entry.fields.get(field::ID).cloned().unwrap_or_default(),
             key: entry.idempotency.map(|key| (key.key, millis(key.window))),
@@ -181,7 +166,7 @@ fn encode(entries: Vec<NewEntry>) -> Result<NewEntries, StoreError> {
 fn deliver(stream: &StreamName, taken: Taken, delivered_at: Instant) -> Result<Reclaimed, StoreError> {
     let deliveries = taken.entries.into_iter().map(|(chunk, slot, attempt)| {
         let entry = chunk.entry(slot).map_err(|damage| {
-            tables::corrupt(format!("entry {} of stream `{stream}` can't be read: {damage}", slot.id))
+            disk::schema::corrupt(format!("entry {} of stream `{stream}` can't be read: {damage}", slot.id))
         })?;
         Ok(Delivery { entry, attempt, delivered_at })
     });
@@ -355,7 +340,7 @@ impl Store for EmbeddedStore {
                 Outcome::Release => How::Release,
                 Outcome::DeadLetter { to, fields } => {
                     let mut encoded = Vec::new();
-                    chunk::encode(fields, &mut encoded);
+                    disk::chunk::encode(fields, &mut encoded);
                     bytes += encoded.len();
                     How::DeadLetter { to: to.clone(), fields: encoded }
                 }

@@ -9,32 +9,10 @@
 //! read while it runs. No command is sent twice: after an error it is unknown whether it was done, and whoever called
 //! decides. Everything heals on its own: connections are opened again for as long as the store lives.
 
-mod account;
-mod address;
-mod advice;
-mod burial;
-mod clock;
 mod config;
-mod connection;
-mod durable;
-mod failure;
-mod keys;
-mod lease;
-mod line;
-mod link;
-mod news;
-mod pool;
-mod publish;
-mod receipts;
-mod redelivery;
-mod reply;
-mod rights;
-mod script;
-mod servers;
-mod settling;
-mod sizes;
-mod status;
-mod wide;
+mod health;
+mod net;
+mod ops;
 
 use std::fmt;
 use std::sync::Arc;
@@ -45,27 +23,27 @@ use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use config::{Config, InvalidConfig};
 #[cfg(any(test, fuzzing))]
-pub use reply::fuzz as fuzz_reply;
+pub use crate::store::redis::net::reply::fuzz as fuzz_reply;
+pub use config::{Config, InvalidConfig};
 
-use self::clock::Clock;
 use self::config::Settings;
-use self::connection::Arguments;
-use self::failure::Failure;
-use self::link::{Link, Readers};
-use self::pool::Pool;
-use self::publish::Publisher;
-use self::rights::Rights;
-use self::script::Script;
-use self::servers::Servers;
-use self::sizes::Sizes;
 use super::{
     Appended, Care, Claimed, Cursor, Dropped, Durability, Lease, Leased, Order, Pending, Range, Receipt, Reclaimed,
     Redelivered, Redelivery, Redemption, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus,
     StreamStatus, Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
+use crate::store::redis::health::clock_skew::Clock;
+use crate::store::redis::health::permissions::Rights;
+use crate::store::redis::health::reply_size::Sizes;
+use crate::store::redis::net::client::{Link, Readers};
+use crate::store::redis::net::connection::Arguments;
+use crate::store::redis::net::error::Failure;
+use crate::store::redis::net::pool::Pool;
+use crate::store::redis::net::script::Script;
+use crate::store::redis::net::topology::Servers;
+use crate::store::redis::ops::append::Publisher;
 
 /// The longest that the server is asked to block.
 const MAX_WAIT: Duration = Duration::from_secs(5);
@@ -152,10 +130,15 @@ impl RedisStore {
     }
 
     /// Runs a script on a stream for a group.
-    async fn run_for(&self, script: &Script, cursor: &Cursor, arguments: Arguments) -> Result<reply::Reply, Failure> {
+    async fn run_for(
+        &self,
+        script: &Script,
+        cursor: &Cursor,
+        arguments: Arguments,
+    ) -> Result<net::reply::Reply, Failure> {
         let mut all = of_consumer(cursor);
         all.append(arguments);
-        self.run_as(script, cursor, vec![key(&cursor.stream), keys::account(&cursor.stream)], all).await
+        self.run_as(script, cursor, vec![key(&cursor.stream), ops::keys::account(&cursor.stream)], all).await
     }
 
     /// Reads a range in replies of bounded size.
@@ -170,7 +153,7 @@ impl RedisStore {
             let mut arguments = Arguments::with_capacity(5);
             arguments.bytes(key(stream)).shown(&first).shown(&last).text("COUNT").shown(&count);
             let answer = self.control.call(command, stream.as_str().as_bytes(), arguments).await;
-            let read = self.learned(stream, answer.and_then(reply::Reply::entries))?;
+            let read = self.learned(stream, answer.and_then(net::reply::Reply::entries))?;
             let is_last = read.len() < count;
             entries.extend(read);
             let Some(reached) = entries.last().map(|entry| entry.id).filter(|_| !is_last && entries.len() < limit)
@@ -201,11 +184,11 @@ impl RedisStore {
         let mut arguments = Arguments::default();
         arguments.shown(&idle.as_millis()).append(how);
         let asked_at = Instant::now();
-        let mut keys = vec![key(&cursor.stream), keys::account(&cursor.stream)];
-        keys.extend(self.servers.is_cluster().then(|| keys::moving(&cursor.stream)));
+        let mut keys = vec![key(&cursor.stream), ops::keys::account(&cursor.stream)];
+        keys.extend(self.servers.is_cluster().then(|| ops::keys::moving(&cursor.stream)));
         let mut all = of_consumer(cursor);
         all.append(arguments);
-        let answer = self.run_as(&script::CLAIM, cursor, keys, all).await;
+        let answer = self.run_as(&net::script::CLAIM, cursor, keys, all).await;
         let [taken, counts, lost, more, left, moving] = match answer {
             Ok(reply) => reply.tuple()?,
             Err(failure) => return self.learned(&cursor.stream, Err(failure)).map(|_| Reclaimed::default()),
@@ -225,8 +208,8 @@ impl RedisStore {
         let held_back = u32::try_from(left.count()?).ok().filter(|attempts| *attempts > 0);
         let next = match (more.is_empty(), held_back) {
             (true, _) => EntryId::MIN,
-            (false, Some(_)) => reply::parse_id(&more)?,
-            (false, None) => reply::parse_id(&more)?.next(),
+            (false, Some(_)) => net::reply::parse_id(&more)?,
+            (false, None) => net::reply::parse_id(&more)?.next(),
         };
         Ok(Reclaimed { claimed: Claimed { deliveries, lost: lost.ids()? }, next, held_back })
     }
@@ -242,8 +225,8 @@ impl RedisStore {
             for group in ignored {
                 arguments.name(group.as_str());
             }
-            let keys = [key(stream), keys::account(stream)];
-            let [count, more] = self.control.run(&script::TRIM, &keys, arguments).await?.tuple()?;
+            let keys = [key(stream), ops::keys::account(stream)];
+            let [count, more] = self.control.run(&net::script::TRIM, &keys, arguments).await?.tuple()?;
             removed += count.count()?;
             if more.count()? == 0 {
                 return Ok(removed);
@@ -304,7 +287,7 @@ impl Store for RedisStore {
         block(&mut arguments, wait);
         arguments.text("STREAMS").bytes(key(stream)).shown(&after);
         let answer = self.readers.read("XREAD", stream.as_str().as_bytes(), arguments, wait).await;
-        let outcome = self.learned(stream, answer.and_then(reply::Reply::entries_of_one_stream));
+        let outcome = self.learned(stream, answer.and_then(net::reply::Reply::entries_of_one_stream));
         outcome.map_err(|failure| failure.because(format_args!("cannot tail stream `{stream}`")))
     }
 
@@ -325,9 +308,9 @@ impl Store for RedisStore {
             Start::New => arguments.text("$"),
             Start::After(id) => arguments.shown(&id),
         };
-        let keys = [key(stream), keys::account(stream)];
-        let answer = self.control.run(&script::ENSURE_GROUP, &keys, arguments).await;
-        let outcome = answer.and_then(reply::Reply::count).map(|made| made == 1);
+        let keys = [key(stream), ops::keys::account(stream)];
+        let answer = self.control.run(&net::script::ENSURE_GROUP, &keys, arguments).await;
+        let outcome = answer.and_then(net::reply::Reply::count).map(|made| made == 1);
         outcome.map_err(|f| f.because(format_args!("cannot make group `{group}` of stream `{stream}`")))
     }
 
@@ -354,7 +337,7 @@ impl Store for RedisStore {
             self.readers.read("XREADGROUP", cursor.stream.as_str().as_bytes(), arguments, wait).await
         };
         let entries = self
-            .learned(&cursor.stream, answer.and_then(reply::Reply::entries_of_one_stream))
+            .learned(&cursor.stream, answer.and_then(net::reply::Reply::entries_of_one_stream))
             .map_err(|failure| failure.because(of_group("cannot fetch from", cursor)))?;
         Ok(entries.into_iter().map(|entry| Delivery { entry, attempt: 1, delivered_at }).collect())
     }
@@ -396,7 +379,7 @@ impl Store for RedisStore {
         }
         let failed = |failure: Failure| failure.because(of_group("cannot claim from", cursor));
         let time = self.control.call("TIME", &key(&cursor.stream), Arguments::default()).await.map_err(failed)?;
-        let server_ms = clock::milliseconds(time).map_err(failed)?;
+        let server_ms = health::clock_skew::milliseconds(time).map_err(failed)?;
         if !idle.is_zero() && !self.clock.is_trusted(&cursor.stream, server_ms, Instant::now(), idle) {
             return Ok(Reclaimed::default());
         }
@@ -426,12 +409,12 @@ impl Store for RedisStore {
 
     async fn extend(&self, cursor: &Cursor, ids: &[EntryId]) -> Result<Vec<EntryId>, StoreError> {
         let mut not_owned = Vec::new();
-        for ids in ids.chunks(script::MAX_IDS) {
+        for ids in ids.chunks(net::script::MAX_IDS) {
             let mut arguments = Arguments::with_capacity(ids.len());
             arguments.ids(ids);
-            let answer = self.run_for(&script::EXTEND, cursor, arguments).await;
+            let answer = self.run_for(&net::script::EXTEND, cursor, arguments).await;
             let lost = answer
-                .and_then(reply::Reply::ids)
+                .and_then(net::reply::Reply::ids)
                 .map_err(|failure| failure.because(of_group("cannot extend deliveries of", cursor)))?;
             not_owned.extend(lost);
         }
@@ -460,23 +443,23 @@ impl Store for RedisStore {
             arguments.name(cursor.consumer.as_str());
         }
         let answer = self.control.call("XPENDING", cursor.stream.as_str().as_bytes(), arguments).await;
-        let outcome = answer.and_then(status::pending);
+        let outcome = answer.and_then(ops::status::pending);
         outcome.map_err(|failure| failure.because(of_group("cannot list what is pending of", cursor)))
     }
 
     async fn describe(&self, stream: &StreamName) -> Result<Option<StreamStatus>, StoreError> {
-        let keys = [key(stream), keys::account(stream)];
-        let answer = self.control.run(&script::DESCRIBE, &keys, Arguments::default()).await;
-        let outcome = answer.and_then(status::stream);
+        let keys = [key(stream), ops::keys::account(stream)];
+        let answer = self.control.run(&net::script::DESCRIBE, &keys, Arguments::default()).await;
+        let outcome = answer.and_then(ops::status::stream);
         outcome.map_err(|failure| failure.because(format_args!("cannot describe stream `{stream}`")))
     }
 
     async fn epoch(&self, stream: &StreamName) -> Result<Epoch, StoreError> {
         let mut arguments = Arguments::with_capacity(1);
         arguments.shown(&Epoch::random());
-        let answer = self.control.run(&script::EPOCH, &[key(stream), keys::epoch(stream)], arguments).await;
+        let answer = self.control.run(&net::script::EPOCH, &[key(stream), ops::keys::epoch(stream)], arguments).await;
         let outcome = answer
-            .and_then(reply::Reply::text)
+            .and_then(net::reply::Reply::text)
             .and_then(|text| text.parse().map_err(|e| Failure::unexpected(&format!("an epoch that is none: {e}"))));
         outcome.map_err(|failure| failure.because(format_args!("cannot tell the epoch of stream `{stream}`")))
     }
@@ -510,15 +493,15 @@ impl Store for RedisStore {
             arguments.bytes(key(stream)).ids(ids);
             let answer = self.control.call("XDEL", stream.as_str().as_bytes(), arguments).await;
             removed += answer
-                .and_then(reply::Reply::count)
+                .and_then(net::reply::Reply::count)
                 .map_err(|failure| failure.because(format_args!("cannot discard from stream `{stream}`")))?;
         }
         Ok(removed)
     }
 
     async fn remove_consumer(&self, cursor: &Cursor) -> Result<bool, StoreError> {
-        let answer = self.run_for(&script::REMOVE_CONSUMER, cursor, Arguments::default()).await;
-        let outcome = answer.and_then(reply::Reply::count).map(|removed| removed == 1);
+        let answer = self.run_for(&net::script::REMOVE_CONSUMER, cursor, Arguments::default()).await;
+        let outcome = answer.and_then(net::reply::Reply::count).map(|removed| removed == 1);
         let consumer = &cursor.consumer;
         outcome.map_err(|f| f.because(of_group(&format!("cannot remove consumer `{consumer}` from"), cursor)))
     }

@@ -9,7 +9,8 @@ pub(crate) mod watching;
 
 use std::time::Duration;
 
-use aurora_bus::http::{AuthConfig, IssuerConfig, KeyHash, Need, Route, TokenRequest, new_key, routes, sign};
+use aurora_bus::auth::{AuthConfig, IssuerConfig, KeyHash, TokenRequest, new_key, sign};
+use aurora_bus::http::{Need, Route, routes};
 use reqwest::{Method, Response, StatusCode};
 use serde_json::{Value, json};
 

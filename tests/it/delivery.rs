@@ -9,10 +9,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use aurora_bus::delivery::{GroupConfig, GroupSpec, Quarantine, Retention, RetryPolicy, Sampler, StreamSpec, Worker};
+use aurora_bus::delivery::{GroupConfig, GroupSpec, Quarantine, RetryPolicy, Worker};
 use aurora_bus::event::{
     DeadLetter, DeadLetterReason, Delivery, Entry, EntryId, Fields, NewEntry, Severity, StreamName, field,
 };
+use aurora_bus::maintenance::{Retention, Sampler, StreamSpec};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
 use aurora_bus::sink::{Origin, Sink, SinkError, SinkErrorClass};

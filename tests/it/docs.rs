@@ -3,7 +3,8 @@
 use std::fs;
 use std::path::Path;
 
-use aurora_bus::http::{AuthConfig, IssuerConfig, TlsConfig};
+use aurora_bus::auth::{AuthConfig, IssuerConfig};
+use aurora_bus::http::TlsConfig;
 use aurora_bus::metrics::Metrics;
 use aurora_bus::sink::{SinkConfig, WebhookConfig};
 

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use aurora_bus::delivery::{GroupConfig, GroupSpec, Guard, Reaper};
+use aurora_bus::delivery::{GroupConfig, GroupSpec, Guard};
 use aurora_bus::event::{DeadLetter, DeadLetterReason, EntryId, StreamName, field};
+use aurora_bus::maintenance::Reaper;
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
 use aurora_bus::store::{Cursor, GroupStatus, Order, Range, Start, Store};

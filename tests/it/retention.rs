@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use aurora_bus::delivery::{GroupConfig, Janitor, Retention, StreamSpec};
+use aurora_bus::delivery::GroupConfig;
+use aurora_bus::maintenance::{Janitor, Retention, StreamSpec};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::store::{Limits, Outcome, Settlement, Start, Store};
 use tokio::task::JoinSet;

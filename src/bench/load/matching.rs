@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bench::report::Spread;
 use crate::event::{Entry, EntryId, Fields};
-use crate::relay::{Filter, Tags};
+use crate::event::{Filter, Tags};
 
 /// How often all alerts are matched between two looks at the clock.
 const TURNS: u64 = 20;

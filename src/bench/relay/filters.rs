@@ -115,7 +115,7 @@ mod tests {
     use super::*;
     use crate::bench::payload::Template;
     use crate::event::{Entry, EntryId, Fields};
-    use crate::relay::{Filter, Tags};
+    use crate::event::{Filter, Tags};
 
     #[test]
     fn fifty_different_filters_all_let_the_measurements_own_alert_pass() {

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use rusqlite::Connection;
 
 use super::EmbeddedStore;
-use super::log::{ChunkRef, Found, Published};
-use super::tables::{self, ReadFailure, is_closed_error};
 use crate::event::{Entry, EntryId, StreamName};
+use crate::store::embedded::disk::schema;
+use crate::store::embedded::disk::schema::{ReadFailure, is_closed_error};
+use crate::store::embedded::memory::index::{ChunkRef, Found, Published};
 use crate::store::{Order, Range, StoreError};
 
 /// What a reader's thread found in the rows it was given.
@@ -32,9 +33,9 @@ fn read_rows(
         if entries.len() >= limit {
             return RowsRead { entries, rows, failure: None };
         }
-        let read = tables::read_chunk(connection, stream, chunk_ref).and_then(|chunk| {
+        let read = schema::read_chunk(connection, stream, chunk_ref).and_then(|chunk| {
             let collected = chunk.collect(range, limit, &mut entries);
-            collected.map_err(|damage| ReadFailure::Failed(tables::damaged_chunk(stream, chunk_ref, &damage)))
+            collected.map_err(|damage| ReadFailure::Failed(schema::damaged_chunk(stream, chunk_ref, &damage)))
         });
         if let Err(failure) = read {
             return RowsRead { entries, rows, failure: Some(failure) };
@@ -62,7 +63,7 @@ impl EmbeddedStore {
                 Found::Recent(chunks) => {
                     for chunk in chunks {
                         chunk.collect(range, limit, &mut entries).map_err(|damage| {
-                            tables::corrupt(format!("recent entries of stream `{}` are damaged: {damage}", stream.name))
+                            schema::corrupt(format!("recent entries of stream `{}` are damaged: {damage}", stream.name))
                         })?;
                     }
                     break;
@@ -86,7 +87,7 @@ impl EmbeddedStore {
                         self.call(0, |_writer| Ok(())).await?;
                     }
                     let reason = "their row is missing or holds something else";
-                    failed.filter(|_| is_again).map(|chunk| tables::damaged_chunk(&stream.name, &chunk, &reason))
+                    failed.filter(|_| is_again).map(|chunk| schema::damaged_chunk(&stream.name, &chunk, &reason))
                 }
                 Some(ReadFailure::Failed(error)) => Some(error),
             };

@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use super::chunk;
-use super::folder::lock;
-use super::opening::new_shared;
 use super::readers;
 use super::writer::{DATABASE, Options, Syncing, Writer};
 use crate::event::{Fields, StreamName, field};
+use crate::store::embedded::disk::chunk;
+use crate::store::embedded::disk::lock::lock;
+use crate::store::embedded::open::new_shared;
 use crate::store::{StoreError, StoreErrorKind};
 
 /// What [`raw_append_rate`] measured.

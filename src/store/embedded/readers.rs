@@ -9,8 +9,8 @@ use rusqlite::Connection;
 use tokio::sync::{Semaphore, oneshot};
 
 use super::Shared;
-use super::tables::{connect, is_closed_error};
-use super::upkeep::checkpoint;
+use crate::store::embedded::disk::schema::{connect, is_closed_error};
+use crate::store::embedded::writer::maintenance::checkpoint;
 use crate::store::{StoreError, StoreErrorKind};
 
 const THREADS: usize = 2;

@@ -1,30 +1,39 @@
 //! The one thread that writes: it drains the queue, does what it finds in memory, and commits it all at once.
 //!
-//! There is no timer: while one commit is being synced, the next batch gathers. Operations (in [`super::operations`])
+//! There is no timer: while one commit is being synced, the next batch gathers. Operations (in [`crate::store::embedded::writer::operations`])
 //! change what the writer alone owns, and mark it; the commit writes out what is marked; only then is it published and
 //! are the callers answered. After a failed commit everything that was marked is read back from the tables, and the
 //! operations are done again one by one, so that one that can't be done fails alone.
 
+pub(super) mod accounts;
 mod loading;
+pub(super) mod maintenance;
+pub(super) mod operations;
+pub(super) mod queue;
+pub(super) mod receipts;
+pub(super) mod redeliver;
+pub(super) mod remove;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use rusqlite::Connection;
 
 use super::Shared;
-use super::chunk::{Builder, Chunk};
-use super::groups::Group;
-use super::log::{ChunkRef, Published, Recent};
-use super::marks::Marks;
-use super::queue::{Queue, Taken, Work};
-use super::reserve::Reserve;
-use super::tables::{self, FirstEntry, StreamRow, engine_error};
+use crate::clock::now_ms;
 use crate::event::{EntryId, Epoch, GroupName, StreamName};
+use crate::store::embedded::disk::chunk::{Builder, Chunk};
+use crate::store::embedded::disk::reserve::Reserve;
+use crate::store::embedded::disk::schema;
+use crate::store::embedded::disk::schema::{FirstEntry, StreamRow, engine_error};
+use crate::store::embedded::disk::watermarks::Marks;
+use crate::store::embedded::memory::groups::Group;
+use crate::store::embedded::memory::index::{ChunkRef, Published, Recent};
+use crate::store::embedded::writer::queue::{Queue, Taken, Work};
 use crate::store::{StoreError, StoreErrorKind};
 
 /// The files in the store's folder.
@@ -141,11 +150,6 @@ impl Clock {
     }
 }
 
-pub(super) fn wall_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-}
-
 /// A chunk that the next commit writes.
 struct NewChunk {
     place: usize,
@@ -162,8 +166,8 @@ impl Writer {
         let half = usize::try_from(reserve.bytes() / 2).unwrap_or(usize::MAX);
         let left_in_log = fs::metadata(folder.join(format!("{DATABASE}-wal"))).map_or(0, |log| log.len());
         let left_in_log = usize::try_from(left_in_log).unwrap_or(usize::MAX);
-        let mut connection = tables::connect(&path, true)?;
-        tables::prepare(&mut connection, &path)?;
+        let mut connection = schema::connect(&path, true)?;
+        schema::prepare(&mut connection, &path)?;
         let mut writer = Self {
             connection,
             path,
@@ -174,7 +178,7 @@ impl Writer {
             touched: BTreeSet::new(),
             staged: Staged::default(),
             numbers: Numbers::default(),
-            clock: Clock { base_ms: wall_ms(), base: Instant::now() },
+            clock: Clock { base_ms: now_ms(), base: Instant::now() },
             recent: Recent::new(options.recent_bytes),
             is_synchronous: None,
             unsynced_since: None,
@@ -278,17 +282,17 @@ impl Writer {
         let staged = std::mem::take(&mut self.staged);
         let result = self.transaction(staged.must_sync, |connection| {
             for NewChunk { place, row, chunk, holes } in &chunks {
-                tables::insert_chunk(connection, *row, chunk)?;
+                schema::insert_chunk(connection, *row, chunk)?;
                 let bytes = u32::try_from(chunk.body().len()).unwrap_or(u32::MAX);
                 let chunk = ChunkRef { row: *row, head: chunk.head, holes: *holes, bytes, is_damaged: false };
                 debug_assert_eq!(chunk.head.stream as usize, place + 1);
-                tables::save_ref(connection, &chunk)?;
+                schema::save_ref(connection, &chunk)?;
             }
             for stream in touched.iter().map(|place| &streams[*place]) {
                 write_stream(connection, stream)?;
             }
             for ((stream, key), first) in &staged.keys {
-                tables::save_key(connection, *stream, key, first)?;
+                schema::save_key(connection, *stream, key, first)?;
             }
             if staged.must_write {
                 connection.prepare_cached("UPDATE meta SET value = value + 1 WHERE key = 'writes'")?.execute([])?;
@@ -355,7 +359,7 @@ impl Writer {
             let stream = &mut self.streams[place];
             stream.is_changed = false;
             for group in stream.groups.values_mut() {
-                group.changes = super::groups::Changes::default();
+                group.changes = crate::store::embedded::memory::groups::Changes::default();
             }
             self.shared.publish(&stream.published);
             let last_id = stream.row.last_id;
@@ -519,7 +523,7 @@ impl Writer {
         self.staged.bytes += fields.len();
         let stream = &mut self.streams[place];
         let last = stream.row.last_id;
-        let now = wall_ms();
+        let now = now_ms();
         let id = if now > last.ms { EntryId::new(now, 0) } else { last.next() };
         if !stream.row.is_made {
             (stream.is_changed, stream.row.is_made) = (true, true);
@@ -548,27 +552,27 @@ impl Writer {
 
 pub(super) fn write_stream(connection: &Connection, stream: &Stream) -> rusqlite::Result<()> {
     if stream.is_changed {
-        tables::save_stream(connection, &stream.row)?;
+        schema::save_stream(connection, &stream.row)?;
     }
     for group in stream.groups.values() {
         if group.changes.is_changed {
-            tables::save_group(connection, stream.row.number, group)?;
+            schema::save_group(connection, stream.row.number, group)?;
         }
         if group.changes.is_account_changed {
-            tables::save_account(connection, group)?;
+            schema::save_account(connection, group)?;
         }
         for name in &group.changes.consumers {
             if let Some(consumer) = group.consumer_named(name) {
-                tables::save_consumer(connection, group.number, consumer)?;
+                schema::save_consumer(connection, group.number, consumer)?;
             }
         }
         for number in &group.changes.removed_consumers {
-            tables::delete_consumer(connection, *number)?;
+            schema::delete_consumer(connection, *number)?;
         }
         for number in &group.changes.leases {
             match group.lease(*number) {
-                Some(lease) => tables::save_lease(connection, group.number, *number, lease)?,
-                None => tables::delete_lease(connection, *number)?,
+                Some(lease) => schema::save_lease(connection, group.number, *number, lease)?,
+                None => schema::delete_lease(connection, *number)?,
             }
         }
     }

@@ -12,8 +12,9 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::RedisStore;
-use super::address::{self, Target, Topology};
 use crate::secret::{MASK, masked};
+use crate::store::redis::net::address;
+use crate::store::redis::net::address::{Target, Topology};
 use crate::tls;
 
 /// Where the server is and how to speak to it.

@@ -4,10 +4,11 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use aurora_bus::event::{Attribute, Filter};
 use aurora_bus::event::{Fields, NewEntry, StreamName, StreamPattern, field};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
-use aurora_bus::relay::{Admission, Attribute, Config, Ending, Filter, Refused, Relay, SubscribeParams};
+use aurora_bus::relay::{Admission, Config, Ending, Refused, Relay, SubscribeParams};
 use aurora_bus::store::{Appended, Families, MAX_APPEND, Store};
 use bytes::Bytes;
 use futures_util::StreamExt;

@@ -4,14 +4,15 @@ use std::sync::Arc;
 
 use super::{Numbers, Staged, Stream, Writer};
 use crate::event::Epoch;
-use crate::store::embedded::log::{ChunkRef, Published};
-use crate::store::embedded::tables::{self, StreamRow, engine_error};
+use crate::store::embedded::disk::schema;
+use crate::store::embedded::disk::schema::{StreamRow, engine_error};
+use crate::store::embedded::memory::index::{ChunkRef, Published};
 use crate::store::{LostReason, StoreError};
 
 impl Writer {
     pub(super) fn load(&mut self) -> Result<(), StoreError> {
         let greatest = |table, column| {
-            tables::greatest(&self.connection, table, column).map_err(|e| engine_error("read the tables", e))
+            schema::greatest(&self.connection, table, column).map_err(|e| engine_error("read the tables", e))
         };
         self.numbers = Numbers {
             chunk: greatest("chunks", "chunk")?,
@@ -20,12 +21,12 @@ impl Writer {
             consumer: greatest("consumers", "number")?,
         };
         self.clock.base_ms = self.clock.base_ms.max(greatest("leases", "delivered_ms")?.cast_unsigned());
-        let mut groups = tables::load_groups(&self.connection, None)?;
-        for (place, mut row) in tables::load_streams(&self.connection)?.into_iter().enumerate() {
+        let mut groups = schema::load_groups(&self.connection, None)?;
+        for (place, mut row) in schema::load_streams(&self.connection)?.into_iter().enumerate() {
             if row.number as usize != place + 1 {
-                return Err(tables::corrupt(format!("the row of the stream before `{}` is missing", row.name)));
+                return Err(schema::corrupt(format!("the row of the stream before `{}` is missing", row.name)));
             }
-            let chunks = tables::load_chunks(&self.connection, &row)?;
+            let chunks = schema::load_chunks(&self.connection, &row)?;
             advance(&mut row, chunks.back());
             let length = chunks.iter().map(|chunk| u64::from(chunk.head.count)).sum();
             let published = Arc::new(Published::new(row.name.clone(), row.last_id, chunks));
@@ -92,7 +93,7 @@ impl Writer {
 
     pub(in crate::store::embedded) fn read_back(&mut self) -> Result<(), StoreError> {
         self.staged = Staged::default();
-        let rows = tables::load_streams(&self.connection)?;
+        let rows = schema::load_streams(&self.connection)?;
         for stream in self.streams.drain(rows.len().min(self.streams.len())..) {
             self.by_name.remove(&stream.row.name);
         }
@@ -100,7 +101,7 @@ impl Writer {
             if !self.touched.contains(&place) {
                 continue;
             }
-            let groups = tables::load_groups(&self.connection, Some(row.number))?.remove(&row.number);
+            let groups = schema::load_groups(&self.connection, Some(row.number))?.remove(&row.number);
             let stream = &mut self.streams[place];
             {
                 let log = stream.published.log();

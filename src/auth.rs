@@ -1,0 +1,31 @@
+//! Authentication and authorisation: keys, tokens, tickets, scopes, and the principal that they identify.
+//!
+//! Owns the configured API keys and token issuers, the scopes, the tickets, and the entries that each principal may
+//! see: those of its tenant that pass its own filter. Knows neither HTTP nor the routes: `http` reads the credentials
+//! from a request, and each route asks [`Principal`].
+
+mod config;
+mod error;
+mod jwks;
+mod jwt;
+mod keys;
+mod page_origin;
+mod principal;
+mod scope;
+mod ticket;
+
+pub use config::{AuthConfig, AuthMode, IssuerConfig, KeyConfig, MetricsAccess};
+pub use jwt::{NotSigned, TokenRequest, sign};
+pub use keys::{InvalidKeyHash, KeyHash, new_key};
+pub use scope::{Names, Scope, UnknownScope};
+
+pub(crate) use error::AuthError;
+pub(crate) use jwt::Issuers;
+pub(crate) use keys::{Keys, PREFIX as KEY_PREFIX};
+pub(crate) use page_origin::PageOrigin;
+pub(crate) use principal::Principal;
+pub(crate) use scope::Action;
+pub(crate) use ticket::{LIFETIME as TICKET_LIFETIME, Tickets};
+
+/// The placeholder of families whose members each belong to one tenant.
+pub(crate) const TENANT: &str = "tenant";

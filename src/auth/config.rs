@@ -1,0 +1,420 @@
+//! What the configuration says of who may do what.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use jsonwebtoken::{Algorithm, AlgorithmFamily};
+use secrecy::{ExposeSecret as _, SecretString};
+use serde::{Deserialize, Serialize};
+use url::{Host, Url};
+
+use crate::auth::keys::KeyHash;
+use crate::auth::scope::Scope;
+use crate::event::Filter;
+use crate::secret::masked;
+
+/// The shortest secret that tokens may be signed with: that of its hash.
+const MIN_SECRET: usize = 32;
+/// The longest name of a tenant, in bytes.
+pub(crate) const MAX_TENANT: usize = 128;
+
+/// Who may do what.
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AuthConfig {
+    /// What callers must show where neither keys nor issuers are declared.
+    pub mode: AuthMode,
+    /// Who may read `/metrics` where credentials are asked for.
+    pub metrics: MetricsAccess,
+    /// API keys.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub keys: Vec<KeyConfig>,
+    /// Whose tokens (JWT) are believed.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub issuers: Vec<IssuerConfig>,
+}
+
+/// What callers must show.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AuthMode {
+    /// Nothing as long as neither keys nor issuers are declared, but then only this machine can connect: any other
+    /// listen address is refused.
+    #[default]
+    Loopback,
+    /// Nothing. Whoever reaches the listener may do everything.
+    None,
+    /// Credentials: a declared key, or a token of a declared issuer.
+    Credentials,
+}
+
+/// Who may read `/metrics` where credentials are asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MetricsAccess {
+    /// Everyone where only this machine can connect, else those with the scope `admin`.
+    #[default]
+    Loopback,
+    /// Everyone.
+    Open,
+    /// Those with the scope `admin`.
+    Admin,
+}
+
+/// One API key. `aurora-bus token key` makes one.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeyConfig {
+    /// What it is called in the audit trail.
+    pub name: String,
+    /// The hash of the key: `sha256:` and 64 hexadecimal digits.
+    pub hash: KeyHash,
+    /// What it allows.
+    pub scopes: Vec<Scope>,
+    /// The one tenant whose entries it lets see and publish; all by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
+    /// What of the entries it lets see at most, as JSON: a tree such as dashboards ask for, see
+    /// [`Filter::parse`](crate::event::Filter::parse).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filter: Option<String>,
+    /// From when on it is no good, in RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires: Option<Timestamp>,
+}
+
+/// One issuer of tokens. Exactly one of the keys `secret`, `secret_file`, `public_key_file`, `jwks_file` and
+/// `jwks_url` says how its signatures are checked.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct IssuerConfig {
+    /// The claim `iss` of its tokens.
+    pub issuer: String,
+    /// What the claim `aud` of its tokens must be, or hold.
+    pub audience: String,
+    /// The algorithms of its signatures, of which there are HS256, HS384 and HS512 for a secret, and RS256 to RS512,
+    /// PS256 to PS512, ES256, ES384 and `EdDSA` for public keys.
+    pub algorithms: Vec<Algorithm>,
+    /// The secret that it shares with us, at least 32 bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none", serialize_with = "masked")]
+    pub secret: Option<SecretString>,
+    /// A file with that secret.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret_file: Option<PathBuf>,
+    /// A file with its public key in PEM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub public_key_file: Option<PathBuf>,
+    /// A file with its public keys as a JWK set, read again as one at an address is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jwks_file: Option<PathBuf>,
+    /// Where it publishes them: `https://`, or `http://` on this machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jwks_url: Option<String>,
+    /// The certificates to trust for `jwks_url`, in PEM; those of the system where it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// How old the JWK set may become.
+    #[serde(default = "default_refresh", with = "humantime_serde")]
+    pub refresh: Duration,
+    /// The shortest time between two attempts to read the JWK set, whatever tokens ask for.
+    #[serde(default = "default_refresh_floor", with = "humantime_serde")]
+    pub refresh_floor: Duration,
+    /// The claim that names the tenant.
+    #[serde(default = "default_tenant_claim")]
+    pub tenant_claim: String,
+    /// The claim that says what of the entries the token lets see at most: the tree of a filter, or its text.
+    #[serde(default = "default_filter_claim")]
+    pub filter_claim: String,
+    /// Whether a token without a tenant is refused, instead of letting see all tenants.
+    #[serde(default)]
+    pub require_tenant: bool,
+}
+
+const fn default_refresh() -> Duration {
+    Duration::from_mins(15)
+}
+
+const fn default_refresh_floor() -> Duration {
+    Duration::from_secs(10)
+}
+
+fn default_tenant_claim() -> String {
+    "tenant".to_owned()
+}
+
+fn default_filter_claim() -> String {
+    "filter".to_owned()
+}
+
+impl AuthConfig {
+    /// Whether callers must show credentials.
+    pub fn is_required(&self) -> bool {
+        self.mode == AuthMode::Credentials || !self.keys.is_empty() || !self.issuers.is_empty()
+    }
+
+    /// Every key that makes no sense, with the reason. The files that are named are not read.
+    pub fn problems(&self) -> Vec<(String, String)> {
+        let mut problems = Vec::new();
+        let has_some = !self.keys.is_empty() || !self.issuers.is_empty();
+        match self.mode {
+            AuthMode::None if has_some => {
+                let text = "none asks nobody for credentials, but keys or issuers are declared: take out the one or the others";
+                problems.push(("mode".to_owned(), text.to_owned()));
+            }
+            AuthMode::Credentials if !has_some => {
+                let text =
+                    "credentials are asked for, but neither auth.keys nor auth.issuers are declared: nobody has any";
+                problems.push(("mode".to_owned(), text.to_owned()));
+            }
+            _ => {}
+        }
+        let (mut names, mut hashes, mut issuers) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        for (index, key) in self.keys.iter().enumerate() {
+            let own = key.problems().into_iter();
+            problems.extend(own.map(|(field, text)| (format!("keys[{index}].{field}"), text)));
+            if !names.insert(&key.name) {
+                problems.push((format!("keys[{index}].name"), format!("`{}` is declared twice", key.name)));
+            }
+            if !hashes.insert(key.hash.to_string()) {
+                problems.push((format!("keys[{index}].hash"), "is the same as that of another key".to_owned()));
+            }
+        }
+        for (index, issuer) in self.issuers.iter().enumerate() {
+            let own = issuer.problems().into_iter();
+            problems.extend(own.map(|(field, text)| (format!("issuers[{index}].{field}"), text)));
+            if !issuers.insert(&issuer.issuer) {
+                problems.push((format!("issuers[{index}].issuer"), format!("`{}` is declared twice", issuer.issuer)));
+            }
+        }
+        problems
+    }
+}
+
+impl KeyConfig {
+    /// What its filter lets see; everything without one. Fails with what is wrong with it.
+    pub(crate) fn sight(&self) -> Result<Filter, String> {
+        let filter = self.filter.as_deref().map(Filter::parse).transpose();
+        let example = r#"{"key":"severity","cmp":"gte","val":"high"}"#;
+        let filter = filter.map_err(|invalid| format!("is refused: {invalid}; a filter is JSON such as {example}"))?;
+        Ok(filter.unwrap_or_default())
+    }
+
+    fn problems(&self) -> Vec<(&'static str, String)> {
+        let mut problems = Vec::new();
+        let is_name = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+        if !(1..=64).contains(&self.name.len()) || !self.name.chars().all(is_name) {
+            problems.push(("name", "must be 1 to 64 letters, digits and `._-`".to_owned()));
+        }
+        if self.scopes.is_empty() {
+            problems.push(("scopes", "is empty: the key would allow nothing".to_owned()));
+        }
+        if self.tenant.as_ref().is_some_and(|tenant| !(1..=MAX_TENANT).contains(&tenant.len())) {
+            problems.push(("tenant", format!("must have 1 to {MAX_TENANT} bytes")));
+        }
+        problems.extend(self.sight().err().map(|problem| ("filter", problem)));
+        problems
+    }
+}
+
+impl IssuerConfig {
+    /// The one family that all of the algorithms are of.
+    pub(crate) fn family(&self) -> Option<AlgorithmFamily> {
+        let first = self.algorithms.first()?.family();
+        self.algorithms.iter().all(|algorithm| algorithm.family() == first).then_some(first)
+    }
+
+    fn problems(&self) -> Vec<(&'static str, String)> {
+        let mut problems: Vec<(&'static str, String)> = Vec::new();
+        for (key, value) in [
+            ("issuer", &self.issuer),
+            ("audience", &self.audience),
+            ("tenant_claim", &self.tenant_claim),
+            ("filter_claim", &self.filter_claim),
+        ] {
+            if value.is_empty() {
+                problems.push((key, "must not be empty".to_owned()));
+            }
+        }
+        if self.filter_claim == self.tenant_claim {
+            problems.push(("filter_claim", "is the claim of the tenant: name another one".to_owned()));
+        }
+        let keys = [
+            ("secret", self.secret.is_some()),
+            ("secret_file", self.secret_file.is_some()),
+            ("public_key_file", self.public_key_file.is_some()),
+            ("jwks_file", self.jwks_file.is_some()),
+            ("jwks_url", self.jwks_url.is_some()),
+        ];
+        let given: Vec<&str> = keys.iter().filter(|(_, is_given)| *is_given).map(|(key, _)| *key).collect();
+        match given.as_slice() {
+            [_] => {}
+            [] => problems.push((
+                "secret",
+                "is missing, and so are secret_file, public_key_file, jwks_file and jwks_url".to_owned(),
+            )),
+            [first, rest @ ..] => problems.push((first, format!("can't be given beside {}", rest.join(" and ")))),
+        }
+        problems.extend(self.algorithm_problem(self.secret.is_some() || self.secret_file.is_some()));
+        if let Some(problem) = self.secret.as_ref().and_then(|secret| secret_problem(secret.expose_secret())) {
+            problems.push(("secret", problem));
+        }
+        if let Some(problem) = self.jwks_url.as_ref().and_then(|url| url_problem(url)) {
+            problems.push(("jwks_url", problem));
+        }
+        if self.ca_file.is_some() && !self.jwks_url.as_ref().is_some_and(|url| url.starts_with("https:")) {
+            problems.push(("ca_file", "has no use: there is no jwks_url with https".to_owned()));
+        }
+        for (key, time) in [("refresh", self.refresh), ("refresh_floor", self.refresh_floor)] {
+            if time < Duration::from_millis(100) {
+                problems.push((key, "must be at least 100ms".to_owned()));
+            }
+        }
+        problems
+    }
+
+    fn algorithm_problem(&self, has_secret: bool) -> Option<(&'static str, String)> {
+        let is_hmac = |algorithm: &Algorithm| algorithm.family() == AlgorithmFamily::Hmac;
+        let text = if self.algorithms.is_empty() {
+            "is empty: name the algorithms that the issuer signs with"
+        } else if has_secret && !self.algorithms.iter().all(is_hmac) {
+            "a secret goes with HS256, HS384 and HS512 only"
+        } else if !has_secret && self.algorithms.iter().any(is_hmac) {
+            "HS256, HS384 and HS512 never go with public keys: everyone knows those"
+        } else if self.public_key_file.is_some() && self.family().is_none() {
+            "one public key is of one kind: RS and PS, or ES, or EdDSA"
+        } else {
+            return None;
+        };
+        Some(("algorithms", text.to_owned()))
+    }
+}
+
+/// What is wrong with a secret, without telling it.
+pub(crate) fn secret_problem(secret: &str) -> Option<String> {
+    if secret.contains("-----BEGIN") {
+        return Some("is a key or certificate in PEM: for a public one use public_key_file".to_owned());
+    }
+    (secret.len() < MIN_SECRET).then(|| format!("must have at least {MIN_SECRET} bytes"))
+}
+
+fn url_problem(text: &str) -> Option<String> {
+    let Ok(url) = Url::parse(text) else { return Some("is no URL".to_owned()) };
+    let is_here = match url.host() {
+        Some(Host::Domain(name)) => name == "localhost",
+        Some(Host::Ipv4(address)) => IpAddr::from(address).is_loopback(),
+        Some(Host::Ipv6(address)) => IpAddr::from(address).is_loopback(),
+        None => false,
+    };
+    if !url.username().is_empty() || url.password().is_some() {
+        return Some("must have no credentials: the keys in it are public".to_owned());
+    }
+    let is_fine = url.scheme() == "https" || url.scheme() == "http" && is_here;
+    (!is_fine)
+        .then(|| "must be https, or http on this machine: whoever changes it on its way can make tokens".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::secret::MASK;
+
+    fn problems(text: &str) -> Vec<String> {
+        let config: AuthConfig = toml::from_str(text).expect("TOML");
+        config.problems().into_iter().map(|(path, text)| format!("{path}: {text}")).collect()
+    }
+
+    const ISSUER: &str = "[[issuers]]\nissuer = \"i\"\naudience = \"a\"\n";
+
+    #[test]
+    fn what_makes_sense_has_no_problems() {
+        assert_eq!(AuthConfig::default().problems(), []);
+        let secret = "s".repeat(32);
+        let texts = [
+            format!("{ISSUER}algorithms = [\"HS256\"]\nsecret = \"{secret}\""),
+            format!("{ISSUER}algorithms = [\"RS256\", \"PS512\"]\npublic_key_file = \"x\""),
+            format!("{ISSUER}algorithms = [\"RS256\", \"ES384\", \"EdDSA\"]\njwks_url = \"https://id.example/jwks\""),
+            format!("{ISSUER}algorithms = [\"ES256\"]\njwks_url = \"http://127.0.0.1:1/jwks\""),
+            format!(
+                "[[keys]]\nname = \"a\"\nhash = \"sha256:{}\"\nscopes = [\"publish:*\"]\nexpires = \"2030-01-01T00:00:00Z\"",
+                "0".repeat(64)
+            ),
+            format!(
+                "[[keys]]\nname = \"a\"\nhash = \"sha256:{}\"\nscopes = [\"ws:*\"]\nfilter = '{}'",
+                "0".repeat(64),
+                r#"{"key":"severity","cmp":"gte","val":"high"}"#
+            ),
+        ];
+        for text in texts {
+            assert_eq!(problems(&text), [""; 0], "{text}");
+            assert!(toml::from_str::<AuthConfig>(&text).expect("TOML").is_required());
+        }
+        assert!(!AuthConfig::default().is_required());
+    }
+
+    #[test]
+    fn every_senseless_value_is_told_with_its_path() {
+        let hash = format!("sha256:{}", "0".repeat(64));
+        let key = format!("[[keys]]\nname = \"a\"\nhash = \"{hash}\"\nscopes = [\"admin\"]\n");
+        let cases = [
+            ("mode = \"credentials\"".to_owned(), "mode: credentials are asked for"),
+            (format!("mode = \"none\"\n{key}"), "mode: none asks nobody"),
+            (format!("{key}{key}"), "keys[1].name: `a` is declared twice"),
+            (format!("{key}{key}"), "keys[1].hash: is the same"),
+            (key.replace("\"a\"", "\"a b\""), "keys[0].name: must be"),
+            (key.replace("\"admin\"", ""), "keys[0].scopes: is empty"),
+            (format!("{key}tenant = \"\""), "keys[0].tenant: must have"),
+            (format!("{key}filter = \"\""), "keys[0].filter: is refused: is no filter: "),
+            (
+                format!("{key}filter = '{}'", r#"{"op":"not","nodes":[{"key":"sauce","cmp":"exists"}]}"#),
+                "keys[0].filter: is refused: nodes[0].key must be severity or one of",
+            ),
+            (format!("{ISSUER}algorithms = []\nfilter_claim = \"\""), "issuers[0].filter_claim: must not be empty"),
+            (format!("{ISSUER}algorithms = []\ntenant_claim = \"filter\""), "issuers[0].filter_claim: is the claim"),
+            (format!("{ISSUER}algorithms = [\"HS256\"]"), "issuers[0].secret: is missing"),
+            (
+                format!("{ISSUER}algorithms = [\"RS256\"]\njwks_file = \"a\"\npublic_key_file = \"b\""),
+                "issuers[0].public_key_file: can't be given beside jwks_file",
+            ),
+            (format!("{ISSUER}algorithms = [\"HS256\"]\nsecret = \"short\""), "issuers[0].secret: must have at least"),
+            (
+                format!("{ISSUER}algorithms = [\"HS256\"]\nsecret = \"-----BEGIN PUBLIC KEY-----xxxxxxxxxxxx\""),
+                "issuers[0].secret: is a key",
+            ),
+            (format!("{ISSUER}algorithms = []\njwks_file = \"a\""), "issuers[0].algorithms: is empty"),
+            (format!("{ISSUER}algorithms = [\"HS256\"]\njwks_file = \"a\""), "issuers[0].algorithms: HS256, HS384"),
+            (format!("{ISSUER}algorithms = [\"RS256\"]\nsecret_file = \"a\""), "issuers[0].algorithms: a secret goes"),
+            (
+                format!("{ISSUER}algorithms = [\"RS256\", \"HS256\"]\npublic_key_file = \"a\""),
+                "issuers[0].algorithms: HS256",
+            ),
+            (
+                format!("{ISSUER}algorithms = [\"RS256\", \"ES256\"]\npublic_key_file = \"a\""),
+                "issuers[0].algorithms: one public key",
+            ),
+            (
+                format!("{ISSUER}algorithms = [\"RS256\"]\njwks_url = \"http://id.example/jwks\""),
+                "issuers[0].jwks_url: must be https",
+            ),
+            (
+                format!("{ISSUER}algorithms = [\"RS256\"]\njwks_url = \"https://a:b@id.example/\""),
+                "issuers[0].jwks_url: must have no",
+            ),
+        ];
+        for (text, start) in cases {
+            let found = problems(&text);
+            assert!(found.iter().any(|problem| problem.starts_with(start)), "{start:?} is not in {found:#?}");
+        }
+    }
+
+    #[test]
+    fn secrets_are_masked_wherever_they_could_be_printed() {
+        let secret = "a very secret text of 32 bytes and more";
+        let config: AuthConfig =
+            toml::from_str(&format!("{ISSUER}algorithms = [\"HS256\"]\nsecret = \"{secret}\"")).expect("TOML");
+        let printed = format!("{config:?}{}", toml::to_string(&config).expect("TOML"));
+        assert!(!printed.contains("secret text") && printed.contains(MASK), "{printed}");
+    }
+}

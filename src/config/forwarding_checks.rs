@@ -1,0 +1,124 @@
+//! What sinks that forward to other streams may not do: go nowhere, go in circles, or forget too soon.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use crate::config::{Config, Problem};
+use crate::delivery::GroupConfig;
+use crate::event::StreamName;
+
+/// Everything that is wrong with forwarding.
+pub(super) fn problems(config: &Config) -> Vec<Problem> {
+    // What is forwarded names no key, so it can't go to a family.
+    let declared: BTreeSet<&StreamName> = config.streams.iter().filter_map(|stream| stream.name.stream()).collect();
+    let mut problems = Vec::new();
+    for (name, sink) in &config.sinks {
+        if let Some(target) = sink.forwards_to().filter(|target| !declared.contains(target)) {
+            let known = declared.iter().map(|stream| stream.as_str());
+            let message =
+                format!("`{target}` is not a declared stream{}", crate::config::nearest(target.as_str(), known));
+            problems.push(Problem::new(format!("sinks.{name}.stream"), message));
+        }
+    }
+    let target = |group: &GroupConfig| config.sinks.get(group.sink.as_ref()?)?.forwards_to().cloned();
+    let mut forwards: BTreeMap<&str, BTreeSet<StreamName>> = BTreeMap::new();
+    for stream in &config.streams {
+        forwards.entry(stream.name.as_str()).or_default().extend(stream.groups.iter().filter_map(target));
+    }
+    for (index, stream) in config.streams.iter().enumerate() {
+        for (place, group) in stream.groups.iter().enumerate() {
+            let Some(target) = target(group) else { continue };
+            let path = format!("streams[{index}].groups[{place}]");
+            if let Some(way) = way(&forwards, &target, stream.name.as_str()) {
+                let way: Vec<&str> = way.iter().map(|stream| stream.as_str()).collect();
+                let message = format!("entries would go in a circle: {} → {}", stream.name, way.join(" → "));
+                problems.push(Problem::new(format!("{path}.sink"), message));
+            }
+            let longest = longest_retries(group);
+            if longest > config.publish.dedup_window {
+                let text = humantime_serde::re::humantime::format_duration;
+                let message = format!(
+                    "tries again for up to {}, but forwarded entries are recognised for {} only (publish.dedup_window): \
+                     the same one could be appended twice",
+                    text(longest),
+                    text(config.publish.dedup_window)
+                );
+                problems.push(Problem::new(format!("{path}.retry"), message));
+            }
+        }
+    }
+    problems
+}
+
+/// The streams from one to the other, both included, if entries are forwarded that way.
+fn way<'a>(
+    forwards: &'a BTreeMap<&str, BTreeSet<StreamName>>,
+    from: &'a StreamName,
+    to: &str,
+) -> Option<Vec<&'a StreamName>> {
+    let mut seen = BTreeSet::from([from]);
+    let mut ways = vec![vec![from]];
+    while let Some(way) = ways.pop() {
+        let last = *way.last()?;
+        if last.as_str() == to {
+            return Some(way);
+        }
+        for next in forwards.get(last.as_str()).into_iter().flatten().filter(|next| seen.insert(next)) {
+            ways.push(way.iter().copied().chain([next]).collect());
+        }
+    }
+    None
+}
+
+/// From an entry's first attempt to its last, while the daemon runs.
+fn longest_retries(group: &GroupConfig) -> Duration {
+    let between = group.retry.cap + group.handler_timeout;
+    between.saturating_mul(group.retry.max_attempts.saturating_sub(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sink::SinkConfig;
+
+    fn config(forwards: &[(&str, &str)]) -> Config {
+        let mut config = Config { streams: Vec::new(), ..Config::default() };
+        for (index, (from, to)) in forwards.iter().enumerate() {
+            let name = format!("to-{index}");
+            let sink: SinkConfig = toml::from_str(&format!("type = 'stream'\nstream = '{to}'")).expect("a sink");
+            config.sinks.insert(name.clone(), sink);
+            let stream = format!("name = '{from}'\n[[groups]]\nname = 'forward'\nsink = '{name}'");
+            config.streams.push(toml::from_str(&stream).expect("a stream"));
+        }
+        config
+    }
+
+    fn told(config: &Config) -> Vec<String> {
+        problems(config).iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn circles_are_told_with_their_way() {
+        let itself = told(&config(&[("a", "a")]));
+        assert_eq!(itself, ["streams[0].groups[0].sink: entries would go in a circle: a → a"]);
+        let circle = told(&config(&[("a", "b"), ("b", "c"), ("c", "a")]));
+        assert_eq!(circle.len(), 3, "{circle:?}");
+        assert!(circle[0].ends_with("a → b → c → a"), "{circle:?}");
+    }
+
+    #[test]
+    fn a_way_without_a_circle_is_fine_but_needs_its_streams() {
+        let told = told(&config(&[("tasks", "results"), ("results", "task")]));
+        assert_eq!(told, ["sinks.to-1.stream: `task` is not a declared stream, did you mean `tasks`?"]);
+    }
+
+    #[test]
+    fn a_window_shorter_than_the_retries_is_told() {
+        let mut config = config(&[("a", "b"), ("b", "c")]);
+        config.streams.push(toml::from_str("name = 'c'").expect("a stream"));
+        assert_eq!(told(&config), [""; 0]);
+        config.publish.dedup_window = Duration::from_mins(10);
+        let told = told(&config);
+        assert!(told.len() == 2 && told[0].starts_with("streams[0].groups[0].retry: "), "{told:?}");
+    }
+}

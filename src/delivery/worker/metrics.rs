@@ -1,0 +1,85 @@
+//! The metrics of one group, looked up once.
+
+use prometheus::{Histogram, IntCounter, IntGauge};
+
+use crate::event::{DeadLetterReason, GroupName};
+use crate::metrics::Metrics;
+use crate::sink::SinkErrorClass;
+
+#[derive(Debug)]
+pub(crate) struct Meters {
+    pub(crate) deliveries: IntCounter,
+    pub(crate) acknowledged: IntCounter,
+    pub(crate) filtered: IntCounter,
+    pub(crate) retries: IntCounter,
+    pub(crate) claimed: IntCounter,
+    pub(crate) not_owned: IntCounter,
+    pub(crate) groups_recreated: IntCounter,
+    pub(crate) trimmed_pending: IntCounter,
+    pub(crate) handler_seconds: Histogram,
+    pub(crate) in_flight: Share,
+    pub(crate) breaker_open: Share,
+    pub(crate) breaker_opened: IntCounter,
+    dead_letters: [IntCounter; DeadLetterReason::ALL.len()],
+    sink_errors: [IntCounter; SINK_ERRORS.len()],
+}
+
+const SINK_ERRORS: [SinkErrorClass; 3] =
+    [SinkErrorClass::Transient, SinkErrorClass::Permanent, SinkErrorClass::Undecodable];
+
+impl Meters {
+    pub(crate) fn new(metrics: &Metrics, stream: &str, group: &GroupName, sink: &str) -> Self {
+        let labels = [stream, group.as_str()];
+        let of_group = |counters: &prometheus::IntCounterVec| counters.with_label_values(&labels);
+        let with_reason = |counters: &prometheus::IntCounterVec, reason: &str| {
+            counters.with_label_values(&[stream, group.as_str(), reason])
+        };
+        Self {
+            deliveries: of_group(&metrics.deliveries),
+            acknowledged: of_group(&metrics.acknowledged),
+            filtered: of_group(&metrics.filtered),
+            retries: of_group(&metrics.retries),
+            claimed: of_group(&metrics.claimed),
+            not_owned: of_group(&metrics.not_owned),
+            groups_recreated: of_group(&metrics.groups_recreated),
+            trimmed_pending: with_reason(&metrics.lost, "trimmed_pending"),
+            handler_seconds: metrics.handler_seconds.with_label_values(&labels),
+            in_flight: Share { gauge: metrics.in_flight.with_label_values(&labels), ours: 0 },
+            breaker_open: Share { gauge: metrics.breaker_open.with_label_values(&labels), ours: 0 },
+            breaker_opened: of_group(&metrics.breaker_opened),
+            dead_letters: DeadLetterReason::ALL.map(|reason| with_reason(&metrics.dead_letters, reason.as_str())),
+            sink_errors: SINK_ERRORS.map(|class| metrics.sink_errors.with_label_values(&[sink, class.as_str()])),
+        }
+    }
+
+    pub(crate) fn dead_letters(&self, reason: DeadLetterReason) -> &IntCounter {
+        let place = DeadLetterReason::ALL.iter().position(|known| *known == reason);
+        &self.dead_letters[place.expect("ALL has every reason")]
+    }
+
+    pub(crate) fn sink_errors(&self, class: SinkErrorClass) -> &IntCounter {
+        let place = SINK_ERRORS.iter().position(|known| *known == class);
+        &self.sink_errors[place.expect("the list has every class")]
+    }
+}
+
+/// One worker's share of a gauge that all workers of the group add to; nothing is left of it when the worker ends.
+#[derive(Debug)]
+pub(crate) struct Share {
+    gauge: IntGauge,
+    ours: i64,
+}
+
+impl Share {
+    pub(crate) fn set(&mut self, value: usize) {
+        let value = i64::try_from(value).unwrap_or(i64::MAX);
+        self.gauge.add(value - self.ours);
+        self.ours = value;
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.gauge.sub(self.ours);
+    }
+}

@@ -1,0 +1,298 @@
+//! Filters as JSON, and what can be wrong with them.
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::event::Severity;
+use crate::event::filter::{Attribute, Filter, Node, Severities, Test};
+
+/// The most levels of a tree.
+const MAX_DEPTH: usize = 4;
+/// The most nodes of a tree.
+const MAX_NODES: usize = 32;
+/// The most values of one comparison.
+const MAX_VALUES: usize = 64;
+/// The longest value, in bytes.
+const MAX_TEXT: usize = 256;
+
+/// A filter that makes no sense.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}{problem}", if path.is_empty() { String::new() } else { format!("{path} ") })]
+pub struct InvalidFilter {
+    /// Where in the tree, such as `nodes[1].cmp`; empty for the filter as a whole.
+    pub path: String,
+    /// What is wrong there, and what would be right.
+    pub problem: String,
+}
+
+/// A node as it is written. Unknown members are refused: a condition that is not understood must not be passed over.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    op: Option<String>,
+    nodes: Option<Vec<Self>>,
+    key: Option<String>,
+    cmp: Option<String>,
+    val: Option<String>,
+    vals: Option<Vec<String>>,
+}
+
+impl Filter {
+    /// Reads a filter from its JSON form.
+    ///
+    /// | node | passes |
+    /// |---|---|
+    /// | `{"op":"and","nodes":[…]}` | what every node passes |
+    /// | `{"op":"or","nodes":[…]}` | what one of the nodes passes |
+    /// | `{"op":"not","nodes":[…]}` | what its one node does not pass |
+    /// | `{"key":K,"cmp":"eq","val":V}`, `neq` | `K` is `V`, is not |
+    /// | `{"key":K,"cmp":"in","vals":[…]}`, `nin` | `K` is one of these, is none |
+    /// | `{"key":K,"cmp":"exists"}` | there is a `K` |
+    /// | `{"key":K,"cmp":"prefix","val":V}`, `contains` | `K` begins with `V`, has it somewhere; not for `severity` |
+    /// | `{"key":"severity","cmp":"gte","val":V}`, `lte` | at least, at most that severe |
+    ///
+    /// `K` is `severity`, `source`, `category`, `tenant`, `type`, `title` or `technique`. What an alert does not have
+    /// is equal to nothing. At most 4 levels, 32 nodes, 64 values of a comparison, and 256 bytes of a value.
+    pub fn parse(json: &str) -> Result<Self, InvalidFilter> {
+        let written = serde_json::from_str(json).map_err(|error| invalid("", format!("is no filter: {error}")))?;
+        let mut budget = MAX_NODES;
+        compile(written, "", 1, &mut budget).map(Self::new)
+    }
+
+    /// The same of a tree that was read already, or is a text in other JSON.
+    pub fn from_value(value: &Value) -> Result<Self, InvalidFilter> {
+        match value {
+            Value::String(text) => Self::parse(text),
+            tree => Self::parse(&tree.to_string()),
+        }
+    }
+}
+
+fn invalid(path: &str, problem: impl Into<String>) -> InvalidFilter {
+    InvalidFilter { path: path.to_owned(), problem: problem.into() }
+}
+
+fn member(path: &str, name: &str) -> String {
+    if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") }
+}
+
+fn compile(written: Written, path: &str, depth: usize, budget: &mut usize) -> Result<Node, InvalidFilter> {
+    if depth > MAX_DEPTH {
+        return Err(invalid(path, format!("is deeper than the {MAX_DEPTH} levels of a filter")));
+    }
+    *budget = budget.checked_sub(1).ok_or_else(|| invalid("", format!("has more than {MAX_NODES} nodes")))?;
+    match written {
+        Written { op: Some(op), nodes: Some(nodes), key: None, cmp: None, val: None, vals: None } => {
+            let inner = |(index, node)| compile(node, &member(path, &format!("nodes[{index}]")), depth + 1, budget);
+            let mut nodes = nodes.into_iter().enumerate().map(inner).collect::<Result<Vec<Node>, _>>()?;
+            match (op.as_str(), nodes.len()) {
+                ("and" | "or", 0) => Err(invalid(&member(path, "nodes"), "must not be empty")),
+                ("and", _) => Ok(Node::all(nodes)),
+                ("or", _) => Ok(Node::any(nodes)),
+                ("not", 1) => Ok(Node::Not(Box::new(nodes.remove(0)))),
+                ("not", _) => Err(invalid(&member(path, "nodes"), "of `not` must have one node")),
+                _ => Err(invalid(&member(path, "op"), "must be and, or or not")),
+            }
+        }
+        Written { op: None, nodes: None, key: Some(key), cmp: Some(cmp), val, vals } => {
+            let operand = Operand { path, val, vals };
+            if key == "severity" { severity(&cmp, operand) } else { text(&key, &cmp, operand) }
+        }
+        _ => Err(invalid(path, "must have either op and nodes, or key, cmp and val or vals")),
+    }
+}
+
+/// What a comparison compares with.
+struct Operand<'a> {
+    path: &'a str,
+    val: Option<String>,
+    vals: Option<Vec<String>>,
+}
+
+impl Operand<'_> {
+    fn none(self) -> Result<(), InvalidFilter> {
+        match (self.val, self.vals) {
+            (None, None) => Ok(()),
+            _ => Err(invalid(self.path, "takes no value with this cmp")),
+        }
+    }
+
+    fn one(self) -> Result<String, InvalidFilter> {
+        match (self.val, self.vals) {
+            (Some(val), None) => sized(val, &member(self.path, "val")),
+            _ => Err(invalid(self.path, "must have val, and no vals, with this cmp")),
+        }
+    }
+
+    fn many(self) -> Result<Vec<String>, InvalidFilter> {
+        let (None, Some(vals)) = (self.val, self.vals) else {
+            return Err(invalid(self.path, "must have vals, and no val, with this cmp"));
+        };
+        let path = member(self.path, "vals");
+        if !(1..=MAX_VALUES).contains(&vals.len()) {
+            return Err(invalid(&path, format!("must have 1 to {MAX_VALUES} values")));
+        }
+        vals.into_iter().enumerate().map(|(index, val)| sized(val, &format!("{path}[{index}]"))).collect()
+    }
+
+    fn cmp(&self) -> String {
+        member(self.path, "cmp")
+    }
+}
+
+fn sized(value: String, path: &str) -> Result<String, InvalidFilter> {
+    let is_sized = (1..=MAX_TEXT).contains(&value.len());
+    if is_sized { Ok(value) } else { Err(invalid(path, format!("must have 1 to {MAX_TEXT} bytes"))) }
+}
+
+fn severity(cmp: &str, operand: Operand<'_>) -> Result<Node, InvalidFilter> {
+    let path = operand.path;
+    let word = |val: String| val.parse::<Severity>().map_err(|error| invalid(path, error.to_string()));
+    let one = |operand: Operand<'_>| word(operand.one()?);
+    let union = |operand: Operand<'_>| {
+        let mut each = operand.many()?.into_iter().map(|val| word(val).map(|word| Severities::only(Some(word)).0));
+        each.try_fold(0, |all, one| Ok(all | one?)).map(Severities)
+    };
+    Ok(match cmp {
+        "eq" => Node::Severity(Severities::only(Some(one(operand)?))),
+        "neq" => Node::Severity(Severities(!Severities::only(Some(one(operand)?)).0)),
+        "in" => Node::Severity(union(operand)?),
+        "nin" => Node::Severity(Severities(!union(operand)?.0)),
+        "gte" => Node::Severity(Severities::at_least(one(operand)?)),
+        "lte" => Node::Severity(Severities::at_most(one(operand)?)),
+        "exists" => {
+            operand.none()?;
+            Node::Severity(Severities(!Severities::only(None).0))
+        }
+        _ => return Err(invalid(&operand.cmp(), "of severity must be eq, neq, in, nin, gte, lte or exists")),
+    })
+}
+
+fn text(key: &str, cmp: &str, operand: Operand<'_>) -> Result<Node, InvalidFilter> {
+    let Some((_, attribute)) = Attribute::NAMES.into_iter().find(|(name, _)| *name == key) else {
+        let names = Attribute::NAMES.map(|(name, _)| name).join(", ");
+        return Err(invalid(&member(operand.path, "key"), format!("must be severity or one of {names}")));
+    };
+    let one_of = |mut texts: Vec<String>| {
+        texts.sort_unstable();
+        Test::OneOf(texts.into_iter().map(Into::into).collect())
+    };
+    let (test, is_negated) = match cmp {
+        "eq" | "neq" => (one_of(vec![operand.one()?]), cmp == "neq"),
+        "in" | "nin" => (one_of(operand.many()?), cmp == "nin"),
+        "prefix" => (Test::StartsWith(operand.one()?.into()), false),
+        "contains" => (Test::Contains(operand.one()?.into()), false),
+        "exists" => {
+            operand.none()?;
+            (Test::Exists, false)
+        }
+        _ => return Err(invalid(&operand.cmp(), "must be eq, neq, in, nin, exists, prefix or contains")),
+    };
+    let node = Node::Text(attribute, test);
+    Ok(if is_negated { Node::Not(Box::new(node)) } else { node })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::event::Fields;
+    use crate::event::filter::Tags;
+
+    fn passes(filter: &str, payload: &str) -> bool {
+        let filter = Filter::parse(filter).expect("a filter");
+        filter.matches(&Tags::declared(&Fields::default()).completed(payload.as_bytes()))
+    }
+
+    #[test]
+    fn every_comparison_means_what_it_says() {
+        let alert = r#"{"severity":"high","source":"zeek","title":"Odd modbus write","mitre_techniques":["T0855"]}"#;
+        let cases = [
+            (r#"{"key":"severity","cmp":"eq","val":"high"}"#, true),
+            (r#"{"key":"severity","cmp":"neq","val":"high"}"#, false),
+            (r#"{"key":"severity","cmp":"in","vals":["low","high"]}"#, true),
+            (r#"{"key":"severity","cmp":"nin","vals":["low","high"]}"#, false),
+            (r#"{"key":"severity","cmp":"gte","val":"critical"}"#, false),
+            (r#"{"key":"severity","cmp":"lte","val":"high"}"#, true),
+            (r#"{"key":"severity","cmp":"exists"}"#, true),
+            (r#"{"key":"source","cmp":"eq","val":"zeek"}"#, true),
+            (r#"{"key":"source","cmp":"neq","val":"zeek"}"#, false),
+            (r#"{"key":"source","cmp":"in","vals":["zeek","a","z"]}"#, true),
+            (r#"{"key":"source","cmp":"nin","vals":["a"]}"#, true),
+            (r#"{"key":"tenant","cmp":"exists"}"#, false),
+            (r#"{"key":"tenant","cmp":"neq","val":"a"}"#, true),
+            (r#"{"key":"title","cmp":"prefix","val":"Odd"}"#, true),
+            (r#"{"key":"title","cmp":"contains","val":"modbus"}"#, true),
+            (r#"{"key":"technique","cmp":"prefix","val":"T08"}"#, true),
+            (r#"{"op":"not","nodes":[{"key":"technique","cmp":"exists"}]}"#, false),
+            (
+                r#"{"op":"or","nodes":[{"key":"type","cmp":"exists"},
+                    {"op":"and","nodes":[{"key":"source","cmp":"eq","val":"zeek"},
+                                         {"key":"severity","cmp":"gte","val":"medium"}]}]}"#,
+                true,
+            ),
+        ];
+        for (filter, expected) in cases {
+            assert_eq!(passes(filter, alert), expected, "{filter}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_severity_is_no_severity() {
+        let alert = r#"{"severity":"urgent"}"#;
+        assert!(!passes(r#"{"key":"severity","cmp":"exists"}"#, alert));
+        assert!(!passes(r#"{"key":"severity","cmp":"lte","val":"critical"}"#, alert));
+        assert!(passes(r#"{"key":"severity","cmp":"neq","val":"high"}"#, alert));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_told_with_its_place() {
+        let deep = r#"{"op":"not","nodes":[{"op":"not","nodes":[{"op":"not","nodes":[{"op":"not","nodes":[]}]}]}]}"#;
+        let wide = format!(r#"{{"op":"or","nodes":[{}]}}"#, [r#"{"key":"source","cmp":"exists"}"#; 32].join(","));
+        let cases = [
+            ("5", ""),
+            ("{}", ""),
+            (r#"{"key":"source","cmp":"eq","val":"a","extra":1}"#, ""),
+            (r#"{"op":"xor","nodes":[]}"#, "op"),
+            (r#"{"op":"and","nodes":[]}"#, "nodes"),
+            (r#"{"op":"and","nodes":[{"key":"sauce","cmp":"eq","val":"a"}]}"#, "nodes[0].key"),
+            (r#"{"op":"not","nodes":[{"key":"source","cmp":"gte","val":"a"}]}"#, "nodes[0].cmp"),
+            (r#"{"key":"severity","cmp":"prefix","val":"h"}"#, "cmp"),
+            (r#"{"key":"severity","cmp":"eq","val":"bad"}"#, ""),
+            (r#"{"key":"source","cmp":"eq","val":""}"#, "val"),
+            (r#"{"key":"source","cmp":"eq","vals":["a"]}"#, ""),
+            (r#"{"key":"source","cmp":"in","vals":[]}"#, "vals"),
+            (r#"{"key":"source","cmp":"in","vals":["a",""]}"#, "vals[1]"),
+            (r#"{"key":"source","cmp":"exists","val":"a"}"#, ""),
+            (deep, "nodes[0].nodes[0].nodes[0].nodes"),
+            (&wide, ""),
+        ];
+        for (filter, path) in cases {
+            assert_eq!(Filter::parse(filter).map_err(|invalid| invalid.path), Err(path.to_owned()), "{filter}");
+        }
+        let too_deep =
+            format!(r#"{{"op":"not","nodes":[{}]}}"#, deep.replace("[]", r#"[{"key":"source","cmp":"exists"}]"#));
+        assert!(Filter::parse(&too_deep).is_err_and(|invalid| invalid.problem.contains("4 levels")));
+    }
+
+    #[test]
+    fn a_tree_is_the_same_as_its_text() {
+        let text = r#"{"op":"not","nodes":[{"key":"source","cmp":"in","vals":["a","b"]}]}"#;
+        let (tree, filter) = (serde_json::from_str(text).expect("JSON"), Filter::parse(text));
+        assert!(filter.is_ok());
+        assert_eq!(Filter::from_value(&tree), filter);
+        assert_eq!(Filter::from_value(&Value::from(text)), filter);
+        for senseless in [Value::Null, Value::from(true), Value::from(""), serde_json::json!([]), serde_json::json!({})]
+        {
+            assert!(Filter::from_value(&senseless).is_err(), "{senseless}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_it_panic(text in any::<String>()) {
+            prop_assert!(Filter::parse(&text).is_err());
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! The bytes that clients receive: encodings, WebSocket frames, and the write buffer.
+
+pub(super) mod encoding;
+pub(super) mod frames;
+pub(super) mod write_buffer;

@@ -1,0 +1,65 @@
+//! The folder of the store, and that one process has it at a time.
+
+use std::fs::{File, TryLockError};
+use std::path::Path;
+
+use crate::store::{StoreError, StoreErrorKind};
+
+/// The file whose lock says that the folder is in use.
+const LOCK: &str = "lock";
+
+/// Holds the folder for this process until it is dropped.
+#[derive(Debug)]
+pub(crate) struct FolderLock(File);
+
+impl Drop for FolderLock {
+    fn drop(&mut self) {
+        // Closing alone would not do: a child process that is just being started shares the lock with us.
+        if let Err(error) = self.0.unlock() {
+            tracing::warn!(error = %error, "cannot let go of the store's folder");
+        }
+    }
+}
+
+/// Takes the folder for this process.
+pub(crate) fn lock(folder: &Path) -> Result<FolderLock, StoreError> {
+    let name = folder.display();
+    let unusable = |what: &str, error: std::io::Error| {
+        let hint = "give the daemon a folder that it may write to with store.embedded.path";
+        let kind = match error.kind() {
+            std::io::ErrorKind::PermissionDenied => StoreErrorKind::Denied,
+            std::io::ErrorKind::StorageFull => StoreErrorKind::Full,
+            _ => StoreErrorKind::Unavailable,
+        };
+        StoreError::new(kind, format!("cannot {what} the folder `{name}`: {error}; {hint}"))
+    };
+    std::fs::create_dir_all(folder).map_err(|error| unusable("make", error))?;
+    let file = File::options().create(true).truncate(false).write(true).open(folder.join(LOCK));
+    let file = file.map_err(|error| unusable("write to", error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(FolderLock(file)),
+        Err(TryLockError::WouldBlock) => Err(StoreError::new(
+            StoreErrorKind::Unavailable,
+            format!(
+                "another aurora-bus holds the folder `{name}`; stop it, or set store.embedded.path to a folder of its own"
+            ),
+        )),
+        Err(TryLockError::Error(error)) => Err(unusable("lock", error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_is_free_at_once_though_a_child_process_inherited_the_lock() {
+        let folder = tempfile::TempDir::new().expect("a temporary folder");
+        let held = lock(folder.path()).expect("a free folder");
+        assert!(lock(folder.path()).is_err());
+        let inherited = held.0.try_clone().expect("a handle");
+        drop(held);
+        assert!(lock(folder.path()).is_ok());
+        drop(inherited);
+    }
+}

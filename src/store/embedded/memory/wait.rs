@@ -1,0 +1,30 @@
+//! Waiting for news of many streams at once.
+
+use std::time::{Duration, Instant};
+
+use crate::event::{EntryId, StreamName};
+use crate::store::StoreError;
+use crate::store::embedded::{EmbeddedStore, changed};
+
+impl EmbeddedStore {
+    pub(crate) async fn wait_for_news(
+        &self,
+        places: &[(StreamName, EntryId)],
+        wait: Duration,
+    ) -> Result<Vec<(StreamName, EntryId)>, StoreError> {
+        let deadline = Instant::now() + wait;
+        let mut any = self.shared.news.subscribe();
+        loop {
+            any.mark_unchanged();
+            self.fail_if_closed()?;
+            let newer = |(stream, after): &(StreamName, EntryId)| {
+                let newest = *self.shared.find(stream)?.newest.borrow();
+                (newest > *after).then(|| (stream.clone(), newest))
+            };
+            let news: Vec<_> = places.iter().filter_map(newer).collect();
+            if !news.is_empty() || !changed(&mut any, deadline, &self.shared.closed).await {
+                return Ok(news);
+            }
+        }
+    }
+}

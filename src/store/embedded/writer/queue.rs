@@ -1,0 +1,153 @@
+//! The queue between the callers and the writer: bounded by the callers, drained whole by the writer.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+
+use crate::store::StoreError;
+use crate::store::embedded::disk::schema::is_closed_error;
+use crate::store::embedded::writer::Writer;
+
+/// Bytes of appended entries that may wait, in units of [`UNIT_BYTES`]; callers beyond it wait.
+const CAPACITY: u32 = 64 * 1024;
+const UNIT_BYTES: usize = 1024;
+
+/// One call of the store, to be done by the writer.
+pub(crate) trait Work: Send {
+    /// Whether nothing else may be in its transaction, so that it may write on its own.
+    fn is_alone(&self) -> bool;
+    /// Does it, up to the commit. May be called again after a failed commit.
+    fn run(&mut self, writer: &mut Writer);
+    /// Answers the caller, with the commit's error if it failed.
+    fn answer(self: Box<Self>, error: Option<StoreError>);
+}
+
+struct Call<F, R> {
+    work: F,
+    is_alone: bool,
+    result: Option<Result<R, StoreError>>,
+    answer: oneshot::Sender<Result<R, StoreError>>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl<F, R> Work for Call<F, R>
+where
+    F: FnMut(&mut Writer) -> Result<R, StoreError> + Send,
+    R: Send,
+{
+    fn is_alone(&self) -> bool {
+        self.is_alone
+    }
+
+    fn run(&mut self, writer: &mut Writer) {
+        self.result = Some((self.work)(writer));
+    }
+
+    fn answer(self: Box<Self>, error: Option<StoreError>) {
+        let result = match (error, self.result) {
+            (Some(error), _) => Err(error),
+            (None, Some(result)) => result,
+            (None, None) => Err(is_closed_error()),
+        };
+        // The caller may have stopped waiting; what was asked is done all the same.
+        drop(self.answer.send(result));
+    }
+}
+
+/// What the writer finds in the queue.
+pub(crate) enum Taken {
+    Work(VecDeque<Box<dyn Work>>),
+    /// Nothing came in time.
+    Nothing,
+    /// The queue is closed and empty.
+    Closed,
+}
+
+/// See the module.
+pub(crate) struct Queue {
+    room: Arc<Semaphore>,
+    waiting: Mutex<Waiting>,
+    came: Condvar,
+}
+
+#[derive(Default)]
+struct Waiting {
+    work: VecDeque<Box<dyn Work>>,
+    is_closed: bool,
+}
+
+impl Queue {
+    pub(crate) fn new() -> Self {
+        Self { room: Arc::new(Semaphore::new(CAPACITY as usize)), waiting: Mutex::default(), came: Condvar::new() }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the writer do `work` and returns its result once it is committed. Waits while the queue is full.
+    pub(crate) async fn call<R: Send + 'static>(
+        &self,
+        bytes: usize,
+        is_alone: bool,
+        work: impl FnMut(&mut Writer) -> Result<R, StoreError> + Send + 'static,
+    ) -> Result<R, StoreError> {
+        let units = u32::try_from(1 + bytes / UNIT_BYTES).unwrap_or(CAPACITY).min(CAPACITY);
+        let room = self.room.clone().acquire_many_owned(units).await;
+        let permit = room.map_err(|_closed| is_closed_error())?;
+        let (answer, answered) = oneshot::channel();
+        if !self.push(Box::new(Call { work, is_alone, result: None, answer, _permit: permit })) {
+            return Err(is_closed_error());
+        }
+        answered.await.unwrap_or_else(|_writer_is_gone| Err(is_closed_error()))
+    }
+
+    fn push(&self, work: Box<dyn Work>) -> bool {
+        let mut waiting = self.waiting();
+        if waiting.is_closed {
+            return false;
+        }
+        waiting.work.push_back(work);
+        let was_empty = waiting.work.len() == 1;
+        drop(waiting);
+        if was_empty {
+            self.came.notify_one();
+        }
+        true
+    }
+
+    /// All that waits; waits itself until `deadline` for something to come.
+    pub(crate) fn take(&self, deadline: Option<Instant>) -> Taken {
+        let mut waiting = self.waiting();
+        loop {
+            if !waiting.work.is_empty() {
+                return Taken::Work(std::mem::take(&mut waiting.work));
+            }
+            if waiting.is_closed {
+                return Taken::Closed;
+            }
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            waiting = match left {
+                Some(Duration::ZERO) => return Taken::Nothing,
+                Some(left) => self.came.wait_timeout(waiting, left).unwrap_or_else(PoisonError::into_inner).0,
+                None => self.came.wait(waiting).unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+    }
+
+    /// Refuses further calls; what waits is still done.
+    pub(crate) fn close(&self) {
+        self.waiting().is_closed = true;
+        self.room.close();
+        self.came.notify_all();
+    }
+
+    /// Refuses further calls and drops those that wait, which answers them.
+    pub(crate) fn abandon(&self) {
+        self.close();
+        let abandoned = std::mem::take(&mut self.waiting().work);
+        drop(abandoned);
+    }
+}

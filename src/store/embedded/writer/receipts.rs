@@ -1,0 +1,52 @@
+//! Deliveries named by their receipts.
+
+use crate::store::embedded::memory::groups::{Group, Held, NewLeases};
+use crate::store::embedded::writer::Writer;
+use crate::store::embedded::writer::operations::{millis, no_group};
+use crate::store::{Cursor, Receipt, Redemption, StoreError};
+
+impl Writer {
+    pub(crate) fn redeem(
+        &mut self,
+        cursor: &Cursor,
+        redemptions: &[(Receipt, Redemption)],
+    ) -> Result<Vec<bool>, StoreError> {
+        let now_ms = self.now_ms();
+        let limit_ms = millis(cursor.claim_idle);
+        let (place, group) = self.group(cursor)?;
+        let mut last = None;
+        let mut are_there = Vec::with_capacity(redemptions.len());
+        for (receipt, redemption) in redemptions {
+            let is_held_on = matches!(redemption, Redemption::Hold { .. });
+            let needs_body = is_held_on && of_receipt(group, receipt, now_ms, limit_ms).is_some();
+            are_there.push(!needs_body || self.body(place, receipt.id, &mut last)?.is_some());
+        }
+        let (group, numbers) = self.change_group(place, &cursor.group).ok_or_else(|| no_group(cursor))?;
+        let mut leases = NewLeases::default();
+        let mut redeem = |(receipt, redemption): &(Receipt, Redemption)| {
+            let Some(held) = of_receipt(group, receipt, now_ms, limit_ms) else { return false };
+            match redemption {
+                Redemption::Acknowledge => {
+                    group.account().acknowledged += 1;
+                    group.release(held.id);
+                }
+                Redemption::Hold { by, lease } => {
+                    let consumer = group.consumer(by, now_ms, &mut numbers.consumer);
+                    let idle_ms = limit_ms - millis(*lease).min(limit_ms);
+                    let delivered_ms = now_ms.saturating_sub(idle_ms);
+                    group.hold(Held { consumer, delivered_ms, ..held }, &mut leases, &mut numbers.lease);
+                }
+            }
+            true
+        };
+        Ok(redemptions.iter().zip(are_there).map(|(one, is_there)| is_there && redeem(one)).collect())
+    }
+}
+
+/// The pending entry that a receipt names, if it is good.
+fn of_receipt(group: &Group, receipt: &Receipt, now_ms: u64, limit_ms: u64) -> Option<Held> {
+    let consumer = group.number_of(&receipt.consumer)?;
+    let is_idle = |held: &Held| now_ms.saturating_sub(held.delivered_ms) >= limit_ms;
+    let is_its = |held: &Held| held.consumer == consumer && held.attempts == receipt.attempt;
+    group.held(receipt.id).filter(|held| is_its(held) && !is_idle(held))
+}

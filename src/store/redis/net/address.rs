@@ -1,0 +1,263 @@
+//! Where servers are: the text of a URL, with one host or several, taken apart.
+
+use std::fmt;
+use std::sync::Arc;
+
+use url::{Host, Url};
+
+use crate::store::redis::config::InvalidConfig;
+
+const PORT: u16 = 6379;
+const SENTINEL_PORT: u16 = 26379;
+
+/// Where one server listens.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Address {
+    pub(crate) host: Arc<str>,
+    pub(crate) port: u16,
+}
+
+impl Address {
+    pub(crate) fn new(host: &str, port: u16) -> Self {
+        Self { host: host.into(), port }
+    }
+
+    /// From `host:port` as a cluster tells it; without a host it is the one that was asked.
+    pub(crate) fn told(text: &str, asked: &Self) -> Option<Self> {
+        let (host, port) = text.rsplit_once(':')?;
+        let port = port.parse().ok()?;
+        Some(Self::named(host, port, asked))
+    }
+
+    /// From a host and a port as a cluster tells them; one that does not know its own name leaves the host out.
+    pub(crate) fn named(host: &str, port: u16, asked: &Self) -> Self {
+        let host = if host.is_empty() || host == "?" { &*asked.host } else { host };
+        Self::new(host.trim_matches(['[', ']']), port)
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { host, port } = self;
+        if host.contains(':') { write!(f, "[{host}]:{port}") } else { write!(f, "{host}:{port}") }
+    }
+}
+
+/// How the server for a key is found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Topology {
+    /// It is always this one.
+    Single(Address),
+    /// Sentinels know which server is the primary of a service.
+    Sentinel { sentinels: Vec<Address>, service: String },
+    /// Nodes of a cluster know who has which keys.
+    Cluster(Vec<Address>),
+}
+
+impl fmt::Display for Topology {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list = |all: &[Address]| all.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+        match self {
+            Self::Single(address) => write!(f, "{address}"),
+            Self::Sentinel { sentinels, service } => write!(f, "`{service}` by sentinels {}", list(sentinels)),
+            Self::Cluster(seeds) => write!(f, "cluster {}", list(seeds)),
+        }
+    }
+}
+
+/// What a URL says.
+#[derive(Clone)]
+pub(crate) struct Target {
+    pub(crate) with_tls: bool,
+    pub(crate) topology: Topology,
+    pub(crate) username: Option<String>,
+    pub(crate) password: Option<String>,
+    pub(crate) database: Option<u8>,
+}
+
+/// The parts of a URL that may name several hosts.
+struct Parts<'a> {
+    scheme: &'a str,
+    /// With the `@` that ends it; empty where there is none.
+    credentials: &'a str,
+    hosts: &'a str,
+    /// With the slash that begins it.
+    path: &'a str,
+}
+
+impl<'a> Parts<'a> {
+    fn of(text: &'a str) -> Option<Self> {
+        let (scheme, rest) = text.split_once("://")?;
+        let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+        let (authority, path) = rest.split_at(end);
+        let (credentials, hosts) = authority.split_at(authority.rfind('@').map_or(0, |at| at + 1));
+        Some(Self { scheme, credentials, hosts, path })
+    }
+}
+
+impl Target {
+    /// Takes a URL apart: `redis[s][-sentinel|-cluster]://[user:password@]host[:port][,host…][/service][/database]`.
+    pub(crate) fn parse(text: &str) -> Result<Self, InvalidConfig> {
+        let Some(parts) = Parts::of(text) else {
+            return Err(match Url::parse(text) {
+                Err(error) => InvalidConfig::Url(error),
+                Ok(url) => InvalidConfig::Scheme(url.scheme().to_owned()),
+            });
+        };
+        let (with_tls, kind) = match parts.scheme.strip_prefix("rediss") {
+            Some(kind) => (true, kind),
+            None => (false, parts.scheme.strip_prefix("redis").unwrap_or("?")),
+        };
+        if !matches!(kind, "" | "-sentinel" | "-cluster") {
+            return Err(InvalidConfig::Scheme(parts.scheme.to_owned()));
+        }
+        let default_port = if kind == "-sentinel" { SENTINEL_PORT } else { PORT };
+        let hosts = parts
+            .hosts
+            .split(',')
+            .map(|host| {
+                let url = Url::parse(&format!("redis://{}", host.trim())).map_err(InvalidConfig::Url)?;
+                address(&url, default_port)
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        // Any host will do to have the credentials read.
+        let url =
+            Url::parse(&format!("redis://{}host{}", parts.credentials, parts.path)).map_err(InvalidConfig::Url)?;
+        if url.query().is_some() || url.fragment().is_some() {
+            return Err(InvalidConfig::Query);
+        }
+        let path = url.path().trim_matches('/');
+        let (topology, database) = match kind {
+            "-sentinel" => {
+                let (service, database) = path.split_once('/').unwrap_or((path, ""));
+                if service.is_empty() {
+                    return Err(InvalidConfig::Service);
+                }
+                (Topology::Sentinel { sentinels: hosts, service: decoded(service)? }, database)
+            }
+            "-cluster" => {
+                if !matches!(path, "" | "0") {
+                    return Err(InvalidConfig::ClusterDatabase(path.chars().take(64).collect()));
+                }
+                (Topology::Cluster(hosts), "")
+            }
+            _ => {
+                let [host] = hosts.try_into().map_err(|_several: Vec<_>| InvalidConfig::SeveralHosts)?;
+                (Topology::Single(host), path)
+            }
+        };
+        Ok(Self {
+            with_tls,
+            topology,
+            username: Some(decoded(url.username())?).filter(|name| !name.is_empty()),
+            password: url.password().map(decoded).transpose()?,
+            database: match database {
+                "" => None,
+                text => Some(text.parse().map_err(|_none| InvalidConfig::Database(text.chars().take(64).collect()))?),
+            },
+        })
+    }
+}
+
+/// The URL with its password replaced; nothing where it can't be told where the password is.
+pub(crate) fn masked(text: &str, mask: &str) -> Option<String> {
+    let Parts { scheme, credentials, hosts, path } = Parts::of(text)?;
+    Some(match credentials.split_once(':') {
+        Some((user, _)) => format!("{scheme}://{user}:{mask}@{hosts}{path}"),
+        None => text.to_owned(),
+    })
+}
+
+fn address(url: &Url, default_port: u16) -> Result<Address, InvalidConfig> {
+    let host = match url.host().ok_or(InvalidConfig::Host)? {
+        Host::Domain("") => return Err(InvalidConfig::Host),
+        Host::Domain(name) => name.to_owned(),
+        Host::Ipv4(address) => address.to_string(),
+        Host::Ipv6(address) => address.to_string(),
+    };
+    Ok(Address::new(&host, url.port().unwrap_or(default_port)))
+}
+
+/// Text of a URL with its %-escapes resolved.
+fn decoded(text: &str) -> Result<String, InvalidConfig> {
+    let mut out = Vec::with_capacity(text.len());
+    let mut bytes = text.bytes();
+    while let Some(byte) = bytes.next() {
+        if byte != b'%' {
+            out.push(byte);
+            continue;
+        }
+        let mut digit = || bytes.next().and_then(|b| char::from(b).to_digit(16)).and_then(|d| u8::try_from(d).ok());
+        match (digit(), digit()) {
+            (Some(high), Some(low)) => out.push(high * 16 + low),
+            _ => return Err(InvalidConfig::Credentials),
+        }
+    }
+    String::from_utf8(out).or(Err(InvalidConfig::Credentials))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn topology(url: &str) -> Topology {
+        Target::parse(url).unwrap_or_else(|error| panic!("{url}: {error}")).topology
+    }
+
+    #[test]
+    fn a_url_may_name_sentinels_or_nodes() {
+        let two = vec![Address::new("a.example", 26379), Address::new("::1", 5)];
+        let service = "soc main".to_owned();
+        let sentinel = "rediss-sentinel://bob:p%40ss@a.example,[::1]:5/soc%20main/3";
+        assert_eq!(topology(sentinel), Topology::Sentinel { sentinels: two, service });
+        let target = Target::parse(sentinel).unwrap_or_else(|error| panic!("{error}"));
+        assert!(target.with_tls);
+        assert_eq!((target.username.as_deref(), target.password.as_deref()), (Some("bob"), Some("p@ss")));
+        assert_eq!(target.database, Some(3));
+        let nodes = vec![Address::new("10.0.0.1", 7000), Address::new("n2", 6379)];
+        assert_eq!(topology("redis-cluster://10.0.0.1:7000,n2"), Topology::Cluster(nodes));
+        assert_eq!(topology("redis://h/2"), Topology::Single(Address::new("h", 6379)));
+    }
+
+    #[test]
+    fn what_a_url_cannot_mean_is_refused_in_words() {
+        let refused = |url: &str| match Target::parse(url) {
+            Ok(_) => panic!("{url} is taken"),
+            Err(error) => error.to_string(),
+        };
+        let cases = [
+            ("redis-sentinel://h:1", "names no service"),
+            ("redis-sentinel://h/x/db", "`db` is no database"),
+            ("redis-cluster://h/1", "has database 0 only"),
+            ("redis://a,b/0", "several hosts"),
+            ("redis-cluster://a,,b", "names no host"),
+            ("redis-ring://a", "the scheme is `redis-ring`"),
+            ("redis://a/0?db=1", "nothing may follow"),
+        ];
+        for (url, words) in cases {
+            let error = refused(url);
+            assert!(error.contains(words), "{url}: {error}");
+        }
+    }
+
+    #[test]
+    fn passwords_are_masked_whatever_the_hosts() {
+        let cases = [
+            ("redis://u:secret@h/0", Some("redis://u:*@h/0")),
+            ("redis-cluster://:se@cret@a,b:1", Some("redis-cluster://:*@a,b:1")),
+            ("redis://u@h", Some("redis://u@h")),
+            ("secret@h", None),
+        ];
+        for (url, expected) in cases {
+            assert_eq!(masked(url, "*").as_deref(), expected);
+        }
+    }
+
+    #[test]
+    fn a_node_that_does_not_know_its_name_is_where_it_was_asked() {
+        let asked = Address::new("10.0.0.1", 7000);
+        assert_eq!(Address::told(":7001", &asked), Some(Address::new("10.0.0.1", 7001)));
+        assert_eq!(Address::told("fd00::2:7002", &asked), Some(Address::new("fd00::2", 7002)));
+        assert_eq!(Address::told("nowhere", &asked), None);
+    }
+}

@@ -1,0 +1,326 @@
+//! Appending: what many tasks append to a stream at the same time goes to the server as one command.
+//!
+//! One task takes all appends. Per stream up to two commands are under way; what comes meanwhile waits and is put
+//! together into the next one. There is no timer: the commands under way are the window.
+
+use std::collections::{HashMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use crate::event::{NewEntry, StreamName, field};
+use crate::store::redis::net::client::Link;
+use crate::store::redis::net::connection::Arguments;
+use crate::store::redis::net::error::Failure;
+use crate::store::redis::net::reply::{Reply, parse_id};
+use crate::store::redis::net::script::{APPEND, APPEND_ONCE};
+use crate::store::redis::ops::keys;
+use crate::store::redis::ops::large_entry;
+use crate::store::{Appended, MAX_APPEND, StoreErrorKind};
+
+/// The most bytes of names and values that appends are put together to. A single append may be greater.
+const MAX_BATCH_BYTES: usize = 1 << 20;
+/// The most commands of one stream under way.
+const MAX_UNDER_WAY: u8 = 2;
+/// The most appends that wait to be taken.
+const QUEUE: usize = 1024;
+
+/// Where appends are handed in.
+#[derive(Debug, Clone)]
+pub(crate) struct Publisher {
+    queue: mpsc::Sender<Request>,
+    /// How long an append may wait before it is sent.
+    patience: Duration,
+}
+
+#[derive(Debug)]
+struct Request {
+    stream: StreamName,
+    entries: Vec<NewEntry>,
+    bytes: usize,
+    queued_at: Instant,
+    answer: oneshot::Sender<Result<Vec<Appended>, Failure>>,
+}
+
+/// One stream's appends.
+#[derive(Default)]
+struct Lane {
+    waiting: VecDeque<Request>,
+    under_way: u8,
+}
+
+impl Publisher {
+    /// The publisher, and the task that does its work until `closing` is cancelled and what was handed in is done.
+    pub(crate) fn new(
+        link: Link,
+        patience: Duration,
+        closing: CancellationToken,
+    ) -> (Self, impl Future<Output = ()> + Send + 'static) {
+        let (queue, requests) = mpsc::channel(QUEUE);
+        (Self { queue, patience }, run(link, requests, patience, closing))
+    }
+
+    /// Appends entries, all or none. Cancel-safe: they are appended or not, as a whole.
+    pub(crate) async fn append(&self, stream: &StreamName, entries: Vec<NewEntry>) -> Result<Vec<Appended>, Failure> {
+        if entries.is_empty() {
+            return Ok(Vec::new());
+        }
+        check(&entries)?;
+        let (answer, outcome) = oneshot::channel();
+        let bytes = entries.iter().map(|entry| entry.fields.size_bytes()).sum();
+        let request = Request { stream: stream.clone(), entries, bytes, queued_at: Instant::now(), answer };
+        match tokio::time::timeout(self.patience, self.queue.send(request)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return Err(Failure::unavailable("the store is closed")),
+            Err(_) => return Err(Failure::unavailable("too many appends are waiting for the server")),
+        }
+        outcome.await.unwrap_or_else(|_| Err(Failure::unavailable("the store is closed")))
+    }
+}
+
+/// Finds what can't be appended before it spoils the batch of others.
+fn check(entries: &[NewEntry]) -> Result<(), Failure> {
+    let wrong = |reason: String| Err(Failure::new(StoreErrorKind::Internal, reason));
+    if entries.len() > MAX_APPEND {
+        return wrong(format!("{} entries are more than the {MAX_APPEND} of one append", entries.len()));
+    }
+    for entry in entries {
+        if entry.fields.is_empty() {
+            return wrong("an entry must have a field".to_owned());
+        }
+        if entry.fields.len() * 2 > large_entry::MAX_ARGUMENTS {
+            return wrong(format!("an entry has {} fields", entry.fields.len()));
+        }
+    }
+    Ok(())
+}
+
+async fn run(link: Link, mut requests: mpsc::Receiver<Request>, patience: Duration, closing: CancellationToken) {
+    let mut lanes: HashMap<StreamName, Lane> = HashMap::new();
+    let mut under_way = FuturesUnordered::new();
+    let mut is_open = true;
+    while is_open || !under_way.is_empty() {
+        let stream = tokio::select! {
+            biased;
+            Some(stream) = under_way.next() => {
+                if let Some(lane) = lanes.get_mut(&stream) {
+                    lane.under_way -= 1;
+                }
+                // Whatever came meanwhile belongs into the next batch.
+                while let Ok(request) = requests.try_recv() {
+                    lanes.entry(request.stream.clone()).or_default().waiting.push_back(request);
+                }
+                None::<StreamName>
+            }
+            () = closing.cancelled(), if !requests.is_closed() => {
+                requests.close();
+                None
+            }
+            request = requests.recv(), if is_open => {
+                is_open = request.is_some();
+                request.map(|request| {
+                    let stream = request.stream.clone();
+                    lanes.entry(stream.clone()).or_default().waiting.push_back(request);
+                    stream
+                })
+            }
+        };
+        match stream {
+            Some(stream) => {
+                let lane = lanes.get_mut(&stream).expect("the request was just put there");
+                while let Some(batch) = next_batch(lane, patience) {
+                    under_way.push(send(&link, stream.clone(), batch));
+                }
+            }
+            None => lanes.retain(|stream, lane| {
+                while let Some(batch) = next_batch(lane, patience) {
+                    under_way.push(send(&link, stream.clone(), batch));
+                }
+                lane.under_way > 0 || !lane.waiting.is_empty()
+            }),
+        }
+    }
+}
+
+/// What goes to the server next, if another command of this stream may be sent now.
+fn next_batch(lane: &mut Lane, patience: Duration) -> Option<Vec<Request>> {
+    if lane.under_way >= MAX_UNDER_WAY {
+        return None;
+    }
+    let mut batch = Vec::new();
+    let (mut entries, mut bytes) = (0, 0);
+    while let Some(next) = lane.waiting.front() {
+        let is_too_much = entries + next.entries.len() > MAX_APPEND || bytes + next.bytes > MAX_BATCH_BYTES;
+        if is_too_much && !batch.is_empty() {
+            break;
+        }
+        let request = lane.waiting.pop_front().expect("it was just looked at");
+        if request.answer.is_closed() {
+            continue;
+        }
+        if request.queued_at.elapsed() > patience {
+            answer(request, Err(Failure::unavailable("the server did not take earlier appends in time")));
+            continue;
+        }
+        entries += request.entries.len();
+        bytes += request.bytes;
+        batch.push(request);
+    }
+    if batch.is_empty() {
+        return None;
+    }
+    lane.under_way += 1;
+    Some(batch)
+}
+
+async fn send(link: &Link, stream: StreamName, batch: Vec<Request>) -> StreamName {
+    let outcome = append(link, &stream, &batch).await;
+    match outcome {
+        Ok((appended, unconfirmed)) => {
+            let mut appended = appended.into_iter();
+            for request in batch {
+                let own: Vec<Appended> = appended.by_ref().take(request.entries.len()).collect();
+                let outcome = match &unconfirmed {
+                    None => Ok(own),
+                    Some(failure) => {
+                        let stored = own.iter().filter(|appended| !appended.duplicate).count() as u64;
+                        Err(Failure { stored, ..failure.clone() })
+                    }
+                };
+                answer(request, outcome);
+            }
+        }
+        Err(failure) => {
+            for request in batch {
+                answer(request, Err(failure.clone()));
+            }
+        }
+    }
+    stream
+}
+
+fn answer(request: Request, outcome: Result<Vec<Appended>, Failure>) {
+    // Whoever asked may be gone; the entries are appended all the same.
+    drop(request.answer.send(outcome));
+}
+
+/// What was appended, and why that is not as durable as it was to be, if it is not.
+async fn append(
+    link: &Link,
+    stream: &StreamName,
+    batch: &[Request],
+) -> Result<(Vec<Appended>, Option<Failure>), Failure> {
+    let entries = || batch.iter().flat_map(|request| &request.entries);
+    if entries().any(large_entry::is_wide) {
+        return large_entry::append(link, stream, &entries().collect::<Vec<_>>()).await;
+    }
+    let once = entries().any(|entry| entry.idempotency.is_some());
+    let answer = if once {
+        append_once(link, stream, entries()).await
+    } else {
+        let key = Bytes::copy_from_slice(stream.as_str().as_bytes());
+        link.run_with(&APPEND, &[key], |arguments| add_runs(arguments, entries())).await
+    };
+    let (reply, unconfirmed) = match answer {
+        Ok(reply) => (reply, None),
+        Err(mut failure) => match failure.unconfirmed.take() {
+            Some(reply) => (*reply, Some(failure)),
+            None => return Err(failure),
+        },
+    };
+    let appended = if once { with_duplicates(reply, entries())? } else { plain(&reply.bytes()?, entries())? };
+    if appended.len() == entries().count() {
+        Ok((appended, unconfirmed))
+    } else {
+        Err(Failure::unexpected("another number of ids than of entries"))
+    }
+}
+
+/// Adds entries one after the other, those that follow each other with the same names as one run, in which a value that
+/// all of them have in common stands once.
+fn add_runs<'a>(arguments: &mut Arguments, entries: impl Iterator<Item = &'a NewEntry> + Clone) {
+    let names = |entry: &'a NewEntry| entry.fields.iter().map(|(name, _)| name);
+    let mut rest = entries.peekable();
+    while let Some(first) = rest.peek().copied() {
+        let mut run = 0;
+        let mut differs = vec![false; first.fields.len()];
+        for entry in rest.clone().take_while(|entry| names(entry).eq(names(first))) {
+            run += 1;
+            let values = first.fields.iter().zip(entry.fields.iter());
+            for (differs, ((_, shared), (_, value))) in differs.iter_mut().zip(values) {
+                *differs = *differs || shared != value;
+            }
+        }
+        let places: Vec<_> = (1..).zip(&differs).filter(|(_, differs)| **differs).map(|(n, _)| n.to_string()).collect();
+        arguments.reserve(2 * first.fields.len() + run * places.len() + 3);
+        arguments.shown(&first.fields.len());
+        for ((name, value), differs) in first.fields.iter().zip(&differs) {
+            arguments.bytes(name.clone()).bytes(if *differs { Bytes::new() } else { value.clone() });
+        }
+        arguments.shown(&places.join(" ")).shown(&run);
+        for entry in rest.by_ref().take(run) {
+            for ((_, value), _) in entry.fields.iter().zip(&differs).filter(|(_, differs)| **differs) {
+                arguments.bytes(value.clone());
+            }
+        }
+    }
+}
+
+async fn append_once(
+    link: &Link,
+    stream: &StreamName,
+    entries: impl Iterator<Item = &NewEntry> + Clone + Send,
+) -> Result<Reply, Failure> {
+    let mut stream_keys = vec![Bytes::copy_from_slice(stream.as_str().as_bytes())];
+    let mut arguments = Arguments::with_capacity(entries.clone().map(|entry| entry.fields.len() * 2 + 3).sum());
+    for entry in entries.clone() {
+        let size = entry.fields.len() * 2;
+        match &entry.idempotency {
+            None => {
+                arguments.shown(&size);
+            }
+            Some(idempotency) => {
+                stream_keys.push(keys::idempotency(stream, &idempotency.key));
+                let window_ms = idempotency.window.as_millis().max(1);
+                arguments.shown(&format_args!("-{size}")).shown(&window_ms).bytes(event_id(entry));
+            }
+        }
+        for (name, value) in entry.fields.iter() {
+            arguments.bytes(name.clone()).bytes(value.clone());
+        }
+    }
+    link.run(&APPEND_ONCE, &stream_keys, arguments).await
+}
+
+fn event_id(entry: &NewEntry) -> Bytes {
+    entry.fields.get(field::ID).cloned().unwrap_or_default()
+}
+
+/// Ids parted by spaces.
+fn plain<'a>(ids: &Bytes, entries: impl Iterator<Item = &'a NewEntry>) -> Result<Vec<Appended>, Failure> {
+    let ids = ids.split(|byte| *byte == b' ');
+    ids.zip(entries)
+        .map(|(id, entry)| Ok(Appended { id: parse_id(id)?, event_id: event_id(entry), duplicate: false }))
+        .collect()
+}
+
+/// Per entry its id, or `=<id> <event id>` of the first one with its key.
+fn with_duplicates<'a>(reply: Reply, entries: impl Iterator<Item = &'a NewEntry>) -> Result<Vec<Appended>, Failure> {
+    let one = |(reply, entry): (Reply, &NewEntry)| {
+        let text = reply.bytes()?;
+        match text.strip_prefix(b"=") {
+            None => Ok(Appended { id: parse_id(&text)?, event_id: event_id(entry), duplicate: false }),
+            Some(first) => {
+                let end = first.iter().position(|byte| *byte == b' ').unwrap_or(first.len());
+                let (id, rest) = first.split_at(end);
+                let event_id = rest.get(1..).unwrap_or_default();
+                Ok(Appended { id: parse_id(id)?, event_id: text.slice_ref(event_id), duplicate: true })
+            }
+        }
+    };
+    reply.list()?.into_iter().zip(entries).map(one).collect()
+}

@@ -1,0 +1,39 @@
+//! Deliveries named by their receipts, by one script.
+
+use crate::store::redis::net::connection::Arguments;
+use crate::store::redis::net::error::Failure;
+use crate::store::redis::net::script;
+use crate::store::redis::ops::keys;
+use crate::store::redis::{RedisStore, key};
+use crate::store::{Cursor, Receipt, Redemption};
+
+impl RedisStore {
+    /// Acknowledges or holds on what has a good receipt; says for each whether it has.
+    pub(crate) async fn redeem_all(
+        &self,
+        cursor: &Cursor,
+        redemptions: &[(Receipt, Redemption)],
+    ) -> Result<Vec<bool>, Failure> {
+        let mut good = Vec::with_capacity(redemptions.len());
+        for chunk in redemptions.chunks(script::MAX_IDS) {
+            let mut arguments = Arguments::with_capacity(2 + chunk.len() * 5);
+            arguments.name(cursor.group.as_str()).shown(&cursor.claim_idle.as_millis());
+            for (receipt, redemption) in chunk {
+                arguments.shown(&receipt.id).name(receipt.consumer.as_str()).shown(&receipt.attempt);
+                match redemption {
+                    Redemption::Acknowledge => arguments.text("").text("0"),
+                    Redemption::Hold { by, lease } => arguments.name(by.as_str()).shown(&lease.as_millis()),
+                };
+            }
+            let keys = vec![key(&cursor.stream), keys::account(&cursor.stream)];
+            let answers = self.run_as(&script::REDEEM, cursor, keys, arguments).await?.list()?;
+            if answers.len() != chunk.len() {
+                return Err(Failure::unexpected("another number of answers than of receipts"));
+            }
+            for answer in answers {
+                good.push(answer.count()? == 1);
+            }
+        }
+        Ok(good)
+    }
+}
