@@ -4,7 +4,6 @@
 //! [`sink::Sink`] for the two seams.
 
 pub mod app;
-pub mod bench;
 pub mod bus;
 pub mod cli;
 pub mod config;
