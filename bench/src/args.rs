@@ -208,3 +208,27 @@ impl RelayArgs {
         self.parts().map(runs).sum()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn scenarios_and_generator_are_distinguished() {
+        let cli = Cli::try_parse_from(["bench", "publish", "relay", "--only", "storm,slow"]).unwrap();
+        assert_eq!(cli.args.scenarios, [Scenario::Publish, Scenario::Relay]);
+        assert_eq!(cli.args.relay.parts().collect::<Vec<_>>(), [RelayPart::Storm, RelayPart::Slow]);
+        let cli = Cli::try_parse_from(["bench"]).unwrap();
+        assert!(cli.command.is_none());
+        assert_eq!(cli.args.scenarios, [Scenario::All]);
+        let cli = Cli::try_parse_from(["bench", "generate", "{}"]).unwrap();
+        assert!(matches!(cli.command, Some(Command::Generate(_))));
+    }
+}

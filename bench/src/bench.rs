@@ -27,7 +27,7 @@ pub(crate) const STREAM: &str = "aurora:alerts";
 pub(crate) const GROUP: &str = "bench";
 pub(crate) const PUBLISH_PATH: &str = "/api/v1/streams/aurora:alerts/events";
 const WEBSOCKET_PATH: &str = "/api/v1/ws/alerts";
-/// The path of WebSockets that speak aurora.v1.
+/// The WebSocket path of the protocol aurora.v1.
 const AURORA_V1_PATH: &str = "/api/v1/ws/alerts?v=1";
 /// Open files of a process beside the sockets of its clients.
 const OTHER_FILES: u64 = 200;

@@ -57,13 +57,8 @@ pub(crate) struct DaemonProgram {
 impl DaemonProgram {
     /// Finds the daemon: the given file, or `aurora-bus` beside this program.
     pub(crate) fn find(given: Option<&Path>) -> Result<Self> {
-        let path = match given {
-            Some(path) => path.to_owned(),
-            None => {
-                let program = std::env::current_exe().context("cannot find the file of this program")?;
-                program.with_file_name("aurora-bus")
-            }
-        };
+        let program = std::env::current_exe().context("cannot find the file of this program")?;
+        let path = given.map_or_else(|| program.with_file_name("aurora-bus"), Path::to_owned);
         let build = if cfg!(debug_assertions) { "cargo build" } else { "cargo build --release" };
         ensure!(
             path.is_file(),

@@ -15,7 +15,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// The time limit of a state that a test waits for.
-const BOUND: Duration = Duration::from_secs(60);
+const BOUND: Duration = Duration::from_mins(1);
 
 fn bench(folder: &Path) -> Command {
     let program = Path::new(env!("CARGO_BIN_EXE_aurora-bus-bench"));
@@ -177,7 +177,9 @@ struct RedisServer {
 
 impl RedisServer {
     fn start() -> Self {
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+        let port = listener.local_addr().expect("an address").port();
+        drop(listener);
         let program: PathBuf = install::program("redis-server", "redis-server");
         let folder = folder();
         let mut command = Command::new(program);
@@ -192,10 +194,10 @@ impl RedisServer {
     }
 
     fn call(&self, command: &str) -> String {
-        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).unwrap();
-        write!(stream, "{command}\r\nQUIT\r\n").unwrap();
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).expect("Redis accepts");
+        write!(stream, "{command}\r\nQUIT\r\n").expect("Redis reads");
         let mut reply = String::new();
-        stream.read_to_string(&mut reply).unwrap();
+        stream.read_to_string(&mut reply).expect("Redis replies");
         reply
     }
 }

@@ -232,7 +232,9 @@ mod tests {
             format!(r#"{{"push":{{"channel":"alerts","pub":{{"data":{},"offset":4}}}}}}"#, event(4)),
         ];
         let mut apart = Vec::new();
-        lines.iter().for_each(|line| write_server_text(line.as_bytes(), &mut apart));
+        for line in &lines {
+            write_server_text(line.as_bytes(), &mut apart);
+        }
         let mut together = Vec::new();
         write_server_text(lines.join("\n").as_bytes(), &mut together);
         together.extend_from_slice(b"\x88\x02\x0b\xba");

@@ -249,6 +249,6 @@ mod tests {
     #[test]
     fn unexpected_status_is_an_error_with_the_body() {
         let error = Response::expecting(201).feed(b"HTTP/1.1 503 No\r\ncontent-length: 2\r\n\r\nno").unwrap_err();
-        assert_eq!(error.to_string(), "a request was answered with 503: no");
+        assert_eq!(error.to_string(), "a request failed with status 503: no");
     }
 }

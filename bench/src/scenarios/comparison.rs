@@ -15,6 +15,8 @@ use crate::stats::{ratio, to_f64};
 
 /// The subject or channel of events at the competitors.
 pub(super) const CHANNEL: &str = "alerts";
+/// The WebSocket path of Centrifugo.
+pub(super) const CENTRIFUGO_WEBSOCKET_PATH: &str = "/connection/websocket";
 /// The seconds of publishing before the measured window.
 const WARMUP_SECONDS: f64 = 1.0;
 
@@ -212,9 +214,6 @@ fn start(bench: &Bench, backend: &Backend, side: Side) -> Result<(Running, Relay
         }
     })
 }
-
-/// The path of Centrifugo's WebSockets.
-pub(super) const CENTRIFUGO_WEBSOCKET_PATH: &str = "/connection/websocket";
 
 /// Returns delivered events per second.
 pub(super) fn delivery_rate(report: &FanoutReport) -> f64 {

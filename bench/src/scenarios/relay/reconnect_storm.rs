@@ -67,24 +67,20 @@ pub(super) fn measure(bench: &mut Bench, backend: &Backend) -> Result<()> {
         rounds.daemon.push(report);
         rounds.reads.push(to_f64(read_counter(&mut HttpClient::open(daemon.address)?, READS)?));
     }
-    let figures = figures(bench, backend, clients, &rounds);
-    bench.figures.extend(figures);
+    bench.figures.extend(figures(backend, clients, &rounds));
     Ok(())
 }
 
-fn figures(bench: &Bench, backend: &Backend, clients: usize, rounds: &StormRounds) -> Vec<Figure> {
-    let no_centrifugo = match (Competitor::Centrifugo.program(bench), backend) {
-        (Some(_), Backend::Embedded) => "not measured: --store redis",
-        _ => "not measured: --centrifugo",
-    };
+fn figures(backend: &Backend, clients: usize, rounds: &StormRounds) -> Vec<Figure> {
     let title = |name: &str| format!("storm, {clients} clients × {MISSED} events, {name}");
     let figure = |name: &str, unit, value: fn(&ReconnectStormReport) -> f64| {
         let values = |reports: &[ReconnectStormReport]| reports.iter().map(value).collect::<Vec<_>>();
         let figure = Figure::new("relay", backend.name(), title(name), unit, &values(&rounds.daemon));
-        if rounds.centrifugo.is_empty() {
-            figure.not_beside(no_centrifugo)
-        } else {
-            figure.beside(Competitor::Centrifugo.name(), &values(&rounds.centrifugo))
+        match (&*rounds.centrifugo, backend) {
+            ([], Backend::Redis(_)) => figure.not_beside("not measured: --centrifugo"),
+            // Needs Redis to keep its history.
+            ([], Backend::Embedded) => figure,
+            (reports, _) => figure.beside(Competitor::Centrifugo.name(), &values(reports)),
         }
     };
     let reads = Figure::new("relay", backend.name(), title("reads of the store"), "reads", &rounds.reads);
