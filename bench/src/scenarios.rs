@@ -1,6 +1,6 @@
 //! The scenarios: each starts processes in a fixed order and adds figures to the report.
 
-mod comparison;
+mod competitors;
 mod consume;
 mod fanout;
 mod idle_and_start;

@@ -5,7 +5,7 @@
 
 use anyhow::Result;
 
-use super::comparison::{Comparison, Competitor, Value, cpu_cores, cpu_micros_per_event, delivery_rate};
+use super::competitors::{Comparison, Competitor, Value, cpu_cores, cpu_micros_per_event, delivery_rate};
 use crate::args::Scenario;
 use crate::bench::{Backend, Bench};
 use crate::generator::Pace;

@@ -11,7 +11,7 @@ use crate::stats::{ratio, to_f64};
 
 /// The number of parts of the window in which closes are counted.
 const PARTS: usize = 10;
-/// Closes in the fullest and the emptiest part, relative to the mean.
+/// The bounds of closes in the fullest and the emptiest part, relative to the mean.
 const MAX_PART: f64 = 1.5;
 const MIN_PART: f64 = 0.5;
 /// The time that the last close may take beyond the window, in seconds.

@@ -6,7 +6,7 @@ use crate::args::Scenario;
 use crate::bench::{Backend, Bench};
 use crate::generator::Pace;
 use crate::report::Goal;
-use crate::scenarios::comparison::{
+use crate::scenarios::competitors::{
     Comparison, Competitor, Goals, Value, cpu_cores, cpu_micros_per_event, delivery_rate,
 };
 
@@ -14,7 +14,7 @@ use crate::scenarios::comparison::{
 const RATE: u32 = 100;
 /// The number of clients at a calm pace, if it is among the given ones.
 const CALM_CLIENTS: usize = 500;
-/// CPU time of the relay per delivered event at full speed, in microseconds.
+/// The highest CPU time of the relay per delivered event at full speed, in microseconds.
 const MAX_MICROS: f64 = 0.6;
 
 /// Publishes as fast as the clients receive.

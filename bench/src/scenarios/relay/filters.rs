@@ -7,14 +7,14 @@ use url::form_urlencoded::byte_serialize;
 use crate::bench::{Backend, Bench, ensure_open_files};
 use crate::generator::{FanoutReport, FilterMatchJob, FilterMatchReport, Job, Pace};
 use crate::report::{Figure, Goal};
-use crate::scenarios::comparison::{cpu_micros_per_event, delivery_rate, run_daemon};
+use crate::scenarios::competitors::{cpu_micros_per_event, delivery_rate, run_daemon};
 use crate::stats::to_f64;
 
 /// The number of filters of each shape.
 const PER_SHAPE: usize = 10;
-/// The time of one match, in nanoseconds.
+/// The highest time of one match, in nanoseconds.
 const MAX_NANOS: f64 = 50.0;
-/// The cost with filters that all pass, relative to no filters.
+/// The highest CPU time with filters that all pass, relative to no filters.
 const MAX_RATIO: f64 = 1.3;
 /// A small window: with thousands of clients, events in flight take much memory of the kernel.
 const PACE: Pace = Pace::Saturate { window: 256, burst: 64 };

@@ -9,9 +9,9 @@ use crate::report::{Figure, Goal};
 use crate::scenarios::idle_and_start::{idle_rounds, values_of};
 use crate::stats::to_f64;
 
-/// Memory of one connection, in KiB.
+/// The highest memory per connection, in KiB.
 const MAX_KIB: f64 = 9.0;
-/// CPU time of one connection per second, in microseconds.
+/// The highest CPU time per connection and second, in microseconds.
 const MAX_MICROS: f64 = 3.0;
 
 pub(super) fn measure(bench: &mut Bench, backend: &Backend) -> Result<()> {

@@ -17,7 +17,7 @@ use crate::generator::{
 };
 use crate::http::HttpClient;
 use crate::report::{Figure, Goal};
-use crate::scenarios::comparison::{CENTRIFUGO_WEBSOCKET_PATH, CHANNEL, Competitor};
+use crate::scenarios::competitors::{CENTRIFUGO_WEBSOCKET_PATH, CHANNEL, Competitor};
 use crate::servers::{CENTRIFUGO_READY_PATH, READY_PATH, Server};
 use crate::stats::{ratio, to_f64};
 

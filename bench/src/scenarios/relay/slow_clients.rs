@@ -18,9 +18,9 @@ const SIZE: usize = 8192;
 const RING: &str = "ring_bytes = \"256KiB\"\n";
 /// The number of clients per client that does not read.
 const CLIENTS_PER_SLOW: usize = 20;
-/// The p99 of reading clients, relative to the p99 while all clients read.
+/// The highest p99 of reading clients, relative to the p99 while all clients read.
 const MAX_RATIO: f64 = 1.2;
-/// Memory of the relay for each client that does not read, in KiB. It holds the bytes in flight, at any duration.
+/// The highest memory of the relay per client that does not read, in KiB: only bytes in flight, at any duration.
 const MAX_KIB: f64 = 192.0;
 
 pub(super) fn measure(bench: &mut Bench, backend: &Backend) -> Result<()> {

@@ -1,4 +1,4 @@
-//! A fan-out measured in turn with the daemon, the baseline relay and competitors.
+//! The competitors of the daemon, and a fan-out measured with all of them in turn.
 
 use std::path::Path;
 
