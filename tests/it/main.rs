@@ -3,7 +3,6 @@
 mod agents;
 mod api;
 mod auth;
-mod bench;
 mod browser;
 mod crash;
 mod daemon_cluster;
