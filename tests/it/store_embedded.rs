@@ -312,7 +312,7 @@ async fn a_log_that_lost_its_end_is_told_and_begins_a_new_epoch() {
     assert!(left.len() < ids.len() && left == ids[..left.len()], "{} are left", left.len());
     let lost = ids.len() - left.len();
     let expected = format!(
-        "{lost} accepted entries of stream `{stream}`, after {} up to {}, are gone",
+        "{lost} accepted entries of stream `{stream}`, after {} up to {}, are lost",
         left.last().expect("entries"),
         ids.last().expect("entries")
     );

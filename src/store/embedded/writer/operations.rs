@@ -1,7 +1,7 @@
-//! What the operations of the store do on the writer's thread.
+//! The operations of the store on the writer thread.
 //!
-//! Each looks everything up that can fail before it changes anything, so that an operation that fails has changed
-//! nothing. Fields come encoded and go out as slots of chunks: callers encode and decode on their own threads.
+//! Each operation does everything that can fail before its first change, so that a failed operation has changed nothing.
+//! Fields arrive encoded and leave as slots of chunks: callers encode and decode on their own threads.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
@@ -20,9 +20,9 @@ use crate::store::{
     StoreErrorKind, StoreStatus, StreamStatus,
 };
 
-/// A fetch takes no more bytes of chunks than this, if it has at least one entry.
+/// The maximum of chunk bytes in one fetch, which returns one entry at least.
 const FETCH_BYTES: usize = 4 * 1024 * 1024;
-/// A reclaim looks at no more pending entries than this.
+/// The maximum number of pending entries that one reclaim scans.
 pub(crate) const RECLAIM_LOOKS: usize = 1000;
 
 /// Entries to append, encoded one after the other.
@@ -34,14 +34,14 @@ pub(crate) struct NewEntries {
 
 #[derive(Debug)]
 pub(crate) struct NewEntry {
-    /// Where its fields are.
+    /// The position of its fields.
     pub(crate) fields: std::ops::Range<usize>,
     pub(crate) event_id: Bytes,
-    /// Its idempotency key, and how long that is remembered.
+    /// Its idempotency key, and the window of the key.
     pub(crate) key: Option<(Bytes, u64)>,
 }
 
-/// A delivery that ends.
+/// A delivery to settle.
 #[derive(Debug)]
 pub(crate) struct Ending {
     pub(crate) id: EntryId,
@@ -52,7 +52,7 @@ pub(crate) struct Ending {
 pub(crate) enum How {
     Acknowledge,
     Filter,
-    /// Claimable after so many milliseconds, if the group's limit is not shorter.
+    /// Claimable after this many milliseconds, or after the claim idle time if that is shorter.
     Retry(u64),
     Release,
     DeadLetter {
@@ -61,10 +61,10 @@ pub(crate) enum How {
     },
 }
 
-/// Entries that were made pending, undecoded.
+/// Entries that were made pending, not decoded.
 #[derive(Debug, Default)]
 pub(crate) struct Taken {
-    /// Each entry with its chunk and the count of its attempts.
+    /// Each entry with its chunk and its attempts.
     pub(crate) entries: Vec<(Chunk, Slot, u32)>,
     pub(crate) lost: Vec<EntryId>,
     pub(crate) next: EntryId,
@@ -105,7 +105,7 @@ impl Writer {
         Ok(results)
     }
 
-    /// Those of the entries' keys that were seen within their windows.
+    /// Returns the entries' keys that were used within their windows.
     fn find_keys(
         &self,
         name: &StreamName,
@@ -120,7 +120,7 @@ impl Writer {
             let first = match staged {
                 Some(first) => Some(first),
                 None => schema::find_key(&self.connection, number, key)
-                    .map_err(|error| engine_error("look an idempotency key up", error))?,
+                    .map_err(|error| engine_error("look up an idempotency key", error))?,
             };
             if let Some(first) = first.filter(|first| first.expires_ms > now_ms) {
                 known.insert(key.clone(), first);
@@ -164,7 +164,7 @@ impl Writer {
         Ok(true)
     }
 
-    /// How many committed entries of a stream come after this one.
+    /// Returns the number of committed entries of a stream after this one.
     fn count_after(&self, place: usize, id: EntryId) -> Result<u64, StoreError> {
         let stream = &self.streams[place];
         let (behind, holding) = stream.published.log().count_after(id);
@@ -174,11 +174,11 @@ impl Writer {
         Ok(behind + after as u64)
     }
 
-    /// Reads a chunk, on whose reference the writer can rely.
+    /// Reads a chunk. References that the writer holds are reliable.
     pub(crate) fn read(&self, place: usize, chunk: &ChunkRef) -> Result<Chunk, StoreError> {
         let name = &self.streams[place].row.name;
         schema::read_chunk(&self.connection, name, chunk).map_err(|failure| match failure {
-            ReadFailure::Changed => schema::damaged_chunk(name, chunk, &"their row is missing or holds something else"),
+            ReadFailure::Changed => schema::damaged_chunk(name, chunk, &"the row is missing or has other content"),
             ReadFailure::Failed(error) => error,
         })
     }
@@ -199,7 +199,7 @@ impl Writer {
         let room = MAX_PENDING.saturating_sub(group.pending_count());
         if room == 0 {
             let message = format!(
-                "cannot fetch from stream `{}`: {MAX_PENDING} entries are pending in group `{}`, settle some first",
+                "cannot fetch from stream `{}`: group `{}` has {MAX_PENDING} pending entries, the maximum; settle some first",
                 cursor.stream, cursor.group
             );
             return Err(StoreError::new(StoreErrorKind::Full, message));
@@ -224,7 +224,7 @@ impl Writer {
         Ok(Taken { entries, ..Taken::default() })
     }
 
-    /// The committed entries after a group's cursor, and what to keep for the next time if anything was read.
+    /// Returns the committed entries after a group's cursor, and the chunk to keep for the next call if one was read.
     #[expect(clippy::type_complexity, reason = "one caller takes the pair apart at once")]
     fn pick(
         &self,
@@ -263,7 +263,7 @@ impl Writer {
                     let ahead = group.ahead.as_ref().filter(|ahead| ahead.head == chunk_ref.head).cloned();
                     let chunk = match ahead.map_or_else(|| self.read(place, chunk_ref), Ok) {
                         Ok(chunk) => chunk,
-                        // What comes before the damage is delivered first; the next fetch meets it again.
+                        // Entries before the damage are delivered first. The next fetch finds the damage again.
                         Err(_) if !picked.is_empty() => break,
                         Err(error) => return Err(error),
                     };
@@ -287,7 +287,7 @@ impl Writer {
         self.take_over(cursor, place, &idle, now_ms)
     }
 
-    /// Makes pending entries the cursor's, where they still have bodies.
+    /// Makes pending entries the cursor's if they still have bodies.
     fn take_over(&mut self, cursor: &Cursor, place: usize, entries: &[Held], now_ms: u64) -> Result<Taken, StoreError> {
         let mut bodies = Vec::with_capacity(entries.len());
         let mut last: Option<(ChunkRef, Chunk)> = None;
@@ -313,7 +313,7 @@ impl Writer {
         Ok(taken)
     }
 
-    /// Where the body of an entry is, if it has one still; `last` is the chunk read last.
+    /// Returns the position of an entry's body, or `None` if it is gone. `last` caches the chunk read last.
     pub(crate) fn body(
         &self,
         place: usize,
@@ -409,7 +409,7 @@ impl Writer {
                 }
                 How::Release => {
                     let delivered_ms = now_ms.saturating_sub(limit_ms);
-                    // One that is idle for as long was released already: this is the same settlement once more.
+                    // An entry idle for that long was released before: this settlement is a repetition.
                     let is_again = held.delivered_ms <= delivered_ms;
                     let attempts = held.attempts.saturating_sub(u32::from(!is_again));
                     Some(Held { delivered_ms, attempts, ..held })
@@ -479,7 +479,7 @@ impl Writer {
         let first_id = oldest.map(|chunk| chunk.head.first);
         let before_first = match oldest {
             Some(chunk) => (chunk.holes == 0).then(|| chunk.head.added.saturating_sub(u64::from(chunk.head.count))),
-            // What is being appended is counted already, and is not there yet.
+            // Staged entries are counted already, but not visible yet.
             None => (stream.length == 0).then_some(stream.row.added),
         };
         let group_status = |group: &Group| GroupStatus {
@@ -505,7 +505,7 @@ impl Writer {
             first_id,
             last_id: stream.row.last_id,
             entries_added: stream.row.added,
-            // No one else can.
+            // No other program can remove entries.
             removed_by_others: None,
             before_first,
             groups: stream.groups.values().map(group_status).collect(),

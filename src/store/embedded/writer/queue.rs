@@ -1,4 +1,4 @@
-//! The queue between the callers and the writer: bounded by the callers, drained whole by the writer.
+//! The queue between callers and the writer: callers wait while it is full, and the writer drains it completely.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -10,17 +10,17 @@ use crate::store::StoreError;
 use crate::store::embedded::disk::schema::is_closed_error;
 use crate::store::embedded::writer::Writer;
 
-/// Bytes of appended entries that may wait, in units of [`UNIT_BYTES`]; callers beyond it wait.
+/// The maximum of appended bytes in the queue, in units of [`UNIT_BYTES`]; further callers wait.
 const CAPACITY: u32 = 64 * 1024;
 const UNIT_BYTES: usize = 1024;
 
-/// One call of the store, to be done by the writer.
+/// One call of the store, run by the writer.
 pub(crate) trait Work: Send {
-    /// Whether nothing else may be in its transaction, so that it may write on its own.
+    /// Returns whether it needs a transaction of its own.
     fn is_alone(&self) -> bool;
-    /// Does it, up to the commit. May be called again after a failed commit.
+    /// Runs it, up to the commit. May be called again after a failed commit.
     fn run(&mut self, writer: &mut Writer);
-    /// Answers the caller, with the commit's error if it failed.
+    /// Returns the result to the caller, or the error of the commit if that failed.
     fn answer(self: Box<Self>, error: Option<StoreError>);
 }
 
@@ -51,21 +51,21 @@ where
             (None, Some(result)) => result,
             (None, None) => Err(is_closed_error()),
         };
-        // The caller may have stopped waiting; what was asked is done all the same.
+        // The caller may have been cancelled. The work is done nevertheless.
         drop(self.answer.send(result));
     }
 }
 
-/// What the writer finds in the queue.
+/// The result of waiting for work.
 pub(crate) enum Taken {
     Work(VecDeque<Box<dyn Work>>),
-    /// Nothing came in time.
+    /// Nothing arrived before the deadline.
     Nothing,
     /// The queue is closed and empty.
     Closed,
 }
 
-/// See the module.
+/// The queue.
 pub(crate) struct Queue {
     room: Arc<Semaphore>,
     waiting: Mutex<Waiting>,
@@ -87,7 +87,7 @@ impl Queue {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has the writer do `work` and returns its result once it is committed. Waits while the queue is full.
+    /// Queues `work`, and returns its result after the commit. Waits while the queue is full.
     pub(crate) async fn call<R: Send + 'static>(
         &self,
         bytes: usize,
@@ -118,7 +118,7 @@ impl Queue {
         true
     }
 
-    /// All that waits; waits itself until `deadline` for something to come.
+    /// Takes all queued work, or waits until `deadline` for the first.
     pub(crate) fn take(&self, deadline: Option<Instant>) -> Taken {
         let mut waiting = self.waiting();
         loop {
@@ -137,14 +137,14 @@ impl Queue {
         }
     }
 
-    /// Refuses further calls; what waits is still done.
+    /// Refuses further calls. Queued calls still run.
     pub(crate) fn close(&self) {
         self.waiting().is_closed = true;
         self.room.close();
         self.came.notify_all();
     }
 
-    /// Refuses further calls and drops those that wait, which answers them.
+    /// Refuses further calls, and drops the queued ones, whose callers then get an error.
     pub(crate) fn abandon(&self) {
         self.close();
         let abandoned = std::mem::take(&mut self.waiting().work);

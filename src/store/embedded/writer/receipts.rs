@@ -1,4 +1,4 @@
-//! Deliveries named by their receipts.
+//! Operations on deliveries that receipts identify.
 
 use crate::store::embedded::memory::groups::{Group, Held, NewLeases};
 use crate::store::embedded::writer::Writer;
@@ -43,7 +43,7 @@ impl Writer {
     }
 }
 
-/// The pending entry that a receipt names, if it is good.
+/// Returns the pending entry of a receipt, or `None` if the receipt is not valid.
 fn of_receipt(group: &Group, receipt: &Receipt, now_ms: u64, limit_ms: u64) -> Option<Held> {
     let consumer = group.number_of(&receipt.consumer)?;
     let is_idle = |held: &Held| now_ms.saturating_sub(held.delivered_ms) >= limit_ms;

@@ -1,4 +1,4 @@
-//! Handing on what consumers outside left.
+//! Redelivers entries that external consumers abandoned.
 
 use crate::event::{Entry, EntryId, field};
 use crate::store::embedded::disk::chunk;
@@ -9,21 +9,21 @@ use crate::store::embedded::writer::Writer;
 use crate::store::embedded::writer::operations::{RECLAIM_LOOKS, millis};
 use crate::store::{Cursor, LostReason, Redelivery, StoreError};
 
-/// How many bytes of entries one call copies, give or take one entry.
+/// The maximum of bytes that one call copies, exceeded by one entry at most.
 const COPIED_BYTES: usize = 4 * 1024 * 1024;
 
-/// What was handed on, and what the caller is to give up.
+/// The redelivered entries, and those to give up.
 #[derive(Debug, Default)]
 pub(crate) struct Searched {
     pub(crate) handed_on: usize,
     pub(crate) foreign: usize,
-    /// With how often each was delivered.
+    /// Each with its number of deliveries.
     pub(crate) exhausted: Vec<(Entry, u32)>,
     pub(crate) lost: Vec<EntryId>,
     pub(crate) next: EntryId,
 }
 
-/// What becomes of one pending entry.
+/// The decision on one pending entry.
 enum Step {
     Lost,
     Foreign,
@@ -111,14 +111,14 @@ impl Writer {
     ) -> Result<Step, StoreError> {
         let Some((chunk, slot)) = self.body(place, held.id, last)? else { return Ok(Step::Lost) };
         let entry = chunk.entry(slot).map_err(|damage| {
-            corrupt(format!("entry {} of stream `{}` can't be read: {damage}", held.id, cursor.stream))
+            corrupt(format!("entry {} of stream `{}` cannot be read: {damage}", held.id, cursor.stream))
         })?;
         let target = entry.fields.text(field::REPLAY_GROUP);
         if entry.fields.get(field::REPLAY_GROUP).is_some() && target != Some(cursor.group.as_str()) {
             return Ok(Step::Foreign);
         }
         let before = entry.fields.text(field::REPLAY_ATTEMPTS);
-        // Anyone can write to the stream: only a plain number counts.
+        // Other programs can write this field: only a plain number is valid.
         let before = before.filter(|text| text.len() <= 9 && text.bytes().all(|byte| byte.is_ascii_digit()));
         let before: u32 = before.and_then(|text| text.parse().ok()).unwrap_or_default();
         let deliveries = before.saturating_add(held.attempts);
