@@ -41,12 +41,12 @@ use super::{
     StreamStatus, Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName, field};
-use crate::store::embedded::disk::corruption::Damage;
+use crate::store::embedded::disk::corruption::FileDamage;
 use crate::store::embedded::disk::schema::is_closed_error;
 use crate::store::embedded::memory::index::Published;
 use crate::store::embedded::memory::leases::Leases;
-use crate::store::embedded::writer::operations::{Ending, How, NewEntries, Taken, millis};
-use crate::store::embedded::writer::queue::Queue;
+use crate::store::embedded::writer::operations::{NewEntries, PendingBatch, Settle, SettleAction, millis};
+use crate::store::embedded::writer::queue::WriteQueue;
 
 /// The maximum size of an entry, which must fit into memory several times.
 const MAX_ENTRY_BYTES: usize = 64 * 1024 * 1024;
@@ -55,12 +55,12 @@ const MAX_ENTRY_BYTES: usize = 64 * 1024 * 1024;
 #[derive(Debug)]
 struct Shared {
     streams: RwLock<HashMap<StreamName, Arc<Published>>>,
-    /// Changes when a stream is created.
+    /// GroupChanges when a stream is created.
     made: watch::Sender<()>,
-    /// Changes when any stream has a newer entry.
+    /// GroupChanges when any stream has a newer entry.
     news: watch::Sender<()>,
-    queue: Queue,
-    damage: Damage,
+    queue: WriteQueue,
+    damage: FileDamage,
     readers: OnceLock<Readers>,
     /// Whether the checkpointer has finished, so that the writer may reset the write-ahead log.
     is_checkpointed: AtomicBool,
@@ -164,7 +164,7 @@ fn encode(entries: Vec<NewEntry>) -> Result<NewEntries, StoreError> {
 }
 
 /// Decodes the entries that the writer made pending.
-fn deliver(stream: &StreamName, taken: Taken, delivered_at: Instant) -> Result<Reclaimed, StoreError> {
+fn deliver(stream: &StreamName, taken: PendingBatch, delivered_at: Instant) -> Result<Reclaimed, StoreError> {
     let deliveries = taken.entries.into_iter().map(|(chunk, slot, attempt)| {
         let entry = chunk.entry(slot).map_err(|damage| {
             disk::schema::corrupt(format!("entry {} of stream `{stream}` cannot be read: {damage}", slot.id))
@@ -335,18 +335,18 @@ impl Store for EmbeddedStore {
         let mut bytes = 0;
         let endings = settlements.iter().map(|settlement| {
             let how = match &settlement.outcome {
-                Outcome::Acknowledge => How::Acknowledge,
-                Outcome::Filter => How::Filter,
-                Outcome::Retry(due) => How::Retry(millis(*due)),
-                Outcome::Release => How::Release,
+                Outcome::Acknowledge => SettleAction::Acknowledge,
+                Outcome::Filter => SettleAction::Filter,
+                Outcome::Retry(due) => SettleAction::Retry(millis(*due)),
+                Outcome::Release => SettleAction::Release,
                 Outcome::DeadLetter { to, fields } => {
                     let mut encoded = Vec::new();
                     disk::chunk::encode(fields, &mut encoded);
                     bytes += encoded.len();
-                    How::DeadLetter { to: to.clone(), fields: encoded }
+                    SettleAction::DeadLetter { to: to.clone(), fields: encoded }
                 }
             };
-            Ending { id: settlement.delivery.entry.id, how }
+            Settle { id: settlement.delivery.entry.id, how }
         });
         let (cursor, endings, may_work) = (cursor.clone(), endings.collect::<Vec<_>>(), self.leases.guard(cursor));
         self.call(bytes, move |writer| may_work().map(|()| writer.settle(&cursor, &endings))).await
@@ -443,8 +443,8 @@ impl Store for EmbeddedStore {
     }
 }
 
-impl fmt::Debug for Queue {
+impl fmt::Debug for WriteQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Queue").finish_non_exhaustive()
+        f.debug_struct("WriteQueue").finish_non_exhaustive()
     }
 }

@@ -13,15 +13,15 @@ use tokio_util::sync::CancellationToken;
 
 use crate::store::StoreError;
 use crate::store::embedded::disk::corruption;
-use crate::store::embedded::disk::corruption::Damage;
+use crate::store::embedded::disk::corruption::FileDamage;
 use crate::store::embedded::disk::lock;
 use crate::store::embedded::disk::lock::FolderLock;
 use crate::store::embedded::disk::schema::is_closed_error;
 use crate::store::embedded::memory::leases::Leases;
 use crate::store::embedded::readers;
 use crate::store::embedded::readers::Readers;
-use crate::store::embedded::writer::queue::Queue;
-use crate::store::embedded::writer::{DATABASE, WriterOptions, Syncing, Writer};
+use crate::store::embedded::writer::queue::WriteQueue;
+use crate::store::embedded::writer::{DATABASE, Syncing, Writer, WriterOptions};
 use crate::store::embedded::{EmbeddedStore, Shared};
 
 /// The configuration of the embedded store.
@@ -72,7 +72,7 @@ impl Config {
         let (opened, when_opened) = oneshot::channel();
         readers::spawn("store-writer", move || match start(&self) {
             Ok((writer, store, files)) => {
-                let end = End { shared: store.shared.clone(), ended: store.ended.clone() };
+                let end = WriterEnd { shared: store.shared.clone(), ended: store.ended.clone() };
                 // If the receiver is gone, dropping the store closes it.
                 drop(opened.send(Ok(store)));
                 writer.run(&end.shared.queue);
@@ -85,12 +85,12 @@ impl Config {
 }
 
 /// Reports the end of the writer's thread when dropped, after a panic as well.
-struct End {
+struct WriterEnd {
     shared: Arc<Shared>,
     ended: CancellationToken,
 }
 
-impl Drop for End {
+impl Drop for WriterEnd {
     fn drop(&mut self) {
         self.shared.close();
         self.shared.queue.abandon();
@@ -99,13 +99,13 @@ impl Drop for End {
 }
 
 /// The resources of the writer's thread.
-struct Files {
+struct WriterFiles {
     shared: Arc<Shared>,
     threads: Vec<std::thread::JoinHandle<()>>,
     lock: FolderLock,
 }
 
-impl Files {
+impl WriterFiles {
     fn close(self) {
         self.shared.close();
         for thread in self.threads {
@@ -117,7 +117,7 @@ impl Files {
     }
 }
 
-fn start(config: &Config) -> Result<(Writer, EmbeddedStore, Files), StoreError> {
+fn start(config: &Config) -> Result<(Writer, EmbeddedStore, WriterFiles), StoreError> {
     let lock = lock::lock(&config.path)?;
     let file = config.path.join(DATABASE);
     let syncing = match config.durability {
@@ -139,7 +139,7 @@ fn start(config: &Config) -> Result<(Writer, EmbeddedStore, Files), StoreError> 
         ended: CancellationToken::new(),
         is_synced_each,
     };
-    Ok((writer, store, Files { shared, threads, lock }))
+    Ok((writer, store, WriterFiles { shared, threads, lock }))
 }
 
 /// Creates the shared state of a store that is not open yet, and the receiver of checkpoint requests.
@@ -149,8 +149,8 @@ pub(super) fn new_shared(file: &Path) -> (Arc<Shared>, Receiver<()>) {
         streams: RwLock::default(),
         made: watch::Sender::new(()),
         news: watch::Sender::new(()),
-        queue: Queue::new(),
-        damage: Damage::new(file.to_owned()),
+        queue: WriteQueue::new(),
+        damage: FileDamage::new(file.to_owned()),
         readers: OnceLock::new(),
         is_checkpointed: AtomicBool::new(false),
         checkpoints: RwLock::new(Some(checkpoints)),

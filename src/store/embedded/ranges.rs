@@ -10,7 +10,7 @@ use super::EmbeddedStore;
 use crate::event::{Entry, EntryId, StreamName};
 use crate::store::embedded::disk::schema;
 use crate::store::embedded::disk::schema::{ReadFailure, is_closed_error};
-use crate::store::embedded::memory::index::{ChunkRef, Found, Published};
+use crate::store::embedded::memory::index::{ChunkLocation, ChunkRef, Published};
 use crate::store::{Order, Range, StoreError};
 
 /// The result of reading rows on a reader thread.
@@ -62,7 +62,7 @@ impl EmbeddedStore {
             let left = limit - entries.len();
             let found = stream.log().find(range, left);
             let (chunks, is_all) = match found {
-                Found::Recent(chunks) => {
+                ChunkLocation::Recent(chunks) => {
                     for chunk in chunks {
                         chunk.collect(range, limit, &mut entries).map_err(|damage| {
                             schema::corrupt(format!("recent entries of stream `{}` are damaged: {damage}", stream.name))
@@ -70,8 +70,8 @@ impl EmbeddedStore {
                     }
                     break;
                 }
-                Found::Rows { chunks, .. } if chunks.is_empty() => break,
-                Found::Rows { chunks, is_all } => (chunks, is_all),
+                ChunkLocation::Rows { chunks, .. } if chunks.is_empty() => break,
+                ChunkLocation::Rows { chunks, is_all } => (chunks, is_all),
             };
             let (name, rows) = (stream.name.clone(), chunks.clone());
             let read = readers.read(move |connection| read_rows(connection, &name, &rows, range, left)).await?;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use super::readers;
-use super::writer::{DATABASE, WriterOptions, Syncing, Writer};
+use super::writer::{DATABASE, Syncing, Writer, WriterOptions};
 use crate::event::{Fields, StreamName, field};
 use crate::store::embedded::disk::chunk;
 use crate::store::embedded::disk::lock::lock;

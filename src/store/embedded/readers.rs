@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{Builder, JoinHandle};
+use std::thread::{ChunkBuilder, JoinHandle};
 
 use rusqlite::Connection;
 use tokio::sync::{Semaphore, oneshot};
@@ -17,12 +17,12 @@ const THREADS: usize = 2;
 /// The maximum number of reads that run or wait for a thread; further callers wait.
 const MAX_READS: usize = 64;
 
-type Read = Box<dyn FnOnce(Result<&Connection, StoreError>) + Send>;
+type ReadJob = Box<dyn FnOnce(Result<&Connection, StoreError>) + Send>;
 
 /// The pool of reader threads.
 #[derive(Debug)]
 pub(super) struct Readers {
-    reads: Mutex<Option<Sender<Read>>>,
+    reads: Mutex<Option<Sender<ReadJob>>>,
     room: Semaphore,
 }
 
@@ -46,7 +46,7 @@ impl Readers {
     ) -> Result<R, StoreError> {
         let _room = self.room.acquire().await.map_err(|_closed| is_closed_error())?;
         let (answer, answered) = oneshot::channel();
-        let work: Read = Box::new(move |connection| {
+        let work: ReadJob = Box::new(move |connection| {
             // The caller may have been cancelled.
             drop(answer.send(connection.map(read)));
         });
@@ -61,7 +61,7 @@ impl Readers {
     }
 }
 
-fn serve(path: &Path, reads: &Mutex<Receiver<Read>>) {
+fn serve(path: &Path, reads: &Mutex<Receiver<ReadJob>>) {
     let mut connection = None;
     loop {
         let next = reads.lock().unwrap_or_else(PoisonError::into_inner).recv();
@@ -93,7 +93,9 @@ pub(super) fn start_checkpointer(
         while asked.recv().is_ok() {
             if connection.is_none() {
                 connection = connect(&path, false)
-                    .inspect_err(|error| tracing::warn!(error = %error, "the embedded store cannot checkpoint yet, retrying"))
+                    .inspect_err(
+                        |error| tracing::warn!(error = %error, "the embedded store cannot checkpoint yet, retrying"),
+                    )
                     .ok();
             }
             let Some(connection) = &connection else { continue };
@@ -118,7 +120,7 @@ pub(super) fn checkpoint_requests() -> (SyncSender<()>, Receiver<()>) {
 }
 
 pub(super) fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StoreError> {
-    Builder::new().name(name.to_owned()).spawn(work).map_err(|error| {
+    ChunkBuilder::new().name(name.to_owned()).spawn(work).map_err(|error| {
         StoreError::new(StoreErrorKind::Unavailable, format!("cannot start the thread `{name}`")).with_source(error)
     })
 }

@@ -26,14 +26,14 @@ use rusqlite::Connection;
 use super::Shared;
 use crate::clock::now_ms;
 use crate::event::{EntryId, Epoch, GroupName, StreamName};
-use crate::store::embedded::disk::chunk::{Builder, Chunk};
+use crate::store::embedded::disk::chunk::{Chunk, ChunkBuilder};
 use crate::store::embedded::disk::reserve::Reserve;
 use crate::store::embedded::disk::schema;
 use crate::store::embedded::disk::schema::{FirstEntry, StreamRow, engine_error};
-use crate::store::embedded::disk::watermarks::Marks;
+use crate::store::embedded::disk::watermarks::Watermarks;
 use crate::store::embedded::memory::groups::Group;
-use crate::store::embedded::memory::index::{ChunkRef, Published, Recent};
-use crate::store::embedded::writer::queue::{Queue, Taken, Work};
+use crate::store::embedded::memory::index::{ChunkRef, Published, RecentChunks};
+use crate::store::embedded::writer::queue::{Dequeued, WriteOp, WriteQueue};
 use crate::store::{StoreError, StoreErrorKind};
 
 /// The files in the store's folder.
@@ -48,7 +48,7 @@ const CHECKPOINT_BYTES: usize = 8 * 1024 * 1024;
 /// The approximate bytes that a commit writes besides the chunks.
 const COMMIT_BYTES: usize = 16 * 1024;
 
-/// How the writer makes commits durable.
+/// SettleAction the writer makes commits durable.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Syncing {
     /// Appends are synced before they are answered.
@@ -76,7 +76,7 @@ pub(super) struct Stream {
     pub(super) groups: BTreeMap<GroupName, Group>,
     /// Whether the row itself must be written. Appends do not need it, because the last chunk holds the new counters.
     pub(super) is_changed: bool,
-    staged: Vec<Builder>,
+    staged: Vec<ChunkBuilder>,
 }
 
 /// The writer. It runs on one thread.
@@ -91,10 +91,10 @@ pub(super) struct Writer {
     by_name: HashMap<StreamName, usize>,
     /// The indexes of streams that operations have changed since the last commit.
     touched: BTreeSet<usize>,
-    pub(super) staged: Staged,
-    pub(super) numbers: Numbers,
-    clock: Clock,
-    recent: Recent,
+    pub(super) staged: StagedCommit,
+    pub(super) numbers: RowNumbers,
+    clock: SteadyClock,
+    recent: RecentChunks,
     /// The current `synchronous` setting of the connection.
     is_synchronous: Option<bool>,
     /// The time of the first commit that was not synced.
@@ -107,7 +107,7 @@ pub(super) struct Writer {
     pub(super) checkpoint_bytes: usize,
     pub(super) has_keys: bool,
     pub(super) pruned_at: Instant,
-    marks: Marks,
+    marks: Watermarks,
     /// The indexes of streams with appends since the last sync.
     unmarked: BTreeSet<usize>,
     pub(super) reserve: Reserve,
@@ -117,7 +117,7 @@ pub(super) struct Writer {
 
 /// The work of the next commit besides writing changed streams.
 #[derive(Debug, Default)]
-pub(super) struct Staged {
+pub(super) struct StagedCommit {
     /// The idempotency keys to write.
     pub(super) keys: HashMap<(u32, Bytes), FirstEntry>,
     /// Whether it must be durable before the callers get their results.
@@ -130,7 +130,7 @@ pub(super) struct Staged {
 
 /// The last numbers assigned to new rows.
 #[derive(Debug, Default)]
-pub(super) struct Numbers {
+pub(super) struct RowNumbers {
     chunk: i64,
     pub(super) lease: i64,
     pub(super) group: i64,
@@ -139,12 +139,12 @@ pub(super) struct Numbers {
 
 /// Wall-clock milliseconds that never step back while the process runs, so that idle times are reliable.
 #[derive(Debug)]
-struct Clock {
+struct SteadyClock {
     base_ms: u64,
     base: Instant,
 }
 
-impl Clock {
+impl SteadyClock {
     fn now_ms(&self) -> u64 {
         self.base_ms.saturating_add(u64::try_from(self.base.elapsed().as_millis()).unwrap_or(u64::MAX))
     }
@@ -176,10 +176,10 @@ impl Writer {
             streams: Vec::new(),
             by_name: HashMap::new(),
             touched: BTreeSet::new(),
-            staged: Staged::default(),
-            numbers: Numbers::default(),
-            clock: Clock { base_ms: now_ms(), base: Instant::now() },
-            recent: Recent::new(options.recent_bytes),
+            staged: StagedCommit::default(),
+            numbers: RowNumbers::default(),
+            clock: SteadyClock { base_ms: now_ms(), base: Instant::now() },
+            recent: RecentChunks::new(options.recent_bytes),
             is_synchronous: None,
             unsynced_since: None,
             is_log_in_doubt: false,
@@ -188,7 +188,7 @@ impl Writer {
             checkpoint_bytes: if half == 0 { CHECKPOINT_BYTES } else { half.min(CHECKPOINT_BYTES) },
             has_keys: true,
             pruned_at: Instant::now(),
-            marks: Marks::open(&folder.join(MARKS)),
+            marks: Watermarks::open(&folder.join(MARKS)),
             unmarked: BTreeSet::new(),
             reserve,
             warnings: Vec::new(),
@@ -198,24 +198,24 @@ impl Writer {
     }
 
     /// Runs until the queue is closed and empty.
-    pub(super) fn run(mut self, queue: &Queue) {
+    pub(super) fn run(mut self, queue: &WriteQueue) {
         loop {
             let deadline = match (self.syncing, self.unsynced_since) {
                 (Syncing::Every(interval), Some(since)) => Some(since + interval),
                 _ => None,
             };
             match queue.take(deadline) {
-                Taken::Work(work) => self.do_all(work),
-                Taken::Nothing => {}
-                Taken::Closed => break,
+                Dequeued::Work(work) => self.do_all(work),
+                Dequeued::Nothing => {}
+                Dequeued::Closed => break,
             }
             self.run_maintenance();
         }
         self.finish();
     }
 
-    fn do_all(&mut self, mut work: VecDeque<Box<dyn Work>>) {
-        let mut together: Vec<Box<dyn Work>> = Vec::with_capacity(work.len());
+    fn do_all(&mut self, mut work: VecDeque<Box<dyn WriteOp>>) {
+        let mut together: Vec<Box<dyn WriteOp>> = Vec::with_capacity(work.len());
         while let Some(mut next) = work.pop_front() {
             if next.is_alone() {
                 self.commit_all(std::mem::take(&mut together));
@@ -235,7 +235,7 @@ impl Writer {
     }
 
     /// Commits the changes of these calls and returns their results.
-    fn commit_all(&mut self, work: Vec<Box<dyn Work>>) {
+    fn commit_all(&mut self, work: Vec<Box<dyn WriteOp>>) {
         let Err(error) = self.commit() else {
             for one in work {
                 one.answer(None);
@@ -359,7 +359,7 @@ impl Writer {
             let stream = &mut self.streams[place];
             stream.is_changed = false;
             for group in stream.groups.values_mut() {
-                group.changes = crate::store::embedded::memory::groups::Changes::default();
+                group.changes = crate::store::embedded::memory::groups::GroupChanges::default();
             }
             self.shared.publish(&stream.published);
             let last_id = stream.row.last_id;
@@ -512,7 +512,7 @@ impl Writer {
     }
 
     /// Returns a group for changes, and the numbers for new rows.
-    pub(super) fn change_group(&mut self, place: usize, group: &GroupName) -> Option<(&mut Group, &mut Numbers)> {
+    pub(super) fn change_group(&mut self, place: usize, group: &GroupName) -> Option<(&mut Group, &mut RowNumbers)> {
         self.touched.insert(place);
         let group = self.streams[place].groups.get_mut(group)?;
         Some((group, &mut self.numbers))
@@ -539,8 +539,8 @@ impl Writer {
             let base = &mut group.account().base;
             *base = base.map(|base| base + 1);
         }
-        if stream.staged.last().is_none_or(Builder::is_full) {
-            stream.staged.push(Builder::new(stream.row.number));
+        if stream.staged.last().is_none_or(ChunkBuilder::is_full) {
+            stream.staged.push(ChunkBuilder::new(stream.row.number));
         }
         stream.staged.last_mut().expect("pushed just now").push(id, fields);
         id

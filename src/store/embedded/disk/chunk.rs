@@ -34,7 +34,7 @@ const WELL_KNOWN: [&str; 8] = [
 
 /// The header of a chunk, which the index keeps in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Head {
+pub(crate) struct ChunkHead {
     /// The stream's number.
     pub(crate) stream: u32,
     /// The number of its entries.
@@ -50,7 +50,7 @@ pub(crate) struct Head {
 /// A sealed chunk whose checksum is right.
 #[derive(Debug, Clone)]
 pub(crate) struct Chunk {
-    pub(crate) head: Head,
+    pub(crate) head: ChunkHead,
     body: Bytes,
 }
 
@@ -64,7 +64,7 @@ pub(crate) struct Slot {
 
 /// Why bytes are not a valid chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Damage {
+pub(crate) enum ChunkDamage {
     #[error("the checksum is wrong")]
     Checksum,
     #[error("it was written by a newer version of aurora-bus (chunk version {0})")]
@@ -75,18 +75,18 @@ pub(crate) enum Damage {
 
 impl Chunk {
     /// Opens the bytes of a row. Fails if they are not a sealed chunk.
-    pub(crate) fn open(body: Bytes) -> Result<Self, Damage> {
-        let mut reader = Reader { bytes: &body, at: 0 };
-        let checksum = reader.u32().ok_or(Damage::Content)?;
+    pub(crate) fn open(body: Bytes) -> Result<Self, ChunkDamage> {
+        let mut reader = ByteReader { bytes: &body, at: 0 };
+        let checksum = reader.u32().ok_or(ChunkDamage::Content)?;
         if body.get(4..).map(crc32c::crc32c) != Some(checksum) {
-            return Err(Damage::Checksum);
+            return Err(ChunkDamage::Checksum);
         }
-        match reader.u8().ok_or(Damage::Content)? {
+        match reader.u8().ok_or(ChunkDamage::Content)? {
             VERSION => {}
-            other => return Err(Damage::Version(other)),
+            other => return Err(ChunkDamage::Version(other)),
         }
         let mut head = || {
-            Some(Head {
+            Some(ChunkHead {
                 stream: reader.u32()?,
                 count: reader.u32()?,
                 added: reader.u64()?,
@@ -94,7 +94,7 @@ impl Chunk {
                 last: EntryId::new(reader.u64()?, reader.u64()?),
             })
         };
-        let head = head().ok_or(Damage::Content)?;
+        let head = head().ok_or(ChunkDamage::Content)?;
         Ok(Self { head, body })
     }
 
@@ -106,7 +106,7 @@ impl Chunk {
     /// Returns the entries, oldest first, not decoded.
     pub(crate) fn slots(&self) -> Slots<'_> {
         Slots {
-            reader: Reader { bytes: &self.body, at: HEADER_BYTES },
+            reader: ByteReader { bytes: &self.body, at: HEADER_BYTES },
             first_ms: self.head.first.ms,
             before: None,
             left: self.head.count,
@@ -114,13 +114,13 @@ impl Chunk {
     }
 
     /// Decodes an entry of this chunk. Names and values share the chunk's memory.
-    pub(crate) fn entry(&self, slot: Slot) -> Result<Entry, Damage> {
-        let fields = self.fields(slot).ok_or(Damage::Content)?;
+    pub(crate) fn entry(&self, slot: Slot) -> Result<Entry, ChunkDamage> {
+        let fields = self.fields(slot).ok_or(ChunkDamage::Content)?;
         Ok(Entry { id: slot.id, fields })
     }
 
     fn fields(&self, slot: Slot) -> Option<Fields> {
-        let mut reader = Reader { bytes: self.body.get(..slot.to)?, at: slot.from };
+        let mut reader = ByteReader { bytes: self.body.get(..slot.to)?, at: slot.from };
         let count = reader.varint()?;
         let mut fields = Fields::with_capacity(usize::try_from(count).ok()?.min(slot.to - slot.from));
         for _ in 0..count {
@@ -135,7 +135,7 @@ impl Chunk {
     }
 
     /// Adds the entries of a range to `entries`, in its order, until there are `limit`.
-    pub(crate) fn collect(&self, range: Range, limit: usize, entries: &mut Vec<Entry>) -> Result<(), Damage> {
+    pub(crate) fn collect(&self, range: Range, limit: usize, entries: &mut Vec<Entry>) -> Result<(), ChunkDamage> {
         let mut slots = Vec::with_capacity(MAX_ENTRIES as usize);
         for slot in self.slots() {
             let slot = slot?;
@@ -153,8 +153,8 @@ impl Chunk {
     }
 
     /// Returns the chunk without the entries for which `is_gone` is true, or `None` if none is left.
-    pub(crate) fn without(&self, is_gone: impl Fn(EntryId) -> bool) -> Result<Option<Self>, Damage> {
-        let mut builder = Builder::new(self.head.stream);
+    pub(crate) fn without(&self, is_gone: impl Fn(EntryId) -> bool) -> Result<Option<Self>, ChunkDamage> {
+        let mut builder = ChunkBuilder::new(self.head.stream);
         for slot in self.slots() {
             let slot = slot?;
             if !is_gone(slot.id) {
@@ -168,7 +168,7 @@ impl Chunk {
 /// The iterator of [`Chunk::slots`].
 #[derive(Debug)]
 pub(crate) struct Slots<'a> {
-    reader: Reader<'a>,
+    reader: ByteReader<'a>,
     first_ms: u64,
     /// The id of the previous slot. Ids that do not grow are damage, because callers rely on their order.
     before: Option<EntryId>,
@@ -176,7 +176,7 @@ pub(crate) struct Slots<'a> {
 }
 
 impl Iterator for Slots<'_> {
-    type Item = Result<Slot, Damage>;
+    type Item = Result<Slot, ChunkDamage>;
 
     fn next(&mut self) -> Option<Self::Item> {
         self.left = self.left.checked_sub(1)?;
@@ -193,13 +193,13 @@ impl Iterator for Slots<'_> {
         if slot.is_none() {
             self.left = 0;
         }
-        Some(slot.ok_or(Damage::Content))
+        Some(slot.ok_or(ChunkDamage::Content))
     }
 }
 
 /// A chunk that is being filled.
 #[derive(Debug)]
-pub(crate) struct Builder {
+pub(crate) struct ChunkBuilder {
     stream: u32,
     body: Vec<u8>,
     first: EntryId,
@@ -207,7 +207,7 @@ pub(crate) struct Builder {
     count: u32,
 }
 
-impl Builder {
+impl ChunkBuilder {
     pub(crate) fn new(stream: u32) -> Self {
         Self { stream, body: vec![0; HEADER_BYTES], first: EntryId::MIN, last: EntryId::MIN, count: 0 }
     }
@@ -241,7 +241,7 @@ impl Builder {
 
     /// Seals the chunk. `added` is the number of entries ever added to the stream, these included.
     pub(crate) fn seal(mut self, added: u64) -> Chunk {
-        let head = Head { stream: self.stream, count: self.count, added, first: self.first, last: self.last };
+        let head = ChunkHead { stream: self.stream, count: self.count, added, first: self.first, last: self.last };
         let mut header = Vec::with_capacity(HEADER_BYTES);
         header.extend_from_slice(&[0; 4]);
         header.push(VERSION);
@@ -312,7 +312,7 @@ pub(crate) fn pack_ids(ids: &[EntryId]) -> Vec<u8> {
 
 /// Unpacks the output of [`pack_ids`].
 pub(crate) fn unpack_ids(packed: &[u8]) -> Option<Vec<EntryId>> {
-    let mut reader = Reader { bytes: packed, at: 0 };
+    let mut reader = ByteReader { bytes: packed, at: 0 };
     let count = usize::try_from(reader.varint()?).ok()?;
     let mut ids = Vec::with_capacity(count.min(packed.len()));
     let mut ms = 0_u64;
@@ -338,12 +338,12 @@ fn put_sized(to: &mut Vec<u8>, bytes: &[u8]) {
 
 /// Reads forward through bytes. Each method returns `None` if too few bytes are left.
 #[derive(Debug)]
-struct Reader<'a> {
+struct ByteReader<'a> {
     bytes: &'a [u8],
     at: usize,
 }
 
-impl Reader<'_> {
+impl ByteReader<'_> {
     fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
         let end = self.at.checked_add(N)?;
         let array = self.bytes.get(self.at..end)?.try_into().ok()?;
@@ -409,7 +409,7 @@ mod tests {
     }
 
     fn build(entries: &[(EntryId, Fields)]) -> Chunk {
-        let mut builder = Builder::new(7);
+        let mut builder = ChunkBuilder::new(7);
         for (id, fields) in entries {
             let mut encoded = Vec::new();
             encode(fields, &mut encoded);
@@ -458,7 +458,7 @@ mod tests {
         fn any_flipped_bit_is_detected(entries in entries(), place: prop::sample::Index, bit in 0..8_u8) {
             let mut body = build(&entries).body.to_vec();
             body[place.index(entries.len().max(1) * 8)] ^= 1 << bit;
-            prop_assert_eq!(Chunk::open(body.into()).map(|_| ()), Err(Damage::Checksum));
+            prop_assert_eq!(Chunk::open(body.into()).map(|_| ()), Err(ChunkDamage::Checksum));
         }
 
         #[test]
@@ -492,7 +492,10 @@ mod tests {
         let entries: Vec<(EntryId, Fields)> = (0..5).map(|n| (EntryId::new(9, n), Fields::default())).collect();
         let chunk = build(&entries);
         let left = chunk.without(|id| id.seq.is_multiple_of(2)).expect("undamaged").expect("two are left");
-        assert_eq!(left.head, Head { count: 2, first: EntryId::new(9, 1), last: EntryId::new(9, 3), ..chunk.head });
+        assert_eq!(
+            left.head,
+            ChunkHead { count: 2, first: EntryId::new(9, 1), last: EntryId::new(9, 3), ..chunk.head }
+        );
         assert!(chunk.without(|_| true).expect("undamaged").is_none());
     }
 }

@@ -1,4 +1,4 @@
-//! Damage to the structure of the database file, reported with the file's name and the remedy.
+//! FileDamage to the structure of the database file, reported with the file's name and the remedy.
 //!
 //! The engine can find it when the store is opened and at any later time. After that no write to the file can be
 //! trusted. A chunk with a wrong checksum is another case: its entries are named and can be discarded, see
@@ -12,12 +12,12 @@ use crate::store::{StoreError, StoreErrorKind};
 
 /// The first damage found since the store was opened.
 #[derive(Debug)]
-pub(crate) struct Damage {
+pub(crate) struct FileDamage {
     file: PathBuf,
     found: OnceLock<String>,
 }
 
-impl Damage {
+impl FileDamage {
     pub(crate) fn new(file: PathBuf) -> Self {
         Self { file, found: OnceLock::new() }
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Numbers, Staged, Stream, Writer};
+use super::{RowNumbers, StagedCommit, Stream, Writer};
 use crate::event::Epoch;
 use crate::store::embedded::disk::schema;
 use crate::store::embedded::disk::schema::{StreamRow, engine_error};
@@ -14,7 +14,7 @@ impl Writer {
         let greatest = |table, column| {
             schema::greatest(&self.connection, table, column).map_err(|e| engine_error("read the tables", e))
         };
-        self.numbers = Numbers {
+        self.numbers = RowNumbers {
             chunk: greatest("chunks", "chunk")?,
             lease: greatest("leases", "number")?,
             group: greatest("groups", "number")?,
@@ -94,7 +94,7 @@ impl Writer {
     }
 
     pub(in crate::store::embedded) fn read_back(&mut self) -> Result<(), StoreError> {
-        self.staged = Staged::default();
+        self.staged = StagedCommit::default();
         let rows = schema::load_streams(&self.connection)?;
         for stream in self.streams.drain(rows.len().min(self.streams.len())..) {
             self.by_name.remove(&stream.row.name);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
 
-use crate::store::embedded::disk::chunk::{Builder, Chunk};
+use crate::store::embedded::disk::chunk::{Chunk, ChunkBuilder};
 use crate::store::embedded::disk::schema;
 use crate::store::embedded::disk::schema::engine_error;
 use crate::store::embedded::memory::index::ChunkRef;
@@ -133,7 +133,7 @@ impl Writer {
         let stream = &self.streams[place];
         let number = stream.row.number;
         let mut merged: Vec<(Chunk, u64)> = Vec::new();
-        let mut builder = Builder::new(number);
+        let mut builder = ChunkBuilder::new(number);
         let first = run[0];
         let mut added = first.head.added.saturating_sub(u64::from(first.head.count) + first.holes);
         let mut holes = 0;
@@ -148,7 +148,7 @@ impl Writer {
             added += chunk_ref.holes;
             for slot in chunk.slots() {
                 if builder.is_full() {
-                    let full = std::mem::replace(&mut builder, Builder::new(number));
+                    let full = std::mem::replace(&mut builder, ChunkBuilder::new(number));
                     merged.push((full.seal(added), std::mem::take(&mut holes)));
                 }
                 builder.push_slot(&chunk, slot.map_err(|damage| damaged(&damage))?);

@@ -12,8 +12,8 @@ use crate::event::{ConsumerName, EntryId, Epoch, GroupName, StreamName};
 use crate::store::embedded::disk::chunk::{Chunk, Slot};
 use crate::store::embedded::disk::schema;
 use crate::store::embedded::disk::schema::{FirstEntry, ReadFailure, corrupt, engine_error};
-use crate::store::embedded::memory::groups::{Group, Held, MAX_PENDING, NewLeases};
-use crate::store::embedded::memory::index::{ChunkRef, Found};
+use crate::store::embedded::memory::groups::{Group, MAX_PENDING, NewLeases, PendingEntry};
+use crate::store::embedded::memory::index::{ChunkLocation, ChunkRef};
 use crate::store::embedded::writer::Writer;
 use crate::store::{
     Appended, Care, ConsumerStatus, Cursor, GroupStatus, LostReason, Pending, Range, Settled, Start, StoreError,
@@ -43,13 +43,13 @@ pub(crate) struct NewEntry {
 
 /// A delivery to settle.
 #[derive(Debug)]
-pub(crate) struct Ending {
+pub(crate) struct Settle {
     pub(crate) id: EntryId,
-    pub(crate) how: How,
+    pub(crate) how: SettleAction,
 }
 
 #[derive(Debug)]
-pub(crate) enum How {
+pub(crate) enum SettleAction {
     Acknowledge,
     Filter,
     /// Claimable after this many milliseconds, or after the claim idle time if that is shorter.
@@ -63,7 +63,7 @@ pub(crate) enum How {
 
 /// Entries that were made pending, not decoded.
 #[derive(Debug, Default)]
-pub(crate) struct Taken {
+pub(crate) struct PendingBatch {
     /// Each entry with its chunk and its attempts.
     pub(crate) entries: Vec<(Chunk, Slot, u32)>,
     pub(crate) lost: Vec<EntryId>,
@@ -193,7 +193,7 @@ impl Writer {
         Ok((place, &self.streams[place].groups[&cursor.group]))
     }
 
-    pub(crate) fn fetch(&mut self, cursor: &Cursor, limit: usize) -> Result<Taken, StoreError> {
+    pub(crate) fn fetch(&mut self, cursor: &Cursor, limit: usize) -> Result<PendingBatch, StoreError> {
         let now_ms = self.now_ms();
         let (place, group) = self.group(cursor)?;
         let room = MAX_PENDING.saturating_sub(group.pending_count());
@@ -210,18 +210,18 @@ impl Writer {
         if let Some(ahead) = ahead {
             group.ahead = ahead;
         }
-        let Some((_, last)) = picked.last() else { return Ok(Taken::default()) };
+        let Some((_, last)) = picked.last() else { return Ok(PendingBatch::default()) };
         group.cursor = last.id;
         group.passed += picked.len() as u64;
         group.read += picked.len() as u64;
         group.changes.is_changed = true;
         let mut leases = NewLeases::default();
         for (_, slot) in &picked {
-            let held = Held { id: slot.id, consumer, delivered_ms: now_ms, attempts: 1 };
+            let held = PendingEntry { id: slot.id, consumer, delivered_ms: now_ms, attempts: 1 };
             group.hold(held, &mut leases, &mut numbers.lease);
         }
         let entries = picked.into_iter().map(|(chunk, slot)| (chunk, slot, 1)).collect();
-        Ok(Taken { entries, ..Taken::default() })
+        Ok(PendingBatch { entries, ..PendingBatch::default() })
     }
 
     /// Returns the committed entries after a group's cursor, and the chunk to keep for the next call if one was read.
@@ -249,7 +249,7 @@ impl Writer {
         };
         let found = stream.published.log().find(range, limit);
         match found {
-            Found::Recent(chunks) => {
+            ChunkLocation::Recent(chunks) => {
                 for chunk in &chunks {
                     if take(chunk, &mut picked)? {
                         break;
@@ -257,7 +257,7 @@ impl Writer {
                 }
                 Ok((picked, Some(None)))
             }
-            Found::Rows { chunks, .. } => {
+            ChunkLocation::Rows { chunks, .. } => {
                 let mut last = None;
                 for chunk_ref in &chunks {
                     let ahead = group.ahead.as_ref().filter(|ahead| ahead.head == chunk_ref.head).cloned();
@@ -278,17 +278,23 @@ impl Writer {
         }
     }
 
-    pub(crate) fn claim(&mut self, cursor: &Cursor, ids: &[EntryId], idle_ms: u64) -> Result<Taken, StoreError> {
+    pub(crate) fn claim(&mut self, cursor: &Cursor, ids: &[EntryId], idle_ms: u64) -> Result<PendingBatch, StoreError> {
         let now_ms = self.now_ms();
         let (place, group) = self.group(cursor)?;
-        let is_idle = |held: &Held| now_ms.saturating_sub(held.delivered_ms) >= idle_ms;
+        let is_idle = |held: &PendingEntry| now_ms.saturating_sub(held.delivered_ms) >= idle_ms;
         let ids: BTreeSet<EntryId> = ids.iter().copied().collect();
-        let idle: Vec<Held> = ids.into_iter().filter_map(|id| group.held(id)).filter(is_idle).collect();
+        let idle: Vec<PendingEntry> = ids.into_iter().filter_map(|id| group.held(id)).filter(is_idle).collect();
         self.take_over(cursor, place, &idle, now_ms)
     }
 
     /// Makes pending entries the cursor's if they still have bodies.
-    fn take_over(&mut self, cursor: &Cursor, place: usize, entries: &[Held], now_ms: u64) -> Result<Taken, StoreError> {
+    fn take_over(
+        &mut self,
+        cursor: &Cursor,
+        place: usize,
+        entries: &[PendingEntry],
+        now_ms: u64,
+    ) -> Result<PendingBatch, StoreError> {
         let mut bodies = Vec::with_capacity(entries.len());
         let mut last: Option<(ChunkRef, Chunk)> = None;
         for held in entries {
@@ -297,7 +303,7 @@ impl Writer {
         let (group, numbers) = self.change_group(place, &cursor.group).ok_or_else(|| no_group(cursor))?;
         let consumer = group.consumer(&cursor.consumer, now_ms, &mut numbers.consumer);
         let mut leases = NewLeases::default();
-        let mut taken = Taken::default();
+        let mut taken = PendingBatch::default();
         for (held, body) in entries.iter().zip(bodies) {
             let Some((chunk, slot)) = body else {
                 group.release(held.id);
@@ -306,7 +312,7 @@ impl Writer {
                 continue;
             };
             let attempts = held.attempts.saturating_add(1);
-            let now_held = Held { id: held.id, consumer, delivered_ms: now_ms, attempts };
+            let now_held = PendingEntry { id: held.id, consumer, delivered_ms: now_ms, attempts };
             group.hold(now_held, &mut leases, &mut numbers.lease);
             taken.entries.push((chunk, slot, attempts));
         }
@@ -348,7 +354,7 @@ impl Writer {
         from: EntryId,
         limit: usize,
         care: Care,
-    ) -> Result<Taken, StoreError> {
+    ) -> Result<PendingBatch, StoreError> {
         let now_ms = self.now_ms();
         let (place, group) = self.group(cursor)?;
         let mut idle = Vec::new();
@@ -367,10 +373,10 @@ impl Writer {
         next = idle.get(fitting).map_or(next, |held| held.id);
         idle.truncate(fitting);
         let taken = self.take_over(cursor, place, &idle, now_ms)?;
-        Ok(Taken { next, held_back, ..taken })
+        Ok(PendingBatch { next, held_back, ..taken })
     }
 
-    pub(crate) fn settle(&mut self, cursor: &Cursor, endings: &[Ending]) -> Settled {
+    pub(crate) fn settle(&mut self, cursor: &Cursor, endings: &[Settle]) -> Settled {
         let nothing = Settled { settled: 0, not_owned: endings.len() };
         let now_ms = self.now_ms();
         let Ok((place, group)) = self.group(cursor) else { return nothing };
@@ -385,34 +391,34 @@ impl Writer {
                 continue;
             };
             settled.settled += 1;
-            if let How::DeadLetter { to, fields } = &ending.how {
+            if let SettleAction::DeadLetter { to, fields } = &ending.how {
                 let to = self.place_or_new(to);
                 self.stage(to, fields);
             }
             let Some((group, numbers)) = self.change_group(place, &cursor.group) else { return nothing };
             let account = &mut group.counted;
             let counter = match ending.how {
-                How::Acknowledge => Some(&mut account.acknowledged),
-                How::Filter => Some(&mut account.filtered),
-                How::DeadLetter { .. } => Some(&mut account.dead),
-                How::Retry(_) | How::Release => None,
+                SettleAction::Acknowledge => Some(&mut account.acknowledged),
+                SettleAction::Filter => Some(&mut account.filtered),
+                SettleAction::DeadLetter { .. } => Some(&mut account.dead),
+                SettleAction::Retry(_) | SettleAction::Release => None,
             };
             if let Some(counter) = counter {
                 *counter += 1;
                 group.changes.is_account_changed = true;
             }
             let again = match ending.how {
-                How::Acknowledge | How::Filter | How::DeadLetter { .. } => None,
-                How::Retry(due_ms) => {
+                SettleAction::Acknowledge | SettleAction::Filter | SettleAction::DeadLetter { .. } => None,
+                SettleAction::Retry(due_ms) => {
                     let delivered_ms = now_ms.saturating_sub(limit_ms - due_ms.min(limit_ms));
-                    Some(Held { delivered_ms, ..held })
+                    Some(PendingEntry { delivered_ms, ..held })
                 }
-                How::Release => {
+                SettleAction::Release => {
                     let delivered_ms = now_ms.saturating_sub(limit_ms);
                     // An entry idle for that long was released before: this settlement is a repetition.
                     let is_again = held.delivered_ms <= delivered_ms;
                     let attempts = held.attempts.saturating_sub(u32::from(!is_again));
-                    Some(Held { delivered_ms, attempts, ..held })
+                    Some(PendingEntry { delivered_ms, attempts, ..held })
                 }
             };
             match again {
@@ -436,7 +442,9 @@ impl Writer {
         let mut foreign = Vec::new();
         for id in ids {
             match group.held(*id).filter(|held| held.consumer == consumer) {
-                Some(held) => group.hold(Held { delivered_ms: now_ms, ..held }, &mut leases, &mut numbers.lease),
+                Some(held) => {
+                    group.hold(PendingEntry { delivered_ms: now_ms, ..held }, &mut leases, &mut numbers.lease)
+                }
                 None => foreign.push(*id),
             }
         }
@@ -479,7 +487,7 @@ impl Writer {
         let first_id = oldest.map(|chunk| chunk.head.first);
         let before_first = match oldest {
             Some(chunk) => (chunk.holes == 0).then(|| chunk.head.added.saturating_sub(u64::from(chunk.head.count))),
-            // Staged entries are counted already, but not visible yet.
+            // StagedCommit entries are counted already, but not visible yet.
             None => (stream.length == 0).then_some(stream.row.added),
         };
         let group_status = |group: &Group| GroupStatus {

@@ -15,7 +15,7 @@ const CAPACITY: u32 = 64 * 1024;
 const UNIT_BYTES: usize = 1024;
 
 /// One call of the store, run by the writer.
-pub(crate) trait Work: Send {
+pub(crate) trait WriteOp: Send {
     /// Returns whether it needs a transaction of its own.
     fn is_alone(&self) -> bool;
     /// Runs it, up to the commit. May be called again after a failed commit.
@@ -24,7 +24,7 @@ pub(crate) trait Work: Send {
     fn answer(self: Box<Self>, error: Option<StoreError>);
 }
 
-struct Call<F, R> {
+struct QueuedCall<F, R> {
     work: F,
     is_alone: bool,
     result: Option<Result<R, StoreError>>,
@@ -32,7 +32,7 @@ struct Call<F, R> {
     _permit: OwnedSemaphorePermit,
 }
 
-impl<F, R> Work for Call<F, R>
+impl<F, R> WriteOp for QueuedCall<F, R>
 where
     F: FnMut(&mut Writer) -> Result<R, StoreError> + Send,
     R: Send,
@@ -57,8 +57,8 @@ where
 }
 
 /// The result of waiting for work.
-pub(crate) enum Taken {
-    Work(VecDeque<Box<dyn Work>>),
+pub(crate) enum Dequeued {
+    WriteOp(VecDeque<Box<dyn WriteOp>>),
     /// Nothing arrived before the deadline.
     Nothing,
     /// The queue is closed and empty.
@@ -66,24 +66,24 @@ pub(crate) enum Taken {
 }
 
 /// The queue.
-pub(crate) struct Queue {
+pub(crate) struct WriteQueue {
     room: Arc<Semaphore>,
-    waiting: Mutex<Waiting>,
+    waiting: Mutex<QueueState>,
     came: Condvar,
 }
 
 #[derive(Default)]
-struct Waiting {
-    work: VecDeque<Box<dyn Work>>,
+struct QueueState {
+    work: VecDeque<Box<dyn WriteOp>>,
     is_closed: bool,
 }
 
-impl Queue {
+impl WriteQueue {
     pub(crate) fn new() -> Self {
         Self { room: Arc::new(Semaphore::new(CAPACITY as usize)), waiting: Mutex::default(), came: Condvar::new() }
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+    fn waiting(&self) -> MutexGuard<'_, QueueState> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -98,13 +98,13 @@ impl Queue {
         let room = self.room.clone().acquire_many_owned(units).await;
         let permit = room.map_err(|_closed| is_closed_error())?;
         let (answer, answered) = oneshot::channel();
-        if !self.push(Box::new(Call { work, is_alone, result: None, answer, _permit: permit })) {
+        if !self.push(Box::new(QueuedCall { work, is_alone, result: None, answer, _permit: permit })) {
             return Err(is_closed_error());
         }
         answered.await.unwrap_or_else(|_writer_is_gone| Err(is_closed_error()))
     }
 
-    fn push(&self, work: Box<dyn Work>) -> bool {
+    fn push(&self, work: Box<dyn WriteOp>) -> bool {
         let mut waiting = self.waiting();
         if waiting.is_closed {
             return false;
@@ -119,18 +119,18 @@ impl Queue {
     }
 
     /// Takes all queued work, or waits until `deadline` for the first.
-    pub(crate) fn take(&self, deadline: Option<Instant>) -> Taken {
+    pub(crate) fn take(&self, deadline: Option<Instant>) -> Dequeued {
         let mut waiting = self.waiting();
         loop {
             if !waiting.work.is_empty() {
-                return Taken::Work(std::mem::take(&mut waiting.work));
+                return Dequeued::Work(std::mem::take(&mut waiting.work));
             }
             if waiting.is_closed {
-                return Taken::Closed;
+                return Dequeued::Closed;
             }
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             waiting = match left {
-                Some(Duration::ZERO) => return Taken::Nothing,
+                Some(Duration::ZERO) => return Dequeued::Nothing,
                 Some(left) => self.came.wait_timeout(waiting, left).unwrap_or_else(PoisonError::into_inner).0,
                 None => self.came.wait(waiting).unwrap_or_else(PoisonError::into_inner),
             };

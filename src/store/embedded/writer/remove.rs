@@ -117,13 +117,13 @@ impl Writer {
     }
 
     /// Plans the chunks without these entries.
-    fn plan_discard(&self, place: usize, ids: &BTreeSet<EntryId>) -> Result<Discard, StoreError> {
+    fn plan_discard(&self, place: usize, ids: &BTreeSet<EntryId>) -> Result<DiscardPlan, StoreError> {
         let stream = &self.streams[place];
         let log_chunks: BTreeMap<usize, ChunkRef> = {
             let log = stream.published.log();
             ids.iter().filter_map(|id| log.place_of(*id)).map(|at| (at, log.chunks[at])).collect()
         };
-        let mut plan = Discard::default();
+        let mut plan = DiscardPlan::default();
         // Entries of chunks that are removed completely are counted by the next remaining chunk.
         let mut carried = 0;
         let mut at = log_chunks.first_key_value().map_or(0, |(at, _)| *at);
@@ -178,7 +178,7 @@ impl Writer {
 
 /// The plan of a discard.
 #[derive(Debug, Default)]
-struct Discard {
+struct DiscardPlan {
     removed: u64,
     /// By index: the old chunk and the new one, with the new body if it changes.
     #[expect(clippy::type_complexity, reason = "a private plan, taken apart in one place")]
@@ -189,7 +189,7 @@ struct Discard {
     given_up: Vec<(EntryId, EntryId)>,
 }
 
-impl Discard {
+impl DiscardPlan {
     fn is_gone(&self, id: EntryId, ids: &BTreeSet<EntryId>) -> bool {
         ids.contains(&id) || self.given_up.iter().any(|(first, last)| (*first..=*last).contains(&id))
     }

@@ -79,7 +79,7 @@ impl RedisStore {
     async fn probe_server(&self, server: &Address, key: Bytes) -> Result<Told, Failure> {
         self.publish.up(server).await?;
         let mut arguments = Arguments::with_capacity(4);
-        arguments.bytes(key.clone()).text("probe").text("PX").shown(&PROBE_KEPT_MS);
+        arguments.bytes(key.clone()).text("probe").text("PX").display(&PROBE_KEPT_MS);
         match self.control.call_server(server, "SET", arguments).await {
             // What else is not granted is told with it.
             Err(failure) if failure.kind == StoreErrorKind::Denied => {

@@ -226,12 +226,12 @@ mod tests {
             Err(error) => error.to_string(),
         };
         let cases = [
-            ("redis-sentinel://h:1", "names no service"),
-            ("redis-sentinel://h/x/db", "`db` is no database"),
+            ("redis-sentinel://h:1", "the service name is missing"),
+            ("redis-sentinel://h/x/db", "database `db` is not a number"),
             ("redis-cluster://h/1", "has database 0 only"),
             ("redis://a,b/0", "several hosts"),
-            ("redis-cluster://a,,b", "names no host"),
-            ("redis-ring://a", "the scheme is `redis-ring`"),
+            ("redis-cluster://a,,b", "the host is missing"),
+            ("redis-ring://a", "the scheme `redis-ring`"),
             ("redis://a/0?db=1", "nothing may follow"),
         ];
         for (url, words) in cases {

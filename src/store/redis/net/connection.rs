@@ -49,8 +49,8 @@ impl Arguments {
         self
     }
 
-    pub(crate) fn shown(&mut self, shown: &impl ToString) -> &mut Self {
-        self.bytes(shown.to_string())
+    pub(crate) fn display(&mut self, value: &impl ToString) -> &mut Self {
+        self.bytes(value.to_string())
     }
 
     pub(crate) fn name(&mut self, name: &str) -> &mut Self {
@@ -230,7 +230,7 @@ impl Connection {
     ) -> Result<Reply, Failure> {
         let arguments = || {
             let mut all = Arguments::with_capacity(16);
-            all.bytes(script.sha().clone()).shown(&keys.len());
+            all.bytes(script.sha().clone()).display(&keys.len());
             for key in keys {
                 all.bytes(key.clone());
             }

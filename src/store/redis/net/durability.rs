@@ -66,7 +66,7 @@ pub(crate) async fn confirm(
     if let (Some(stream), true) = (keys.first(), keys.len() > 1) {
         // Where all were duplicates this connection has written nothing, and the server would have nothing to wait for.
         let mut mark = Arguments::with_capacity(4);
-        mark.bytes(keys::mark(stream)).text("1").text("PX").shown(&MARK_KEPT_MS);
+        mark.bytes(keys::mark(stream)).text("1").text("PX").display(&MARK_KEPT_MS);
         connection.ask(is_asking, "SET", mark, settings.command_timeout, false).await.map_err(lost)?;
     }
     if wanted.fsync {
@@ -80,7 +80,7 @@ pub(crate) async fn confirm(
     }
     if wanted.replicated {
         let mut wait = Arguments::with_capacity(2);
-        wait.shown(&settings.replicas).shown(&settings.wait_timeout.as_millis());
+        wait.display(&settings.replicas).display(&settings.wait_timeout.as_millis());
         let answer = connection.call("WAIT", wait, settings.wait_timeout + MARGIN, true).await;
         let confirmed = answer.and_then(Reply::count).map_err(lost)?;
         if confirmed < u64::from(settings.replicas) {
@@ -108,7 +108,7 @@ pub(crate) async fn spread(connection: &Connection, settings: &Settings) -> Resu
         return Ok(());
     }
     let mut wait = Arguments::with_capacity(2);
-    wait.shown(&replicas).shown(&settings.wait_timeout.as_millis());
+    wait.display(&replicas).display(&settings.wait_timeout.as_millis());
     connection.call("WAIT", wait, settings.wait_timeout + MARGIN, true).await?.count().map(drop)
 }
 
@@ -140,7 +140,7 @@ async fn disk(connection: &Connection, settings: &Settings) -> Result<Disk, Fail
 
 async fn wait_for_disk(connection: &Connection, time: Duration) -> Result<bool, Failure> {
     let mut wait = Arguments::with_capacity(3);
-    wait.text("1").text("0").shown(&time.as_millis());
+    wait.text("1").text("0").display(&time.as_millis());
     let [local, _replicas] = connection.call("WAITAOF", wait, time + MARGIN, true).await?.tuple()?;
     Ok(local.count()? >= 1)
 }

@@ -61,7 +61,7 @@ impl Accounts {
 impl RedisStore {
     pub(crate) async fn drop_step(&self, stream: &StreamName, keep: u64) -> Result<Dropped, Failure> {
         let mut arguments = Arguments::with_capacity(1);
-        arguments.shown(&keep);
+        arguments.display(&keep);
         let keys = [key(stream), keys::account(stream)];
         let reply = self.control.run(&script::DROP_OLDEST, &keys, arguments).await?;
         let [removed, more, first, last, losers] = reply.tuple()?;
@@ -84,7 +84,7 @@ impl RedisStore {
         missing: u64,
     ) -> Result<bool, Failure> {
         let mut arguments = Arguments::with_capacity(3);
-        arguments.name(group.as_str()).shown(&known).shown(&missing);
+        arguments.name(group.as_str()).display(&known).display(&missing);
         let keys = [key(stream), keys::account(stream)];
         self.control.run(&script::WRITE_OFF, &keys, arguments).await?.count().map(|counted| counted == 1)
     }

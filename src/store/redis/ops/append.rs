@@ -257,11 +257,11 @@ fn add_runs<'a>(arguments: &mut Arguments, entries: impl Iterator<Item = &'a New
         }
         let places: Vec<_> = (1..).zip(&differs).filter(|(_, differs)| **differs).map(|(n, _)| n.to_string()).collect();
         arguments.reserve(2 * first.fields.len() + run * places.len() + 3);
-        arguments.shown(&first.fields.len());
+        arguments.display(&first.fields.len());
         for ((name, value), differs) in first.fields.iter().zip(&differs) {
             arguments.bytes(name.clone()).bytes(if *differs { Bytes::new() } else { value.clone() });
         }
-        arguments.shown(&places.join(" ")).shown(&run);
+        arguments.display(&places.join(" ")).display(&run);
         for entry in rest.by_ref().take(run) {
             for ((_, value), _) in entry.fields.iter().zip(&differs).filter(|(_, differs)| **differs) {
                 arguments.bytes(value.clone());
@@ -281,12 +281,12 @@ async fn append_once(
         let size = entry.fields.len() * 2;
         match &entry.idempotency {
             None => {
-                arguments.shown(&size);
+                arguments.display(&size);
             }
             Some(idempotency) => {
                 stream_keys.push(keys::idempotency(stream, &idempotency.key));
                 let window_ms = idempotency.window.as_millis().max(1);
-                arguments.shown(&format_args!("-{size}")).shown(&window_ms).bytes(event_id(entry));
+                arguments.display(&format_args!("-{size}")).display(&window_ms).bytes(event_id(entry));
             }
         }
         for (name, value) in entry.fields.iter() {

@@ -67,7 +67,7 @@ impl RedisStore {
     async fn bury_together(&self, cursor: &Cursor, to: &StreamName, batch: &[Record<'_>]) -> Result<usize, Failure> {
         let mut arguments = of_consumer(cursor);
         for (id, fields) in batch {
-            arguments.shown(id);
+            arguments.display(id);
             add_fields(&mut arguments, fields);
         }
         let keys = vec![key(&cursor.stream), keys::account(&cursor.stream), key(to)];
@@ -77,14 +77,14 @@ impl RedisStore {
 
     async fn bury_apart(&self, cursor: &Cursor, to: &StreamName, batch: &[Record<'_>]) -> Result<usize, Failure> {
         let mut begin = of_consumer(cursor);
-        begin.shown(&REMEMBERED.as_millis()).bytes(key(to));
+        begin.display(&REMEMBERED.as_millis()).bytes(key(to));
         begin.ids(&batch.iter().map(|(id, _)| *id).collect::<Vec<_>>());
         let noted = vec![key(&cursor.stream), keys::moving(&cursor.stream)];
         let not_owned = self.run_as(&script::BURY_BEGIN, cursor, noted, begin).await?.ids()?;
         let not_owned: HashSet<EntryId> = not_owned.into_iter().collect();
         let mut letters = vec![key(to)];
         let mut arguments = Arguments::with_capacity(batch.len() * 16);
-        arguments.shown(&REMEMBERED.as_millis());
+        arguments.display(&REMEMBERED.as_millis());
         let mut owned = Vec::with_capacity(batch.len());
         for (id, fields) in batch.iter().filter(|(id, _)| !not_owned.contains(id)) {
             letters.push(keys::moved(to, &cursor.stream, &cursor.group, *id));
@@ -153,7 +153,7 @@ impl RedisStore {
 }
 
 fn add_fields(arguments: &mut Arguments, fields: &Fields) {
-    arguments.shown(&(fields.len() * 2));
+    arguments.display(&(fields.len() * 2));
     for (name, value) in fields.iter() {
         arguments.bytes(name.clone()).bytes(value.clone());
     }

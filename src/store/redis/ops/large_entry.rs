@@ -136,7 +136,7 @@ impl Transaction<'_> {
         let (Some(key), Some(idempotency)) = (key, &entry.idempotency) else { return Ok(()) };
         let mut remember = Arguments::with_capacity(11);
         remember.bytes(REMEMBER.sha().clone()).text("2").bytes(self.stream_key.clone()).bytes(key.clone());
-        remember.shown(&idempotency.window.as_millis().max(1)).bytes(event_id(fields)).shown(&(fields.len() * 2));
+        remember.display(&idempotency.window.as_millis().max(1)).bytes(event_id(fields)).display(&(fields.len() * 2));
         let parts: Vec<&Bytes> = fields.iter().flat_map(|(name, value)| [name, value]).collect();
         for place in 0..4 {
             // An entry that is not wide may have fewer.

@@ -24,7 +24,7 @@ impl RedisStore {
         ttl: Duration,
     ) -> Result<Leased, Failure> {
         let mut arguments = Arguments::with_capacity(2);
-        arguments.name(holder).shown(&ttl.as_millis().max(1));
+        arguments.name(holder).display(&ttl.as_millis().max(1));
         let keys = [keys::lease(stream, name), keys::fence(stream)];
         let [fence, by, left] = self.control.run(&script::LEASE, &keys, arguments).await?.tuple()?;
         let fence = fence.text()?;
@@ -69,14 +69,14 @@ impl RedisStore {
         let deadline = Instant::now() + wait;
         loop {
             let mut arguments = of_consumer(cursor);
-            arguments.shown(&self.sizes.bounded(stream, limit));
+            arguments.display(&self.sizes.bounded(stream, limit));
             let delivered_at = Instant::now();
             let answer = self.run_as(&script::FETCH, cursor, vec![key(stream)], arguments).await;
             let [entries, last] = match answer {
                 Ok(reply) => reply.tuple()?,
-                Err(failure) => return self.learned(stream, Err(failure)).map(|_| Vec::new()),
+                Err(failure) => return self.record_size(stream, Err(failure)).map(|_| Vec::new()),
             };
-            let entries = self.learned(stream, entries.entries())?;
+            let entries = self.record_size(stream, entries.entries())?;
             let left = deadline.saturating_duration_since(Instant::now());
             if !entries.is_empty() || left.is_zero() {
                 let delivery = |entry| Delivery { entry, attempt: 1, delivered_at };
@@ -91,7 +91,7 @@ impl RedisStore {
         let mut arguments = Arguments::with_capacity(7);
         arguments.text("COUNT").text("1");
         block(&mut arguments, wait);
-        arguments.text("STREAMS").bytes(key(stream)).shown(&id);
+        arguments.text("STREAMS").bytes(key(stream)).display(&id);
         self.readers.read("XREAD", stream.as_str().as_bytes(), arguments, wait).await.map(drop)
     }
 }

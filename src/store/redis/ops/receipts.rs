@@ -17,12 +17,12 @@ impl RedisStore {
         let mut good = Vec::with_capacity(redemptions.len());
         for chunk in redemptions.chunks(script::MAX_IDS) {
             let mut arguments = Arguments::with_capacity(2 + chunk.len() * 5);
-            arguments.name(cursor.group.as_str()).shown(&cursor.claim_idle.as_millis());
+            arguments.name(cursor.group.as_str()).display(&cursor.claim_idle.as_millis());
             for (receipt, redemption) in chunk {
-                arguments.shown(&receipt.id).name(receipt.consumer.as_str()).shown(&receipt.attempt);
+                arguments.display(&receipt.id).name(receipt.consumer.as_str()).display(&receipt.attempt);
                 match redemption {
                     Redemption::Acknowledge => arguments.text("").text("0"),
-                    Redemption::Hold { by, lease } => arguments.name(by.as_str()).shown(&lease.as_millis()),
+                    Redemption::Hold { by, lease } => arguments.name(by.as_str()).display(&lease.as_millis()),
                 };
             }
             let keys = vec![key(&cursor.stream), keys::account(&cursor.stream)];

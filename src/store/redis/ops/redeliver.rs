@@ -26,9 +26,9 @@ impl RedisStore {
     ) -> Result<Redelivered, Failure> {
         let limit = self.sizes.bounded(&cursor.stream, limit.min(MAX_CLAIM));
         let mut arguments = Arguments::with_capacity(10);
-        arguments.shown(&redelivery.idle.as_millis()).shown(&from);
-        arguments.shown(&limit).shown(&(limit * LOOKED_AT_PER_CLAIM)).shown(&COPIED_BYTES);
-        arguments.shown(&redelivery.max_deliveries).shown(&script::MAX_ENTRY_ARGUMENTS);
+        arguments.display(&redelivery.idle.as_millis()).display(&from);
+        arguments.display(&limit).display(&(limit * LOOKED_AT_PER_CLAIM)).display(&COPIED_BYTES);
+        arguments.display(&redelivery.max_deliveries).display(&script::MAX_ENTRY_ARGUMENTS);
         for name in [field::REPLAY_GROUP, field::REPLAY_OF, field::REPLAY_ATTEMPTS] {
             arguments.text(name);
         }

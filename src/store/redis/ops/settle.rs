@@ -91,7 +91,7 @@ impl RedisStore {
                     // Whoever waits for the same idle time may claim it at once.
                     Step::Release => ("release", cursor.claim_idle),
                 };
-                arguments.shown(id).text(what).shown(&idle.as_millis());
+                arguments.display(id).text(what).display(&idle.as_millis());
             }
             not_owned += self.run_for(&script::SETTLE, cursor, arguments).await?.count()?;
         }

@@ -89,7 +89,7 @@ fn read(places: &[(StreamName, EntryId)], wait: Duration) -> Arguments {
         arguments.bytes(key(stream));
     }
     for (_, after) in places {
-        arguments.shown(after);
+        arguments.display(after);
     }
     arguments
 }
