@@ -34,15 +34,15 @@ use super::{
     StreamStatus, Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
-use crate::store::redis::health::clock_skew::Clock;
-use crate::store::redis::health::permissions::Rights;
-use crate::store::redis::health::reply_size::Sizes;
-use crate::store::redis::net::client::{Link, Readers};
+use crate::store::redis::health::clock_skew::ServerClock;
+use crate::store::redis::health::permissions::AclCheck;
+use crate::store::redis::health::reply_size::ReplySizer;
+use crate::store::redis::net::client::{Readers, RoutedClient};
 use crate::store::redis::net::connection::Arguments;
 use crate::store::redis::net::error::Failure;
 use crate::store::redis::net::pool::Pool;
 use crate::store::redis::net::script::Script;
-use crate::store::redis::net::topology::Servers;
+use crate::store::redis::net::topology::TopologyWatcher;
 use crate::store::redis::ops::append::Publisher;
 
 /// The maximum time that the server blocks for one command.
@@ -57,18 +57,18 @@ const LOOKED_AT_PER_CLAIM: usize = 10;
 /// A store on a Redis or Valkey server. Created by [`Config::connect`].
 pub struct RedisStore {
     settings: Arc<Settings>,
-    servers: Servers,
+    servers: TopologyWatcher,
     /// The publishers for each durability. They send appends only, so that no slow command delays them.
     publishers: [(Durability, Publisher); Durability::ALL.len()],
-    publish: Link,
+    publish: RoutedClient,
     /// The connection of other commands that do not block.
-    control: Link,
+    control: RoutedClient,
     readers: Readers,
     /// The connections of appends that wait for replicas or the disk.
     pool: Arc<Pool>,
-    rights: Rights,
-    sizes: Sizes,
-    clock: Clock,
+    permissions: AclCheck,
+    reply_sizes: ReplySizer,
+    clock: ServerClock,
     /// Cancelled when appends are refused. Accepted appends are still sent.
     closing: CancellationToken,
     publishing: TaskTracker,
@@ -96,12 +96,12 @@ impl RedisStore {
         let settings = Arc::new(settings);
         let (closing, stop) = (CancellationToken::new(), CancellationToken::new());
         let (publishing, links) = (TaskTracker::new(), TaskTracker::new());
-        let (servers, keep_finding) = Servers::new(Arc::clone(&settings), stop.clone());
+        let (servers, keep_finding) = TopologyWatcher::new(Arc::clone(&settings), stop.clone());
         links.spawn(keep_finding);
         let pool = Arc::new(Pool::new(Arc::clone(&settings)));
         let link = |purpose| {
             let (settings, servers, pool) = (Arc::clone(&settings), servers.clone(), Arc::clone(&pool));
-            Link::new(purpose, settings, servers, pool, links.clone(), stop.clone())
+            RoutedClient::new(purpose, settings, servers, pool, links.clone(), stop.clone())
         };
         let (publish, control) = (link("publish"), link("control"));
         let publishers = Durability::ALL.map(|durability| {
@@ -118,9 +118,9 @@ impl RedisStore {
             readers: Readers::new(Arc::clone(&settings), control.clone()),
             control,
             pool,
-            rights: Rights::default(),
-            sizes: Sizes::default(),
-            clock: Clock::default(),
+            permissions: AclCheck::default(),
+            reply_sizes: ReplySizer::default(),
+            clock: ServerClock::default(),
             closing,
             publishing,
             stop,
@@ -145,7 +145,7 @@ impl RedisStore {
     async fn entries(&self, stream: &StreamName, mut range: Range, limit: usize) -> Result<Vec<Entry>, Failure> {
         let mut entries: Vec<Entry> = Vec::new();
         loop {
-            let count = self.sizes.bounded(stream, limit - entries.len());
+            let count = self.reply_sizes.bounded(stream, limit - entries.len());
             let (command, first, last) = match range.order {
                 Order::Forward => ("XRANGE", range.from, range.to),
                 Order::Backward => ("XREVRANGE", range.to, range.from),
@@ -173,8 +173,8 @@ impl RedisStore {
     /// Records the size of a reply's entries, or that the reply did not arrive.
     fn record_size(&self, stream: &StreamName, read: Result<Vec<Entry>, Failure>) -> Result<Vec<Entry>, Failure> {
         match &read {
-            Ok(entries) => self.sizes.learn(stream, entries),
-            Err(failure) if *failure == Failure::timeout() => self.sizes.doubt(stream),
+            Ok(entries) => self.reply_sizes.learn(stream, entries),
+            Err(failure) if *failure == Failure::timeout() => self.reply_sizes.doubt(stream),
             Err(_) => {}
         }
         read
@@ -251,9 +251,7 @@ impl Store for RedisStore {
         let (_, publisher) = publisher.expect("each durability has a publisher");
         let outcome = publisher.append(stream, entries).await;
         outcome.map_err(|failure| match failure.kind {
-            StoreErrorKind::NotDurable => {
-                failure.because(format_args!("append to stream `{stream}` is not confirmed"))
-            }
+            StoreErrorKind::NotDurable => failure.because(format_args!("append to stream `{stream}` is not confirmed")),
             _ => failure.because(format_args!("cannot append to stream `{stream}`")),
         })
     }
@@ -283,7 +281,7 @@ impl Store for RedisStore {
         }
         let wait = wait.min(MAX_WAIT);
         let mut arguments = Arguments::with_capacity(7);
-        arguments.text("COUNT").display(&self.sizes.bounded(stream, limit));
+        arguments.text("COUNT").display(&self.reply_sizes.bounded(stream, limit));
         block(&mut arguments, wait);
         arguments.text("STREAMS").bytes(key(stream)).display(&after);
         let answer = self.readers.read("XREAD", stream.as_str().as_bytes(), arguments, wait).await;
@@ -325,7 +323,7 @@ impl Store for RedisStore {
         }
         let mut arguments = Arguments::with_capacity(10);
         arguments.text("GROUP").name(cursor.group.as_str()).name(cursor.consumer.as_str());
-        arguments.text("COUNT").display(&self.sizes.bounded(&cursor.stream, limit));
+        arguments.text("COUNT").display(&self.reply_sizes.bounded(&cursor.stream, limit));
         block(&mut arguments, wait);
         arguments.text("STREAMS").bytes(key(&cursor.stream)).text(">");
         // The age of a delivery may be overestimated, never underestimated: it decides whether ownership is checked.
@@ -353,7 +351,7 @@ impl Store for RedisStore {
         let mut claimed = Claimed::default();
         let mut rest = ids;
         while !rest.is_empty() {
-            let (ids, later) = rest.split_at(self.sizes.bounded(&cursor.stream, rest.len()));
+            let (ids, later) = rest.split_at(self.reply_sizes.bounded(&cursor.stream, rest.len()));
             rest = later;
             let mut how = Arguments::with_capacity(ids.len() + 1);
             how.text("ids").ids(ids);
@@ -383,7 +381,7 @@ impl Store for RedisStore {
         if !idle.is_zero() && !self.clock.is_trusted(&cursor.stream, server_ms, Instant::now(), idle) {
             return Ok(Reclaimed::default());
         }
-        let limit = self.sizes.bounded(&cursor.stream, limit.min(MAX_CLAIM));
+        let limit = self.reply_sizes.bounded(&cursor.stream, limit.min(MAX_CLAIM));
         let mut how = Arguments::with_capacity(7);
         how.text("from").display(&from).display(&limit).display(&(limit * LOOKED_AT_PER_CLAIM));
         for most in care.most {

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{ChunkBuilder, JoinHandle};
+use std::thread::{Builder, JoinHandle};
 
 use rusqlite::Connection;
 use tokio::sync::{Semaphore, oneshot};
@@ -120,7 +120,7 @@ pub(super) fn checkpoint_requests() -> (SyncSender<()>, Receiver<()>) {
 }
 
 pub(super) fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StoreError> {
-    ChunkBuilder::new().name(name.to_owned()).spawn(work).map_err(|error| {
+    Builder::new().name(name.to_owned()).spawn(work).map_err(|error| {
         StoreError::new(StoreErrorKind::Unavailable, format!("cannot start the thread `{name}`")).with_source(error)
     })
 }

@@ -60,7 +60,7 @@ pub(crate) struct ChunkIndex {
 #[derive(Debug)]
 pub(crate) enum ChunkLocation {
     /// In memory, in the order of the range.
-    RecentChunks(Vec<Chunk>),
+    Recent(Vec<Chunk>),
     /// In these rows, in the order of the range. More may follow if `is_all` is false.
     Rows { chunks: Vec<ChunkRef>, is_all: bool },
 }

@@ -58,7 +58,7 @@ where
 
 /// The result of waiting for work.
 pub(crate) enum Dequeued {
-    WriteOp(VecDeque<Box<dyn WriteOp>>),
+    Work(VecDeque<Box<dyn WriteOp>>),
     /// Nothing arrived before the deadline.
     Nothing,
     /// The queue is closed and empty.

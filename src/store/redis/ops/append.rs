@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::event::{NewEntry, StreamName, field};
-use crate::store::redis::net::client::Link;
+use crate::store::redis::net::client::RoutedClient;
 use crate::store::redis::net::connection::Arguments;
 use crate::store::redis::net::error::Failure;
 use crate::store::redis::net::reply::{Reply, parse_id};
@@ -56,7 +56,7 @@ struct Lane {
 impl Publisher {
     /// The publisher, and the task that does its work until `closing` is cancelled and what was handed in is done.
     pub(crate) fn new(
-        link: Link,
+        link: RoutedClient,
         patience: Duration,
         closing: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
@@ -99,7 +99,12 @@ fn check(entries: &[NewEntry]) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn run(link: Link, mut requests: mpsc::Receiver<Request>, patience: Duration, closing: CancellationToken) {
+async fn run(
+    link: RoutedClient,
+    mut requests: mpsc::Receiver<Request>,
+    patience: Duration,
+    closing: CancellationToken,
+) {
     let mut lanes: HashMap<StreamName, Lane> = HashMap::new();
     let mut under_way = FuturesUnordered::new();
     let mut is_open = true;
@@ -177,7 +182,7 @@ fn next_batch(lane: &mut Lane, patience: Duration) -> Option<Vec<Request>> {
     Some(batch)
 }
 
-async fn send(link: &Link, stream: StreamName, batch: Vec<Request>) -> StreamName {
+async fn send(link: &RoutedClient, stream: StreamName, batch: Vec<Request>) -> StreamName {
     let outcome = append(link, &stream, &batch).await;
     match outcome {
         Ok((appended, unconfirmed)) => {
@@ -210,7 +215,7 @@ fn answer(request: Request, outcome: Result<Vec<Appended>, Failure>) {
 
 /// What was appended, and why that is not as durable as it was to be, if it is not.
 async fn append(
-    link: &Link,
+    link: &RoutedClient,
     stream: &StreamName,
     batch: &[Request],
 ) -> Result<(Vec<Appended>, Option<Failure>), Failure> {
@@ -271,7 +276,7 @@ fn add_runs<'a>(arguments: &mut Arguments, entries: impl Iterator<Item = &'a New
 }
 
 async fn append_once(
-    link: &Link,
+    link: &RoutedClient,
     stream: &StreamName,
     entries: impl Iterator<Item = &NewEntry> + Clone + Send,
 ) -> Result<Reply, Failure> {

@@ -1,4 +1,4 @@
-//! Leases, and what may be done only under one.
+//! Leases, and the operations that need one.
 
 use std::time::{Duration, Instant};
 
@@ -31,7 +31,7 @@ impl RedisStore {
         if fence.is_empty() {
             return Ok(Leased::Taken { by: by.text()?, expires_in: Duration::from_millis(left.count()?) });
         }
-        let fence = fence.parse().map_err(|e| Failure::unexpected(&format!("a fence that is none: {e}")))?;
+        let fence = fence.parse().map_err(|e| Failure::unexpected(&format!("not a fence: {e}")))?;
         Ok(Leased::Held(Lease { name: name.to_owned(), holder: holder.to_owned(), fence }))
     }
 
@@ -43,7 +43,7 @@ impl RedisStore {
         Ok(released == 1)
     }
 
-    /// Runs a script for a consumer; where its cursor has a lease, only while that is held.
+    /// Runs a script for a consumer. If its cursor has a lease, the script has no effect after the lease is lost.
     pub(crate) async fn run_as(
         &self,
         script: &Script,
@@ -57,8 +57,8 @@ impl RedisStore {
         self.control.run(script.under_lease(), &keys, arguments).await
     }
 
-    /// Fetches under the cursor's lease. A read that blocks can't ask for the lease when it wakes, so the waiting is
-    /// done by another read, which takes nothing.
+    /// Fetches under the cursor's lease. A blocking fetch cannot check the lease when it wakes, so another read waits,
+    /// which delivers nothing.
     pub(crate) async fn fetch_under_lease(
         &self,
         cursor: &Cursor,
@@ -69,7 +69,7 @@ impl RedisStore {
         let deadline = Instant::now() + wait;
         loop {
             let mut arguments = of_consumer(cursor);
-            arguments.display(&self.sizes.bounded(stream, limit));
+            arguments.display(&self.reply_sizes.bounded(stream, limit));
             let delivered_at = Instant::now();
             let answer = self.run_as(&script::FETCH, cursor, vec![key(stream)], arguments).await;
             let [entries, last] = match answer {
@@ -86,7 +86,7 @@ impl RedisStore {
         }
     }
 
-    /// Waits until the stream has an entry after that one, or until the time is over.
+    /// Waits until the stream has an entry after this one, or until the timeout.
     async fn something_after(&self, stream: &StreamName, id: EntryId, wait: Duration) -> Result<(), Failure> {
         let mut arguments = Arguments::with_capacity(7);
         arguments.text("COUNT").text("1");
@@ -96,7 +96,7 @@ impl RedisStore {
     }
 }
 
-/// What the key of a lease holds.
+/// The value of a lease's key.
 fn value(lease: &Lease) -> Bytes {
     format!("{} {}", lease.fence, lease.holder).into()
 }

@@ -1,4 +1,4 @@
-//! Deliveries named by their receipts, by one script.
+//! Settles deliveries by their receipts, with one script.
 
 use crate::store::redis::net::connection::Arguments;
 use crate::store::redis::net::error::Failure;
@@ -8,7 +8,7 @@ use crate::store::redis::{RedisStore, key};
 use crate::store::{Cursor, Receipt, Redemption};
 
 impl RedisStore {
-    /// Acknowledges or holds on what has a good receipt; says for each whether it has.
+    /// Acknowledges or holds the deliveries with valid receipts. Returns for each whether its receipt was valid.
     pub(crate) async fn redeem_all(
         &self,
         cursor: &Cursor,
@@ -26,9 +26,9 @@ impl RedisStore {
                 };
             }
             let keys = vec![key(&cursor.stream), keys::account(&cursor.stream)];
-            let answers = self.run_as(&script::REDEEM, cursor, keys, arguments).await?.list()?;
+            let answers = self.run_as(&script::SETTLE_BY_RECEIPT, cursor, keys, arguments).await?.list()?;
             if answers.len() != chunk.len() {
-                return Err(Failure::unexpected("another number of answers than of receipts"));
+                return Err(Failure::unexpected("the number of results differs from the number of receipts"));
             }
             for answer in answers {
                 good.push(answer.count()? == 1);
