@@ -58,7 +58,7 @@ impl Limits {
         Some(Arc::clone(members.entry(stream.clone()).or_insert_with(|| Arc::new(Limit::new(hard_max_len)))))
     }
 
-    /// Returns the known length of a stream. Call it before describing the stream, for [`Limits::tell`].
+    /// Returns the known length of a stream. Call it before describing the stream, for [`Limits::report`].
     pub fn known(&self, stream: &StreamName) -> u64 {
         self.of(stream).map_or(0, |limit| limit.length.load(Ordering::Relaxed))
     }
@@ -67,7 +67,7 @@ impl Limits {
     ///
     /// The length may or may not include the entries that this process appended since `known` was read. They count as
     /// not included, unless the stream would then be longer than ever known.
-    pub fn tell(&self, stream: &StreamName, known: u64, length: u64, holder: Option<GroupName>) {
+    pub fn report(&self, stream: &StreamName, known: u64, length: u64, holder: Option<GroupName>) {
         if let Some(limit) = self.of(stream) {
             let with_appended = |now: u64| Some(length.saturating_add(now.saturating_sub(known)).min(length.max(now)));
             // Cannot fail: the closure always returns a value.
@@ -164,7 +164,7 @@ mod tests {
         limit.give_back(1);
         limit.reserve(&stream, 1).expect("room");
         let known = limits.known(&stream);
-        limits.tell(&stream, known, 3, Some("siem".parse().expect("a valid name")));
+        limits.report(&stream, known, 3, Some("siem".parse().expect("a valid name")));
         limit.reserve(&stream, 7).expect("room");
         let error = limit.reserve(&stream, 1).expect_err("no room").to_string();
         assert!(error.contains("holds 10 of at most 10 entries") && error.contains("`siem`"), "{error}");
@@ -176,10 +176,10 @@ mod tests {
         let limits = Limits::new([(stream.clone(), 10)]);
         let known = limits.known(&stream);
         limits.fixed[&stream].reserve(&stream, 8).expect("room");
-        limits.tell(&stream, known, 0, None);
+        limits.report(&stream, known, 0, None);
         assert!(limits.fixed[&stream].reserve(&stream, 3).is_err());
         // They do not count twice if the report includes them.
-        limits.tell(&stream, known, 8, None);
+        limits.report(&stream, known, 8, None);
         limits.fixed[&stream].reserve(&stream, 2).expect("room");
     }
 }
