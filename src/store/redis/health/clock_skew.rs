@@ -33,7 +33,8 @@ impl ServerClock {
     pub(crate) fn is_trusted(&self, stream: &StreamName, server_ms: u64, now: Instant, claim_idle: Duration) -> bool {
         let mut looks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let before = looks.get(stream).copied();
-        let mut look = ClockReading { at: now, server_ms, doubted_until: before.map_or(now, |before| before.doubted_until) };
+        let mut look =
+            ClockReading { at: now, server_ms, doubted_until: before.map_or(now, |before| before.doubted_until) };
         if let Some(before) = before {
             let passed = Duration::from_millis(server_ms.saturating_sub(before.server_ms));
             let step = passed.saturating_sub(now.duration_since(before.at));

@@ -101,14 +101,14 @@ impl RedisStore {
                     product: "redis",
                     version: "of unknown version".to_owned(),
                     warnings,
-                    ..Told::default()
+                    ..ServerReport::default()
                 });
             }
             Err(failure) => return Err(failure),
         };
         // Subtracts half of the reply time from the clock difference.
         let now = asked_at.zip(now_us()).map(|(before, after)| before.midpoint(after));
-        report(&info, now, self.settings.allow_eviction)
+        diagnose(&info, now, self.settings.allow_eviction)
     }
 
     /// Checks whether the servers support this durability.
@@ -199,8 +199,7 @@ fn diagnose(info: &str, now_us: Option<i64>, allow_eviction: bool) -> Result<Ser
     let evicted_keys = value("evicted_keys").and_then(|keys| keys.parse().ok());
     if evicted_keys.is_some_and(|keys: u64| keys > 0) {
         warnings.push(
-            "the server has evicted keys since it started, possibly streams (aurora_bus_store_evicted_keys)"
-                .to_owned(),
+            "the server has evicted keys since it started, possibly streams (aurora_bus_store_evicted_keys)".to_owned(),
         );
     }
     if value("aof_enabled") == Some("0") {
@@ -237,7 +236,7 @@ mod tests {
     fn faults_of_a_server_cause_warnings() {
         let info = "# Server\r\nredis_version:6.2.1\r\naof_enabled:0\r\nmaxmemory_policy:allkeys-lru\r\n\
                     rdb_last_bgsave_status:err\r\nevicted_keys:5\r\nserver_time_usec:1000000\r\n";
-        let report = report(info, Some(20_000_000), true).expect("taken");
+        let report = diagnose(info, Some(20_000_000), true).expect("taken");
         assert_eq!((report.product, report.version.as_str()), ("redis", "6.2.1"));
         assert_eq!((report.clock_ahead_ms, report.evicted_keys), (Some(-19_000), Some(5)));
         let words = ["before 7.0", "allkeys-lru", "evicted", "append-only file is off", "snapshot", "15 s behind"];
@@ -255,7 +254,7 @@ mod tests {
             ("redis_version:6.0.16\r\nmaxmemory_policy:noeviction\r\n", "6.2 or newer"),
         ];
         for (info, words) in cases {
-            let failure = report(info, None, false).expect_err(info);
+            let failure = diagnose(info, None, false).expect_err(info);
             assert_eq!(failure.kind, StoreErrorKind::Unsuitable);
             assert!(failure.reason.contains(words), "{}", failure.reason);
         }
@@ -266,7 +265,7 @@ mod tests {
         let info = "server_name:valkey\r\nredis_version:7.2.4\r\nvalkey_version:9.1.2\r\naof_enabled:1\r\n\
                     aof_last_write_status:ok\r\nmaxmemory_policy:noeviction\r\nevicted_keys:0\r\n\
                     server_time_usec:5000000\r\n";
-        let report = report(info, Some(4_000_000), false).expect("sound");
+        let report = diagnose(info, Some(4_000_000), false).expect("sound");
         assert_eq!((report.product, report.version.as_str()), ("valkey", "9.1.2"));
         assert_eq!(report.warnings, Vec::<String>::new());
         assert_eq!(report.clock_ahead_ms, Some(1000));

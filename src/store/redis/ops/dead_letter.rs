@@ -64,7 +64,12 @@ impl RedisStore {
         Ok(not_owned)
     }
 
-    async fn dead_letter_same_slot(&self, cursor: &Cursor, to: &StreamName, batch: &[Record<'_>]) -> Result<usize, Failure> {
+    async fn dead_letter_same_slot(
+        &self,
+        cursor: &Cursor,
+        to: &StreamName,
+        batch: &[Record<'_>],
+    ) -> Result<usize, Failure> {
         let mut arguments = of_consumer(cursor);
         for (id, fields) in batch {
             arguments.display(id);
@@ -75,7 +80,12 @@ impl RedisStore {
         usize::try_from(not_owned.count()?).map_err(|e| Failure::unexpected(&e.to_string()))
     }
 
-    async fn dead_letter_cross_slot(&self, cursor: &Cursor, to: &StreamName, batch: &[Record<'_>]) -> Result<usize, Failure> {
+    async fn dead_letter_cross_slot(
+        &self,
+        cursor: &Cursor,
+        to: &StreamName,
+        batch: &[Record<'_>],
+    ) -> Result<usize, Failure> {
         let mut begin = of_consumer(cursor);
         begin.display(&REMEMBERED.as_millis()).bytes(key(to));
         begin.ids(&batch.iter().map(|(id, _)| *id).collect::<Vec<_>>());

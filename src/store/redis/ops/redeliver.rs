@@ -6,7 +6,7 @@ use crate::event::{Delivery, Entry, EntryId, IdempotencyKey, NewEntry, field};
 use crate::store::redis::net::connection::Arguments;
 use crate::store::redis::net::error::Failure;
 use crate::store::redis::net::{reply, script};
-use crate::store::redis::ops::settle::Step;
+use crate::store::redis::ops::settle::SettleStep;
 use crate::store::redis::{LOOKED_AT_PER_CLAIM, MAX_CLAIM, RedisStore};
 use crate::store::{Cursor, Redelivered, Redelivery};
 
@@ -73,6 +73,6 @@ impl RedisStore {
         let again = NewEntry { fields: entry.handed_on(&cursor.group, deliveries), idempotency };
         let (_, publisher) = &self.publishers[0];
         publisher.append(&cursor.stream, vec![again]).await?;
-        Ok(self.settle_owned(cursor, &[(entry.id, Step::Acknowledge)]).await? == 0)
+        Ok(self.settle_owned(cursor, &[(entry.id, SettleStep::Acknowledge)]).await? == 0)
     }
 }

@@ -81,7 +81,11 @@ impl RedisStore {
     }
 
     /// Acknowledges, re-arms and releases the entries that the consumer still owns. Returns how many it does not.
-    pub(crate) async fn settle_owned(&self, cursor: &Cursor, steps: &[(EntryId, SettleStep)]) -> Result<usize, Failure> {
+    pub(crate) async fn settle_owned(
+        &self,
+        cursor: &Cursor,
+        steps: &[(EntryId, SettleStep)],
+    ) -> Result<usize, Failure> {
         let mut not_owned = 0;
         for steps in steps.chunks(script::MAX_IDS) {
             let mut arguments = Arguments::with_capacity(steps.len() * 3);
