@@ -210,13 +210,13 @@ impl Janitor {
         let StreamSpec { name: stream, retention, .. } = spec;
         let known = self.limits.known(stream);
         let Some(status) = self.store.describe(stream).await? else {
-            self.limits.tell(stream, known, 0, None);
+            self.limits.report(stream, known, 0, None);
             return Ok(0);
         };
         // Who works for a group makes it first of all: what it is to be given must not go before.
         let is_made = |group: &GroupConfig| status.groups.iter().any(|made| made.name == group.name);
         if let Some(group) = spec.groups.iter().find(|group| !is_made(group)) {
-            self.limits.tell(stream, known, status.length, Some(group.name.clone()));
+            self.limits.report(stream, known, status.length, Some(group.name.clone()));
             return Ok(status.length);
         }
         let abandoned = spec.abandoned(&status);
@@ -236,7 +236,7 @@ impl Janitor {
         let length = status.length.saturating_sub(removed);
         let holder = status.floor_holder(&ignored).map(|group| group.name.clone());
         self.tell_full(spec, length, holder.as_ref());
-        self.limits.tell(stream, known, length, holder);
+        self.limits.report(stream, known, length, holder);
         Ok(length)
     }
 

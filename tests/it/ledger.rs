@@ -245,7 +245,7 @@ async fn refuses_when_full(store: &str) {
         problem["detail"].as_str().filter(|detail| detail.contains("`agents`")).map(str::to_owned)
     })
     .await;
-    assert!(detail.contains("holds 200 entries, 200 are allowed (retention.hard_max_len)"), "{detail}");
+    assert!(detail.contains("holds 200 of at most 200 entries (retention.hard_max_len)"), "{detail}");
     assert!(detail.contains(STREAM), "{detail}");
     wait_for_warning(&daemon, "holds 200 entries of 200").await;
     assert_eq!(reconcile(&home, &daemon, &[]).0, Some(0));

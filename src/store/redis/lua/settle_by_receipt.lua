@@ -1,9 +1,8 @@
--- Acknowledges or holds on pending entries whose receipts are good: pending on that consumer, delivered that often, and
--- idle for less than the limit.
+-- Acknowledges or holds pending entries with valid receipts: pending on that consumer, with that number of deliveries,
+-- and idle for less than the limit.
 -- KEYS: the stream, its account. ARGV: group, the limit in milliseconds, then per entry its id, the consumer and the
---   number of deliveries of its receipt, who holds it from now on (nobody: it is acknowledged), and for how many
---   milliseconds.
--- Returns for each entry, in order, 1 where its receipt was good.
+--   number of deliveries of its receipt, the new holder (empty: acknowledge), and the lease in milliseconds.
+-- Returns for each entry, in order, 1 if its receipt was valid.
 local call, stream, group, limit = redis.call, KEYS[1], ARGV[1], tonumber(ARGV[2])
 local good, acknowledged = {}, 0
 for i = 3, #ARGV, 5 do
@@ -13,7 +12,7 @@ for i = 3, #ARGV, 5 do
   if is_good and holder == '' then
     acknowledged = acknowledged + call('XACK', stream, group, id)
   elseif is_good then
-    -- An entry whose body is gone is left for a search to find: XCLAIM would drop it, and no one would be told.
+    -- Skip an entry whose body is gone: XCLAIM would drop it silently, a claim reports it.
     is_good = #call('XRANGE', stream, id, id) > 0
     if is_good then
       local idle = string.format('%.0f', math.max(limit - tonumber(ARGV[i + 4]), 0))

@@ -1,5 +1,5 @@
--- Acknowledges entries whose letters are in another part of the cluster, those that the consumer still holds.
--- KEYS: the stream, its account, where it is noted what is being moved. ARGV: group, consumer, ids.
+-- Ends the move: acknowledges the entries, if the consumer still holds them.
+-- KEYS: the stream, its account, the hash of destinations. ARGV: group, consumer, ids.
 -- Returns how many the consumer does not hold.
 local call, stream, group, consumer = redis.call, KEYS[1], ARGV[1], ARGV[2]
 local done, noted, not_owned = {}, {}, 0

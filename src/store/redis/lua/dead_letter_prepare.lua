@@ -1,7 +1,7 @@
--- Begins to move entries to dead letters in another part of the cluster: those that the consumer still holds count as
--- delivered just now, without a further attempt, and it is noted where they go.
--- KEYS: the stream, where that is noted. ARGV: group, consumer, for how many milliseconds it is noted, the stream of
---   dead letters, ids. Returns the ids that the consumer does not hold.
+-- Begins the move of entries to a dead-letter stream in another slot: resets the idle time of the entries that the
+-- consumer still holds, without a further attempt, and records their destination.
+-- KEYS: the stream, the hash of destinations. ARGV: group, consumer, the lifetime of the hash in milliseconds, the
+--   dead-letter stream, ids. Returns the ids that the consumer does not hold.
 local call, stream, group, consumer = redis.call, KEYS[1], ARGV[1], ARGV[2]
 local own, noted, not_owned = {}, {}, {}
 for i = 5, #ARGV do
@@ -11,7 +11,7 @@ for i = 5, #ARGV do
     not_owned[#not_owned + 1] = id
   else
     noted[#noted + 1], noted[#noted + 2] = group .. '/' .. id, ARGV[4]
-    -- An entry whose body is gone is left for a claim to find: XCLAIM would drop it silently.
+    -- Skip an entry whose body is gone: XCLAIM would drop it silently, a claim reports it.
     if #call('XRANGE', stream, id, id) > 0 then own[#own + 1] = id end
   end
 end
