@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::groups::{Groups, Means};
 use crate::bus::{Bus, Catalogue, Terms};
-use crate::config::{Backend, Config, InvalidConfig, Problem, StreamConfig};
+use crate::config::{Backend, Config, InvalidConfig, StreamConfig};
 use crate::dead_letters::{DeadLetters, Keeper, Source};
 use crate::delivery::Quarantine;
 use crate::http::{self, Access, Api, Tls, Unusable, Validity};
@@ -24,6 +24,7 @@ use crate::readiness::{Part, Readiness};
 use crate::relay::Relay;
 use crate::sink::{self, Sink};
 use crate::store::{Families, Limits, Metered, Store, StoreError, StoreErrorKind, StoreStatus};
+use crate::validate::ConfigProblem;
 
 /// How often the store is asked whether it can do its work.
 const CHECK_EVERY: Duration = Duration::from_secs(2);
@@ -338,7 +339,7 @@ fn open_access(config: &Config) -> Result<Access, InvalidConfig> {
 }
 
 fn in_auth((key, message): (String, String)) -> InvalidConfig {
-    InvalidConfig(vec![Problem::new(format!("auth.{key}"), message)])
+    InvalidConfig(vec![ConfigProblem::new(format!("auth.{key}"), message)])
 }
 
 /// Reads the files that `auth` and `http.tls` name, checks that they make sense and fit each other, and tells how long the
@@ -353,7 +354,7 @@ pub fn check_files(config: &Config) -> Result<Option<Validity>, InvalidConfig> {
 }
 
 fn in_tls((key, message): Unusable) -> InvalidConfig {
-    InvalidConfig(vec![Problem::new(format!("http.tls.{key}"), message)])
+    InvalidConfig(vec![ConfigProblem::new(format!("http.tls.{key}"), message)])
 }
 
 async fn open_store(config: &Config) -> anyhow::Result<Arc<dyn Store>> {

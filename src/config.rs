@@ -8,7 +8,6 @@ mod forwarding_checks;
 mod load;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::time::Duration;
 
 use bytesize::ByteSize;
@@ -16,8 +15,9 @@ use serde::{Deserialize, Serialize};
 
 pub use load::{DEFAULT_FILE, Layers, load};
 
-use crate::event::{GroupName, StreamName, StreamPattern};
+use crate::event::{ConsumerName, GroupName, StreamName, StreamPattern};
 use crate::sink::SinkConfig;
+use crate::validate::{ConfigProblem, Problems, Validate};
 use crate::{auth, bus, dead_letters, delivery, http, maintenance, pull, relay, store, telemetry};
 
 /// The whole configuration.
@@ -135,34 +135,12 @@ impl StreamConfig {
 /// The most keys of a family that does not say how many it may have.
 const DEFAULT_MAX_KEYS: usize = 1_000;
 
-/// One thing that is wrong with a configuration.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Problem {
-    /// The key, such as `streams[0].groups[1].retry.base`.
-    pub path: String,
-    /// What is wrong and what would be right.
-    pub message: String,
-}
-
-impl Problem {
-    /// What is wrong at that key.
-    pub fn new(path: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { path: path.into(), message: message.into() }
-    }
-}
-
-impl fmt::Display for Problem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.path.is_empty() { f.write_str(&self.message) } else { write!(f, "{}: {}", self.path, self.message) }
-    }
-}
-
 /// A configuration that can't be used, with everything that is wrong with it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the configuration has {} problem{}:\n{}", .0.len(), if .0.len() == 1 { "" } else { "s" }, lines(.0))]
-pub struct InvalidConfig(pub Vec<Problem>);
+pub struct InvalidConfig(pub Vec<ConfigProblem>);
 
-fn lines(problems: &[Problem]) -> String {
+fn lines(problems: &[ConfigProblem]) -> String {
     problems.iter().map(|problem| format!("  {problem}")).collect::<Vec<_>>().join("\n")
 }
 
@@ -224,117 +202,116 @@ fn default_instance() -> String {
     if name.is_empty() { "aurora-bus".to_owned() } else { name }
 }
 
-impl Config {
-    /// Checks what no single part can see. Reports every problem.
-    pub fn problems(&self) -> Vec<Problem> {
-        let mut problems = Vec::new();
-        if format!("{}-0", self.instance).parse::<crate::event::ConsumerName>().is_err() || self.instance.len() > 100 {
-            problems.push(Problem::new("instance", "must be 1 to 100 letters, digits and `_.-`"));
+impl Validate for StoreConfig {
+    fn validate(&self, problems: &mut Problems) {
+        let is_valid = self.embedded.reserve <= ByteSize::tib(1);
+        problems.require(is_valid, "embedded.reserve", "must be at most 1TiB");
+        if self.backend == Backend::Redis {
+            problems.check("redis", &self.redis);
         }
-        let is_open = self.auth.mode == auth::AuthMode::Loopback && !self.auth.is_required();
-        if is_open && !self.http.listen.ip().is_loopback() {
-            problems.push(Problem::new(
-                "http.listen",
-                format!(
-                    "{} can be reached from other machines, and no credentials are asked for: listen on 127.0.0.1, \
-                     declare auth.keys or auth.issuers, or write auth.mode = \"none\" if whoever reaches it may do \
-                     everything",
-                    self.http.listen
-                ),
-            ));
-        }
-        let auth = self.auth.problems().into_iter();
-        problems.extend(auth.map(|(key, message)| Problem::new(format!("auth.{key}"), message)));
-        if self.relay.channels.contains_key("ticket") {
-            problems.push(Problem::new("relay.channels.ticket", "the name is taken by /api/v1/ws/ticket"));
-        }
-        if self.streams.is_empty() {
-            problems.push(Problem::new("streams", "no stream is declared"));
-        }
-        problems.extend(
-            self.http.problems().into_iter().map(|(key, message)| Problem::new(format!("http.{key}"), message)),
-        );
-        let tls = self.http.tls.iter().flat_map(http::TlsConfig::problems);
-        problems.extend(tls.map(|(key, message)| Problem::new(format!("http.tls.{key}"), message)));
-        problems.extend(
-            self.publish.problems().into_iter().map(|(key, message)| Problem::new(format!("publish.{key}"), message)),
-        );
-        let pull = self.pull.problems().into_iter();
-        problems.extend(pull.map(|(key, message)| Problem::new(format!("pull.{key}"), message)));
-        let declared: Vec<StreamName> =
-            self.streams.iter().filter_map(|stream| stream.name.stream().cloned()).collect();
-        let dead_letters = self.dead_letters.problems(&declared).into_iter();
-        problems.extend(dead_letters.map(|(key, message)| Problem::new(format!("dead_letters.{key}"), message)));
-        let log = self.log.problems().into_iter();
-        problems.extend(log.map(|(key, message)| Problem::new(format!("log.{key}"), message)));
-        if self.store.embedded.reserve > ByteSize::tib(1) {
-            problems.push(Problem::new("store.embedded.reserve", "must not be more than 1TiB"));
-        }
-        if self.store.backend == Backend::Redis
-            && let Err(error) = self.store.redis.validate()
-        {
-            problems.push(Problem::new("store.redis", error.to_string()));
-        }
-        problems.extend(self.stream_problems());
-        problems.extend(family_checks::problems(self));
+    }
+}
+
+impl Validate for Config {
+    /// Checks every section, and the rules across sections.
+    fn validate(&self, problems: &mut Problems) {
+        problems.check("http", &self.http);
+        problems.check("auth", &self.auth);
+        problems.check("store", &self.store);
+        problems.check("publish", &self.publish);
+        problems.check("pull", &self.pull);
+        problems.check("relay", &self.relay);
+        problems.check("dead_letters", &self.dead_letters);
+        problems.check("log", &self.log);
         for (name, sink) in &self.sinks {
-            let own = sink.problems().into_iter();
-            problems.extend(own.map(|(key, message)| Problem::new(format!("sinks.{name}.{key}"), message)));
+            problems.check(&format!("sinks.{name}"), sink);
         }
-        problems.extend(forwarding_checks::problems(self));
-        if self.relay.drain_window >= self.shutdown.grace {
-            let message = "must be shorter than shutdown.grace: dashboards would be broken off instead of closed";
-            problems.push(Problem::new("relay.drain_window", message));
+        self.check_instance(problems);
+        self.check_exposure(problems);
+        self.check_streams(problems);
+        family_checks::validate(self, problems);
+        forwarding_checks::validate(self, problems);
+        self.check_channels(problems);
+        let audit = self.dead_letters.audit.as_ref();
+        if let Some(audit) = audit.filter(|audit| !self.streams.iter().any(|s| s.name.stream() == Some(*audit))) {
+            problems.add("dead_letters.audit", format_args!("stream `{audit}` is not declared"));
         }
-        let relay = self.relay.problems(&self.relayed()).into_iter();
-        problems.extend(relay.map(|(key, message)| Problem::new(format!("relay.{key}"), message)));
-        problems
+    }
+}
+
+impl Config {
+    fn check_instance(&self, problems: &mut Problems) {
+        let is_consumer_name = format!("{}-0", self.instance).parse::<ConsumerName>().is_ok();
+        let is_valid = is_consumer_name && self.instance.len() <= 100;
+        problems.require(is_valid, "instance", "must be 1 to 100 letters, digits and `_.-`");
     }
 
-    fn stream_problems(&self) -> Vec<Problem> {
-        let mut problems = Vec::new();
+    /// Refuses to serve other machines without credentials unless the configuration asks for it.
+    fn check_exposure(&self, problems: &mut Problems) {
+        let is_open = self.auth.mode == auth::AuthMode::Loopback && !self.auth.is_required();
+        let message = format_args!(
+            "{} can be reached from other machines, and no credentials are required: listen on 127.0.0.1, declare \
+             auth.keys or auth.issuers, or set auth.mode = \"none\" to let every client do everything",
+            self.http.listen
+        );
+        problems.require(!is_open || self.http.listen.ip().is_loopback(), "http.listen", message);
+    }
+
+    fn check_channels(&self, problems: &mut Problems) {
+        let is_free = !self.relay.channels.contains_key("ticket");
+        problems.require(is_free, "relay.channels.ticket", "the name is reserved for /api/v1/ws/ticket");
+        let message = "must be shorter than shutdown.grace, so that every dashboard is closed in order";
+        problems.require(self.relay.drain_window < self.shutdown.grace, "relay.drain_window", message);
+        let relayed = self.relayed();
+        for (name, streams) in &self.relay.channels {
+            for stream in streams.iter().filter(|stream| !relayed.contains(stream)) {
+                let message = format_args!("stream `{stream}` is not declared with `relay = true`");
+                problems.add(&format!("relay.channels.{name}"), message);
+            }
+        }
+    }
+
+    fn check_streams(&self, problems: &mut Problems) {
+        problems.require(!self.streams.is_empty(), "streams", "no stream is declared");
         let mut names = BTreeSet::new();
         for (index, stream) in self.streams.iter().enumerate() {
             let path = format!("streams[{index}]");
-            if !names.insert(&stream.name) {
-                problems.push(Problem::new(format!("{path}.name"), format!("`{}` is declared twice", stream.name)));
-            }
-            if stream.dead_letter() == stream.name {
-                problems
-                    .push(Problem::new(format!("{path}.dead_letter"), "a stream can't be its own dead-letter stream"));
-            }
+            let is_new = names.insert(&stream.name);
+            problems.require(is_new, &format!("{path}.name"), format_args!("`{}` is declared twice", stream.name));
+            let is_other = stream.dead_letter() != stream.name;
+            let message = "must not be the stream itself";
+            problems.require(is_other, &format!("{path}.dead_letter"), message);
             let is_embedded = self.store.backend == Backend::Embedded;
             let is_synced = self.store.embedded.durability == store::embedded::Durability::Commit;
             if is_embedded && stream.durability.replicated {
-                problems.push(Problem::new(format!("{path}.durability"), "the embedded store has no replicas"));
+                problems.add(&format!("{path}.durability"), "the embedded store has no replicas");
             } else if is_embedded && stream.durability.fsync && !is_synced {
-                let message = "must be `memory` where store.embedded.durability is `interval`";
-                problems.push(Problem::new(format!("{path}.durability"), message));
+                let message = "must be `memory` if store.embedded.durability is `interval`";
+                problems.add(&format!("{path}.durability"), message);
             }
-            let own = stream.retention.validate().into_iter();
-            problems.extend(own.map(|value| Problem::new(format!("{path}.retention.{}", value.key), value.problem)));
-            let mut groups = BTreeSet::new();
-            for (index, group) in stream.groups.iter().enumerate() {
-                let path = format!("{path}.groups[{index}]");
-                if !groups.insert(&group.name) {
-                    problems.push(Problem::new(format!("{path}.name"), format!("`{}` is declared twice", group.name)));
-                }
-                if let Some(sink) = group.sink.as_ref().filter(|sink| !self.sinks.contains_key(*sink)) {
-                    let known = self.sinks.keys().map(String::as_str);
-                    let message = format!("there is no sink `{sink}`{}", nearest(sink, known));
-                    problems.push(Problem::new(format!("{path}.sink"), message));
-                }
-                let own = group.validate().into_iter();
-                problems.extend(own.map(|value| Problem::new(format!("{path}.{}", value.key), value.problem)));
-            }
+            problems.check(&format!("{path}.retention"), &stream.retention);
+            self.check_groups(&path, stream, problems);
         }
         for (index, stream) in self.streams.iter().enumerate() {
             if stream.dead_letter() != stream.name && names.contains(&stream.dead_letter()) {
-                let message = format!("`{}` is itself a declared stream", stream.dead_letter());
-                problems.push(Problem::new(format!("streams[{index}].dead_letter"), message));
+                let message = format_args!("`{}` is itself a declared stream", stream.dead_letter());
+                problems.add(&format!("streams[{index}].dead_letter"), message);
             }
         }
-        problems
+    }
+
+    fn check_groups(&self, stream_path: &str, stream: &StreamConfig, problems: &mut Problems) {
+        let mut names = BTreeSet::new();
+        for (index, group) in stream.groups.iter().enumerate() {
+            let path = format!("{stream_path}.groups[{index}]");
+            let is_new = names.insert(&group.name);
+            problems.require(is_new, &format!("{path}.name"), format_args!("`{}` is declared twice", group.name));
+            if let Some(sink) = group.sink.as_ref().filter(|sink| !self.sinks.contains_key(*sink)) {
+                let hint = nearest(sink, self.sinks.keys().map(String::as_str));
+                problems.add(&format!("{path}.sink"), format_args!("there is no sink `{sink}`{hint}"));
+            }
+            problems.check(&path, group);
+        }
     }
 
     /// The streams that dashboards may watch.

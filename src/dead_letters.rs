@@ -29,6 +29,7 @@ use crate::bus::{Bus, PublishError};
 use crate::event::{EntryId, Family, GroupName, StreamName, StreamPattern};
 use crate::metrics::Metrics;
 use crate::store::{Order, Range, Store, StoreError, StoreErrorKind, StreamStatus};
+use crate::validate::{Problems, Validate};
 
 /// What is kept of dead letters, and what may be done with them.
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
@@ -54,23 +55,14 @@ impl Default for Config {
     }
 }
 
-impl Config {
-    /// Every key that makes no sense beside these declared streams, with the reason.
-    pub fn problems(&self, declared: &[StreamName]) -> Vec<(&'static str, String)> {
-        let mut problems = Vec::new();
-        if self.max_len == 0 {
-            problems.push(("max_len", "must be at least 1".to_owned()));
-        }
-        if self.max_age < Duration::from_secs(1) || self.max_age > Duration::from_hours(3_650 * 24) {
-            problems.push(("max_age", "must be from 1s to 10 years".to_owned()));
-        }
-        if !(self.alarm_at > 0.0 && self.alarm_at <= 1.0) {
-            problems.push(("alarm_at", format!("must be more than 0 and at most 1, not {}", self.alarm_at)));
-        }
-        if let Some(audit) = self.audit.as_ref().filter(|audit| !declared.contains(audit)) {
-            problems.push(("audit", format!("there is no stream `{audit}`")));
-        }
-        problems
+impl Validate for Config {
+    fn validate(&self, problems: &mut Problems) {
+        problems.require(self.max_len > 0, "max_len", "must be at least 1");
+        let ages = Duration::from_secs(1)..=Duration::from_hours(3_650 * 24);
+        problems.require(ages.contains(&self.max_age), "max_age", "must be from 1s to 10 years");
+        let is_valid = self.alarm_at > 0.0 && self.alarm_at <= 1.0;
+        let message = format_args!("must be more than 0 and at most 1, not {}", self.alarm_at);
+        problems.require(is_valid, "alarm_at", message);
     }
 }
 
@@ -273,16 +265,9 @@ mod tests {
 
     #[test]
     fn every_senseless_value_is_told_with_its_key() {
-        let declared: Vec<StreamName> = vec!["aurora:alerts".parse().expect("a name")];
-        assert_eq!(Config::default().problems(&declared), [], "the default audit stream need not be there");
-        let config = Config {
-            max_len: 0,
-            max_age: Duration::ZERO,
-            alarm_at: f64::NAN,
-            audit: Some("aurora:audit".parse().expect("a name")),
-            ..Config::default()
-        };
-        let keys: Vec<_> = config.problems(&declared).into_iter().map(|(key, _)| key).collect();
-        assert_eq!(keys, ["max_len", "max_age", "alarm_at", "audit"]);
+        assert_eq!(Config::default().problems(), []);
+        let config = Config { max_len: 0, max_age: Duration::ZERO, alarm_at: f64::NAN, ..Config::default() };
+        let keys: Vec<_> = config.problems().into_iter().map(|problem| problem.path).collect();
+        assert_eq!(keys, ["max_len", "max_age", "alarm_at"]);
     }
 }

@@ -27,3 +27,4 @@ pub mod sink;
 pub mod store;
 pub mod telemetry;
 pub mod tls;
+pub mod validate;

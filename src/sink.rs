@@ -29,6 +29,7 @@ pub use stream::{ForwardAs, StreamSink, StreamSinkConfig};
 pub use webhook::{WebhookConfig, WebhookSink};
 
 use crate::event::{Delivery, Fields, GroupName, StreamName};
+use crate::validate::{Problems, Validate};
 
 /// Where a batch comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -178,16 +179,6 @@ impl SinkConfig {
     /// What `type` may be.
     pub const TYPES: [&str; 5] = ["log", "audit", "webhook", "postgres", "stream"];
 
-    /// Every key that makes no sense, with the reason.
-    pub fn problems(&self) -> Vec<(&'static str, String)> {
-        match self {
-            Self::Log(_) | Self::Audit(_) => Vec::new(),
-            Self::Webhook(config) => config.problems(),
-            Self::Postgres(config) => config.problems(),
-            Self::Stream(config) => config.problems(),
-        }
-    }
-
     /// The stream that it forwards to, if it does.
     pub fn forwards_to(&self) -> Option<&StreamName> {
         match self {
@@ -206,5 +197,16 @@ impl SinkConfig {
             Self::Postgres(config) => Arc::new(PostgresSink::open(name, &config)?),
             Self::Stream(config) => Arc::new(StreamSink::new(config, forward)),
         })
+    }
+}
+
+impl Validate for SinkConfig {
+    fn validate(&self, problems: &mut Problems) {
+        match self {
+            Self::Log(_) | Self::Audit(_) => {}
+            Self::Webhook(config) => config.validate(problems),
+            Self::Postgres(config) => config.validate(problems),
+            Self::Stream(config) => config.validate(problems),
+        }
     }
 }

@@ -10,6 +10,8 @@ use tracing_log::{AsLog as _, LogTracer};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::FmtSpan;
 
+use crate::validate::{Problems, Validate};
+
 /// What is logged, and how.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -26,10 +28,11 @@ impl Default for Config {
     }
 }
 
-impl Config {
-    /// Every key that makes no sense, with the reason.
-    pub fn problems(&self) -> Vec<(&'static str, String)> {
-        EnvFilter::try_new(&self.level).err().into_iter().map(|error| ("level", error.to_string())).collect()
+impl Validate for Config {
+    fn validate(&self, problems: &mut Problems) {
+        if let Err(error) = EnvFilter::try_new(&self.level) {
+            problems.add("level", error);
+        }
     }
 }
 

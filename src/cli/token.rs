@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use super::{ConfigArgs, say, tell};
 use crate::auth::{AuthConfig, KeyConfig, KeyHash, Scope, TokenRequest, new_key, sign};
 use crate::event::Filter;
+use crate::validate::{ConfigProblem, Validate as _};
 
 /// What to make.
 #[derive(Debug, Subcommand)]
@@ -81,8 +82,8 @@ fn key(args: KeyArgs) -> anyhow::Result<()> {
     let KeyArgs { name, scope: scopes, tenant, filter, .. } = args;
     let declared = KeyConfig { name, hash: KeyHash::of(&key), scopes, tenant, filter, expires };
     let auth = AuthConfig { keys: vec![declared.clone()], ..AuthConfig::default() };
-    if let Some((path, problem)) = auth.problems().into_iter().next() {
-        bail!("--{}: {problem}", path.rsplit('.').next().unwrap_or(&path));
+    if let Some(ConfigProblem { path, message }) = auth.problems().into_iter().next() {
+        bail!("--{}: {message}", path.rsplit('.').next().unwrap_or(&path));
     }
     tell("The key, which is not kept anywhere and can't be shown again:\n");
     say(&key)?;

@@ -1,15 +1,15 @@
 //! What families of streams may not do: overlap with other names, or grow without bounds.
 
-use crate::config::{Config, Problem};
+use crate::config::Config;
 use crate::delivery::GroupStart;
 use crate::event::StreamPattern;
+use crate::validate::Problems;
 
 /// The most keys that a family may be given: each one costs memory in every instance.
 const MOST_KEYS: usize = 10_000;
 
 /// Everything that is wrong with families.
-pub(super) fn problems(config: &Config) -> Vec<Problem> {
-    let mut problems = Vec::new();
+pub(super) fn validate(config: &Config, problems: &mut Problems) {
     let is_family = |pattern: &StreamPattern| pattern.family().is_some();
     let differ = |a: &StreamPattern, b: &StreamPattern| a != b && (is_family(a) || is_family(b));
     for (index, stream) in config.streams.iter().enumerate() {
@@ -17,7 +17,7 @@ pub(super) fn problems(config: &Config) -> Vec<Problem> {
         for earlier in config.streams.iter().take(index).map(|earlier| &earlier.name) {
             if differ(earlier, &stream.name) && earlier.overlaps(&stream.name) {
                 let message = format!("`{}` overlaps with `{earlier}`: one stream could be of both", stream.name);
-                problems.push(Problem::new(format!("{path}.name"), message));
+                problems.add(&format!("{path}.name"), message);
             }
         }
         let dead_letter = stream.dead_letter();
@@ -25,50 +25,49 @@ pub(super) fn problems(config: &Config) -> Vec<Problem> {
             for (key, named) in [("name", &stream.name), ("dead_letter", &dead_letter)] {
                 if named.stream() == Some(&family.register()) {
                     let message = format!("`{named}` is where the keys of `{family}` are written down");
-                    problems.push(Problem::new(format!("{path}.{key}"), message));
+                    problems.add(&format!("{path}.{key}"), message);
                 }
             }
         }
         for other in &config.streams {
             if differ(&other.name, &dead_letter) && other.name.overlaps(&dead_letter) {
                 let message = format!("`{dead_letter}` overlaps with the declared `{}`", other.name);
-                problems.push(Problem::new(format!("{path}.dead_letter"), message));
+                problems.add(&format!("{path}.dead_letter"), message);
             }
             let others = other.dead_letter();
             if differ(&others, &dead_letter) && others.overlaps(&dead_letter) {
                 let message = format!("`{dead_letter}` overlaps with the dead letters `{others}` of `{}`", other.name);
-                problems.push(Problem::new(format!("{path}.dead_letter"), message));
+                problems.add(&format!("{path}.dead_letter"), message);
             }
         }
         let Some(family) = stream.name.family() else {
             if stream.max_keys.is_some() {
                 let message = "is for families, whose name has a placeholder such as {tenant}";
-                problems.push(Problem::new(format!("{path}.max_keys"), message));
+                problems.add(&format!("{path}.max_keys"), message);
             }
             if is_family(&dead_letter) {
                 let message = format!("`{dead_letter}` has a placeholder, and `{}` has none", stream.name);
-                problems.push(Problem::new(format!("{path}.dead_letter"), message));
+                problems.add(&format!("{path}.dead_letter"), message);
             }
             continue;
         };
         if !(1..=MOST_KEYS).contains(&stream.max_keys()) {
             let message = format!("must be from 1 to {MOST_KEYS}, is {}", stream.max_keys());
-            problems.push(Problem::new(format!("{path}.max_keys"), message));
+            problems.add(&format!("{path}.max_keys"), message);
         }
         if let Some(theirs) = dead_letter.family().filter(|theirs| theirs.placeholder() != family.placeholder()) {
             let message = format!("has the placeholder `{}`, not `{}`", theirs.placeholder(), family.placeholder());
-            problems.push(Problem::new(format!("{path}.dead_letter"), message));
+            problems.add(&format!("{path}.dead_letter"), message);
         }
         for (index, _) in stream.groups.iter().enumerate().filter(|(_, group)| group.start == GroupStart::New) {
             let message = "must be \"oldest\": a stream's first entry is there before its groups are";
-            problems.push(Problem::new(format!("{path}.groups[{index}].start"), message));
+            problems.add(&format!("{path}.groups[{index}].start"), message);
         }
         if let Some(theirs) = dead_letter.family().filter(|theirs| !theirs.has_room_for_keys()) {
             let message = format!("`{theirs}` leaves too little room for keys: name a shorter one");
-            problems.push(Problem::new(format!("{path}.dead_letter"), message));
+            problems.add(&format!("{path}.dead_letter"), message);
         }
     }
-    problems
 }
 
 #[cfg(test)]
@@ -82,7 +81,9 @@ mod tests {
         }
         let Streams { streams } = toml::from_str(streams).expect("streams");
         let config = Config { streams, ..Config::default() };
-        problems(&config).iter().map(ToString::to_string).collect()
+        let mut problems = Problems::default();
+        validate(&config, &mut problems);
+        problems.into_vec().iter().map(ToString::to_string).collect()
     }
 
     #[test]

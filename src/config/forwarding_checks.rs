@@ -3,21 +3,21 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use crate::config::{Config, Problem};
+use crate::config::Config;
 use crate::delivery::GroupConfig;
 use crate::event::StreamName;
+use crate::validate::Problems;
 
 /// Everything that is wrong with forwarding.
-pub(super) fn problems(config: &Config) -> Vec<Problem> {
+pub(super) fn validate(config: &Config, problems: &mut Problems) {
     // What is forwarded names no key, so it can't go to a family.
     let declared: BTreeSet<&StreamName> = config.streams.iter().filter_map(|stream| stream.name.stream()).collect();
-    let mut problems = Vec::new();
     for (name, sink) in &config.sinks {
         if let Some(target) = sink.forwards_to().filter(|target| !declared.contains(target)) {
             let known = declared.iter().map(|stream| stream.as_str());
             let message =
                 format!("`{target}` is not a declared stream{}", crate::config::nearest(target.as_str(), known));
-            problems.push(Problem::new(format!("sinks.{name}.stream"), message));
+            problems.add(&format!("sinks.{name}.stream"), message);
         }
     }
     let target = |group: &GroupConfig| config.sinks.get(group.sink.as_ref()?)?.forwards_to().cloned();
@@ -32,7 +32,7 @@ pub(super) fn problems(config: &Config) -> Vec<Problem> {
             if let Some(way) = way(&forwards, &target, stream.name.as_str()) {
                 let way: Vec<&str> = way.iter().map(|stream| stream.as_str()).collect();
                 let message = format!("entries would go in a circle: {} → {}", stream.name, way.join(" → "));
-                problems.push(Problem::new(format!("{path}.sink"), message));
+                problems.add(&format!("{path}.sink"), message);
             }
             let longest = longest_retries(group);
             if longest > config.publish.dedup_window {
@@ -43,11 +43,10 @@ pub(super) fn problems(config: &Config) -> Vec<Problem> {
                     text(longest),
                     text(config.publish.dedup_window)
                 );
-                problems.push(Problem::new(format!("{path}.retry"), message));
+                problems.add(&format!("{path}.retry"), message);
             }
         }
     }
-    problems
 }
 
 /// The streams from one to the other, both included, if entries are forwarded that way.
@@ -94,7 +93,9 @@ mod tests {
     }
 
     fn told(config: &Config) -> Vec<String> {
-        problems(config).iter().map(ToString::to_string).collect()
+        let mut problems = Problems::default();
+        validate(config, &mut problems);
+        problems.into_vec().iter().map(ToString::to_string).collect()
     }
 
     #[test]

@@ -7,9 +7,10 @@ use config::{ConfigBuilder, ConfigError, Environment, File, FileFormat, Value, V
 use serde::de::DeserializeOwned;
 use serde_path_to_error::Segment;
 
-use super::{Config, InvalidConfig, Problem, default_sinks, nearest};
+use super::{Config, InvalidConfig, default_sinks, nearest};
 use crate::secret;
 use crate::sink::SinkConfig;
+use crate::validate::{ConfigProblem, Validate as _, join};
 
 /// The file that is read where no other is named, if it is there.
 pub const DEFAULT_FILE: &str = "config/aurora-bus.toml";
@@ -28,7 +29,7 @@ pub struct Layers {
 /// Reads and checks the configuration.
 pub fn load(layers: &Layers) -> Result<Config, InvalidConfig> {
     let mut problems = Vec::new();
-    let mut root = read(layers).map_err(|error| InvalidConfig(vec![Problem::new("", error)]))?;
+    let mut root = read(layers).map_err(|error| InvalidConfig(vec![ConfigProblem::new("", error)]))?;
     find_masked(&root, "", &mut problems);
     let sinks = take_sinks(&mut root, &mut problems);
     let config: Option<Config> = collect(root, "", &mut problems);
@@ -103,7 +104,7 @@ fn split_list(value: &mut Value) {
 }
 
 /// Finds what was printed with a secret masked, wherever it is: it would become the secret.
-fn find_masked(value: &Value, path: &str, problems: &mut Vec<Problem>) {
+fn find_masked(value: &Value, path: &str, problems: &mut Vec<ConfigProblem>) {
     match &value.kind {
         ValueKind::Table(table) => {
             let mut entries: Vec<_> = table.iter().collect();
@@ -123,18 +124,18 @@ fn find_masked(value: &Value, path: &str, problems: &mut Vec<Problem>) {
                  file that holds it",
                 secret::MASK
             );
-            problems.push(Problem::new(path, message));
+            problems.push(ConfigProblem::new(path, message));
         }
         _ => {}
     }
 }
 
 /// Sinks are told apart by their `type`, so each is read as that type, which keeps the paths of its keys.
-fn take_sinks(root: &mut Value, problems: &mut Vec<Problem>) -> Vec<(String, SinkConfig)> {
+fn take_sinks(root: &mut Value, problems: &mut Vec<ConfigProblem>) -> Vec<(String, SinkConfig)> {
     let ValueKind::Table(root) = &mut root.kind else { return Vec::new() };
     let Some(sinks) = root.remove("sinks") else { return Vec::new() };
     let ValueKind::Table(sinks) = sinks.kind else {
-        problems.push(Problem::new("sinks", "must be a table of sinks by name"));
+        problems.push(ConfigProblem::new("sinks", "must be a table of sinks by name"));
         return Vec::new();
     };
     let mut built = Vec::new();
@@ -149,7 +150,7 @@ fn take_sinks(root: &mut Value, problems: &mut Vec<Problem>) -> Vec<(String, Sin
         let known = SinkConfig::TYPES.join(", ");
         let built_in = SinkConfig::TYPES.into_iter().find(|kind| *kind == name).map(str::to_owned);
         let Some(kind) = kind.or(built_in) else {
-            problems.push(Problem::new(format!("{path}.type"), format!("is missing: one of {known}")));
+            problems.push(ConfigProblem::new(format!("{path}.type"), format!("is missing: one of {known}")));
             continue;
         };
         let config = match kind.as_str() {
@@ -160,7 +161,8 @@ fn take_sinks(root: &mut Value, problems: &mut Vec<Problem>) -> Vec<(String, Sin
             "stream" => collect(value, &path, problems).map(SinkConfig::Stream),
             other => {
                 let hint = nearest(other, SinkConfig::TYPES.into_iter());
-                problems.push(Problem::new(format!("{path}.type"), format!("`{other}` is none of {known}{hint}")));
+                problems
+                    .push(ConfigProblem::new(format!("{path}.type"), format!("`{other}` is none of {known}{hint}")));
                 None
             }
         };
@@ -171,7 +173,7 @@ fn take_sinks(root: &mut Value, problems: &mut Vec<Problem>) -> Vec<(String, Sin
 
 /// Reads a value, and where something is wrong with one of its keys, takes that key out and reads on, so that every
 /// problem is found. An item of an array that can't do without the key is taken out as a whole.
-fn collect<T: DeserializeOwned>(mut value: Value, prefix: &str, problems: &mut Vec<Problem>) -> Option<T> {
+fn collect<T: DeserializeOwned>(mut value: Value, prefix: &str, problems: &mut Vec<ConfigProblem>) -> Option<T> {
     let mut removed: Vec<(String, usize)> = Vec::new();
     loop {
         let error = match serde_path_to_error::deserialize::<_, T>(value.clone()) {
@@ -183,7 +185,7 @@ fn collect<T: DeserializeOwned>(mut value: Value, prefix: &str, problems: &mut V
         // What is missing now because it was wrong and taken out is told already.
         let is_told = place.is_missing && problems.iter().any(|problem| problem.path == path);
         if !is_told {
-            problems.push(Problem::new(path, message(error.inner())));
+            problems.push(ConfigProblem::new(path, message(error.inner())));
         }
         if place.is_missing {
             place.keys.pop();
@@ -283,14 +285,6 @@ fn original(array: &str, index: usize, removed: &[(String, usize)]) -> usize {
     let mut gone: Vec<usize> = removed.iter().filter(|(path, _)| path == array).map(|(_, index)| *index).collect();
     gone.sort_unstable();
     gone.into_iter().fold(index, |index, gone| if gone <= index { index + 1 } else { index })
-}
-
-fn join(prefix: &str, path: &str) -> String {
-    match (prefix, path) {
-        (prefix, "") => prefix.to_owned(),
-        ("", path) => path.to_owned(),
-        (prefix, path) => format!("{prefix}.{path}"),
-    }
 }
 
 /// The key that serde's message calls unknown, if it does.
@@ -407,6 +401,8 @@ mod tests {
             name = "g"
             [relay.channels]
             ops = ["a"]
+            [dead_letters]
+            audit = "elsewhere"
             "#,
         );
         let starts = [
@@ -415,6 +411,7 @@ mod tests {
             "streams[0].groups[0].sink: there is no sink `lgo`, did you mean `log`?",
             "streams[0].groups[1].name: `g` is declared twice",
             "relay.channels.ops: stream `a` is not declared with `relay = true`",
+            "dead_letters.audit: stream `elsewhere` is not declared",
         ];
         for start in starts {
             assert!(found.iter().any(|problem| problem.starts_with(start)), "{start:?} is not in {found:#?}");

@@ -17,6 +17,7 @@ use uuid::Uuid;
 use super::envelope::{Envelope, plain};
 use super::{Forward, Origin, Sink, SinkError, SinkErrorClass};
 use crate::event::{AlertView, Delivery, Entry, EntryId, Fields, NewEntry, Severity, StreamName, field};
+use crate::validate::{Problems, Validate};
 
 /// The highest priority of a task.
 const MAX_PRIORITY: u8 = 10;
@@ -67,31 +68,26 @@ pub enum ForwardAs {
     Task,
 }
 
-impl StreamSinkConfig {
-    /// Every key that makes no sense, with the reason.
-    pub fn problems(&self) -> Vec<(&'static str, String)> {
-        let mut problems = Vec::new();
+impl Validate for StreamSinkConfig {
+    fn validate(&self, problems: &mut Problems) {
         let agent_type = self.agent_type.as_deref().map(str::trim);
         match (self.form, agent_type) {
-            (ForwardAs::Task, None) => problems.push(("agent_type", "is missing: as = \"task\" needs it".to_owned())),
-            (ForwardAs::Task, Some("")) => problems.push(("agent_type", "must not be empty".to_owned())),
-            (ForwardAs::Event, Some(_)) => {
-                problems.push(("agent_type", "has no effect without as = \"task\"".to_owned()));
-            }
+            (ForwardAs::Task, None) => problems.add("agent_type", "is missing: as = \"task\" needs it"),
+            (ForwardAs::Task, Some("")) => problems.add("agent_type", "must not be empty"),
+            (ForwardAs::Event, Some(_)) => problems.add("agent_type", "has no effect without as = \"task\""),
             _ => {}
         }
         match (self.form, self.priority) {
-            (ForwardAs::Event, Some(_)) => {
-                problems.push(("priority", "has no effect without as = \"task\"".to_owned()));
-            }
+            (ForwardAs::Event, Some(_)) => problems.add("priority", "has no effect without as = \"task\""),
             (ForwardAs::Task, Some(priority)) if priority > MAX_PRIORITY => {
-                problems.push(("priority", format!("must be 0 to {MAX_PRIORITY}, not {priority}")));
+                problems.add("priority", format_args!("must be from 0 to {MAX_PRIORITY}, not {priority}"));
             }
             _ => {}
         }
-        problems
     }
+}
 
+impl StreamSinkConfig {
     fn has_filter(&self) -> bool {
         self.min_severity.is_some_and(|severity| severity > Severity::Info)
             || [&self.sources, &self.categories, &self.tenants].iter().any(|words| !words.is_empty())
@@ -422,7 +418,7 @@ mod tests {
 
     #[test]
     fn every_senseless_value_is_told_with_its_key() {
-        let keys = |text: &str| config(text).problems().into_iter().map(|(key, _)| key).collect::<Vec<_>>();
+        let keys = |text: &str| config(text).problems().into_iter().map(|problem| problem.path).collect::<Vec<_>>();
         assert_eq!(keys(""), [""; 0]);
         assert_eq!(keys("agent_type = 'x'\npriority = 1"), ["agent_type", "priority"]);
         assert_eq!(keys("as = 'task'"), ["agent_type"]);

@@ -7,6 +7,7 @@ use aurora_bus::auth::{AuthConfig, IssuerConfig};
 use aurora_bus::http::TlsConfig;
 use aurora_bus::metrics::Metrics;
 use aurora_bus::sink::{SinkConfig, WebhookConfig};
+use aurora_bus::validate::Validate as _;
 
 fn page(path: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path))

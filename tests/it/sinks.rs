@@ -14,6 +14,7 @@ use async_trait::async_trait;
 use aurora_bus::event::{Delivery, Entry, EntryId, Fields, StreamName, field};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::sink::{Forward, Metered, Origin, Sink, SinkConfig, SinkError, SinkErrorClass};
+use aurora_bus::validate::Validate as _;
 use bytes::Bytes;
 use tokio::task::JoinSet;
 

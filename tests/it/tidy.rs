@@ -9,7 +9,7 @@ const MAX_LINES: usize = 700;
 
 /// Small modules without a domain that any module above them may name.
 const GROUND: &[&str] =
-    &["backoff", "clock", "limiter", "log_throttle", "metrics", "readiness", "secret", "tls", "telemetry"];
+    &["backoff", "clock", "limiter", "log_throttle", "metrics", "readiness", "secret", "tls", "telemetry", "validate"];
 
 /// The modules of the crate that each module may name, from the bottom to the top: `_` for the ground modules, `^` for
 /// all modules before it in this list, `*` for any.
@@ -22,8 +22,9 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("readiness", &[]),
     ("secret", &[]),
     ("tls", &[]),
+    ("validate", &[]),
     ("event", &[]),
-    ("telemetry", &["metrics"]),
+    ("telemetry", &["metrics", "validate"]),
     ("store", &["_", "event"]),
     ("sink", &["_", "event"]),
     ("auth", &["_", "event"]),

@@ -13,6 +13,7 @@ use url::Url;
 use super::table::TableName;
 use crate::secret::MASK;
 use crate::tls::{self, NoTrust};
+use crate::validate::{Problems, Validate};
 
 /// Where rows are written, and how.
 #[derive(Debug, Clone, Deserialize, Serialize)]
@@ -120,26 +121,22 @@ impl std::fmt::Debug for Settings {
     }
 }
 
-impl PostgresConfig {
-    /// Every key that makes no sense, with the reason.
-    pub fn problems(&self) -> Vec<(&'static str, String)> {
-        let mut problems = Vec::new();
-        if let Err(error) = self.server() {
-            problems.push(("url", error));
+impl Validate for PostgresConfig {
+    fn validate(&self, problems: &mut Problems) {
+        if let Err(message) = self.server() {
+            problems.add("url", message);
         }
-        if !(1..=10_000).contains(&self.batch) {
-            problems.push(("batch", format!("must be 1 to 10000, not {}", self.batch)));
-        }
-        if !(1..=64).contains(&self.connections) {
-            problems.push(("connections", format!("must be 1 to 64, not {}", self.connections)));
-        }
-        if !(Duration::from_millis(100)..=Duration::from_mins(5)).contains(&self.timeout) {
-            let timeout = humantime_serde::re::humantime::format_duration(self.timeout);
-            problems.push(("timeout", format!("must be 100ms to 5min, not {timeout}")));
-        }
-        problems
+        let is_valid = (1..=10_000).contains(&self.batch);
+        problems.require(is_valid, "batch", format_args!("must be from 1 to 10000, not {}", self.batch));
+        let is_valid = (1..=64).contains(&self.connections);
+        problems.require(is_valid, "connections", format_args!("must be from 1 to 64, not {}", self.connections));
+        let is_valid = (Duration::from_millis(100)..=Duration::from_mins(5)).contains(&self.timeout);
+        let timeout = humantime_serde::re::humantime::format_duration(self.timeout);
+        problems.require(is_valid, "timeout", format_args!("must be from 100ms to 5min, not {timeout}"));
     }
+}
 
+impl PostgresConfig {
     pub(super) fn settings(&self) -> Result<Settings, InvalidConfig> {
         let mut server = self.server().map_err(InvalidConfig::Url)?;
         if let Some(path) = &self.password_file {
@@ -234,13 +231,13 @@ mod tests {
     #[test]
     fn every_senseless_value_is_told_with_its_key() {
         let config = config("url = 'mysql://x'\nbatch = 0\nconnections = 65\ntimeout = '1h'");
-        let keys: Vec<_> = config.problems().into_iter().map(|(key, _)| key).collect();
+        let keys: Vec<_> = config.problems().into_iter().map(|problem| problem.path).collect();
         assert_eq!(keys, ["url", "batch", "connections", "timeout"]);
     }
 
     #[test]
     fn urls_that_contradict_themselves_are_told() {
-        let told = |text: &str| config(text).problems().pop().map(|(_, problem)| problem).unwrap_or_default();
+        let told = |text: &str| config(text).problems().pop().map(|problem| problem.message).unwrap_or_default();
         assert!(told("url = 'postgres://localhost/x?sslmode=maybe'").contains("sslmode"));
         assert!(told("url = 'postgres://a:b@localhost/x'\npassword_file = 'p'").contains("password_file"));
         assert!(told("url = 'postgres://localhost/x?sslmode=disable'\nca_file = 'p'").contains("ca_file"));

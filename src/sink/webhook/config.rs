@@ -18,9 +18,10 @@ use super::guard::Guard;
 use super::sign::Signer;
 use crate::secret::{MASK, masked};
 use crate::tls;
+use crate::validate::{ConfigProblem, Problems, Validate};
 
 /// The most entries in one request: their ids fit into a header that any receiver takes.
-const MOST_IN_BATCH: usize = 100;
+const MAX_BATCH: usize = 100;
 
 /// Headers that each request has from the bus, the connection or the HTTP library, by how they begin.
 const OURS: [&str; 11] = [
@@ -106,25 +107,6 @@ fn origin_only<S: Serializer>(url: &SecretString, serializer: S) -> Result<S::Ok
     }
 }
 
-/// Why a configuration can't be used: a key, and what is wrong with it. Never holds a secret.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Invalid {
-    key: &'static str,
-    problem: String,
-}
-
-impl fmt::Display for Invalid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.key, self.problem)
-    }
-}
-
-impl std::error::Error for Invalid {}
-
-fn invalid(key: &'static str, problem: impl fmt::Display) -> Invalid {
-    Invalid { key, problem: problem.to_string() }
-}
-
 /// Everything that sending needs, checked.
 pub(super) struct Settings {
     pub(super) url: Url,
@@ -152,59 +134,27 @@ impl WebhookConfig {
         }
     }
 
-    /// Every value that makes no sense, by its key. The files that are named are not read.
-    pub fn problems(&self) -> Vec<(&'static str, String)> {
-        self.invalid().into_iter().map(|invalid| (invalid.key, invalid.problem)).collect()
-    }
-
-    fn invalid(&self) -> Vec<Invalid> {
-        let mut found = Vec::new();
-        let url = self.parsed_url();
-        found.extend(url.as_ref().err().cloned());
-        if self.secret.is_some() && self.secret_file.is_some() {
-            found.push(invalid("secret", "can't be given beside secret_file"));
-        }
-        if let Some(secret) = &self.secret
-            && let Err(error) = Signer::new([secret.expose_secret()])
-        {
-            found.push(invalid("secret", error));
-        }
-        if !(1..=MOST_IN_BATCH).contains(&self.batch) {
-            found.push(invalid("batch", format!("must be 1 to {MOST_IN_BATCH}, not {}", self.batch)));
-        }
-        for (key, time) in [("timeout", self.timeout), ("connect_timeout", self.connect_timeout)] {
-            if time.is_zero() {
-                found.push(invalid(key, "must be longer than 0s"));
-            }
-        }
-        if self.ca_file.is_some() && url.is_ok_and(|url| url.scheme() != "https") {
-            found.push(invalid("ca_file", "has no use: the scheme of url is not https"));
-        }
-        let headers = self.headers.iter().map(|(name, value)| header(name, value));
-        found.extend(headers.filter_map(Result::err));
-        found
-    }
-
     /// Checks everything and reads the files that are named.
-    pub(super) fn settings(&self) -> Result<Settings, Invalid> {
-        if let Some(first) = self.invalid().into_iter().next() {
+    pub(super) fn settings(&self) -> Result<Settings, ConfigProblem> {
+        if let Some(first) = self.problems().into_iter().next() {
             return Err(first);
         }
-        let url = self.parsed_url()?;
+        let url = self.parsed_url().map_err(|message| ConfigProblem::new("url", message))?;
         let secrets = self.secrets()?;
         let secrets = || secrets.iter().map(ExposeSecret::expose_secret);
         let key = if self.secret_file.is_some() { "secret_file" } else { "secret" };
-        let signer = Signer::new(secrets()).map_err(|error| invalid(key, format!("a secret {error}")))?;
+        let signer =
+            Signer::new(secrets()).map_err(|error| ConfigProblem::new(key, format_args!("a secret {error}")))?;
         let is_tls = url.scheme() == "https";
         let tls = is_tls.then(|| tls::client_config(self.ca_file.as_deref())).transpose();
-        let tls = tls.map_err(|error| invalid("ca_file", error))?.map(Arc::new);
+        let tls = tls.map_err(|error| ConfigProblem::new("ca_file", error))?.map(Arc::new);
 
         let agent = concat!("aurora-bus/", env!("CARGO_PKG_VERSION"));
         let mut headers = HeaderMap::new();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         headers.insert(USER_AGENT, HeaderValue::from_static(agent));
         for (name, value) in &self.headers {
-            let (name, value) = header(name, value)?;
+            let (name, value) = header(name, value).map_err(|message| ConfigProblem::new("headers", message))?;
             headers.insert(name, value);
         }
         let values = self.headers.values().map(ExposeSecret::expose_secret);
@@ -216,42 +166,72 @@ impl WebhookConfig {
         Guard { allow_private: self.allow_private }
     }
 
-    fn parsed_url(&self) -> Result<Url, Invalid> {
-        let refuse = |problem: String| invalid("url", problem);
-        let url = Url::parse(self.url.expose_secret()).map_err(|error| refuse(format!("is not a URL: {error}")))?;
+    fn parsed_url(&self) -> Result<Url, String> {
+        let url = Url::parse(self.url.expose_secret()).map_err(|error| format!("is not a URL: {error}"))?;
         if !matches!(url.scheme(), "http" | "https") {
-            return Err(refuse(format!("the scheme is `{}`, but must be https or http", url.scheme())));
+            return Err(format!("the scheme must be https or http, not `{}`", url.scheme()));
         }
         if !url.username().is_empty() || url.password().is_some() {
-            return Err(refuse("must not hold a user and password: give an Authorization in headers".to_owned()));
+            return Err("must not hold a user and password: set `Authorization` in headers".to_owned());
         }
         if url.fragment().is_some() {
-            return Err(refuse("must not have a fragment (`#…`)".to_owned()));
+            return Err("must not have a fragment (`#…`)".to_owned());
         }
         let literal = match url.host() {
             Some(Host::Ipv4(address)) => Some(address.into()),
             Some(Host::Ipv6(address)) => Some(address.into()),
             Some(Host::Domain(_)) => None,
-            None => return Err(refuse("names no host".to_owned())),
+            None => return Err("names no host".to_owned()),
         };
         // Addresses written out are never resolved, so this is the place to judge them.
         match literal.map(|address| self.guard().judge(address)) {
-            Some(Err(error)) => Err(refuse(error.to_string())),
+            Some(Err(error)) => Err(error.to_string()),
             _ => Ok(url),
         }
     }
 
-    fn secrets(&self) -> Result<Vec<SecretString>, Invalid> {
+    fn secrets(&self) -> Result<Vec<SecretString>, ConfigProblem> {
         if let Some(secret) = &self.secret {
             return Ok(vec![secret.clone()]);
         }
         let Some(path) = &self.secret_file else { return Ok(Vec::new()) };
-        let lines = secret_lines(path)
-            .map_err(|error| invalid("secret_file", format!("cannot read {}: {error}", path.display())))?;
+        let invalid = |message: fmt::Arguments<'_>| ConfigProblem::new("secret_file", message);
+        let lines =
+            secret_lines(path).map_err(|error| invalid(format_args!("cannot read {}: {error}", path.display())))?;
         if lines.is_empty() {
-            return Err(invalid("secret_file", format!("{} holds no secret", path.display())));
+            return Err(invalid(format_args!("{} holds no secret", path.display())));
         }
         Ok(lines)
+    }
+}
+
+impl Validate for WebhookConfig {
+    /// Checks the keys. The named files are not read.
+    fn validate(&self, problems: &mut Problems) {
+        let url = self.parsed_url();
+        if let Err(message) = &url {
+            problems.add("url", message);
+        }
+        let has_both = self.secret.is_some() && self.secret_file.is_some();
+        problems.require(!has_both, "secret", "cannot be given together with secret_file");
+        if let Some(secret) = &self.secret
+            && let Err(error) = Signer::new([secret.expose_secret()])
+        {
+            problems.add("secret", error);
+        }
+        let is_valid = (1..=MAX_BATCH).contains(&self.batch);
+        problems.require(is_valid, "batch", format_args!("must be from 1 to {MAX_BATCH}, not {}", self.batch));
+        for (key, time) in [("timeout", self.timeout), ("connect_timeout", self.connect_timeout)] {
+            problems.require(!time.is_zero(), key, "must be longer than 0s");
+        }
+        if self.ca_file.is_some() && url.is_ok_and(|url| url.scheme() != "https") {
+            problems.add("ca_file", "has no effect: the scheme of url is not https");
+        }
+        for (name, value) in &self.headers {
+            if let Err(message) = header(name, value) {
+                problems.add("headers", message);
+            }
+        }
     }
 }
 
@@ -262,8 +242,8 @@ fn secret_lines(path: &Path) -> std::io::Result<Vec<SecretString>> {
 }
 
 /// A further header, hidden where requests are shown.
-fn header(name: &str, value: &SecretString) -> Result<(HeaderName, HeaderValue), Invalid> {
-    let refuse = |problem: &str| invalid("headers", format!("`{name}` {problem}"));
+fn header(name: &str, value: &SecretString) -> Result<(HeaderName, HeaderValue), String> {
+    let refuse = |problem: &str| format!("`{name}` {problem}");
     let parsed: HeaderName = name.parse().map_err(|_error| refuse("is no name that a header can have"))?;
     let is_ours = |ours: &str| if ours.ends_with('-') { parsed.as_str().starts_with(ours) } else { parsed == *ours };
     if OURS.iter().any(|ours| is_ours(ours)) {
@@ -284,7 +264,7 @@ mod tests {
     }
 
     fn told(text: &str) -> Vec<String> {
-        parse(text).problems().into_iter().map(|(key, problem)| format!("{key}: {problem}")).collect()
+        parse(text).problems().iter().map(ToString::to_string).collect()
     }
 
     #[test]
@@ -304,12 +284,12 @@ mod tests {
              Host = 'x'\nHostess = 'x'\n",
         );
         let expected = [
-            "secret: can't be given beside secret_file",
+            "secret: cannot be given together with secret_file",
             "secret: begins with `whsec_`, but is not base64 after it",
-            "batch: must be 1 to 100, not 101",
+            "batch: must be from 1 to 100, not 101",
             "timeout: must be longer than 0s",
             "connect_timeout: must be longer than 0s",
-            "ca_file: has no use: the scheme of url is not https",
+            "ca_file: has no effect: the scheme of url is not https",
             "headers: `Host` is a header that the bus sets itself",
             "headers: `Webhook-Id` is a header that the bus sets itself",
             "headers: `X-Token` has a value that a header can't have, such as a line end",

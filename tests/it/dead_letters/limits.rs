@@ -125,7 +125,7 @@ fn an_audit_stream_that_is_named_must_be_there() {
     let checked = home.run(&["check", "--config", "aurora-bus.toml"]);
     let said = String::from_utf8_lossy(&checked.stderr).into_owned();
     assert_eq!(checked.status.code(), Some(2), "{said}");
-    assert!(said.contains("dead_letters.audit: there is no stream `aurora:audits`"), "{said}");
+    assert!(said.contains("dead_letters.audit: stream `aurora:audits` is not declared"), "{said}");
     assert!(said.contains("dead_letters.alarm_at: must be more than 0 and at most 1, not 7"), "{said}");
 }
 

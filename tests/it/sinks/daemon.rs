@@ -146,7 +146,7 @@ async fn what_is_wrong_with_a_webhook_is_told_before_the_daemon_runs() {
         (output.status.code(), String::from_utf8(text).expect("UTF-8"))
     };
     let cases = [
-        ("batch = 500", "check", 2, "sinks.siem.batch: must be 1 to 100, not 500"),
+        ("batch = 500", "check", 2, "sinks.siem.batch: must be from 1 to 100, not 500"),
         ("[sinks.siem.headers]\nWebhook-Id = \"1\"", "check", 2, "sinks.siem.headers: `Webhook-Id` is a header"),
         ("tmeout = \"1s\"", "check", 2, "sinks.siem.tmeout: unknown key, did you mean `timeout`?"),
         ("secret_file = \"none\"", "check --connect", 1, "secret_file: cannot read none"),

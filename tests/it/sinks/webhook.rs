@@ -102,12 +102,12 @@ impl<const BATCH: usize> World for Posted<BATCH> {
         let untrusted = WebhookConfig { ca_file: file("ca.pem"), ..url(format!("https://127.0.0.1:{port}{PATH}")) };
         let cases = [
             (url(format!("http://user:{TOKEN}@127.0.0.1:{port}/")), "url: must not hold a user and password"),
-            (url(format!("ftp://127.0.0.1:{port}{PATH}")), "url: the scheme is `ftp`"),
+            (url(format!("ftp://127.0.0.1:{port}{PATH}")), "url: the scheme must be https or http, not `ftp`"),
             (url("http://169.254.169.254/latest/meta-data".to_owned()), "no receiver may be"),
             (WebhookConfig { allow_private: false, ..good.clone() }, "url: 127.0.0.1 is a private address"),
             (url(format!("http://no-such-host.invalid:{port}{PATH}")), "cannot connect to http://no-such-host.invalid"),
             (url(format!("http://127.0.0.1:1{PATH}")), "cannot connect to http://127.0.0.1:1: "),
-            (WebhookConfig { batch: 0, ..good.clone() }, "batch: must be 1 to 100"),
+            (WebhookConfig { batch: 0, ..good.clone() }, "batch: must be from 1 to 100"),
             (unfiled, "secret_file: cannot read "),
             (untrusted, "ca_file: cannot read "),
         ];
