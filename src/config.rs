@@ -1,7 +1,7 @@
-//! The configuration: what it holds, its built-in default, and the checks across its parts.
+//! The configuration: its sections, the built-in default, and the checks across sections.
 //!
-//! Each module owns its own part; this one puts them together. [`load`] reads the layers: built-in default,
-//! file, environment, flags. Reading the environment happens here and in `main` alone.
+//! Each module owns its own section. [`load`] reads the layers: built-in default, file, environment, flags. Only this
+//! module and `main` read the environment.
 
 mod family_checks;
 mod forwarding_checks;
@@ -24,61 +24,61 @@ use crate::{auth, bus, dead_letters, delivery, http, maintenance, pull, relay, s
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// This daemon's name; its consumers are `<instance>-0`, `<instance>-1` and so on. Must be unique among the
+    /// Name of this daemon. Its consumers are `<instance>-0`, `<instance>-1` and so on. Must be unique among the
     /// daemons that share a store, and should stay the same across restarts.
     pub instance: String,
     /// The listener and its limits.
     pub http: http::Config,
-    /// Who may do what.
+    /// Credentials and permissions.
     pub auth: auth::AuthConfig,
-    /// Where streams are kept.
+    /// The store of streams and groups.
     pub store: StoreConfig,
-    /// What publishers may do.
+    /// Limits of publishers.
     pub publish: bus::Config,
-    /// What workers may do that pull.
+    /// Limits of pull consumers.
     pub pull: pull::Config,
-    /// What dashboards are given.
+    /// Limits and channels of dashboards.
     pub relay: relay::Config,
-    /// What is kept of dead letters.
+    /// Limits of dead letters.
     pub dead_letters: dead_letters::Config,
-    /// What is logged, and how.
+    /// Level and format of the logs.
     pub log: telemetry::Config,
-    /// How the daemon ends.
+    /// The shutdown of the daemon.
     pub shutdown: ShutdownConfig,
     /// The streams and their groups.
     pub streams: Vec<StreamConfig>,
-    /// Where groups deliver to, by name. `log` and `audit` are there unless they are declared otherwise.
+    /// The sinks by name. `log` and `audit` exist unless they are declared differently.
     pub sinks: BTreeMap<String, SinkConfig>,
 }
 
-/// Which store, and its settings.
+/// The selected store, and the settings of both.
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct StoreConfig {
-    /// Which of the two.
+    /// The selected store.
     pub backend: Backend,
-    /// The embedded store's settings.
+    /// Settings of the embedded store.
     pub embedded: store::embedded::Config,
-    /// The Redis store's settings.
+    /// Settings of the Redis store.
     pub redis: store::redis::Config,
 }
 
-/// The two stores.
+/// The kinds of stores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
-    /// On this machine's disk, one daemon at a time.
+    /// A folder on the disk of this machine, for one daemon at a time.
     #[default]
     Embedded,
     /// Redis or Valkey, shared by any number of daemons.
     Redis,
 }
 
-/// How the daemon ends.
+/// The shutdown of the daemon.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ShutdownConfig {
-    /// How long work under way may take after a request to stop.
+    /// Time that pending work gets after a request to stop.
     #[serde(with = "humantime_serde")]
     pub grace: Duration,
 }
@@ -89,36 +89,37 @@ impl Default for ShutdownConfig {
     }
 }
 
-/// One stream.
+/// A declared stream, or family of streams.
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct StreamConfig {
-    /// Its name, which is also its key in Redis. With a placeholder for one part, such as
-    /// `aurora:tenant:{tenant}:alerts`, it declares a family of streams, which come into being when they are used first.
+    /// Name of the stream, which is also its key in Redis. With a placeholder for one part, such as
+    /// `aurora:tenant:{tenant}:alerts`, it declares a family of streams. Members of a family are created at their first
+    /// use.
     pub name: StreamPattern,
-    /// Of a family: the most keys, and so streams, that it may have; 1000 by default.
+    /// Maximum number of keys, and so of members, of a family; 1000 by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_keys: Option<usize>,
-    /// Whether dashboards may watch it.
+    /// Whether dashboards may watch the stream.
     #[serde(default)]
     pub relay: bool,
-    /// What is kept.
+    /// The limits of kept entries.
     #[serde(default)]
     pub retention: maintenance::Retention,
-    /// Where entries go that can't be handled; `<name>:dead_letter` by default. Of a family: with its placeholder, or
-    /// without, where all of them share one.
+    /// Stream for the dead letters, by default `<name>:dead_letter`. Of a family: a name with the same placeholder, or
+    /// without, to share one stream.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dead_letter: Option<StreamPattern>,
-    /// How durable an event is at least when it is accepted: `memory`, `fsync`, `replicated` or `fsync+replicated`.
+    /// Minimum durability of accepted events: `memory`, `fsync`, `replicated` or `fsync+replicated`.
     #[serde(default)]
     pub durability: store::Durability,
-    /// Who handles its entries.
+    /// The groups of the stream.
     #[serde(default)]
     pub groups: Vec<delivery::GroupConfig>,
 }
 
 impl StreamConfig {
-    /// Where entries go that can't be handled.
+    /// Returns the stream for the dead letters.
     pub fn dead_letter(&self) -> StreamPattern {
         self.dead_letter.clone().unwrap_or_else(|| match &self.name {
             StreamPattern::One(stream) => stream.default_dead_letter().into(),
@@ -126,16 +127,16 @@ impl StreamConfig {
         })
     }
 
-    /// The most keys that a family may have.
+    /// Returns the maximum number of keys of a family.
     pub fn max_keys(&self) -> usize {
         self.max_keys.unwrap_or(DEFAULT_MAX_KEYS)
     }
 }
 
-/// The most keys of a family that does not say how many it may have.
+/// Default of `max_keys`.
 const DEFAULT_MAX_KEYS: usize = 1_000;
 
-/// A configuration that can't be used, with everything that is wrong with it.
+/// An invalid configuration, with all problems.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the configuration has {} problem{}:\n{}", .0.len(), if .0.len() == 1 { "" } else { "s" }, lines(.0))]
 pub struct InvalidConfig(pub Vec<ConfigProblem>);
@@ -145,7 +146,7 @@ fn lines(problems: &[ConfigProblem]) -> String {
 }
 
 impl Default for Config {
-    /// What the daemon does with no configuration at all: the five streams of a SOC on the embedded store.
+    /// Returns the configuration without any file: the five streams of a SOC on the embedded store.
     fn default() -> Self {
         let stream = |name: &str, relay, group: &str, sink: Option<&str>| {
             let name: StreamName = name.parse().expect("a valid name");
@@ -186,7 +187,7 @@ impl Default for Config {
     }
 }
 
-/// The sinks that are there without being declared.
+/// Returns the sinks that exist without a declaration.
 fn default_sinks() -> BTreeMap<String, SinkConfig> {
     BTreeMap::from([
         ("log".to_owned(), SinkConfig::Log(crate::sink::LogConfig::default())),
@@ -194,7 +195,7 @@ fn default_sinks() -> BTreeMap<String, SinkConfig> {
     ])
 }
 
-/// The host's name, as far as it makes a consumer name.
+/// Returns the characters of the host name that are allowed in consumer names.
 fn default_instance() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let is_allowed = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
@@ -314,12 +315,12 @@ impl Config {
         }
     }
 
-    /// The streams that dashboards may watch.
+    /// Returns the streams that dashboards may watch.
     pub fn relayed(&self) -> Vec<StreamPattern> {
         self.streams.iter().filter(|stream| stream.relay).map(|stream| stream.name.clone()).collect()
     }
 
-    /// Leaves of the built-in channels what is declared, where no channels are configured.
+    /// Restricts the built-in channels to declared streams, if no channels are configured.
     fn fit_default_channels(&mut self) {
         if self.relay.channels != relay::Config::default().channels {
             return;
@@ -331,13 +332,13 @@ impl Config {
 }
 
 impl Config {
-    /// The configuration as TOML that can be read back, except that secrets are masked.
+    /// Returns the configuration as TOML. It can be read back, except for masked secrets.
     pub fn to_toml(&self) -> String {
         toml::to_string_pretty(self).expect("every part of the configuration is a TOML value")
     }
 }
 
-/// ", did you mean `x`?" where a known word is close.
+/// Returns ", did you mean `x`?" if a known word is similar.
 fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> String {
     let slips = |candidate: &str| strsim::damerau_levenshtein(word, candidate);
     match known.map(|candidate| (slips(candidate), candidate)).min() {

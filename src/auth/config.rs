@@ -355,7 +355,7 @@ mod tests {
             (key.replace("\"a\"", "\"a b\""), "keys[0].name: must be"),
             (key.replace("\"admin\"", ""), "keys[0].scopes: is empty"),
             (format!("{key}tenant = \"\""), "keys[0].tenant: must have"),
-            (format!("{key}filter = \"\""), "keys[0].filter: is refused: is no filter: "),
+            (format!("{key}filter = \"\""), "keys[0].filter: is refused: is not a filter: "),
             (
                 format!("{key}filter = '{}'", r#"{"op":"not","nodes":[{"key":"sauce","cmp":"exists"}]}"#),
                 "keys[0].filter: is refused: nodes[0].key must be severity or one of",
