@@ -1,4 +1,4 @@
-//! What the documentation claims, compared with the program.
+//! Checks of the documentation against the program.
 
 use std::fs;
 use std::path::Path;
@@ -7,6 +7,7 @@ use aurora_bus::auth::{AuthConfig, IssuerConfig};
 use aurora_bus::http::TlsConfig;
 use aurora_bus::metrics::Metrics;
 use aurora_bus::sink::{SinkConfig, WebhookConfig};
+use aurora_bus::validate::Validate as _;
 
 fn page(path: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path))
@@ -26,14 +27,14 @@ fn pages() -> Vec<String> {
     pages_in("docs").into_iter().chain(pages_in("docs/design")).chain(root).collect()
 }
 
-/// A heading as links name it.
+/// Returns the anchor of a heading in links.
 fn anchor(heading: &str) -> String {
     let kept = heading.trim_start_matches('#').trim().to_lowercase();
     kept.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c)).map(|c| if c == ' ' { '-' } else { c }).collect()
 }
 
 #[test]
-fn links_between_pages_lead_somewhere() {
+fn links_between_pages_resolve() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut seen = 0;
     for from in pages() {
@@ -58,7 +59,7 @@ fn links_between_pages_lead_somewhere() {
 }
 
 #[test]
-fn the_readme_leads_to_every_page() {
+fn readme_links_to_every_page() {
     let readme = page("README.md");
     for name in pages_in("docs").into_iter().chain(["ARCHITECTURE.md".to_owned()]) {
         assert!(readme.contains(&format!("]({name})")), "README.md does not mention {name}");
@@ -70,7 +71,7 @@ fn the_readme_leads_to_every_page() {
 }
 
 #[test]
-fn the_operations_page_lists_every_metric() {
+fn operations_page_lists_every_metric() {
     let operations = page("docs/operations.md");
     let (_, rest) = operations.split_once("<!-- metrics -->\n").expect("the table begins");
     let (table, _) = rest.split_once("<!-- /metrics -->").expect("the table ends");
@@ -82,7 +83,7 @@ fn the_operations_page_lists_every_metric() {
     assert_eq!(table, expected, "the table in docs/operations.md should be:\n{expected}");
 }
 
-/// A table as the configuration file shows it, in comments.
+/// Parses a table of the configuration file that is shown as a comment.
 fn commented_table(table: &str) -> toml::Table {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(aurora_bus::config::DEFAULT_FILE);
     let text = fs::read_to_string(file).expect("the documented configuration");
