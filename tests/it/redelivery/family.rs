@@ -1,11 +1,11 @@
-//! Groups of families whose consumers live outside the daemon: one guard for all members, on every kind of store.
+//! Groups of families with external consumers: one redeliverer for all members, on every kind of store.
 
-mod partly;
+mod denied;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use aurora_bus::delivery::{FamilyGroup, GroupConfig, Patrol};
+use aurora_bus::delivery::{FamilyGroup, GroupConfig, Redeliverer};
 use aurora_bus::event::{DeadLetter, DeadLetterReason, Delivery, EntryId, Family, StreamName, field};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
@@ -22,8 +22,8 @@ use crate::support::until;
 const PATIENCE: Duration = Duration::from_secs(30);
 const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
 
-/// A family with the group `agents`, which is consumed from outside, and its patrols.
-struct Guarded {
+/// A family with the group `agents` for external consumers, and its redeliverers.
+struct FamilySetup {
     store: Arc<dyn Store>,
     spec: FamilyGroup,
     metrics: Metrics,
@@ -32,14 +32,14 @@ struct Guarded {
     tasks: JoinSet<()>,
 }
 
-impl Guarded {
+impl FamilySetup {
     fn new(store: Arc<dyn Store>, max_deliveries: u32) -> Self {
         let family: Family = format!("{}:{{tenant}}:tasks", unique_stream()).parse().expect("a family");
         let (metrics, readiness) = (Metrics::new(), Readiness::default());
         let families = Families::new([(family.clone(), 100)]);
         let store: Arc<dyn Store> = Arc::new(Metered::new(store, metrics.clone()).with_families(families.clone()));
         let mut config = GroupConfig::new("agents".parse().expect("a valid name"));
-        // Longer than anything takes that a consumer does here, also on a slow machine.
+        // Longer than each step of a consumer here, also on a slow machine.
         config.claim_idle = Duration::from_secs(3);
         config.max_deliveries = max_deliveries;
         let (stop, mut tasks) = (CancellationToken::new(), JoinSet::new());
@@ -50,11 +50,12 @@ impl Guarded {
         Self { store, spec, metrics, readiness, stop, tasks }
     }
 
-    /// Starts a patrol, as each daemon has one.
-    fn patrol(&mut self, name: &str) {
+    /// Starts the redeliverer of one daemon.
+    fn start_redeliverer(&mut self, name: &str) {
         let (part, name) = (self.readiness.part(name, None), name.parse().expect("a valid name"));
-        let patrol = Patrol::new(self.store.clone(), self.spec.clone(), name, self.metrics.clone(), part);
-        self.tasks.spawn(patrol.run(self.stop.clone()));
+        let (store, metrics) = (self.store.clone(), self.metrics.clone());
+        let redeliverer = Redeliverer::of_family(store, self.spec.clone(), name, metrics, part);
+        self.tasks.spawn(redeliverer.run(self.stop.clone()));
     }
 
     async fn publish(&self, key: &str, text: &str) -> StreamName {
@@ -64,7 +65,7 @@ impl Guarded {
         stream
     }
 
-    /// Waits until a consumer outside is given an entry. The group may have still to be made.
+    /// Waits until an external consumer receives an entry. The group may not exist yet.
     async fn take(&self, stream: &StreamName, consumer: &str) -> Delivery {
         let cursor = consumer_of(stream, consumer);
         until("an entry", PATIENCE, async || match self.store.fetch(&cursor, 1, Duration::ZERO).await {
@@ -93,7 +94,7 @@ impl Guarded {
         .await;
     }
 
-    /// Ends the patrols; what they are about to do, they finish.
+    /// Stops the redeliverers, which finish the check that is under way.
     async fn end(&mut self) {
         self.stop.cancel();
         while let Some(ended) = self.tasks.join_next().await {
@@ -117,72 +118,72 @@ fn text(delivery: &Delivery) -> &[u8] {
     delivery.entry.data().expect("a payload")
 }
 
-async fn what_is_left_at_any_member_reaches_another_consumer_of_it_once(store: Arc<dyn Store>) {
-    let mut guarded = Guarded::new(store, 15);
-    guarded.patrol("soc-a-guard");
-    guarded.patrol("soc-b-guard");
+async fn abandoned_entry_of_a_member_reaches_another_consumer_once(store: Arc<dyn Store>) {
+    let mut setup = FamilySetup::new(store, 15);
+    setup.start_redeliverer("soc-a-guard");
+    setup.start_redeliverer("soc-b-guard");
     let keys: Vec<String> = (0..12).map(|n| format!("t{n}")).collect();
     let mut streams = Vec::new();
     for key in &keys {
-        streams.push(guarded.publish(key, key).await);
+        streams.push(setup.publish(key, key).await);
     }
     for stream in &streams {
-        guarded.take(stream, "agent-1").await;
+        setup.take(stream, "agent-1").await;
     }
     for (stream, key) in streams.iter().zip(&keys) {
-        let again = guarded.take(stream, "agent-2").await;
+        let again = setup.take(stream, "agent-2").await;
         assert_eq!(text(&again), key.as_bytes());
         assert_eq!(again.entry.fields.text(field::REPLAY_ATTEMPTS), Some("1"));
-        guarded.acknowledge(stream, "agent-2", again).await;
-        guarded.is_settled(stream).await;
-        assert_eq!(guarded.store.range(stream, EVERYTHING, 10).await.expect("read").len(), 2, "{stream}");
+        setup.acknowledge(stream, "agent-2", again).await;
+        setup.is_settled(stream).await;
+        assert_eq!(setup.store.range(stream, EVERYTHING, 10).await.expect("read").len(), 2, "{stream}");
     }
-    // Its count comes after the entry does.
+    // The counter follows the entry.
     let redelivered = async || {
-        let count = guarded.counter("aurora_bus_redelivered_total");
+        let count = setup.counter("aurora_bus_redelivered_total");
         (count >= keys.len() as u64).then_some(count)
     };
     let redelivered = until("the count", PATIENCE, redelivered).await;
     assert_eq!(redelivered, keys.len() as u64, "each by one of the two");
-    guarded.end().await;
+    setup.end().await;
     for stream in &streams {
-        let group = guarded.group(stream).await.expect("the group exists");
+        let group = setup.group(stream).await.expect("the group exists");
         assert!(group.consumers.iter().all(|consumer| !consumer.name.as_str().ends_with("guard")), "{group:?}");
     }
 }
 
-async fn what_nobody_can_handle_is_in_the_dead_letters_of_its_member(store: Arc<dyn Store>) {
-    let mut guarded = Guarded::new(store, 2);
-    guarded.patrol("soc-a-guard");
-    let (acme, globex) = (guarded.publish("acme", "poison").await, guarded.publish("globex", "fine").await);
-    let delivery = guarded.take(&globex, "agent-1").await;
-    guarded.acknowledge(&globex, "agent-1", delivery).await;
+async fn exhausted_entry_is_in_the_dead_letters_of_its_member(store: Arc<dyn Store>) {
+    let mut setup = FamilySetup::new(store, 2);
+    setup.start_redeliverer("soc-a-guard");
+    let (acme, globex) = (setup.publish("acme", "poison").await, setup.publish("globex", "fine").await);
+    let delivery = setup.take(&globex, "agent-1").await;
+    setup.acknowledge(&globex, "agent-1", delivery).await;
     for consumer in ["agent-1", "agent-2"] {
-        assert_eq!(text(&guarded.take(&acme, consumer).await), b"poison");
+        assert_eq!(text(&setup.take(&acme, consumer).await), b"poison");
     }
     let letters = until("dead letter", PATIENCE, async || {
-        let letters = guarded.store.range(&acme.default_dead_letter(), EVERYTHING, 10).await.expect("read");
+        let letters = setup.store.range(&acme.default_dead_letter(), EVERYTHING, 10).await.expect("read");
         Some(letters).filter(|letters| !letters.is_empty())
     })
     .await;
     let letter = DeadLetter::from_entry(&letters[0]).expect("a dead letter");
     assert_eq!((letters.len(), letter.reason, letter.attempts), (1, DeadLetterReason::Crashed, 2));
     assert_eq!((&letter.stream, letter.group.as_str()), (&acme, "agents"));
-    guarded.is_settled(&acme).await;
-    assert_eq!(guarded.store.range(&globex.default_dead_letter(), EVERYTHING, 10).await.expect("read"), []);
-    until("the count", PATIENCE, async || (guarded.counter("aurora_bus_dead_letters_total") == 1).then_some(())).await;
-    guarded.end().await;
-    let consumers = guarded.group(&acme).await.expect("the group exists").consumers;
+    setup.is_settled(&acme).await;
+    assert_eq!(setup.store.range(&globex.default_dead_letter(), EVERYTHING, 10).await.expect("read"), []);
+    until("the count", PATIENCE, async || (setup.counter("aurora_bus_dead_letters_total") == 1).then_some(())).await;
+    setup.end().await;
+    let consumers = setup.group(&acme).await.expect("the group exists").consumers;
     assert!(consumers.iter().all(|consumer| consumer.name.as_str() != "soc-a-guard"), "{consumers:?}");
 }
 
-async fn members_that_an_earlier_life_knew_are_guarded_from_the_start(store: Arc<dyn Store>) {
-    let mut first = Guarded::new(store.clone(), 15);
-    first.patrol("soc-a-guard");
+async fn members_of_an_earlier_run_are_checked_from_the_start(store: Arc<dyn Store>) {
+    let mut first = FamilySetup::new(store.clone(), 15);
+    first.start_redeliverer("soc-a-guard");
     let stream = first.publish("acme", "left").await;
     first.take(&stream, "agent-1").await;
-    // Neither is told anything of the other but by the store.
-    let mut second = Guarded::new(store, 15);
+    // The two share nothing but the store.
+    let mut second = FamilySetup::new(store, 15);
     second.spec.roster = {
         let families = Families::new([(first.spec.roster.family().clone(), 100)]);
         second.tasks.spawn(families.clone().run(
@@ -193,36 +194,36 @@ async fn members_that_an_earlier_life_knew_are_guarded_from_the_start(store: Arc
         Arc::clone(families.named(first.spec.roster.family().name()).expect("declared"))
     };
     first.end().await;
-    second.patrol("soc-a-guard");
+    second.start_redeliverer("soc-a-guard");
     assert_eq!(text(&second.take(&stream, "agent-2").await), b"left");
     second.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_group_of_a_member_that_was_destroyed_or_deleted_with_it_is_made_again() {
+async fn missing_group_of_a_member_is_created_again() {
     let (server, store) = own_redis().await;
-    let mut guarded = Guarded::new(store, 15);
-    guarded.patrol("soc-a-guard");
-    let acme = guarded.publish("acme", "one").await;
-    let one = guarded.take(&acme, "agent-1").await;
-    guarded.acknowledge(&acme, "agent-1", one).await;
-    // Each search ends with a note of how far the group has come; the second shows the end of the first.
+    let mut setup = FamilySetup::new(store, 15);
+    setup.start_redeliverer("soc-a-guard");
+    let acme = setup.publish("acme", "one").await;
+    let one = setup.take(&acme, "agent-1").await;
+    setup.acknowledge(&acme, "agent-1", one).await;
+    // Each search ends with a read of the ack floor; the second search shows that the first one has ended.
     server.note_commands();
     let searches = || server.commands(&[acme.as_str(), field::REPLAY_OF]);
     until("two searches", PATIENCE, async || (searches() >= 2).then_some(())).await;
     assert_eq!(server.cli(&["XGROUP", "DESTROY", acme.as_str(), "agents"]), "1");
-    guarded.publish("acme", "two").await;
-    assert_eq!(text(&guarded.take(&acme, "agent-1").await), b"two", "what was handled is not given again");
+    setup.publish("acme", "two").await;
+    assert_eq!(text(&setup.take(&acme, "agent-1").await), b"two", "settled entries do not return");
 
     assert_eq!(server.cli(&["DEL", acme.as_str()]), "1");
-    until("the group", PATIENCE, async || guarded.group(&acme).await).await;
+    until("the group", PATIENCE, async || setup.group(&acme).await).await;
     server.cli(&["XADD", acme.as_str(), "*", "data", "three"]);
-    assert_eq!(text(&guarded.take(&acme, "agent-1").await), b"three");
-    guarded.end().await;
+    assert_eq!(text(&setup.take(&acme, "agent-1").await), b"three");
+    setup.end().await;
 }
 
 on_stores! { embedded redis valkey: [
-    what_is_left_at_any_member_reaches_another_consumer_of_it_once
-    what_nobody_can_handle_is_in_the_dead_letters_of_its_member
-    members_that_an_earlier_life_knew_are_guarded_from_the_start
+    abandoned_entry_of_a_member_reaches_another_consumer_once
+    exhausted_entry_is_in_the_dead_letters_of_its_member
+    members_of_an_earlier_run_are_checked_from_the_start
 ] }

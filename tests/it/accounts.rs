@@ -1,5 +1,5 @@
-//! Retention and accounts of running daemons. Entries removed by other programs are counted once, a full stream refuses
-//! or drops entries, and `aurora-bus reconcile` reports the accounts.
+//! Retention and accounts of running daemons: losses are counted once, a full stream rejects or drops, and
+//! `aurora-bus reconcile` checks the accounts.
 
 use reqwest::StatusCode;
 use serde_json::Value;
@@ -10,7 +10,7 @@ use crate::support::until;
 
 const STREAM: &str = "aurora:ledger";
 
-/// Returns a configuration of one stream with two groups: `siem` with a worker, and `agents` without a sink.
+/// Returns a configuration with two groups: `siem` with a sink, and `agents` without one.
 fn config(store: &str, instance: &str, retention: &str) -> String {
     format!(
         "{store}\n\
@@ -26,7 +26,7 @@ fn on(server: &RedisServer) -> String {
     format!("[store]\nbackend = \"redis\"\n[store.redis]\nurl = \"{}\"", server.url())
 }
 
-/// Returns the same configuration without workers.
+/// Returns a configuration with only the group without a sink.
 fn outside_only(store: &str, retention: &str) -> String {
     format!(
         "{store}\n[[streams]]\nname = \"{STREAM}\"\nretention = {{ {retention} }}\n\
@@ -49,7 +49,7 @@ async fn lost(daemon: &Daemon, name: &str, reason: &str) -> u64 {
     group(daemon, name).await["lost_by_reason"][reason].as_u64().unwrap_or_default()
 }
 
-/// Returns the sum of the samples with these labels, over several daemons.
+/// Returns the sum of the samples of a metric with these labels, over daemons.
 async fn counted(daemons: &[&Daemon], metric: &str, labels: &[&str]) -> u64 {
     let mut sum = 0;
     for daemon in daemons {
@@ -69,7 +69,7 @@ async fn is_lost(daemon: &Daemon, name: &str, reason: &str, entries: u64) {
         .await;
 }
 
-/// Runs `aurora-bus reconcile` until the accounts add up. Returns the exit code and standard output.
+/// Runs `aurora-bus reconcile` with a long wait. Returns the exit code and standard output.
 fn reconcile(home: &Home, daemon: &Daemon, more: &[&str]) -> (Option<i32>, String) {
     reconcile_within("60s", home, daemon, more)
 }
@@ -89,7 +89,7 @@ async fn wait_for_warning(daemon: &Daemon, words: &str) {
     .await;
 }
 
-/// Entries are trimmed by another program, pending and undelivered ones, while two daemons look for losses.
+/// Another program trims pending and undelivered entries, with two daemons that detect it.
 async fn trimmed_by_others(product: Product) {
     let server = RedisServer::start(product, &[]).await;
     let first = Home::new(&outside_only(&on(&server), "max_len = 1000"));
@@ -103,16 +103,16 @@ async fn trimmed_by_others(product: Product) {
         (counted(&both, "aurora_bus_account_entries", &["agents", "term=\"pending\""]).await == 20).then_some(())
     })
     .await;
-    // Ten entries are pending, and five are undelivered.
+    // Removes ten pending and five undelivered entries.
     server.cli(&["XTRIM", STREAM, "MAXLEN", "5"]);
     is_lost(&daemons[0], "agents", "trimmed_undelivered", 5).await;
     for daemon in &daemons {
-        wait_for_warning(daemon, "others remove entries").await;
+        wait_for_warning(daemon, "another program removes entries").await;
         wait_for_warning(daemon, "group `agents` lost 5 entries").await;
-        wait_for_warning(daemon, "pending entries that others removed").await;
+        wait_for_warning(daemon, "pending entries that another program removed").await;
     }
     assert_eq!(counted(&both, "aurora_bus_lost_total", &["agents", "trimmed_undelivered"]).await, 5);
-    // Read past the gap, so that the server corrects its count, and acknowledge everything.
+    // Reads past the gap, so that the server corrects its own count, and acknowledges all remaining entries.
     let rest = server.cli(&["XREADGROUP", "GROUP", "agents", "worker", "COUNT", "10", "STREAMS", STREAM, ">"]);
     let is_number = |text: &str| text.parse::<u64>().is_ok();
     let is_id = |line: &&str| line.split_once('-').is_some_and(|(ms, seq)| is_number(ms) && is_number(seq));
@@ -126,9 +126,9 @@ async fn trimmed_by_others(product: Product) {
     assert_eq!(lost(&daemons[0], "agents", "trimmed_undelivered").await, 5, "counted once");
     let agents = group(&daemons[0], "agents").await;
     assert_eq!((&agents["published"], &agents["undelivered"], &agents["pending"]), (&20.into(), &0.into(), &10.into()));
-    let (code, told) = reconcile(&first, &daemons[1], &[STREAM]);
-    assert_eq!(code, Some(0), "{told}");
-    assert!(told.contains("5 lost: trimmed_undelivered"), "{told}");
+    let (code, output) = reconcile(&first, &daemons[1], &[STREAM]);
+    assert_eq!(code, Some(0), "{output}");
+    assert!(output.contains("5 lost: trimmed_undelivered"), "{output}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -141,11 +141,11 @@ async fn foreign_trim_is_counted_once_by_two_daemons_on_valkey() {
     trimmed_by_others(Product::Valkey).await;
 }
 
-/// A group with a worker finds pending and undelivered losses, and keeps the counts over a restart.
+/// A group with a sink finds pending and undelivered losses by itself, and keeps their count over a restart.
 async fn lost_with_a_worker(product: Product) {
     let server = RedisServer::start(product, &[]).await;
     let home = Home::new(&config(&on(&server), "files", "max_len = 1000"));
-    // A consumer fetched ten entries and died before any daemon ran.
+    // A consumer reads ten entries and dies while no daemon runs.
     for n in 0..20 {
         server.cli(&["XADD", STREAM, "*", "data", &format!("{{\"n\":{n}}}")]);
     }
@@ -168,38 +168,38 @@ async fn lost_with_a_worker(product: Product) {
     daemon.crash();
     let daemon = home.start().await;
     assert_eq!(lost(&daemon, "siem", "trimmed_pending").await, 10);
-    let (code, told) = reconcile(&home, &daemon, &["--json", STREAM]);
-    assert_eq!(code, Some(0), "{told}");
-    let lines: Value = serde_json::from_str(&told).expect("JSON");
-    assert!(lines.as_array().expect("lines").iter().all(|line| line["balanced"] == true), "{told}");
+    let (code, output) = reconcile(&home, &daemon, &["--json", STREAM]);
+    assert_eq!(code, Some(0), "{output}");
+    let lines: Value = serde_json::from_str(&output).expect("JSON");
+    assert!(lines.as_array().expect("lines").iter().all(|line| line["balanced"] == true), "{output}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn worker_finds_losses_of_its_downtime_on_redis() {
+async fn worker_counts_losses_of_its_downtime_on_redis() {
     lost_with_a_worker(Product::Redis).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn worker_finds_losses_of_its_downtime_on_valkey() {
+async fn worker_counts_losses_of_its_downtime_on_valkey() {
     lost_with_a_worker(Product::Valkey).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn reconcile_exit_code_reports_the_accounts() {
+async fn reconcile_exit_code_shows_whether_accounts_add_up() {
     let server = RedisServer::start(Product::Redis, &[]).await;
     let home = Home::new(&config(&on(&server), "files", "max_len = 1000"));
     let daemon = home.start().await;
     daemon.publish(STREAM, &payloads(30)).await.expect("published");
     daemon.handled(STREAM, "siem").await;
-    let (code, told) = reconcile(&home, &daemon, &[]);
-    assert_eq!(code, Some(0), "{told}");
-    assert!(told.contains("siem") && told.contains("agents"), "{told}");
-    // An operator sets the group back, so that it handles everything twice.
+    let (code, output) = reconcile(&home, &daemon, &[]);
+    assert_eq!(code, Some(0), "{output}");
+    assert!(output.contains("siem") && output.contains("agents"), "{output}");
+    // An operator resets the group, so it handles every entry twice.
     server.cli(&["XGROUP", "SETID", STREAM, "siem", "0"]);
     until("second handling", BOUND, async || (group(&daemon, "siem").await["acknowledged"] == 60).then_some(())).await;
-    let (code, told) = reconcile_within("7s", &home, &daemon, &[STREAM]);
-    assert_eq!(code, Some(1), "{told}");
-    assert!(told.contains("-30 surplus entries"), "{told}");
+    let (code, output) = reconcile_within("7s", &home, &daemon, &[STREAM]);
+    assert_eq!(code, Some(1), "{output}");
+    assert!(output.contains("-30 more is found than was published"), "{output}");
     wait_for_warning(&daemon, "the account of group `siem` is off by -30").await;
     assert_eq!(reconcile(&home, &daemon, &["aurora:unknown"]).0, Some(2));
     assert_eq!(home.run(&["reconcile", "--url", "http://127.0.0.1:1"]).status.code(), Some(2));
@@ -207,7 +207,7 @@ async fn reconcile_exit_code_reports_the_accounts() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn accounts_restart_after_the_server_lost_everything() {
+async fn accounts_restart_after_the_server_lost_all_data() {
     let server = RedisServer::start(Product::Valkey, &[]).await;
     let home = Home::new(&config(&on(&server), "files", "max_len = 1000"));
     let daemon = home.start().await;
@@ -228,13 +228,13 @@ async fn accounts_restart_after_the_server_lost_everything() {
     assert_eq!(reconcile(&home, &daemon, &[]).0, Some(0));
 }
 
-/// A full stream refuses publishers, and accepts entries again after the group has progressed.
-async fn refuses_when_full(store: &str) {
+/// A full stream rejects events, with the group that keeps entries in the detail.
+async fn rejects_when_full(store: &str) {
     let home = Home::new(&outside_only(store, "max_len = 10, hard_max_len = 200"));
     let daemon = home.start().await;
     daemon.publish(STREAM, &payloads(199)).await.expect("published");
     assert_eq!(daemon.publish(STREAM, &payloads(2)).await.expect_err("full"), Some(StatusCode::INSUFFICIENT_STORAGE));
-    // Entries published during the first pass of the daemon may count twice until the next one.
+    // Events that were published during the first check may count twice until the next one.
     until("room for one", BOUND, async || daemon.publish(STREAM, &payloads(1)).await.ok()).await;
     let client = crate::support::app::client();
     let detail = until("group in the detail", BOUND, async || {
@@ -252,23 +252,23 @@ async fn refuses_when_full(store: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn full_stream_of_the_embedded_store_refuses_publishers() {
-    refuses_when_full("").await;
+async fn full_stream_of_the_embedded_store_rejects_events() {
+    rejects_when_full("").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn full_stream_on_redis_refuses_until_there_is_room() {
+async fn full_stream_on_redis_rejects_events_until_there_is_room() {
     let server = RedisServer::start(Product::Redis, &[]).await;
-    refuses_when_full(&on(&server)).await;
+    rejects_when_full(&on(&server)).await;
     let home = Home::new(&outside_only(&on(&server), "max_len = 10, hard_max_len = 200"));
     let daemon = home.start().await;
-    until("refusal", BOUND, async || daemon.publish(STREAM, &payloads(1)).await.err()).await;
+    until("rejection", BOUND, async || daemon.publish(STREAM, &payloads(1)).await.err()).await;
     server.cli(&["XGROUP", "DESTROY", STREAM, "agents"]);
     server.cli(&["XGROUP", "CREATE", STREAM, "agents", "$"]);
     until("room", BOUND, async || daemon.publish(STREAM, &payloads(1)).await.ok()).await;
 }
 
-/// A full stream drops its oldest entries, and counts them for the group that loses them.
+/// A full stream drops its oldest entries, and counts them as lost for the group.
 async fn drops_when_full(store: &str) {
     let home = Home::new(&outside_only(store, "max_len = 10, hard_max_len = 300, when_full = \"drop_oldest\""));
     let daemon = home.start().await;
@@ -278,28 +278,28 @@ async fn drops_when_full(store: &str) {
     let agents = until("dropped entries", BOUND, async || {
         let agents = group(&daemon, "agents").await;
         let lost = agents["lost_by_reason"]["dropped"].as_u64()?;
-        // A drop takes several steps, and is reported at the end.
-        let is_told = counted(&[&daemon], "aurora_bus_lost_total", &["agents", "dropped"]).await == lost;
-        (lost >= 637 && is_told).then_some(agents)
+        // Entries are dropped in steps, and counted in the metric after the last one.
+        let is_counted = counted(&[&daemon], "aurora_bus_lost_total", &["agents", "dropped"]).await == lost;
+        (lost >= 637 && is_counted).then_some(agents)
     })
     .await;
     let dropped = agents["lost_by_reason"]["dropped"].as_u64().expect("a count");
     assert!((637..=700).contains(&dropped), "{agents}");
-    let (code, told) = reconcile(&home, &daemon, &[]);
-    assert_eq!(code, Some(0), "{told}");
-    assert!(told.contains("lost: dropped"), "{told}");
+    let (code, output) = reconcile(&home, &daemon, &[]);
+    assert_eq!(code, Some(0), "{output}");
+    assert!(output.contains("lost: dropped"), "{output}");
     daemon.stop().await;
     let daemon = home.start().await;
     assert_eq!(lost(&daemon, "agents", "dropped").await, dropped, "known after a restart");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn full_stream_of_the_embedded_store_drops_and_counts() {
+async fn full_stream_of_the_embedded_store_counts_dropped_entries() {
     drops_when_full("").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn full_stream_on_valkey_drops_and_counts() {
+async fn full_stream_on_valkey_counts_dropped_entries() {
     let server = RedisServer::start(Product::Valkey, &[]).await;
     drops_when_full(&on(&server)).await;
 }
@@ -335,15 +335,15 @@ async fn abandoned_group_is_reported_and_ignored_if_configured() {
     .await;
 }
 
-/// After a restart from the append-only file, a server may count the read entries of groups from an older number.
+/// A server that restores its append-only file may count the read entries of groups from an older number.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn accounts_add_up_after_a_server_restart() {
+async fn accounts_add_up_after_a_restart_of_the_server() {
     let mut server = RedisServer::durable().await;
     let home = Home::new(&config(&on(&server), "files", "max_len = 1000"));
     let daemon = home.start().await;
     daemon.publish(STREAM, &payloads(50)).await.expect("published");
     daemon.handled(STREAM, "siem").await;
-    // Like a group that was created at the end of its stream.
+    // The state of a group that was created at the end of its stream.
     let last = server.cli(&["XINFO", "STREAM", STREAM]);
     let id = last.lines().skip_while(|line| *line != "last-generated-id").nth(1).expect("an id").to_owned();
     server.cli(&["XGROUP", "SETID", STREAM, "siem", &id, "ENTRIESREAD", "50"]);
@@ -353,13 +353,13 @@ async fn accounts_add_up_after_a_server_restart() {
     server.crash();
     server.restart().await;
     until("publishing again", BOUND, async || daemon.publish(STREAM, &payloads(20)).await.ok()).await;
-    // Publishing has its own connections.
+    // Publishing uses other connections.
     let path = format!("/api/v1/streams/{STREAM}");
     until("reading again", BOUND, async || (daemon.status(&path).await? == 200).then_some(())).await;
     until("100 handled", BOUND, async || (group(&daemon, "siem").await["acknowledged"] == 100).then_some(())).await;
-    let (code, told) = reconcile(&home, &daemon, &[]);
-    assert_eq!(code, Some(0), "{told}");
+    let (code, output) = reconcile(&home, &daemon, &[]);
+    assert_eq!(code, Some(0), "{output}");
     for name in ["siem", "agents"] {
-        assert_eq!(group(&daemon, name).await["lost"], 0, "{name}: {told}");
+        assert_eq!(group(&daemon, name).await["lost"], 0, "{name}: {output}");
     }
 }
