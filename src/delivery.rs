@@ -10,6 +10,7 @@
 //! one before it is being acknowledged; each of these three steps has at most one store call under way, and what
 //! comes up meanwhile goes into the next call together.
 
+mod ack_floor;
 mod config;
 mod family_workers;
 mod ordering;
@@ -33,8 +34,8 @@ pub use ordering::{InvalidOrderBy, OnPoison, OrderBy, Ordering};
 pub use policy::{RetryPolicy, Verdict};
 
 pub use crate::delivery::worker::event_loop::Quarantine;
-use crate::delivery::worker::event_loop::{End, Pump};
-use crate::delivery::worker::leases::{Applicant, Lost};
+use crate::delivery::worker::event_loop::{LoopEnd, WorkerLoop};
+use crate::delivery::worker::leases::{LeaseManager, LostLease};
 use crate::event::{ConsumerName, StreamName, StreamPattern};
 use crate::metrics::Metrics;
 use crate::readiness::Part;
@@ -81,7 +82,7 @@ impl FamilyGroup {
 
 /// How long a worker stays with a member of a family.
 #[derive(Debug, Clone)]
-struct Stay {
+struct IdlePolicy {
     /// What it is counted under.
     label: Arc<str>,
     /// After how long without entries it ends.
@@ -103,7 +104,7 @@ pub struct Worker {
     grace: Duration,
     name_ttl: Duration,
     /// Where the stream is of a family.
-    family: Option<Stay>,
+    family: Option<IdlePolicy>,
 }
 
 impl Worker {
@@ -143,7 +144,7 @@ impl Worker {
     /// nothing to do for that long, or at all where it is crowded.
     #[must_use]
     pub fn of_family(mut self, name: &str, leave_after: Duration, is_crowded: Arc<AtomicBool>) -> Self {
-        self.family = Some(Stay { label: name.into(), leave_after, is_crowded });
+        self.family = Some(IdlePolicy { label: name.into(), leave_after, is_crowded });
         self
     }
 
@@ -153,7 +154,7 @@ impl Worker {
     /// Dropping the future is a crash: what is in hand stays pending until this consumer runs again or another one
     /// takes it over.
     pub async fn run(self, stop: CancellationToken) {
-        let applicant = Applicant::new(&self, &stop);
+        let applicant = LeaseManager::new(&self, &stop);
         while let Some(tenure) = applicant.begin().await {
             let span = info_span!(
                 "worker",
@@ -161,20 +162,20 @@ impl Worker {
                 group = %self.group.config.name,
                 consumer = %tenure.consumer
             );
-            let pump = Pump::new(&self, &tenure, stop.clone());
+            let pump = WorkerLoop::new(&self, &tenure, stop.clone());
             let lost = tokio::select! {
                 biased;
                 end = pump.run().instrument(span.clone()) => match end {
-                    End::Stopped => return applicant.end(&tenure).await,
-                    End::LeaseLost => Lost::Turn,
+                    LoopEnd::Stopped => return applicant.end(&tenure).await,
+                    LoopEnd::LeaseLost => LostLease::Turn,
                 },
                 lost = applicant.keep(&tenure) => lost,
             };
             // What it had in hand is pending still, and whoever comes next takes it over. A turn is not given up here, it
             // runs out: calls of the sink that were broken off may take a moment to end.
             span.in_scope(|| match lost {
-                Lost::Name => warn!("another daemon has taken this consumer's name; beginning anew"),
-                Lost::Turn => warn!("the group's lease was not renewed in time; beginning anew"),
+                LostLease::Name => warn!("another daemon has taken this consumer's name; beginning anew"),
+                LostLease::Turn => warn!("the group's lease was not renewed in time; beginning anew"),
             });
         }
     }

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use crate::backoff::jittered;
-use crate::delivery::worker::event_loop::{Floor, ensure, floor};
+use crate::delivery::ack_floor::{AckFloor, ensure_group, read_ack_floor};
 use crate::delivery::{GroupSpec, GroupStart};
 use crate::event::{ConsumerName, DeadLetter, DeadLetterReason, Delivery, EntryId, GroupName, StreamName};
 use crate::log_throttle::ThrottledWarning;
@@ -68,7 +68,7 @@ pub(crate) struct Ward {
     recreated: IntCounter,
     dead_letter_trouble: ThrottledWarning,
     was_there: bool,
-    floor: Option<Floor>,
+    floor: Option<AckFloor>,
     ensure_at: Option<Instant>,
     search_at: Instant,
     search_from: EntryId,
@@ -180,7 +180,7 @@ impl Ward {
             (false, GroupStart::New) => Start::New,
             _ => Start::Oldest,
         };
-        let (is_new, floor) = ensure(&*self.store, &self.cursor, start, self.floor.clone()).await?;
+        let (is_new, floor) = ensure_group(&*self.store, &self.cursor, start, self.floor.clone()).await?;
         let (stream, group) = (&self.cursor.stream, &self.cursor.group);
         if is_new && self.was_there {
             self.recreated.inc();
@@ -227,7 +227,7 @@ impl Ward {
         self.tell(&found);
         self.give_up(found.exhausted).await?;
         if is_over {
-            self.floor = floor(&*self.store, &self.cursor).await?.or(self.floor.take());
+            self.floor = read_ack_floor(&*self.store, &self.cursor).await?.or(self.floor.take());
             let has_pending = self.floor.as_ref().is_some_and(|floor| floor.has_pending);
             if !has_pending && !is_rung_for {
                 self.search_at = Instant::now() + jittered(self.pace.search_every);

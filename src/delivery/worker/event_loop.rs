@@ -19,20 +19,20 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use crate::backoff::{Backoff, jittered};
+use crate::delivery::ack_floor::AckFloor;
 use crate::delivery::ordering::Ordering;
 use crate::delivery::worker::breaker::Breaker;
-use crate::delivery::worker::event_loop::intake::Done;
-pub(crate) use crate::delivery::worker::event_loop::intake::{Floor, ensure, floor};
+use crate::delivery::worker::event_loop::intake::TaskResult;
 use crate::delivery::worker::event_loop::outage::Outage;
 pub use crate::delivery::worker::event_loop::poison::Quarantine;
-use crate::delivery::worker::event_loop::poison::Suspects;
-use crate::delivery::worker::leases::{Permit, Tenure};
-use crate::delivery::worker::metrics::Meters;
-use crate::delivery::worker::queue::{LaneId, Queue};
+use crate::delivery::worker::event_loop::poison::SuspectTracker;
+use crate::delivery::worker::leases::{LeaseWatch, WorkerLeases};
+use crate::delivery::worker::metrics::GroupMetrics;
+use crate::delivery::worker::queue::{DispatchQueue, OrderingKey};
 use crate::delivery::worker::retries::Retries;
-use crate::delivery::worker::settlements::Outbox;
-use crate::delivery::worker::sink_call::Caller;
-use crate::delivery::{GroupSpec, Stay, Worker};
+use crate::delivery::worker::settlements::SettlementQueue;
+use crate::delivery::worker::sink_call::SinkCaller;
+use crate::delivery::{GroupSpec, IdlePolicy, Worker};
 use crate::event::{DeadLetterReason, EntryId};
 use crate::log_throttle::ThrottledWarning;
 use crate::readiness::Part;
@@ -62,18 +62,18 @@ const FLUSH_TIME: Duration = Duration::from_secs(5);
 
 /// What a worker does next to get entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Intake {
+enum IntakePhase {
     /// Make sure that the group exists.
-    Ensure,
+    EnsureGroup,
     /// Take what is pending on this consumer and not in hand, from that id on.
-    Sweep(EntryId),
+    RecoverPending(EntryId),
     /// Fetch new entries.
-    Read,
+    Fetch,
 }
 
 /// Why a pump has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum End {
+pub(crate) enum LoopEnd {
     /// It was told to stop, and has handed back what it had.
     Stopped,
     /// The store says that the group's lease is not held any more.
@@ -85,7 +85,7 @@ pub(crate) enum End {
 struct Running {
     slot: u64,
     ids: Vec<EntryId>,
-    lanes: Vec<LaneId>,
+    lanes: Vec<OrderingKey>,
     oldest: WallInstant,
     /// Whether it is to tell if the sink is up again.
     is_probe: bool,
@@ -93,18 +93,18 @@ struct Running {
 
 #[derive(Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "independent steps, each under way or not")]
-pub(crate) struct Pump {
+pub(crate) struct WorkerLoop {
     store: Arc<dyn Store>,
     cursor: Cursor,
     group: GroupSpec,
-    caller: Arc<Caller>,
+    caller: Arc<SinkCaller>,
     max_batch: usize,
-    meters: Meters,
+    meters: GroupMetrics,
     part: Part,
     grace: Duration,
-    tasks: JoinSet<Done>,
+    tasks: JoinSet<TaskResult>,
 
-    permit: Permit,
+    permit: LeaseWatch,
     /// The permit's life that is known.
     life: u64,
     /// Whether an order is kept: everything pending in the group is then this worker's.
@@ -113,7 +113,7 @@ pub(crate) struct Pump {
     /// What an operator should know while all is well.
     note: Option<String>,
 
-    intake: Intake,
+    intake: IntakePhase,
     intake_under_way: bool,
     intake_not_before: Instant,
     intake_backoff: Backoff,
@@ -124,21 +124,21 @@ pub(crate) struct Pump {
     was_ensured: bool,
     /// Whether the last read brought nothing.
     is_at_end: bool,
-    floor: Option<Floor>,
+    floor: Option<AckFloor>,
     fetch_began: Option<Instant>,
     /// Entries that calls under way may bring.
     expected: usize,
     entry_bytes: usize,
 
-    ready: Queue,
+    ready: DispatchQueue,
     /// Entries among `ready` that no sink is to see, and why, where the group stops at such an entry.
     unfit: HashMap<EntryId, (DeadLetterReason, String)>,
     /// Why the group has stopped, if it has.
     halted: Option<String>,
     running: Vec<Running>,
     next_slot: u64,
-    settlements: Outbox,
-    dead_letters: Outbox,
+    settlements: SettlementQueue,
+    dead_letters: SettlementQueue,
     /// Why entries in `dead_letters` are there.
     burials: HashMap<EntryId, DeadLetterReason>,
     breaker: Breaker,
@@ -152,7 +152,7 @@ pub(crate) struct Pump {
     failure_trouble: ThrottledWarning,
     step_trouble: ThrottledWarning,
 
-    suspects: Suspects,
+    suspects: SuspectTracker,
 
     retries: Retries,
     claiming: Vec<EntryId>,
@@ -173,7 +173,7 @@ pub(crate) struct Pump {
     pulse_at: Instant,
 
     /// How long the worker stays where there is nothing to do, if it is not for ever.
-    stay: Option<Stay>,
+    stay: Option<IdlePolicy>,
     /// When there was something to do last.
     busy_at: Instant,
     stop: CancellationToken,
@@ -181,15 +181,15 @@ pub(crate) struct Pump {
     deadlines: Option<(Instant, Instant)>,
 }
 
-impl Pump {
-    pub(crate) fn new(worker: &Worker, tenure: &Tenure, stop: CancellationToken) -> Self {
+impl WorkerLoop {
+    pub(crate) fn new(worker: &Worker, tenure: &WorkerLeases, stop: CancellationToken) -> Self {
         let group = worker.group.clone();
         let (stream, config) = (&group.stream, &group.config);
         let sink_name = config.sink.clone().unwrap_or_default();
         let label = worker.family.as_ref().map_or(stream.as_str(), |stay| &stay.label);
-        let meters = Meters::new(&worker.metrics, label, &config.name, &sink_name);
+        let meters = GroupMetrics::new(&worker.metrics, label, &config.name, &sink_name);
         let permit = tenure.permit.clone();
-        let caller = Caller {
+        let caller = SinkCaller {
             sink: worker.sink.clone(),
             name: sink_name,
             origin: Origin { stream: stream.clone(), group: config.name.clone() },
@@ -227,7 +227,7 @@ impl Pump {
             is_ordered,
             is_lease_lost: false,
             note,
-            intake: Intake::Ensure,
+            intake: IntakePhase::EnsureGroup,
             intake_under_way: false,
             intake_not_before: now,
             intake_backoff: Backoff::default(),
@@ -240,13 +240,13 @@ impl Pump {
             fetch_began: None,
             expected: 0,
             entry_bytes: FIRST_GUESS_BYTES,
-            ready: Queue::new(config),
+            ready: DispatchQueue::new(config),
             unfit: HashMap::new(),
             halted: None,
             running: Vec::new(),
             next_slot: 0,
-            settlements: Outbox::new(),
-            dead_letters: Outbox::new(),
+            settlements: SettlementQueue::new(),
+            dead_letters: SettlementQueue::new(),
             burials: HashMap::new(),
             breaker: Breaker::new(config.breaker.clone()),
             outage: None,
@@ -255,7 +255,7 @@ impl Pump {
             dead_letter_trouble: ThrottledWarning::default(),
             failure_trouble: ThrottledWarning::default(),
             step_trouble: ThrottledWarning::default(),
-            suspects: Suspects::new(config, worker.quarantine.clone(), now),
+            suspects: SuspectTracker::new(config, worker.quarantine.clone(), now),
             retries: Retries::new(remembered),
             claiming: Vec::new(),
             claim_not_before: now,
@@ -276,11 +276,11 @@ impl Pump {
         }
     }
 
-    pub(crate) async fn run(mut self) -> End {
+    pub(crate) async fn run(mut self) -> LoopEnd {
         loop {
             self.start_what_is_due();
             if self.is_lease_lost {
-                return End::LeaseLost;
+                return LoopEnd::LeaseLost;
             }
             if self.is_finished() {
                 break;
@@ -300,21 +300,21 @@ impl Pump {
             }
         }
         self.leave().await;
-        End::Stopped
+        LoopEnd::Stopped
     }
 
     /// A search and a sweep never run beside each other: the sweep would take what the search has just taken for left
     /// over, and count one more attempt.
     fn may_search(&self) -> bool {
-        self.intake == Intake::Read && !self.is_searching
+        self.intake == IntakePhase::Fetch && !self.is_searching
     }
 
     fn may_take_in(&self) -> bool {
         let has_to_wait = match self.intake {
-            Intake::Ensure => false,
-            Intake::Sweep(_) => self.is_searching,
+            IntakePhase::EnsureGroup => false,
+            IntakePhase::RecoverPending(_) => self.is_searching,
             // An outage is a time for one entry after the other anyway.
-            Intake::Read => self.suspects.awaits_turn() && !self.breaker.is_open(),
+            IntakePhase::Fetch => self.suspects.awaits_turn() && !self.breaker.is_open(),
         };
         !(self.intake_under_way || has_to_wait)
     }
@@ -418,7 +418,7 @@ impl Pump {
         wake
     }
 
-    fn finish(&mut self, done: Result<Done, JoinError>) {
+    fn finish(&mut self, done: Result<TaskResult, JoinError>) {
         match done {
             Ok(done) => self.take(done),
             // Panics of store and sink are caught where they are called: this is a defect of the worker itself.

@@ -32,19 +32,19 @@ const NAMES: u32 = 100;
 
 /// What a worker holds while it works.
 #[derive(Debug)]
-pub(crate) struct Tenure {
+pub(crate) struct WorkerLeases {
     pub(crate) consumer: ConsumerName,
     /// The group's lease, where an order is kept.
     pub(crate) turn: Option<Lease>,
-    pub(crate) permit: Permit,
+    pub(crate) permit: LeaseWatch,
     name: Lease,
-    name_standing: watch::Sender<Standing>,
-    turn_standing: watch::Sender<Standing>,
+    name_standing: watch::Sender<LeaseState>,
+    turn_standing: watch::Sender<LeaseState>,
 }
 
 /// How a lease stands, as far as its holder knows.
 #[derive(Debug, Clone)]
-struct Standing {
+struct LeaseState {
     /// When it may be over; nothing where there is no end.
     until: Option<Instant>,
     fence: u64,
@@ -52,7 +52,7 @@ struct Standing {
     trouble: Option<String>,
 }
 
-impl Standing {
+impl LeaseState {
     fn is_valid(&self) -> bool {
         self.until.is_none_or(|until| Instant::now() < until)
     }
@@ -60,16 +60,16 @@ impl Standing {
 
 /// Tells what a worker may do now.
 #[derive(Debug, Clone)]
-pub(crate) struct Permit {
-    name: watch::Receiver<Standing>,
-    turn: watch::Receiver<Standing>,
+pub(crate) struct LeaseWatch {
+    name: watch::Receiver<LeaseState>,
+    turn: watch::Receiver<LeaseState>,
 }
 
-impl Permit {
+impl LeaseWatch {
     /// One that never ends.
     #[cfg(test)]
     pub(crate) fn unbounded() -> Self {
-        let standing = watch::Sender::new(Standing { until: None, fence: 0, trouble: None });
+        let standing = watch::Sender::new(LeaseState { until: None, fence: 0, trouble: None });
         Self { name: standing.subscribe(), turn: standing.subscribe() }
     }
 
@@ -109,7 +109,7 @@ impl Permit {
 
 /// Why a tenure ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Lost {
+pub(crate) enum LostLease {
     /// Another daemon has the consumer's name now.
     Name,
     /// Another daemon may have the group's turn now.
@@ -118,7 +118,7 @@ pub(crate) enum Lost {
 
 /// Takes leases for one worker.
 #[derive(Debug)]
-pub(crate) struct Applicant<'a> {
+pub(crate) struct LeaseManager<'a> {
     store: &'a dyn Store,
     group: &'a GroupSpec,
     consumer: &'a ConsumerName,
@@ -129,7 +129,7 @@ pub(crate) struct Applicant<'a> {
     stop: &'a CancellationToken,
 }
 
-impl<'a> Applicant<'a> {
+impl<'a> LeaseManager<'a> {
     pub(crate) fn new(worker: &'a Worker, stop: &'a CancellationToken) -> Self {
         Self {
             store: &*worker.store,
@@ -143,12 +143,12 @@ impl<'a> Applicant<'a> {
     }
 
     /// Waits until this worker may work; nothing when it is stopped before.
-    pub(crate) async fn begin(&self) -> Option<Tenure> {
+    pub(crate) async fn begin(&self) -> Option<WorkerLeases> {
         let (consumer, name, standing) = self.take_name().await?;
         let name_standing = watch::Sender::new(standing);
-        let turn_standing = watch::Sender::new(Standing { until: None, fence: 0, trouble: None });
-        let permit = Permit { name: name_standing.subscribe(), turn: turn_standing.subscribe() };
-        let mut tenure = Tenure { consumer, turn: None, permit, name, name_standing, turn_standing };
+        let turn_standing = watch::Sender::new(LeaseState { until: None, fence: 0, trouble: None });
+        let permit = LeaseWatch { name: name_standing.subscribe(), turn: turn_standing.subscribe() };
+        let mut tenure = WorkerLeases { consumer, turn: None, permit, name, name_standing, turn_standing };
         if self.group.config.ordering == Ordering::None {
             return Some(tenure);
         }
@@ -167,7 +167,7 @@ impl<'a> Applicant<'a> {
     }
 
     /// Keeps a tenure until it is lost. Cancel-safe.
-    pub(crate) async fn keep(&self, tenure: &Tenure) -> Lost {
+    pub(crate) async fn keep(&self, tenure: &WorkerLeases) -> LostLease {
         let turn = async {
             match &tenure.turn {
                 Some(turn) => self.keep_turn(turn, &tenure.turn_standing).await,
@@ -181,7 +181,7 @@ impl<'a> Applicant<'a> {
     }
 
     /// Gives the leases up, so that others need not wait for them to run out.
-    pub(crate) async fn end(&self, tenure: &Tenure) {
+    pub(crate) async fn end(&self, tenure: &WorkerLeases) {
         for lease in tenure.turn.iter().chain([&tenure.name]) {
             // Without an answer it runs out by itself.
             drop(timeout(RELEASE_TIMEOUT, self.store.release_lease(&self.group.stream, lease)).await);
@@ -206,7 +206,7 @@ impl<'a> Applicant<'a> {
 
     /// Takes the consumer's name. A lease that nobody renews is of a life that has ended, and runs out; where it is
     /// renewed, another daemon has this name, and the next free one like it is taken.
-    async fn take_name(&self) -> Option<(ConsumerName, Lease, Standing)> {
+    async fn take_name(&self) -> Option<(ConsumerName, Lease, LeaseState)> {
         let mut backoff = Backoff::default();
         let mut trouble = ThrottledWarning::default();
         // Who had the name at first, and until when at the latest if that was not renewed. Stores round.
@@ -261,7 +261,7 @@ impl<'a> Applicant<'a> {
     }
 
     /// Takes the group's turn; nothing when the worker is stopped before.
-    async fn take_turn(&self) -> Option<(Lease, Standing)> {
+    async fn take_turn(&self) -> Option<(Lease, LeaseState)> {
         let mut backoff = Backoff::default();
         let mut trouble = ThrottledWarning::default();
         let name = format!("group/{}", self.group.config.name);
@@ -303,7 +303,7 @@ impl<'a> Applicant<'a> {
     }
 
     /// Renews the consumer's name until another has it.
-    async fn keep_name(&self, tenure: &Tenure) -> Lost {
+    async fn keep_name(&self, tenure: &WorkerLeases) -> LostLease {
         let mut wait = self.name_ttl / 3;
         loop {
             sleep(wait).await;
@@ -313,7 +313,7 @@ impl<'a> Applicant<'a> {
                 Ok(Leased::Held(lease)) => {
                     tenure.name_standing.send_replace(held(asked_at, self.name_ttl, &lease));
                 }
-                Ok(Leased::Taken { .. }) => return Lost::Name,
+                Ok(Leased::Taken { .. }) => return LostLease::Name,
                 Err(error) => {
                     wait = self.name_ttl / 10;
                     tenure.name_standing.send_modify(|standing| standing.trouble = Some(chain(&error)));
@@ -323,7 +323,7 @@ impl<'a> Applicant<'a> {
     }
 
     /// Renews the group's turn until it may be another's.
-    async fn keep_turn(&self, turn: &Lease, standing: &watch::Sender<Standing>) -> Lost {
+    async fn keep_turn(&self, turn: &Lease, standing: &watch::Sender<LeaseState>) -> LostLease {
         let ttl = self.turn_ttl();
         let mut wait = ttl / 3;
         loop {
@@ -335,7 +335,7 @@ impl<'a> Applicant<'a> {
             };
             let (asked_at, answer) = tokio::select! {
                 biased;
-                () = sleep_until(until) => return Lost::Turn,
+                () = sleep_until(until) => return LostLease::Turn,
                 renewed = renewed => renewed,
             };
             match answer {
@@ -343,7 +343,7 @@ impl<'a> Applicant<'a> {
                     standing.send_replace(held(asked_at, ttl, &lease));
                     wait = ttl / 3;
                 }
-                Ok(Leased::Held(_) | Leased::Taken { .. }) => return Lost::Turn,
+                Ok(Leased::Held(_) | Leased::Taken { .. }) => return LostLease::Turn,
                 Err(error) => {
                     standing.send_modify(|standing| standing.trouble = Some(chain(&error)));
                     wait = ttl / 20;
@@ -386,6 +386,6 @@ fn new_holder(consumer: &ConsumerName) -> String {
 
 /// How a lease stands that was asked for at that instant. Its holder gives it up a third earlier than anyone else can
 /// have it: for clocks that don't agree, and for a read that is still under way at the store.
-fn held(asked_at: Instant, ttl: Duration, lease: &Lease) -> Standing {
-    Standing { until: Some(asked_at + ttl - ttl / 3), fence: lease.fence, trouble: None }
+fn held(asked_at: Instant, ttl: Duration, lease: &Lease) -> LeaseState {
+    LeaseState { until: Some(asked_at + ttl - ttl / 3), fence: lease.fence, trouble: None }
 }

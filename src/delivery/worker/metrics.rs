@@ -7,7 +7,7 @@ use crate::metrics::Metrics;
 use crate::sink::SinkErrorClass;
 
 #[derive(Debug)]
-pub(crate) struct Meters {
+pub(crate) struct GroupMetrics {
     pub(crate) deliveries: IntCounter,
     pub(crate) acknowledged: IntCounter,
     pub(crate) filtered: IntCounter,
@@ -17,8 +17,8 @@ pub(crate) struct Meters {
     pub(crate) groups_recreated: IntCounter,
     pub(crate) trimmed_pending: IntCounter,
     pub(crate) handler_seconds: Histogram,
-    pub(crate) in_flight: Share,
-    pub(crate) breaker_open: Share,
+    pub(crate) in_flight: GaugeShare,
+    pub(crate) breaker_open: GaugeShare,
     pub(crate) breaker_opened: IntCounter,
     dead_letters: [IntCounter; DeadLetterReason::ALL.len()],
     sink_errors: [IntCounter; SINK_ERRORS.len()],
@@ -27,7 +27,7 @@ pub(crate) struct Meters {
 const SINK_ERRORS: [SinkErrorClass; 3] =
     [SinkErrorClass::Transient, SinkErrorClass::Permanent, SinkErrorClass::Undecodable];
 
-impl Meters {
+impl GroupMetrics {
     pub(crate) fn new(metrics: &Metrics, stream: &str, group: &GroupName, sink: &str) -> Self {
         let labels = [stream, group.as_str()];
         let of_group = |counters: &prometheus::IntCounterVec| counters.with_label_values(&labels);
@@ -44,8 +44,8 @@ impl Meters {
             groups_recreated: of_group(&metrics.groups_recreated),
             trimmed_pending: with_reason(&metrics.lost, "trimmed_pending"),
             handler_seconds: metrics.handler_seconds.with_label_values(&labels),
-            in_flight: Share { gauge: metrics.in_flight.with_label_values(&labels), ours: 0 },
-            breaker_open: Share { gauge: metrics.breaker_open.with_label_values(&labels), ours: 0 },
+            in_flight: GaugeShare { gauge: metrics.in_flight.with_label_values(&labels), ours: 0 },
+            breaker_open: GaugeShare { gauge: metrics.breaker_open.with_label_values(&labels), ours: 0 },
             breaker_opened: of_group(&metrics.breaker_opened),
             dead_letters: DeadLetterReason::ALL.map(|reason| with_reason(&metrics.dead_letters, reason.as_str())),
             sink_errors: SINK_ERRORS.map(|class| metrics.sink_errors.with_label_values(&[sink, class.as_str()])),
@@ -65,12 +65,12 @@ impl Meters {
 
 /// One worker's share of a gauge that all workers of the group add to; nothing is left of it when the worker ends.
 #[derive(Debug)]
-pub(crate) struct Share {
+pub(crate) struct GaugeShare {
     gauge: IntGauge,
     ours: i64,
 }
 
-impl Share {
+impl GaugeShare {
     pub(crate) fn set(&mut self, value: usize) {
         let value = i64::try_from(value).unwrap_or(i64::MAX);
         self.gauge.add(value - self.ours);
@@ -78,7 +78,7 @@ impl Share {
     }
 }
 
-impl Drop for Share {
+impl Drop for GaugeShare {
     fn drop(&mut self) {
         self.gauge.sub(self.ours);
     }

@@ -8,7 +8,7 @@ use crate::event::{Delivery, Entry, EntryId};
 
 /// Entries of one lane go to the sink one after the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum LaneId {
+pub(crate) enum OrderingKey {
     /// All entries of the group.
     Stream,
     /// The entries of one key.
@@ -19,36 +19,36 @@ pub(crate) enum LaneId {
 
 /// Entries that wait for the sink.
 #[derive(Debug)]
-pub(crate) enum Queue {
+pub(crate) enum DispatchQueue {
     /// Any entry may go, the first to come first.
     Any(VecDeque<Delivery>),
-    /// Lanes are kept in order, each for itself.
-    Lanes(Lanes),
+    /// KeyedQueues are kept in order, each for itself.
+    Keyed(KeyedQueues),
 }
 
 /// One call's entries, taken out of the queue. Where there are lanes, the one of each entry.
 #[derive(Debug, Default)]
-pub(crate) struct Batch {
+pub(crate) struct SinkBatch {
     pub(crate) deliveries: Vec<Delivery>,
-    pub(crate) lanes: Vec<LaneId>,
+    pub(crate) lanes: Vec<OrderingKey>,
 }
 
 #[derive(Debug)]
-pub(crate) struct Lanes {
+pub(crate) struct KeyedQueues {
     /// What the key is; nothing where the whole stream is one lane.
     order_by: Option<OrderBy>,
-    all: HashMap<LaneId, Lane>,
-    /// Lanes whose first entry may go now, the one that waited longest first.
-    free: VecDeque<LaneId>,
+    all: HashMap<OrderingKey, KeyQueue>,
+    /// KeyedQueues whose first entry may go now, the one that waited longest first.
+    free: VecDeque<OrderingKey>,
     /// The lane of every entry that is in one: waiting, with the sink, or held back.
-    of: HashMap<EntryId, LaneId>,
+    of: HashMap<EntryId, OrderingKey>,
     waiting: usize,
     held: usize,
 }
 
 /// A lane with at least one entry.
 #[derive(Debug, Default)]
-struct Lane {
+struct KeyQueue {
     /// Oldest first.
     waiting: VecDeque<Delivery>,
     is_with_sink: bool,
@@ -56,14 +56,14 @@ struct Lane {
     held_by: Option<EntryId>,
 }
 
-impl Queue {
+impl DispatchQueue {
     pub(crate) fn new(config: &GroupConfig) -> Self {
         let order_by = match config.ordering {
             Ordering::None => return Self::Any(VecDeque::new()),
             Ordering::Key => config.order_by.clone(),
             Ordering::Stream => None,
         };
-        Self::Lanes(Lanes {
+        Self::Keyed(KeyedQueues {
             order_by,
             all: HashMap::new(),
             free: VecDeque::new(),
@@ -77,7 +77,7 @@ impl Queue {
     pub(crate) fn push(&mut self, delivery: Delivery) {
         match self {
             Self::Any(queue) => queue.push_back(delivery),
-            Self::Lanes(lanes) => lanes.push(delivery),
+            Self::Keyed(lanes) => lanes.push(delivery),
         }
     }
 
@@ -85,7 +85,7 @@ impl Queue {
     pub(crate) fn len(&self) -> usize {
         match self {
             Self::Any(queue) => queue.len(),
-            Self::Lanes(lanes) => lanes.waiting,
+            Self::Keyed(lanes) => lanes.waiting,
         }
     }
 
@@ -93,7 +93,7 @@ impl Queue {
     pub(crate) fn held(&self) -> usize {
         match self {
             Self::Any(_) => 0,
-            Self::Lanes(lanes) => lanes.held,
+            Self::Keyed(lanes) => lanes.held,
         }
     }
 
@@ -101,7 +101,7 @@ impl Queue {
     pub(crate) fn iter(&self) -> Box<dyn Iterator<Item = &Delivery> + '_> {
         match self {
             Self::Any(queue) => Box::new(queue.iter()),
-            Self::Lanes(lanes) => Box::new(lanes.all.values().flat_map(|lane| lane.waiting.iter())),
+            Self::Keyed(lanes) => Box::new(lanes.all.values().flat_map(|lane| lane.waiting.iter())),
         }
     }
 
@@ -109,7 +109,7 @@ impl Queue {
     pub(crate) fn first(&self) -> Option<&Delivery> {
         match self {
             Self::Any(queue) => queue.front(),
-            Self::Lanes(lanes) => lanes.free.front().and_then(|id| lanes.all.get(id)?.waiting.front()),
+            Self::Keyed(lanes) => lanes.free.front().and_then(|id| lanes.all.get(id)?.waiting.front()),
         }
     }
 
@@ -117,7 +117,7 @@ impl Queue {
     pub(crate) fn may_go(&self) -> Box<dyn Iterator<Item = &Delivery> + '_> {
         match self {
             Self::Any(queue) => Box::new(queue.iter()),
-            Self::Lanes(lanes) => Box::new(lanes.free.iter().filter_map(|id| lanes.all.get(id)?.waiting.front())),
+            Self::Keyed(lanes) => Box::new(lanes.free.iter().filter_map(|id| lanes.all.get(id)?.waiting.front())),
         }
     }
 
@@ -130,7 +130,7 @@ impl Queue {
                     queue.push_front(delivery);
                 }
             }
-            Self::Lanes(lanes) => {
+            Self::Keyed(lanes) => {
                 let lane = lanes.of.get(&id);
                 if let Some(place) = lanes.free.iter().position(|free| Some(free) == lane) {
                     lanes.free.rotate_left(place);
@@ -143,7 +143,7 @@ impl Queue {
     pub(crate) fn put_back(&mut self, deliveries: Vec<Delivery>) {
         match self {
             Self::Any(queue) => deliveries.into_iter().rev().for_each(|delivery| queue.push_front(delivery)),
-            Self::Lanes(lanes) => deliveries.into_iter().for_each(|delivery| lanes.push(delivery)),
+            Self::Keyed(lanes) => deliveries.into_iter().for_each(|delivery| lanes.push(delivery)),
         }
     }
 
@@ -155,19 +155,19 @@ impl Queue {
     }
 
     /// Takes entries that may go now for as long as they `fit`. Their lanes are busy until [`Self::returned`].
-    pub(crate) fn take(&mut self, mut fits: impl FnMut(&Delivery) -> bool) -> Batch {
+    pub(crate) fn take(&mut self, mut fits: impl FnMut(&Delivery) -> bool) -> SinkBatch {
         match self {
             Self::Any(queue) => {
                 let fitting = queue.iter().take_while(|delivery| fits(delivery)).count();
-                Batch { deliveries: queue.drain(..fitting).collect(), lanes: Vec::new() }
+                SinkBatch { deliveries: queue.drain(..fitting).collect(), lanes: Vec::new() }
             }
-            Self::Lanes(lanes) => lanes.take(fits),
+            Self::Keyed(lanes) => lanes.take(fits),
         }
     }
 
     /// These lanes' entries are back from the sink; what became of each was said before.
-    pub(crate) fn returned(&mut self, ids: &[LaneId]) {
-        if let Self::Lanes(lanes) = self {
+    pub(crate) fn returned(&mut self, ids: &[OrderingKey]) {
+        if let Self::Keyed(lanes) = self {
             for id in ids {
                 lanes.change(*id, |lane| lane.is_with_sink = false);
             }
@@ -176,7 +176,7 @@ impl Queue {
 
     /// The entry has failed: its lane waits until it is pushed again, or done.
     pub(crate) fn hold(&mut self, id: EntryId) {
-        if let Self::Lanes(lanes) = self
+        if let Self::Keyed(lanes) = self
             && let Some(lane) = lanes.of.get(&id).copied()
         {
             lanes.change(lane, |lane| lane.held_by = Some(id));
@@ -187,7 +187,7 @@ impl Queue {
     pub(crate) fn is_held_back(&self, id: EntryId) -> bool {
         match self {
             Self::Any(_) => false,
-            Self::Lanes(lanes) => {
+            Self::Keyed(lanes) => {
                 let lane = lanes.of.get(&id).and_then(|lane| lanes.all.get(lane));
                 lane.and_then(|lane| lane.held_by).is_some_and(|holding| holding != id)
             }
@@ -196,7 +196,7 @@ impl Queue {
 
     /// The entry is out of hand for good: those after it go on.
     pub(crate) fn done(&mut self, id: EntryId) {
-        if let Self::Lanes(lanes) = self
+        if let Self::Keyed(lanes) = self
             && let Some(lane) = lanes.of.remove(&id)
         {
             lanes.change(lane, |lane| {
@@ -214,7 +214,7 @@ impl Queue {
                 let ids: HashSet<EntryId> = ids.iter().copied().collect();
                 queue.retain(|delivery| !ids.contains(&delivery.entry.id));
             }
-            Self::Lanes(_) => {
+            Self::Keyed(_) => {
                 let waiting: HashSet<EntryId> = self.iter().map(|delivery| delivery.entry.id).collect();
                 for id in ids.iter().filter(|id| waiting.contains(id)) {
                     self.done(*id);
@@ -228,7 +228,7 @@ impl Queue {
     pub(crate) fn drain(&mut self) -> Vec<Delivery> {
         match self {
             Self::Any(queue) => queue.drain(..).collect(),
-            Self::Lanes(lanes) => {
+            Self::Keyed(lanes) => {
                 lanes.free.clear();
                 lanes.waiting = 0;
                 lanes.all.values_mut().flat_map(|lane| lane.waiting.drain(..)).collect()
@@ -237,11 +237,11 @@ impl Queue {
     }
 }
 
-impl Lanes {
-    fn lane_of(&self, entry: &Entry) -> LaneId {
+impl KeyedQueues {
+    fn lane_of(&self, entry: &Entry) -> OrderingKey {
         match &self.order_by {
-            None => LaneId::Stream,
-            Some(order_by) => order_by.key(entry).map_or(LaneId::Alone(entry.id), LaneId::Key),
+            None => OrderingKey::Stream,
+            Some(order_by) => order_by.key(entry).map_or(OrderingKey::Alone(entry.id), OrderingKey::Key),
         }
     }
 
@@ -256,8 +256,8 @@ impl Lanes {
         });
     }
 
-    fn take(&mut self, mut fits: impl FnMut(&Delivery) -> bool) -> Batch {
-        let mut batch = Batch::default();
+    fn take(&mut self, mut fits: impl FnMut(&Delivery) -> bool) -> SinkBatch {
+        let mut batch = SinkBatch::default();
         while let Some(id) = self.free.front().copied() {
             let lane = self.all.get_mut(&id).expect("a free lane has entries");
             let fitting = lane.waiting.iter().take_while(|delivery| fits(delivery)).count();
@@ -274,7 +274,7 @@ impl Lanes {
     }
 
     /// Changes a lane, and keeps the books about it.
-    fn change(&mut self, id: LaneId, change: impl FnOnce(&mut Lane)) {
+    fn change(&mut self, id: OrderingKey, change: impl FnOnce(&mut KeyQueue)) {
         let lane = self.all.entry(id).or_default();
         let (was_waiting, was_held, was_free) = (lane.waiting.len(), lane.held_by.is_some(), lane.is_free());
         change(lane);
@@ -291,7 +291,7 @@ impl Lanes {
     }
 }
 
-impl Lane {
+impl KeyQueue {
     fn is_free(&self) -> bool {
         !self.is_with_sink && self.held_by.is_none() && !self.waiting.is_empty()
     }
@@ -310,11 +310,11 @@ mod tests {
     use super::*;
     use crate::event::Fields;
 
-    fn queue(ordering: Ordering) -> Queue {
+    fn queue(ordering: Ordering) -> DispatchQueue {
         let mut config = GroupConfig::new("siem".parse().unwrap());
         config.ordering = ordering;
         config.order_by = Some(OrderBy::Field("source".to_owned()));
-        Queue::new(&config)
+        DispatchQueue::new(&config)
     }
 
     fn id(ms: u64) -> EntryId {
@@ -326,7 +326,7 @@ mod tests {
         Delivery { entry: Entry { id: id(ms), fields }, attempt: 1, delivered_at: Instant::now() }
     }
 
-    fn take(queue: &mut Queue, limit: usize) -> (Vec<u64>, Vec<LaneId>) {
+    fn take(queue: &mut DispatchQueue, limit: usize) -> (Vec<u64>, Vec<OrderingKey>) {
         let mut left = limit;
         let batch = queue.take(|_| {
             let fits = left > 0;
@@ -421,7 +421,7 @@ mod tests {
             }
             queue.returned(&lanes);
         }
-        let Queue::Lanes(lanes) = &queue else { panic!("lanes") };
+        let DispatchQueue::Keyed(lanes) = &queue else { panic!("lanes") };
         assert!(lanes.all.is_empty() && lanes.of.is_empty() && lanes.free.is_empty());
     }
 }

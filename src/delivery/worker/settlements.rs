@@ -11,7 +11,7 @@ use crate::store::{Outcome, Settlement};
 
 /// One queue of settlements; one call to the store at a time takes all there are.
 #[derive(Debug)]
-pub(crate) struct Outbox {
+pub(crate) struct SettlementQueue {
     waiting: Vec<Settlement>,
     /// How many of `waiting` are acknowledged because the sink took them.
     taken_by_sink: usize,
@@ -25,12 +25,12 @@ pub(crate) struct Outbox {
 
 /// What one call to the store settles.
 #[derive(Debug)]
-pub(crate) struct Load {
+pub(crate) struct SettlementBatch {
     pub(crate) settlements: Vec<Settlement>,
     pub(crate) taken_by_sink: usize,
 }
 
-impl Outbox {
+impl SettlementQueue {
     pub(crate) fn new() -> Self {
         Self {
             waiting: Vec::new(),
@@ -66,10 +66,10 @@ impl Outbox {
     }
 
     /// Takes all there is for one call.
-    pub(crate) fn load(&mut self) -> Load {
+    pub(crate) fn load(&mut self) -> SettlementBatch {
         let settlements = std::mem::take(&mut self.waiting);
         self.under_way.extend(settlements.iter().map(|settlement| settlement.delivery.entry.id));
-        Load { settlements, taken_by_sink: std::mem::take(&mut self.taken_by_sink) }
+        SettlementBatch { settlements, taken_by_sink: std::mem::take(&mut self.taken_by_sink) }
     }
 
     /// The call has settled its load.
@@ -80,7 +80,7 @@ impl Outbox {
     }
 
     /// The call failed; its load is sent again.
-    pub(crate) fn failed(&mut self, load: Load, error: String, at_least: Option<Duration>) {
+    pub(crate) fn failed(&mut self, load: SettlementBatch, error: String, at_least: Option<Duration>) {
         self.under_way.clear();
         let newer = std::mem::replace(&mut self.waiting, load.settlements);
         self.waiting.extend(newer);

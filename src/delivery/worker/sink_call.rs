@@ -11,8 +11,8 @@ use futures_util::FutureExt as _;
 use prometheus::{Histogram, IntCounter};
 use tokio_util::sync::CancellationToken;
 
-use crate::delivery::worker::leases::Permit;
-use crate::delivery::worker::queue::{Batch, LaneId};
+use crate::delivery::worker::leases::LeaseWatch;
+use crate::delivery::worker::queue::{OrderingKey, SinkBatch};
 use crate::event::Delivery;
 use crate::sink::{Origin, Sink, SinkError, SinkErrorClass};
 use crate::telemetry::chain;
@@ -22,7 +22,7 @@ const CHECK_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A sink as one worker calls it.
 #[derive(Debug)]
-pub(crate) struct Caller {
+pub(crate) struct SinkCaller {
     pub(crate) sink: Arc<dyn Sink>,
     pub(crate) name: String,
     pub(crate) origin: Origin,
@@ -32,61 +32,60 @@ pub(crate) struct Caller {
     /// Cancelled when calls under way must end.
     pub(crate) abort: CancellationToken,
     /// Whether the worker's turn lasts: where order matters, no call may begin after it.
-    pub(crate) permit: Permit,
+    pub(crate) permit: LeaseWatch,
 }
 
 /// A batch after it was delivered, and the parts of it that were not taken, in order.
 #[derive(Debug)]
 pub(crate) struct Delivered {
     pub(crate) batch: Vec<Delivery>,
-    pub(crate) failures: Vec<(Range<usize>, Failure)>,
+    pub(crate) failures: Vec<(Range<usize>, CallFailure)>,
 }
 
 /// Why a part of a batch was not taken.
 #[derive(Debug)]
-pub(crate) enum Failure {
+pub(crate) enum CallFailure {
     /// The sink failed.
     Refused(SinkError),
     /// The sink failed, and says that it is down: why it failed, and what it says.
-    Down(SinkError, String),
+    Outage(SinkError, String),
     /// The sink says that it can take nothing now, whichever entry it is.
-    Unable(SinkError),
+    SinkUnavailable(SinkError),
     /// The sink says that it is down, so it was not called.
-    NotBegun(String),
+    NotStarted(String),
     /// The worker stopped amid the call.
     Aborted,
     /// Not begun: an entry before it in its lane has failed.
-    Behind,
+    SkippedAfterFailure,
 }
 
 impl Delivered {
     /// Whether the sink took anything, or said no to anything for good.
     pub(crate) fn was_answered(&self) -> bool {
         let failed: usize = self.failures.iter().map(|(part, _)| part.len()).sum();
-        let is_final =
-            |failure: &Failure| matches!(failure, Failure::Refused(e) if e.class() == SinkErrorClass::Permanent);
+        let is_final = |failure: &CallFailure| matches!(failure, CallFailure::Refused(e) if e.class() == SinkErrorClass::Permanent);
         failed < self.batch.len() || self.failures.iter().any(|(_, failure)| is_final(failure))
     }
 }
 
-impl Caller {
+impl SinkCaller {
     /// Delivers a batch; what the sink refuses of it is halved until the bad entries are alone. Of a lane, nothing is
     /// begun behind an entry that failed. With `is_probe`, the sink is asked first whether it is up.
-    pub(crate) async fn deliver(&self, batch: Batch, is_probe: bool) -> Delivered {
-        let Batch { deliveries: batch, lanes } = batch;
+    pub(crate) async fn deliver(&self, batch: SinkBatch, is_probe: bool) -> Delivered {
+        let SinkBatch { deliveries: batch, lanes } = batch;
         if is_probe && let Err(reason) = self.check().await {
-            let failures = Vec::from([(Range { start: 0, end: batch.len() }, Failure::NotBegun(reason))]);
+            let failures = Vec::from([(Range { start: 0, end: batch.len() }, CallFailure::NotStarted(reason))]);
             return Delivered { batch, failures };
         }
         let mut failures = Vec::new();
-        let mut failed: Vec<LaneId> = Vec::new();
+        let mut failed: Vec<OrderingKey> = Vec::new();
         // The next part is the last one here.
         let mut parts = Vec::from([Range { start: 0, end: batch.len() }]);
         while let Some(mut part) = parts.pop() {
             let is_behind = |n: &usize| lanes.get(*n).is_some_and(|lane| failed.contains(lane));
             if let Some(behind) = part.clone().find(is_behind) {
                 if behind == part.start {
-                    failures.push((behind..behind + 1, Failure::Behind));
+                    failures.push((behind..behind + 1, CallFailure::SkippedAfterFailure));
                     part.start += 1;
                     parts.extend((!part.is_empty()).then_some(part));
                     continue;
@@ -102,13 +101,13 @@ impl Caller {
                 continue;
             }
             let down = match &failure {
-                Failure::Down(_, reason) => Some(reason.clone()),
-                Failure::Unable(error) => Some(chain(error)),
+                CallFailure::Outage(_, reason) => Some(reason.clone()),
+                CallFailure::SinkUnavailable(error) => Some(chain(error)),
                 _ => None,
             };
             if let Some(reason) = down {
                 failures.push((part, failure));
-                failures.extend(parts.drain(..).rev().map(|part| (part, Failure::NotBegun(reason.clone()))));
+                failures.extend(parts.drain(..).rev().map(|part| (part, CallFailure::NotStarted(reason.clone()))));
             } else {
                 failed.extend(lanes.get(part.clone()).into_iter().flatten());
                 failures.push((part, failure));
@@ -118,22 +117,22 @@ impl Caller {
     }
 
     /// Delivers a part at once. A failure comes with whether a single entry of it may have caused it.
-    async fn deliver_part(&self, part: &[Delivery]) -> Result<(), (Failure, bool)> {
+    async fn deliver_part(&self, part: &[Delivery]) -> Result<(), (CallFailure, bool)> {
         let Err(call) = self.call(part).await else { return Ok(()) };
         let error = match call {
-            CallError::Aborted => return Err((Failure::Aborted, false)),
-            CallError::Panicked(error) => return Err((Failure::Refused(error), true)),
+            CallError::Aborted => return Err((CallFailure::Aborted, false)),
+            CallError::Panicked(error) => return Err((CallFailure::Refused(error), true)),
             CallError::Refused(error) => error,
         };
         if error.class() != SinkErrorClass::Transient {
-            return Err((Failure::Refused(error), true));
+            return Err((CallFailure::Refused(error), true));
         }
         if error.is_outage() {
-            return Err((Failure::Unable(error), false));
+            return Err((CallFailure::SinkUnavailable(error), false));
         }
         match self.check().await {
-            Ok(()) => Err((Failure::Refused(error), false)),
-            Err(reason) => Err((Failure::Down(error, reason), false)),
+            Ok(()) => Err((CallFailure::Refused(error), false)),
+            Err(reason) => Err((CallFailure::Outage(error, reason), false)),
         }
     }
 
@@ -236,11 +235,11 @@ mod tests {
         }
     }
 
-    fn caller(script: Script, failing_checks: usize) -> (Arc<Scripted>, Caller) {
+    fn caller(script: Script, failing_checks: usize) -> (Arc<Scripted>, SinkCaller) {
         let failing_checks = AtomicUsize::new(failing_checks);
         let sink = Arc::new(Scripted { script, calls: Mutex::default(), failing_checks });
         let metrics = Metrics::new();
-        let caller = Caller {
+        let caller = SinkCaller {
             sink: Arc::<Scripted>::clone(&sink),
             name: "scripted".to_owned(),
             origin: Origin { stream: "s".parse().unwrap(), group: "g".parse().unwrap() },
@@ -248,25 +247,25 @@ mod tests {
             deliveries: metrics.deliveries.with_label_values(&["s", "g"]),
             handler_seconds: metrics.handler_seconds.with_label_values(&["s", "g"]),
             abort: CancellationToken::new(),
-            permit: Permit::unbounded(),
+            permit: LeaseWatch::unbounded(),
         };
         (sink, caller)
     }
 
-    fn unordered(ids: Range<u64>) -> Batch {
+    fn unordered(ids: Range<u64>) -> SinkBatch {
         let entry = |ms| Entry { id: EntryId::new(ms, 0), fields: Fields::default() };
         let delivery = |ms| Delivery { entry: entry(ms), attempt: 1, delivered_at: Instant::now() };
-        Batch { deliveries: ids.map(delivery).collect(), lanes: Vec::new() }
+        SinkBatch { deliveries: ids.map(delivery).collect(), lanes: Vec::new() }
     }
 
     fn refused(delivered: &Delivered) -> Vec<(Range<usize>, String)> {
-        let text = |failure: &Failure| match failure {
-            Failure::Refused(error) => error.to_string(),
-            Failure::Down(error, reason) => format!("Down({error}, {reason})"),
-            Failure::Unable(error) => format!("Unable({error})"),
-            Failure::NotBegun(reason) => format!("NotBegun({reason})"),
-            Failure::Aborted => "Aborted".to_owned(),
-            Failure::Behind => "Behind".to_owned(),
+        let text = |failure: &CallFailure| match failure {
+            CallFailure::Refused(error) => error.to_string(),
+            CallFailure::Outage(error, reason) => format!("Down({error}, {reason})"),
+            CallFailure::SinkUnavailable(error) => format!("Unable({error})"),
+            CallFailure::NotStarted(reason) => format!("NotBegun({reason})"),
+            CallFailure::Aborted => "Aborted".to_owned(),
+            CallFailure::SkippedAfterFailure => "Behind".to_owned(),
         };
         delivered.failures.iter().map(|(part, failure)| (part.clone(), text(failure))).collect()
     }
@@ -293,8 +292,8 @@ mod tests {
             None => Ok(()),
         };
         let (sink, caller) = caller(script, 0);
-        let lanes = (0..8).map(|n| LaneId::Key(n % 2)).collect();
-        let delivered = caller.deliver(Batch { lanes, ..unordered(0..8) }, false).await;
+        let lanes = (0..8).map(|n| OrderingKey::Key(n % 2)).collect();
+        let delivered = caller.deliver(SinkBatch { lanes, ..unordered(0..8) }, false).await;
         let (two, five) = ((2..3, "2".to_owned()), (5..6, "5".to_owned()));
         let behind = |n| (n..n + 1, "Behind".to_owned());
         assert_eq!(refused(&delivered), [two, behind(4), five, behind(6), behind(7)]);
@@ -337,7 +336,7 @@ mod tests {
         let delivered = caller.deliver(unordered(0..1), true).await;
         assert_eq!(refused(&delivered), [(0..1, "NotBegun(down)".to_owned())]);
         assert_eq!(sink.calls.lock().unwrap().len(), 0);
-        let delivered = caller.deliver(Batch { deliveries: delivered.batch, lanes: Vec::new() }, true).await;
+        let delivered = caller.deliver(SinkBatch { deliveries: delivered.batch, lanes: Vec::new() }, true).await;
         assert_eq!(refused(&delivered), []);
         assert!(delivered.was_answered());
     }

@@ -6,9 +6,10 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tracing::error;
 
-use crate::delivery::worker::event_loop::intake::{Done, Floor, asked, floor};
+use crate::delivery::ack_floor::{AckFloor, read_ack_floor};
+use crate::delivery::worker::event_loop::intake::{TaskResult, asked};
 use crate::delivery::worker::event_loop::poison::SUSPECT_PAUSE;
-use crate::delivery::worker::event_loop::{CLAIM_LIMIT, Pump};
+use crate::delivery::worker::event_loop::{CLAIM_LIMIT, WorkerLoop};
 use crate::event::EntryId;
 use crate::store::{Care, Claimed, Cursor, Reclaimed, Store, StoreError, StoreErrorKind};
 
@@ -19,19 +20,19 @@ const SEARCH_PAUSE: Duration = Duration::from_millis(100);
 
 /// Why entries are taken over by their ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Purpose {
+pub(crate) enum ClaimReason {
     Retry,
     Sweep,
 }
 
 /// What taking over by ids brought.
 #[derive(Debug, Default)]
-pub(crate) struct TakenOver {
+pub(crate) struct ClaimResult {
     claimed: Claimed,
     not_owned: Vec<EntryId>,
 }
 
-impl Pump {
+impl WorkerLoop {
     pub(crate) fn start_retries(&mut self, now: Instant) {
         if self.retries.is_empty() || !self.claiming.is_empty() || now < self.claim_not_before {
             return;
@@ -45,35 +46,35 @@ impl Pump {
         let ids = self.retries.take_due(now, limit);
         if !ids.is_empty() {
             self.claiming.clone_from(&ids);
-            self.start_taking_over(Purpose::Retry, ids);
+            self.start_taking_over(ClaimReason::Retry, ids);
         }
     }
 
-    pub(crate) fn start_taking_over(&mut self, purpose: Purpose, ids: Vec<EntryId>) {
+    pub(crate) fn start_taking_over(&mut self, purpose: ClaimReason, ids: Vec<EntryId>) {
         self.expected += ids.len();
         let (store, cursor) = (self.store.clone(), self.cursor.clone());
-        let takes_from_others = self.is_ordered && purpose == Purpose::Sweep;
+        let takes_from_others = self.is_ordered && purpose == ClaimReason::Sweep;
         self.tasks.spawn(async move {
             let take_over = async {
                 if !takes_from_others {
                     return take_over(&*store, &cursor, &ids).await;
                 }
                 let claimed = store.claim(&cursor, &ids, Duration::ZERO).await?;
-                Ok(TakenOver { claimed, not_owned: Vec::new() })
+                Ok(ClaimResult { claimed, not_owned: Vec::new() })
             };
             let result = asked(take_over).await;
-            Done::TookOver { purpose, ids, result }
+            TaskResult::TookOver { purpose, ids, result }
         });
     }
 
-    pub(crate) fn took_over(&mut self, purpose: Purpose, ids: &[EntryId], result: Result<TakenOver, StoreError>) {
+    pub(crate) fn took_over(&mut self, purpose: ClaimReason, ids: &[EntryId], result: Result<ClaimResult, StoreError>) {
         self.expected -= ids.len();
         match purpose {
-            Purpose::Retry => self.claiming.clear(),
-            Purpose::Sweep => self.intake_under_way = false,
+            ClaimReason::Retry => self.claiming.clear(),
+            ClaimReason::Sweep => self.intake_under_way = false,
         }
         match (result, purpose) {
-            (Ok(TakenOver { claimed, not_owned }), purpose) => {
+            (Ok(ClaimResult { claimed, not_owned }), purpose) => {
                 self.claim_backoff.reset();
                 self.meters.not_owned.inc_by(not_owned.len() as u64);
                 let taken: Vec<EntryId> = claimed.deliveries.iter().map(|delivery| delivery.entry.id).collect();
@@ -81,20 +82,20 @@ impl Pump {
                     self.retries.forget(*id);
                     self.ready.done(*id);
                 }
-                if purpose == Purpose::Sweep {
+                if purpose == ClaimReason::Sweep {
                     self.suspects.taken(&claimed.deliveries);
                 }
                 self.claimed(claimed);
             }
-            (Err(error), Purpose::Sweep) => self.intake_failed(&error),
-            (Err(error), Purpose::Retry) if error.kind() == StoreErrorKind::NoGroup => {
+            (Err(error), ClaimReason::Sweep) => self.intake_failed(&error),
+            (Err(error), ClaimReason::Retry) if error.kind() == StoreErrorKind::NoGroup => {
                 for id in ids {
                     self.retries.forget(*id);
                     self.ready.done(*id);
                 }
                 self.group_is_gone();
             }
-            (Err(error), Purpose::Retry) => {
+            (Err(error), ClaimReason::Retry) => {
                 self.claim_not_before = Instant::now() + self.claim_backoff.next_delay();
                 for id in ids {
                     self.retries.wait(*id, self.claim_not_before, false);
@@ -154,16 +155,19 @@ impl Pump {
                     store.reclaim_with_care(&cursor, cursor.claim_idle, from, limit, care).await?
                 };
                 // Once per search is enough, and an answer about the floor is not worth the entries just claimed.
-                let floor =
-                    if found.next == EntryId::MIN { floor(&*store, &cursor).await.ok().flatten() } else { None };
+                let floor = if found.next == EntryId::MIN {
+                    read_ack_floor(&*store, &cursor).await.ok().flatten()
+                } else {
+                    None
+                };
                 Ok((found, floor))
             };
             let result = asked(search).await;
-            Done::Searched { limit, result }
+            TaskResult::Searched { limit, result }
         });
     }
 
-    pub(crate) fn searched(&mut self, limit: usize, result: Result<(Reclaimed, Option<Floor>), StoreError>) {
+    pub(crate) fn searched(&mut self, limit: usize, result: Result<(Reclaimed, Option<AckFloor>), StoreError>) {
         self.expected -= limit;
         self.is_searching = false;
         match result {
@@ -199,12 +203,12 @@ impl Pump {
 
 /// Takes entries for one more attempt that are pending on this consumer, and leaves those that are not any more:
 /// while they count as delivered just now, no one else takes them.
-async fn take_over(store: &dyn Store, cursor: &Cursor, ids: &[EntryId]) -> Result<TakenOver, StoreError> {
+async fn take_over(store: &dyn Store, cursor: &Cursor, ids: &[EntryId]) -> Result<ClaimResult, StoreError> {
     let not_owned = store.extend(cursor, ids).await?;
     let owned: Vec<EntryId> = ids.iter().filter(|id| !not_owned.contains(id)).copied().collect();
     if owned.is_empty() {
-        return Ok(TakenOver { claimed: Claimed::default(), not_owned });
+        return Ok(ClaimResult { claimed: Claimed::default(), not_owned });
     }
     let claimed = store.claim(cursor, &owned, Duration::ZERO).await?;
-    Ok(TakenOver { claimed, not_owned })
+    Ok(ClaimResult { claimed, not_owned })
 }

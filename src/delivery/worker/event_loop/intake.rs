@@ -6,51 +6,45 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::delivery::GroupStart;
-use crate::delivery::worker::event_loop::claims::{Purpose, TakenOver};
+use crate::delivery::ack_floor::{AckFloor, ensure_group};
+use crate::delivery::worker::event_loop::claims::{ClaimReason, ClaimResult};
 use crate::delivery::worker::event_loop::poison::SUSPECT_PAUSE;
-use crate::delivery::worker::event_loop::{CLAIM_LIMIT, EXTEND_LIMIT, FETCH_BYTES, FETCH_WAIT, Intake, Pump, Store};
-use crate::delivery::worker::settlements::Load;
+use crate::delivery::worker::event_loop::{
+    CLAIM_LIMIT, EXTEND_LIMIT, FETCH_BYTES, FETCH_WAIT, IntakePhase, WorkerLoop,
+};
+use crate::delivery::worker::settlements::SettlementBatch;
 use crate::delivery::worker::sink_call::{Delivered, guarded};
-use crate::event::{AlertView, DeadLetterReason, Delivery, EntryId, Epoch, Severity, field};
-use crate::store::{Cursor, Outcome, Pending, Reclaimed, Settled, Start, StoreError, StoreErrorKind};
+use crate::event::{AlertView, DeadLetterReason, Delivery, EntryId, Severity, field};
+use crate::store::{Outcome, Pending, Reclaimed, Settled, Start, StoreError, StoreErrorKind};
 use crate::telemetry::chain;
 
 /// Between fetches that don't wait, while the sink has still something and others wait for the room.
 const CROWDED_PAUSE: Duration = Duration::from_millis(50);
 
-/// Before which entry the group has handled everything, in which life of the stream.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Floor {
-    epoch: Epoch,
-    pub(crate) id: EntryId,
-    /// Whether the group had entries pending then.
-    pub(crate) has_pending: bool,
-}
-
 /// How a task ended.
 #[derive(Debug)]
-pub(crate) enum Done {
-    Ensured(Result<(bool, Option<Floor>), StoreError>),
+pub(crate) enum TaskResult {
+    Ensured(Result<(bool, Option<AckFloor>), StoreError>),
     Looked { limit: usize, result: Result<Vec<Pending>, StoreError> },
     Fetched { limit: usize, result: Result<Vec<Delivery>, StoreError> },
-    TookOver { purpose: Purpose, ids: Vec<EntryId>, result: Result<TakenOver, StoreError> },
-    Searched { limit: usize, result: Result<(Reclaimed, Option<Floor>), StoreError> },
+    TookOver { purpose: ClaimReason, ids: Vec<EntryId>, result: Result<ClaimResult, StoreError> },
+    Searched { limit: usize, result: Result<(Reclaimed, Option<AckFloor>), StoreError> },
     Extended { was_in_doubt: bool, result: Result<Vec<EntryId>, StoreError> },
     Delivered { slot: u64, delivered: Delivered },
-    Settled { is_dead_letters: bool, load: Load, result: Result<Settled, StoreError> },
+    Settled { is_dead_letters: bool, load: SettlementBatch, result: Result<Settled, StoreError> },
 }
 
-impl Pump {
-    pub(crate) fn take(&mut self, done: Done) {
+impl WorkerLoop {
+    pub(crate) fn take(&mut self, done: TaskResult) {
         match done {
-            Done::Ensured(result) => self.ensured(result),
-            Done::Looked { limit, result } => self.looked(limit, result),
-            Done::Fetched { limit, result } => self.fetched(limit, result),
-            Done::TookOver { purpose, ids, result } => self.took_over(purpose, &ids, result),
-            Done::Searched { limit, result } => self.searched(limit, result),
-            Done::Extended { was_in_doubt, result } => self.extended(was_in_doubt, result),
-            Done::Delivered { slot, delivered } => self.delivered(slot, delivered),
-            Done::Settled { is_dead_letters, load, result } => self.settled(is_dead_letters, load, result),
+            TaskResult::Ensured(result) => self.ensured(result),
+            TaskResult::Looked { limit, result } => self.looked(limit, result),
+            TaskResult::Fetched { limit, result } => self.fetched(limit, result),
+            TaskResult::TookOver { purpose, ids, result } => self.took_over(purpose, &ids, result),
+            TaskResult::Searched { limit, result } => self.searched(limit, result),
+            TaskResult::Extended { was_in_doubt, result } => self.extended(was_in_doubt, result),
+            TaskResult::Delivered { slot, delivered } => self.delivered(slot, delivered),
+            TaskResult::Settled { is_dead_letters, load, result } => self.settled(is_dead_letters, load, result),
         }
     }
 
@@ -62,15 +56,17 @@ impl Pump {
         }
         let (store, cursor) = (self.store.clone(), self.cursor.clone());
         match self.intake {
-            Intake::Ensure => {
+            IntakePhase::EnsureGroup => {
                 let floor = self.floor.clone();
                 let start = match (self.was_ensured, self.group.config.start) {
                     (false, GroupStart::New) => Start::New,
                     _ => Start::Oldest,
                 };
-                self.tasks.spawn(async move { Done::Ensured(asked(ensure(&*store, &cursor, start, floor)).await) });
+                self.tasks.spawn(async move {
+                    TaskResult::Ensured(asked(ensure_group(&*store, &cursor, start, floor)).await)
+                });
             }
-            Intake::Sweep(from) => {
+            IntakePhase::RecoverPending(from) => {
                 let limit = self.free_slots().min(CLAIM_LIMIT).max(self.probe_slots());
                 if limit == 0 {
                     return;
@@ -79,10 +75,10 @@ impl Pump {
                 let own_only = !self.is_ordered;
                 self.tasks.spawn(async move {
                     let result = asked(store.pending(&cursor, own_only, from, limit)).await;
-                    Done::Looked { limit, result }
+                    TaskResult::Looked { limit, result }
                 });
             }
-            Intake::Read => {
+            IntakePhase::Fetch => {
                 let fit = (FETCH_BYTES / self.entry_bytes).max(1);
                 let limit = self.free_slots().min(self.group.config.batch).min(fit).max(self.probe_slots());
                 if limit == 0 {
@@ -93,14 +89,14 @@ impl Pump {
                 let wait = if self.is_crowded() { Duration::ZERO } else { FETCH_WAIT };
                 self.tasks.spawn(async move {
                     let result = asked(store.fetch(&cursor, limit, wait)).await;
-                    Done::Fetched { limit, result }
+                    TaskResult::Fetched { limit, result }
                 });
             }
         }
         self.intake_under_way = true;
     }
 
-    fn ensured(&mut self, result: Result<(bool, Option<Floor>), StoreError>) {
+    fn ensured(&mut self, result: Result<(bool, Option<AckFloor>), StoreError>) {
         self.intake_under_way = false;
         match result {
             Err(error) => self.intake_failed(&error),
@@ -114,7 +110,7 @@ impl Pump {
                 }
                 self.was_ensured = true;
                 self.floor = floor.or(self.floor.take());
-                self.intake = Intake::Sweep(EntryId::MIN);
+                self.intake = IntakePhase::RecoverPending(EntryId::MIN);
                 self.sweep_due = false;
             }
         }
@@ -128,10 +124,10 @@ impl Pump {
             Err(error) => return self.intake_failed(&error),
         };
         let Some(last) = page.last() else {
-            self.intake = Intake::Read;
+            self.intake = IntakePhase::Fetch;
             return self.report(true);
         };
-        self.intake = Intake::Sweep(last.id.next());
+        self.intake = IntakePhase::RecoverPending(last.id.next());
         let in_hand = self.in_hand_ids();
         let waiting: std::collections::HashSet<EntryId> = self.retries.waiting().collect();
         let is_held = |id: &EntryId| in_hand.contains(id) || waiting.contains(id) || self.claiming.contains(id);
@@ -140,7 +136,7 @@ impl Pump {
         // everything that is taken counts one more attempt.
         let fitting = self.fitting(left.iter().map(|pending| pending.attempts));
         if let Some(held_back) = left.get(fitting) {
-            self.intake = Intake::Sweep(held_back.id);
+            self.intake = IntakePhase::RecoverPending(held_back.id);
             if fitting == 0 {
                 self.intake_not_before = Instant::now() + SUSPECT_PAUSE;
             }
@@ -151,7 +147,7 @@ impl Pump {
         let ids: Vec<EntryId> = left.into_iter().map(|pending| pending.id).collect();
         if !ids.is_empty() && !self.is_stopping() {
             self.intake_under_way = true;
-            self.start_taking_over(Purpose::Sweep, ids);
+            self.start_taking_over(ClaimReason::Sweep, ids);
         }
     }
 
@@ -175,7 +171,7 @@ impl Pump {
                     self.admit(deliveries);
                 }
                 if std::mem::take(&mut self.sweep_due) {
-                    self.intake = Intake::Sweep(EntryId::MIN);
+                    self.intake = IntakePhase::RecoverPending(EntryId::MIN);
                 }
                 self.report(true);
                 if has_come {
@@ -209,8 +205,8 @@ impl Pump {
         self.part.not_ready(text.clone());
         self.intake_error = Some(text);
         // An answer that was lost may have made entries ours: they come before new ones.
-        let is_group_gone = error.kind() == StoreErrorKind::NoGroup || self.intake == Intake::Ensure;
-        self.intake = if is_group_gone { Intake::Ensure } else { Intake::Sweep(EntryId::MIN) };
+        let is_group_gone = error.kind() == StoreErrorKind::NoGroup || self.intake == IntakePhase::EnsureGroup;
+        self.intake = if is_group_gone { IntakePhase::EnsureGroup } else { IntakePhase::RecoverPending(EntryId::MIN) };
         let wait = self.intake_backoff.next_delay().max(error.retry_after().unwrap_or_default());
         self.intake_not_before = Instant::now() + wait;
     }
@@ -297,7 +293,7 @@ impl Pump {
                 }
                 Ok(gone)
             };
-            Done::Extended { was_in_doubt, result: asked(extend).await }
+            TaskResult::Extended { was_in_doubt, result: asked(extend).await }
         });
     }
 
@@ -331,14 +327,16 @@ impl Pump {
 
     pub(crate) fn group_is_gone(&mut self) {
         if !self.intake_under_way {
-            self.intake = Intake::Ensure;
+            self.intake = IntakePhase::EnsureGroup;
         }
     }
 
     /// Another life of this name may have been there: what is pending on it is looked through again.
     pub(crate) fn doubt(&mut self) {
         match self.intake {
-            Intake::Read | Intake::Sweep(_) if !self.intake_under_way => self.intake = Intake::Sweep(EntryId::MIN),
+            IntakePhase::Fetch | IntakePhase::RecoverPending(_) if !self.intake_under_way => {
+                self.intake = IntakePhase::RecoverPending(EntryId::MIN)
+            }
             _ => self.sweep_due = true,
         }
     }
@@ -375,34 +373,6 @@ fn passes(delivery: &Delivery, min_severity: Option<Severity>) -> Result<bool, S
         None => AlertView::parse(data).map_err(|error| format!("`data` is not one JSON object: {error}"))?.severity,
     };
     Ok(severity.is_none_or(|severity| severity >= min_severity))
-}
-
-/// Makes sure that the group exists. One that is gone begins again where it had handled everything, if the stream
-/// is still the same one.
-pub(crate) async fn ensure(
-    store: &dyn Store,
-    cursor: &Cursor,
-    start: Start,
-    known: Option<Floor>,
-) -> Result<(bool, Option<Floor>), StoreError> {
-    let (stream, group) = (&cursor.stream, &cursor.group);
-    let start = match known {
-        Some(known) if store.epoch(stream).await? == known.epoch => Start::After(known.id),
-        _ => start,
-    };
-    let is_new = store.ensure_group(stream, group, start).await?;
-    Ok((is_new, floor(store, cursor).await?))
-}
-
-/// How far the group has come.
-pub(crate) async fn floor(store: &dyn Store, cursor: &Cursor) -> Result<Option<Floor>, StoreError> {
-    let Some(status) = store.describe(&cursor.stream).await? else { return Ok(None) };
-    let epoch = store.epoch(&cursor.stream).await?;
-    let group = status.groups.into_iter().find(|group| group.name == cursor.group);
-    Ok(group.map(|group| {
-        let id = group.oldest_pending.map_or(group.last_delivered, EntryId::previous);
-        Floor { epoch, id, has_pending: group.pending > 0 }
-    }))
 }
 
 /// Asks the store. Should it panic, that fails this call only.

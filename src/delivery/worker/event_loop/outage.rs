@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::backoff::random_fraction;
-use crate::delivery::worker::event_loop::{HELD_BYTES, Pump};
+use crate::delivery::worker::event_loop::{HELD_BYTES, WorkerLoop};
 use crate::event::Delivery;
 use crate::store::Outcome;
 
@@ -21,7 +21,7 @@ pub(crate) struct Outage {
     pub(crate) reason: String,
 }
 
-impl Pump {
+impl WorkerLoop {
     /// The sink took something, or said no for good: it is there.
     pub(crate) fn sink_answered(&mut self) {
         self.gave_up_in_vain = false;

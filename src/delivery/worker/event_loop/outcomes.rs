@@ -9,10 +9,10 @@ use tracing::{info, warn};
 use crate::backoff::random_fraction;
 use crate::delivery::policy::Verdict;
 use crate::delivery::worker::breaker::Allowance;
-use crate::delivery::worker::event_loop::intake::{Done, asked};
-use crate::delivery::worker::event_loop::{Pump, Running};
-use crate::delivery::worker::settlements::Load;
-use crate::delivery::worker::sink_call::{Delivered, Failure};
+use crate::delivery::worker::event_loop::intake::{TaskResult, asked};
+use crate::delivery::worker::event_loop::{Running, WorkerLoop};
+use crate::delivery::worker::settlements::SettlementBatch;
+use crate::delivery::worker::sink_call::{CallFailure, Delivered};
 use crate::event::{DeadLetter, DeadLetterReason, Delivery, EntryId};
 use crate::sink::{SinkError, SinkErrorClass};
 use crate::store::{Outcome, Settled, StoreError, StoreErrorKind};
@@ -21,7 +21,7 @@ use crate::telemetry::chain;
 /// The longest that a sink that is down can ask to be left alone.
 const MAX_POSTPONEMENT: Duration = Duration::from_mins(10);
 
-impl Pump {
+impl WorkerLoop {
     /// Hands what is ready to the sink.
     pub(crate) fn start_sink_calls(&mut self, now: Instant) {
         let may_call = self.halted.is_none() && !self.is_in_doubt && self.permit.may_deliver();
@@ -58,7 +58,8 @@ impl Pump {
             let ids = deliveries.iter().map(|delivery| delivery.entry.id).collect();
             self.running.push(Running { slot, ids, lanes: batch.lanes.clone(), oldest, is_probe });
             let caller = self.caller.clone();
-            self.tasks.spawn(async move { Done::Delivered { slot, delivered: caller.deliver(batch, is_probe).await } });
+            self.tasks
+                .spawn(async move { TaskResult::Delivered { slot, delivered: caller.deliver(batch, is_probe).await } });
             if is_probe {
                 return self.breaker.probe();
             }
@@ -81,18 +82,18 @@ impl Pump {
             place = part.end;
             let failed: Vec<Delivery> = batch.by_ref().take(part.len()).collect();
             match failure {
-                Failure::Refused(error) => self.refused(failed, error, was_probe),
-                Failure::Down(error, reason) => {
+                CallFailure::Refused(error) => self.refused(failed, error, was_probe),
+                CallFailure::Outage(error, reason) => {
                     self.sink_failed(&reason, true);
                     self.refused(failed, error, was_probe);
                 }
-                Failure::Unable(error) => self.unable(failed, error, was_probe),
-                Failure::NotBegun(reason) => {
+                CallFailure::SinkUnavailable(error) => self.unable(failed, error, was_probe),
+                CallFailure::NotStarted(reason) => {
                     self.sink_failed(&reason, true);
                     self.keep(failed);
                 }
-                Failure::Aborted => self.hand_back(failed, &Outcome::Retry(Duration::ZERO)),
-                Failure::Behind => self.keep(failed),
+                CallFailure::Aborted => self.hand_back(failed, &Outcome::Retry(Duration::ZERO)),
+                CallFailure::SkippedAfterFailure => self.keep(failed),
             }
         }
         self.taken_by_sink(batch.collect());
@@ -259,12 +260,17 @@ impl Pump {
             let (store, cursor) = (self.store.clone(), self.cursor.clone());
             self.tasks.spawn(async move {
                 let result = asked(store.settle(&cursor, &load.settlements)).await;
-                Done::Settled { is_dead_letters, load, result }
+                TaskResult::Settled { is_dead_letters, load, result }
             });
         }
     }
 
-    pub(crate) fn settled(&mut self, is_dead_letters: bool, load: Load, result: Result<Settled, StoreError>) {
+    pub(crate) fn settled(
+        &mut self,
+        is_dead_letters: bool,
+        load: SettlementBatch,
+        result: Result<Settled, StoreError>,
+    ) {
         if result.as_ref().is_err_and(|error| self.loses_lease(error)) {
             return;
         }
@@ -304,7 +310,7 @@ impl Pump {
         }
     }
 
-    fn wait_for_retries(&mut self, load: &Load) {
+    fn wait_for_retries(&mut self, load: &SettlementBatch) {
         if self.retries.is_empty() {
             return;
         }
@@ -316,7 +322,7 @@ impl Pump {
         }
     }
 
-    fn count_burials(&mut self, load: &Load, not_owned: usize) {
+    fn count_burials(&mut self, load: &SettlementBatch, not_owned: usize) {
         for settlement in &load.settlements {
             self.ready.done(settlement.delivery.entry.id);
         }

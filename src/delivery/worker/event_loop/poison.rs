@@ -12,7 +12,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 use crate::delivery::GroupConfig;
-use crate::delivery::worker::event_loop::Pump;
+use crate::delivery::worker::event_loop::WorkerLoop;
 use crate::event::{Delivery, EntryId};
 use crate::store::Care;
 
@@ -38,20 +38,20 @@ pub struct Quarantine {
 
 impl Default for Quarantine {
     fn default() -> Self {
-        Self::with_turns_of(TURN)
+        Self::with_max_hold(TURN)
     }
 }
 
 impl Quarantine {
     /// One whose turns last so long at most, instead of 5 s.
-    pub fn with_turns_of(turn: Duration) -> Self {
+    pub fn with_max_hold(turn: Duration) -> Self {
         Self { place: Arc::new(Semaphore::new(1)), turn }
     }
 }
 
 /// Entries in hand that others must be kept away from.
 #[derive(Debug)]
-pub(crate) struct Suspects {
+pub(crate) struct SuspectTracker {
     most: [usize; 3],
     /// The most in hand with each of them.
     in_hand: HashMap<EntryId, usize>,
@@ -65,7 +65,7 @@ pub(crate) struct Suspects {
     turn_not_before: Instant,
 }
 
-impl Suspects {
+impl SuspectTracker {
     pub(crate) fn new(config: &GroupConfig, quarantine: Quarantine, now: Instant) -> Self {
         // An entry must not fail for the first time with all its attempts used up.
         let alone_from = config.retry.max_attempts.min(config.max_deliveries).saturating_sub(1).clamp(1, 3);
@@ -115,7 +115,7 @@ impl Suspects {
     }
 }
 
-impl Pump {
+impl WorkerLoop {
     /// Forgets entries that the sink has dealt with.
     pub(crate) fn review_suspects(&mut self, now: Instant) {
         let suspects = &mut self.suspects;
@@ -186,7 +186,7 @@ mod tests {
             config.retry.max_attempts = max_attempts;
             config.max_deliveries = max_deliveries;
             let now = Instant::now();
-            Suspects::new(&config, Quarantine::default(), now).most
+            SuspectTracker::new(&config, Quarantine::default(), now).most
         };
         assert_eq!(most(5, 15), [100, 10, 1]);
         assert_eq!(most(3, 15), [100, 1, 1]);
