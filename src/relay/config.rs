@@ -74,7 +74,7 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Returns all problems, each with its key below `relay`. `relayed` are the streams declared with `relay = true`.
+    /// What is wrong with it, each with the key below `relay`. `relayed` are the streams declared with `relay = true`.
     pub fn problems(&self, relayed: &[StreamPattern]) -> Vec<(String, String)> {
         let mut problems = Vec::new();
         let mut problem = |key: &str, text: String| problems.push((key.to_owned(), text));
@@ -107,10 +107,10 @@ impl Config {
             let key = format!("channels.{name}");
             let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
             if name.is_empty() || !name.chars().all(is_name) {
-                problem(&key, "name may have only letters, digits and `-_.`".to_owned());
+                problem(&key, "a channel's name may hold letters, digits and `-_.`".to_owned());
             }
             if streams.is_empty() {
-                problem(&key, "has no streams; add one or remove the channel".to_owned());
+                problem(&key, "has no streams; name one or leave the channel out".to_owned());
             }
             for (index, stream) in streams.iter().enumerate() {
                 if !relayed.contains(stream) {
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn default_is_valid_and_survives_toml() {
+    fn the_default_has_no_problems_and_survives_its_text_form() {
         let config = Config::default();
         assert_eq!(config.problems(&relayed()), []);
         let text = toml::to_string(&config).expect("plain values");
@@ -142,13 +142,13 @@ mod tests {
     }
 
     #[test]
-    fn unknown_key_is_an_error() {
+    fn unknown_keys_are_errors() {
         let error = toml::from_str::<Config>("ring_byte = '8MiB'").expect_err("a typo");
         assert!(error.to_string().contains("ring_byte"), "{error}");
     }
 
     #[test]
-    fn every_problem_names_its_key() {
+    fn every_problem_is_named_with_its_key() {
         let text = "
             ring_bytes = '1KiB'
             ring_entries = 0
