@@ -82,7 +82,13 @@ enum Command {
 
 impl Cli {
     /// Runs the sub-command to its end.
-    pub async fn run(self) -> anyhow::Result<()> {
+    ///
+    /// Not an `async fn`: its caller would compile all that it awaits, after this crate and not with it.
+    pub fn run_on(self, runtime: &tokio::runtime::Runtime) -> anyhow::Result<()> {
+        runtime.block_on(self.run())
+    }
+
+    async fn run(self) -> anyhow::Result<()> {
         match self.command {
             None | Some(Command::Serve) => serve::run(self.config.load()?).await,
             Some(Command::Check(args)) => inspect::check(&self.config, args).await,
