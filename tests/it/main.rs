@@ -5,6 +5,7 @@ mod api;
 mod auth;
 mod bench;
 mod browser;
+mod compiler;
 mod crash;
 mod daemon_cluster;
 mod dashboards;
