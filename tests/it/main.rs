@@ -13,6 +13,7 @@ mod dead_letters;
 mod deadly;
 mod delivery;
 mod delivery_model;
+mod dependencies;
 mod deploy;
 mod docs;
 mod drain;
