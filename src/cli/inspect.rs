@@ -28,11 +28,11 @@ pub(super) async fn check(config: &ConfigArgs, args: CheckArgs) -> anyhow::Resul
     let groups: usize = config.streams.iter().map(|stream| stream.groups.len()).sum();
     say(&format!("configuration: {} streams, {groups} groups, {} sinks", config.streams.len(), config.sinks.len()))?;
     if let Some(validity) = app::check_files(&config)? {
-        if !validity.is_now() {
-            bail!("http.tls.cert_file: {}", validity.concern().unwrap_or_default());
+        if !validity.is_valid_now() {
+            bail!("http.tls.cert_file: {}", validity.warning().unwrap_or_default());
         }
         say(&format!("certificate: fits its key, good for {:.0} days", validity.days_left().floor()))?;
-        if let Some(concern) = validity.concern() {
+        if let Some(concern) = validity.warning() {
             say(&format!("warning: {concern}"))?;
         }
     }

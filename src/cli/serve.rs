@@ -29,7 +29,7 @@ pub(super) async fn run(config: Config) -> anyhow::Result<()> {
         tokio::select! {
             result = &mut running => return result,
             _ = reload.recv() => if let Some(tls) = &tls {
-                tls.look_now();
+                tls.reload();
             } else {
                 tracing::info!(signal = "SIGHUP", "there is nothing to read again: no certificates are in use");
             },

@@ -10,7 +10,7 @@ pub(crate) mod watching;
 use std::time::Duration;
 
 use aurora_bus::auth::{AuthConfig, IssuerConfig, KeyHash, TokenRequest, new_key, sign};
-use aurora_bus::http::{Need, Route, routes};
+use aurora_bus::http::{Access, Route, routes};
 use reqwest::{Method, Response, StatusCode};
 use serde_json::{Value, json};
 
@@ -110,14 +110,14 @@ pub(crate) async fn asks(daemon: &Daemon, token: &str, method: &str, path: &str,
 }
 
 /// Whether those with the scope are let in where that is needed.
-fn is_enough(scope: &str, need: Need) -> bool {
-    match need {
-        Need::Nothing | Need::Credentials => true,
-        Need::Metrics | Need::Administer => scope == "admin",
-        Need::Publish | Need::PublishEach => ["admin", "publish:aurora:alerts", "publish:*"].contains(&scope),
-        Need::Read => ["admin", "read:aurora:*", "consume:aurora:alerts"].contains(&scope),
-        Need::Consume => ["admin", "consume:aurora:alerts"].contains(&scope),
-        Need::Watch => ["admin", "ws:alerts"].contains(&scope),
+fn is_enough(scope: &str, access: Access) -> bool {
+    match access {
+        Access::Open | Access::Credentials => true,
+        Access::Metrics | Access::Administer => scope == "admin",
+        Access::Publish | Access::PublishEach => ["admin", "publish:aurora:alerts", "publish:*"].contains(&scope),
+        Access::Read => ["admin", "read:aurora:*", "consume:aurora:alerts"].contains(&scope),
+        Access::Consume => ["admin", "consume:aurora:alerts"].contains(&scope),
+        Access::Watch => ["admin", "ws:alerts"].contains(&scope),
     }
 }
 
@@ -130,13 +130,13 @@ async fn visit(daemon: &Daemon, route: &Route, credentials: Option<&str>) -> Res
         .replace("{id}", "1-1")
         .replace("{group}", "g");
     let mut headers = Vec::new();
-    if route.need == Need::Watch && path.contains("/ws/") {
+    if route.access == Access::Watch && path.contains("/ws/") {
         headers.extend([("connection", "upgrade"), ("upgrade", "websocket"), ("sec-websocket-version", "13")]);
         headers.push(("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="));
     }
     let credentials = credentials.map(bearer);
     headers.extend(credentials.iter().map(|credentials| ("authorization", credentials.as_str())));
-    let body = if matches!(route.need, Need::Publish | Need::PublishEach) { "{}" } else { "" };
+    let body = if matches!(route.access, Access::Publish | Access::PublishEach) { "{}" } else { "" };
     ask(daemon, route.method, &path, &headers, body).await
 }
 
@@ -160,7 +160,7 @@ async fn every_route_lets_in_those_with_the_right_scope_alone() {
     let home = keys.home();
     let daemon = home.start().await;
     for route in routes() {
-        let is_open = route.need == Need::Nothing;
+        let is_open = route.access == Access::Open;
         for credentials in [None, Some("ab_guess"), Some("not.a.token")] {
             let answer = visit(&daemon, &route, credentials).await;
             assert_eq!(answer.status() == StatusCode::UNAUTHORIZED, !is_open, "{route:?} with {credentials:?}");
@@ -170,7 +170,7 @@ async fn every_route_lets_in_those_with_the_right_scope_alone() {
         for (scope, key) in scopes.iter().zip(&held) {
             let status = visit(&daemon, &route, Some(key)).await.status();
             let is_let_in = !matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN);
-            assert_eq!(is_let_in, is_enough(scope, route.need), "{route:?} with {scope}: {status}");
+            assert_eq!(is_let_in, is_enough(scope, route.access), "{route:?} with {scope}: {status}");
         }
     }
     daemon.stop().await;

@@ -311,7 +311,7 @@ async fn a_filter_that_makes_no_sense_refuses_its_token_and_its_configuration() 
     let home = Home::new(&format!("{STREAMS}\n{}", issuer_toml()));
     let daemon = home.start().await;
     let sauce = json!({"key": "sauce", "cmp": "exists"});
-    let why = "the claim `filter` of the token is refused: ";
+    let why = "the claim `filter` of the token is not accepted: ";
     for filter in [Value::Null, json!(""), json!({}), json!([]), sauce, json!("x".repeat(300))] {
         let token = filtered_token("ann", &["admin"], None, Some(filter.clone()), 600);
         let (status, answer) = asks(&daemon, &token, "GET", EVENTS, "").await;
@@ -335,7 +335,7 @@ async fn a_filter_that_makes_no_sense_refuses_its_token_and_its_configuration() 
     let output = home.run(&["check", "--config", config.to_str().expect("UTF-8")]);
     let told = String::from_utf8(output.stderr).expect("text");
     assert_eq!(output.status.code(), Some(2), "{told}");
-    assert!(told.contains("auth.keys[0].filter: is refused: key must be severity or one of"), "{told}");
+    assert!(told.contains("auth.keys[0].filter: is not accepted: key must be severity or one of"), "{told}");
 }
 
 #[tokio::test]

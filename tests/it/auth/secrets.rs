@@ -63,13 +63,17 @@ async fn the_log_holds_no_credentials_at_its_finest_level() {
 }
 
 #[test]
-fn keys_are_compared_in_a_time_that_tells_nothing() {
-    let source = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/http/auth/keys.rs");
-    let source = fs::read_to_string(source).expect("the source");
-    let (_, rest) = source.split_once("fn find(").expect("where keys are looked for");
+fn api_keys_are_compared_in_constant_time() {
+    let source = |file: &str| {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/auth").join(file);
+        fs::read_to_string(path).expect("the source")
+    };
+    let keys = source("keys.rs");
+    let (_, rest) = keys.split_once("fn find(").expect("the search for a key");
     let (find, _) = rest.split_once("\n    }\n}").expect("its end");
     assert!(find.contains(".hash.is(&hash)") && !find.contains("=="), "{find}");
-    let (_, rest) = source.split_once("fn is(").expect("how hashes are compared");
+    let key_hash = source("key_hash.rs");
+    let (_, rest) = key_hash.split_once("fn is(").expect("the comparison of hashes");
     assert!(rest.lines().nth(1).expect("a line").contains("verify_slices_are_equal"));
 }
 
@@ -176,7 +180,7 @@ async fn the_command_line_makes_keys_and_tokens_and_shows_them() {
     let refused = home.run(&publish);
     assert!(!refused.status.success(), "without a key");
     let told = String::from_utf8(refused.stderr).expect("text");
-    assert!(told.contains("credentials are needed") && told.contains("--token or AURORA_BUS_TOKEN"), "{told}");
+    assert!(told.contains("credentials are required") && told.contains("--token or AURORA_BUS_TOKEN"), "{told}");
     let published = home.run(&[&publish[..], &["--token", key]].concat());
     assert!(published.status.success(), "{}", String::from_utf8_lossy(&published.stderr));
     let tail = |token: &str| {

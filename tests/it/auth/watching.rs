@@ -69,13 +69,13 @@ async fn programs_are_refused_by_status_and_pages_by_close_code() {
             vec![("authorization", "Bearer ab_guess")],
             StatusCode::UNAUTHORIZED,
             4501,
-            "unauthenticated: the key is not known",
+            "unauthenticated: the API key is not valid",
         ),
         (
             vec![("authorization", other.as_str())],
             StatusCode::FORBIDDEN,
             4502,
-            "forbidden: the scope ws:alerts is needed",
+            "forbidden: the scope `ws:alerts` is required",
         ),
     ];
     for (headers, status, code, reason) in cases {

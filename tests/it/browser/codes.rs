@@ -46,7 +46,7 @@ async fn a_page_sees_why_it_was_refused_whatever_version_it_offers() {
         assert_eq!(end[0], code, "{target} {offer}: {end}");
     }
     let told = ended(&mut tab, &daemon, "alerts", &json!([])).await;
-    let words = "unauthenticated: credentials are needed: Authorization: Bearer, X-API-Key, cookie access_token; \
+    let words = "unauthenticated: credentials are required: Authorization: Bearer, X-API-Key, cookie access_token; \
                  to watch, also a ticket";
     assert_eq!(told, json!([4501, words]));
     daemon.stop().await;

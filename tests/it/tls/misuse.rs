@@ -26,7 +26,7 @@ async fn plain_http_is_told_that_the_port_speaks_tls() {
     let daemon = home.start().await;
     let address = address(&daemon);
     let told = answer(&address, b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").await;
-    assert!(told.starts_with("HTTP/1.1 400 ") && told.contains("This port speaks TLS only"), "{told}");
+    assert!(told.starts_with("HTTP/1.1 400 ") && told.contains("This port requires TLS"), "{told}");
     assert_eq!(answer(&address, &[0; 100]).await, "");
     let alert = answer(&address, b"\x16\x03\x01\x00\x05\x01\x00\x00\x01\x00").await;
     assert_eq!(alert.chars().next(), Some('\u{15}'), "an alert: {alert:?}");

@@ -80,7 +80,7 @@ async fn a_certificate_that_cannot_be_used_leaves_the_one_before_and_is_told() {
         until("all well again", BOUND, async || note(&daemon).await.is_empty().then_some(())).await;
     }
     let log = daemon.take_log().join("\n");
-    assert!(log.contains("cannot use the new certificate; going on with the one before"), "{log}");
+    assert!(log.contains("new certificate not usable, serving the previous one"), "{log}");
     let secret = fs::read_to_string(authority.path("good.key")).expect("a key");
     let secret = secret.lines().nth(1).expect("a line of the key");
     assert!(!log.contains(secret), "{log}");
