@@ -6,7 +6,7 @@ use crate::auth::{AuthError, Principal};
 use crate::http::api::Api;
 use crate::http::middleware::credentials::PresentedCredentials;
 use crate::http::middleware::origin::is_allowed;
-use crate::relay::{Admission, Refused};
+use crate::relay::{Admission, ConnectError};
 
 /// Checks that the daemon accepts clients from this page, and returns the principal and the terms for the channel.
 pub(super) async fn admit(
@@ -14,13 +14,13 @@ pub(super) async fn admit(
     channel: &str,
     query: Option<&str>,
     headers: &HeaderMap,
-) -> Result<(Principal, Admission), Refused> {
+) -> Result<(Principal, Admission), ConnectError> {
     let origins = &api.config().origins;
     if api.is_draining() {
-        return Err(Refused::Draining);
+        return Err(ConnectError::Draining);
     }
     if !is_allowed(headers, origins) {
-        return Err(Refused::Origin);
+        return Err(ConnectError::Origin);
     }
     let authenticator = &api.services().authenticator;
     let principal = authenticator.principal(PresentedCredentials { headers, query, origins }).await;
@@ -32,9 +32,9 @@ pub(super) async fn admit(
         api.deny(&error);
         let text = error.to_string();
         match error {
-            AuthError::Scope(_) | AuthError::AllEntries | AuthError::OtherTenant(_) => Refused::Forbidden(text),
-            AuthError::Unavailable => Refused::Unavailable(text),
-            _ => Refused::Unauthenticated(text),
+            AuthError::Scope(_) | AuthError::AllEntries | AuthError::OtherTenant(_) => ConnectError::Forbidden(text),
+            AuthError::Unavailable => ConnectError::Unavailable(text),
+            _ => ConnectError::Unauthenticated(text),
         }
     })
 }

@@ -15,7 +15,7 @@ use crate::auth::{
     Action, ApiKeys, AuthConfig, AuthError, Issuers, KEY_PREFIX, MetricsAccess, PageOrigin, Principal, Tickets,
 };
 use crate::http::middleware::credentials::{Credential, PresentedCredentials};
-use crate::relay::{Admission, NotRenewed, Renewal};
+use crate::relay::{Admission, Renewal, RenewalError};
 
 /// Turns credentials into principals. Cheap to clone.
 #[derive(Clone)]
@@ -109,7 +109,7 @@ impl Authenticator {
             principal: principal.shared_id(),
             expires_at: principal.expires_at(),
             renewal: self.inner.is_required.then(renewer),
-            errands: None,
+            commands: None,
         })
     }
 }
@@ -128,24 +128,24 @@ impl fmt::Debug for Renewer {
 }
 
 impl Renewal for Renewer {
-    fn renew(&self, token: String) -> BoxFuture<'static, Result<Option<SystemTime>, NotRenewed>> {
+    fn renew(&self, token: String) -> BoxFuture<'static, Result<Option<SystemTime>, RenewalError>> {
         let (authenticator, principal, channel) =
             (self.authenticator.clone(), self.principal.clone(), self.channel.clone());
         async move {
             let renewed = authenticator.verify(&token).await.map_err(|error| match error {
-                AuthError::Unavailable => NotRenewed::Unavailable(error.to_string()),
-                _ => NotRenewed::Unauthenticated(error.to_string()),
+                AuthError::Unavailable => RenewalError::Unavailable(error.to_string()),
+                _ => RenewalError::Unauthenticated(error.to_string()),
             })?;
             if !renewed.is_same(&principal) {
                 let text = "the token has another principal, tenant or filter; open a new connection with it";
-                return Err(NotRenewed::Forbidden(text.to_owned()));
+                return Err(RenewalError::Forbidden(text.to_owned()));
             }
             if !renewed.has_all_scopes_of(&principal) {
                 let text = "the token has fewer scopes than the previous one; open a new connection with it";
-                return Err(NotRenewed::Forbidden(text.to_owned()));
+                return Err(RenewalError::Forbidden(text.to_owned()));
             }
             let admission = authenticator.admission(&renewed, &channel);
-            admission.map(|admission| admission.expires_at).map_err(|error| NotRenewed::Forbidden(error.to_string()))
+            admission.map(|admission| admission.expires_at).map_err(|error| RenewalError::Forbidden(error.to_string()))
         }
         .boxed()
     }

@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::auth::AuthError;
 use crate::bus::PublishError;
 use crate::pull::{PullError, Refused};
-use crate::relay;
+use crate::relay::ConnectError;
 use crate::store::{StoreError, StoreErrorKind};
 
 /// An error response.
@@ -301,19 +301,19 @@ impl From<&Refused> for ApiError {
     }
 }
 
-impl From<&relay::Refused> for ApiError {
-    fn from(refused: &relay::Refused) -> Self {
-        match refused {
-            relay::Refused::UnknownChannel(_) => Self::no_such_channel(refused.to_string()),
-            relay::Refused::BadParameter(parameter) => Self::bad_parameter(parameter.name, refused.to_string()),
-            relay::Refused::ConnectionLimit => Self::connection_limit(refused.to_string()),
-            relay::Refused::Unauthenticated(detail) => Self::unauthenticated(detail),
-            relay::Refused::Forbidden(detail) => Self::forbidden(detail),
-            relay::Refused::Unavailable(detail) => Self::auth_unavailable(detail),
-            relay::Refused::TooManyKeys(detail) => Self::too_many_keys(detail),
-            relay::Refused::Draining => Self::draining(),
-            relay::Refused::Origin => Self::forbidden_origin(refused.to_string()),
-            relay::Refused::Version => Self::bad_handshake(refused.to_string()),
+impl From<&ConnectError> for ApiError {
+    fn from(error: &ConnectError) -> Self {
+        match error {
+            ConnectError::UnknownChannel(_) => Self::no_such_channel(error.to_string()),
+            ConnectError::BadParameter(parameter) => Self::bad_parameter(parameter.name, error.to_string()),
+            ConnectError::ConnectionLimit => Self::connection_limit(error.to_string()),
+            ConnectError::Unauthenticated(detail) => Self::unauthenticated(detail),
+            ConnectError::Forbidden(detail) => Self::forbidden(detail),
+            ConnectError::Unavailable(detail) => Self::auth_unavailable(detail),
+            ConnectError::TooManyKeys(detail) => Self::too_many_keys(detail),
+            ConnectError::Draining => Self::draining(),
+            ConnectError::Origin => Self::forbidden_origin(error.to_string()),
+            ConnectError::Version => Self::bad_handshake(error.to_string()),
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::http::admission::admit;
 use crate::http::api::Api;
 use crate::http::extract::{Peer, Segment};
 use crate::http::problem::ApiError;
-use crate::relay::{BadParameter, FeedForm, Refused, SubscribeParams};
+use crate::relay::{BadParameter, ConnectError, FeedEncoding, SubscribeParams};
 
 /// The header that `EventSource` sends when it reconnects: the last `id` that it has seen.
 const LAST_EVENT_ID: &str = "last-event-id";
@@ -29,20 +29,20 @@ pub(crate) async fn open(
     peer: Peer,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let form = form(&headers);
+    let encoding = encoding(&headers);
     let admitted = admit(&api, &channel, query.as_deref(), &headers).await;
-    let (_, admission) = admitted.map_err(|refused| ApiError::from(&refused))?;
-    let params = params(query.as_deref(), &headers).map_err(|bad| ApiError::from(&Refused::BadParameter(bad)))?;
-    let feed = api.services().relay.feed(&channel, params, form, peer.0.ip(), admission);
-    let feed = feed.map_err(|refused| ApiError::from(&refused))?;
+    let (_, admission) = admitted.map_err(|error| ApiError::from(&error))?;
+    let params = params(query.as_deref(), &headers).map_err(|bad| ApiError::from(&ConnectError::BadParameter(bad)))?;
+    let feed = api.services().relay.feed(&channel, params, encoding, peer.0.ip(), admission);
+    let feed = feed.map_err(|error| ApiError::from(&error))?;
     let pieces = stream::unfold(feed, |mut feed| async {
         let piece = feed.next().await?;
         Some((Ok::<_, Infallible>(piece), feed))
     });
     let mut response = Response::new(Body::from_stream(pieces));
-    let content_type = match form {
-        FeedForm::EventStream => "text/event-stream",
-        FeedForm::Lines => "application/x-ndjson",
+    let content_type = match encoding {
+        FeedEncoding::EventStream => "text/event-stream",
+        FeedEncoding::Lines => "application/x-ndjson",
     };
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
@@ -61,9 +61,9 @@ fn params(query: Option<&str>, headers: &HeaderMap) -> Result<SubscribeParams, B
     Ok(params)
 }
 
-fn form(headers: &HeaderMap) -> FeedForm {
+fn encoding(headers: &HeaderMap) -> FeedEncoding {
     let accepted = headers.get_all(ACCEPT).into_iter().filter_map(|value| value.to_str().ok());
     let is_event_stream = |kind: &str| kind.trim().to_ascii_lowercase().starts_with("text/event-stream");
     let wants_events = accepted.flat_map(|value| value.split(',')).any(is_event_stream);
-    if wants_events { FeedForm::EventStream } else { FeedForm::Lines }
+    if wants_events { FeedEncoding::EventStream } else { FeedEncoding::Lines }
 }

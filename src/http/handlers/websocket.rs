@@ -22,7 +22,7 @@ use crate::http::extract::{Peer, Segment};
 use crate::http::handlers::ws_commands::WorkerCommandsFactory;
 use crate::http::problem::ApiError;
 use crate::http::server::maybe_tls::MaybeTlsStream;
-use crate::relay::{Admission, Errands, PROTOCOL, Refused, Session, SubscribeParams};
+use crate::relay::{Admission, CommandHandlerFactory, ConnectError, PROTOCOL, Session, SubscribeParams};
 
 /// `GET /api/v1/ws/{channel}`
 ///
@@ -69,7 +69,7 @@ pub(crate) async fn connect(
 }
 
 /// Serves a client that was refused, or that sent bytes before the response to its handshake.
-async fn run_with_early_bytes(api: Api, session: Result<Session, Refused>, socket: (MaybeTlsStream, Bytes)) {
+async fn run_with_early_bytes(api: Api, session: Result<Session, ConnectError>, socket: (MaybeTlsStream, Bytes)) {
     let (socket, sent_early) = socket;
     let (read, write) = tokio::io::split(socket);
     let socket = tokio::io::join(Cursor::new(sent_early).chain(read), write);
@@ -125,16 +125,16 @@ async fn open_session(
     protocol: RequestedProtocol,
     peer: Peer,
     headers: &HeaderMap,
-) -> Result<Session, Refused> {
+) -> Result<Session, ConnectError> {
     let (principal, admission) = admit(api, channel, query, headers).await?;
     match protocol {
         RequestedProtocol::Rich => {
             let key = key_of(query.unwrap_or_default());
-            let errands: Option<Arc<dyn Errands>> = Some(Arc::new(WorkerCommandsFactory::new(api.clone(), principal)));
-            let admission = Admission { errands, ..admission };
+            let commands: Option<Arc<dyn CommandHandlerFactory>> = Some(Arc::new(WorkerCommandsFactory::new(api.clone(), principal)));
+            let admission = Admission { commands, ..admission };
             api.services().relay.connect_rich(channel, key.as_deref(), peer.0.ip(), admission)
         }
-        RequestedProtocol::Unknown => Err(Refused::Version),
+        RequestedProtocol::Unknown => Err(ConnectError::Version),
         RequestedProtocol::Plain => {
             let params = SubscribeParams::parse(query.unwrap_or_default())?;
             api.services().relay.connect(channel, params, peer.0.ip(), admission)

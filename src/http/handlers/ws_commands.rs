@@ -26,7 +26,7 @@ use crate::http::problem::ApiError;
 use crate::http::publishing::{authorize_event, within_tenant};
 use crate::http::pulling::{self, DeliveryView, MAX_TOKENS, open_desk};
 use crate::pull::{Desk, GiveBack, PullError, Refused, Task, Token, Wanted};
-use crate::relay::{Errands, Runner};
+use crate::relay::{CommandHandler, CommandHandlerFactory};
 
 /// The maximum number of commands in progress per client, including pulls that wait for entries.
 const MAX_IN_PROGRESS: usize = 16;
@@ -51,8 +51,8 @@ impl fmt::Debug for WorkerCommandsFactory {
     }
 }
 
-impl Errands for WorkerCommandsFactory {
-    fn runner(&self) -> Box<dyn Runner> {
+impl CommandHandlerFactory for WorkerCommandsFactory {
+    fn handler(&self) -> Box<dyn CommandHandler> {
         let consumer = format!("ws-{}", Uuid::new_v4().simple()).parse().expect("a valid name");
         Box::new(WorkerCommands {
             api: self.api.clone(),
@@ -121,8 +121,8 @@ struct OpenPull {
     wanted: Wanted,
 }
 
-impl Runner for WorkerCommands {
-    fn take(&mut self, request: &str) {
+impl CommandHandler for WorkerCommands {
+    fn handle(&mut self, request: &str) {
         match serde_json::from_str::<CommandRequest>(request) {
             Ok(request) => {
                 let id = request.id;
@@ -153,9 +153,9 @@ impl Runner for WorkerCommands {
         }
     }
 
-    fn end(self: Box<Self>, is_sent_away: bool) -> BoxFuture<'static, ()> {
+    fn end(self: Box<Self>, will_reconnect: bool) -> BoxFuture<'static, ()> {
         let Self { mut leases, unsent, mut in_progress, .. } = *self;
-        if is_sent_away {
+        if will_reconnect {
             leases.clear();
         }
         leases.extend(unsent.into_iter().map(|(token, lease, _)| (token, lease)));
