@@ -20,6 +20,7 @@ use crate::event::{Fields, IdempotencyKey, NewEntry, NewEvent, StreamName, field
 use crate::metrics::Metrics;
 use crate::sink::{Forward, SinkError, SinkErrorClass};
 use crate::store::{Appended, Durability, Limits, MAX_APPEND, NotJoined, Store, StoreError, StoreErrorKind};
+use crate::validate::{Problems, Validate};
 
 /// What publishers may do.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
@@ -38,17 +39,11 @@ impl Default for Config {
     }
 }
 
-impl Config {
-    /// Every key that makes no sense, with the reason.
-    pub fn problems(&self) -> Vec<(&'static str, String)> {
-        let mut problems = Vec::new();
-        if !(1..=ByteSize::mib(64).as_u64()).contains(&self.max_event.as_u64()) {
-            problems.push(("max_event", "must be between 1 byte and 64 MiB".to_owned()));
-        }
-        if self.dedup_window < Duration::from_secs(1) {
-            problems.push(("dedup_window", "must be at least 1s".to_owned()));
-        }
-        problems
+impl Validate for Config {
+    fn validate(&self, problems: &mut Problems) {
+        let sizes = 1..=ByteSize::mib(64).as_u64();
+        problems.require(sizes.contains(&self.max_event.as_u64()), "max_event", "must be from 1B to 64MiB");
+        problems.require(self.dedup_window >= Duration::from_secs(1), "dedup_window", "must be at least 1s");
     }
 }
 

@@ -28,7 +28,7 @@ pub use crate::delivery::family_workers::Crew;
 pub use crate::delivery::redelivery::Guard;
 pub use crate::delivery::redelivery::family::Patrol;
 pub use crate::delivery::worker::breaker::BreakerPolicy;
-pub use config::{GroupConfig, GroupStart, InvalidValue};
+pub use config::{GroupConfig, GroupStart};
 pub use ordering::{InvalidOrderBy, OnPoison, OrderBy, Ordering};
 pub use policy::{RetryPolicy, Verdict};
 

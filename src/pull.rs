@@ -30,6 +30,7 @@ pub use token::{InvalidToken, Token};
 use crate::event::{ConsumerName, GroupName, StreamName, StreamPattern};
 use crate::metrics::Metrics;
 use crate::store::{Roster, Store};
+use crate::validate::{Problems, Validate};
 
 /// The shortest lease: less than that is over before its answer has arrived.
 pub const MIN_LEASE: Duration = Duration::from_millis(100);
@@ -55,22 +56,18 @@ impl Default for Config {
     }
 }
 
-impl Config {
-    /// Every key that makes no sense, with the reason.
-    pub fn problems(&self) -> Vec<(&'static str, String)> {
-        let mut problems = Vec::new();
+impl Validate for Config {
+    fn validate(&self, problems: &mut Problems) {
         let counts = [
             ("max_batch", self.max_batch, 500),
             ("max_leases", self.max_leases, 100_000),
             ("max_waiting", self.max_waiting, 100_000),
         ];
-        for (key, _, most) in counts.into_iter().filter(|(_, count, most)| !(1..=*most).contains(count)) {
-            problems.push((key, format!("must be from 1 to {most}")));
+        for (key, count, max) in counts {
+            problems.require((1..=max).contains(&count), key, format_args!("must be from 1 to {max}"));
         }
-        if self.max_wait.is_zero() || self.max_wait > Duration::from_mins(5) {
-            problems.push(("max_wait", "must be longer than nothing and at most 5m".to_owned()));
-        }
-        problems
+        let is_valid = !self.max_wait.is_zero() && self.max_wait <= Duration::from_mins(5);
+        problems.require(is_valid, "max_wait", "must be longer than 0s and at most 5m");
     }
 }
 
@@ -297,7 +294,7 @@ mod tests {
     fn every_senseless_limit_is_told_with_its_key() {
         assert_eq!(Config::default().problems(), []);
         let config = Config { max_batch: 0, max_leases: 0, max_wait: Duration::ZERO, max_waiting: 0 };
-        let keys: Vec<_> = config.problems().into_iter().map(|(key, _)| key).collect();
+        let keys: Vec<_> = config.problems().into_iter().map(|problem| problem.path).collect();
         assert_eq!(keys, ["max_batch", "max_leases", "max_waiting", "max_wait"]);
         let config = Config { max_wait: Duration::from_hours(1), max_batch: 501, ..Config::default() };
         assert_eq!(config.problems().len(), 2);

@@ -1,5 +1,7 @@
-//! Who works for the declared groups: a worker for each consumer of a group with a sink, a crew for all members of a
-//! family; a guard and a desk for a group that is consumed from outside, a patrol and desks for all members of a family.
+//! The tasks of the declared groups.
+//!
+//! A group with a sink has a worker per consumer, or family workers for all members of a family. A group without a sink
+//! is consumed from outside: a redeliverer appends its abandoned entries again, and pull consumers serve requests.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -20,10 +22,10 @@ use crate::readiness::{Part, Readiness};
 use crate::sink::Sink;
 use crate::store::{Families, Roster, Store};
 
-/// How many rings for the patrol of a family's group may be unheard.
-const RINGS: usize = 1024;
+/// Capacity of the channel that notifies the redeliverer of a family.
+const NOTIFICATIONS: usize = 1024;
 
-/// Those who work for the groups, not yet at work.
+/// The tasks of all groups, before they run.
 #[derive(Debug)]
 pub(super) struct Groups {
     workers: Vec<Worker>,
@@ -34,9 +36,9 @@ pub(super) struct Groups {
     pull: Pull,
 }
 
-/// What they work with.
+/// The dependencies of the tasks.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Means<'a> {
+pub(super) struct GroupDeps<'a> {
     pub(super) store: &'a Arc<dyn Store>,
     pub(super) sinks: &'a BTreeMap<String, Arc<dyn Sink>>,
     pub(super) families: &'a Families,
@@ -46,7 +48,7 @@ pub(super) struct Means<'a> {
 }
 
 impl Groups {
-    pub(super) fn build(config: &Config, family_specs: Vec<FamilySpec>, means: Means<'_>) -> anyhow::Result<Self> {
+    pub(super) fn build(config: &Config, family_specs: Vec<FamilySpec>, deps: GroupDeps<'_>) -> anyhow::Result<Self> {
         let instance = &config.instance;
         let guard: ConsumerName = format!("{instance}-guard").parse()?;
         let reader: ConsumerName = format!("{instance}-pull").parse()?;
@@ -57,41 +59,41 @@ impl Groups {
             let consumers = consumers_of(instance, group)?;
             let Some(name) = stream.name.stream() else {
                 if group.sink.is_some() {
-                    crews.push(means.crew(stream, group, consumers.clone())?);
+                    crews.push(deps.crew(stream, group, consumers.clone())?);
                     own.extend(consumers);
                 } else {
-                    let (ring, bell) = mpsc::channel(RINGS);
-                    patrols.push(means.patrol(stream, group, guard.clone())?.with_bell(bell));
-                    pulled_families.push(means.pull_family(stream, group, ring)?);
+                    let (ring, bell) = mpsc::channel(NOTIFICATIONS);
+                    patrols.push(deps.patrol(stream, group, guard.clone())?.with_bell(bell));
+                    pulled_families.push(deps.pull_family(stream, group, ring)?);
                 }
                 continue;
             };
             let spec = spec_of(stream, name, group)?;
             if group.sink.is_some() {
                 for (index, consumer) in consumers.into_iter().enumerate() {
-                    workers.push(means.worker(&spec, index, consumer.clone())?);
+                    workers.push(deps.worker(&spec, index, consumer.clone())?);
                     own.insert(consumer);
                 }
             } else {
                 let bell = Arc::<Notify>::default();
-                let part = means.part(&format!("group {}", full_name(stream, group)));
-                let of_group = Guard::new(Arc::clone(means.store), spec.clone(), guard.clone(), means.metrics, part);
+                let part = deps.part(&format!("group {}", full_name(stream, group)));
+                let of_group = Guard::new(Arc::clone(deps.store), spec.clone(), guard.clone(), deps.metrics, part);
                 guards.push(of_group.with_bell(Arc::clone(&bell)));
                 pulled.push(pull_group(&spec, bell));
             }
             specs.push(spec);
         }
-        let pull = Pull::new(means.store, config.pull.clone(), pulled, pulled_families, &reader, &guard, means.metrics);
-        let reaper = Reaper::new(Arc::clone(means.store), specs, own, means.metrics.clone());
+        let pull = Pull::new(deps.store, config.pull.clone(), pulled, pulled_families, &reader, &guard, deps.metrics);
+        let reaper = Reaper::new(Arc::clone(deps.store), specs, own, deps.metrics.clone());
         Ok(Self { workers, crews, guards, patrols, reaper: reaper.with_families(family_specs), pull })
     }
 
-    /// The groups that are consumed from outside.
+    /// Returns the groups that are consumed from outside.
     pub(super) fn pull(&self) -> &Pull {
         &self.pull
     }
 
-    /// Lets them work until `stop`.
+    /// Starts all tasks. They run until `stop`.
     pub(super) fn spawn(self, tasks: &mut JoinSet<&'static str>, stop: &CancellationToken) {
         for crew in self.crews {
             tasks.spawn(named("crew", crew.run(stop.clone())));
@@ -111,7 +113,7 @@ impl Groups {
     }
 }
 
-impl Means<'_> {
+impl GroupDeps<'_> {
     fn worker(&self, spec: &GroupSpec, index: usize, consumer: ConsumerName) -> anyhow::Result<Worker> {
         let full_name = format!("{}/{}", spec.stream, spec.config.name);
         let name = if spec.config.workers == 1 { full_name } else { format!("{full_name} {index}") };
@@ -138,7 +140,7 @@ impl Means<'_> {
         Ok(FamilyGroup { roster: self.roster(stream)?, dead_letter: stream.dead_letter(), config: group.clone() })
     }
 
-    /// A group without a sink of every member, as those see it who pull from one.
+    /// Creates the pull interface of a family's group without a sink.
     fn pull_family(
         &self,
         stream: &StreamConfig,
@@ -156,12 +158,12 @@ impl Means<'_> {
     }
 
     fn roster(&self, stream: &StreamConfig) -> anyhow::Result<Arc<Roster>> {
-        self.families.named(stream.name.as_str()).cloned().context("a family is declared, and not there")
+        self.families.named(stream.name.as_str()).cloned().context("a declared family is not registered")
     }
 
     fn sink(&self, group: &GroupConfig) -> anyhow::Result<Arc<dyn Sink>> {
         let sink = group.sink.as_ref().and_then(|sink| self.sinks.get(sink));
-        sink.cloned().context("a group names a sink that is not there")
+        sink.cloned().context("a group names a sink that is not open")
     }
 
     fn part(&self, name: &str) -> Part {
@@ -171,11 +173,11 @@ impl Means<'_> {
 
 fn spec_of(stream: &StreamConfig, name: &StreamName, group: &GroupConfig) -> anyhow::Result<GroupSpec> {
     let dead_letter = stream.dead_letter();
-    let dead_letter = dead_letter.stream().context("the dead letters of one stream are a family")?;
+    let dead_letter = dead_letter.stream().context("the dead-letter stream of a single stream is a family")?;
     Ok(GroupSpec { stream: name.clone(), dead_letter: dead_letter.clone(), config: group.clone() })
 }
 
-/// A group without a sink, as those see it who pull from it.
+/// Creates the pull interface of a group without a sink.
 fn pull_group(spec: &GroupSpec, bell: Arc<Notify>) -> PullGroup {
     PullGroup {
         stream: spec.stream.clone(),
@@ -192,7 +194,7 @@ fn full_name(stream: &StreamConfig, group: &GroupConfig) -> String {
     format!("{}/{}", stream.name, group.name)
 }
 
-/// The names of this daemon's consumers in a group.
+/// Returns the names of this daemon's consumers in a group.
 fn consumers_of(instance: &str, group: &GroupConfig) -> anyhow::Result<Vec<ConsumerName>> {
     (0..group.workers).map(|index| Ok(format!("{instance}-{index}").parse()?)).collect()
 }

@@ -9,6 +9,7 @@ use super::policy::RetryPolicy;
 use crate::delivery::worker::breaker::BreakerPolicy;
 use crate::event::{GroupName, Severity};
 use crate::store::Start;
+use crate::validate::{Problems, Validate};
 
 /// One consumer group of a stream.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
@@ -129,15 +130,6 @@ mod default {
     }
 }
 
-/// A value of a group's configuration that makes no sense.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct InvalidValue {
-    /// The key within the group, such as `retry.cap`.
-    pub key: &'static str,
-    /// What is wrong with its value and what it may be.
-    pub problem: String,
-}
-
 impl GroupConfig {
     /// A group of that name, all else as by default.
     pub fn new(name: GroupName) -> Self {
@@ -166,21 +158,22 @@ impl GroupConfig {
     pub(super) fn halts(&self) -> bool {
         self.ordering == Ordering::Stream && self.on_poison == OnPoison::Halt
     }
+}
 
-    /// Every value that makes no sense.
-    pub fn validate(&self) -> Vec<InvalidValue> {
+impl Validate for GroupConfig {
+    fn validate(&self, problems: &mut Problems) {
         const SECOND: Duration = Duration::from_secs(1);
         const DAY: Duration = Duration::from_hours(24);
         let text = humantime_serde::re::humantime::format_duration;
         let (retry, breaker) = (&self.retry, &self.breaker);
-        // Without a sink, nobody makes attempts.
+        // Without a sink there are no attempts.
         let least_deliveries = if self.sink.is_some() { retry.max_attempts } else { 1 };
         let rules = [
-            ("workers", !(1..=64).contains(&self.workers), format!("must be 1 to 64, not {}", self.workers)),
+            ("workers", !(1..=64).contains(&self.workers), format!("must be from 1 to 64, not {}", self.workers)),
             (
                 "workers",
                 self.ordering != Ordering::None && self.workers > 1,
-                "must be 1 where an order is kept: one worker at a time keeps it".to_owned(),
+                "must be 1 with an ordering: only one worker at a time keeps the order".to_owned(),
             ),
             (
                 "concurrency",
@@ -190,7 +183,7 @@ impl GroupConfig {
             (
                 "order_by",
                 self.ordering == Ordering::Key && self.order_by.is_none(),
-                "is missing: ordering = \"key\" needs to know the key, such as \"source\" or \"data.host\"".to_owned(),
+                "is missing: ordering = \"key\" needs a key, such as \"source\" or \"data.host\"".to_owned(),
             ),
             (
                 "order_by",
@@ -200,7 +193,7 @@ impl GroupConfig {
             (
                 "on_poison",
                 self.ordering != Ordering::Stream && self.on_poison == OnPoison::Halt,
-                "can be \"halt\" only with ordering = \"stream\"".to_owned(),
+                "must not be \"halt\" without ordering = \"stream\"".to_owned(),
             ),
             ("retry.max_attempts", retry.max_attempts == 0, "must be at least 1".to_owned()),
             ("retry.base", retry.base.is_zero(), "must be longer than 0s".to_owned()),
@@ -222,18 +215,18 @@ impl GroupConfig {
             (
                 "claim_idle",
                 self.claim_idle < SECOND || self.claim_idle > DAY,
-                format!("must be 1s to 1day, not {}", text(self.claim_idle)),
+                format!("must be from 1s to 1day, not {}", text(self.claim_idle)),
             ),
-            ("batch", !(1..=1000).contains(&self.batch), format!("must be 1 to 1000, not {}", self.batch)),
+            ("batch", !(1..=1000).contains(&self.batch), format!("must be from 1 to 1000, not {}", self.batch)),
             (
                 "max_in_flight",
                 !(1..=100_000).contains(&self.max_in_flight),
-                format!("must be 1 to 100000, not {}", self.max_in_flight),
+                format!("must be from 1 to 100000, not {}", self.max_in_flight),
             ),
             (
                 "concurrency",
                 !(1..=256).contains(&self.concurrency),
-                format!("must be 1 to 256, not {}", self.concurrency),
+                format!("must be from 1 to 256, not {}", self.concurrency),
             ),
             (
                 "handler_timeout",
@@ -256,8 +249,9 @@ impl GroupConfig {
             ),
             ("reap_after", self.reap_after < SECOND, format!("must be at least 1s, not {}", text(self.reap_after))),
         ];
-        let broken = rules.into_iter().filter(|(_, is_broken, _)| *is_broken);
-        broken.map(|(key, _, problem)| InvalidValue { key, problem }).collect()
+        for (key, is_invalid, message) in rules {
+            problems.require(!is_invalid, key, message);
+        }
     }
 }
 
@@ -273,7 +267,7 @@ mod tests {
     fn a_group_needs_a_name_and_no_more() {
         let config = parse("name = 'siem'").unwrap();
         assert_eq!(config, GroupConfig::new("siem".parse().unwrap()));
-        assert_eq!(config.validate(), []);
+        assert_eq!(config.problems(), []);
         assert!(parse("sink = 'log'").is_err());
         assert!(parse("name = 'siem'\nworker = 2").is_err());
     }
@@ -293,7 +287,7 @@ mod tests {
         assert_eq!(config.min_severity, Some(Severity::High));
         assert_eq!(config.claim_idle, Duration::from_mins(2));
         assert_eq!(config.retry.base, Duration::from_millis(250));
-        assert_eq!(config.validate(), []);
+        assert_eq!(config.problems(), []);
         assert_eq!(parse(&toml::to_string(&config).unwrap()).unwrap(), config);
     }
 
@@ -305,7 +299,7 @@ mod tests {
              breaker = { pause = '1m', max_pause = '1s' }\nreap_after = '10ms'",
         )
         .unwrap();
-        let keys: Vec<_> = config.validate().into_iter().map(|invalid| invalid.key).collect();
+        let keys: Vec<_> = config.problems().into_iter().map(|problem| problem.path).collect();
         let expected = [
             "workers",
             "retry.cap",
@@ -324,14 +318,14 @@ mod tests {
     #[test]
     fn what_only_workers_heed_is_no_matter_for_a_group_consumed_from_outside() {
         let config = parse("name = 'agents'\nclaim_idle = '10s'\nmax_deliveries = 2").unwrap();
-        assert_eq!(config.validate(), []);
+        assert_eq!(config.problems(), []);
     }
 
     #[test]
     fn an_order_needs_one_worker_and_to_know_what_it_is() {
-        let keys = |text: &str| -> Vec<&str> {
+        let keys = |text: &str| -> Vec<String> {
             let config = parse(&format!("name = 'siem'\n{text}")).unwrap();
-            config.validate().into_iter().map(|invalid| invalid.key).collect()
+            config.problems().into_iter().map(|problem| problem.path).collect()
         };
         assert_eq!(keys("ordering = 'stream'\non_poison = 'halt'"), [""; 0]);
         assert_eq!(keys("ordering = 'key'\norder_by = 'source'\nconcurrency = 8"), [""; 0]);

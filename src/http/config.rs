@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::http::middleware::origin;
 use crate::http::server::tls::TlsConfig;
+use crate::validate::{Problems, Validate};
 
 /// The maximum of every count in this section.
 const MAX_COUNT: usize = 1_000_000;
@@ -74,10 +75,8 @@ impl Default for Config {
     }
 }
 
-impl Config {
-    /// Returns every invalid key with the reason.
-    pub fn problems(&self) -> Vec<(&'static str, String)> {
-        let mut problems = Vec::new();
+impl Validate for Config {
+    fn validate(&self, problems: &mut Problems) {
         let counts = [
             ("max_batch", self.max_batch),
             ("max_connections", self.max_connections),
@@ -86,24 +85,25 @@ impl Config {
             ("max_bodies_per_address", self.max_bodies_per_address),
             ("rate_limit", self.rate_limit as usize),
         ];
-        for (key, _) in counts.into_iter().filter(|(_, count)| !(1..=MAX_COUNT).contains(count)) {
-            problems.push((key, format!("must be from 1 to {MAX_COUNT}")));
+        for (key, count) in counts {
+            problems.require((1..=MAX_COUNT).contains(&count), key, format_args!("must be from 1 to {MAX_COUNT}"));
         }
         for origin in self.origins.iter().filter(|origin| !origin::is_well_formed(origin)) {
-            let detail = format!("`{origin}` is not an origin; it must be like https://soc.example, without a path");
-            problems.push(("origins", detail));
+            let message =
+                format_args!("`{origin}` is not an origin; it must be like https://soc.example, without a path");
+            problems.add("origins", message);
         }
-        if self.max_body.as_u64() == 0 {
-            problems.push(("max_body", "must be at least 1 byte".to_owned()));
-        }
+        problems.require(self.max_body.as_u64() > 0, "max_body", "must be at least 1 byte");
         let times = [
             ("header_timeout", self.header_timeout),
             ("body_timeout", self.body_timeout),
             ("write_timeout", self.write_timeout),
         ];
-        for (key, _) in times.into_iter().filter(|(_, time)| time.is_zero()) {
-            problems.push((key, "must be longer than 0".to_owned()));
+        for (key, time) in times {
+            problems.require(!time.is_zero(), key, "must be longer than 0s");
         }
-        problems
+        if let Some(tls) = &self.tls {
+            problems.check("tls", tls);
+        }
     }
 }

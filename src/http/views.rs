@@ -3,7 +3,7 @@
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use crate::dead_letters::Level;
+use crate::dead_letters::FillLevel;
 use crate::event::{Entry, StreamName, field};
 use crate::http::api::Api;
 
@@ -75,9 +75,9 @@ impl FillLevelView {
 
     /// Reads the fill level of a stream of dead letters.
     pub(super) async fn of_stream(api: &Api, stream: &StreamName) -> Self {
-        let level = api.services().dead_letters.level(stream).await;
+        let level = api.services().dead_letters.fill_level(stream).await;
         let error = level.as_ref().err().map(ToString::to_string);
-        let level = level.unwrap_or(Level { length: 0, max_len: 0, first_id: None, last_id: None, alarm: None });
+        let level = level.unwrap_or(FillLevel { length: 0, max_len: 0, first_id: None, last_id: None, alarm: None });
         Self {
             stream: stream.to_string(),
             of: Vec::new(),

@@ -9,12 +9,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use crate::clock;
-use crate::delivery::{GroupConfig, InvalidValue};
+use crate::delivery::GroupConfig;
 use crate::event::{EntryId, GroupName, StreamName};
 use crate::maintenance::FamilySpec;
 use crate::maintenance::round_robin::Rounds;
 use crate::metrics::Metrics;
 use crate::store::{Dropped, Limits, LostReason, Store, StoreError, StoreErrorKind, StreamStatus, Trim};
+use crate::validate::{Problems, Validate};
 
 /// How often streams are trimmed.
 const TRIM_EVERY: Duration = Duration::from_secs(5);
@@ -70,22 +71,17 @@ impl Default for Retention {
     }
 }
 
-impl Retention {
-    /// Every value that makes no sense.
-    pub fn validate(&self) -> Vec<InvalidValue> {
-        let rules = [
-            ("hard_max_len", self.hard_max_len == 0, "must be at least 1".to_owned()),
-            (
-                "hard_max_len",
-                self.hard_max_len < self.max_len,
-                format!("must be at least max_len ({}), not {}", self.max_len, self.hard_max_len),
-            ),
-            ("abandoned_after", self.abandoned_after < Duration::from_mins(1), "must be at least 1m".to_owned()),
-        ];
-        let broken = rules.into_iter().filter(|(_, is_broken, _)| *is_broken);
-        broken.map(|(key, _, problem)| InvalidValue { key, problem }).collect()
+impl Validate for Retention {
+    fn validate(&self, problems: &mut Problems) {
+        problems.require(self.hard_max_len > 0, "hard_max_len", "must be at least 1");
+        let message = format_args!("must be at least max_len ({}), not {}", self.max_len, self.hard_max_len);
+        problems.require(self.hard_max_len >= self.max_len, "hard_max_len", message);
+        let is_valid = self.abandoned_after >= Duration::from_mins(1);
+        problems.require(is_valid, "abandoned_after", "must be at least 1m");
     }
+}
 
+impl Retention {
     /// The most entries that publishers may bring a stream to, if they are ever refused.
     pub fn publish_limit(&self) -> Option<u64> {
         (self.when_full == WhenFull::Reject).then_some(self.hard_max_len)
@@ -331,10 +327,10 @@ mod tests {
 
     #[test]
     fn the_hard_limit_is_never_below_what_is_kept() {
-        assert_eq!(Retention::default().validate(), []);
+        assert_eq!(Retention::default().problems(), []);
         let narrow = Retention { max_len: 11, hard_max_len: 10, ..Retention::default() };
-        assert_eq!(narrow.validate().len(), 1);
-        assert!(narrow.validate()[0].problem.contains("at least max_len (11)"));
+        assert_eq!(narrow.problems().len(), 1);
+        assert!(narrow.problems()[0].message.contains("at least max_len (11)"));
     }
 
     #[test]

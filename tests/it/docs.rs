@@ -1,4 +1,4 @@
-//! What the documentation claims, compared with the program.
+//! Checks of the documentation against the program.
 
 use std::fs;
 use std::path::Path;
@@ -7,13 +7,14 @@ use aurora_bus::auth::{AuthConfig, IssuerConfig};
 use aurora_bus::http::TlsConfig;
 use aurora_bus::metrics::Metrics;
 use aurora_bus::sink::{SinkConfig, WebhookConfig};
+use aurora_bus::validate::Validate as _;
 
 fn page(path: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path))
         .unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-/// README.md, ARCHITECTURE.md and whatever is in docs/.
+/// Returns README.md, ARCHITECTURE.md and all pages of docs/.
 fn pages() -> Vec<String> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
     let names = fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").file_name());
@@ -21,14 +22,14 @@ fn pages() -> Vec<String> {
     pages.chain(["README.md".to_owned(), "ARCHITECTURE.md".to_owned()]).collect()
 }
 
-/// A heading as links name it.
+/// Returns the anchor of a heading in links.
 fn anchor(heading: &str) -> String {
     let kept = heading.trim_start_matches('#').trim().to_lowercase();
     kept.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c)).map(|c| if c == ' ' { '-' } else { c }).collect()
 }
 
 #[test]
-fn links_between_pages_lead_somewhere() {
+fn links_between_pages_resolve() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut seen = 0;
     for from in pages() {
@@ -53,7 +54,7 @@ fn links_between_pages_lead_somewhere() {
 }
 
 #[test]
-fn the_readme_leads_to_every_page() {
+fn readme_links_to_every_page() {
     let readme = page("README.md");
     for name in pages().iter().filter(|name| *name != "README.md") {
         assert!(readme.contains(&format!("]({name})")), "README.md does not mention {name}");
@@ -61,7 +62,7 @@ fn the_readme_leads_to_every_page() {
 }
 
 #[test]
-fn the_operations_page_lists_every_metric() {
+fn operations_page_lists_every_metric() {
     let operations = page("docs/operations.md");
     let (_, rest) = operations.split_once("<!-- metrics -->\n").expect("the table begins");
     let (table, _) = rest.split_once("<!-- /metrics -->").expect("the table ends");
@@ -73,7 +74,7 @@ fn the_operations_page_lists_every_metric() {
     assert_eq!(table, expected, "the table in docs/operations.md should be:\n{expected}");
 }
 
-/// A table as the configuration file shows it, in comments.
+/// Parses a table of the configuration file that is shown as a comment.
 fn commented_table(table: &str) -> toml::Table {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(aurora_bus::config::DEFAULT_FILE);
     let text = fs::read_to_string(file).expect("the documented configuration");

@@ -9,6 +9,7 @@ use aurora_bus::maintenance::Reaper;
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
 use aurora_bus::store::{Cursor, GroupStatus, Order, Range, Start, Store};
+use aurora_bus::validate::Validate as _;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -39,7 +40,7 @@ impl Guarded {
         config.claim_idle = Duration::from_secs(2);
         config.max_deliveries = max_deliveries;
         config.reap_after = Duration::from_secs(1);
-        assert_eq!(config.validate(), []);
+        assert_eq!(config.problems(), []);
         store.ensure_group(&stream, &config.name, Start::Oldest).await.expect("a group");
         let spec = GroupSpec { dead_letter: stream.default_dead_letter(), stream, config };
         let (metrics, readiness) = (Metrics::new(), Readiness::default());

@@ -1,5 +1,5 @@
-//! Retention and accounts of running daemons: what others take away is counted once, a full stream refuses or drops,
-//! and `aurora-bus reconcile` tells.
+//! Retention and accounts of running daemons. Entries removed by other programs are counted once, a full stream refuses
+//! or drops entries, and `aurora-bus reconcile` reports the accounts.
 
 use reqwest::StatusCode;
 use serde_json::Value;
@@ -10,7 +10,7 @@ use crate::support::until;
 
 const STREAM: &str = "aurora:ledger";
 
-/// A configuration of one stream with two groups: `siem`, which the daemon works for, and `agents`, which it does not.
+/// Returns a configuration of one stream with two groups: `siem` with a worker, and `agents` without a sink.
 fn config(store: &str, instance: &str, retention: &str) -> String {
     format!(
         "{store}\n\
@@ -26,7 +26,7 @@ fn on(server: &RedisServer) -> String {
     format!("[store]\nbackend = \"redis\"\n[store.redis]\nurl = \"{}\"", server.url())
 }
 
-/// The same where the daemon works for no group.
+/// Returns the same configuration without workers.
 fn outside_only(store: &str, retention: &str) -> String {
     format!(
         "{store}\n[[streams]]\nname = \"{STREAM}\"\nretention = {{ {retention} }}\n\
@@ -49,7 +49,7 @@ async fn lost(daemon: &Daemon, name: &str, reason: &str) -> u64 {
     group(daemon, name).await["lost_by_reason"][reason].as_u64().unwrap_or_default()
 }
 
-/// The sum of a metric's samples that have these labels, over daemons.
+/// Returns the sum of the samples with these labels, over several daemons.
 async fn counted(daemons: &[&Daemon], metric: &str, labels: &[&str]) -> u64 {
     let mut sum = 0;
     for daemon in daemons {
@@ -69,7 +69,7 @@ async fn is_lost(daemon: &Daemon, name: &str, reason: &str, entries: u64) {
         .await;
 }
 
-/// What `aurora-bus reconcile` says of a daemon whose accounts add up, soon or later: the exit code and standard output.
+/// Runs `aurora-bus reconcile` until the accounts add up. Returns the exit code and standard output.
 fn reconcile(home: &Home, daemon: &Daemon, more: &[&str]) -> (Option<i32>, String) {
     reconcile_within("60s", home, daemon, more)
 }
@@ -89,7 +89,7 @@ async fn wait_for_warning(daemon: &Daemon, words: &str) {
     .await;
 }
 
-/// Entries trimmed by others, while pending and before delivery, with two daemons that look.
+/// Entries are trimmed by another program, pending and undelivered ones, while two daemons look for losses.
 async fn trimmed_by_others(product: Product) {
     let server = RedisServer::start(product, &[]).await;
     let first = Home::new(&outside_only(&on(&server), "max_len = 1000"));
@@ -103,7 +103,7 @@ async fn trimmed_by_others(product: Product) {
         (counted(&both, "aurora_bus_account_entries", &["agents", "term=\"pending\""]).await == 20).then_some(())
     })
     .await;
-    // Ten that are pending, and five that were not delivered yet.
+    // Ten entries are pending, and five are undelivered.
     server.cli(&["XTRIM", STREAM, "MAXLEN", "5"]);
     is_lost(&daemons[0], "agents", "trimmed_undelivered", 5).await;
     for daemon in &daemons {
@@ -112,7 +112,7 @@ async fn trimmed_by_others(product: Product) {
         wait_for_warning(daemon, "pending entries that others removed").await;
     }
     assert_eq!(counted(&both, "aurora_bus_lost_total", &["agents", "trimmed_undelivered"]).await, 5);
-    // Read past the gap, so that a server that corrects its own count has done so, and acknowledge all that is there.
+    // Read past the gap, so that the server corrects its count, and acknowledge everything.
     let rest = server.cli(&["XREADGROUP", "GROUP", "agents", "worker", "COUNT", "10", "STREAMS", STREAM, ">"]);
     let is_number = |text: &str| text.parse::<u64>().is_ok();
     let is_id = |line: &&str| line.split_once('-').is_some_and(|(ms, seq)| is_number(ms) && is_number(seq));
@@ -132,20 +132,20 @@ async fn trimmed_by_others(product: Product) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_others_trim_is_counted_once_by_two_daemons_on_redis() {
+async fn foreign_trim_is_counted_once_by_two_daemons_on_redis() {
     trimmed_by_others(Product::Redis).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_others_trim_is_counted_once_by_two_daemons_on_valkey() {
+async fn foreign_trim_is_counted_once_by_two_daemons_on_valkey() {
     trimmed_by_others(Product::Valkey).await;
 }
 
-/// A group that the daemon works for finds pending and undelivered losses by itself, and knows them after a restart.
+/// A group with a worker finds pending and undelivered losses, and keeps the counts over a restart.
 async fn lost_with_a_worker(product: Product) {
     let server = RedisServer::start(product, &[]).await;
     let home = Home::new(&config(&on(&server), "files", "max_len = 1000"));
-    // Someone read ten entries for the group and died, before any daemon ran.
+    // A consumer fetched ten entries and died before any daemon ran.
     for n in 0..20 {
         server.cli(&["XADD", STREAM, "*", "data", &format!("{{\"n\":{n}}}")]);
     }
@@ -175,17 +175,17 @@ async fn lost_with_a_worker(product: Product) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_finds_what_was_lost_while_it_was_away_on_redis() {
+async fn worker_finds_losses_of_its_downtime_on_redis() {
     lost_with_a_worker(Product::Redis).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_finds_what_was_lost_while_it_was_away_on_valkey() {
+async fn worker_finds_losses_of_its_downtime_on_valkey() {
     lost_with_a_worker(Product::Valkey).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn reconcile_tells_by_its_exit_code_whether_the_accounts_add_up() {
+async fn reconcile_exit_code_reports_the_accounts() {
     let server = RedisServer::start(Product::Redis, &[]).await;
     let home = Home::new(&config(&on(&server), "files", "max_len = 1000"));
     let daemon = home.start().await;
@@ -194,12 +194,12 @@ async fn reconcile_tells_by_its_exit_code_whether_the_accounts_add_up() {
     let (code, told) = reconcile(&home, &daemon, &[]);
     assert_eq!(code, Some(0), "{told}");
     assert!(told.contains("siem") && told.contains("agents"), "{told}");
-    // Set back by an operator, the group handles everything twice.
+    // An operator sets the group back, so that it handles everything twice.
     server.cli(&["XGROUP", "SETID", STREAM, "siem", "0"]);
     until("second handling", BOUND, async || (group(&daemon, "siem").await["acknowledged"] == 60).then_some(())).await;
     let (code, told) = reconcile_within("7s", &home, &daemon, &[STREAM]);
     assert_eq!(code, Some(1), "{told}");
-    assert!(told.contains("-30 more is found than was published"), "{told}");
+    assert!(told.contains("-30 surplus entries"), "{told}");
     wait_for_warning(&daemon, "the account of group `siem` is off by -30").await;
     assert_eq!(reconcile(&home, &daemon, &["aurora:unknown"]).0, Some(2));
     assert_eq!(home.run(&["reconcile", "--url", "http://127.0.0.1:1"]).status.code(), Some(2));
@@ -207,7 +207,7 @@ async fn reconcile_tells_by_its_exit_code_whether_the_accounts_add_up() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn accounts_begin_anew_when_the_server_lost_everything() {
+async fn accounts_restart_after_the_server_lost_everything() {
     let server = RedisServer::start(Product::Valkey, &[]).await;
     let home = Home::new(&config(&on(&server), "files", "max_len = 1000"));
     let daemon = home.start().await;
@@ -228,13 +228,13 @@ async fn accounts_begin_anew_when_the_server_lost_everything() {
     assert_eq!(reconcile(&home, &daemon, &[]).0, Some(0));
 }
 
-/// A full stream of a store refuses publishers, and takes entries again when the group has gone on.
+/// A full stream refuses publishers, and accepts entries again after the group has progressed.
 async fn refuses_when_full(store: &str) {
     let home = Home::new(&outside_only(store, "max_len = 10, hard_max_len = 200"));
     let daemon = home.start().await;
     daemon.publish(STREAM, &payloads(199)).await.expect("published");
     assert_eq!(daemon.publish(STREAM, &payloads(2)).await.expect_err("full"), Some(StatusCode::INSUFFICIENT_STORAGE));
-    // What was published while the daemon took its first look may count twice until the next one.
+    // Entries published during the first pass of the daemon may count twice until the next one.
     until("room for one", BOUND, async || daemon.publish(STREAM, &payloads(1)).await.ok()).await;
     let client = crate::support::app::client();
     let detail = until("group in the detail", BOUND, async || {
@@ -252,12 +252,12 @@ async fn refuses_when_full(store: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_stream_of_the_embedded_store_refuses_publishers() {
+async fn full_stream_of_the_embedded_store_refuses_publishers() {
     refuses_when_full("").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_stream_on_redis_refuses_publishers_until_there_is_room() {
+async fn full_stream_on_redis_refuses_until_there_is_room() {
     let server = RedisServer::start(Product::Redis, &[]).await;
     refuses_when_full(&on(&server)).await;
     let home = Home::new(&outside_only(&on(&server), "max_len = 10, hard_max_len = 200"));
@@ -268,7 +268,7 @@ async fn a_full_stream_on_redis_refuses_publishers_until_there_is_room() {
     until("room", BOUND, async || daemon.publish(STREAM, &payloads(1)).await.ok()).await;
 }
 
-/// A full stream drops its oldest entries, and counts them for the group that misses them.
+/// A full stream drops its oldest entries, and counts them for the group that loses them.
 async fn drops_when_full(store: &str) {
     let home = Home::new(&outside_only(store, "max_len = 10, hard_max_len = 300, when_full = \"drop_oldest\""));
     let daemon = home.start().await;
@@ -278,7 +278,7 @@ async fn drops_when_full(store: &str) {
     let agents = until("dropped entries", BOUND, async || {
         let agents = group(&daemon, "agents").await;
         let lost = agents["lost_by_reason"]["dropped"].as_u64()?;
-        // A drop goes on in steps, and is told of when it is done.
+        // A drop takes several steps, and is reported at the end.
         let is_told = counted(&[&daemon], "aurora_bus_lost_total", &["agents", "dropped"]).await == lost;
         (lost >= 637 && is_told).then_some(agents)
     })
@@ -294,18 +294,18 @@ async fn drops_when_full(store: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_stream_of_the_embedded_store_drops_its_oldest_and_counts_them() {
+async fn full_stream_of_the_embedded_store_drops_and_counts() {
     drops_when_full("").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_stream_on_valkey_drops_its_oldest_and_counts_them() {
+async fn full_stream_on_valkey_drops_and_counts() {
     let server = RedisServer::start(Product::Valkey, &[]).await;
     drops_when_full(&on(&server)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_abandoned_group_is_told_of_and_ignored_only_where_that_is_configured() {
+async fn abandoned_group_is_reported_and_ignored_if_configured() {
     let server = RedisServer::start(Product::Redis, &[]).await;
     let long_ago = "1700000000000-0";
     server.cli(&["XADD", STREAM, long_ago, "data", "{}"]);
@@ -335,15 +335,15 @@ async fn an_abandoned_group_is_told_of_and_ignored_only_where_that_is_configured
     .await;
 }
 
-/// A server that comes back from its append-only file may count what groups have read from an older number.
+/// After a restart from the append-only file, a server may count the read entries of groups from an older number.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn accounts_add_up_after_the_server_was_restarted() {
+async fn accounts_add_up_after_a_server_restart() {
     let mut server = RedisServer::durable().await;
     let home = Home::new(&config(&on(&server), "files", "max_len = 1000"));
     let daemon = home.start().await;
     daemon.publish(STREAM, &payloads(50)).await.expect("published");
     daemon.handled(STREAM, "siem").await;
-    // As for a group that was made at the end of its stream.
+    // Like a group that was created at the end of its stream.
     let last = server.cli(&["XINFO", "STREAM", STREAM]);
     let id = last.lines().skip_while(|line| *line != "last-generated-id").nth(1).expect("an id").to_owned();
     server.cli(&["XGROUP", "SETID", STREAM, "siem", &id, "ENTRIESREAD", "50"]);
@@ -353,7 +353,7 @@ async fn accounts_add_up_after_the_server_was_restarted() {
     server.crash();
     server.restart().await;
     until("publishing again", BOUND, async || daemon.publish(STREAM, &payloads(20)).await.ok()).await;
-    // Publishing has connections of its own.
+    // Publishing has its own connections.
     let path = format!("/api/v1/streams/{STREAM}");
     until("reading again", BOUND, async || (daemon.status(&path).await? == 200).then_some(())).await;
     until("100 handled", BOUND, async || (group(&daemon, "siem").await["acknowledged"] == 100).then_some(())).await;

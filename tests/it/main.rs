@@ -1,4 +1,4 @@
-//! The tests that need servers, sockets or files: one binary for all of them.
+//! The tests that need servers, sockets or files, in one binary.
 
 mod agents;
 mod api;

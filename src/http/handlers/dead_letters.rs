@@ -15,7 +15,8 @@ use serde::{Deserialize, Serialize};
 use crate::auth::{AuthError, Principal};
 use crate::clock::since_epoch;
 use crate::dead_letters::{
-    Alerts, Bulk, Cursor, Done, FOREIGN, Failure, Found, Replay, Scope, Selection, Sight, Target,
+    BulkRequest, BulkResult, DeadLetterCursor, DeadLetterEntry, DeadLetterScope, FOREIGN, ReplayOptions, ReplayTarget,
+    RequestedFilter, Selection, SharedStoreError,
 };
 use crate::event::{Entry, EntryId, Filter};
 use crate::http::api::Api;
@@ -237,15 +238,16 @@ pub(crate) async fn replay_one(
     let (head, body) = request.into_parts();
     let body: ReplayBody = read_json_or_default(&api, &head, body).await?;
     let scope = scope(&api, &name, &principal)?;
-    let how = Replay { to: target(body.to.as_deref())?, force: body.force };
-    let place = entry_id(&id)?;
-    let found = api.services().dead_letters.get(&scope, place).await.map_err(|error| ApiError::from(&error))?;
-    let stream = found.and_then(|found| found.letter).map(|letter| letter.stream.to_string());
+    let options = ReplayOptions { to: target(body.to.as_deref())?, force: body.force };
+    let dead_letter_id = entry_id(&id)?;
+    let found =
+        api.services().dead_letters.get(&scope, dead_letter_id).await.map_err(|error| ApiError::from(&error))?;
+    let stream = found.and_then(|found| found.dead_letter).map(|dead_letter| dead_letter.stream.to_string());
     let actor = actor(&principal, peer, &head.headers);
     let done = api
         .services()
         .dead_letters
-        .replay(&scope, &only(place), &how, &actor)
+        .replay(&scope, &only(dead_letter_id), &options, &actor)
         .await
         .map_err(|failure| failed(&failure))?;
     if let (Some((code, _)), Some(refusal)) = (done.refused.first_key_value(), &done.refusal) {
@@ -293,10 +295,11 @@ pub(crate) async fn replay(
     let (head, body) = request.into_parts();
     let body: BulkBody = read_json_or_default(&api, &head, body).await?;
     let scope = scope(&api, &name, &principal)?;
-    let how = Replay { to: target(body.to.as_deref())?, force: body.force.unwrap_or(false) };
+    let options = ReplayOptions { to: target(body.to.as_deref())?, force: body.force.unwrap_or(false) };
     let bulk = bulk(&api, &scope, body).await?;
     let _permit = api.limits().reads.acquire().await;
-    let done = api.services().dead_letters.replay(&scope, &bulk, &how, &actor(&principal, peer, &head.headers)).await;
+    let done =
+        api.services().dead_letters.replay(&scope, &bulk, &options, &actor(&principal, peer, &head.headers)).await;
     let done = done.map_err(|failure| failed(&failure))?;
     let (replayed, repeated) = (Some(done.done), Some(done.repeated));
     Ok(Json(BulkResultView { replayed, repeated, ..bulk_result_view(done, bulk.is_dry_run) }))
@@ -351,14 +354,14 @@ async fn discard_bulk(
     Ok(Json(BulkResultView { discarded, ..bulk_result_view(done, bulk.is_dry_run) }))
 }
 
-fn bulk_result_view(done: Done, dry_run: bool) -> BulkResultView {
+fn bulk_result_view(done: BulkResult, dry_run: bool) -> BulkResultView {
     BulkResultView {
         dry_run,
         matched: done.matched,
         replayed: None,
         repeated: None,
         discarded: None,
-        gone: done.gone,
+        gone: done.missing,
         refused: done.refused,
         refusal: done.refusal,
         by_group: done.by_group,
@@ -370,10 +373,10 @@ fn bulk_result_view(done: Done, dry_run: bool) -> BulkResultView {
     }
 }
 
-fn dead_letter_view(found: Found) -> DeadLetterView {
-    let Found { entry, letter } = found;
+fn dead_letter_view(found: DeadLetterEntry) -> DeadLetterView {
+    let DeadLetterEntry { entry, dead_letter } = found;
     let id = entry.id.to_string();
-    let Some(letter) = letter else {
+    let Some(letter) = dead_letter else {
         return DeadLetterView { id, foreign: true, record: None, entry: EventView::from(&entry) };
     };
     let record = RecordView {
@@ -390,20 +393,21 @@ fn dead_letter_view(found: Found) -> DeadLetterView {
     DeadLetterView { id, foreign: false, record: Some(record), entry }
 }
 
-fn only(id: EntryId) -> Bulk {
-    Bulk { selection: Selection { ids: Some(vec![id]), ..Selection::default() }, limit: 1, ..Bulk::default() }
+fn only(id: EntryId) -> BulkRequest {
+    BulkRequest {
+        selection: Selection { ids: Some(vec![id]), ..Selection::default() },
+        limit: 1,
+        ..BulkRequest::default()
+    }
 }
 
-fn scope(api: &Api, name: &str, principal: &Principal) -> Result<Scope, ApiError> {
+fn scope(api: &Api, name: &str, principal: &Principal) -> Result<DeadLetterScope, ApiError> {
     let known = || api.services().bus.catalogue().names();
     let scope = api.services().dead_letters.scope(name).ok_or_else(|| ApiError::no_such_stream(name, known()))?;
-    let principal = principal.clone();
-    let sight =
-        if principal.is_restricted() { Sight::only(move |entry| principal.sees(entry)) } else { Sight::default() };
-    Ok(Scope { sight, ..scope })
+    Ok(DeadLetterScope { visible: principal.filter().clone(), ..scope })
 }
 
-async fn bulk(api: &Api, scope: &Scope, body: BulkBody) -> Result<Bulk, ApiError> {
+async fn bulk(api: &Api, scope: &DeadLetterScope, body: BulkBody) -> Result<BulkRequest, ApiError> {
     let (group, reason, since) = (body.group.as_deref(), body.reason.as_deref(), body.since.as_deref());
     let filter = body.filter.map(|tree| tree.to_string());
     let mut selection = selection(api, scope, group, reason, since, filter).await?;
@@ -424,12 +428,12 @@ async fn bulk(api: &Api, scope: &Scope, body: BulkBody) -> Result<Bulk, ApiError
         return Err(ApiError::bad_parameter("all", detail));
     }
     let limit = body.limit.unwrap_or(DEFAULT_BULK).clamp(1, MAX_BULK);
-    Ok(Bulk { selection, cursor: cursor(body.cursor.as_deref())?, limit, is_dry_run: body.dry_run })
+    Ok(BulkRequest { selection, cursor: cursor(body.cursor.as_deref())?, limit, is_dry_run: body.dry_run })
 }
 
 async fn selection(
     api: &Api,
-    scope: &Scope,
+    scope: &DeadLetterScope,
     group: Option<&str>,
     reason: Option<&str>,
     since: Option<&str>,
@@ -445,19 +449,19 @@ async fn selection(
         group: group.map_err(|error| ApiError::bad_parameter("group", format!("is not a group name: {error}")))?,
         reason: reason.map_err(|error: String| ApiError::bad_parameter("reason", error))?,
         after,
-        alerts: filter.map(alerts).transpose()?,
+        filter: filter.map(requested_filter).transpose()?,
         ids: None,
     })
 }
 
-fn alerts(text: String) -> Result<Alerts, ApiError> {
+fn requested_filter(text: String) -> Result<RequestedFilter, ApiError> {
     let filter = Filter::parse(&text)
         .map_err(|error| ApiError::bad_parameter("filter", format!("`filter` is not valid: {error}")))?;
-    Ok(Alerts { filter: text, sight: Sight::only(move |entry| filter.passes(entry)) })
+    Ok(RequestedFilter { text, filter })
 }
 
 /// Returns the id after which the selection begins.
-async fn after(api: &Api, scope: &Scope, since: &str) -> Result<EntryId, ApiError> {
+async fn after(api: &Api, scope: &DeadLetterScope, since: &str) -> Result<EntryId, ApiError> {
     let bad = |detail: String| ApiError::bad_parameter("since", detail);
     let at = |ms: u64| EntryId::new(ms, 0).previous();
     match since.parse::<Since>().map_err(bad)? {
@@ -477,12 +481,12 @@ async fn after(api: &Api, scope: &Scope, since: &str) -> Result<EntryId, ApiErro
     }
 }
 
-fn cursor(text: Option<&str>) -> Result<Cursor, ApiError> {
+fn cursor(text: Option<&str>) -> Result<DeadLetterCursor, ApiError> {
     let cursor = text.map(str::parse).transpose();
     Ok(cursor.map_err(|error: String| ApiError::bad_parameter("cursor", error))?.unwrap_or_default())
 }
 
-fn target(text: Option<&str>) -> Result<Target, ApiError> {
+fn target(text: Option<&str>) -> Result<ReplayTarget, ApiError> {
     let target = text.map(str::parse).transpose();
     Ok(target.map_err(|error: String| ApiError::bad_parameter("to", error))?.unwrap_or_default())
 }
@@ -491,7 +495,7 @@ fn entry_id(text: &str) -> Result<EntryId, ApiError> {
     text.parse().map_err(|error: crate::event::InvalidEntryId| ApiError::bad_parameter("id", error.to_string()))
 }
 
-fn failed(failure: &Failure) -> ApiError {
+fn failed(failure: &SharedStoreError) -> ApiError {
     ApiError::from(&**failure)
 }
 

@@ -130,7 +130,8 @@ async fn open_session(
     match protocol {
         RequestedProtocol::Rich => {
             let key = key_of(query.unwrap_or_default());
-            let commands: Option<Arc<dyn CommandHandlerFactory>> = Some(Arc::new(WorkerCommandsFactory::new(api.clone(), principal)));
+            let commands: Option<Arc<dyn CommandHandlerFactory>> =
+                Some(Arc::new(WorkerCommandsFactory::new(api.clone(), principal)));
             let admission = Admission { commands, ..admission };
             api.services().relay.connect_rich(channel, key.as_deref(), peer.0.ip(), admission)
         }

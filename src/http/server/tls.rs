@@ -19,6 +19,7 @@ pub use crate::http::server::tls::files::CertificateValidity;
 
 use crate::http::server::tls::files::{FileFingerprint, TlsFiles};
 use crate::limiter::KeyedLimiter;
+use crate::validate::{Problems, Validate};
 
 /// The certificates of the daemon, and the checks of clients.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
@@ -84,29 +85,28 @@ pub type TlsError = (&'static str, String);
 /// The maximum of `max_handshakes_per_address`.
 const MAX_HANDSHAKES: usize = 1_000_000;
 
-impl TlsConfig {
-    /// Returns every invalid key with the reason. Does not read the named files.
-    pub fn problems(&self) -> Vec<TlsError> {
-        let mut problems = Vec::new();
+impl Validate for TlsConfig {
+    /// Checks the keys. Does not read the named files.
+    fn validate(&self, problems: &mut Problems) {
         match (self.client_certificates, &self.client_ca_file) {
             (ClientCertificates::Off, Some(_)) => {
-                let text = "requires client_certificates = \"optional\" or \"required\"";
-                problems.push(("client_ca_file", text.to_owned()));
+                problems.add("client_ca_file", "requires client_certificates = \"optional\" or \"required\"");
             }
             (ClientCertificates::Optional | ClientCertificates::Required, None) => {
-                problems.push(("client_ca_file", "is required for client_certificates".to_owned()));
+                problems.add("client_ca_file", "is required for client_certificates");
             }
             _ => {}
         }
-        if !(Duration::from_millis(100)..=Duration::from_mins(1)).contains(&self.handshake_timeout) {
-            problems.push(("handshake_timeout", "must be from 100ms to 1m".to_owned()));
-        }
-        if !(1..=MAX_HANDSHAKES).contains(&self.max_handshakes_per_address) {
-            problems.push(("max_handshakes_per_address", format!("must be from 1 to {}", MAX_HANDSHAKES)));
-        }
-        problems
+        let timeouts = Duration::from_millis(100)..=Duration::from_mins(1);
+        let is_timeout = timeouts.contains(&self.handshake_timeout);
+        problems.require(is_timeout, "handshake_timeout", "must be from 100ms to 1m");
+        let is_count = (1..=MAX_HANDSHAKES).contains(&self.max_handshakes_per_address);
+        let message = format_args!("must be from 1 to {MAX_HANDSHAKES}");
+        problems.require(is_count, "max_handshakes_per_address", message);
     }
+}
 
+impl TlsConfig {
     /// Reads the files and checks that they fit each other. Fails with the key at fault.
     ///
     /// Accepts a certificate that has expired or is not valid yet: the returned validity shows this.

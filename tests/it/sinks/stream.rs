@@ -1,4 +1,4 @@
-//! The sink that forwards, in the suite.
+//! The stream sink in the suite.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use super::World;
 
 const TASKS: &str = "aurora:test.tasks";
 
-/// An embedded store with the stream that tasks go to.
+/// An embedded store with the stream of the tasks.
 pub(super) struct Tasks {
     store: Arc<dyn Store>,
     _folder: TempDir,
@@ -60,5 +60,5 @@ impl World for Tasks {
 }
 
 mod suite {
-    super::super::sink_tests!(Tasks: what_is_no_json_is_given_up_at_once);
+    super::super::sink_tests!(Tasks: entry_without_json_is_given_up_at_once);
 }

@@ -1,4 +1,4 @@
-//! What a receiver's answer means. Pure.
+//! The meaning of a response. Pure.
 
 use std::time::{Duration, SystemTime};
 
@@ -8,21 +8,21 @@ use reqwest::header::HeaderValue;
 use crate::secret::MASK;
 use crate::sink::{SinkError, SinkErrorClass};
 
-/// How much of what a receiver said goes into an error, in bytes.
+/// Maximum length of a response excerpt in an error, in bytes.
 const EXCERPT_BYTES: usize = 1024;
-/// The shortest text that is masked: masking shorter ones would garble more than it hides.
+/// Minimum length of masked texts. To mask shorter ones would garble more than it hides.
 const MASKED_BYTES: usize = 6;
 
-/// Judges an answer; `said` is what the receiver said with it, asked for only where it matters.
+/// Converts a response to a result. `body` returns an excerpt of the body, and is called only for errors.
 ///
-/// Redirects are transient: no entry is to blame for them, and each one would go the same way until someone corrects
-/// the URL. The same holds for whatever is neither 2xx nor 4xx. All of 4xx is about the entry, as far as can be known,
-/// except for 408, 425 and 429, which ask for another try.
-pub(super) fn judge(
+/// Redirects are transient: no entry causes them, and they last until the URL is corrected. The same applies to every
+/// status that is neither 2xx nor 4xx. A 4xx status concerns the entry, except for 408, 425 and 429, which request a
+/// retry.
+pub(super) fn result_of(
     status: StatusCode,
     retry_after: Option<&HeaderValue>,
     now: SystemTime,
-    said: impl FnOnce() -> String,
+    body: impl FnOnce() -> String,
 ) -> Result<(), SinkError> {
     let class = match status.as_u16() {
         200..=299 => return Ok(()),
@@ -30,7 +30,7 @@ pub(super) fn judge(
         400..=499 => SinkErrorClass::Permanent,
         _ => SinkErrorClass::Transient,
     };
-    let mut message = format!("the receiver answered {}", status.as_u16());
+    let mut message = format!("the receiver responded with {}", status.as_u16());
     if let Some(reason) = status.canonical_reason() {
         message.push(' ');
         message.push_str(reason);
@@ -38,21 +38,21 @@ pub(super) fn judge(
     if status.is_redirection() {
         message.push_str(", and redirects are not followed");
     }
-    let said = said();
-    if !said.is_empty() {
+    let body = body();
+    if !body.is_empty() {
         message.push_str(": ");
-        message.push_str(&said);
+        message.push_str(&body);
     }
     let error = SinkError::new(class, message);
-    let retry_after = retry_after.and_then(|value| value.to_str().ok()).and_then(|text| wait(text, now));
+    let retry_after = retry_after.and_then(|value| value.to_str().ok()).and_then(|text| requested_pause(text, now));
     Err(match retry_after.filter(|_| class == SinkErrorClass::Transient) {
-        Some(wait) => error.with_retry_after(wait),
+        Some(pause) => error.with_retry_after(pause),
         None => error,
     })
 }
 
-/// The time that a `Retry-After` asks for: seconds, or a date. A date that has passed asks for none.
-fn wait(text: &str, now: SystemTime) -> Option<Duration> {
+/// Returns the pause that `Retry-After` requests, in seconds or until a date. A past date requests no pause.
+fn requested_pause(text: &str, now: SystemTime) -> Option<Duration> {
     let text = text.trim();
     if let Ok(seconds) = text.parse() {
         return Some(Duration::from_secs(seconds));
@@ -61,25 +61,25 @@ fn wait(text: &str, now: SystemTime) -> Option<Duration> {
     Some(until.duration_since(now).unwrap_or_default())
 }
 
-/// The secrets of a configuration, to be hidden where a receiver repeats them.
+/// The secrets of a configuration, to hide in texts of a receiver.
 #[derive(Clone, Default)]
-pub(super) struct Mask(Vec<String>);
+pub(super) struct SecretMask(Vec<String>);
 
-impl Mask {
+impl SecretMask {
     /// Hides these texts, and each of their words.
     pub(super) fn new<'a>(secrets: impl IntoIterator<Item = &'a str>) -> Self {
         let words = |text: &'a str| std::iter::once(text).chain(text.split_whitespace());
         let mut texts: Vec<String> = secrets.into_iter().flat_map(words).map(str::to_owned).collect();
         texts.retain(|text| text.len() >= MASKED_BYTES);
-        // Longer ones first, so that none is left in part.
+        // Longer texts first, so that no part of one remains.
         texts.sort_by(|a, b| b.len().cmp(&a.len()).then_with(|| a.cmp(b)));
         texts.dedup();
         Self(texts)
     }
 
-    /// What was said, on one line, safe to print, without secrets, and not too long.
-    pub(super) fn excerpt(&self, said: &[u8]) -> String {
-        let text = String::from_utf8_lossy(said);
+    /// Returns a text of a receiver on one line: printable, without secrets, and not too long.
+    pub(super) fn excerpt(&self, body: &[u8]) -> String {
+        let text = String::from_utf8_lossy(body);
         let masked = self.0.iter().fold(text.into_owned(), |text, secret| text.replace(secret, MASK));
         let line = masked.split_whitespace().collect::<Vec<_>>().join(" ");
         let mut line: String = line.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
@@ -101,7 +101,7 @@ mod tests {
 
     fn judged(status: u16, retry_after: Option<&'static str>, now: SystemTime) -> Option<SinkError> {
         let retry_after = retry_after.map(HeaderValue::from_static);
-        judge(StatusCode::from_u16(status).unwrap(), retry_after.as_ref(), now, String::new).err()
+        result_of(StatusCode::from_u16(status).unwrap(), retry_after.as_ref(), now, String::new).err()
     }
 
     #[test]
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn a_receiver_asks_for_time_in_seconds_or_until_a_date() {
+    fn retry_after_is_seconds_or_a_date() {
         let asked = |status, text| judged(status, Some(text), NOW).unwrap().retry_after();
         assert_eq!(asked(429, "120"), Some(Duration::from_mins(2)));
         assert_eq!(asked(503, " 0 "), Some(Duration::ZERO));
@@ -164,23 +164,23 @@ mod tests {
     }
 
     #[test]
-    fn an_error_says_what_the_receiver_said() {
-        let told = |status, said: &str| {
-            let error = judge(StatusCode::from_u16(status).unwrap(), None, NOW, || said.to_owned()).unwrap_err();
+    fn error_has_the_text_of_the_receiver() {
+        let told = |status, body: &str| {
+            let error = result_of(StatusCode::from_u16(status).unwrap(), None, NOW, || body.to_owned()).unwrap_err();
             assert!(error.source().is_none());
             error.to_string()
         };
-        assert_eq!(told(400, "no title"), "the receiver answered 400 Bad Request: no title");
-        assert_eq!(told(599, ""), "the receiver answered 599");
+        assert_eq!(told(400, "no title"), "the receiver responded with 400 Bad Request: no title");
+        assert_eq!(told(599, ""), "the receiver responded with 599");
         assert_eq!(
             told(302, "https://login.example/"),
-            "the receiver answered 302 Found, and redirects are not followed: https://login.example/"
+            "the receiver responded with 302 Found, and redirects are not followed: https://login.example/"
         );
     }
 
     #[test]
-    fn an_excerpt_is_one_short_line_without_secrets() {
-        let mask = Mask::new(["Bearer tok-123456", "whsec_abc", "/T0/hook-path", "", "x"]);
+    fn excerpt_is_one_short_line_without_secrets() {
+        let mask = SecretMask::new(["Bearer tok-123456", "whsec_abc", "/T0/hook-path", "", "x"]);
         let cases = [
             (&b"plain"[..], "plain"),
             (b"two\r\n  lines\t", "two lines"),
@@ -189,8 +189,8 @@ mod tests {
             (b"token=tok-123456;key=whsec_abc", "token=********;key=********"),
             (b"Cannot POST /T0/hook-path/", "Cannot POST ********/"),
         ];
-        for (said, expected) in cases {
-            assert_eq!(mask.excerpt(said), expected);
+        for (body, expected) in cases {
+            assert_eq!(mask.excerpt(body), expected);
         }
         let long = mask.excerpt("é".repeat(9000).as_bytes());
         assert_eq!((long.len(), long.ends_with("é…")), (EXCERPT_BYTES + '…'.len_utf8(), true));
