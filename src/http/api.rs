@@ -16,7 +16,7 @@ use crate::http::config::Config;
 use crate::http::problem::ApiError;
 use crate::limiter::KeyedLimiter;
 use crate::metrics::Metrics;
-use crate::pull::Pull;
+use crate::pull::PullConsumers;
 use crate::readiness::Readiness;
 use crate::relay::Relay;
 use crate::store::Store;
@@ -53,7 +53,7 @@ pub struct Services {
     /// Dead letters.
     pub dead_letters: DeadLetters,
     /// Pulling.
-    pub pull: Pull,
+    pub pull: PullConsumers,
     /// Streams and groups.
     pub store: Arc<dyn Store>,
     /// Dashboards.

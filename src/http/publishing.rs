@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::auth::{Action, AuthError, Principal, TENANT};
-use crate::bus::{Dedup, Promise, PublishError};
+use crate::bus::{Dedup, PublishError, PublishOptions};
 use crate::event::{NewEvent, StreamName};
 use crate::http::api::Api;
 use crate::http::body;
@@ -60,7 +60,7 @@ pub(super) async fn publish<'a>(
 ) -> Result<Response, ApiError> {
     let _permit = api.limits().publishes.try_acquire().map_err(|_error| ApiError::too_many_in_flight())?;
     let (head, body) = request.into_parts();
-    let promise = Promise { window: dedup_window(params)?, durability: durability(params)? };
+    let options = PublishOptions { window: dedup_window(params)?, durability: durability(params)? };
     let dedup = dedup(params, &head.headers)?;
     let traceparent = head.headers.get("traceparent").and_then(|value| value.to_str().ok());
     let body = body::read(api, &head, body).await?;
@@ -68,7 +68,7 @@ pub(super) async fn publish<'a>(
     if let Some(traceparent) = traceparent {
         batch.events.iter_mut().flatten().for_each(|event| event.set_traceparent(traceparent));
     }
-    append(api, batch, principal, &dedup, promise, route).await
+    append(api, batch, principal, &dedup, options, route).await
 }
 
 fn dedup(params: &PublishParams, headers: &HeaderMap) -> Result<Dedup, ApiError> {
@@ -201,7 +201,7 @@ async fn append<'a>(
     batch: EventBatch,
     principal: &Principal,
     dedup: &Dedup,
-    promise: Promise,
+    options: PublishOptions,
     route: impl Fn(&NewEvent) -> &'a StreamName,
 ) -> Result<Response, ApiError> {
     let is_single = batch.is_single;
@@ -224,7 +224,7 @@ async fn append<'a>(
     }
     let mut accepted = 0_usize;
     for StreamEvents { stream, indexes, events } in by_stream {
-        let published = api.services().bus.publish(stream, events, promise).await;
+        let published = api.services().bus.publish(stream, events, options).await;
         for (index, result) in indexes.into_iter().zip(published) {
             accepted += usize::from(result.is_ok());
             results[index] = Some(result.map_err(|error| log_failure(stream, &error)));
@@ -265,7 +265,7 @@ pub(super) fn authorize_event<'a>(
     }
     require_tenant(api, principal, stream).map_err(|error| ApiError::from(&error))?;
     principal.assign_tenant(&mut event).map_err(ApiError::forbidden_tenant)?;
-    if let Some((TENANT, tenant)) = api.services().bus.catalogue().binding(stream) {
+    if let Some((TENANT, tenant)) = api.services().bus.catalog().binding(stream) {
         event.set_tenant(tenant);
         if event.tenant() != Some(tenant) {
             return Err(ApiError::foreign_tenant(tenant));

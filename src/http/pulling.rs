@@ -1,4 +1,4 @@
-//! Pulling, as HTTP requests and WebSocket commands share it: desks, deliveries and nacks.
+//! Pulling, as HTTP requests and WebSocket commands share it: pull consumers, deliveries and nacks.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use crate::event::{GroupName, StreamName};
 use crate::http::api::Api;
 use crate::http::problem::ApiError;
 use crate::http::views::EventView;
-use crate::pull::{Desk, GiveBack, Task};
+use crate::pull::{LeasedEntry, Nack, PullConsumer};
 
 /// The maximum number of tokens in one request.
 pub(super) const MAX_TOKENS: usize = 1_000;
@@ -29,18 +29,18 @@ pub(super) struct DeliveryView {
     entry: EventView,
 }
 
-impl From<&Task> for DeliveryView {
-    fn from(task: &Task) -> Self {
-        let mut entry = EventView::from(&task.entry);
-        if task.entry.is_for_one_group() {
-            entry.id = task.entry.first_id().to_string();
+impl From<&LeasedEntry> for DeliveryView {
+    fn from(leased: &LeasedEntry) -> Self {
+        let mut entry = EventView::from(&leased.entry);
+        if leased.entry.is_for_one_group() {
+            entry.id = leased.entry.first_id().to_string();
             entry.fields.retain(|(name, _)| !name.starts_with("replay."));
         }
         Self {
-            token: task.token.to_string(),
-            attempt: task.token.attempt(),
-            lease_ms: u64::try_from(task.lease.as_millis()).unwrap_or(u64::MAX),
-            expires: expires(task.lease),
+            token: leased.token.to_string(),
+            attempt: leased.token.attempt(),
+            lease_ms: u64::try_from(leased.lease.as_millis()).unwrap_or(u64::MAX),
+            expires: expires(leased.lease),
             entry,
         }
     }
@@ -54,49 +54,49 @@ pub(super) fn expires(lease: Duration) -> String {
 
 /// Returns the parameters of a nack, within their limits.
 pub(super) fn nack(
-    desk: &Desk,
+    pull_consumer: &PullConsumer,
     delay_ms: u64,
     reason: Option<String>,
     is_permanent: bool,
-) -> Result<GiveBack, ApiError> {
+) -> Result<Nack, ApiError> {
     let delay = Duration::from_millis(delay_ms);
-    if delay > desk.max_lease() {
-        let detail = format!("must be at most {} (claim_idle of the group)", desk.max_lease().as_millis());
+    if delay > pull_consumer.max_lease() {
+        let detail = format!("must be at most {} (claim_idle of the group)", pull_consumer.max_lease().as_millis());
         return Err(ApiError::bad_parameter("delay_ms", detail));
     }
     let reason = reason.map(|mut reason| {
         reason.truncate(reason.floor_char_boundary(MAX_REASON_BYTES));
         reason
     });
-    Ok(GiveBack { delay, reason, is_permanent })
+    Ok(Nack { delay, reason, is_permanent })
 }
 
-/// Returns the desk of a pull group whose stream exists, to settle entries that were leased from it.
-pub(super) async fn existing_desk(api: &Api, stream: &str, group: &str) -> Result<Arc<Desk>, ApiError> {
+/// Returns the pull consumer of a pull group whose stream exists, to settle entries that were leased from it.
+pub(super) async fn existing_consumer(api: &Api, stream: &str, group: &str) -> Result<Arc<PullConsumer>, ApiError> {
     let (stream, group) = pull_group(api, stream, group)?;
-    let catalogue = api.services().bus.catalogue();
-    if let Some(roster) = catalogue.families().of(&stream) {
+    let catalog = api.services().bus.catalog();
+    if let Some(roster) = catalog.families().of(&stream) {
         roster.finds(&*api.services().store, &stream).await.map_err(|error| ApiError::from(&error))?;
     }
-    let no_such_stream = || ApiError::no_such_stream(stream.as_str(), catalogue.names());
-    api.services().pull.desk(&stream, &group).ok_or_else(no_such_stream)
+    let no_such_stream = || ApiError::no_such_stream(stream.as_str(), catalog.names());
+    api.services().pull.consumer(&stream, &group).ok_or_else(no_such_stream)
 }
 
-/// Returns the desk of a pull group, to pull from it. Makes the stream a member if it belongs to a family.
-pub(super) async fn open_desk(api: &Api, stream: &str, group: &str) -> Result<Arc<Desk>, ApiError> {
+/// Returns the pull consumer of a pull group, to pull from it. Makes the stream a member if it belongs to a family.
+pub(super) async fn open_consumer(api: &Api, stream: &str, group: &str) -> Result<Arc<PullConsumer>, ApiError> {
     let (stream, group) = pull_group(api, stream, group)?;
-    if let Some(roster) = api.services().bus.catalogue().families().of(&stream) {
+    if let Some(roster) = api.services().bus.catalog().families().of(&stream) {
         let joined = roster.join(&*api.services().store, &stream).await;
         joined.map_err(|error| ApiError::from(&PublishError::from(error)))?;
     }
-    api.services().pull.desk(&stream, &group).ok_or_else(ApiError::internal)
+    api.services().pull.consumer(&stream, &group).ok_or_else(ApiError::internal)
 }
 
 /// Parses the names of a stream and of one of its pull groups.
 pub(super) fn pull_group(api: &Api, stream: &str, group: &str) -> Result<(StreamName, GroupName), ApiError> {
-    let catalogue = api.services().bus.catalogue();
-    let known = stream.parse::<StreamName>().ok().filter(|stream| catalogue.contains(stream));
-    let known = known.ok_or_else(|| ApiError::no_such_stream(stream, catalogue.names()))?;
+    let catalog = api.services().bus.catalog();
+    let known = stream.parse::<StreamName>().ok().filter(|stream| catalog.contains(stream));
+    let known = known.ok_or_else(|| ApiError::no_such_stream(stream, catalog.names()))?;
     let pull = &api.services().pull;
     let named = group.parse().ok().filter(|group| pull.groups(&known).any(|known| known == group));
     let named = named.ok_or_else(|| ApiError::no_such_group(group, pull.groups(&known).map(GroupName::as_str)))?;

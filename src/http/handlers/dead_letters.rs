@@ -402,7 +402,7 @@ fn only(id: EntryId) -> BulkRequest {
 }
 
 fn scope(api: &Api, name: &str, principal: &Principal) -> Result<DeadLetterScope, ApiError> {
-    let known = || api.services().bus.catalogue().names();
+    let known = || api.services().bus.catalog().names();
     let scope = api.services().dead_letters.scope(name).ok_or_else(|| ApiError::no_such_stream(name, known()))?;
     Ok(DeadLetterScope { visible: principal.filter().clone(), ..scope })
 }

@@ -18,11 +18,11 @@ pub(crate) async fn to_stream(
     principal: Principal,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let catalogue = api.services().bus.catalogue();
-    let stream = name.parse().ok().filter(|stream| catalogue.contains(stream));
+    let catalog = api.services().bus.catalog();
+    let stream = name.parse().ok().filter(|stream| catalog.contains(stream));
     let response = match stream {
         Some(stream) => publish(&api, &params, &principal, request, |_| &stream).await,
-        None => Err(ApiError::no_such_stream(&name, catalogue.names())),
+        None => Err(ApiError::no_such_stream(&name, catalog.names())),
     };
     count_rejected(&api, response)
 }
@@ -36,10 +36,10 @@ pub(crate) async fn alerts(
 ) -> Result<Response, ApiError> {
     let alerts: StreamName = "aurora:alerts".parse().expect("a valid name");
     let cps_alerts: StreamName = "aurora:cps:alerts".parse().expect("a valid name");
-    let catalogue = api.services().bus.catalogue();
-    let missing = [&alerts, &cps_alerts].into_iter().find(|stream| !catalogue.contains(stream));
+    let catalog = api.services().bus.catalog();
+    let missing = [&alerts, &cps_alerts].into_iter().find(|stream| !catalog.contains(stream));
     let response = if let Some(stream) = missing {
-        Err(ApiError::no_such_stream(stream.as_str(), catalogue.names()))
+        Err(ApiError::no_such_stream(stream.as_str(), catalog.names()))
     } else {
         let route = |event: &NewEvent| if event.category() == Some("cps") { &cps_alerts } else { &alerts };
         publish(&api, &params, &principal, request, route).await

@@ -14,8 +14,8 @@ use crate::http::api::Api;
 use crate::http::body::read_json;
 use crate::http::extract::{Peer, Segments};
 use crate::http::problem::{ApiError, ItemError};
-use crate::http::pulling::{self, DeliveryView, MAX_TOKENS, existing_desk, expires, open_desk, pull_group};
-use crate::pull::{Desk, Refused, Token, Wanted};
+use crate::http::pulling::{self, DeliveryView, MAX_TOKENS, existing_consumer, expires, open_consumer, pull_group};
+use crate::pull::{PullConsumer, PullRequest, SettleError, Token};
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -102,10 +102,11 @@ pub(crate) async fn pull(
     } else {
         Some(api.limits().pulls.try_acquire(peer.limit_key(&principal)).ok_or_else(ApiError::too_many_pulls)?)
     };
-    let desk = open_desk(&api, &stream, &group).await?;
-    let lease = body.lease_ms.map_or(desk.max_lease(), Duration::from_millis);
-    let tasks = desk.pull(Wanted { consumer, max, lease, wait }).await.map_err(|error| ApiError::from(&error))?;
-    Ok(Json(DeliveriesView { deliveries: tasks.iter().map(DeliveryView::from).collect() }))
+    let pull_consumer = open_consumer(&api, &stream, &group).await?;
+    let lease = body.lease_ms.map_or(pull_consumer.max_lease(), Duration::from_millis);
+    let entries =
+        pull_consumer.pull(PullRequest { consumer, max, lease, wait }).await.map_err(|error| ApiError::from(&error))?;
+    Ok(Json(DeliveriesView { deliveries: entries.iter().map(DeliveryView::from).collect() }))
 }
 
 /// `POST …/ack`: acknowledges entries.
@@ -114,10 +115,10 @@ pub(crate) async fn acknowledge(
     Segments(stream, group): Segments,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let desk = existing_desk(&api, &stream, &group).await?;
+    let pull_consumer = existing_consumer(&api, &stream, &group).await?;
     let AckBody { tokens } = read_json(&api, request).await?;
-    let presented = PresentedTokens::parse(&desk, tokens)?;
-    let results = desk.acknowledge(&presented.valid).await;
+    let presented = PresentedTokens::parse(&pull_consumer, tokens)?;
+    let results = pull_consumer.acknowledge(&presented.valid).await;
     presented.respond(results, None)
 }
 
@@ -127,11 +128,11 @@ pub(crate) async fn nack(
     Segments(stream, group): Segments,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let desk = existing_desk(&api, &stream, &group).await?;
+    let pull_consumer = existing_consumer(&api, &stream, &group).await?;
     let NackBody { tokens, delay_ms, reason, permanent } = read_json(&api, request).await?;
-    let nack = pulling::nack(&desk, delay_ms, reason, permanent)?;
-    let presented = PresentedTokens::parse(&desk, tokens)?;
-    let results = desk.give_back(&presented.valid, &nack).await;
+    let nack = pulling::nack(&pull_consumer, delay_ms, reason, permanent)?;
+    let presented = PresentedTokens::parse(&pull_consumer, tokens)?;
+    let results = pull_consumer.nack(&presented.valid, &nack).await;
     presented.respond(results, None)
 }
 
@@ -141,11 +142,11 @@ pub(crate) async fn extend(
     Segments(stream, group): Segments,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let desk = existing_desk(&api, &stream, &group).await?;
+    let pull_consumer = existing_consumer(&api, &stream, &group).await?;
     let ExtendBody { tokens, lease_ms } = read_json(&api, request).await?;
-    let lease = lease_ms.map_or(desk.max_lease(), Duration::from_millis);
-    let presented = PresentedTokens::parse(&desk, tokens)?;
-    let results = desk.extend(&presented.valid, lease).await.map_err(|error| ApiError::from(&error))?;
+    let lease = lease_ms.map_or(pull_consumer.max_lease(), Duration::from_millis);
+    let presented = PresentedTokens::parse(&pull_consumer, tokens)?;
+    let results = pull_consumer.extend(&presented.valid, lease).await.map_err(|error| ApiError::from(&error))?;
     presented.respond(results, Some(&expires(lease)))
 }
 
@@ -158,13 +159,13 @@ struct PresentedTokens {
 }
 
 impl PresentedTokens {
-    fn parse(desk: &Desk, texts: Vec<String>) -> Result<Self, ApiError> {
+    fn parse(pull_consumer: &PullConsumer, texts: Vec<String>) -> Result<Self, ApiError> {
         if !(1..=MAX_TOKENS).contains(&texts.len()) {
             return Err(ApiError::bad_parameter("tokens", format!("must be from 1 to {MAX_TOKENS} tokens")));
         }
         let (mut valid, mut indexes) = (Vec::with_capacity(texts.len()), Vec::with_capacity(texts.len()));
         for (index, text) in texts.iter().enumerate() {
-            if let Some(token) = text.parse().ok().filter(|token| desk.is_of(token)) {
+            if let Some(token) = text.parse().ok().filter(|token| pull_consumer.has_issued(token)) {
                 valid.push(token);
                 indexes.push(index);
             }
@@ -175,14 +176,14 @@ impl PresentedTokens {
     /// Returns a result for each token in order, with status 200 if all succeeded and 207 otherwise.
     ///
     /// Fails if the store failed for all tokens: a client that checks only the status must not count them as settled.
-    fn respond(self, results: Vec<Result<(), Refused>>, expires: Option<&str>) -> Result<Response, ApiError> {
-        let has_store_failed = |result: &Result<(), Refused>| matches!(result, Err(Refused::Store(_)));
+    fn respond(self, results: Vec<Result<(), SettleError>>, expires: Option<&str>) -> Result<Response, ApiError> {
+        let has_store_failed = |result: &Result<(), SettleError>| matches!(result, Err(SettleError::Store(_)));
         if let Some(Err(failure)) = results.first()
             && results.iter().all(has_store_failed)
         {
             return Err(ApiError::from(failure));
         }
-        let not_leased = || Err(ApiError::from(&Refused::NotLeased));
+        let not_leased = || Err(ApiError::from(&SettleError::NotLeased));
         let mut all: Vec<Result<(), ApiError>> = self.texts.iter().map(|_| not_leased()).collect();
         for (index, result) in self.indexes.into_iter().zip(results) {
             all[index] = result.map_err(|refused| ApiError::from(&refused));

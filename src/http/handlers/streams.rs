@@ -9,7 +9,7 @@ use axum::response::Response;
 use serde::{Deserialize, Serialize};
 
 use crate::auth::{Action, Principal, TENANT};
-use crate::bus::Catalogue;
+use crate::bus::StreamCatalog;
 use crate::clock::now_ms;
 use crate::event::{Entry, EntryId, Filter, StreamName};
 use crate::http::api::Api;
@@ -136,16 +136,16 @@ struct EventsView {
 /// A stream that the store cannot describe has an `error`.
 pub(crate) async fn list(State(api): State<Api>, principal: Principal) -> Json<StreamsView> {
     let mut streams = Vec::new();
-    let catalogue = api.services().bus.catalogue();
-    for name in catalogue.streams().filter(|name| principal.may(Action::Read(name.as_str()))) {
+    let catalog = api.services().bus.catalog();
+    for name in catalog.streams().filter(|name| principal.may(Action::Read(name.as_str()))) {
         let mut stream = match api.services().store.describe(name).await {
-            Ok(status) => stream_view(catalogue, name, status),
-            Err(error) => failed_view(catalogue, name, &error),
+            Ok(status) => stream_view(catalog, name, status),
+            Err(error) => failed_view(catalog, name, &error),
         };
         stream.dead_letters = FillLevelView::of_source(&api, name).await;
         streams.push(stream.restricted_for(&principal));
     }
-    for roster in catalogue.families().iter().filter(|roster| principal.may(Action::Read(roster.family().name()))) {
+    for roster in catalog.families().iter().filter(|roster| principal.may(Action::Read(roster.family().name()))) {
         streams.push(family_view(roster, &principal, false));
     }
     Json(StreamsView { streams })
@@ -157,13 +157,13 @@ pub(crate) async fn show(
     Segment(name): Segment,
     principal: Principal,
 ) -> Result<Json<StreamView>, ApiError> {
-    if let Some(roster) = api.services().bus.catalogue().families().named(&name) {
+    if let Some(roster) = api.services().bus.catalog().families().named(&name) {
         return Ok(Json(family_view(roster, &principal, true)));
     }
     let name = readable(&api, &name)?;
     let status = api.services().store.describe(&name).await.map_err(|error| ApiError::from(&error))?;
     let dead_letters = FillLevelView::of_source(&api, &name).await;
-    let view = stream_view(api.services().bus.catalogue(), &name, status);
+    let view = stream_view(api.services().bus.catalog(), &name, status);
     Ok(Json(StreamView { dead_letters, ..view }.restricted_for(&principal)))
 }
 
@@ -295,11 +295,9 @@ impl<'a> RangeSearch<'a> {
 
 /// Returns the readable stream with this name.
 fn readable(api: &Api, name: &str) -> Result<StreamName, ApiError> {
-    let catalogue = api.services().bus.catalogue();
+    let catalog = api.services().bus.catalog();
     let stream: Option<StreamName> = name.parse().ok();
-    stream
-        .filter(|stream| catalogue.is_readable(stream))
-        .ok_or_else(|| ApiError::no_such_stream(name, catalogue.names()))
+    stream.filter(|stream| catalog.is_readable(stream)).ok_or_else(|| ApiError::no_such_stream(name, catalog.names()))
 }
 
 fn range(params: &RangeParams) -> Result<Range, ApiError> {
@@ -330,7 +328,7 @@ fn number(text: Option<&str>, name: &str, default: u64) -> Result<u64, ApiError>
     text.parse().map_err(|_error| ApiError::bad_parameter(name, format!("must be a number, not `{text}`")))
 }
 
-fn stream_view(catalogue: &Catalogue, stream: &StreamName, status: Option<StreamStatus>) -> StreamView {
+fn stream_view(catalog: &StreamCatalog, stream: &StreamName, status: Option<StreamStatus>) -> StreamView {
     let name = stream.to_string();
     let Some(status) = status else {
         return StreamView {
@@ -353,7 +351,7 @@ fn stream_view(catalogue: &Catalogue, stream: &StreamName, status: Option<Stream
         last_id: (status.last_id > EntryId::MIN).then(|| status.last_id.to_string()),
         entries_added: Some(status.entries_added),
         removed_by_others: status.removed_by_others,
-        groups: Some(status.groups.iter().map(|group| group_view(catalogue, stream, &status, group)).collect()),
+        groups: Some(status.groups.iter().map(|group| group_view(catalog, stream, &status, group)).collect()),
         dead_letters: None,
         family: None,
         error: None,
@@ -395,14 +393,14 @@ impl StreamView {
     }
 }
 
-fn failed_view(catalogue: &Catalogue, name: &StreamName, error: &StoreError) -> StreamView {
-    StreamView { error: Some(error.to_string()), ..stream_view(catalogue, name, None) }
+fn failed_view(catalog: &StreamCatalog, name: &StreamName, error: &StoreError) -> StreamView {
+    StreamView { error: Some(error.to_string()), ..stream_view(catalog, name, None) }
 }
 
-fn group_view(catalogue: &Catalogue, name: &StreamName, stream: &StreamStatus, group: &GroupStatus) -> GroupView {
-    let declared = catalogue.consumption(name, &group.name);
+fn group_view(catalog: &StreamCatalog, name: &StreamName, stream: &StreamStatus, group: &GroupStatus) -> GroupView {
+    let declared = catalog.consumption(name, &group.name);
     let is_abandoned = |after| group.is_abandoned(stream, after, now_ms());
-    let abandoned = declared.is_none() && catalogue.abandoned_after(name).is_some_and(is_abandoned);
+    let abandoned = declared.is_none() && catalog.abandoned_after(name).is_some_and(is_abandoned);
     let consumption = declared.unwrap_or(Consumption::Outside);
     let balance = Balance::of(stream, group, consumption);
     let account = group.account.unwrap_or_default();

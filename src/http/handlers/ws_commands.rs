@@ -19,13 +19,13 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::auth::{Action, AuthError, Principal};
-use crate::bus::{Dedup, Promise};
+use crate::bus::{Dedup, PublishOptions};
 use crate::event::{ConsumerName, NewEvent, StreamName};
 use crate::http::api::Api;
 use crate::http::problem::ApiError;
 use crate::http::publishing::{authorize_event, within_tenant};
-use crate::http::pulling::{self, DeliveryView, MAX_TOKENS, open_desk};
-use crate::pull::{Desk, GiveBack, PullError, Refused, Task, Token, Wanted};
+use crate::http::pulling::{self, DeliveryView, MAX_TOKENS, open_consumer};
+use crate::pull::{LeasedEntry, Nack, PullConsumer, PullError, PullRequest, SettleError, Token};
 use crate::relay::{CommandHandler, CommandHandlerFactory};
 
 /// The maximum number of commands in progress per client, including pulls that wait for entries.
@@ -80,8 +80,8 @@ struct WorkerCommands {
     leases: HashMap<Token, SocketLease>,
 }
 
-/// The desk that gave a lease, and the end of the lease.
-type SocketLease = (Arc<Desk>, Instant);
+/// The pull consumer that gave a lease, and the end of the lease.
+type SocketLease = (Arc<PullConsumer>, Instant);
 
 #[derive(Debug, Deserialize)]
 struct CommandRequest {
@@ -109,7 +109,7 @@ enum Progress {
     /// A pull waits for entries from now on.
     PullOpened(OpenPull),
     /// A pull has leased entries, and may lease more.
-    Leased(OpenPull, Vec<Task>),
+    Leased(OpenPull, Vec<LeasedEntry>),
     /// Leases were settled or extended.
     Settled { response: Option<String>, ended: Vec<Token>, extended: Vec<Token>, lease: Duration },
 }
@@ -117,8 +117,8 @@ enum Progress {
 /// A pull that leases entries as they come.
 struct OpenPull {
     id: Option<u64>,
-    desk: Arc<Desk>,
-    wanted: Wanted,
+    pull_consumer: Arc<PullConsumer>,
+    wanted: PullRequest,
 }
 
 impl CommandHandler for WorkerCommands {
@@ -161,25 +161,27 @@ impl CommandHandler for WorkerCommands {
         leases.extend(unsent.into_iter().map(|(token, lease, _)| (token, lease)));
         let mut cx = Context::from_waker(Waker::noop());
         while let Poll::Ready(Some(progress)) = in_progress.poll_next_unpin(&mut cx) {
-            if let Progress::Leased(OpenPull { desk, .. }, tasks) = progress {
+            if let Progress::Leased(OpenPull { pull_consumer, .. }, entries) = progress {
                 let now = Instant::now();
-                leases.extend(tasks.into_iter().map(|task| (task.token, (Arc::clone(&desk), now + task.lease))));
+                leases.extend(
+                    entries.into_iter().map(|leased| (leased.token, (Arc::clone(&pull_consumer), now + leased.lease))),
+                );
             }
         }
         drop(in_progress);
         Box::pin(async move {
-            let mut by_desk: Vec<(Arc<Desk>, Vec<Token>)> = Vec::new();
-            for (token, (desk, _)) in leases {
-                match by_desk.iter_mut().find(|(known, _)| Arc::ptr_eq(known, &desk)) {
+            let mut by_consumer: Vec<(Arc<PullConsumer>, Vec<Token>)> = Vec::new();
+            for (token, (pull_consumer, _)) in leases {
+                match by_consumer.iter_mut().find(|(known, _)| Arc::ptr_eq(known, &pull_consumer)) {
                     Some((_, tokens)) => tokens.push(token),
-                    None => by_desk.push((desk, vec![token])),
+                    None => by_consumer.push((pull_consumer, vec![token])),
                 }
             }
             let reason = Some("the connection of its worker has closed".to_owned());
-            let nack = GiveBack { reason, ..GiveBack::default() };
+            let nack = Nack { reason, ..Nack::default() };
             let release = async {
-                for (desk, tokens) in by_desk {
-                    desk.give_back(&tokens, &nack).await;
+                for (pull_consumer, tokens) in by_consumer {
+                    pull_consumer.nack(&tokens, &nack).await;
                 }
             };
             // Entries that are not released in time become free at the end of their lease.
@@ -225,10 +227,14 @@ impl WorkerCommands {
         let lease = request.lease_s.map(|lease| seconds("lease_s", lease)).transpose()?;
         let (api, id, wait) = (self.api.clone(), request.id, config.max_wait);
         self.in_progress.push(Box::pin(async move {
-            match open_desk(&api, &stream, &group).await {
-                Ok(desk) => {
-                    let lease = lease.unwrap_or(desk.max_lease());
-                    Progress::PullOpened(OpenPull { id, wanted: Wanted { consumer, max, lease, wait }, desk })
+            match open_consumer(&api, &stream, &group).await {
+                Ok(pull_consumer) => {
+                    let lease = lease.unwrap_or(pull_consumer.max_lease());
+                    Progress::PullOpened(OpenPull {
+                        id,
+                        wanted: PullRequest { consumer, max, lease, wait },
+                        pull_consumer,
+                    })
                 }
                 Err(error) => Progress::Ended(Some(error_frame(id, &error, &[]))),
             }
@@ -241,12 +247,12 @@ impl WorkerCommands {
         let api = self.api.clone();
         self.in_progress.push(Box::pin(async move {
             loop {
-                match pull.desk.pull(pull.wanted.clone()).await {
-                    Ok(tasks) if tasks.is_empty() && !api.is_draining() => {}
+                match pull.pull_consumer.pull(pull.wanted.clone()).await {
+                    Ok(entries) if entries.is_empty() && !api.is_draining() => {}
                     // The frame `drain` informs the client.
-                    Ok(tasks) if tasks.is_empty() => return Progress::Ended(None),
+                    Ok(entries) if entries.is_empty() => return Progress::Ended(None),
                     Err(PullError::Stopping) => return Progress::Ended(None),
-                    Ok(tasks) => return Progress::Leased(pull, tasks),
+                    Ok(entries) => return Progress::Leased(pull, entries),
                     Err(error) => return Progress::Ended(Some(error_frame(pull.id, &ApiError::from(&error), &[]))),
                 }
             }
@@ -261,42 +267,42 @@ impl WorkerCommands {
                 format!("must be one token; or set `tokens`, up to {MAX_TOKENS}"),
             ));
         }
-        let desk = match (&request.stream, &request.group) {
+        let pull_consumer = match (&request.stream, &request.group) {
             (Some(stream), Some(group)) => {
                 self.require(Action::Consume(stream))?;
-                self.named_desk(stream, group)
+                self.named_consumer(stream, group)
             }
-            _ => texts.iter().find_map(|text| self.desk_of(&text.parse().ok()?)),
+            _ => texts.iter().find_map(|text| self.consumer_of_token(&text.parse().ok()?)),
         };
-        let Some(desk) = desk else {
-            self.frames.push_back(error_frame(request.id, &ApiError::from(&Refused::NotLeased), &texts));
+        let Some(pull_consumer) = pull_consumer else {
+            self.frames.push_back(error_frame(request.id, &ApiError::from(&SettleError::NotLeased), &texts));
             return Ok(());
         };
-        self.require(Action::Consume(desk.stream().as_str()))?;
+        self.require(Action::Consume(pull_consumer.stream().as_str()))?;
         let (mut tokens, mut foreign) = (Vec::with_capacity(texts.len()), Vec::new());
         for text in texts {
-            match text.parse::<Token>().ok().filter(|token| desk.is_of(token)) {
+            match text.parse::<Token>().ok().filter(|token| pull_consumer.has_issued(token)) {
                 Some(token) => tokens.push(token),
                 None => foreign.push(text),
             }
         }
-        let lease = request.lease_s.map_or(Ok(desk.max_lease()), |lease| seconds("lease_s", lease))?;
+        let lease = request.lease_s.map_or(Ok(pull_consumer.max_lease()), |lease| seconds("lease_s", lease))?;
         let delay = request.delay_s.map_or(Ok(Duration::ZERO), |delay| seconds("delay_s", delay))?;
         let delay_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
-        let nack = pulling::nack(&desk, delay_ms, request.reason, request.permanent)?;
+        let nack = pulling::nack(&pull_consumer, delay_ms, request.reason, request.permanent)?;
         let (op, id) = (request.op, request.id);
         self.in_progress.push(Box::pin(async move {
             let is_extension = op == "extend";
             let results = match op.as_str() {
-                "done" => Ok(desk.acknowledge(&tokens).await),
-                "nack" => Ok(desk.give_back(&tokens, &nack).await),
-                _ => desk.extend(&tokens, lease).await,
+                "done" => Ok(pull_consumer.acknowledge(&tokens).await),
+                "nack" => Ok(pull_consumer.nack(&tokens, &nack).await),
+                _ => pull_consumer.extend(&tokens, lease).await,
             };
             let results = match results {
                 Ok(results) => results,
                 Err(error) => return Progress::Ended(Some(error_frame(id, &ApiError::from(&error), &[]))),
             };
-            let mut last_error = (!foreign.is_empty()).then_some(Refused::NotLeased);
+            let mut last_error = (!foreign.is_empty()).then_some(SettleError::NotLeased);
             let (mut ended, mut extended, mut refused) = (Vec::new(), Vec::new(), foreign);
             for (token, result) in tokens.into_iter().zip(results) {
                 match result {
@@ -304,7 +310,7 @@ impl WorkerCommands {
                     Ok(()) => ended.push(token),
                     Err(error) => {
                         refused.push(token.to_string());
-                        if matches!(error, Refused::NotLeased) {
+                        if matches!(error, SettleError::NotLeased) {
                             ended.push(token);
                         }
                         last_error = Some(error);
@@ -323,9 +329,9 @@ impl WorkerCommands {
     fn publish(&mut self, request: CommandRequest) -> Result<(), ApiError> {
         let name = request.stream.ok_or_else(|| missing_parameter("stream"))?;
         self.require(Action::Publish(&name))?;
-        let catalogue = self.api.services().bus.catalogue();
-        let stream: Option<StreamName> = name.parse().ok().filter(|stream| catalogue.contains(stream));
-        let unknown = || ApiError::no_such_stream(&name, catalogue.names());
+        let catalog = self.api.services().bus.catalog();
+        let stream: Option<StreamName> = name.parse().ok().filter(|stream| catalog.contains(stream));
+        let unknown = || ApiError::no_such_stream(&name, catalog.names());
         let stream = stream.ok_or_else(unknown)?;
         let data = request.data.ok_or_else(|| missing_parameter("data"))?;
         let event = NewEvent::parse(Bytes::copy_from_slice(data.get().as_bytes()));
@@ -335,7 +341,7 @@ impl WorkerCommands {
         let dedup = within_tenant(dedup, &event, &self.principal);
         let (bus, id) = (self.api.services().bus.clone(), request.id);
         self.in_progress.push(Box::pin(async move {
-            let result = bus.publish(&stream, vec![(dedup, event)], Promise::default()).await.pop();
+            let result = bus.publish(&stream, vec![(dedup, event)], PublishOptions::default()).await.pop();
             Progress::Ended(match result {
                 Some(Ok(appended)) => id.map(|id| {
                     let event_id = String::from_utf8_lossy(&appended.event_id);
@@ -354,14 +360,14 @@ impl WorkerCommands {
         if self.principal.may(action) { Ok(()) } else { Err(ApiError::from(&AuthError::Scope(action.to_string()))) }
     }
 
-    /// Returns the desk that gave a token. For members of families only if it was given on this socket.
-    fn desk_of(&self, token: &Token) -> Option<Arc<Desk>> {
-        let own = self.leases.get(token).map(|(desk, _)| Arc::clone(desk));
-        own.or_else(|| self.api.services().pull.desk_of(token))
+    /// Returns the pull consumer that gave a token. For members of families only if it was given on this socket.
+    fn consumer_of_token(&self, token: &Token) -> Option<Arc<PullConsumer>> {
+        let own = self.leases.get(token).map(|(pull_consumer, _)| Arc::clone(pull_consumer));
+        own.or_else(|| self.api.services().pull.consumer_of(token))
     }
 
-    fn named_desk(&self, stream: &str, group: &str) -> Option<Arc<Desk>> {
-        self.api.services().pull.desk(&stream.parse().ok()?, &group.parse().ok()?)
+    fn named_consumer(&self, stream: &str, group: &str) -> Option<Arc<PullConsumer>> {
+        self.api.services().pull.consumer(&stream.parse().ok()?, &group.parse().ok()?)
     }
 
     /// Returns the pull group of a stream if it has exactly one.
@@ -390,13 +396,13 @@ impl WorkerCommands {
                 }
                 self.frames.extend(response);
             }
-            Progress::Leased(mut pull, tasks) => {
+            Progress::Leased(mut pull, entries) => {
                 let now = Instant::now();
                 self.leases.retain(|_, (_, until)| *until > now);
-                pull.wanted.max = pull.wanted.max.saturating_sub(tasks.len());
-                for task in tasks {
-                    let frame = task_frame(pull.id, &pull.desk, &task);
-                    self.unsent.push_back((task.token, (Arc::clone(&pull.desk), now + task.lease), frame));
+                pull.wanted.max = pull.wanted.max.saturating_sub(entries.len());
+                for leased in entries {
+                    let frame = task_frame(pull.id, &pull.pull_consumer, &leased);
+                    self.unsent.push_back((leased.token, (Arc::clone(&pull.pull_consumer), now + leased.lease), frame));
                 }
                 if pull.wanted.max > 0 {
                     self.wait_for_entries(pull);
@@ -406,7 +412,7 @@ impl WorkerCommands {
     }
 }
 
-fn task_frame(id: Option<u64>, desk: &Desk, task: &Task) -> String {
+fn task_frame(id: Option<u64>, pull_consumer: &PullConsumer, leased: &LeasedEntry) -> String {
     #[derive(serde::Serialize)]
     struct TaskFrame<'a> {
         t: &'static str,
@@ -420,10 +426,10 @@ fn task_frame(id: Option<u64>, desk: &Desk, task: &Task) -> String {
     let frame = TaskFrame {
         t: "task",
         id,
-        s: desk.stream().as_str(),
-        g: desk.group().as_str(),
-        lease_s: task.lease.as_secs_f64(),
-        task: DeliveryView::from(task),
+        s: pull_consumer.stream().as_str(),
+        g: pull_consumer.group().as_str(),
+        lease_s: leased.lease.as_secs_f64(),
+        task: DeliveryView::from(leased),
     };
     serde_json::to_string(&frame).expect("a task is JSON")
 }

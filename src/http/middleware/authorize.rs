@@ -87,14 +87,14 @@ fn check(api: &Api, principal: &Principal, access: Access, stream: &str) -> Resu
 
 /// Refuses the streams of other tenants to a principal of one tenant, whatever its scopes.
 pub(crate) fn require_tenant(api: &Api, principal: &Principal, stream: &StreamName) -> Result<(), AuthError> {
-    match (principal.tenant(), api.services().bus.catalogue().binding(stream)) {
+    match (principal.tenant(), api.services().bus.catalog().binding(stream)) {
         (Some(tenant), Some((TENANT, key))) if key != tenant => Err(AuthError::OtherTenant(tenant.to_owned())),
         _ => Ok(()),
     }
 }
 
 fn is_declared(api: &Api, stream: &str) -> bool {
-    let catalogue = api.services().bus.catalogue();
-    let is_stream = stream.parse::<StreamName>().is_ok_and(|stream| catalogue.contains(&stream));
-    is_stream || catalogue.families().named(stream).is_some()
+    let catalog = api.services().bus.catalog();
+    let is_stream = stream.parse::<StreamName>().is_ok_and(|stream| catalog.contains(&stream));
+    is_stream || catalog.families().named(stream).is_some()
 }
