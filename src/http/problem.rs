@@ -144,7 +144,7 @@ impl ApiError {
         Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_bodies", detail).with_retry_after(Duration::from_secs(1))
     }
 
-    pub(super) fn too_many_answers() -> Self {
+    pub(super) fn too_many_large_responses() -> Self {
         let detail = "too many large responses in transfer to this address; read them first, or use a smaller limit";
         Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_answers", detail).with_retry_after(Duration::from_secs(1))
     }

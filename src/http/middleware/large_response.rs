@@ -30,7 +30,7 @@ fn respond(api: &Api, peer: Peer, body: Vec<u8>) -> Result<Response, ApiError> {
         Body::from(body)
     } else {
         let permit = api.limits().response_mib.try_acquire_many(peer.0.ip(), length.div_ceil(1 << 20));
-        let permit = permit.ok_or_else(ApiError::too_many_answers)?;
+        let permit = permit.ok_or_else(ApiError::too_many_large_responses)?;
         // Each piece is a copy: one in a socket buffer must not keep the whole body in memory.
         let pieces = stream::unfold((body, 0, permit), move |(body, at, permit)| async move {
             let piece = body.get(at..length.min(at + SMALL_BYTES)).filter(|piece| !piece.is_empty());

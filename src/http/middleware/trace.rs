@@ -38,7 +38,7 @@ pub(crate) async fn trace_request(State(api): State<Api>, request: Request, next
             route,
             status = status.as_u16(),
             request_id = id.to_str().unwrap_or_default(),
-            "request answered"
+            "request completed"
         );
     }
     response.headers_mut().insert(REQUEST_ID, id);

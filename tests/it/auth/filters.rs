@@ -65,7 +65,7 @@ impl Site {
     async fn get(&self, shown: &str, path: &str) -> Value {
         let (status, body) = asks(&self.daemon, shown, "GET", path, "").await;
         assert_eq!(status, StatusCode::OK, "{path}: {body}");
-        answer
+        body
     }
 
     async fn dead_letters(&self, shown: &str) -> Vec<Value> {

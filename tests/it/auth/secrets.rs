@@ -54,7 +54,7 @@ async fn trace_log_has_no_credentials() {
     assert_eq!(ask(&daemon, "GET", &feed, &[], "").await.status(), StatusCode::UNAUTHORIZED);
     daemon.signal("TERM");
     let ended = daemon.ended().await;
-    assert!(ended.log.contains("request answered"), "the log has trace level");
+    assert!(ended.log.contains("request completed"), "the log has trace level");
     let signature = |token: &str| token.rsplit('.').next().expect("a part").to_owned();
     for secret in [&*key, &*good, &*expired, &*signature(&good), &*ticket, SECRET] {
         let leak = ended.log.lines().find(|line| line.contains(secret));

@@ -200,7 +200,7 @@ async fn trace_log_has_no_keys_and_no_client_credentials() {
     until("a reload of the files", BOUND, failed).await;
     daemon.signal("TERM");
     let ended = daemon.ended().await;
-    assert!(ended.log.contains("request answered"), "the log has trace level");
+    assert!(ended.log.contains("request completed"), "the log has trace level");
     let keys = ["server.key", "client.key"].map(|name| std::fs::read_to_string(authority.path(name)).expect("a key"));
     let lines = keys.iter().flat_map(|key| key.lines()).filter(|line| !line.starts_with("-----"));
     for secret in lines.chain([token]) {
