@@ -7,6 +7,7 @@ use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 
 use crate::event::StreamPattern;
+use crate::validate::{Problems, Validate};
 
 /// The limits and channels of the relay. Every limit is per instance.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
@@ -73,11 +74,8 @@ impl Default for Config {
     }
 }
 
-impl Config {
-    /// What is wrong with it, each with the key below `relay`. `relayed` are the streams declared with `relay = true`.
-    pub fn problems(&self, relayed: &[StreamPattern]) -> Vec<(String, String)> {
-        let mut problems = Vec::new();
-        let mut problem = |key: &str, text: String| problems.push((key.to_owned(), text));
+impl Validate for Config {
+    fn validate(&self, problems: &mut Problems) {
         let sizes = [
             ("ring_bytes", self.ring_bytes, ByteSize::kib(64), ByteSize::gib(4)),
             ("member_ring_bytes", self.member_ring_bytes, ByteSize::kib(64), ByteSize::gib(4)),
@@ -85,9 +83,8 @@ impl Config {
             ("max_message_bytes", self.max_message_bytes, ByteSize::b(125), ByteSize::mib(1)),
         ];
         for (key, size, min, max) in sizes {
-            if !(min..=max).contains(&size) {
-                problem(key, format!("must be from {min} to {max}, is {size}"));
-            }
+            let is_valid = (min..=max).contains(&size);
+            problems.require(is_valid, key, format_args!("must be from {min} to {max}, not {size}"));
         }
         let times = [
             ("max_lag_age", self.max_lag_age),
@@ -96,32 +93,21 @@ impl Config {
             ("write_timeout", self.write_timeout),
         ];
         for (key, time) in times {
-            if time < Duration::from_millis(100) {
-                problem(key, "must be 100ms or more".to_owned());
-            }
+            problems.require(time >= Duration::from_millis(100), key, "must be at least 100ms");
         }
-        if self.ring_entries == 0 {
-            problem("ring_entries", "must be 1 or more".to_owned());
-        }
+        problems.require(self.ring_entries > 0, "ring_entries", "must be at least 1");
         for (name, streams) in &self.channels {
             let key = format!("channels.{name}");
-            let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-            if name.is_empty() || !name.chars().all(is_name) {
-                problem(&key, "a channel's name may hold letters, digits and `-_.`".to_owned());
-            }
-            if streams.is_empty() {
-                problem(&key, "has no streams; name one or leave the channel out".to_owned());
-            }
+            let is_allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+            let is_name = !name.is_empty() && name.chars().all(is_allowed);
+            problems.require(is_name, &key, "the name of a channel must have letters, digits and `-_.` only");
+            problems.require(!streams.is_empty(), &key, "has no streams; name one or remove the channel");
             for (index, stream) in streams.iter().enumerate() {
-                if !relayed.contains(stream) {
-                    problem(&key, format!("stream `{stream}` is not declared with `relay = true`"));
-                }
                 if streams.iter().take(index).any(|earlier| earlier == stream) {
-                    problem(&key, format!("stream `{stream}` is listed twice"));
+                    problems.add(&key, format_args!("stream `{stream}` is listed twice"));
                 }
             }
         }
-        problems
     }
 }
 
@@ -129,14 +115,10 @@ impl Config {
 mod tests {
     use super::*;
 
-    fn relayed() -> Vec<StreamPattern> {
-        Config::default().channels.into_values().flatten().collect()
-    }
-
     #[test]
     fn the_default_has_no_problems_and_survives_its_text_form() {
         let config = Config::default();
-        assert_eq!(config.problems(&relayed()), []);
+        assert_eq!(config.problems(), []);
         let text = toml::to_string(&config).expect("plain values");
         assert_eq!(toml::from_str::<Config>(&text).expect("its own text"), config);
     }
@@ -155,19 +137,12 @@ mod tests {
             ping_interval = '1ms'
             [channels]
             'a b' = []
-            alerts = ['aurora:alerts', 'aurora:alerts', 'elsewhere']
+            alerts = ['aurora:alerts', 'aurora:alerts']
         ";
         let config: Config = toml::from_str(text).expect("well-formed");
-        let keys: Vec<String> = config.problems(&relayed()).into_iter().map(|(key, _)| key).collect();
-        let expected = [
-            "ring_bytes",
-            "ping_interval",
-            "ring_entries",
-            "channels.a b",
-            "channels.a b",
-            "channels.alerts",
-            "channels.alerts",
-        ];
+        let keys: Vec<String> = config.problems().into_iter().map(|problem| problem.path).collect();
+        let expected =
+            ["ring_bytes", "ping_interval", "ring_entries", "channels.a b", "channels.a b", "channels.alerts"];
         assert_eq!(keys, expected);
     }
 }

@@ -18,13 +18,13 @@
 //! | 10 | a server that can't save | `redis_states::every_state_is_told_and_heals` |
 //! | 11 | a server that stands still | `network::a_server_that_stands_still_costs_nothing_and_doubles_nothing`, `crash::a_redis_that_hangs_under_load_costs_nothing_accepted` |
 //! | 12 | connections that swallow everything: reader, control, publisher | `network::each_connection_that_swallows_everything_is_replaced_in_time` |
-//! | 13 | lost replies: append, fetch, acknowledgement, dead letter, replay | `network::lost_replies_double_nothing_and_lose_nothing`, `dead_letters::a_crash_between_append_and_removal_is_mended_by_a_second_replay` |
+//! | 13 | lost replies: append, fetch, acknowledgement, dead letter, replay | `network::lost_replies_double_nothing_and_lose_nothing`, `dead_letters::second_replay_repairs_crash_between_append_and_removal` |
 //! | 14 | publishing while readers wait | `network::readers_that_wait_do_not_hold_up_publishers` |
-//! | 15 | entries that others trim, pending and not delivered yet | `ledger::what_others_trim_is_counted_once_by_two_daemons_on_redis`, `ledger::a_worker_finds_what_was_lost_while_it_was_away_on_redis` |
-//! | 16 | a handler that kills its process | `poison::an_entry_that_kills_its_handler_ends_as_a_dead_letter`, `guard::a_task_that_kills_every_worker_ends_in_the_dead_letters` |
+//! | 15 | entries that others trim, pending and not delivered yet | `accounts::foreign_trim_is_counted_once_by_two_daemons_on_redis`, `accounts::worker_counts_losses_of_its_downtime_on_redis` |
+//! | 16 | a handler that kills its process | `poison::an_entry_that_kills_its_handler_ends_as_a_dead_letter`, `redelivery::entry_that_kills_every_consumer_is_dead_lettered` |
 //! | 17 | entries in hand for longer than others wait, a daemon that stands still and comes back late | `delivery::entries_in_hand_are_not_taken_over_however_long_they_wait`, `fleet::entries_of_a_frozen_daemon_are_handled_once_elsewhere`, `fleet::late_result_of_a_frozen_daemon_is_ignored` |
 //! | 18 | a dead letter that is written twice, or can't be written | `store_contract::a_dead_letter_is_moved_in_one_step_and_once`, `redis_faults::a_lost_reply_to_a_dead_letter_writes_it_once`, `redis_faults::a_dead_letter_that_cannot_be_written_leaves_its_entry_pending`, `redis_faults::a_full_server_refuses_appends_and_lets_the_rest_go_on` |
-//! | 19 | kills between commit and acknowledgement | `postgres::ten_kills_between_commit_and_acknowledgement_leave_each_row_once`, `postgres::fifty_kills_between_commit_and_acknowledgement_leave_each_row_once` |
+//! | 19 | kills between commit and acknowledgement | `postgres::ten_kills_between_commit_and_ack_keep_each_row_once`, `postgres::fifty_kills_between_commit_and_ack_keep_each_row_once` |
 //! | 20 | two daemons of one name, rolling restarts and kills | `fleet::two_daemons_of_one_name_deliver_each_entry_once`, `fleet::ten_rolling_restarts_lose_no_entry_and_leave_no_consumer`, `fleet::two_hundred_rolling_restarts_lose_no_entry` |
 //! | 21 | a clock that steps | `clock::a_clock_that_steps_takes_nothing_out_of_hands_and_keeps_the_order`, `clock::a_daemon_whose_clock_steps_gives_ids_that_rise_and_handles_each_event_once` |
 //! | 22 | entries that make no sense | `poison::entries_that_make_no_sense_become_dead_letters_byte_for_byte` |
