@@ -13,12 +13,12 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use self::groups::{GroupDeps, Groups};
-use crate::bus::{Bus, Catalogue, Terms};
+use crate::bus::{Bus, StreamCatalog, StreamSettings};
 use crate::config::{Backend, Config, InvalidConfig, StreamConfig};
 use crate::dead_letters::{DeadLetterRetention, DeadLetterSource, DeadLetters};
 use crate::delivery::Quarantine;
 use crate::http::{self, Access, Api, Tls, Unusable, Validity};
-use crate::maintenance::{FamilySpec, Janitor, Sampler, StreamSpec};
+use crate::maintenance::{FamilySpec, Scheduler, StreamSpec};
 use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
 use crate::relay::Relay;
@@ -48,8 +48,7 @@ pub struct App {
     checks: Vec<sink::StartCheck>,
     families: (Families, Vec<Part>),
     groups: Groups,
-    janitor: Janitor,
-    sampler: Sampler,
+    maintenance: Scheduler,
     dead_letters: (DeadLetterRetention, Part),
     relay: Relay,
     api: Api,
@@ -87,10 +86,11 @@ impl App {
         let relayed = config.relayed();
         let relay =
             Relay::new(Arc::clone(&store), config.relay.clone(), &relayed, &families, metrics.clone(), &readiness);
-        let sampler = Sampler::new(Arc::clone(&store), specs.clone(), metrics.clone(), &readiness)
-            .with_families(family_specs.clone(), &readiness);
-        let janitor =
-            Janitor::new(Arc::clone(&store), specs, limits, metrics.clone()).with_families(family_specs.clone());
+        let maintenance = Scheduler::new(Arc::clone(&store), specs, limits, metrics.clone(), &readiness).with_families(
+            family_specs,
+            &metrics,
+            &readiness,
+        );
 
         let sinks = metered(sinks, &metrics);
         let checks = sinks.iter().map(|(name, sink)| {
@@ -122,7 +122,8 @@ impl App {
             metrics: &metrics,
             readiness: &readiness,
         };
-        let groups = Groups::build(&config, family_specs, deps)?;
+        let groups = Groups::build(&config, deps)?;
+        let maintenance = maintenance.with_own_consumers(groups.own_consumers().clone());
         let family_parts = families.parts(&readiness);
         let store_part = readiness.part("store", Some(STALE_AFTER));
         let api = Api::new(
@@ -146,8 +147,7 @@ impl App {
             checks,
             families: (families, family_parts),
             groups,
-            janitor,
-            sampler,
+            maintenance,
             dead_letters: dead_letter_retention,
             relay,
             api,
@@ -180,8 +180,7 @@ impl App {
         for check in self.checks {
             tasks.spawn(named("sink check", check.run(work.clone())));
         }
-        tasks.spawn(named("janitor", self.janitor.run(work.clone())));
-        tasks.spawn(named("sampler", self.sampler.run(work.clone())));
+        tasks.spawn(named("maintenance", self.maintenance.run(work.clone())));
         let (dead_letter_retention, dead_letter_part) = self.dead_letters;
         tasks.spawn(named("dead-letter retention", dead_letter_retention.run(dead_letter_part, work.clone())));
         let relay = self.relay.clone();
@@ -302,14 +301,14 @@ fn limits_of(config: &Config, families: &Families) -> Limits {
 }
 
 fn open_bus(config: &Config, store: Arc<dyn Store>, families: &Families, limits: Limits, metrics: Metrics) -> Bus {
-    let terms = |stream: &StreamConfig| Terms {
+    let terms = |stream: &StreamConfig| StreamSettings {
         dead_letter: stream.dead_letter(),
         durability: stream.durability,
         groups: stream.groups.iter().map(|group| (group.name.clone(), group.consumption())).collect(),
         abandoned_after: Some(stream.retention.abandoned_after),
     };
     let declared = config.streams.iter().map(|stream| (stream.name.clone(), terms(stream)));
-    let catalogue = Catalogue::new(families.clone(), declared);
+    let catalogue = StreamCatalog::new(families.clone(), declared);
     Bus::new(store, config.publish.clone(), catalogue, limits, metrics)
 }
 

@@ -77,11 +77,6 @@ enum Command {
     /// Verify the tamper-evident audit files
     #[command(subcommand)]
     Audit(audit::AuditCommand),
-    /// Measure the daemon beside the raw ceiling of its store
-    Bench(crate::bench::BenchArgs),
-    /// The load generator that `bench` starts as a process of its own
-    #[command(hide = true)]
-    BenchLoad(crate::bench::LoadArgs),
 }
 
 impl Cli {
@@ -98,8 +93,6 @@ impl Cli {
             Some(Command::Health(args)) => client::health(&self.config, &args).await,
             Some(Command::Token(command)) => token::run(&self.config, command),
             Some(Command::Audit(command)) => audit::run(&self.config, command),
-            Some(Command::Bench(args)) => crate::bench::run(args).await,
-            Some(Command::BenchLoad(args)) => crate::bench::load(args).await,
         }
     }
 }

@@ -124,7 +124,7 @@ impl DeadLetters {
     ) -> Self {
         let default: StreamName = DEFAULT_AUDIT_STREAM.parse().expect("a valid name");
         let audit = config.audit.clone().unwrap_or(default);
-        let audit = Some(audit).filter(|audit| bus.catalogue().contains(audit));
+        let audit = Some(audit).filter(|audit| bus.catalog().contains(audit));
         Self { inner: Arc::new(Inner { store, bus, config, sources, audit, instance, metrics }) }
     }
 
@@ -212,7 +212,7 @@ impl Inner {
                 source.dead_letter.stream().map(|dead| (stream.clone(), dead.clone())).into_iter().collect()
             }
             StreamPattern::Family(family) => {
-                let roster = self.bus.catalogue().families().named(family.name());
+                let roster = self.bus.catalog().families().named(family.name());
                 let members = roster.map(|roster| roster.members()).unwrap_or_default();
                 let pair = |stream: StreamName| {
                     let dead_letter = source.dead_letter.of_key(family.key_of(&stream)?).ok()?;

@@ -3,8 +3,7 @@
 //! Owns what happens between [`Store::fetch`] and [`Store::settle`]: batches, deadlines, retries, dead letters, taking
 //! over what crashed workers left, and handing back at the end. It promises that an entry leaves a group only
 //! acknowledged after its sink took it, as a dead letter, or counted as filtered or lost. It knows nothing of the
-//! relay, of HTTP, or of which store and sink it works with. Groups consumed from outside have a [`Guard`] instead, or, for all
-//! members of a family, a [`Patrol`].
+//! relay, of HTTP, or of which store and sink it works with. Groups without a sink have a [`Redeliverer`] instead.
 //!
 //! One [`Worker`] is one consumer of one group. It fetches the next batch while the sink handles the last one and the
 //! one before it is being acknowledged; each of these three steps has at most one store call under way, and what
@@ -24,9 +23,8 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, info_span, warn};
 
-pub use crate::delivery::family_workers::Crew;
-pub use crate::delivery::redelivery::Guard;
-pub use crate::delivery::redelivery::family::Patrol;
+pub use crate::delivery::family_workers::FamilyWorkers;
+pub use crate::delivery::redelivery::Redeliverer;
 pub use crate::delivery::worker::breaker::BreakerPolicy;
 pub use config::{GroupConfig, GroupStart};
 pub use ordering::{InvalidOrderBy, OnPoison, OrderBy, Ordering};

@@ -43,7 +43,7 @@ use crate::bus::Bus;
 use crate::dead_letters::DeadLetters;
 use crate::limiter::{KeyedLimiter, LimitKey, counted_address};
 use crate::metrics::Metrics;
-use crate::pull::Pull;
+use crate::pull::PullConsumers;
 use crate::readiness::Readiness;
 use crate::relay::Relay;
 use crate::store::Store;
@@ -165,7 +165,7 @@ struct Inner {
     access: Access,
     bus: Bus,
     dead_letters: DeadLetters,
-    pull: Pull,
+    pull: PullConsumers,
     /// Requests that wait for entries to pull.
     pulls: Arc<KeyedLimiter>,
     store: Arc<dyn Store>,
@@ -194,7 +194,7 @@ impl Api {
         access: Access,
         bus: Bus,
         dead_letters: DeadLetters,
-        pull: Pull,
+        pull: PullConsumers,
         store: Arc<dyn Store>,
         relay: Relay,
         metrics: Metrics,

@@ -6,7 +6,6 @@
 pub mod app;
 pub mod auth;
 mod backoff;
-pub mod bench;
 pub mod bus;
 pub mod cli;
 mod clock;

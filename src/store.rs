@@ -1,29 +1,28 @@
 //! The store: one contract for streams, groups and deliveries, and its two backends.
 //!
-//! Owns the [`Store`] trait and the meaning of each of its operations. It promises the same semantics on
-//! Redis (or Valkey) and on the embedded one, which one suite of tests checks on both. It does not know what an alert is,
-//! what a sink is, or who asks.
+//! Owns the [`Store`] trait and the meaning of each operation. Promises the same semantics on Redis (or Valkey) and on
+//! the embedded store; one test suite checks both. Knows neither alerts nor sinks nor the caller.
 //!
 //! # The contract
 //!
-//! - **Ids** are given by the store and strictly increase within a stream, across restarts, trims and clocks that
-//!   step back. A stream exists from its first entry or group on; reading one that does not exist finds nothing.
+//! - **Ids** are assigned by the store and strictly increase within a stream, across restarts, trims and clocks that
+//!   step back. A stream exists from its first entry or group on; a read of a missing stream returns nothing.
 //! - **Durable on return.** When [`Store::append`] returns, the entries survive a crash of this process. On the
 //!   embedded store with `durability = "commit"` they also survive a power cut; on Redis they are as durable as the
-//!   server's own persistence makes them. Entries are visible to readers only once that is so. More can be asked for
-//!   with [`Store::append_durably`]; then entries may be visible before it is confirmed.
-//! - **Groups** have a cursor of their own. An entry that [`Store::fetch`] returns is *pending*: it belongs to the
-//!   consumer that fetched it until it is settled, claimed by another, or found lost. Settling may be forgotten by
-//!   a power cut, never by a crash: the entry is then delivered again.
-//! - **Attempts** are counted by the store, per group and entry: 1 with the first delivery, one more with each
-//!   claim. They survive restarts.
-//! - **Leases** are names within a stream that one holder has at a time, until it gives them up or does not renew them
-//!   in time. A cursor that carries a lease can do nothing once another may have it.
-//! - **Loss is told.** A pending entry whose body was trimmed away is removed from the pending entries by the claim
-//!   that meets it and reported there as lost, once.
-//! - **Accounts.** What becomes of a group's entries is counted in the step in which it happens, see [`Account`]; the
-//!   counters are as durable as that step.
-//! - **Errors** carry a [`StoreErrorKind`]: whoever calls decides by kind, never by text.
+//!   server's own persistence makes them. Readers see entries only after that. [`Store::append_durably`] asks for
+//!   more; then entries may be visible before the durability is confirmed.
+//! - **Groups** have their own cursor. An entry that [`Store::fetch`] returns is *pending*: it belongs to the consumer
+//!   that fetched it until it is settled, claimed by another consumer, or found lost. A power cut may undo a
+//!   settlement, a crash never does: the entry is then delivered again.
+//! - **Attempts** are counted by the store, per group and entry: 1 with the first delivery, one more with each claim.
+//!   They survive restarts.
+//! - **Leases** are names within a stream. One holder has a name at a time, until it releases the lease or fails to
+//!   renew it. A cursor that carries a lease has no effect after another holder may have taken it.
+//! - **Losses are reported.** If the body of a pending entry was trimmed away, the next claim of it removes the pending
+//!   entry and reports it as lost, once.
+//! - **Accounts.** Each step counts its outcome for the group's entries, see [`Account`]. The counters are as durable as
+//!   the step.
+//! - **Errors** carry a [`StoreErrorKind`]. Callers decide by the kind, never by the text.
 
 mod account;
 pub mod embedded;
@@ -55,27 +54,27 @@ use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamN
 /// The most entries one [`Store::append`] takes.
 pub const MAX_APPEND: usize = 512;
 
-/// How often streams are asked for news where the store can't wait for many of them at once.
+/// How often the streams are polled if the store cannot wait for many of them in one call.
 const NEWS_POLL: Duration = Duration::from_millis(200);
 
 /// Streams, groups and deliveries.
 ///
-/// Every operation fails with [`StoreErrorKind::WrongType`] where the stream's name is taken by something else, and
-/// with [`StoreErrorKind::Unavailable`] where the store can't be reached; both concern the one call only.
+/// Every operation fails with [`StoreErrorKind::WrongType`] if the stream's name belongs to something else, and with
+/// [`StoreErrorKind::Unavailable`] if the store cannot be reached. Both concern the one call only.
 #[async_trait]
 pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// Appends up to [`MAX_APPEND`] entries, in order, all or none; one result per entry, in order.
     ///
     /// Creates the stream. An entry whose idempotency key was seen within its window is not stored again: its result
-    /// names the first one. After an error it is unknown whether the entries were stored; repeating the call is only
-    /// safe with idempotency keys. Cancel-safe: the append then happens or not, as a whole.
+    /// names the first entry. After an error it is unknown whether the entries were stored, so repeating the call is
+    /// safe with idempotency keys only. Cancel-safe: a cancelled append happens completely or not at all.
     async fn append(&self, stream: &StreamName, entries: Vec<NewEntry>) -> Result<Vec<Appended>, StoreError>;
 
-    /// Appends as [`Store::append`] does, and returns only when the entries are as durable as asked.
+    /// Appends as [`Store::append`] does, and returns when the requested durability is confirmed.
     ///
-    /// Fails with [`StoreErrorKind::Unsupported`], nothing stored, where the store can't be as durable as that. Fails with
-    /// [`StoreErrorKind::NotDurable`] where the entries are stored, but it was not confirmed in time that they are as
-    /// durable as asked; repeating the call with idempotency keys asks for the confirmation again.
+    /// Fails with [`StoreErrorKind::Unsupported`] and stores nothing if the store cannot provide that durability. Fails
+    /// with [`StoreErrorKind::NotDurable`] if the entries are stored but the durability was not confirmed in time;
+    /// repeating the call with idempotency keys waits for the confirmation again.
     async fn append_durably(
         &self,
         stream: &StreamName,
@@ -86,22 +85,22 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         self.append(stream, entries).await
     }
 
-    /// Fails with [`StoreErrorKind::Unsupported`] where the store can't be as durable as that, whatever is appended.
+    /// Fails with [`StoreErrorKind::Unsupported`] if the store cannot provide that durability for any append.
     async fn check_durability(&self, durability: Durability) -> Result<(), StoreError> {
         if durability == Durability::MEMORY {
             return Ok(());
         }
-        let message = format!("the store can't be more durable than it is (durability {durability})");
+        let message = format!("durability {durability} is not supported by this store");
         Err(StoreError::new(StoreErrorKind::Unsupported, message))
     }
 
-    /// The entries within a range, in its order, at most `limit`. Cancel-safe.
+    /// Returns the entries within a range, in its order, at most `limit`. Cancel-safe.
     async fn range(&self, stream: &StreamName, range: Range, limit: usize) -> Result<Vec<Entry>, StoreError>;
 
-    /// The entries after `after`, oldest first, at most `limit`; waits up to `wait` for the first one.
+    /// Returns the entries after `after`, oldest first, at most `limit`; waits up to `wait` for the first one.
     ///
-    /// Returns nothing when none came in time. `wait` is at most 5 s. Any number of callers may tail a stream, each
-    /// gets every entry. Cancel-safe.
+    /// Returns an empty list on timeout. `wait` is at most 5 s. Any number of callers may tail a stream; each gets
+    /// every entry. Cancel-safe.
     async fn tail(
         &self,
         stream: &StreamName,
@@ -110,13 +109,11 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         wait: Duration,
     ) -> Result<Vec<Entry>, StoreError>;
 
-    /// Waits up to `wait` until any of these streams has entries after its id, and says of each that has them which one
-    /// is its newest now.
+    /// Waits up to `wait` until any of these streams has entries after its id; returns the newest id of each that has.
     ///
-    /// Many streams are waited for by one call, which costs the store one wait however many they are; a Redis Cluster is
-    /// asked again and again instead, for its servers can't wait for keys of different slots. Says nothing when none came
-    /// in time. `wait` is at most 5 s. Fails with [`StoreErrorKind::WrongType`] where any of them is no stream.
-    /// Cancel-safe.
+    /// One call waits for all the streams and costs the store one wait. A Redis Cluster is polled instead, because its
+    /// servers cannot wait for keys of different slots. Returns an empty list on timeout. `wait` is at most 5 s. Fails
+    /// with [`StoreErrorKind::WrongType`] if any of them is not a stream. Cancel-safe.
     async fn news(
         &self,
         places: &[(StreamName, EntryId)],
@@ -136,30 +133,29 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         }
     }
 
-    /// Makes sure that a group exists, and its stream; says whether it was created now. Safe to repeat.
+    /// Creates the group, and its stream, if they are missing. Returns whether the group was created. Safe to repeat.
     ///
-    /// With the group its [`Account`] begins, at zero also where an earlier group of that name had one. Where the
-    /// group was made by others, it begins now, such that it adds up.
+    /// The group's [`Account`] begins with it, at zero even if an earlier group of that name had one. If another program
+    /// created the group, the account begins now, balanced.
     async fn ensure_group(&self, stream: &StreamName, group: &GroupName, start: Start) -> Result<bool, StoreError>;
 
-    /// The next entries that no consumer of the group has seen, at most `limit`; waits up to `wait` for the first.
+    /// Delivers the next undelivered entries of the group, at most `limit`; waits up to `wait` for the first one.
     ///
-    /// They are pending on the cursor's consumer when this returns. One fetch at a time per cursor. `wait` is at
-    /// most 2 s. Fails with [`StoreErrorKind::NoGroup`] where the group is gone. **Not cancel-safe**: a dropped call
-    /// may leave entries pending that no one holds; find them with [`Store::pending`] and [`Store::claim`], also
-    /// after any error.
+    /// They are pending on the cursor's consumer when this returns. One fetch at a time per cursor. `wait` is at most
+    /// 2 s. Fails with [`StoreErrorKind::NoGroup`] if the group is gone. **Not cancel-safe**: a dropped call may leave
+    /// entries pending that no task holds. Find them with [`Store::pending`] and [`Store::claim`], also after an error.
     async fn fetch(&self, cursor: &Cursor, limit: usize, wait: Duration) -> Result<Vec<Delivery>, StoreError>;
 
-    /// Takes over the named pending entries that have been idle for at least `idle`, whoever holds them.
+    /// Claims the named pending entries that have been idle for at least `idle`, from any consumer.
     ///
-    /// Each one taken counts one more attempt. Entries that are not pending, or not idle enough, are left out. At
-    /// most 100 ids. Safe to repeat, though attempts are then counted again.
+    /// Each claim counts one more attempt. Skips entries that are not pending or not idle for long enough. At most 100
+    /// ids. Safe to repeat, but attempts are then counted again.
     async fn claim(&self, cursor: &Cursor, ids: &[EntryId], idle: Duration) -> Result<Claimed, StoreError>;
 
-    /// Searches the group's pending entries from `from` on for those idle for at least `idle`, and takes them over
-    /// as [`Store::claim`] does, at most `limit` (100 or less).
+    /// Searches the group's pending entries from `from` on for those idle for at least `idle`, and claims them as
+    /// [`Store::claim`] does, at most `limit` (100 or less).
     ///
-    /// Looks at a bounded number of entries: go on from [`Reclaimed::next`] until it is [`EntryId::MIN`].
+    /// Scans a bounded number of entries: continue from [`Reclaimed::next`] until it is [`EntryId::MIN`].
     async fn reclaim(
         &self,
         cursor: &Cursor,
@@ -170,8 +166,8 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         self.reclaim_with_care(cursor, idle, from, limit, Care::NONE).await
     }
 
-    /// The same, but stops before an entry that [`Care`] forbids to take beside what is in hand and what was taken
-    /// before it; [`Reclaimed::held_back`] tells.
+    /// Reclaims like [`Store::reclaim`], but stops before an entry that [`Care`] does not allow beside the entries in
+    /// flight; [`Reclaimed::held_back`] is that entry.
     async fn reclaim_with_care(
         &self,
         cursor: &Cursor,
@@ -181,23 +177,23 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         care: Care,
     ) -> Result<Reclaimed, StoreError>;
 
-    /// Hands on pending entries that whoever held them has left, for consumers that read new entries only.
+    /// Redelivers abandoned pending entries by appending them again, for consumers that read new entries only.
     ///
-    /// Looks at a bounded number of pending entries from `from` on, and acts on those idle for long enough, at most
+    /// Scans a bounded number of pending entries from `from` on, and acts on those idle for long enough, at most
     /// `limit` (100 or less). Each is appended again at the end of the stream and acknowledged, in one step. The new
-    /// entry has the fields of the old one and [`field::REPLAY_GROUP`] (this group: it is for no other),
-    /// [`field::REPLAY_OF`] (the id that it had first) and [`field::REPLAY_ATTEMPTS`] (how often it was delivered so
-    /// far, under all its ids). Else:
+    /// entry has the fields of the old one and [`field::REPLAY_GROUP`] (the only group that it is for),
+    /// [`field::REPLAY_OF`] (its first id) and [`field::REPLAY_ATTEMPTS`] (its deliveries so far, under all its ids).
+    /// The exceptions:
     ///
-    /// - One that was delivered [`Redelivery::max_deliveries`] times or more becomes pending on the cursor's consumer,
-    ///   which counts no attempt, and is returned to be given up by [`Store::settle`]. Its attempt is the number of all
+    /// - An entry with [`Redelivery::max_deliveries`] deliveries or more becomes pending on the cursor's consumer, which
+    ///   counts no attempt, and is returned to be dead-lettered by [`Store::settle`]. Its attempt is the number of all
     ///   its deliveries.
-    /// - One for another group is acknowledged.
-    /// - One whose body was trimmed away is not pending any more, and told as lost.
+    /// - An entry for another group is acknowledged.
+    /// - An entry whose body was trimmed away is no longer pending, and is reported as lost.
     ///
-    /// Go on from [`Redelivered::next`] until it is [`EntryId::MIN`]. Safe to repeat, and for several callers at once:
-    /// who comes second finds nothing pending, or it idle for too short. Fails with [`StoreErrorKind::NoGroup`] where
-    /// the group is gone.
+    /// Continue from [`Redelivered::next`] until it is [`EntryId::MIN`]. Safe to repeat, and safe for several callers at
+    /// once: the second one finds the entry settled, or not idle for long enough. Fails with
+    /// [`StoreErrorKind::NoGroup`] if the group is gone.
     ///
     /// [`field::REPLAY_GROUP`]: crate::event::field::REPLAY_GROUP
     /// [`field::REPLAY_OF`]: crate::event::field::REPLAY_OF
@@ -212,26 +208,27 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
 
     /// Settles deliveries of this cursor's consumer: acknowledges, re-arms, dead-letters or releases.
     ///
-    /// A delivery that another consumer has claimed meanwhile is left alone and counted in
-    /// [`Settled::not_owned`]. Moving to the dead letters and acknowledging are one step: afterwards the entry is in
-    /// exactly one of the two places, whatever crashes. Safe to repeat as a whole: what is already settled is not
-    /// owned any more. All settlements are of one stream and group; any number of them.
+    /// Skips a delivery that another consumer has claimed meanwhile, and counts it in [`Settled::not_owned`].
+    /// Dead-lettering and acknowledging are one step: afterwards the entry is in exactly one of the two streams,
+    /// whatever crashes. Safe to repeat as a whole: settled deliveries are not owned any more. All settlements are of
+    /// one stream and group, in any number.
     async fn settle(&self, cursor: &Cursor, settlements: &[Settlement]) -> Result<Settled, StoreError>;
 
-    /// Counts the named entries as delivered just now, without a further attempt: they are still being handled.
+    /// Resets the idle time of the named entries without counting an attempt: they are still being handled.
     ///
-    /// Returns those that are not this consumer's any more; their results no longer count. Safe to repeat.
+    /// Returns the entries that this consumer no longer owns; their results no longer count. Safe to repeat.
     async fn extend(&self, cursor: &Cursor, ids: &[EntryId]) -> Result<Vec<EntryId>, StoreError>;
 
-    /// Acknowledges or holds on deliveries of the group by their receipts, whoever their consumers are: the cursor's
-    /// own does not matter. Says for each, in order, whether its receipt was good; where it was not, nothing is done.
+    /// Acknowledges or holds deliveries of the group by their receipts, for any consumer: the cursor's does not matter.
     ///
-    /// An entry whose body was trimmed away can be acknowledged, but not held on. Any number of them. Repeating an
-    /// acknowledgement finds its receipt good no more. Fails with [`StoreErrorKind::NoGroup`] where the group is gone.
+    /// Returns for each, in order, whether its receipt was valid; an invalid one has no effect. An entry whose body was
+    /// trimmed away can be acknowledged, but not held. Any number of receipts. Acknowledging invalidates the receipt.
+    /// Fails with [`StoreErrorKind::NoGroup`] if the group is gone.
     async fn redeem(&self, cursor: &Cursor, redemptions: &[(Receipt, Redemption)]) -> Result<Vec<bool>, StoreError>;
 
-    /// The pending entries of a group from `from` on, oldest first, at most `limit`; those of one consumer where the
-    /// cursor's consumer is asked for by `own_only`.
+    /// Returns the pending entries of a group from `from` on, oldest first, at most `limit`.
+    ///
+    /// With `own_only`, only those of the cursor's consumer.
     async fn pending(
         &self,
         cursor: &Cursor,
@@ -240,34 +237,39 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         limit: usize,
     ) -> Result<Vec<Pending>, StoreError>;
 
-    /// Length, ends, counters and groups of a stream; nothing where it does not exist.
+    /// Returns length, ends, counters and groups of a stream, or `None` if it does not exist.
     async fn describe(&self, stream: &StreamName) -> Result<Option<StreamStatus>, StoreError>;
 
-    /// The stream's epoch, made now where it has none. It changes when the stream was lost and begun anew, that is
-    /// when its last id is found to be smaller than it was.
+    /// Returns the stream's epoch, and creates it if there is none.
+    ///
+    /// The epoch changes when the stream was lost and started again, which shows in a last id that went back.
     async fn epoch(&self, stream: &StreamName) -> Result<Epoch, StoreError>;
 
-    /// Removes the oldest entries as `trim` says, but never one that a group has still to handle, that is at or
-    /// after the group's oldest pending entry or after its cursor. Says how many were removed. May leave up to 100
-    /// more than asked for. Safe to repeat.
+    /// Removes the oldest entries by `trim`, but none that a group has not settled. Returns how many were removed.
+    ///
+    /// A group has not settled the entries from its oldest pending one on, nor those after its cursor. May leave up to
+    /// 100 more than requested. Safe to repeat.
     async fn trim(&self, stream: &StreamName, trim: Trim) -> Result<u64, StoreError> {
         self.trim_past(stream, trim, &[]).await
     }
 
-    /// The same, but passes what these groups have still to handle. For them nothing is counted.
+    /// Trims like [`Store::trim`], but also removes entries that only the `ignored` groups have not settled.
+    ///
+    /// Counts nothing for the ignored groups.
     async fn trim_past(&self, stream: &StreamName, trim: Trim, ignored: &[GroupName]) -> Result<u64, StoreError>;
 
-    /// Removes the oldest entries until `keep` are left, whoever has still to handle them: one bounded step of it.
+    /// Removes the oldest entries until `keep` are left, settled or not, in one bounded step.
     ///
-    /// In the same step, each entry that a group had pending or had not been given is counted as lost in its account,
-    /// by [`LostReason::Dropped`], and is not pending any more. May leave up to 100 more than asked for. After an
-    /// error it is unknown whether entries were removed; what was removed is counted.
+    /// The same step counts each entry that was pending or undelivered for a group as lost in its account, by
+    /// [`LostReason::Dropped`], and removes it from the pending entries. May leave up to 100 more than requested. After
+    /// an error it is unknown whether entries were removed; removed entries are counted.
     async fn drop_oldest(&self, stream: &StreamName, keep: u64) -> Result<Dropped, StoreError>;
 
-    /// Counts `missing` entries as lost that the group was never given, by [`LostReason::TrimmedUndelivered`], if
-    /// `known` is still how many the account says were lost so; says whether it did. So of many who miss the same
-    /// entries, one counts them. Also where nothing is missing, a server that counts wrongly what the group has still
-    /// to be given is made to count anew, where it can. Safe to repeat.
+    /// Counts `missing` undelivered entries of the group as lost, by [`LostReason::TrimmedUndelivered`].
+    ///
+    /// Compare-and-set: counts only if the account still has `known` entries lost for that reason, and returns whether
+    /// it counted. So one of many instances counts them. Even if nothing is missing, a server whose lag counter is
+    /// wrong is made to count again, if it can. Safe to repeat.
     async fn write_off(
         &self,
         stream: &StreamName,
@@ -276,26 +278,24 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         missing: u64,
     ) -> Result<bool, StoreError>;
 
-    /// Removes single entries, pending or not. Says how many there were. Safe to repeat.
+    /// Removes single entries, pending or not. Returns how many there were. Safe to repeat.
     async fn discard(&self, stream: &StreamName, ids: &[EntryId]) -> Result<u64, StoreError>;
 
-    /// Removes a consumer from its group if nothing is pending on it, in one step; says whether it did.
+    /// Removes a consumer from its group if it has nothing pending, in one step. Returns whether it did.
     async fn remove_consumer(&self, cursor: &Cursor) -> Result<bool, StoreError>;
 
     /// Takes the lease on `name` within the stream for `holder`, or renews it, for `ttl` from now on.
     ///
-    /// The stream need not exist. A holder that renews in time keeps its fence; a lease that ran out, or was given up,
-    /// is taken with a greater one. `holder` is one line of text. Safe to repeat. Cancel-safe: the lease is then taken
-    /// or not.
+    /// The stream need not exist. A holder that renews in time keeps its fence; a new lease after an expired or released
+    /// one has a greater fence. `holder` is one line of text. Safe to repeat. Cancel-safe: the lease is taken or not.
     async fn lease(&self, stream: &StreamName, name: &str, holder: &str, ttl: Duration) -> Result<Leased, StoreError>;
 
-    /// Gives up a lease, so that others may take it at once; says whether it was still held. Safe to repeat.
+    /// Releases a lease, so that others may take it at once. Returns whether it was still held. Safe to repeat.
     async fn release_lease(&self, stream: &StreamName, lease: &Lease) -> Result<bool, StoreError>;
 
-    /// Whether the store can do its work now: a cheap write-path check, for readiness.
+    /// Checks whether the store can work now, by a cheap check of the write path, for readiness.
     async fn check(&self) -> Result<StoreStatus, StoreError>;
 
-    /// Lets go of everything, what is accepted made durable. Calls after it fail with
-    /// [`StoreErrorKind::Unavailable`].
+    /// Makes accepted entries durable and closes the store. Later calls fail with [`StoreErrorKind::Unavailable`].
     async fn close(&self);
 }

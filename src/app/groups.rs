@@ -1,39 +1,34 @@
-//! The tasks of the declared groups.
-//!
-//! A group with a sink has a worker per consumer, or family workers for all members of a family. A group without a sink
-//! is consumed from outside: a redeliverer appends its abandoned entries again, and pull consumers serve requests.
+//! Tasks of the declared groups: workers for groups with a sink, a redeliverer and pull consumers for groups without one.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::{STALE_AFTER, named};
 use crate::config::{Config, StreamConfig};
-use crate::delivery::{Crew, FamilyGroup, GroupConfig, GroupSpec, Guard, Patrol, Quarantine, Worker};
+use crate::delivery::{FamilyGroup, FamilyWorkers, GroupConfig, GroupSpec, Quarantine, Redeliverer, Worker};
 use crate::event::{ConsumerName, StreamName};
-use crate::maintenance::{FamilySpec, Reaper};
 use crate::metrics::Metrics;
-use crate::pull::{Bell, Pull, PullFamily, PullGroup};
+use crate::pull::{PullConsumers, PullFamily, PullGroup};
 use crate::readiness::{Part, Readiness};
 use crate::sink::Sink;
 use crate::store::{Families, Roster, Store};
 
-/// Capacity of the channel that notifies the redeliverer of a family.
-const NOTIFICATIONS: usize = 1024;
+/// The maximum number of pending notifications for the redeliverer of a group.
+const MAX_NOTIFICATIONS: usize = 1024;
 
 /// The tasks of all groups, before they run.
 #[derive(Debug)]
 pub(super) struct Groups {
     workers: Vec<Worker>,
-    crews: Vec<Crew>,
-    guards: Vec<Guard>,
-    patrols: Vec<Patrol>,
-    reaper: Reaper,
-    pull: Pull,
+    family_workers: Vec<FamilyWorkers>,
+    redeliverers: Vec<Redeliverer>,
+    pull: PullConsumers,
+    own_consumers: HashSet<ConsumerName>,
 }
 
 /// The dependencies of the tasks.
@@ -48,23 +43,24 @@ pub(super) struct GroupDeps<'a> {
 }
 
 impl Groups {
-    pub(super) fn build(config: &Config, family_specs: Vec<FamilySpec>, deps: GroupDeps<'_>) -> anyhow::Result<Self> {
+    pub(super) fn build(config: &Config, deps: GroupDeps<'_>) -> anyhow::Result<Self> {
         let instance = &config.instance;
-        let guard: ConsumerName = format!("{instance}-guard").parse()?;
+        let redeliverer: ConsumerName = format!("{instance}-guard").parse()?;
         let reader: ConsumerName = format!("{instance}-pull").parse()?;
-        let mut own = HashSet::from([guard.clone(), reader.clone()]);
-        let (mut workers, mut crews, mut guards, mut patrols) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        let (mut specs, mut pulled, mut pulled_families) = (Vec::new(), Vec::new(), Vec::new());
+        let mut own = HashSet::from([redeliverer.clone(), reader.clone()]);
+        let (mut workers, mut family_workers, mut redeliverers) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut pulled, mut pulled_families) = (Vec::new(), Vec::new());
         for (stream, group) in config.streams.iter().flat_map(|stream| stream.groups.iter().map(move |g| (stream, g))) {
             let consumers = consumers_of(instance, group)?;
             let Some(name) = stream.name.stream() else {
                 if group.sink.is_some() {
-                    crews.push(deps.crew(stream, group, consumers.clone())?);
+                    family_workers.push(deps.family_workers(stream, group, consumers.clone())?);
                     own.extend(consumers);
                 } else {
-                    let (ring, bell) = mpsc::channel(NOTIFICATIONS);
-                    patrols.push(deps.patrol(stream, group, guard.clone())?.with_bell(bell));
-                    pulled_families.push(deps.pull_family(stream, group, ring)?);
+                    let (redeliver, notifications) = mpsc::channel(MAX_NOTIFICATIONS);
+                    let of_family = deps.family_redeliverer(stream, group, redeliverer.clone())?;
+                    redeliverers.push(of_family.with_notifications(notifications));
+                    pulled_families.push(deps.pull_family(stream, group, redeliver)?);
                 }
                 continue;
             };
@@ -75,41 +71,42 @@ impl Groups {
                     own.insert(consumer);
                 }
             } else {
-                let bell = Arc::<Notify>::default();
+                let (redeliver, notifications) = mpsc::channel(MAX_NOTIFICATIONS);
+                pulled.push(pull_group(&spec, redeliver));
                 let part = deps.part(&format!("group {}", full_name(stream, group)));
-                let of_group = Guard::new(Arc::clone(deps.store), spec.clone(), guard.clone(), deps.metrics, part);
-                guards.push(of_group.with_bell(Arc::clone(&bell)));
-                pulled.push(pull_group(&spec, bell));
+                let (store, metrics) = (Arc::clone(deps.store), deps.metrics.clone());
+                let of_stream = Redeliverer::of_stream(store, spec, redeliverer.clone(), metrics, part);
+                redeliverers.push(of_stream.with_notifications(notifications));
             }
-            specs.push(spec);
         }
-        let pull = Pull::new(deps.store, config.pull.clone(), pulled, pulled_families, &reader, &guard, deps.metrics);
-        let reaper = Reaper::new(Arc::clone(deps.store), specs, own, deps.metrics.clone());
-        Ok(Self { workers, crews, guards, patrols, reaper: reaper.with_families(family_specs), pull })
+        let (store, config) = (deps.store, config.pull.clone());
+        let pull = PullConsumers::new(store, config, pulled, pulled_families, &reader, &redeliverer, deps.metrics);
+        Ok(Self { workers, family_workers, redeliverers, pull, own_consumers: own })
     }
 
-    /// Returns the groups that are consumed from outside.
-    pub(super) fn pull(&self) -> &Pull {
+    /// Returns the pull consumers of the groups without a sink.
+    pub(super) fn pull(&self) -> &PullConsumers {
         &self.pull
     }
 
-    /// Starts all tasks. They run until `stop`.
+    /// Returns the names of this daemon's own consumers.
+    pub(super) fn own_consumers(&self) -> &HashSet<ConsumerName> {
+        &self.own_consumers
+    }
+
+    /// Spawns the tasks of all groups. They run until `stop`.
     pub(super) fn spawn(self, tasks: &mut JoinSet<&'static str>, stop: &CancellationToken) {
-        for crew in self.crews {
-            tasks.spawn(named("crew", crew.run(stop.clone())));
+        for workers in self.family_workers {
+            tasks.spawn(named("family workers", workers.run(stop.clone())));
         }
         for worker in self.workers {
             tasks.spawn(named("worker", worker.run(stop.clone())));
         }
-        for guard in self.guards {
-            tasks.spawn(named("guard", guard.run(stop.clone())));
+        for redeliverer in self.redeliverers {
+            tasks.spawn(named("redeliverer", redeliverer.run(stop.clone())));
         }
-        for patrol in self.patrols {
-            tasks.spawn(named("patrol", patrol.run(stop.clone())));
-        }
-        tasks.spawn(named("reaper", self.reaper.run(stop.clone())));
         let (pull, stop) = (self.pull, stop.clone());
-        tasks.spawn(named("desks", async move { pull.run(stop).await }));
+        tasks.spawn(named("pull consumers", async move { pull.run(stop).await }));
     }
 }
 
@@ -123,29 +120,39 @@ impl GroupDeps<'_> {
         Ok(Worker::new(store, sink, spec.clone(), consumer, quarantine, metrics, part))
     }
 
-    fn crew(&self, stream: &StreamConfig, group: &GroupConfig, own: Vec<ConsumerName>) -> anyhow::Result<Crew> {
+    fn family_workers(
+        &self,
+        stream: &StreamConfig,
+        group: &GroupConfig,
+        own: Vec<ConsumerName>,
+    ) -> anyhow::Result<FamilyWorkers> {
         let part = self.part(&format!("workers {}", full_name(stream, group)));
         let (sink, family_group) = (self.sink(group)?, self.family_group(stream, group)?);
         let (store, quarantine, metrics) = (Arc::clone(self.store), self.quarantine.clone(), self.metrics.clone());
-        Ok(Crew::new(store, sink, family_group, own, quarantine, metrics, part))
+        Ok(FamilyWorkers::new(store, sink, family_group, own, quarantine, metrics, part))
     }
 
-    fn patrol(&self, stream: &StreamConfig, group: &GroupConfig, guard: ConsumerName) -> anyhow::Result<Patrol> {
+    fn family_redeliverer(
+        &self,
+        stream: &StreamConfig,
+        group: &GroupConfig,
+        consumer: ConsumerName,
+    ) -> anyhow::Result<Redeliverer> {
         let part = self.part(&format!("group {}", full_name(stream, group)));
         let family_group = self.family_group(stream, group)?;
-        Ok(Patrol::new(Arc::clone(self.store), family_group, guard, self.metrics.clone(), part))
+        Ok(Redeliverer::of_family(Arc::clone(self.store), family_group, consumer, self.metrics.clone(), part))
     }
 
     fn family_group(&self, stream: &StreamConfig, group: &GroupConfig) -> anyhow::Result<FamilyGroup> {
         Ok(FamilyGroup { roster: self.roster(stream)?, dead_letter: stream.dead_letter(), config: group.clone() })
     }
 
-    /// Creates the pull interface of a family's group without a sink.
+    /// Returns the group of every member for external consumers.
     fn pull_family(
         &self,
         stream: &StreamConfig,
         group: &GroupConfig,
-        bell: mpsc::Sender<StreamName>,
+        redeliver: mpsc::Sender<StreamName>,
     ) -> anyhow::Result<PullFamily> {
         Ok(PullFamily {
             roster: self.roster(stream)?,
@@ -153,7 +160,7 @@ impl GroupDeps<'_> {
             dead_letter: stream.dead_letter(),
             claim_idle: group.claim_idle,
             max_deliveries: group.max_deliveries,
-            bell,
+            redeliver,
         })
     }
 
@@ -177,8 +184,8 @@ fn spec_of(stream: &StreamConfig, name: &StreamName, group: &GroupConfig) -> any
     Ok(GroupSpec { stream: name.clone(), dead_letter: dead_letter.clone(), config: group.clone() })
 }
 
-/// Creates the pull interface of a group without a sink.
-fn pull_group(spec: &GroupSpec, bell: Arc<Notify>) -> PullGroup {
+/// Returns the group for external consumers.
+fn pull_group(spec: &GroupSpec, redeliver: mpsc::Sender<StreamName>) -> PullGroup {
     PullGroup {
         stream: spec.stream.clone(),
         label: spec.stream.to_string(),
@@ -186,7 +193,7 @@ fn pull_group(spec: &GroupSpec, bell: Arc<Notify>) -> PullGroup {
         dead_letter: spec.dead_letter.clone(),
         claim_idle: spec.config.claim_idle,
         max_deliveries: spec.config.max_deliveries,
-        bell: Bell::OfStream(bell),
+        redeliver,
     }
 }
 

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::selection::{DeadLetterEntry, Selection};
 use super::{Inner, SharedStoreError, store_failure};
-use crate::bus::{Dedup, Promise, PublishError};
+use crate::bus::{Dedup, PublishError, PublishOptions};
 use crate::event::{EntryId, NewEvent, StreamName};
 use crate::store::{StoreError, StoreErrorKind};
 
@@ -127,7 +127,7 @@ impl Inner {
         let event = NewEvent::parse(bytes::Bytes::copy_from_slice(text.as_bytes()));
         let event = event.map_err(|error| internal(error.to_string()))?;
         let results: Vec<Result<_, PublishError>> =
-            self.bus.publish(audit, vec![(Dedup::Off, event)], Promise::default()).await;
+            self.bus.publish(audit, vec![(Dedup::Off, event)], PublishOptions::default()).await;
         let failed = results.into_iter().find_map(Result::err);
         failed.map_or(Ok(()), |error| Err(store_failure(error)))
     }

@@ -1,29 +1,29 @@
-//! What became of the entries that a group was to be given, counted by the store.
+//! Accounts: the store counts the outcome of every entry of a group.
 //!
-//! A group's account begins when the group is made, with whatever the stream holds then. From then on, at any instant,
+//! A group's account begins when the group is created, with the entries that the stream holds then. From then on:
 //!
 //! ```text
 //! published = acknowledged + filtered + dead + lost + pending + undelivered
 //! ```
 //!
-//! The first four are counters, which the store changes in the same step as what they count. The last two are what
-//! the group has now. `published` is how many entries were added since the account began, plus those it began with.
+//! The first four are counters; the store changes them in the step that they count. The last two are the current state
+//! of the group. `published` counts the entries added since the account began, plus those that it began with.
 
 use std::time::Duration;
 
 use super::{GroupStatus, StreamStatus};
 use crate::event::{EntryId, GroupName};
 
-/// How entries were lost: gone from the stream before the group had handled them.
+/// How entries were lost, that is, gone from the stream before the group settled them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum LostReason {
-    /// Removed by others while pending; found by the claim that met it.
+    /// Removed by another program while pending; found by a claim.
     TrimmedPending,
-    /// Removed by others before any consumer was given it.
+    /// Removed by another program before its delivery.
     TrimmedUndelivered,
     /// Dropped because the stream had reached its hard limit.
     Dropped,
-    /// Accepted, and gone because what was on the disk is damaged.
+    /// Accepted, and lost to damage on the disk.
     Damaged,
 }
 
@@ -31,7 +31,7 @@ impl LostReason {
     /// Every reason, in the order of [`Account::lost`].
     pub const ALL: [Self; 4] = [Self::TrimmedPending, Self::TrimmedUndelivered, Self::Dropped, Self::Damaged];
 
-    /// The reason in one word, for logs and metrics.
+    /// Returns the reason as one word, for logs and metrics.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::TrimmedPending => "trimmed_pending",
@@ -45,11 +45,11 @@ impl LostReason {
 /// A group's counters since its account began.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Account {
-    /// How many of the stream's entries, counted from its first ever, are not of this account; absent while unknown.
+    /// The number of entries appended to the stream before this account began; `None` while unknown.
     pub base: Option<u64>,
-    /// Entries acknowledged through the store after they were handled.
+    /// Entries that were handled and acknowledged through the store.
     pub acknowledged: u64,
-    /// Entries acknowledged through the store without being handled: they were not for the group.
+    /// Entries that were acknowledged through the store because they were not for the group.
     pub filtered: u64,
     /// Entries moved to the dead letters.
     pub dead: u64,
@@ -58,47 +58,47 @@ pub struct Account {
 }
 
 impl Account {
-    /// Entries lost for this reason.
+    /// Returns the number of entries lost for this reason.
     pub fn lost(&self, reason: LostReason) -> u64 {
         self.lost[reason as usize]
     }
 
-    /// The counter of entries lost for this reason.
+    /// Returns the counter of entries lost for this reason.
     pub fn lost_mut(&mut self, reason: LostReason) -> &mut u64 {
         &mut self.lost[reason as usize]
     }
 
-    /// Entries that the group has done with, in whatever way.
+    /// Returns the number of settled and lost entries.
     pub fn done(&self) -> u64 {
         self.acknowledged + self.filtered + self.dead + self.lost.iter().sum::<u64>()
     }
 }
 
-/// Who settles a group's entries.
+/// The consumers that settle a group's entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Consumption {
-    /// The daemon alone: every settlement is counted.
+    /// Only the daemon: every settlement is counted.
     Inside,
-    /// Consumers of their own as well, who acknowledge on the server itself, where no one counts.
+    /// External consumers too: they may acknowledge on the server itself, which is not counted.
     Outside,
 }
 
-/// A group's account at one instant, and whether it adds up.
+/// A group's account at one instant, and its balance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Balance {
-    /// Entries that the group was to be given; absent while that is unknown.
+    /// Entries that were published for the group; `None` while unknown.
     pub published: Option<u64>,
-    /// Entries acknowledged. With [`Consumption::Outside`] also those that are neither there nor counted otherwise.
+    /// Acknowledged entries. With [`Consumption::Outside`] also those that have gone without being counted.
     pub acknowledged: u64,
-    /// Entries that the group has not been given yet; absent where the server can't tell.
+    /// Undelivered entries; `None` if the server does not know.
     pub undelivered: Option<u64>,
-    /// What is published and nowhere to be found; negative where more is found than was published. Absent while
-    /// unknown.
+    /// Published entries that no counter and no state accounts for; negative if more are found than were published.
+    /// `None` while unknown.
     pub difference: Option<i64>,
 }
 
 impl Balance {
-    /// Of a group as it was described.
+    /// Computes the balance of a group from its status.
     pub fn of(stream: &StreamStatus, group: &GroupStatus, consumption: Consumption) -> Self {
         let account = group.account.unwrap_or_default();
         let published = account.base.and_then(|base| stream.entries_added.checked_sub(base));
@@ -118,21 +118,22 @@ impl Balance {
         }
     }
 
-    /// Whether every published entry is accounted for; absent while that is unknown.
+    /// Returns whether every published entry is accounted for, or `None` while that is unknown.
     pub fn is_balanced(&self) -> Option<bool> {
         self.difference.map(|difference| difference == 0)
     }
 }
 
 impl GroupStatus {
-    /// The first entry that the group has still to handle, if there is one.
+    /// Returns the first entry that the group has not settled, if any.
     pub fn floor(&self, stream: &StreamStatus) -> Option<EntryId> {
         let unread = self.last_delivered.next();
         let next = (unread <= stream.last_id).then(|| stream.first_id.map_or(unread, |first| unread.max(first)));
         self.oldest_pending.into_iter().chain(next).min()
     }
 
-    /// Whether the group holds back entries older than `after` while no consumer of it gave a sign of life for as long.
+    /// Returns whether the group blocks the trimming of entries older than `after` while all its consumers have been
+    /// idle for longer than that.
     pub fn is_abandoned(&self, stream: &StreamStatus, after: Duration, now_ms: u64) -> bool {
         let is_silent = self.consumers.iter().all(|consumer| consumer.idle > after);
         let age = |floor: EntryId| Duration::from_millis(now_ms.saturating_sub(floor.ms));
@@ -141,7 +142,7 @@ impl GroupStatus {
 }
 
 impl StreamStatus {
-    /// The group that has still to handle the oldest entry, of all that are not `ignored`.
+    /// Returns the group with the oldest entry not settled, except for the `ignored` groups.
     pub fn floor_holder(&self, ignored: &[GroupName]) -> Option<&GroupStatus> {
         let counted = self.groups.iter().filter(|group| !ignored.contains(&group.name));
         let holding = counted.filter_map(|group| Some((group.floor(self)?, group)));

@@ -1,12 +1,13 @@
 //! The embedded store: streams, groups and deliveries on one machine, in one `SQLite` file.
 //!
-//! One thread writes (see `writer`): all that callers ask for while a commit is being synced goes into the next one.
-//! Entries are kept in chunks, one row for up to 64 of them; what was delivered at once is one row as well. An index of
-//! the chunks, the newest chunks themselves and the pending entries are in memory, so that who reads or consumes at the
-//! head of a stream never waits for the disk. Promises: what was accepted survives a crash (and, with
-//! [`Durability::Commit`], a power cut); damage is told by an error that names the entries, and never shown as
-//! entries; one process at a time. Memory is bounded by [`Config::recent`], about 100 bytes per 32 or more entries
-//! stored, and about 60 bytes per pending entry.
+//! One thread writes (see `writer`). Calls that arrive while a commit is being synced go into the next commit together.
+//! Up to 64 entries form a chunk, which is one row; entries that were delivered together are one row as well. Memory
+//! holds an index of the chunks, the newest chunks themselves and the pending entries, so that readers and consumers at
+//! the head of a stream never wait for the disk.
+//!
+//! Promises: accepted entries survive a crash (and, with [`Durability::Commit`], a power cut); damaged data causes an
+//! error that names the entries, and is never returned as entries; one process at a time. Memory is bounded by
+//! [`Config::recent`], about 100 bytes per 32 or more stored entries, and about 60 bytes per pending entry.
 
 mod disk;
 mod memory;
@@ -40,28 +41,28 @@ use super::{
     StreamStatus, Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName, field};
-use crate::store::embedded::disk::corruption::Damage;
+use crate::store::embedded::disk::corruption::FileDamage;
 use crate::store::embedded::disk::schema::is_closed_error;
 use crate::store::embedded::memory::index::Published;
 use crate::store::embedded::memory::leases::Leases;
-use crate::store::embedded::writer::operations::{Ending, How, NewEntries, Taken, millis};
-use crate::store::embedded::writer::queue::Queue;
+use crate::store::embedded::writer::operations::{NewEntries, PendingBatch, Settle, SettleAction, millis};
+use crate::store::embedded::writer::queue::WriteQueue;
 
-/// An entry may not be larger than this; it has to fit into memory several times.
+/// The maximum size of an entry, which must fit into memory several times.
 const MAX_ENTRY_BYTES: usize = 64 * 1024 * 1024;
 
-/// What the writer, the readers and the callers share.
+/// State shared by the writer, the readers and the callers.
 #[derive(Debug)]
 struct Shared {
     streams: RwLock<HashMap<StreamName, Arc<Published>>>,
-    /// Changes when a stream comes into being.
+    /// GroupChanges when a stream is created.
     made: watch::Sender<()>,
-    /// Changes when any stream has a newer entry.
+    /// GroupChanges when any stream has a newer entry.
     news: watch::Sender<()>,
-    queue: Queue,
-    damage: Damage,
+    queue: WriteQueue,
+    damage: FileDamage,
     readers: OnceLock<Readers>,
-    /// Whether the checkpointer has finished and the writer may let the log begin anew.
+    /// Whether the checkpointer has finished, so that the writer may reset the write-ahead log.
     is_checkpointed: AtomicBool,
     checkpoints: RwLock<Option<SyncSender<()>>>,
     closed: CancellationToken,
@@ -72,7 +73,7 @@ impl Shared {
         self.streams.read().unwrap_or_else(PoisonError::into_inner).get(stream).cloned()
     }
 
-    /// Lets readers find a stream.
+    /// Makes a stream visible to readers.
     fn publish(&self, stream: &Arc<Published>) {
         if self.find(&stream.name).is_some_and(|known| Arc::ptr_eq(&known, stream)) {
             return;
@@ -83,7 +84,7 @@ impl Shared {
 
     fn ask_for_checkpoint(&self) {
         if let Some(checkpoints) = &*self.checkpoints.read().unwrap_or_else(PoisonError::into_inner) {
-            // One that waits already will see what this one was asked for.
+            // A request that is already queued covers this one.
             checkpoints.try_send(()).ok();
         }
     }
@@ -98,13 +99,13 @@ impl Shared {
     }
 }
 
-/// The store on the local disk. See [`Config::open`].
+/// The store on the local disk. Created by [`Config::open`].
 pub struct EmbeddedStore {
     shared: Arc<Shared>,
     leases: Leases,
-    /// Cancelled when the writer's thread has let go of everything.
+    /// Cancelled when the writer's thread has released all files.
     ended: CancellationToken,
-    /// Whether what is accepted is on the disk.
+    /// Whether accepted entries are on the disk.
     is_synced_each: bool,
 }
 
@@ -121,7 +122,7 @@ impl Drop for EmbeddedStore {
 }
 
 impl EmbeddedStore {
-    /// Has the writer do `work`, together with whatever else waits.
+    /// Runs `work` on the writer's thread, in one commit with other queued work.
     async fn call<R: Send + 'static>(
         &self,
         bytes: usize,
@@ -130,7 +131,7 @@ impl EmbeddedStore {
         self.shared.queue.call(bytes, false, work).await.inspect_err(|error| self.shared.damage.note(error))
     }
 
-    /// Has the writer do `work` when all before is committed, in a transaction of its own.
+    /// Runs `work` on the writer's thread in a transaction of its own, after all earlier work is committed.
     async fn call_alone<R: Send + 'static>(
         &self,
         work: impl FnMut(&mut Writer) -> Result<R, StoreError> + Send + 'static,
@@ -148,7 +149,7 @@ fn encode(entries: Vec<NewEntry>) -> Result<NewEntries, StoreError> {
     for entry in entries {
         let size = entry.fields.size_bytes();
         if size > MAX_ENTRY_BYTES {
-            let message = format!("cannot append an entry of {size} bytes, the limit is {MAX_ENTRY_BYTES}");
+            let message = format!("cannot append an entry of {size} bytes: the maximum is {MAX_ENTRY_BYTES}");
             return Err(StoreError::new(StoreErrorKind::Internal, message));
         }
         let start = new.bytes.len();
@@ -162,11 +163,11 @@ fn encode(entries: Vec<NewEntry>) -> Result<NewEntries, StoreError> {
     Ok(new)
 }
 
-/// Decodes what the writer made pending.
-fn deliver(stream: &StreamName, taken: Taken, delivered_at: Instant) -> Result<Reclaimed, StoreError> {
+/// Decodes the entries that the writer made pending.
+fn deliver(stream: &StreamName, taken: PendingBatch, delivered_at: Instant) -> Result<Reclaimed, StoreError> {
     let deliveries = taken.entries.into_iter().map(|(chunk, slot, attempt)| {
         let entry = chunk.entry(slot).map_err(|damage| {
-            disk::schema::corrupt(format!("entry {} of stream `{stream}` can't be read: {damage}", slot.id))
+            disk::schema::corrupt(format!("entry {} of stream `{stream}` cannot be read: {damage}", slot.id))
         })?;
         Ok(Delivery { entry, attempt, delivered_at })
     });
@@ -174,7 +175,7 @@ fn deliver(stream: &StreamName, taken: Taken, delivered_at: Instant) -> Result<R
     Ok(Reclaimed { claimed: Claimed { deliveries, lost: taken.lost }, next: taken.next, held_back: taken.held_back })
 }
 
-/// Waits for a change, until the deadline; says whether there was one.
+/// Waits for a change until the deadline. Returns whether there was one.
 async fn changed<T>(receiver: &mut watch::Receiver<T>, deadline: Instant, closed: &CancellationToken) -> bool {
     tokio::select! {
         result = receiver.changed() => result.is_ok(),
@@ -187,7 +188,7 @@ async fn changed<T>(receiver: &mut watch::Receiver<T>, deadline: Instant, closed
 impl Store for EmbeddedStore {
     async fn append(&self, stream: &StreamName, entries: Vec<NewEntry>) -> Result<Vec<Appended>, StoreError> {
         if entries.len() > MAX_APPEND {
-            let message = format!("cannot append {} entries at once, the limit is {MAX_APPEND}", entries.len());
+            let message = format!("cannot append {} entries at once: the maximum is {MAX_APPEND}", entries.len());
             return Err(StoreError::new(StoreErrorKind::Internal, message));
         }
         if entries.is_empty() {
@@ -204,7 +205,7 @@ impl Store for EmbeddedStore {
             return Err(StoreError::new(StoreErrorKind::Unsupported, message));
         }
         if durability.fsync && !self.is_synced_each {
-            let message = "the embedded store writes to the disk at intervals only (store.embedded.durability)";
+            let message = "the embedded store syncs at intervals only (store.embedded.durability must be \"commit\")";
             return Err(StoreError::new(StoreErrorKind::Unsupported, message));
         }
         Ok(())
@@ -238,7 +239,7 @@ impl Store for EmbeddedStore {
         };
         let mut newest = found.newest.subscribe();
         if after == EntryId::MAX {
-            // There is nothing after it, whatever comes.
+            // No id can follow this one.
             changed(&mut watch::Sender::new(()).subscribe(), deadline, &self.shared.closed).await;
             return Ok(Vec::new());
         }
@@ -334,18 +335,18 @@ impl Store for EmbeddedStore {
         let mut bytes = 0;
         let endings = settlements.iter().map(|settlement| {
             let how = match &settlement.outcome {
-                Outcome::Acknowledge => How::Acknowledge,
-                Outcome::Filter => How::Filter,
-                Outcome::Retry(due) => How::Retry(millis(*due)),
-                Outcome::Release => How::Release,
+                Outcome::Acknowledge => SettleAction::Acknowledge,
+                Outcome::Filter => SettleAction::Filter,
+                Outcome::Retry(due) => SettleAction::Retry(millis(*due)),
+                Outcome::Release => SettleAction::Release,
                 Outcome::DeadLetter { to, fields } => {
                     let mut encoded = Vec::new();
                     disk::chunk::encode(fields, &mut encoded);
                     bytes += encoded.len();
-                    How::DeadLetter { to: to.clone(), fields: encoded }
+                    SettleAction::DeadLetter { to: to.clone(), fields: encoded }
                 }
             };
-            Ending { id: settlement.delivery.entry.id, how }
+            Settle { id: settlement.delivery.entry.id, how }
         });
         let (cursor, endings, may_work) = (cursor.clone(), endings.collect::<Vec<_>>(), self.leases.guard(cursor));
         self.call(bytes, move |writer| may_work().map(|()| writer.settle(&cursor, &endings))).await
@@ -442,8 +443,8 @@ impl Store for EmbeddedStore {
     }
 }
 
-impl fmt::Debug for Queue {
+impl fmt::Debug for WriteQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Queue").finish_non_exhaustive()
+        f.debug_struct("WriteQueue").finish_non_exhaustive()
     }
 }

@@ -1,39 +1,39 @@
-//! What a store can fail with.
+//! Errors of store operations.
 
 use std::error::Error;
 use std::fmt;
 use std::time::Duration;
 
-/// What kind of failure it is, and so what can be done about it.
+/// The kind of a store error, which decides the reaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum StoreErrorKind {
-    /// The store can't be reached, is starting, is read-only, or did not answer in time. Try again later.
+    /// The store cannot be reached, is starting, is read-only, or did not reply in time. Retry later.
     Unavailable,
-    /// There is no room: disk full, memory limit, or the stream's hard limit. Reads and acknowledgements go on.
+    /// No room: disk full, memory limit, or the stream's hard limit. Reads and acknowledgements still work.
     Full,
-    /// The stream's name is taken by something that is no stream.
+    /// The stream's name belongs to a key that is not a stream.
     WrongType,
-    /// The group, or its stream, is gone. Ensure it and go on.
+    /// The group or its stream is gone. Ensure it and continue.
     NoGroup,
-    /// The lease that the call was made under is not held any more. Nothing was done.
+    /// The lease of the call was lost. The call had no effect.
     LeaseLost,
-    /// The store refuses our credentials or rights. Someone must act.
+    /// The store refuses the credentials, or they lack permissions. An operator must act.
     Denied,
-    /// The store is set up so that it would lose what it is given, or is too old. Someone must act.
+    /// The store is configured so that it would lose data, or is too old. An operator must act.
     Unsuitable,
-    /// The store can't be as durable as asked. Nothing was stored.
+    /// The store cannot provide the requested durability. Nothing was stored.
     Unsupported,
-    /// The entries are stored, but it is not confirmed that they are as durable as asked. Appending them again is
-    /// safe with idempotency keys only.
+    /// The entries are stored, but the requested durability is not confirmed. Appending them again is safe with
+    /// idempotency keys only.
     NotDurable,
-    /// What is stored is damaged. Someone must act.
+    /// Stored data is damaged. An operator must act.
     Corrupt,
-    /// The call itself is wrong, or an answer makes no sense: a defect.
+    /// The call is wrong, or a reply is invalid: a defect.
     Internal,
 }
 
 impl StoreErrorKind {
-    /// The kind in one word, for logs and metrics.
+    /// Returns the kind as one word, for logs and metrics.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Unavailable => "unavailable",
@@ -51,56 +51,57 @@ impl StoreErrorKind {
     }
 }
 
-/// A failed store operation: what was tried, the kind of failure, and its cause.
+/// A failed store operation: the attempted action, the kind of failure, and its cause.
 #[derive(Debug)]
 pub struct StoreError {
     kind: StoreErrorKind,
-    /// What was tried and what is wrong, such as "cannot append to stream `x`: the server is loading its data".
+    /// The attempted action and the fault, such as "cannot append to stream `x`: the server is loading its data".
     message: String,
-    /// How many entries were stored all the same.
+    /// The number of entries that were stored nevertheless.
     stored: u64,
     source: Option<Box<dyn Error + Send + Sync>>,
 }
 
 impl StoreError {
-    /// An error of that kind, told by `message` (lower case, no period).
+    /// Returns an error of that kind with that message (lower case, no full stop).
     pub fn new(kind: StoreErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into(), stored: 0, source: None }
     }
 
-    /// The same with what caused it.
+    /// Adds the cause.
     #[must_use]
     pub fn with_source(mut self, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         self.source = Some(source.into());
         self
     }
 
-    /// The same where so many entries were stored all the same, which were not there before.
+    /// Adds the number of new entries that were stored nevertheless.
     #[must_use]
     pub fn with_stored(mut self, stored: u64) -> Self {
         self.stored = stored;
         self
     }
 
-    /// How many entries of a failed append were stored all the same, duplicates apart; it may have been more where the
-    /// kind is not [`StoreErrorKind::NotDurable`].
+    /// Returns how many entries of a failed append were stored, not counting duplicates.
+    ///
+    /// Exact for [`StoreErrorKind::NotDurable`]; for other kinds it may be more.
     pub fn stored(&self) -> u64 {
         self.stored
     }
 
-    /// The same with more to say about it, such as what to do.
+    /// Appends a hint to the message, such as the remedy.
     #[must_use]
     pub(super) fn followed_by(mut self, more: &str) -> Self {
         self.message = format!("{}; {more}", self.message);
         self
     }
 
-    /// The kind of failure.
+    /// Returns the kind of failure.
     pub fn kind(&self) -> StoreErrorKind {
         self.kind
     }
 
-    /// How long to wait before trying again makes sense, where trying again can help.
+    /// Returns the delay before a retry, or `None` if a retry cannot help.
     pub fn retry_after(&self) -> Option<Duration> {
         matches!(self.kind, StoreErrorKind::Unavailable | StoreErrorKind::Full | StoreErrorKind::NotDurable)
             .then_some(Duration::from_secs(1))

@@ -1,4 +1,4 @@
-//! A store that times and counts every operation of another.
+//! A decorator that measures every store operation.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,8 +14,9 @@ use super::{
 use crate::event::{Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
 use crate::metrics::Metrics;
 
-/// Passes everything on, and measures it. Waiting for entries to come is not counted as time of the store. Who waits for
-/// entries of a keyed stream waits with everybody else who does, see [`Families`].
+/// Passes every call to another store, and measures it.
+///
+/// Time spent waiting for entries does not count. Readers of a family's members share one wait, see [`Families`].
 #[derive(Debug)]
 pub struct Metered {
     inner: Arc<dyn Store>,
@@ -38,7 +39,7 @@ struct Seconds {
 }
 
 impl Metered {
-    /// Measures `inner`.
+    /// Wraps `inner`.
     pub fn new(inner: Arc<dyn Store>, metrics: Metrics) -> Self {
         let of = |operation: &str| metrics.store_seconds.with_label_values(&[operation]);
         let seconds = Seconds {
@@ -55,7 +56,7 @@ impl Metered {
         Self { inner, metrics, families: Families::default(), seconds }
     }
 
-    /// The same where these families are declared.
+    /// Adds the declared families.
     #[must_use]
     pub fn with_families(mut self, families: Families) -> Self {
         self.families = families;
@@ -252,7 +253,7 @@ impl Store for Metered {
     async fn check(&self) -> Result<StoreStatus, StoreError> {
         let status = self.counted("check", self.inner.check().await)?;
         if let Some(ahead_ms) = status.clock_ahead_ms {
-            #[expect(clippy::cast_precision_loss, reason = "no clock is wrong by so much that it matters")]
+            #[expect(clippy::cast_precision_loss, reason = "a clock error needs no more than 53 bits")]
             self.metrics.store_clock_ahead_seconds.set(ahead_ms as f64 / 1000.0);
         }
         if let Some(keys) = status.evicted_keys {

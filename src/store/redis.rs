@@ -1,13 +1,13 @@
 //! The store on a Redis or Valkey server.
 //!
-//! Owns the connections, the scripts and the meaning of the server's replies and errors. Works with Redis 6.2 and
-//! newer and with Valkey, and needs nothing newer than that. A stream is the key of its name; what is kept beside it
-//! is in keys that share its hash tag. A dead letter is moved by one script over both streams: where a cluster
-//! keeps them in different slots, the server refuses it, and a move in two steps that bears repetition is needed.
+//! Owns the connections, the scripts and the meaning of the server's replies and errors. Requires Redis 6.2 or Valkey,
+//! and nothing newer. A stream is the key of its name; its auxiliary keys share its hash tag. One script over both
+//! streams moves an entry to the dead letters. If a cluster keeps the two in different slots, the server refuses that
+//! script, and the move takes two repeatable steps.
 //!
-//! Three kinds of connection: one for appends, one for everything else that does not block, and one per blocking
-//! read while it runs. No command is sent twice: after an error it is unknown whether it was done, and whoever called
-//! decides. Everything heals on its own: connections are opened again for as long as the store lives.
+//! There are three kinds of connections: one for appends, one for other commands that do not block, and one per blocking
+//! read while it runs. No command is sent twice: after an error it is unknown whether it ran, and the caller decides.
+//! Connections are reopened until the store is closed.
 
 mod config;
 mod health;
@@ -34,50 +34,50 @@ use super::{
     StreamStatus, Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
-use crate::store::redis::health::clock_skew::Clock;
-use crate::store::redis::health::permissions::Rights;
-use crate::store::redis::health::reply_size::Sizes;
-use crate::store::redis::net::client::{Link, Readers};
+use crate::store::redis::health::clock_skew::ServerClock;
+use crate::store::redis::health::permissions::AclCheck;
+use crate::store::redis::health::reply_size::ReplySizer;
+use crate::store::redis::net::client::{Readers, RoutedClient};
 use crate::store::redis::net::connection::Arguments;
 use crate::store::redis::net::error::Failure;
 use crate::store::redis::net::pool::Pool;
 use crate::store::redis::net::script::Script;
-use crate::store::redis::net::topology::Servers;
+use crate::store::redis::net::topology::TopologyWatcher;
 use crate::store::redis::ops::append::Publisher;
 
-/// The longest that the server is asked to block.
+/// The maximum time that the server blocks for one command.
 const MAX_WAIT: Duration = Duration::from_secs(5);
-/// The most ids that one claim takes: what is taken comes back with its bodies.
+/// The maximum number of ids in one claim. The reply contains the bodies.
 const MAX_CLAIM: usize = 100;
-/// The most ids that one plain command takes.
+/// The maximum number of ids in one plain command.
 const MAX_ACKNOWLEDGE: usize = 5000;
-/// How many pending entries a search for idle ones looks at, for each one that it may take.
+/// The number of pending entries scanned for each one that may be claimed.
 const LOOKED_AT_PER_CLAIM: usize = 10;
 
-/// A store on a Redis or Valkey server. Made by [`Config::connect`].
+/// A store on a Redis or Valkey server. Created by [`Config::connect`].
 pub struct RedisStore {
     settings: Arc<Settings>,
-    servers: Servers,
-    /// Appends only, so that nothing slow stands before them; for each durability.
+    servers: TopologyWatcher,
+    /// The publishers for each durability. They send appends only, so that no slow command delays them.
     publishers: [(Durability, Publisher); Durability::ALL.len()],
-    publish: Link,
-    /// Everything else that does not block.
-    control: Link,
+    publish: RoutedClient,
+    /// The connection of other commands that do not block.
+    control: RoutedClient,
     readers: Readers,
-    /// Connections for appends that are waited for.
+    /// The connections of appends that wait for replicas or the disk.
     pool: Arc<Pool>,
-    rights: Rights,
-    sizes: Sizes,
-    clock: Clock,
-    /// No appends are taken any more; those taken are still sent.
+    permissions: AclCheck,
+    reply_sizes: ReplySizer,
+    clock: ServerClock,
+    /// Cancelled when appends are refused. Accepted appends are still sent.
     closing: CancellationToken,
     publishing: TaskTracker,
-    /// Connections end.
+    /// Cancelled when the connections close.
     stop: CancellationToken,
     links: TaskTracker,
 }
 
-/// Without the URL, which holds the password.
+/// Omits the URL, which contains the password.
 impl fmt::Debug for RedisStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisStore").field("topology", &self.settings.topology).finish_non_exhaustive()
@@ -96,12 +96,12 @@ impl RedisStore {
         let settings = Arc::new(settings);
         let (closing, stop) = (CancellationToken::new(), CancellationToken::new());
         let (publishing, links) = (TaskTracker::new(), TaskTracker::new());
-        let (servers, keep_finding) = Servers::new(Arc::clone(&settings), stop.clone());
+        let (servers, keep_finding) = TopologyWatcher::new(Arc::clone(&settings), stop.clone());
         links.spawn(keep_finding);
         let pool = Arc::new(Pool::new(Arc::clone(&settings)));
         let link = |purpose| {
             let (settings, servers, pool) = (Arc::clone(&settings), servers.clone(), Arc::clone(&pool));
-            Link::new(purpose, settings, servers, pool, links.clone(), stop.clone())
+            RoutedClient::new(purpose, settings, servers, pool, links.clone(), stop.clone())
         };
         let (publish, control) = (link("publish"), link("control"));
         let publishers = Durability::ALL.map(|durability| {
@@ -118,9 +118,9 @@ impl RedisStore {
             readers: Readers::new(Arc::clone(&settings), control.clone()),
             control,
             pool,
-            rights: Rights::default(),
-            sizes: Sizes::default(),
-            clock: Clock::default(),
+            permissions: AclCheck::default(),
+            reply_sizes: ReplySizer::default(),
+            clock: ServerClock::default(),
             closing,
             publishing,
             stop,
@@ -145,15 +145,15 @@ impl RedisStore {
     async fn entries(&self, stream: &StreamName, mut range: Range, limit: usize) -> Result<Vec<Entry>, Failure> {
         let mut entries: Vec<Entry> = Vec::new();
         loop {
-            let count = self.sizes.bounded(stream, limit - entries.len());
+            let count = self.reply_sizes.bounded(stream, limit - entries.len());
             let (command, first, last) = match range.order {
                 Order::Forward => ("XRANGE", range.from, range.to),
                 Order::Backward => ("XREVRANGE", range.to, range.from),
             };
             let mut arguments = Arguments::with_capacity(5);
-            arguments.bytes(key(stream)).shown(&first).shown(&last).text("COUNT").shown(&count);
+            arguments.bytes(key(stream)).display(&first).display(&last).text("COUNT").display(&count);
             let answer = self.control.call(command, stream.as_str().as_bytes(), arguments).await;
-            let read = self.learned(stream, answer.and_then(net::reply::Reply::entries))?;
+            let read = self.record_size(stream, answer.and_then(net::reply::Reply::entries))?;
             let is_last = read.len() < count;
             entries.extend(read);
             let Some(reached) = entries.last().map(|entry| entry.id).filter(|_| !is_last && entries.len() < limit)
@@ -170,19 +170,19 @@ impl RedisStore {
         }
     }
 
-    /// Remembers how large the entries of a reply are, or that it did not arrive.
-    fn learned(&self, stream: &StreamName, read: Result<Vec<Entry>, Failure>) -> Result<Vec<Entry>, Failure> {
+    /// Records the size of a reply's entries, or that the reply did not arrive.
+    fn record_size(&self, stream: &StreamName, read: Result<Vec<Entry>, Failure>) -> Result<Vec<Entry>, Failure> {
         match &read {
-            Ok(entries) => self.sizes.learn(stream, entries),
-            Err(failure) if *failure == Failure::timeout() => self.sizes.doubt(stream),
+            Ok(entries) => self.reply_sizes.learn(stream, entries),
+            Err(failure) if *failure == Failure::timeout() => self.reply_sizes.doubt(stream),
             Err(_) => {}
         }
         read
     }
 
-    async fn take_over(&self, cursor: &Cursor, idle: Duration, how: Arguments) -> Result<Reclaimed, Failure> {
+    async fn claim_with(&self, cursor: &Cursor, idle: Duration, how: Arguments) -> Result<Reclaimed, Failure> {
         let mut arguments = Arguments::default();
-        arguments.shown(&idle.as_millis()).append(how);
+        arguments.display(&idle.as_millis()).append(how);
         let asked_at = Instant::now();
         let mut keys = vec![key(&cursor.stream), ops::keys::account(&cursor.stream)];
         keys.extend(self.servers.is_cluster().then(|| ops::keys::moving(&cursor.stream)));
@@ -191,12 +191,12 @@ impl RedisStore {
         let answer = self.run_as(&net::script::CLAIM, cursor, keys, all).await;
         let [taken, counts, lost, more, left, moving] = match answer {
             Ok(reply) => reply.tuple()?,
-            Err(failure) => return self.learned(&cursor.stream, Err(failure)).map(|_| Reclaimed::default()),
+            Err(failure) => return self.record_size(&cursor.stream, Err(failure)).map(|_| Reclaimed::default()),
         };
-        let taken = self.learned(&cursor.stream, taken.entries())?;
+        let taken = self.record_size(&cursor.stream, taken.entries())?;
         let counts = counts.list()?;
         if taken.len() != counts.len() {
-            return Err(Failure::unexpected("another number of counts than of entries"));
+            return Err(Failure::unexpected("the number of counts differs from the number of entries"));
         }
         let mut deliveries = Vec::with_capacity(taken.len());
         for (entry, count) in taken.into_iter().zip(counts) {
@@ -219,8 +219,8 @@ impl RedisStore {
         loop {
             let mut arguments = Arguments::with_capacity(2);
             match trim {
-                Trim::ToLength(length) => arguments.text("length").shown(&length),
-                Trim::Before(id) => arguments.text("before").shown(&id),
+                Trim::ToLength(length) => arguments.text("length").display(&length),
+                Trim::Before(id) => arguments.text("before").display(&id),
             };
             for group in ignored {
                 arguments.name(group.as_str());
@@ -248,19 +248,17 @@ impl Store for RedisStore {
         durability: Durability,
     ) -> Result<Vec<Appended>, StoreError> {
         let publisher = self.publishers.iter().find(|(known, _)| *known == durability);
-        let (_, publisher) = publisher.expect("there is one for each durability");
+        let (_, publisher) = publisher.expect("each durability has a publisher");
         let outcome = publisher.append(stream, entries).await;
         outcome.map_err(|failure| match failure.kind {
-            StoreErrorKind::NotDurable => {
-                failure.because(format_args!("an append to stream `{stream}` is not confirmed"))
-            }
+            StoreErrorKind::NotDurable => failure.because(format_args!("append to stream `{stream}` is not confirmed")),
             _ => failure.because(format_args!("cannot append to stream `{stream}`")),
         })
     }
 
     async fn check_durability(&self, durability: Durability) -> Result<(), StoreError> {
         let checked = self.check_disks(durability).await;
-        checked.map_err(|failure| failure.because(format_args!("the durability {durability} can't be had")))
+        checked.map_err(|failure| failure.because(format_args!("durability {durability} is not available")))
     }
 
     async fn range(&self, stream: &StreamName, range: Range, limit: usize) -> Result<Vec<Entry>, StoreError> {
@@ -283,11 +281,11 @@ impl Store for RedisStore {
         }
         let wait = wait.min(MAX_WAIT);
         let mut arguments = Arguments::with_capacity(7);
-        arguments.text("COUNT").shown(&self.sizes.bounded(stream, limit));
+        arguments.text("COUNT").display(&self.reply_sizes.bounded(stream, limit));
         block(&mut arguments, wait);
-        arguments.text("STREAMS").bytes(key(stream)).shown(&after);
+        arguments.text("STREAMS").bytes(key(stream)).display(&after);
         let answer = self.readers.read("XREAD", stream.as_str().as_bytes(), arguments, wait).await;
-        let outcome = self.learned(stream, answer.and_then(net::reply::Reply::entries_of_one_stream));
+        let outcome = self.record_size(stream, answer.and_then(net::reply::Reply::entries_of_one_stream));
         outcome.map_err(|failure| failure.because(format_args!("cannot tail stream `{stream}`")))
     }
 
@@ -297,7 +295,7 @@ impl Store for RedisStore {
         wait: Duration,
     ) -> Result<Vec<(StreamName, EntryId)>, StoreError> {
         let outcome = self.wait_for_news(places, wait.min(MAX_WAIT)).await;
-        outcome.map_err(|failure| failure.because(format_args!("cannot wait for news of {} streams", places.len())))
+        outcome.map_err(|failure| failure.because(format_args!("cannot wait for entries of {} streams", places.len())))
     }
 
     async fn ensure_group(&self, stream: &StreamName, group: &GroupName, start: Start) -> Result<bool, StoreError> {
@@ -306,12 +304,12 @@ impl Store for RedisStore {
         match start {
             Start::Oldest => arguments.text("0"),
             Start::New => arguments.text("$"),
-            Start::After(id) => arguments.shown(&id),
+            Start::After(id) => arguments.display(&id),
         };
         let keys = [key(stream), ops::keys::account(stream)];
         let answer = self.control.run(&net::script::ENSURE_GROUP, &keys, arguments).await;
         let outcome = answer.and_then(net::reply::Reply::count).map(|made| made == 1);
-        outcome.map_err(|f| f.because(format_args!("cannot make group `{group}` of stream `{stream}`")))
+        outcome.map_err(|f| f.because(format_args!("cannot create group `{group}` of stream `{stream}`")))
     }
 
     async fn fetch(&self, cursor: &Cursor, limit: usize, wait: Duration) -> Result<Vec<Delivery>, StoreError> {
@@ -325,19 +323,19 @@ impl Store for RedisStore {
         }
         let mut arguments = Arguments::with_capacity(10);
         arguments.text("GROUP").name(cursor.group.as_str()).name(cursor.consumer.as_str());
-        arguments.text("COUNT").shown(&self.sizes.bounded(&cursor.stream, limit));
+        arguments.text("COUNT").display(&self.reply_sizes.bounded(&cursor.stream, limit));
         block(&mut arguments, wait);
         arguments.text("STREAMS").bytes(key(&cursor.stream)).text(">");
-        // An entry may count as older than it is, never as younger: its age decides who may acknowledge it.
+        // The age of a delivery may be overestimated, never underestimated: it decides whether ownership is checked.
         let delivered_at = Instant::now();
-        // What does not block needs no connection of its own.
+        // A command that does not block needs no connection of its own.
         let answer = if wait.is_zero() {
             self.control.call("XREADGROUP", cursor.stream.as_str().as_bytes(), arguments).await
         } else {
             self.readers.read("XREADGROUP", cursor.stream.as_str().as_bytes(), arguments, wait).await
         };
         let entries = self
-            .learned(&cursor.stream, answer.and_then(net::reply::Reply::entries_of_one_stream))
+            .record_size(&cursor.stream, answer.and_then(net::reply::Reply::entries_of_one_stream))
             .map_err(|failure| failure.because(of_group("cannot fetch from", cursor)))?;
         Ok(entries.into_iter().map(|entry| Delivery { entry, attempt: 1, delivered_at }).collect())
     }
@@ -347,17 +345,17 @@ impl Store for RedisStore {
             return Ok(Claimed::default());
         }
         if ids.len() > MAX_CLAIM {
-            let reason = format!("{} ids are more than the {MAX_CLAIM} of one claim", ids.len());
+            let reason = format!("{} ids in one claim, the maximum is {MAX_CLAIM}", ids.len());
             return Err(Failure::new(StoreErrorKind::Internal, reason).because(of_group("cannot claim from", cursor)));
         }
         let mut claimed = Claimed::default();
         let mut rest = ids;
         while !rest.is_empty() {
-            let (ids, later) = rest.split_at(self.sizes.bounded(&cursor.stream, rest.len()));
+            let (ids, later) = rest.split_at(self.reply_sizes.bounded(&cursor.stream, rest.len()));
             rest = later;
             let mut how = Arguments::with_capacity(ids.len() + 1);
             how.text("ids").ids(ids);
-            let outcome = self.take_over(cursor, idle, how).await;
+            let outcome = self.claim_with(cursor, idle, how).await;
             let Claimed { deliveries, lost } =
                 outcome.map_err(|failure| failure.because(of_group("cannot claim from", cursor)))?.claimed;
             claimed.deliveries.extend(deliveries);
@@ -383,13 +381,13 @@ impl Store for RedisStore {
         if !idle.is_zero() && !self.clock.is_trusted(&cursor.stream, server_ms, Instant::now(), idle) {
             return Ok(Reclaimed::default());
         }
-        let limit = self.sizes.bounded(&cursor.stream, limit.min(MAX_CLAIM));
+        let limit = self.reply_sizes.bounded(&cursor.stream, limit.min(MAX_CLAIM));
         let mut how = Arguments::with_capacity(7);
-        how.text("from").shown(&from).shown(&limit).shown(&(limit * LOOKED_AT_PER_CLAIM));
+        how.text("from").display(&from).display(&limit).display(&(limit * LOOKED_AT_PER_CLAIM));
         for most in care.most {
-            how.shown(&most.saturating_sub(care.in_hand).min(limit));
+            how.display(&most.saturating_sub(care.in_hand).min(limit));
         }
-        self.take_over(cursor, idle, how).await.map_err(failed)
+        self.claim_with(cursor, idle, how).await.map_err(failed)
     }
 
     async fn redeliver(
@@ -400,7 +398,7 @@ impl Store for RedisStore {
         limit: usize,
     ) -> Result<Redelivered, StoreError> {
         let outcome = self.hand_on(cursor, redelivery, from, limit).await;
-        outcome.map_err(|failure| failure.because(of_group("cannot hand on entries of", cursor)))
+        outcome.map_err(|failure| failure.because(of_group("cannot redeliver entries of", cursor)))
     }
 
     async fn settle(&self, cursor: &Cursor, settlements: &[Settlement]) -> Result<Settled, StoreError> {
@@ -438,13 +436,13 @@ impl Store for RedisStore {
         }
         let mut arguments = Arguments::with_capacity(6);
         arguments.bytes(key(&cursor.stream)).name(cursor.group.as_str());
-        arguments.shown(&from).text("+").shown(&limit);
+        arguments.display(&from).text("+").display(&limit);
         if own_only {
             arguments.name(cursor.consumer.as_str());
         }
         let answer = self.control.call("XPENDING", cursor.stream.as_str().as_bytes(), arguments).await;
         let outcome = answer.and_then(ops::status::pending);
-        outcome.map_err(|failure| failure.because(of_group("cannot list what is pending of", cursor)))
+        outcome.map_err(|failure| failure.because(of_group("cannot list the pending entries of", cursor)))
     }
 
     async fn describe(&self, stream: &StreamName) -> Result<Option<StreamStatus>, StoreError> {
@@ -456,12 +454,12 @@ impl Store for RedisStore {
 
     async fn epoch(&self, stream: &StreamName) -> Result<Epoch, StoreError> {
         let mut arguments = Arguments::with_capacity(1);
-        arguments.shown(&Epoch::random());
+        arguments.display(&Epoch::random());
         let answer = self.control.run(&net::script::EPOCH, &[key(stream), ops::keys::epoch(stream)], arguments).await;
         let outcome = answer
             .and_then(net::reply::Reply::text)
-            .and_then(|text| text.parse().map_err(|e| Failure::unexpected(&format!("an epoch that is none: {e}"))));
-        outcome.map_err(|failure| failure.because(format_args!("cannot tell the epoch of stream `{stream}`")))
+            .and_then(|text| text.parse().map_err(|e| Failure::unexpected(&format!("not an epoch: {e}"))));
+        outcome.map_err(|failure| failure.because(format_args!("cannot read the epoch of stream `{stream}`")))
     }
 
     async fn trim_past(&self, stream: &StreamName, trim: Trim, ignored: &[GroupName]) -> Result<u64, StoreError> {
@@ -482,7 +480,7 @@ impl Store for RedisStore {
         missing: u64,
     ) -> Result<bool, StoreError> {
         let outcome = self.count_missing(stream, group, known, missing).await;
-        let what = format_args!("cannot count what group `{group}` of stream `{stream}` misses");
+        let what = format_args!("cannot count lost entries of group `{group}` of stream `{stream}`");
         outcome.map_err(|failure| failure.because(what))
     }
 
@@ -514,7 +512,7 @@ impl Store for RedisStore {
     async fn release_lease(&self, stream: &StreamName, lease: &Lease) -> Result<bool, StoreError> {
         let outcome = self.drop_lease(stream, lease).await;
         let name = &lease.name;
-        outcome.map_err(|failure| failure.because(format_args!("cannot give up `{name}` of stream `{stream}`")))
+        outcome.map_err(|failure| failure.because(format_args!("cannot release lease `{name}` of stream `{stream}`")))
     }
 
     async fn check(&self) -> Result<StoreStatus, StoreError> {
@@ -538,7 +536,7 @@ fn key(stream: &StreamName) -> Bytes {
     Bytes::copy_from_slice(stream.as_str().as_bytes())
 }
 
-/// How the scripts' arguments begin.
+/// Returns the first arguments of the scripts.
 fn of_consumer(cursor: &Cursor) -> Arguments {
     let mut arguments = Arguments::with_capacity(16);
     arguments.name(cursor.group.as_str()).name(cursor.consumer.as_str());
@@ -549,9 +547,9 @@ fn of_group(what: &str, cursor: &Cursor) -> String {
     format!("{what} group `{}` of stream `{}`", cursor.group, cursor.stream)
 }
 
-/// Asks the server to wait. For it, zero means for ever.
+/// Adds the blocking time. The minimum is 1 ms, because zero would block forever.
 fn block(arguments: &mut Arguments, wait: Duration) {
     if !wait.is_zero() {
-        arguments.text("BLOCK").shown(&wait.as_millis().max(1));
+        arguments.text("BLOCK").display(&wait.as_millis().max(1));
     }
 }

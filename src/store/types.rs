@@ -1,4 +1,4 @@
-//! The values that go in and out of a store.
+//! The parameters and results of store operations.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::Account;
 use crate::event::{ConsumerName, Delivery, EntryId, Fields, GroupName, StreamName};
 
-/// One consumer's place in one group of one stream.
+/// One consumer of one group of one stream.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Cursor {
     /// The stream.
@@ -19,80 +19,80 @@ pub struct Cursor {
     pub group: GroupName,
     /// The consumer.
     pub consumer: ConsumerName,
-    /// How long a delivery stays this consumer's alone: others claim entries idle for longer. A store may
-    /// acknowledge without asking who owns an entry while it is younger than half of this.
+    /// The idle time after which other consumers may claim a delivery. A store may acknowledge an entry without an
+    /// ownership check while its delivery is younger than half of this.
     pub claim_idle: Duration,
-    /// Where only one consumer of the group may work at a time, its lease: fetches, claims, extensions and settlements
-    /// then fail with [`StoreErrorKind::LeaseLost`](super::StoreErrorKind::LeaseLost), and do nothing, where the lease
-    /// is not held any more.
+    /// The group lease, if only one consumer of the group may work at a time. After the lease is lost, fetches, claims,
+    /// extensions and settlements have no effect and fail with
+    /// [`StoreErrorKind::LeaseLost`](super::StoreErrorKind::LeaseLost).
     pub lease: Option<Lease>,
 }
 
-/// A lease as its holder has it.
+/// A lease that a holder has taken.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Lease {
-    /// What is leased, a name within its stream, such as `group/siem`.
+    /// The leased name within its stream, such as `group/siem`.
     pub name: String,
-    /// Who holds it.
+    /// The holder.
     pub holder: String,
-    /// Greater each time the lease is taken anew, by whomever; the same for as long as it is renewed.
+    /// The fencing number: grows each time the lease is taken, and stays the same while it is renewed.
     pub fence: u64,
 }
 
-/// What became of asking for a lease.
+/// The result of [`crate::store::Store::lease`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Leased {
-    /// It is the asker's, for the time asked for from now on.
+    /// The caller holds the lease, from now on for the requested time.
     Held(Lease),
-    /// Another holds it.
+    /// Another holder has the lease.
     Taken {
-        /// Who.
+        /// That holder.
         by: String,
-        /// After what time it is free, if that one does not renew it.
+        /// The time until the lease is free, unless it is renewed.
         expires_in: Duration,
     },
 }
 
-/// What became of one appended entry.
+/// The result of appending one entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Appended {
-    /// Its id in the stream; the first entry's where it is a duplicate.
+    /// Its id in the stream; for a duplicate, the id of the first entry.
     pub id: EntryId,
-    /// Its `id` field, empty where it has none; the first entry's where it is a duplicate.
+    /// Its `id` field, empty if it has none; for a duplicate, the field of the first entry.
     pub event_id: Bytes,
-    /// Whether its idempotency key had been seen before, so that it was not stored again.
+    /// Whether its idempotency key was known, so that it was not stored again.
     pub duplicate: bool,
 }
 
-/// How durable an append is at least when it returns, beyond what a store always promises.
+/// The least durability of an append when it returns, beyond the store's own promise.
 ///
 /// As text it is `memory`, `fsync`, `replicated` or `fsync+replicated`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Deserialize, Serialize)]
 #[serde(try_from = "String", into = "&'static str")]
 pub struct Durability {
-    /// It is on the disk: it survives a power cut.
+    /// On disk: survives a power cut.
     pub fsync: bool,
-    /// It is on as many replicas as the store is told to wait for: it survives the loss of the server.
+    /// On as many replicas as the store is configured to wait for: survives the loss of the server.
     pub replicated: bool,
 }
 
 impl Durability {
-    /// As durable as the store always is.
+    /// The store's own durability.
     pub const MEMORY: Self = Self { fsync: false, replicated: false };
-    /// On the disk.
+    /// On disk.
     pub const FSYNC: Self = Self { fsync: true, replicated: false };
     /// On replicas.
     pub const REPLICATED: Self = Self { fsync: false, replicated: true };
-    /// Every kind there is.
+    /// All values.
     pub const ALL: [Self; 4] = [Self::MEMORY, Self::FSYNC, Self::REPLICATED, Self { fsync: true, replicated: true }];
 
-    /// As durable as both.
+    /// Returns the durability that satisfies both.
     #[must_use]
     pub const fn and(self, other: Self) -> Self {
         Self { fsync: self.fsync || other.fsync, replicated: self.replicated || other.replicated }
     }
 
-    /// Its text.
+    /// Returns the text form.
     pub const fn as_str(self) -> &'static str {
         match (self.fsync, self.replicated) {
             (false, false) => "memory",
@@ -132,25 +132,25 @@ impl From<Durability> for &'static str {
     }
 }
 
-/// A part of a stream, both ends included.
+/// A range of entry ids, both ends included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Range {
     /// The smallest id.
     pub from: EntryId,
     /// The greatest id.
     pub to: EntryId,
-    /// From which end to read.
+    /// The reading direction.
     pub order: Order,
 }
 
 impl Range {
-    /// Everything after `id`, oldest first.
+    /// Returns the range of everything after `id`, oldest first.
     pub fn after(id: EntryId) -> Self {
         Self { from: id.next(), to: EntryId::MAX, order: Order::Forward }
     }
 }
 
-/// The order of reading.
+/// The reading direction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
     /// Oldest first.
@@ -159,54 +159,54 @@ pub enum Order {
     Backward,
 }
 
-/// Where a new group begins.
+/// The start position of a new group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Start {
-    /// With the oldest entry there is.
+    /// The oldest entry of the stream.
     Oldest,
-    /// With the next entry.
+    /// The next entry to be appended.
     New,
-    /// With the first entry after this one.
+    /// The first entry after this one.
     After(EntryId),
 }
 
-/// What a claim took, and what it found lost.
+/// The result of a claim.
 #[derive(Debug, Default)]
 pub struct Claimed {
-    /// The entries taken, now pending on the cursor's consumer.
+    /// The claimed entries, now pending on the cursor's consumer.
     pub deliveries: Vec<Delivery>,
-    /// Pending entries whose bodies were trimmed away; they are not pending any more.
+    /// Entries whose bodies were trimmed away; they are no longer pending.
     pub lost: Vec<EntryId>,
 }
 
-/// What a search for idle entries took, and where to go on.
+/// The result of one step of [`crate::store::Store::reclaim`].
 #[derive(Debug, Default)]
 pub struct Reclaimed {
-    /// What was taken and lost.
+    /// The claimed and the lost entries.
     pub claimed: Claimed,
-    /// Where to go on; [`EntryId::MIN`] when the search has come to the end.
+    /// The id to continue from; [`EntryId::MIN`] at the end of the pending entries.
     pub next: EntryId,
-    /// How often the entry at `next` was delivered, where the search stopped there out of [`Care`].
+    /// The deliveries of the entry at `next`, if the search stopped there because of [`Care`].
     pub held_back: Option<u32>,
 }
 
-/// How many entries a consumer has in hand together with one that was delivered before without a result.
+/// Limits the entries in flight beside an entry that was delivered before without a result.
 ///
-/// Such an entry may be what its consumers die of. Whatever they have in hand at that moment is delivered once more for
-/// it, so the company of an entry gets smaller with each delivery, until it is alone.
+/// Such an entry may have crashed its consumers. A crash costs every entry in flight one more delivery, so with each
+/// delivery of the suspect fewer other entries are in flight beside it, until it is alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Care {
-    /// How many entries the consumer has in hand already.
+    /// The number of entries that the consumer has in flight already.
     pub in_hand: usize,
-    /// The most in hand, itself included, with an entry that was delivered once, twice, or more often.
+    /// The maximum in flight, the entry included, for an entry that was delivered once, twice, or more often.
     pub most: [usize; 3],
 }
 
 impl Care {
-    /// Any number, whatever they are.
+    /// No limits.
     pub const NONE: Self = Self { in_hand: 0, most: [usize::MAX; 3] };
 
-    /// The most in hand together with an entry that was delivered so often.
+    /// Returns the maximum in flight beside an entry with `attempts` deliveries.
     pub fn most(&self, attempts: u32) -> usize {
         match attempts {
             0 => usize::MAX,
@@ -216,7 +216,7 @@ impl Care {
         }
     }
 
-    /// How many of these, by how often each was delivered, may be taken from the first one on.
+    /// Returns how many entries may be claimed from the first one on, given the deliveries of each.
     pub fn fitting(&self, attempts: impl IntoIterator<Item = u32>) -> usize {
         let (mut most, mut taken) = (usize::MAX, 0);
         for attempts in attempts {
@@ -230,95 +230,95 @@ impl Care {
     }
 }
 
-/// Which pending entries are handed on.
+/// The pending entries that are redelivered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Redelivery {
-    /// Those idle for at least so long.
+    /// The minimum idle time.
     pub idle: Duration,
-    /// Those delivered as often are given up instead.
+    /// The number of deliveries from which on an entry is given up instead.
     pub max_deliveries: u32,
 }
 
-/// What was handed on, what is to be given up, and where to go on.
+/// The result of one step of [`crate::store::Store::redeliver`].
 #[derive(Debug, Default)]
 pub struct Redelivered {
-    /// How many entries were appended again and acknowledged.
+    /// The number of entries that were appended again and acknowledged.
     pub handed_on: usize,
-    /// How many were acknowledged because they are for another group.
+    /// The number of entries that were acknowledged because they are for another group.
     pub foreign: usize,
-    /// Entries delivered too often, now pending on the cursor's consumer.
+    /// Entries with too many deliveries, now pending on the cursor's consumer.
     pub exhausted: Vec<Delivery>,
-    /// Pending entries whose bodies were trimmed away; they are not pending any more.
+    /// Entries whose bodies were trimmed away; they are no longer pending.
     pub lost: Vec<EntryId>,
-    /// Where to go on; [`EntryId::MIN`] when the search has come to the end.
+    /// The id to continue from; [`EntryId::MIN`] at the end of the pending entries.
     pub next: EntryId,
 }
 
-/// One delivery and what becomes of it.
+/// One delivery and its outcome.
 #[derive(Debug)]
 pub struct Settlement {
-    /// The delivery that ends here.
+    /// The delivery to settle.
     pub delivery: Delivery,
-    /// How it ends.
+    /// The outcome.
     pub outcome: Outcome,
 }
 
-/// How a delivery ends.
+/// The outcome of a delivery.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// Handled: acknowledge it.
     Acknowledge,
-    /// Not for this group: acknowledged as well, and counted apart.
+    /// Not for this group: acknowledge it, and count it as filtered.
     Filter,
-    /// To be tried again: stays pending on this consumer and becomes claimable by anyone after this time, or after
-    /// [`Cursor::claim_idle`] if that is shorter. The attempts so far stay counted.
+    /// Failed, to be retried: the entry stays pending on this consumer, and any consumer may claim it after this time,
+    /// or after [`Cursor::claim_idle`] if that is shorter. Its attempts stay counted.
     Retry(Duration),
     /// Given up: appended to `to` with these fields and acknowledged, in one step.
     DeadLetter {
-        /// The stream of dead letters.
+        /// The dead-letter stream.
         to: StreamName,
-        /// The record, see [`crate::event::DeadLetter`].
+        /// The fields of the [`crate::event::DeadLetter`].
         fields: Fields,
     },
-    /// Not begun: claimable by others at once, and this delivery does not count as an attempt.
+    /// Not begun: other consumers may claim it at once, and this delivery does not count as an attempt.
     Release,
 }
 
-/// A delivery as whoever has it leased can name it.
+/// The content of a lease token: identifies one delivery.
 ///
-/// It is good while the entry is pending on that consumer, was delivered that often, and has been idle for less than
-/// [`Cursor::claim_idle`]: until the lease ends, and no one else was given the entry.
+/// It is valid while the entry is pending on that consumer with that attempt, and has been idle for less than
+/// [`Cursor::claim_idle`]: until the lease ends, if no other consumer was given the entry.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Receipt {
     /// The entry.
     pub id: EntryId,
-    /// Who holds it.
+    /// The consumer that holds it.
     pub consumer: ConsumerName,
-    /// How many times the store had delivered it then.
+    /// The number of this delivery.
     pub attempt: u32,
 }
 
-/// What becomes of a delivery that is named by its receipt.
+/// The action on a delivery that a receipt identifies.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Redemption {
     /// Handled: acknowledge it.
     Acknowledge,
-    /// Held by that consumer for so long from now on, or for [`Cursor::claim_idle`] if that is shorter. No attempt is
-    /// counted.
+    /// Held by that consumer for this time from now on, or for [`Cursor::claim_idle`] if that is shorter. Counts no
+    /// attempt.
     Hold {
-        /// Who holds it from now on; with another consumer the receipt is good no more.
+        /// The holder from now on. Another consumer than before invalidates the receipt.
         by: ConsumerName,
-        /// For how long.
+        /// The time of the lease.
         lease: Duration,
     },
 }
 
-/// What a settle did.
+/// The result of [`crate::store::Store::settle`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Settled {
-    /// Deliveries settled as asked.
+    /// Deliveries that were settled.
     pub settled: usize,
-    /// Deliveries that were not this consumer's any more; left alone.
+    /// Deliveries that this consumer no longer owned; they were skipped.
     pub not_owned: usize,
 }
 
@@ -327,116 +327,116 @@ pub struct Settled {
 pub struct Pending {
     /// The entry.
     pub id: EntryId,
-    /// Who holds it.
+    /// The consumer that holds it.
     pub consumer: ConsumerName,
-    /// How long ago it was delivered or extended.
+    /// The time since it was delivered or extended.
     pub idle: Duration,
-    /// How many times it was delivered.
+    /// The number of its deliveries.
     pub attempts: u32,
 }
 
-/// What to trim.
+/// The entries to trim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Trim {
-    /// All but the newest so many.
+    /// All but this many of the newest.
     ToLength(u64),
-    /// All that are older than this id.
+    /// All older than this id.
     Before(EntryId),
 }
 
-/// What one step of [`crate::store::Store::drop_oldest`] removed.
+/// The result of one step of [`crate::store::Store::drop_oldest`].
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Dropped {
-    /// How many entries.
+    /// The number of removed entries.
     pub removed: u64,
     /// The first and the last of them.
     pub range: Option<(EntryId, EntryId)>,
-    /// The groups that still had some of them to handle.
+    /// The groups that had not settled all of them.
     pub losers: Vec<Loser>,
-    /// Whether there is more to remove.
+    /// Whether more entries are to be removed.
     pub is_more: bool,
 }
 
-/// A group that lost entries it had still to handle.
+/// The entries that one group lost.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Loser {
     /// The group.
     pub group: GroupName,
-    /// How many were pending.
+    /// The number of lost entries that were pending.
     pub pending: u64,
-    /// How many it had not been given yet.
+    /// The number of lost entries that were undelivered.
     pub undelivered: u64,
 }
 
-/// A stream as it is now.
+/// The current state of a stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StreamStatus {
-    /// How many entries it holds.
+    /// The number of entries that it holds.
     pub length: u64,
-    /// The oldest entry, if it holds any.
+    /// The id of the oldest entry, if it holds any.
     pub first_id: Option<EntryId>,
-    /// The greatest id ever given, also when that entry is gone.
+    /// The greatest id ever assigned, even if that entry is gone.
     pub last_id: EntryId,
-    /// How many entries were ever appended.
+    /// The number of entries ever appended.
     pub entries_added: u64,
-    /// Entries that were removed by others than the store, since it began to count; absent where it does not.
+    /// Entries that other programs removed since the store began to count; `None` if it does not count them.
     pub removed_by_others: Option<u64>,
-    /// How many entries were ever appended before the oldest that it holds; absent where others than the oldest were
-    /// removed, so that no one can tell.
+    /// The number of entries ever appended before the oldest one that it holds; `None` if entries in the middle were
+    /// removed, so that the number is unknown.
     pub before_first: Option<u64>,
     /// Its groups, by name.
     pub groups: Vec<GroupStatus>,
 }
 
-/// A group as it is now.
+/// The current state of a group.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GroupStatus {
     /// Its name.
     pub name: GroupName,
     /// The last entry delivered to any of its consumers.
     pub last_delivered: EntryId,
-    /// How many entries it was ever delivered, where that is known.
+    /// The number of entries ever delivered to it, if known.
     pub entries_read: Option<u64>,
-    /// Entries not delivered yet; absent where the server can't tell.
+    /// Entries not delivered yet; `None` if the server does not know.
     pub lag: Option<u64>,
-    /// Entries after `last_delivered` that are there now; absent where the server can't tell.
+    /// Entries after `last_delivered` that the stream holds now; `None` if the server does not know.
     pub undelivered: Option<u64>,
     /// Entries delivered and not settled.
     pub pending: u64,
-    /// The oldest of them.
+    /// The oldest pending entry.
     pub oldest_pending: Option<EntryId>,
-    /// What became of its entries; absent where the group was not made or ensured by a store.
+    /// Its account; `None` if no store created or ensured the group.
     pub account: Option<Account>,
     /// Its consumers, by name.
     pub consumers: Vec<ConsumerStatus>,
 }
 
-/// A consumer as it is now.
+/// The current state of a consumer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConsumerStatus {
     /// Its name.
     pub name: ConsumerName,
     /// Entries pending on it.
     pub pending: u64,
-    /// How long ago it last asked for anything, as far as the store knows.
+    /// The time since its last request that the store knows of.
     pub idle: Duration,
 }
 
-/// What a store says of itself.
+/// The result of [`crate::store::Store::check`].
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct StoreStatus {
-    /// What it is, such as `redis 7.0.15` or `embedded`.
+    /// Product and version, such as `redis 7.0.15` or `embedded`.
     pub description: String,
-    /// What an operator should know, such as persistence that is off. Empty when all is as it should be.
+    /// Warnings for the operator, such as disabled persistence.
     pub warnings: Vec<String>,
-    /// By how many milliseconds the store's clock is ahead of ours, where it has one of its own.
+    /// The milliseconds by which the store's clock is ahead of this machine's, if it has a clock of its own.
     pub clock_ahead_ms: Option<i64>,
-    /// How many keys the server has evicted since it started, where it can.
+    /// The number of keys that the server has evicted since it started, if it evicts.
     pub evicted_keys: Option<u64>,
 }
 
 impl StoreStatus {
-    /// A store of that description about which there is nothing else to say.
+    /// Returns a status with this description and no warnings.
     pub fn new(description: impl Into<String>) -> Self {
         Self { description: description.into(), ..Self::default() }
     }

@@ -14,12 +14,17 @@ fn page(path: &str) -> String {
         .unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-/// Returns README.md, ARCHITECTURE.md and all pages of docs/.
+/// Returns the Markdown files of a folder, with their paths from the root.
+fn pages_in(folder: &str) -> Vec<String> {
+    let entries = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(folder)).expect("a folder");
+    let names = entries.map(|entry| format!("{folder}/{}", entry.expect("an entry").file_name().display()));
+    names.filter(|name| name.ends_with(".md")).collect()
+}
+
+/// Returns README.md, ARCHITECTURE.md and all pages in docs/.
 fn pages() -> Vec<String> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
-    let names = fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").file_name());
-    let pages = names.map(|name| format!("docs/{}", name.to_str().expect("UTF-8")));
-    pages.chain(["README.md".to_owned(), "ARCHITECTURE.md".to_owned()]).collect()
+    let root = ["README.md".to_owned(), "ARCHITECTURE.md".to_owned()];
+    pages_in("docs").into_iter().chain(pages_in("docs/design")).chain(root).collect()
 }
 
 /// Returns the anchor of a heading in links.
@@ -56,8 +61,12 @@ fn links_between_pages_resolve() {
 #[test]
 fn readme_links_to_every_page() {
     let readme = page("README.md");
-    for name in pages().iter().filter(|name| *name != "README.md") {
+    for name in pages_in("docs").into_iter().chain(["ARCHITECTURE.md".to_owned()]) {
         assert!(readme.contains(&format!("]({name})")), "README.md does not mention {name}");
+    }
+    let architecture = page("ARCHITECTURE.md");
+    for name in pages_in("docs/design") {
+        assert!(architecture.contains(&format!("]({name})")), "ARCHITECTURE.md does not mention {name}");
     }
 }
 

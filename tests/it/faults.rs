@@ -20,8 +20,8 @@
 //! | 12 | connections that swallow everything: reader, control, publisher | `network::each_connection_that_swallows_everything_is_replaced_in_time` |
 //! | 13 | lost replies: append, fetch, acknowledgement, dead letter, replay | `network::lost_replies_double_nothing_and_lose_nothing`, `dead_letters::second_replay_repairs_crash_between_append_and_removal` |
 //! | 14 | publishing while readers wait | `network::readers_that_wait_do_not_hold_up_publishers` |
-//! | 15 | entries that others trim, pending and not delivered yet | `ledger::foreign_trim_is_counted_once_by_two_daemons_on_redis`, `ledger::worker_finds_losses_of_its_downtime_on_redis` |
-//! | 16 | a handler that kills its process | `poison::an_entry_that_kills_its_handler_ends_as_a_dead_letter`, `guard::a_task_that_kills_every_worker_ends_in_the_dead_letters` |
+//! | 15 | entries that others trim, pending and not delivered yet | `accounts::foreign_trim_is_counted_once_by_two_daemons_on_redis`, `accounts::worker_counts_losses_of_its_downtime_on_redis` |
+//! | 16 | a handler that kills its process | `poison::an_entry_that_kills_its_handler_ends_as_a_dead_letter`, `redelivery::entry_that_kills_every_consumer_is_dead_lettered` |
 //! | 17 | entries in hand for longer than others wait, a daemon that stands still and comes back late | `delivery::entries_in_hand_are_not_taken_over_however_long_they_wait`, `fleet::what_a_daemon_that_stands_still_was_given_is_handled_elsewhere_and_once`, `fleet::the_late_result_of_a_daemon_that_stood_still_does_not_count` |
 //! | 18 | a dead letter that is written twice, or can't be written | `store_contract::a_dead_letter_is_moved_in_one_step_and_once`, `redis_faults::a_lost_reply_to_a_dead_letter_writes_it_once`, `redis_faults::a_dead_letter_that_cannot_be_written_leaves_its_entry_pending`, `redis_faults::a_full_server_refuses_appends_and_lets_the_rest_go_on` |
 //! | 19 | kills between commit and acknowledgement | `postgres::ten_kills_between_commit_and_ack_keep_each_row_once`, `postgres::fifty_kills_between_commit_and_ack_keep_each_row_once` |

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use aurora_bus::bus::{Bus, Catalogue, Config, Dedup, Promise, Terms};
+use aurora_bus::bus::{Bus, Config, Dedup, PublishOptions, StreamCatalog, StreamSettings};
 use aurora_bus::event::{Delivery, Entry, EntryId, NewEvent, StreamName};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::sink::{Origin, Sink as _, SinkErrorClass, StreamSink};
@@ -103,9 +103,9 @@ async fn kills_create_no_second_task(home: &Home) {
 async fn entry_has_one_successor(store: Arc<dyn Store>) {
     let name = |text: &str| text.parse::<StreamName>().expect("a name");
     let bus = |declared: &str| {
-        let streams = Catalogue::new(
+        let streams = StreamCatalog::new(
             Families::default(),
-            [(name(declared).into(), Terms::new(name(declared).default_dead_letter()))],
+            [(name(declared).into(), StreamSettings::new(name(declared).default_dead_letter()))],
         );
         Arc::new(Bus::new(Arc::clone(&store), Config::default(), streams, Limits::default(), Metrics::new()))
     };
@@ -125,7 +125,7 @@ async fn entry_has_one_successor(store: Arc<dyn Store>) {
     // No key of a publisher can make an event look like a forwarded entry.
     let key = Dedup::Key(format!("{ALERTS}/1-0/{GROUP}"));
     let event = NewEvent::parse(Bytes::from_static(b"{}")).expect("an event");
-    let published = bus(TASKS).publish(&name(TASKS), vec![(key, event)], Promise::default()).await;
+    let published = bus(TASKS).publish(&name(TASKS), vec![(key, event)], PublishOptions::default()).await;
     assert!(matches!(published[..], [Ok(_)]), "{published:?}");
     forwarding.deliver(&origin, &batch[..300]).await.expect("stored");
     forwarding.deliver(&origin, &batch).await.expect("stored");

@@ -147,7 +147,7 @@ async fn sentinels_with_a_password_are_asked_with_it_and_a_demoted_primary_is_le
     let unknown = url.rsplit_once('/').map(|(hosts, _)| format!("{hosts}/other")).expect("a service");
     let unknown = Config { url: unknown.into(), sentinel_password: Some("hush".into()), ..Config::default() };
     let error = unknown.connect().await.expect("valid").check().await.expect_err("no such service");
-    assert!(error.to_string().contains("knows no service `other`"), "{error}");
+    assert!(error.to_string().contains("does not know the service `other`"), "{error}");
 
     let config = Config { url: url.into(), sentinel_password: Some("hush".into()), ..Config::default() };
     let store = config.connect().await.expect("valid");

@@ -116,7 +116,7 @@ async fn every_state_is_told_and_heals(product: Product) {
 
     set("requirepass", "secret");
     server.cli(&["-a", "secret", "--no-auth-warning", "CLIENT", "KILL", "TYPE", "normal"]);
-    says(&daemon, "the server asks for a password (store.redis.password)").await;
+    says(&daemon, "the server requires a password (store.redis.password)").await;
     assert_eq!(publish(&daemon, "noauth").await, 503);
     server.cli(&["-a", "secret", "--no-auth-warning", "CONFIG", "SET", "requirepass", ""]);
     publish_until_accepted(&daemon, "noauth").await;
@@ -189,7 +189,7 @@ async fn rights_that_are_missing_are_named() {
         let store = connect(&url).await;
         let error = store.check().await.expect_err("no right");
         assert_eq!(error.kind(), StoreErrorKind::Denied, "{error}");
-        let words = "lacks the right to +xadd, +xgroup|create, +xgroup|delconsumer: grant it";
+        let words = "lacks permission for +xadd, +xgroup|create, +xgroup|delconsumer; grant it";
         assert!(error.to_string().contains(words), "{error}");
         server.cli(&["ACL", "SETUSER", "bus", "+xadd", "+xgroup", "-info", "resetkeys", "~aurora:*"]);
         let error = store.check().await.expect_err("no right");
@@ -205,7 +205,7 @@ async fn a_name_that_is_not_known_is_told_in_words() {
     let error = connect("redis://no-such-host.invalid:6379").await.check().await.expect_err("no such host");
     assert_eq!(error.kind(), StoreErrorKind::Unavailable);
     let text = error.to_string();
-    assert!(text.contains("its name is not known: check the host in store.redis.url"), "{text}");
+    assert!(text.contains("its name cannot be resolved; check the host in store.redis.url"), "{text}");
     assert!(!text.contains("Custom"), "{text}");
 }
 

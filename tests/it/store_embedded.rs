@@ -175,7 +175,7 @@ async fn a_newer_format_is_refused_by_name() {
     database.execute("UPDATE meta SET value = 7 WHERE key = 'format'", []).expect("changed");
     drop(database);
     let error = small(folder.path(), Config::default()).open().await.expect_err("a newer format");
-    assert!(error.to_string().contains("has format 7, this aurora-bus knows formats up to 2"), "{error}");
+    assert!(error.to_string().contains("has format 7, but this aurora-bus reads formats up to 2"), "{error}");
 }
 
 /// A closed store with 300 entries in chunks of 64, read by a group up to the 10th.
@@ -194,7 +194,7 @@ async fn store_to_damage(folder: &Path) -> (StreamName, Cursor, Vec<EntryId>) {
 /// Checks that the chunk of entries 64 to 127 is told to be damaged, and that all goes on once it is given up.
 async fn assert_damaged_chunk_is_told(folder: &Path, stream: &StreamName, cursor: &Cursor, ids: &[EntryId]) {
     let store = open_in(folder, Config::default()).await;
-    let name = format!("64 entries of stream `{stream}`, from {} to {}, can't be read", ids[64], ids[127]);
+    let name = format!("64 entries of stream `{stream}`, from {} to {}, cannot be read", ids[64], ids[127]);
     for range in [everything(), Range { from: ids[100], to: ids[100], order: Order::Backward }] {
         let error = store.range(stream, range, 1000).await.expect_err("damaged");
         assert_eq!(error.kind(), StoreErrorKind::Corrupt);
@@ -312,7 +312,7 @@ async fn a_log_that_lost_its_end_is_told_and_begins_a_new_epoch() {
     assert!(left.len() < ids.len() && left == ids[..left.len()], "{} are left", left.len());
     let lost = ids.len() - left.len();
     let expected = format!(
-        "{lost} accepted entries of stream `{stream}`, after {} up to {}, are gone",
+        "{lost} accepted entries of stream `{stream}`, after {} up to {}, are lost",
         left.last().expect("entries"),
         ids.last().expect("entries")
     );

@@ -430,7 +430,7 @@ fn one(id: EntryId) -> BulkRequest {
 }
 
 fn scope(api: &Api, name: &str, principal: &Principal) -> Result<DeadLetterScope, ApiError> {
-    let known = || api.inner.bus.catalogue().names();
+    let known = || api.inner.bus.catalog().names();
     let scope = api.inner.dead_letters.scope(name).ok_or_else(|| ApiError::no_such_stream(name, known()))?;
     Ok(DeadLetterScope { visible: principal.sight().clone(), ..scope })
 }

@@ -1,4 +1,4 @@
-//! How the store is configured, opened and ended.
+//! Configures, opens and closes the embedded store.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -13,31 +13,31 @@ use tokio_util::sync::CancellationToken;
 
 use crate::store::StoreError;
 use crate::store::embedded::disk::corruption;
-use crate::store::embedded::disk::corruption::Damage;
+use crate::store::embedded::disk::corruption::FileDamage;
 use crate::store::embedded::disk::lock;
 use crate::store::embedded::disk::lock::FolderLock;
 use crate::store::embedded::disk::schema::is_closed_error;
 use crate::store::embedded::memory::leases::Leases;
 use crate::store::embedded::readers;
 use crate::store::embedded::readers::Readers;
-use crate::store::embedded::writer::queue::Queue;
-use crate::store::embedded::writer::{DATABASE, Options, Syncing, Writer};
+use crate::store::embedded::writer::queue::WriteQueue;
+use crate::store::embedded::writer::{DATABASE, Syncing, Writer, WriterOptions};
 use crate::store::embedded::{EmbeddedStore, Shared};
 
-/// Where the embedded store is and how durable it is.
+/// The configuration of the embedded store.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// The folder that the store keeps its files in; it is made where there is none.
+    /// The folder of the store's files. It is created if it is missing.
     pub path: PathBuf,
-    /// When an accepted entry is on the disk.
+    /// When an accepted entry is on the disk: `commit` or `interval`.
     pub durability: Durability,
-    /// With `durability = "interval"`, how often what was accepted is written to the disk.
+    /// The interval between syncs with `durability = "interval"`.
     #[serde(with = "humantime_serde")]
     pub interval: Duration,
-    /// Memory for the newest entries of all streams together, from which readers at the head are served.
+    /// The memory for the newest entries of all streams, which serves readers at the head.
     pub recent: ByteSize,
-    /// Room kept on the disk by a file, for acknowledgements and trims to go on when the disk is full.
+    /// The size of a file that reserves disk space, so that acknowledgements and trims still work on a full disk.
     pub reserve: ByteSize,
 }
 
@@ -57,23 +57,23 @@ impl Default for Config {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Durability {
-    /// Before it is accepted: it survives a power cut.
+    /// Before it is accepted: the entry survives a power cut.
     Commit,
-    /// Within [`Config::interval`]: it survives a crash of the process, but a power cut takes the newest.
+    /// Within [`Config::interval`]: the entry survives a crash of the process, but a power cut loses the newest ones.
     Interval,
 }
 
 impl Config {
-    /// Opens the store, and makes it where there is none. Blocking work is done on threads of its own.
+    /// Opens the store, and creates it if it is missing. Blocking work runs on threads of its own.
     ///
-    /// Fails where another process holds the folder, where it can't be written to, and where what is in it is damaged or
-    /// of a newer format.
+    /// Fails if another process holds the folder, if the folder is not writable, and if its data is damaged or of a
+    /// newer format.
     pub async fn open(self) -> Result<EmbeddedStore, StoreError> {
         let (opened, when_opened) = oneshot::channel();
         readers::spawn("store-writer", move || match start(&self) {
             Ok((writer, store, files)) => {
-                let end = End { shared: store.shared.clone(), ended: store.ended.clone() };
-                // A store that no one takes closes itself.
+                let end = WriterEnd { shared: store.shared.clone(), ended: store.ended.clone() };
+                // If the receiver is gone, dropping the store closes it.
                 drop(opened.send(Ok(store)));
                 writer.run(&end.shared.queue);
                 files.close();
@@ -84,13 +84,13 @@ impl Config {
     }
 }
 
-/// Tells everybody that the writer's thread has ended, also when it panicked.
-struct End {
+/// Reports the end of the writer's thread when dropped, after a panic as well.
+struct WriterEnd {
     shared: Arc<Shared>,
     ended: CancellationToken,
 }
 
-impl Drop for End {
+impl Drop for WriterEnd {
     fn drop(&mut self) {
         self.shared.close();
         self.shared.queue.abandon();
@@ -98,26 +98,26 @@ impl Drop for End {
     }
 }
 
-/// What the writer's thread holds until it ends.
-struct Files {
+/// The resources of the writer's thread.
+struct WriterFiles {
     shared: Arc<Shared>,
     threads: Vec<std::thread::JoinHandle<()>>,
     lock: FolderLock,
 }
 
-impl Files {
+impl WriterFiles {
     fn close(self) {
         self.shared.close();
         for thread in self.threads {
             if thread.join().is_err() {
-                tracing::error!("a thread of the embedded store had panicked");
+                tracing::error!("a thread of the embedded store panicked");
             }
         }
         drop(self.lock);
     }
 }
 
-fn start(config: &Config) -> Result<(Writer, EmbeddedStore, Files), StoreError> {
+fn start(config: &Config) -> Result<(Writer, EmbeddedStore, WriterFiles), StoreError> {
     let lock = lock::lock(&config.path)?;
     let file = config.path.join(DATABASE);
     let syncing = match config.durability {
@@ -126,7 +126,7 @@ fn start(config: &Config) -> Result<(Writer, EmbeddedStore, Files), StoreError> 
     };
     let (shared, asked) = new_shared(&file);
     let recent_bytes = usize::try_from(config.recent.as_u64()).unwrap_or(usize::MAX);
-    let options = Options { syncing, recent_bytes, reserve_bytes: config.reserve.as_u64() };
+    let options = WriterOptions { syncing, recent_bytes, reserve_bytes: config.reserve.as_u64() };
     let writer = Writer::open(&config.path, &options, shared.clone());
     let writer = writer.map_err(|error| corruption::explained(error, &file))?;
     let (readers, mut threads) = Readers::start(&file)?;
@@ -139,18 +139,18 @@ fn start(config: &Config) -> Result<(Writer, EmbeddedStore, Files), StoreError> 
         ended: CancellationToken::new(),
         is_synced_each,
     };
-    Ok((writer, store, Files { shared, threads, lock }))
+    Ok((writer, store, WriterFiles { shared, threads, lock }))
 }
 
-/// What is shared while nothing is open yet, and where requests to checkpoint come out.
+/// Creates the shared state of a store that is not open yet, and the receiver of checkpoint requests.
 pub(super) fn new_shared(file: &Path) -> (Arc<Shared>, Receiver<()>) {
     let (checkpoints, asked) = readers::checkpoint_requests();
     let shared = Shared {
         streams: RwLock::default(),
         made: watch::Sender::new(()),
         news: watch::Sender::new(()),
-        queue: Queue::new(),
-        damage: Damage::new(file.to_owned()),
+        queue: WriteQueue::new(),
+        damage: FileDamage::new(file.to_owned()),
         readers: OnceLock::new(),
         is_checkpointed: AtomicBool::new(false),
         checkpoints: RwLock::new(Some(checkpoints)),

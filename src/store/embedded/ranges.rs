@@ -1,6 +1,6 @@
-//! Reading ranges: the newest chunks from memory, older ones from their rows, by a reader's thread.
+//! Reads ranges: the newest chunks from memory, older ones from their rows on a reader thread.
 //!
-//! Whoever reads holds nothing up: chunks may be trimmed, rewritten or merged meanwhile, and are then looked up again.
+//! Readers block no other work. Chunks may be trimmed, rewritten or merged meanwhile, and are then looked up again.
 
 use std::sync::Arc;
 
@@ -10,13 +10,13 @@ use super::EmbeddedStore;
 use crate::event::{Entry, EntryId, StreamName};
 use crate::store::embedded::disk::schema;
 use crate::store::embedded::disk::schema::{ReadFailure, is_closed_error};
-use crate::store::embedded::memory::index::{ChunkRef, Found, Published};
+use crate::store::embedded::memory::index::{ChunkLocation, ChunkRef, Published};
 use crate::store::{Order, Range, StoreError};
 
-/// What a reader's thread found in the rows it was given.
+/// The result of reading rows on a reader thread.
 struct RowsRead {
     entries: Vec<Entry>,
-    /// How many of the rows were read to their end.
+    /// The number of rows that were read completely.
     rows: usize,
     failure: Option<ReadFailure>,
 }
@@ -45,7 +45,9 @@ fn read_rows(
 }
 
 impl EmbeddedStore {
-    /// The entries of a range. An error where any of them is damaged, unless `allow_part` and there are some before it.
+    /// Returns the entries of a range.
+    ///
+    /// Fails if any of them is damaged. With `allow_part`, returns the entries before the damage, if there are any.
     pub(super) async fn read(
         &self,
         stream: &Arc<Published>,
@@ -60,7 +62,7 @@ impl EmbeddedStore {
             let left = limit - entries.len();
             let found = stream.log().find(range, left);
             let (chunks, is_all) = match found {
-                Found::Recent(chunks) => {
+                ChunkLocation::Recent(chunks) => {
                     for chunk in chunks {
                         chunk.collect(range, limit, &mut entries).map_err(|damage| {
                             schema::corrupt(format!("recent entries of stream `{}` are damaged: {damage}", stream.name))
@@ -68,8 +70,8 @@ impl EmbeddedStore {
                     }
                     break;
                 }
-                Found::Rows { chunks, .. } if chunks.is_empty() => break,
-                Found::Rows { chunks, is_all } => (chunks, is_all),
+                ChunkLocation::Rows { chunks, .. } if chunks.is_empty() => break,
+                ChunkLocation::Rows { chunks, is_all } => (chunks, is_all),
             };
             let (name, rows) = (stream.name.clone(), chunks.clone());
             let read = readers.read(move |connection| read_rows(connection, &name, &rows, range, left)).await?;
@@ -83,10 +85,10 @@ impl EmbeddedStore {
                     let is_again = failed.is_some() && failed == failed_at;
                     failed_at = failed;
                     if !is_again {
-                        // The writer commits first and tells afterwards what it moved: let it come to that.
+                        // The writer commits before it publishes moved chunks: give it time to publish.
                         self.call(0, |_writer| Ok(())).await?;
                     }
-                    let reason = "their row is missing or holds something else";
+                    let reason = "the row is missing or has other content";
                     failed.filter(|_| is_again).map(|chunk| schema::damaged_chunk(&stream.name, &chunk, &reason))
                 }
                 Some(ReadFailure::Failed(error)) => Some(error),

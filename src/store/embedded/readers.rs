@@ -1,4 +1,4 @@
-//! Threads that read what is not in memory, each on a connection of its own, and one that checkpoints.
+//! Reader threads for rows that are not in memory, each with its own connection, and the checkpoint thread.
 
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
@@ -14,20 +14,20 @@ use crate::store::embedded::writer::maintenance::checkpoint;
 use crate::store::{StoreError, StoreErrorKind};
 
 const THREADS: usize = 2;
-/// So many reads may be under way or wait for a thread; callers beyond it wait.
+/// The maximum number of reads that run or wait for a thread; further callers wait.
 const MAX_READS: usize = 64;
 
-type Read = Box<dyn FnOnce(Result<&Connection, StoreError>) + Send>;
+type ReadJob = Box<dyn FnOnce(Result<&Connection, StoreError>) + Send>;
 
-/// See the module.
+/// The pool of reader threads.
 #[derive(Debug)]
 pub(super) struct Readers {
-    reads: Mutex<Option<Sender<Read>>>,
+    reads: Mutex<Option<Sender<ReadJob>>>,
     room: Semaphore,
 }
 
 impl Readers {
-    /// Starts the threads. They open their connections with their first read.
+    /// Starts the threads. Each opens its connection with its first read.
     pub(super) fn start(path: &Path) -> Result<(Self, Vec<JoinHandle<()>>), StoreError> {
         let (sender, receiver) = channel();
         let receiver = Arc::new(Mutex::new(receiver));
@@ -39,15 +39,15 @@ impl Readers {
         Ok((Self { reads: Mutex::new(Some(sender)), room: Semaphore::new(MAX_READS) }, threads))
     }
 
-    /// Has one of the threads read.
+    /// Runs a read on one of the threads.
     pub(super) async fn read<R: Send + 'static>(
         &self,
         read: impl FnOnce(&Connection) -> R + Send + 'static,
     ) -> Result<R, StoreError> {
         let _room = self.room.acquire().await.map_err(|_closed| is_closed_error())?;
         let (answer, answered) = oneshot::channel();
-        let work: Read = Box::new(move |connection| {
-            // The caller may have stopped waiting.
+        let work: ReadJob = Box::new(move |connection| {
+            // The caller may have been cancelled.
             drop(answer.send(connection.map(read)));
         });
         let sender = self.reads.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -55,13 +55,13 @@ impl Readers {
         answered.await.unwrap_or_else(|_reader_is_gone| Err(is_closed_error()))
     }
 
-    /// Refuses further reads; the threads end after those that wait.
+    /// Refuses further reads. The threads end after the queued reads.
     pub(super) fn close(&self) {
         self.reads.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 }
 
-fn serve(path: &Path, reads: &Mutex<Receiver<Read>>) {
+fn serve(path: &Path, reads: &Mutex<Receiver<ReadJob>>) {
     let mut connection = None;
     loop {
         let next = reads.lock().unwrap_or_else(PoisonError::into_inner).recv();
@@ -79,13 +79,13 @@ fn serve(path: &Path, reads: &Mutex<Receiver<Read>>) {
     }
 }
 
-/// Starts the thread that brings the write-ahead log into the database beside the writer, each time it is asked to.
+/// Starts the thread that checkpoints the write-ahead log on request, beside the writer.
 pub(super) fn start_checkpointer(
     path: &Path,
     shared: &Arc<Shared>,
     asked: Receiver<()>,
 ) -> Result<JoinHandle<()>, StoreError> {
-    /// What the writer may be left to do, in pages.
+    /// The number of pages that may be left for the writer.
     const FEW_PAGES: i64 = 500;
     let (path, shared) = (path.to_owned(), shared.clone());
     spawn("store-checkpoint", move || {
@@ -93,7 +93,9 @@ pub(super) fn start_checkpointer(
         while asked.recv().is_ok() {
             if connection.is_none() {
                 connection = connect(&path, false)
-                    .inspect_err(|error| tracing::warn!(error = %error, "the embedded store can't checkpoint yet"))
+                    .inspect_err(
+                        |error| tracing::warn!(error = %error, "the embedded store cannot checkpoint yet, retrying"),
+                    )
                     .ok();
             }
             let Some(connection) = &connection else { continue };
@@ -102,7 +104,7 @@ pub(super) fn start_checkpointer(
                     Ok(left) if left > FEW_PAGES => {}
                     Ok(_) => break,
                     Err(error) => {
-                        tracing::warn!(error = %error, "the embedded store could not checkpoint; its log grows");
+                        tracing::warn!(error = %error, "checkpoint of the embedded store failed, its write-ahead log grows");
                         break;
                     }
                 }
@@ -112,7 +114,7 @@ pub(super) fn start_checkpointer(
     })
 }
 
-/// A request to checkpoint may wait; a second one says nothing more.
+/// Creates the channel of checkpoint requests. It holds one request, because a second one would add nothing.
 pub(super) fn checkpoint_requests() -> (SyncSender<()>, Receiver<()>) {
     sync_channel(1)
 }

@@ -1,9 +1,9 @@
-//! The one thread that writes: it drains the queue, does what it finds in memory, and commits it all at once.
+//! The writer thread: drains the queue, applies the operations in memory, and commits them together.
 //!
-//! There is no timer: while one commit is being synced, the next batch gathers. Operations (in [`crate::store::embedded::writer::operations`])
-//! change what the writer alone owns, and mark it; the commit writes out what is marked; only then is it published and
-//! are the callers answered. After a failed commit everything that was marked is read back from the tables, and the
-//! operations are done again one by one, so that one that can't be done fails alone.
+//! There is no timer: while one commit is being synced, the next batch collects in the queue. An operation (see
+//! [`operations`]) changes state that only the writer owns, and marks it as changed. The commit writes the marked state.
+//! Only then is it published to readers, and the callers get their results. After a failed commit the writer reads the
+//! marked state back from the tables and repeats the operations one by one, so that a bad operation fails alone.
 
 pub(super) mod accounts;
 mod loading;
@@ -26,14 +26,14 @@ use rusqlite::Connection;
 use super::Shared;
 use crate::clock::now_ms;
 use crate::event::{EntryId, Epoch, GroupName, StreamName};
-use crate::store::embedded::disk::chunk::{Builder, Chunk};
+use crate::store::embedded::disk::chunk::{Chunk, ChunkBuilder};
 use crate::store::embedded::disk::reserve::Reserve;
 use crate::store::embedded::disk::schema;
 use crate::store::embedded::disk::schema::{FirstEntry, StreamRow, engine_error};
-use crate::store::embedded::disk::watermarks::Marks;
+use crate::store::embedded::disk::watermarks::Watermarks;
 use crate::store::embedded::memory::groups::Group;
-use crate::store::embedded::memory::index::{ChunkRef, Published, Recent};
-use crate::store::embedded::writer::queue::{Queue, Taken, Work};
+use crate::store::embedded::memory::index::{ChunkRef, Published, RecentChunks};
+use crate::store::embedded::writer::queue::{Dequeued, WriteOp, WriteQueue};
 use crate::store::{StoreError, StoreErrorKind};
 
 /// The files in the store's folder.
@@ -41,86 +41,86 @@ pub(super) const DATABASE: &str = "bus.sqlite3";
 const MARKS: &str = "marks";
 const RESERVE: &str = "reserve";
 
-/// One transaction takes no more appended bytes than this, give or take one call.
+/// The maximum of appended bytes in one transaction, exceeded by one call at most.
 const TRANSACTION_BYTES: usize = 4 * 1024 * 1024;
-/// The write-ahead log is brought into the database once it has grown by about so much, or by half of the reserve.
+/// The growth of the write-ahead log after which it is checkpointed; half of the reserve if that is less.
 const CHECKPOINT_BYTES: usize = 8 * 1024 * 1024;
-/// What a commit writes besides the chunks, about.
+/// The approximate bytes that a commit writes besides the chunks.
 const COMMIT_BYTES: usize = 16 * 1024;
 
-/// How the writer makes commits durable.
+/// SettleAction the writer makes commits durable.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Syncing {
     /// Appends are synced before they are answered.
     Each,
-    /// Everything is synced so often.
+    /// All commits are synced at this interval.
     Every(Duration),
 }
 
-/// How a writer is to be.
+/// The settings of a writer.
 #[derive(Debug)]
-pub(super) struct Options {
+pub(super) struct WriterOptions {
     pub(super) syncing: Syncing,
     /// Memory for the newest chunks.
     pub(super) recent_bytes: usize,
-    /// Room kept on the disk.
+    /// The size of the reserve on the disk.
     pub(super) reserve_bytes: u64,
 }
 
-/// A stream as the writer has it: with what is staged for the next commit.
+/// The writer's state of a stream, with the chunks staged for the next commit.
 #[derive(Debug)]
 pub(super) struct Stream {
     pub(super) row: StreamRow,
     pub(super) published: Arc<Published>,
     pub(super) length: u64,
     pub(super) groups: BTreeMap<GroupName, Group>,
-    /// Whether the row itself is to be written. Appends need not: the last chunk tells what changed.
+    /// Whether the row itself must be written. Appends do not need it, because the last chunk holds the new counters.
     pub(super) is_changed: bool,
-    staged: Vec<Builder>,
+    staged: Vec<ChunkBuilder>,
 }
 
-/// See the module.
+/// The writer. It runs on one thread.
 #[derive(Debug)]
 pub(super) struct Writer {
     pub(super) connection: Connection,
     path: PathBuf,
     pub(super) syncing: Syncing,
     pub(super) shared: Arc<Shared>,
-    /// A stream's number is its place here plus one.
+    /// The streams by index. A stream's number is its index plus one.
     pub(super) streams: Vec<Stream>,
     by_name: HashMap<StreamName, usize>,
-    /// The places of streams that operations have changed since the last commit.
+    /// The indexes of streams that operations have changed since the last commit.
     touched: BTreeSet<usize>,
-    pub(super) staged: Staged,
-    pub(super) numbers: Numbers,
-    clock: Clock,
-    recent: Recent,
-    /// What the connection's `synchronous` is now.
+    pub(super) staged: StagedCommit,
+    pub(super) numbers: RowNumbers,
+    clock: SteadyClock,
+    recent: RecentChunks,
+    /// The current `synchronous` setting of the connection.
     is_synchronous: Option<bool>,
-    /// Since when there are commits that were not synced.
+    /// The time of the first commit that was not synced.
     pub(super) unsynced_since: Option<Instant>,
     /// Whether a sync failed, so that only a completed checkpoint makes the write-ahead log trustworthy again.
     pub(super) is_log_in_doubt: bool,
-    /// Whether what is in memory may differ from the tables, because reading it back failed.
+    /// Whether memory may differ from the tables, because reading them back failed.
     is_stale: bool,
     pub(super) unchecked_bytes: usize,
     pub(super) checkpoint_bytes: usize,
     pub(super) has_keys: bool,
     pub(super) pruned_at: Instant,
-    marks: Marks,
-    /// The places of streams that were appended to since the last sync.
+    marks: Watermarks,
+    /// The indexes of streams with appends since the last sync.
     unmarked: BTreeSet<usize>,
     pub(super) reserve: Reserve,
-    /// What an operator should know.
+    /// Warnings for the operator.
     pub(super) warnings: Vec<String>,
 }
 
-/// What the next commit is to do besides writing what was touched.
+/// The work of the next commit besides writing changed streams.
 #[derive(Debug, Default)]
-pub(super) struct Staged {
-    /// Idempotency keys to be written.
+pub(super) struct StagedCommit {
+    /// The idempotency keys to write.
     pub(super) keys: HashMap<(u32, Bytes), FirstEntry>,
-    /// Whether it must be durable before it is answered.
+    /// Whether it must be durable before the callers get their results.
     pub(super) must_sync: bool,
     /// Whether it must write something, for a check.
     pub(super) must_write: bool,
@@ -128,29 +128,29 @@ pub(super) struct Staged {
     bytes: usize,
 }
 
-/// The numbers last given to new rows.
+/// The last numbers assigned to new rows.
 #[derive(Debug, Default)]
-pub(super) struct Numbers {
+pub(super) struct RowNumbers {
     chunk: i64,
     pub(super) lease: i64,
     pub(super) group: i64,
     pub(super) consumer: i64,
 }
 
-/// Wall-clock milliseconds that never step back while the process lives, so that idle times can be relied on.
+/// Wall-clock milliseconds that never step back while the process runs, so that idle times are reliable.
 #[derive(Debug)]
-struct Clock {
+struct SteadyClock {
     base_ms: u64,
     base: Instant,
 }
 
-impl Clock {
+impl SteadyClock {
     fn now_ms(&self) -> u64 {
         self.base_ms.saturating_add(u64::try_from(self.base.elapsed().as_millis()).unwrap_or(u64::MAX))
     }
 }
 
-/// A chunk that the next commit writes.
+/// A sealed chunk for the next commit.
 struct NewChunk {
     place: usize,
     row: i64,
@@ -159,8 +159,8 @@ struct NewChunk {
 }
 
 impl Writer {
-    /// Opens or makes the database and reads back all but the payloads.
-    pub(super) fn open(folder: &Path, options: &Options, shared: Arc<Shared>) -> Result<Self, StoreError> {
+    /// Opens or creates the database, and loads everything but the payloads.
+    pub(super) fn open(folder: &Path, options: &WriterOptions, shared: Arc<Shared>) -> Result<Self, StoreError> {
         let path = folder.join(DATABASE);
         let reserve = Reserve::new(folder.join(RESERVE), options.reserve_bytes);
         let half = usize::try_from(reserve.bytes() / 2).unwrap_or(usize::MAX);
@@ -176,10 +176,10 @@ impl Writer {
             streams: Vec::new(),
             by_name: HashMap::new(),
             touched: BTreeSet::new(),
-            staged: Staged::default(),
-            numbers: Numbers::default(),
-            clock: Clock { base_ms: now_ms(), base: Instant::now() },
-            recent: Recent::new(options.recent_bytes),
+            staged: StagedCommit::default(),
+            numbers: RowNumbers::default(),
+            clock: SteadyClock { base_ms: now_ms(), base: Instant::now() },
+            recent: RecentChunks::new(options.recent_bytes),
             is_synchronous: None,
             unsynced_since: None,
             is_log_in_doubt: false,
@@ -188,7 +188,7 @@ impl Writer {
             checkpoint_bytes: if half == 0 { CHECKPOINT_BYTES } else { half.min(CHECKPOINT_BYTES) },
             has_keys: true,
             pruned_at: Instant::now(),
-            marks: Marks::open(&folder.join(MARKS)),
+            marks: Watermarks::open(&folder.join(MARKS)),
             unmarked: BTreeSet::new(),
             reserve,
             warnings: Vec::new(),
@@ -197,25 +197,25 @@ impl Writer {
         Ok(writer)
     }
 
-    /// Works until the queue is closed and empty.
-    pub(super) fn run(mut self, queue: &Queue) {
+    /// Runs until the queue is closed and empty.
+    pub(super) fn run(mut self, queue: &WriteQueue) {
         loop {
             let deadline = match (self.syncing, self.unsynced_since) {
                 (Syncing::Every(interval), Some(since)) => Some(since + interval),
                 _ => None,
             };
             match queue.take(deadline) {
-                Taken::Work(work) => self.do_all(work),
-                Taken::Nothing => {}
-                Taken::Closed => break,
+                Dequeued::Work(work) => self.do_all(work),
+                Dequeued::Nothing => {}
+                Dequeued::Closed => break,
             }
-            self.keep_house();
+            self.run_maintenance();
         }
         self.finish();
     }
 
-    fn do_all(&mut self, mut work: VecDeque<Box<dyn Work>>) {
-        let mut together: Vec<Box<dyn Work>> = Vec::with_capacity(work.len());
+    fn do_all(&mut self, mut work: VecDeque<Box<dyn WriteOp>>) {
+        let mut together: Vec<Box<dyn WriteOp>> = Vec::with_capacity(work.len());
         while let Some(mut next) = work.pop_front() {
             if next.is_alone() {
                 self.commit_all(std::mem::take(&mut together));
@@ -234,8 +234,8 @@ impl Writer {
         self.commit_all(together);
     }
 
-    /// Commits what these calls have done, and answers them.
-    fn commit_all(&mut self, work: Vec<Box<dyn Work>>) {
+    /// Commits the changes of these calls and returns their results.
+    fn commit_all(&mut self, work: Vec<Box<dyn WriteOp>>) {
         let Err(error) = self.commit() else {
             for one in work {
                 one.answer(None);
@@ -259,7 +259,7 @@ impl Writer {
         }
     }
 
-    /// Reads back what could not be read back before.
+    /// Repeats a read-back that failed.
     fn refresh(&mut self) -> Result<(), StoreError> {
         if self.is_stale {
             self.read_back()?;
@@ -267,7 +267,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Writes out all that was marked in one transaction, then publishes it.
+    /// Writes all marked state in one transaction, then publishes it.
     fn commit(&mut self) -> Result<(), StoreError> {
         let is_needed = self.staged.must_write || !self.touched.is_empty() || !self.staged.keys.is_empty();
         if !is_needed {
@@ -314,28 +314,28 @@ impl Writer {
         Ok(())
     }
 
-    /// Notes how far streams have come, once that is synced.
+    /// Writes the watermarks of streams, after a sync.
     pub(super) fn mark(&mut self) {
         for place in std::mem::take(&mut self.unmarked) {
             self.marks.write(&self.streams[place].row);
         }
     }
 
-    /// Commits and keeps house, for who has no queue.
+    /// Commits and runs the maintenance, for callers without a queue.
     pub(super) fn commit_now(&mut self) -> Result<(), StoreError> {
         self.commit()?;
-        self.keep_house();
+        self.run_maintenance();
         Ok(())
     }
 
-    /// Closes the chunks that are being filled.
+    /// Seals the staged chunks.
     fn seal(&mut self) -> Vec<NewChunk> {
         let mut chunks = Vec::new();
         for place in &self.touched {
             let stream = &mut self.streams[*place];
             let staged: u64 = stream.staged.iter().map(|builder| u64::from(builder.count())).sum();
             let mut added = stream.row.added - staged;
-            // What was added since the last chunk and is in none was discarded.
+            // Entries added since the last chunk that are in no chunk were discarded.
             let last = stream.published.log().chunks.back().map(|chunk| chunk.head.added);
             let mut holes = last.map_or(0, |last| added.saturating_sub(last));
             for builder in stream.staged.drain(..) {
@@ -359,7 +359,7 @@ impl Writer {
             let stream = &mut self.streams[place];
             stream.is_changed = false;
             for group in stream.groups.values_mut() {
-                group.changes = crate::store::embedded::memory::groups::Changes::default();
+                group.changes = crate::store::embedded::memory::groups::GroupChanges::default();
             }
             self.shared.publish(&stream.published);
             let last_id = stream.row.last_id;
@@ -375,9 +375,9 @@ impl Writer {
         }
     }
 
-    /// Makes one transaction of `write`, synced before this returns if `is_durable` and the configuration want it.
+    /// Runs `write` in one transaction, synced on return if `is_durable` and the configuration require it.
     ///
-    /// What need not be durable, so brings nothing new, has the reserve's room on a full disk.
+    /// A transaction that need not be durable adds no data; on a full disk it may use the space of the reserve.
     pub(super) fn transaction(
         &mut self,
         is_durable: bool,
@@ -411,7 +411,7 @@ impl Writer {
                 if !self.connection.is_autocommit()
                     && let Err(error) = self.connection.execute_batch("ROLLBACK")
                 {
-                    tracing::warn!(error = %error, "the embedded store could not roll back a transaction");
+                    tracing::warn!(error = %error, "rollback of the embedded store failed");
                 }
             }
         }
@@ -435,20 +435,22 @@ impl Writer {
         self.connection.prepare_cached("COMMIT")?.execute([]).map(|_rows| ())
     }
 
-    /// After a failed sync the kernel may have dropped pages that it still shows us: only once everything is in the
-    /// database file and that is synced, a later commit means what it says.
+    /// Checkpoints completely after a failed sync, so that later commits can be trusted.
+    ///
+    /// After a failed sync the kernel may have dropped pages that it still returns to readers. The log is reliable again
+    /// when everything is in the database file and the file is synced.
     pub(super) fn trust_log(&mut self) -> Result<(), StoreError> {
         if self.is_log_in_doubt {
             if !self.connection.is_autocommit() {
-                // What failed may have left its transaction open. Whether this works, the checkpoint tells.
+                // The failed call may have left a transaction open. The checkpoint fails if the rollback did.
                 self.connection.execute_batch("ROLLBACK").ok();
             }
             let is_busy: i64 = self
                 .connection
                 .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))
-                .map_err(|error| engine_error("bring the write-ahead log into the database", error))?;
+                .map_err(|error| engine_error("checkpoint the write-ahead log", error))?;
             if is_busy != 0 {
-                let message = "cannot write: the write-ahead log is still being read after a failed sync";
+                let message = "cannot write: readers still use the write-ahead log after a failed sync, retry later";
                 return Err(StoreError::new(StoreErrorKind::Unavailable, message));
             }
             self.is_log_in_doubt = false;
@@ -464,17 +466,17 @@ impl Writer {
         &self.path
     }
 
-    /// The place of a stream that has a row, whether it was made or not.
+    /// Returns the index of a stream that has a row, created or not.
     pub(super) fn place(&self, name: &StreamName) -> Option<usize> {
         self.by_name.get(name).copied()
     }
 
-    /// The place of a stream that exists.
+    /// Returns the index of a stream that exists.
     pub(super) fn made(&self, name: &StreamName) -> Option<usize> {
         self.place(name).filter(|place| self.streams[*place].row.is_made)
     }
 
-    /// The place of a stream, with a row where it has none.
+    /// Returns the index of a stream, and adds a row if it has none.
     pub(super) fn place_or_new(&mut self, name: &StreamName) -> usize {
         if let Some(place) = self.place(name) {
             return place;
@@ -503,20 +505,20 @@ impl Writer {
         place
     }
 
-    /// A stream to be changed: what is marked in it is written with the next commit.
+    /// Returns a stream for changes. The next commit writes the marked ones.
     pub(super) fn change(&mut self, place: usize) -> &mut Stream {
         self.touched.insert(place);
         &mut self.streams[place]
     }
 
-    /// A group to be changed, and the numbers for what is made in it.
-    pub(super) fn change_group(&mut self, place: usize, group: &GroupName) -> Option<(&mut Group, &mut Numbers)> {
+    /// Returns a group for changes, and the numbers for new rows.
+    pub(super) fn change_group(&mut self, place: usize, group: &GroupName) -> Option<(&mut Group, &mut RowNumbers)> {
         self.touched.insert(place);
         let group = self.streams[place].groups.get_mut(group)?;
         Some((group, &mut self.numbers))
     }
 
-    /// Gives an entry its id and puts it into the chunk that the next commit writes.
+    /// Assigns an id to an entry and adds it to the staged chunk.
     pub(super) fn stage(&mut self, place: usize, fields: &[u8]) -> EntryId {
         self.touched.insert(place);
         self.staged.must_sync = true;
@@ -537,14 +539,14 @@ impl Writer {
             let base = &mut group.account().base;
             *base = base.map(|base| base + 1);
         }
-        if stream.staged.last().is_none_or(Builder::is_full) {
-            stream.staged.push(Builder::new(stream.row.number));
+        if stream.staged.last().is_none_or(ChunkBuilder::is_full) {
+            stream.staged.push(ChunkBuilder::new(stream.row.number));
         }
         stream.staged.last_mut().expect("pushed just now").push(id, fields);
         id
     }
 
-    /// Accounts for chunks in memory that were let go.
+    /// Subtracts the bytes of chunks that were removed from memory.
     pub(super) fn freed(&mut self, bytes: usize) {
         self.recent.freed(bytes);
     }

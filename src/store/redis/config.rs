@@ -1,4 +1,4 @@
-//! How the server is reached.
+//! Configuration of the Redis store.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,13 +18,13 @@ use crate::store::redis::net::address::{Target, Topology};
 use crate::tls;
 use crate::validate::{Problems, Validate};
 
-/// Where the server is and how to speak to it.
+/// The address of the server, and the settings of its connections.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// `redis://[user:password@]host[:port][/database]`; over TLS `rediss://`. The primary that sentinels name:
+    /// `redis://[user:password@]host[:port][/database]`; `rediss://` for TLS. The primary of a Sentinel service:
     /// `redis-sentinel://[user:password@]host[:port][,host…]/<service>[/database]`. A cluster, by some of its nodes:
-    /// `redis-cluster://[user:password@]host[:port][,host…]`. Over TLS these begin with `rediss-`.
+    /// `redis-cluster://[user:password@]host[:port][,host…]`. With TLS these begin with `rediss-`.
     #[serde(serialize_with = "masked_url")]
     pub url: SecretString,
     /// The user, instead of the one in the URL.
@@ -33,39 +33,39 @@ pub struct Config {
     /// The password, instead of the one in the URL.
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "masked")]
     pub password: Option<SecretString>,
-    /// A file that holds the password, instead of one written here. A line end after it is ignored.
+    /// A file with the password, instead of `password`. A line end after it is ignored.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub password_file: Option<PathBuf>,
-    /// The user that the sentinels know, which is not the servers'.
+    /// The user for the sentinels. They do not use the servers' user.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sentinel_username: Option<String>,
-    /// The password that the sentinels ask for, if they ask.
+    /// The password for the sentinels, if they require one.
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "masked")]
     pub sentinel_password: Option<SecretString>,
-    /// A file that holds it, instead of one written here.
+    /// A file with the sentinels' password, instead of `sentinel_password`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sentinel_password_file: Option<PathBuf>,
-    /// The certificates to trust with `rediss://`, in PEM; those of the system where it is absent.
+    /// The certificates to trust with `rediss://`, in PEM. Default: those of the system.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca_file: Option<PathBuf>,
-    /// The name, or address, that every server's and sentinel's certificate must be for; that of the host connected to
-    /// where it is absent. For clusters and sentinels that announce addresses while their certificates bear a name.
+    /// The name or address that the certificates of all servers and sentinels must be for. Default: the host of the
+    /// connection. For clusters and sentinels that announce addresses while their certificates contain a name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls_server_name: Option<String>,
-    /// How long to wait for a connection, and for each answer of the server.
+    /// The timeout of connecting, and of each reply of the server.
     #[serde(with = "humantime_serde")]
     pub command_timeout: Duration,
-    /// The longest pause between two attempts to connect again. The pauses grow from 100 ms and are jittered.
+    /// The longest pause between two attempts to reconnect. The pauses grow from 100 ms, with jitter.
     #[serde(with = "humantime_serde")]
     pub reconnect_max: Duration,
-    /// The most blocking reads at a time, each on a connection of its own: one per worker and tailed stream.
+    /// The maximum number of blocking reads at a time, each on its own connection: one per worker and tailed stream.
     pub max_readers: usize,
-    /// How many replicas must confirm what is published with the durability `replicated`.
+    /// The number of replicas that must confirm an append with durability `replicated`.
     pub replicas: u8,
-    /// How long to wait for replicas or the disk to confirm what is published.
+    /// The timeout of the confirmation by replicas or the disk.
     #[serde(with = "humantime_serde")]
     pub wait_timeout: Duration,
-    /// Work with a server whose eviction policy lets it drop streams at its memory limit, instead of refusing.
+    /// Accepts a server whose eviction policy drops keys at its memory limit instead of refusing writes.
     pub allow_eviction: bool,
 }
 
@@ -95,86 +95,86 @@ impl Default for Config {
     }
 }
 
-/// Why a configuration can't be used. Never holds a password.
+/// Why a configuration is invalid. Never contains a password.
 #[derive(Debug, thiserror::Error)]
 pub enum InvalidConfig {
-    /// The text is no URL.
+    /// The text is not a URL.
     #[error("url: not a URL: {0}")]
     Url(url::ParseError),
-    /// The URL asks for what there is not.
+    /// The scheme of the URL is unknown.
     #[error(
-        "url: the scheme is `{0}`, but those understood are redis://, redis-sentinel:// and redis-cluster://, and over \
-         TLS rediss://, rediss-sentinel:// and rediss-cluster://"
+        "url: the scheme `{0}` is not supported; use redis://, redis-sentinel:// or redis-cluster://, or with TLS \
+         rediss://, rediss-sentinel:// or rediss-cluster://"
     )]
     Scheme(String),
-    /// The URL of sentinels does not say whom to ask for.
-    #[error("url: names no service: redis-sentinel://host:port,host:port/<service>")]
+    /// The URL of sentinels has no service name.
+    #[error("url: the service name is missing: redis-sentinel://host:port,host:port/<service>")]
     Service,
     /// A cluster has no databases.
-    #[error("url: `{0}` after the hosts: a cluster has database 0 only")]
+    #[error("url: `{0}` after the hosts is not allowed: a cluster has database 0 only")]
     ClusterDatabase(String),
-    /// Several hosts, and no word about what they are.
-    #[error("url: names several hosts: is it redis-sentinel:// or redis-cluster://?")]
+    /// Several hosts with a scheme for one host.
+    #[error("url: several hosts need the scheme redis-sentinel:// or redis-cluster://")]
     SeveralHosts,
-    /// Settings behind a question mark.
-    #[error("url: nothing may follow the database: other settings are keys of their own")]
+    /// A query or a fragment.
+    #[error("url: nothing may follow the database; set other options by their own keys")]
     Query,
     /// The URL names no host.
-    #[error("url: names no host")]
+    #[error("url: the host is missing")]
     Host,
-    /// What follows the host is no database number.
-    #[error("url: `{0}` is no database, which is a number from 0 to 255")]
+    /// The path is not a database number.
+    #[error("url: database `{0}` is not a number from 0 to 255")]
     Database(String),
-    /// What stands before the host can't be read.
+    /// The credentials in the URL cannot be decoded.
     #[error("url: the user or password is not percent-encoded UTF-8")]
     Credentials,
     /// The password is given twice.
-    #[error("{0} and {0}_file can't both be given")]
+    #[error("{0} and {0}_file cannot both be set")]
     TwoPasswords(&'static str),
-    /// Sentinels have a password, but there are none.
-    #[error("{0} is given, but the scheme of url is not redis-sentinel://")]
+    /// A setting of sentinels without sentinels.
+    #[error("{0} requires the scheme redis-sentinel:// in url")]
     UselessSentinel(&'static str),
-    /// More time to confirm than any publisher waits.
-    #[error("wait_timeout must not be more than 1m")]
+    /// A timeout longer than publishers wait.
+    #[error("wait_timeout must be at most 1m")]
     WaitTooLong,
-    /// Certificates are given, but no TLS is asked for.
-    #[error("ca_file is given, but the scheme of url is not rediss://")]
+    /// Certificates without TLS.
+    #[error("ca_file requires the scheme rediss:// in url")]
     UselessCa,
-    /// A name for certificates is given, but no TLS is asked for.
-    #[error("tls_server_name is given, but the scheme of url is not rediss://")]
+    /// A name for certificates without TLS.
+    #[error("tls_server_name requires the scheme rediss:// in url")]
     UselessServerName,
-    /// No certificate can be for that.
-    #[error("tls_server_name: `{0}` is neither the name of a host nor an address")]
+    /// A name that no certificate can have.
+    #[error("tls_server_name: `{0}` is neither a host name nor an address")]
     ServerName(String),
-    /// A number or duration that can't work.
+    /// A number or duration of zero.
     #[error("{0} must be greater than zero")]
     Zero(&'static str),
     /// A file can't be read.
     #[error("{key}: cannot read {path}", path = path.display())]
     File {
-        /// Which setting names it.
+        /// The setting that names it.
         key: &'static str,
         /// The file.
         path: PathBuf,
-        /// What went wrong.
+        /// The cause.
         source: std::io::Error,
     },
-    /// There are no certificates to trust.
+    /// No certificate can be loaded.
     #[error("ca_file: {0}")]
     Trust(tls::NoTrust),
 }
 
-/// Everything that opening a connection needs, checked.
+/// The validated settings of connections.
 #[derive(Clone)]
 pub(super) struct Settings {
     pub(super) topology: Topology,
-    /// For the servers; which one is to be filled in.
+    /// The client configuration for the servers; the address is filled in per connection.
     pub(super) config: FredConfig,
-    /// For the sentinels; likewise.
+    /// The client configuration for the sentinels, likewise.
     pub(super) sentinel: FredConfig,
     pub(super) performance: PerformanceConfig,
     pub(super) connection: ConnectionConfig,
-    /// Whom certificates must be for, if not for the host connected to.
+    /// The name that certificates must be for, if it differs from the host of the connection.
     pub(super) tls_server_name: Option<String>,
     pub(super) command_timeout: Duration,
     pub(super) reconnect_max: Duration,
@@ -184,7 +184,7 @@ pub(super) struct Settings {
     pub(super) allow_eviction: bool,
 }
 
-/// Without the credentials.
+/// Omits the credentials.
 impl std::fmt::Debug for Settings {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Settings").field("topology", &self.topology).finish_non_exhaustive()
@@ -194,9 +194,9 @@ impl std::fmt::Debug for Settings {
 impl Config {
     /// Starts a store on this server. Must be called within a tokio runtime.
     ///
-    /// Waits until the first attempt to connect has succeeded or failed, at most two seconds, and returns in either
-    /// case: the store connects and reconnects on its own for as long as it lives, and its operations fail with
-    /// [`crate::store::StoreErrorKind::Unavailable`] meanwhile. Fails only where the configuration can't be used.
+    /// Returns after the first attempt to connect has succeeded or failed, at most two seconds. The store then reconnects
+    /// until it is closed, and operations fail with [`crate::store::StoreErrorKind::Unavailable`] meanwhile. Fails only
+    /// if the configuration is invalid.
     pub async fn connect(self) -> Result<RedisStore, InvalidConfig> {
         Ok(RedisStore::start(self.settings()?).await)
     }
@@ -256,14 +256,14 @@ impl Config {
         let connection = ConnectionConfig {
             connection_timeout: self.command_timeout,
             internal_command_timeout: self.command_timeout,
-            // One lost reply must never become two entries: what is sent again is for our callers to decide.
+            // One lost reply must never become two entries: callers decide about repetitions.
             max_command_attempts: 1,
             unresponsive: UnresponsiveConfig {
                 max_timeout: Some(self.command_timeout + Duration::from_secs(1)),
                 interval: Duration::from_secs(1),
             },
             max_command_buffer_len: 10_000,
-            // What an error means for the connection is judged where its kind is known.
+            // The reply handler decides whether an error closes the connection.
             reconnect_errors: Vec::new(),
             tcp: TcpConfig { nodelay: Some(true), ..TcpConfig::default() },
             ..ConnectionConfig::default()
@@ -301,7 +301,7 @@ impl Validate for Config {
     }
 }
 
-/// A password that is written down, or in a file.
+/// Returns the password from the configuration or from its file.
 fn password(
     key: &'static str,
     written: Option<&SecretString>,
@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn a_url_gives_host_port_database_and_credentials() {
+    fn url_has_host_port_database_and_credentials() {
         let settings = settings("redis://bob:p%40ss%2Fword@redis.example:7000/3").expect("valid");
         assert_eq!(settings.topology.to_string(), "redis.example:7000");
         assert_eq!(settings.config.database, Some(3));
@@ -342,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn defaults_are_the_port_of_redis_and_no_credentials() {
+    fn url_without_port_uses_redis_default_port() {
         let settings = settings("redis://[::1]").expect("valid");
         assert_eq!(settings.topology.to_string(), "[::1]:6379");
         assert_eq!((settings.config.username, settings.config.password), (None, None));
@@ -350,25 +350,25 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_used_is_refused_in_words() {
+    fn invalid_urls_are_refused_with_reason() {
         let refused = |url: &str| settings(url).expect_err(url).to_string();
-        assert!(refused("redis-ring://a:1/x").starts_with("url: the scheme is `redis-ring`, but those understood are"));
-        assert_eq!(refused("redis://h/seven"), "url: `seven` is no database, which is a number from 0 to 255");
-        assert_eq!(refused("redis:///0"), "url: names no host");
+        assert!(refused("redis-ring://a:1/x").starts_with("url: the scheme `redis-ring` is not supported; use"));
+        assert_eq!(refused("redis://h/seven"), "url: database `seven` is not a number from 0 to 255");
+        assert_eq!(refused("redis:///0"), "url: the host is missing");
         assert!(refused("no url").starts_with("url: not a URL"));
         assert_eq!(refused("redis://a:%zz@h"), "url: the user or password is not percent-encoded UTF-8");
         let named = |url: &str, name: &str| {
             let config = Config { url: url.into(), tls_server_name: Some(name.to_owned()), ..Config::default() };
             config.settings().map(drop).map_err(|error| error.to_string())
         };
-        let useless = "tls_server_name is given, but the scheme of url is not rediss://";
+        let useless = "tls_server_name requires the scheme rediss:// in url";
         assert_eq!(named("redis://h", "redis.soc"), Err(useless.to_owned()));
-        let wrong = "tls_server_name: `a b` is neither the name of a host nor an address";
+        let wrong = "tls_server_name: `a b` is neither a host name nor an address";
         assert_eq!(named("rediss-cluster://h", "a b"), Err(wrong.to_owned()));
     }
 
     #[test]
-    fn passwords_never_appear_when_shown() {
+    fn debug_output_contains_no_password() {
         let config = Config { url: SecretString::from("redis://u:hunter2@h"), ..Config::default() };
         let shown = format!("{config:?} {:?}", config.settings().expect("valid"));
         assert!(!shown.contains("hunter2"), "{shown}");
@@ -380,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn a_password_file_is_read_without_its_line_end() {
+    fn password_file_is_read_without_line_end() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("password");
         std::fs::write(&path, "secret \r\n").expect("written");

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use aurora_bus::bus::{Bus, Catalogue, Config, Terms};
+use aurora_bus::bus::{Bus, Config, StreamCatalog, StreamSettings};
 use aurora_bus::event::{EntryId, StreamName};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::sink::{Sink, SinkConfig};
@@ -41,8 +41,10 @@ impl World for Tasks {
     }
 
     async fn sink(&self) -> Arc<dyn Sink> {
-        let streams =
-            Catalogue::new(Families::default(), [(tasks().into(), Terms::new(tasks().default_dead_letter()))]);
+        let streams = StreamCatalog::new(
+            Families::default(),
+            [(tasks().into(), StreamSettings::new(tasks().default_dead_letter()))],
+        );
         let bus = Bus::new(Arc::clone(&self.store), Config::default(), streams, Limits::default(), Metrics::new());
         self.config().build("it", Arc::new(bus)).await.expect("a valid configuration")
     }

@@ -1,7 +1,7 @@
-//! Chunks: how up to 64 entries are laid out as the bytes of one row.
+//! The byte format of chunks: up to 64 entries in one row.
 //!
-//! A chunk is sealed once and never changed in place: its first four bytes are the CRC-32C of all others, so that any
-//! damage to it is seen before an entry is taken from it. Pure values, no I/O.
+//! A sealed chunk is never changed in place. Its first four bytes are the CRC-32C of all others, so that damage is
+//! detected before an entry is read. Pure values, no I/O.
 //!
 //! Layout, integers little-endian: `crc u32, version u8, stream u32, count u32, added u64, first id, last id`, then per
 //! entry `varint ms - first ms, varint seq, varint length, fields`. Fields: `varint count`, then per field a byte that
@@ -12,7 +12,7 @@ use bytes::Bytes;
 use crate::event::{Entry, EntryId, Fields, field};
 use crate::store::{Order, Range};
 
-/// A chunk takes no more entries than this.
+/// The maximum number of entries in a chunk.
 const MAX_ENTRIES: u32 = 64;
 /// A chunk is closed once it has this many bytes; a single entry may be larger.
 const FULL_BYTES: usize = 32 * 1024;
@@ -20,7 +20,7 @@ const FULL_BYTES: usize = 32 * 1024;
 const VERSION: u8 = 1;
 const HEADER_BYTES: usize = 53;
 
-/// Names that are written as one byte, their place in this table plus one. Only ever append to it.
+/// Names that are written as one byte: the index in this table plus one. Only append to this table.
 const WELL_KNOWN: [&str; 8] = [
     field::ID,
     field::TIMESTAMP,
@@ -32,14 +32,14 @@ const WELL_KNOWN: [&str; 8] = [
     field::TRACEPARENT,
 ];
 
-/// What a chunk says of itself, and what the index remembers of it.
+/// The header of a chunk, which the index keeps in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Head {
+pub(crate) struct ChunkHead {
     /// The stream's number.
     pub(crate) stream: u32,
-    /// How many entries are in it.
+    /// The number of its entries.
     pub(crate) count: u32,
-    /// How many entries the stream had ever been given when this chunk was closed.
+    /// The number of entries ever added to the stream when this chunk was sealed.
     pub(crate) added: u64,
     /// Its first entry.
     pub(crate) first: EntryId,
@@ -50,11 +50,11 @@ pub(crate) struct Head {
 /// A sealed chunk whose checksum is right.
 #[derive(Debug, Clone)]
 pub(crate) struct Chunk {
-    pub(crate) head: Head,
+    pub(crate) head: ChunkHead,
     body: Bytes,
 }
 
-/// One entry in a chunk, not decoded yet.
+/// One entry of a chunk, not decoded.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Slot {
     pub(crate) id: EntryId,
@@ -62,31 +62,31 @@ pub(crate) struct Slot {
     to: usize,
 }
 
-/// The bytes are no chunk, or not any more.
+/// Why bytes are not a valid chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Damage {
+pub(crate) enum ChunkDamage {
     #[error("the checksum is wrong")]
     Checksum,
     #[error("it was written by a newer version of aurora-bus (chunk version {0})")]
     Version(u8),
-    #[error("its content makes no sense")]
+    #[error("its content is invalid")]
     Content,
 }
 
 impl Chunk {
-    /// Takes the bytes of a row, if they are what was once sealed.
-    pub(crate) fn open(body: Bytes) -> Result<Self, Damage> {
-        let mut reader = Reader { bytes: &body, at: 0 };
-        let checksum = reader.u32().ok_or(Damage::Content)?;
+    /// Opens the bytes of a row. Fails if they are not a sealed chunk.
+    pub(crate) fn open(body: Bytes) -> Result<Self, ChunkDamage> {
+        let mut reader = ByteReader { bytes: &body, at: 0 };
+        let checksum = reader.u32().ok_or(ChunkDamage::Content)?;
         if body.get(4..).map(crc32c::crc32c) != Some(checksum) {
-            return Err(Damage::Checksum);
+            return Err(ChunkDamage::Checksum);
         }
-        match reader.u8().ok_or(Damage::Content)? {
+        match reader.u8().ok_or(ChunkDamage::Content)? {
             VERSION => {}
-            other => return Err(Damage::Version(other)),
+            other => return Err(ChunkDamage::Version(other)),
         }
         let mut head = || {
-            Some(Head {
+            Some(ChunkHead {
                 stream: reader.u32()?,
                 count: reader.u32()?,
                 added: reader.u64()?,
@@ -94,19 +94,19 @@ impl Chunk {
                 last: EntryId::new(reader.u64()?, reader.u64()?),
             })
         };
-        let head = head().ok_or(Damage::Content)?;
+        let head = head().ok_or(ChunkDamage::Content)?;
         Ok(Self { head, body })
     }
 
-    /// The bytes of the row.
+    /// Returns the bytes of the row.
     pub(crate) fn body(&self) -> &Bytes {
         &self.body
     }
 
-    /// The entries, oldest first, undecoded.
+    /// Returns the entries, oldest first, not decoded.
     pub(crate) fn slots(&self) -> Slots<'_> {
         Slots {
-            reader: Reader { bytes: &self.body, at: HEADER_BYTES },
+            reader: ByteReader { bytes: &self.body, at: HEADER_BYTES },
             first_ms: self.head.first.ms,
             before: None,
             left: self.head.count,
@@ -114,13 +114,13 @@ impl Chunk {
     }
 
     /// Decodes an entry of this chunk. Names and values share the chunk's memory.
-    pub(crate) fn entry(&self, slot: Slot) -> Result<Entry, Damage> {
-        let fields = self.fields(slot).ok_or(Damage::Content)?;
+    pub(crate) fn entry(&self, slot: Slot) -> Result<Entry, ChunkDamage> {
+        let fields = self.fields(slot).ok_or(ChunkDamage::Content)?;
         Ok(Entry { id: slot.id, fields })
     }
 
     fn fields(&self, slot: Slot) -> Option<Fields> {
-        let mut reader = Reader { bytes: self.body.get(..slot.to)?, at: slot.from };
+        let mut reader = ByteReader { bytes: self.body.get(..slot.to)?, at: slot.from };
         let count = reader.varint()?;
         let mut fields = Fields::with_capacity(usize::try_from(count).ok()?.min(slot.to - slot.from));
         for _ in 0..count {
@@ -135,7 +135,7 @@ impl Chunk {
     }
 
     /// Adds the entries of a range to `entries`, in its order, until there are `limit`.
-    pub(crate) fn collect(&self, range: Range, limit: usize, entries: &mut Vec<Entry>) -> Result<(), Damage> {
+    pub(crate) fn collect(&self, range: Range, limit: usize, entries: &mut Vec<Entry>) -> Result<(), ChunkDamage> {
         let mut slots = Vec::with_capacity(MAX_ENTRIES as usize);
         for slot in self.slots() {
             let slot = slot?;
@@ -152,9 +152,9 @@ impl Chunk {
         Ok(())
     }
 
-    /// The same chunk without the entries that `is_gone` names; nothing where none is left.
-    pub(crate) fn without(&self, is_gone: impl Fn(EntryId) -> bool) -> Result<Option<Self>, Damage> {
-        let mut builder = Builder::new(self.head.stream);
+    /// Returns the chunk without the entries for which `is_gone` is true, or `None` if none is left.
+    pub(crate) fn without(&self, is_gone: impl Fn(EntryId) -> bool) -> Result<Option<Self>, ChunkDamage> {
+        let mut builder = ChunkBuilder::new(self.head.stream);
         for slot in self.slots() {
             let slot = slot?;
             if !is_gone(slot.id) {
@@ -165,18 +165,18 @@ impl Chunk {
     }
 }
 
-/// See [`Chunk::slots`].
+/// The iterator of [`Chunk::slots`].
 #[derive(Debug)]
 pub(crate) struct Slots<'a> {
-    reader: Reader<'a>,
+    reader: ByteReader<'a>,
     first_ms: u64,
-    /// The slot before. Ids that do not grow are damage: whoever relies on their order must not meet them.
+    /// The id of the previous slot. Ids that do not grow are damage, because callers rely on their order.
     before: Option<EntryId>,
     left: u32,
 }
 
 impl Iterator for Slots<'_> {
-    type Item = Result<Slot, Damage>;
+    type Item = Result<Slot, ChunkDamage>;
 
     fn next(&mut self) -> Option<Self::Item> {
         self.left = self.left.checked_sub(1)?;
@@ -193,13 +193,13 @@ impl Iterator for Slots<'_> {
         if slot.is_none() {
             self.left = 0;
         }
-        Some(slot.ok_or(Damage::Content))
+        Some(slot.ok_or(ChunkDamage::Content))
     }
 }
 
 /// A chunk that is being filled.
 #[derive(Debug)]
-pub(crate) struct Builder {
+pub(crate) struct ChunkBuilder {
     stream: u32,
     body: Vec<u8>,
     first: EntryId,
@@ -207,12 +207,12 @@ pub(crate) struct Builder {
     count: u32,
 }
 
-impl Builder {
+impl ChunkBuilder {
     pub(crate) fn new(stream: u32) -> Self {
         Self { stream, body: vec![0; HEADER_BYTES], first: EntryId::MIN, last: EntryId::MIN, count: 0 }
     }
 
-    /// Whether the next entry belongs into another chunk.
+    /// Returns whether the next entry needs another chunk.
     pub(crate) fn is_full(&self) -> bool {
         self.count >= MAX_ENTRIES || self.body.len() >= FULL_BYTES
     }
@@ -221,7 +221,7 @@ impl Builder {
         self.count
     }
 
-    /// Adds an entry, whose id is greater than those before, with its fields as [`encode`] wrote them.
+    /// Adds an entry with fields encoded by [`encode`]. Its id must be greater than the ids before.
     pub(crate) fn push(&mut self, id: EntryId, fields: &[u8]) {
         if self.count == 0 {
             self.first = id;
@@ -239,9 +239,9 @@ impl Builder {
         self.push(slot.id, &chunk.body[slot.from..slot.to]);
     }
 
-    /// Closes the chunk; `added` is how many entries the stream was ever given, these included.
+    /// Seals the chunk. `added` is the number of entries ever added to the stream, these included.
     pub(crate) fn seal(mut self, added: u64) -> Chunk {
-        let head = Head { stream: self.stream, count: self.count, added, first: self.first, last: self.last };
+        let head = ChunkHead { stream: self.stream, count: self.count, added, first: self.first, last: self.last };
         let mut header = Vec::with_capacity(HEADER_BYTES);
         header.extend_from_slice(&[0; 4]);
         header.push(VERSION);
@@ -258,8 +258,9 @@ impl Builder {
     }
 }
 
-/// Takes bytes for a chunk, their checksum made right, and gives the entries that can be read from it: it never
-/// panics, and the entries are the same once they went through another chunk.
+/// Reads arbitrary bytes as a chunk with a correct checksum, and returns the readable entries.
+///
+/// It must never panic, and the entries must stay the same after a copy into another chunk.
 #[cfg(any(test, fuzzing))]
 pub fn fuzz(input: &[u8]) -> Vec<Entry> {
     let all = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
@@ -281,7 +282,7 @@ pub fn fuzz(input: &[u8]) -> Vec<Entry> {
     entries
 }
 
-/// Writes fields to the end of `to`, as they stand in a chunk.
+/// Appends fields to `to` in the format of a chunk.
 pub(crate) fn encode(fields: &Fields, to: &mut Vec<u8>) {
     to.reserve(fields.size_bytes() + fields.len() * 6 + 4);
     put_varint(to, fields.len() as u64);
@@ -296,7 +297,7 @@ pub(crate) fn encode(fields: &Fields, to: &mut Vec<u8>) {
     }
 }
 
-/// Ids in ascending order, packed.
+/// Packs ids in ascending order.
 pub(crate) fn pack_ids(ids: &[EntryId]) -> Vec<u8> {
     let mut packed = Vec::with_capacity(8 + ids.len() * 3);
     let mut last_ms = 0;
@@ -309,9 +310,9 @@ pub(crate) fn pack_ids(ids: &[EntryId]) -> Vec<u8> {
     packed
 }
 
-/// The reverse of [`pack_ids`].
+/// Unpacks the output of [`pack_ids`].
 pub(crate) fn unpack_ids(packed: &[u8]) -> Option<Vec<EntryId>> {
-    let mut reader = Reader { bytes: packed, at: 0 };
+    let mut reader = ByteReader { bytes: packed, at: 0 };
     let count = usize::try_from(reader.varint()?).ok()?;
     let mut ids = Vec::with_capacity(count.min(packed.len()));
     let mut ms = 0_u64;
@@ -335,14 +336,14 @@ fn put_sized(to: &mut Vec<u8>, bytes: &[u8]) {
     to.extend_from_slice(bytes);
 }
 
-/// Reads forward through bytes; nothing where they end too early.
+/// Reads forward through bytes. Each method returns `None` if too few bytes are left.
 #[derive(Debug)]
-struct Reader<'a> {
+struct ByteReader<'a> {
     bytes: &'a [u8],
     at: usize,
 }
 
-impl Reader<'_> {
+impl ByteReader<'_> {
     fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
         let end = self.at.checked_add(N)?;
         let array = self.bytes.get(self.at..end)?.try_into().ok()?;
@@ -374,7 +375,7 @@ impl Reader<'_> {
         None
     }
 
-    /// Where the next length-prefixed bytes are.
+    /// Returns the range of the next length-prefixed bytes.
     fn sized(&mut self) -> Option<std::ops::Range<usize>> {
         let length = usize::try_from(self.varint()?).ok()?;
         let start = self.at;
@@ -392,7 +393,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_seeds_of_the_fuzzer_are_read() {
+    fn fuzz_seeds_contain_readable_entries() {
         let seeds = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus/entry")).expect("seeds");
         let read = seeds.map(|seed| fuzz(&std::fs::read(seed.expect("a seed").path()).expect("a seed")).len());
         assert!(read.sum::<usize>() > 0, "no seed has entries");
@@ -408,7 +409,7 @@ mod tests {
     }
 
     fn build(entries: &[(EntryId, Fields)]) -> Chunk {
-        let mut builder = Builder::new(7);
+        let mut builder = ChunkBuilder::new(7);
         for (id, fields) in entries {
             let mut encoded = Vec::new();
             encode(fields, &mut encoded);
@@ -454,14 +455,14 @@ mod tests {
         }
 
         #[test]
-        fn any_flipped_bit_is_seen(entries in entries(), place: prop::sample::Index, bit in 0..8_u8) {
+        fn any_flipped_bit_is_detected(entries in entries(), place: prop::sample::Index, bit in 0..8_u8) {
             let mut body = build(&entries).body.to_vec();
             body[place.index(entries.len().max(1) * 8)] ^= 1 << bit;
-            prop_assert_eq!(Chunk::open(body.into()).map(|_| ()), Err(Damage::Checksum));
+            prop_assert_eq!(Chunk::open(body.into()).map(|_| ()), Err(ChunkDamage::Checksum));
         }
 
         #[test]
-        fn any_bytes_under_a_right_checksum_are_read_without_a_panic(mut body in vec(any::<u8>(), 60..300)) {
+        fn any_bytes_with_right_checksum_never_panic(mut body in vec(any::<u8>(), 60..300)) {
             body[4] = VERSION;
             body[9..13].copy_from_slice(&20_u32.to_le_bytes());
             let checksum = crc32c::crc32c(&body[4..]);
@@ -479,7 +480,7 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_are_unpacked_without_a_panic(packed in vec(any::<u8>(), 0..60)) {
+        fn unpacking_any_bytes_never_panics(packed in vec(any::<u8>(), 0..60)) {
             if let Some(ids) = unpack_ids(&packed) {
                 prop_assert!(ids.len() <= packed.len());
             }
@@ -487,11 +488,14 @@ mod tests {
     }
 
     #[test]
-    fn a_chunk_without_some_entries_keeps_the_others() {
+    fn chunk_without_some_entries_keeps_the_others() {
         let entries: Vec<(EntryId, Fields)> = (0..5).map(|n| (EntryId::new(9, n), Fields::default())).collect();
         let chunk = build(&entries);
         let left = chunk.without(|id| id.seq.is_multiple_of(2)).expect("undamaged").expect("two are left");
-        assert_eq!(left.head, Head { count: 2, first: EntryId::new(9, 1), last: EntryId::new(9, 3), ..chunk.head });
+        assert_eq!(
+            left.head,
+            ChunkHead { count: 2, first: EntryId::new(9, 1), last: EntryId::new(9, 3), ..chunk.head }
+        );
         assert!(chunk.without(|_| true).expect("undamaged").is_none());
     }
 }

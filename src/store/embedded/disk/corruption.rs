@@ -1,9 +1,8 @@
-//! A database file that the engine finds damaged: told with the file's name and the way out, when the store is opened
-//! and at any later time.
+//! FileDamage to the structure of the database file, reported with the file's name and the remedy.
 //!
-//! A chunk whose own checksum is wrong is no such damage: its entries are told and can be given up, see
-//! `tables::damaged_chunk`. Here it is the structure of the file, which nothing can be trusted to be written into any
-//! more.
+//! The engine can find it when the store is opened and at any later time. After that no write to the file can be
+//! trusted. A chunk with a wrong checksum is another case: its entries are named and can be discarded, see
+//! `schema::damaged_chunk`.
 
 use std::error::Error as _;
 use std::path::{Path, PathBuf};
@@ -11,45 +10,45 @@ use std::sync::OnceLock;
 
 use crate::store::{StoreError, StoreErrorKind};
 
-/// What was found damaged since the store was opened.
+/// The first damage found since the store was opened.
 #[derive(Debug)]
-pub(crate) struct Damage {
+pub(crate) struct FileDamage {
     file: PathBuf,
     found: OnceLock<String>,
 }
 
-impl Damage {
+impl FileDamage {
     pub(crate) fn new(file: PathBuf) -> Self {
         Self { file, found: OnceLock::new() }
     }
 
-    /// Looks at a failed call: where the engine says that its file is damaged, that is remembered.
+    /// Records the error of a failed call if the engine reports a damaged file.
     pub(crate) fn note(&self, error: &StoreError) {
         if error.kind() == StoreErrorKind::Corrupt
             && let Some(cause) = engine_cause(error)
         {
             self.found.get_or_init(|| {
-                let text = format!("{error}; {}", way_out(&self.file));
+                let text = format!("{error}; {}", remedy(&self.file));
                 tracing::error!(error = cause, "{text}");
                 text
             });
         }
     }
 
-    /// Fails once damage was found: the store takes no more entries, and is not ready.
+    /// Fails after damage was found: the store then refuses entries and is not ready.
     pub(crate) fn fail_if_any(&self) -> Result<(), StoreError> {
         self.found.get().map_or(Ok(()), |text| Err(StoreError::new(StoreErrorKind::Corrupt, text.clone())))
     }
 }
 
-/// The same error with what can be done about a damaged file, where it is about one.
+/// Adds the remedy to an error about a damaged file.
 pub(crate) fn explained(error: StoreError, file: &Path) -> StoreError {
-    // What is not ours is told so, with another way out.
+    // An error about a foreign file already names another remedy.
     let is_told = error.to_string().contains("store.embedded.path");
-    if error.kind() == StoreErrorKind::Corrupt && !is_told { error.followed_by(&way_out(file)) } else { error }
+    if error.kind() == StoreErrorKind::Corrupt && !is_told { error.followed_by(&remedy(file)) } else { error }
 }
 
-/// What the engine itself said.
+/// Returns the engine's own message.
 fn engine_cause(error: &StoreError) -> Option<String> {
     let mut cause = error.source();
     while let Some(known) = cause {
@@ -61,10 +60,10 @@ fn engine_cause(error: &StoreError) -> Option<String> {
     None
 }
 
-fn way_out(file: &Path) -> String {
+fn remedy(file: &Path) -> String {
     let name = file.display();
     format!(
-        "`{name}` is damaged: stop the daemon and move its folder away, then put a backup of the folder in its place, or \
-         begin with an empty one; any SQLite shows what can still be read of the damaged file"
+        "`{name}` is damaged: stop the daemon, move its folder away, and restore a backup of the folder or start with an \
+         empty one; any SQLite can read the intact part of the damaged file"
     )
 }

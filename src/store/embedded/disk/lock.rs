@@ -1,11 +1,11 @@
-//! The folder of the store, and that one process has it at a time.
+//! The lock of the store's folder: one process at a time uses it.
 
 use std::fs::{File, TryLockError};
 use std::path::Path;
 
 use crate::store::{StoreError, StoreErrorKind};
 
-/// The file whose lock says that the folder is in use.
+/// The file whose lock marks the folder as used.
 const LOCK: &str = "lock";
 
 /// Holds the folder for this process until it is dropped.
@@ -14,14 +14,14 @@ pub(crate) struct FolderLock(File);
 
 impl Drop for FolderLock {
     fn drop(&mut self) {
-        // Closing alone would not do: a child process that is just being started shares the lock with us.
+        // Closing the file is not enough: a child process that is being started shares the lock.
         if let Err(error) = self.0.unlock() {
-            tracing::warn!(error = %error, "cannot let go of the store's folder");
+            tracing::warn!(error = %error, "cannot unlock the folder of the store");
         }
     }
 }
 
-/// Takes the folder for this process.
+/// Locks the folder for this process. Creates it if it is missing.
 pub(crate) fn lock(folder: &Path) -> Result<FolderLock, StoreError> {
     let name = folder.display();
     let unusable = |what: &str, error: std::io::Error| {
@@ -53,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_is_free_at_once_though_a_child_process_inherited_the_lock() {
+    fn unlock_frees_folder_despite_inherited_handle() {
         let folder = tempfile::TempDir::new().expect("a temporary folder");
         let held = lock(folder.path()).expect("a free folder");
         assert!(lock(folder.path()).is_err());

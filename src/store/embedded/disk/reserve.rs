@@ -1,66 +1,66 @@
-//! A file of nothing that keeps room on the disk.
+//! A file that reserves disk space.
 //!
-//! When the disk is full it is removed, so that acknowledgements, trims and checkpoints go on; appends are refused until
-//! there is room for it again.
+//! When the disk is full, the file is removed, so that acknowledgements, trims and checkpoints still work. Appends are
+//! refused until there is space for the file again.
 
 use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// How often it is tried to have the room again.
+/// The interval between attempts to restore the reserve.
 const TRY_EVERY: Duration = Duration::from_secs(1);
 
-/// See the module.
+/// The reserve of disk space.
 #[derive(Debug)]
 pub(crate) struct Reserve {
     path: PathBuf,
     bytes: u64,
-    /// Since when the room is given up, or when it was last tried to have it again.
-    given_up: Option<Instant>,
+    /// The time when the reserve was released, or of the last attempt to restore it.
+    released: Option<Instant>,
 }
 
 impl Reserve {
-    /// Makes the file if it is not there. Where there is no room for it, the disk counts as full.
+    /// Creates the file if it is missing. If there is no space for it, the disk counts as full.
     pub(crate) fn new(path: PathBuf, bytes: u64) -> Self {
-        let mut reserve = Self { path, bytes, given_up: None };
+        let mut reserve = Self { path, bytes, released: None };
         if let Err(error) = reserve.make() {
             tracing::error!(error = %error, bytes, "the disk of the embedded store is full");
-            reserve.give_up();
+            reserve.release();
         }
         reserve
     }
 
-    /// The bytes it keeps.
+    /// Returns its size in bytes.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Whether the disk is full; where it was, tries now and then whether it is still, also by `has_room`.
-    pub(crate) fn is_given_up(&mut self, has_room: impl FnOnce(u64) -> bool) -> bool {
-        let Some(since) = self.given_up else { return false };
+    /// Returns whether the disk is full. Tries to restore a released reserve now and then, if `has_room` allows it.
+    pub(crate) fn is_released(&mut self, has_room: impl FnOnce(u64) -> bool) -> bool {
+        let Some(since) = self.released else { return false };
         if since.elapsed() < TRY_EVERY {
             return true;
         }
         if has_room(self.bytes) || self.make().is_ok() {
-            self.given_up = None;
-            tracing::info!("the disk of the embedded store has room again");
+            self.released = None;
+            tracing::info!("disk of the embedded store has space again, accepting entries");
             return false;
         }
-        self.give_up();
+        self.release();
         true
     }
 
-    /// Makes room.
-    pub(crate) fn give_up(&mut self) {
-        if self.given_up.is_none() {
-            tracing::error!("the disk of the embedded store is full; entries are refused until there is room");
+    /// Removes the file, which frees its space.
+    pub(crate) fn release(&mut self) {
+        if self.released.is_none() {
+            tracing::error!("disk of the embedded store is full, refusing entries");
         }
-        self.given_up = Some(Instant::now());
+        self.released = Some(Instant::now());
         if let Err(error) = std::fs::remove_file(&self.path)
             && error.kind() != std::io::ErrorKind::NotFound
         {
-            tracing::warn!(error = %error, "the reserve of the embedded store could not be removed");
+            tracing::warn!(error = %error, "removing the disk reserve of the embedded store failed");
         }
     }
 

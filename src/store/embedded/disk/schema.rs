@@ -1,7 +1,7 @@
-//! The tables in `SQLite`: how they are made, opened and read back, and what the engine's errors mean.
+//! The `SQLite` tables: creates, opens and loads them, and classifies the errors of the engine.
 //!
-//! Rows of few bytes that decide what is delivered carry a CRC-32C of their own, as chunks do: the engine has no
-//! checksums on its pages. Numbers are stored as the signed integers with the same bits.
+//! Small rows that decide about deliveries carry a CRC-32C of their own, as chunks do, because the engine's pages have
+//! no checksums. Unsigned numbers are stored as signed integers with the same bits.
 
 mod groups;
 
@@ -12,7 +12,7 @@ use bytes::Bytes;
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, ffi, params};
 
 use crate::event::{EntryId, Epoch, StreamName};
-use crate::store::embedded::disk::chunk::{Chunk, Damage, Head};
+use crate::store::embedded::disk::chunk::{Chunk, ChunkDamage, ChunkHead};
 pub(crate) use crate::store::embedded::disk::schema::groups::{
     delete_consumer, delete_lease, load_groups, save_account, save_consumer, save_group, save_lease,
 };
@@ -22,10 +22,10 @@ use crate::store::{StoreError, StoreErrorKind};
 /// The layout of the tables. An older program refuses a newer one.
 const FORMAT: i64 = 2;
 
-/// Marks the file as ours: `PRAGMA application_id`, "aBus".
+/// Watermarks the file as ours: `PRAGMA application_id`, "aBus".
 const APPLICATION_ID: i64 = 0x6142_7573;
 
-/// Older releases can lose committed transactions when a checkpoint and a write meet in the write-ahead log.
+/// Older releases can lose committed transactions if a checkpoint and a write overlap in the write-ahead log.
 const OLDEST_ENGINE: i32 = 3_051_003;
 
 const SCHEMA: &str = "
@@ -53,7 +53,7 @@ CREATE TABLE idempotency (
 CREATE INDEX idempotency_expiry ON idempotency (expires_ms);
 ";
 
-/// What format 2 added.
+/// The tables that format 2 added.
 const ACCOUNTS: &str = "
 CREATE TABLE accounts (
     grp INTEGER PRIMARY KEY, base INTEGER NOT NULL, acknowledged INTEGER NOT NULL, filtered INTEGER NOT NULL,
@@ -61,28 +61,28 @@ CREATE TABLE accounts (
     dropped INTEGER NOT NULL, damaged INTEGER NOT NULL, crc INTEGER NOT NULL);
 ";
 
-/// What a failure of the engine means.
+/// Classifies an error of the engine.
 pub(crate) fn engine_error(what: &str, error: rusqlite::Error) -> StoreError {
     use StoreErrorKind::{Corrupt, Denied, Full, Internal, Unavailable};
     let (kind, reason) = match &error {
         rusqlite::Error::SqliteFailure(failure, _) => match (failure.code, failure.extended_code) {
             (ErrorCode::DiskFull, _) | (_, ffi::SQLITE_IOERR_SHMSIZE) => (Full, "the disk is full"),
             (ErrorCode::SystemIoFailure, _) => (Unavailable, "reading or writing the disk failed"),
-            (ErrorCode::CannotOpen, _) => (Unavailable, "the file can't be opened"),
+            (ErrorCode::CannotOpen, _) => (Unavailable, "the file cannot be opened"),
             (ErrorCode::ReadOnly, _) => (Unavailable, "the file or its disk is read-only"),
-            (ErrorCode::PermissionDenied, _) => (Denied, "the rights to the file are missing"),
+            (ErrorCode::PermissionDenied, _) => (Denied, "permission to the file is missing"),
             (ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked, _) => (Unavailable, "another program holds the file"),
             (ErrorCode::DatabaseCorrupt, _) => (Corrupt, "the file is damaged"),
-            (ErrorCode::NotADatabase, _) => (Corrupt, "the file is no database"),
-            (ErrorCode::OutOfMemory, _) => (Unavailable, "there is no memory"),
-            _ => (Internal, "the engine refused it"),
+            (ErrorCode::NotADatabase, _) => (Corrupt, "the file is not a database"),
+            (ErrorCode::OutOfMemory, _) => (Unavailable, "out of memory"),
+            _ => (Internal, "the engine refused the operation"),
         },
-        _ => (Internal, "the engine answered something else than expected"),
+        _ => (Internal, "unexpected result of the engine"),
     };
     StoreError::new(kind, format!("cannot {what}: {reason}")).with_source(error)
 }
 
-/// What calls get after the store was closed.
+/// Returns the error of calls after the store was closed.
 pub(crate) fn is_closed_error() -> StoreError {
     StoreError::new(StoreErrorKind::Unavailable, "the embedded store is closed")
 }
@@ -91,12 +91,12 @@ pub(crate) fn corrupt(message: String) -> StoreError {
     StoreError::new(StoreErrorKind::Corrupt, message)
 }
 
-/// What a reader is told who meets a damaged chunk.
+/// Returns the error of a read that finds a damaged chunk.
 pub(crate) fn damaged_chunk(stream: &StreamName, chunk: &ChunkRef, reason: &dyn std::fmt::Display) -> StoreError {
-    let Head { first, last, count, .. } = chunk.head;
+    let ChunkHead { first, last, count, .. } = chunk.head;
     corrupt(format!(
-        "{count} entries of stream `{stream}`, from {first} to {last}, can't be read: {reason}; discarding {first} and \
-         {last} gives up the entries between them and goes on"
+        "{count} entries of stream `{stream}`, from {first} to {last}, cannot be read: {reason}; to continue without \
+         them, discard {first} and {last}"
     ))
 }
 
@@ -120,13 +120,13 @@ pub(crate) fn connect(path: &Path, is_new: bool) -> Result<Connection, StoreErro
     open().map_err(|error| engine_error(&what, error))
 }
 
-/// Makes the tables in a new file, or checks that they are ours and of a format that we know.
+/// Creates the tables in a new file, or checks that an existing file is ours and of a known format.
 pub(crate) fn prepare(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
     if rusqlite::version_number() < OLDEST_ENGINE {
         let version = rusqlite::version();
         return Err(StoreError::new(
             StoreErrorKind::Internal,
-            format!("SQLite {version} may lose data; build with another"),
+            format!("SQLite {version} may lose data; build with a newer one"),
         ));
     }
     let name = path.display();
@@ -165,19 +165,21 @@ pub(crate) fn prepare(connection: &mut Connection, path: &Path) -> Result<(), St
         }
         Some(newer) if newer > FORMAT => Err(StoreError::new(
             StoreErrorKind::Internal,
-            format!("`{name}` has format {newer}, this aurora-bus knows formats up to {FORMAT}; use the newer release"),
+            format!(
+                "`{name}` has format {newer}, but this aurora-bus reads formats up to {FORMAT}; use a newer release"
+            ),
         )),
-        _ => Err(corrupt(format!("`{name}` does not say which format it has"))),
+        _ => Err(corrupt(format!("`{name}` has no format number"))),
     }
 }
 
-/// The checksum of a row: of its numbers and bytes, in order.
+/// Returns the checksum of a row: over its numbers and bytes, in order.
 fn checksum(numbers: &[i64], bytes: &[u8]) -> i64 {
     let crc = numbers.iter().fold(0, |crc, number| crc32c::crc32c_append(crc, &number.to_le_bytes()));
     i64::from(crc32c::crc32c_append(crc, bytes))
 }
 
-/// A stream's own row.
+/// The row of a stream.
 #[derive(Debug, Clone)]
 pub(crate) struct StreamRow {
     pub(crate) number: u32,
@@ -267,7 +269,7 @@ pub(crate) fn save_ref(connection: &Connection, chunk: &ChunkRef) -> rusqlite::R
 }
 
 fn ref_numbers(chunk: &ChunkRef) -> [i64; 10] {
-    let Head { stream, count, added, first, last } = chunk.head;
+    let ChunkHead { stream, count, added, first, last } = chunk.head;
     [
         i64::from(stream),
         chunk.row,
@@ -290,7 +292,7 @@ pub(crate) fn delete_chunk(connection: &Connection, chunk: &ChunkRef) -> rusqlit
         .map(|_rows| ())
 }
 
-/// The chunk references of a stream, oldest first, and in the place of chunks that are missing a damaged one.
+/// Loads the chunk references of a stream, oldest first. Missing chunks are represented by a damaged reference.
 pub(crate) fn load_chunks(connection: &Connection, stream: &StreamRow) -> Result<VecDeque<ChunkRef>, StoreError> {
     let what = format!("read the index of stream `{}`", stream.name);
     let failed = |error| engine_error(&what, error);
@@ -300,11 +302,11 @@ pub(crate) fn load_chunks(connection: &Connection, stream: &StreamRow) -> Result
     let mut chunks: VecDeque<ChunkRef> = VecDeque::new();
     while let Some(row) = rows.next().map_err(failed)? {
         let Some(chunk) = read_ref(row).map_err(failed)?.or_else(|| rebuild_ref(connection, row, stream)) else {
-            // The chain shows the gap when it comes to the next chunk.
+            // The counters of the next chunk show the gap.
             continue;
         };
         if let Some(gap) = chunks.back().and_then(|before| missing_between(before, &chunk)) {
-            let error = damaged_chunk(&stream.name, &gap, &"they are missing");
+            let error = damaged_chunk(&stream.name, &gap, &"their rows are missing");
             tracing::error!(stream = %stream.name, error = %error, "entries are missing in the embedded store");
             chunks.push_back(gap);
         }
@@ -323,7 +325,7 @@ fn read_ref(row: &Row<'_>) -> rusqlite::Result<Option<ChunkRef>> {
     let chunk = || {
         Some(ChunkRef {
             row,
-            head: Head {
+            head: ChunkHead {
                 stream: u32::try_from(stream).ok()?,
                 count: u32::try_from(count).ok()?,
                 added: added.cast_unsigned(),
@@ -338,7 +340,7 @@ fn read_ref(row: &Row<'_>) -> rusqlite::Result<Option<ChunkRef>> {
     Ok(is_right.then(chunk).flatten())
 }
 
-/// A reference whose row is damaged, made anew from the chunk itself.
+/// Rebuilds a reference with a damaged row from the chunk itself.
 fn rebuild_ref(connection: &Connection, row: &Row<'_>, stream: &StreamRow) -> Option<ChunkRef> {
     let row: i64 = row.get(1).ok()?;
     let chunk = read_body(connection, row).ok().flatten().and_then(|body| Chunk::open(body).ok())?;
@@ -352,14 +354,20 @@ fn rebuild_ref(connection: &Connection, row: &Row<'_>, stream: &StreamRow) -> Op
     })
 }
 
-/// A stand-in for the chunks that the counters say were between two others.
+/// Returns a damaged reference for the chunks that are missing between two others by their counters.
 fn missing_between(before: &ChunkRef, after: &ChunkRef) -> Option<ChunkRef> {
     let begun_at = after.head.added.saturating_sub(u64::from(after.head.count) + after.holes);
     let missing = begun_at.saturating_sub(before.head.added);
     let (first, last) = (before.head.last.next(), after.head.first.previous());
     (missing > 0 && first <= last).then(|| ChunkRef {
         row: 0,
-        head: Head { count: u32::try_from(missing).unwrap_or(u32::MAX), added: begun_at, first, last, ..after.head },
+        head: ChunkHead {
+            count: u32::try_from(missing).unwrap_or(u32::MAX),
+            added: begun_at,
+            first,
+            last,
+            ..after.head
+        },
         holes: 0,
         bytes: 0,
         is_damaged: true,
@@ -374,17 +382,17 @@ fn read_body(connection: &Connection, row: i64) -> rusqlite::Result<Option<Bytes
 /// Why a chunk could not be read.
 #[derive(Debug)]
 pub(crate) enum ReadFailure {
-    /// The row is gone or holds another chunk: it was trimmed, rewritten or merged since the reference was taken, or,
-    /// if the reference still stands, it is damaged.
+    /// The row is gone or holds another chunk. It was trimmed, rewritten or merged since the reference was read; if the
+    /// reference is still current, the row is damaged.
     Changed,
     Failed(StoreError),
 }
 
-/// Reads a chunk and checks that it is the one that the reference means.
+/// Reads a chunk and checks that it matches the reference.
 pub(crate) fn read_chunk(connection: &Connection, stream: &StreamName, chunk: &ChunkRef) -> Result<Chunk, ReadFailure> {
-    let damaged = |reason: Damage| ReadFailure::Failed(damaged_chunk(stream, chunk, &reason));
+    let damaged = |reason: ChunkDamage| ReadFailure::Failed(damaged_chunk(stream, chunk, &reason));
     if chunk.is_damaged {
-        return Err(ReadFailure::Failed(damaged_chunk(stream, chunk, &"they are missing")));
+        return Err(ReadFailure::Failed(damaged_chunk(stream, chunk, &"their rows are missing")));
     }
     let body = read_body(connection, chunk.row).map_err(|error| {
         let error = engine_error(&format!("read stream `{stream}`"), error);
@@ -430,7 +438,7 @@ pub(crate) fn save_key(connection: &Connection, stream: u32, key: &[u8], first: 
         .map(|_rows| ())
 }
 
-/// Forgets at most `limit` keys whose window has passed; says how many.
+/// Removes at most `limit` keys whose window has passed. Returns how many.
 pub(crate) fn prune_keys(connection: &Connection, now_ms: u64, limit: u32) -> rusqlite::Result<usize> {
     connection
         .prepare_cached(
@@ -440,7 +448,7 @@ pub(crate) fn prune_keys(connection: &Connection, now_ms: u64, limit: u32) -> ru
         .execute(params![now_ms.cast_signed(), limit])
 }
 
-/// The greatest number in use in a table, 0 where there is none.
+/// Returns the greatest number in a table, or 0 if it is empty.
 pub(crate) fn greatest(connection: &Connection, table: &str, column: &str) -> rusqlite::Result<i64> {
     connection.query_row(&format!("SELECT coalesce(max({column}), 0) FROM {table}"), [], |row| row.get(0))
 }

@@ -1,8 +1,8 @@
-//! How far each stream had come, in a small file beside the database.
+//! Watermarks: the last accepted entry of each stream, in a small file beside the database.
 //!
-//! The engine takes a write-ahead log that is damaged in the middle for one that ends there, and says nothing. So what
-//! was accepted is noted here as well, after it was synced, and compared at the next start. Notes are not synced: a
-//! note that is too old hides a loss, it never invents one.
+//! The engine treats a write-ahead log with damage in the middle as one that ends there, without an error. So each
+//! stream's position is also written here after a sync, and compared at the next start. Watermarks are not synced: an
+//! old watermark may hide a loss, but never reports a loss that did not happen.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -11,68 +11,68 @@ use std::path::Path;
 use crate::event::EntryId;
 use crate::store::embedded::disk::schema::StreamRow;
 
-/// `crc u32, stream u32, last ms, last seq, added`, at the place of the stream's number.
+/// `crc u32, stream u32, last ms, last seq, added`, at the offset of the stream's number.
 const SLOT_BYTES: usize = 32;
 
-/// See the module.
+/// The file of watermarks.
 #[derive(Debug)]
-pub(crate) struct Marks {
+pub(crate) struct Watermarks {
     file: Option<File>,
 }
 
-/// How far a stream had come.
+/// The position of one stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Mark {
+pub(crate) struct Watermark {
     pub(crate) last_id: EntryId,
     pub(crate) added: u64,
 }
 
-impl Marks {
-    /// Without the file nothing is noted and nothing compared.
+impl Watermarks {
+    /// Opens the file. If that fails, watermarks are neither written nor compared.
     pub(crate) fn open(path: &Path) -> Self {
         let file = File::options().create(true).truncate(false).read(true).write(true).open(path);
         let file = file.inspect_err(|error| {
-            tracing::warn!(error = %error, "the embedded store can't note how far it came; a damaged log may go unseen");
+            tracing::warn!(error = %error, "cannot open the watermarks of the embedded store, a damaged log may stay undetected");
         });
         Self { file: file.ok() }
     }
 
-    /// What was noted last of a stream, if the note is whole.
-    pub(crate) fn read(&self, stream: u32) -> Option<Mark> {
+    /// Returns the watermark of a stream, or `None` if there is none or it is damaged.
+    pub(crate) fn read(&self, stream: u32) -> Option<Watermark> {
         let mut slot = [0; SLOT_BYTES];
-        self.file.as_ref()?.read_exact_at(&mut slot, place(stream)).ok()?;
+        self.file.as_ref()?.read_exact_at(&mut slot, offset(stream)).ok()?;
         let number = |at: usize| slot.get(at..at + 8)?.try_into().ok().map(u64::from_le_bytes);
-        let mark = Mark { last_id: EntryId::new(number(8)?, number(16)?), added: number(24)? };
+        let mark = Watermark { last_id: EntryId::new(number(8)?, number(16)?), added: number(24)? };
         (slot == encode(stream, mark)).then_some(mark)
     }
 
-    /// What was noted of streams after these many, which the database does not know any more; forgets them.
-    pub(crate) fn take_orphans(&self, streams: u32) -> Vec<Mark> {
-        let noted = self.file.as_ref().and_then(|file| file.metadata().ok()).map_or(0, |file| file.len());
-        let noted = u32::try_from(noted / SLOT_BYTES as u64).unwrap_or(u32::MAX);
-        let orphans = (streams..noted).filter_map(|before| self.read(before + 1)).collect();
-        if let Some(file) = self.file.as_ref().filter(|_| noted > streams)
-            && let Err(error) = file.set_len(place(streams + 1))
+    /// Removes and returns the watermarks of streams beyond the first `streams`, which are missing in the database.
+    pub(crate) fn take_orphans(&self, streams: u32) -> Vec<Watermark> {
+        let slots = self.file.as_ref().and_then(|file| file.metadata().ok()).map_or(0, |file| file.len());
+        let slots = u32::try_from(slots / SLOT_BYTES as u64).unwrap_or(u32::MAX);
+        let orphans = (streams..slots).filter_map(|before| self.read(before + 1)).collect();
+        if let Some(file) = self.file.as_ref().filter(|_| slots > streams)
+            && let Err(error) = file.set_len(offset(streams + 1))
         {
-            tracing::debug!(error = %error, "could not forget how far lost streams came");
+            tracing::debug!(error = %error, "removing the watermarks of lost streams failed");
         }
         orphans
     }
 
     pub(crate) fn write(&self, row: &StreamRow) {
         let Some(file) = &self.file else { return };
-        let mark = Mark { last_id: row.last_id, added: row.added };
-        if let Err(error) = file.write_all_at(&encode(row.number, mark), place(row.number)) {
-            tracing::debug!(stream = %row.name, error = %error, "could not note how far the stream came");
+        let mark = Watermark { last_id: row.last_id, added: row.added };
+        if let Err(error) = file.write_all_at(&encode(row.number, mark), offset(row.number)) {
+            tracing::debug!(stream = %row.name, error = %error, "writing a watermark failed");
         }
     }
 }
 
-fn place(stream: u32) -> u64 {
+fn offset(stream: u32) -> u64 {
     u64::from(stream.saturating_sub(1)) * SLOT_BYTES as u64
 }
 
-fn encode(stream: u32, mark: Mark) -> [u8; SLOT_BYTES] {
+fn encode(stream: u32, mark: Watermark) -> [u8; SLOT_BYTES] {
     let mut slot = [0; SLOT_BYTES];
     slot[4..8].copy_from_slice(&stream.to_le_bytes());
     slot[8..16].copy_from_slice(&mark.last_id.ms.to_le_bytes());

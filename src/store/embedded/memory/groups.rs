@@ -1,7 +1,7 @@
-//! One group in memory: its cursor, its consumers, and its pending entries as leases.
+//! One group in memory: its cursor, its consumers, and its pending entries in leases.
 //!
-//! A lease is what was delivered at once to one consumer: one row, however many entries. The writer owns groups alone,
-//! changes them before the commit and writes out what changed within it; after a failed commit they are loaded anew.
+//! A lease holds the entries that were delivered together to one consumer, in one row. Only the writer owns groups. It
+//! changes them before the commit, and the commit writes the changes; after a failed commit they are loaded again.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -9,7 +9,7 @@ use crate::event::{ConsumerName, EntryId, GroupName};
 use crate::store::Account;
 use crate::store::embedded::disk::chunk::Chunk;
 
-/// The most entries that may be pending in one group: it bounds the memory they take (about 60 MiB).
+/// The maximum number of pending entries in one group, which bounds their memory (about 60 MiB).
 pub(crate) const MAX_PENDING: usize = 1 << 20;
 
 #[derive(Debug)]
@@ -18,25 +18,25 @@ pub(crate) struct Group {
     pub(crate) name: GroupName,
     /// The last entry delivered.
     pub(crate) cursor: EntryId,
-    /// How many of the stream's entries, counted from its first ever, are not to be delivered any more: all those up to
-    /// the cursor, and those after it that were discarded.
+    /// The number of entries, counted from the stream's first, that will not be delivered: all up to the cursor, and the
+    /// discarded ones after it.
     pub(crate) passed: u64,
-    /// How many entries were ever delivered.
+    /// The number of entries ever delivered.
     pub(crate) read: u64,
-    /// What became of its entries. Changed by [`Group::account`].
+    /// Its account. Changed through [`Group::account`].
     pub(crate) counted: Account,
-    /// The chunk that the last delivery ended in, if that one was read from disk.
+    /// The chunk of the last delivery, if it was read from disk.
     pub(crate) ahead: Option<Chunk>,
-    /// Which lease holds an entry.
+    /// The lease of each pending entry.
     pending: BTreeMap<EntryId, i64>,
     leases: HashMap<i64, Lease>,
     consumers: BTreeMap<ConsumerName, Consumer>,
-    pub(crate) changes: Changes,
+    pub(crate) changes: GroupChanges,
 }
 
-/// What of a group is to be written out.
+/// The changes of a group that the next commit writes.
 #[derive(Debug, Default)]
-pub(crate) struct Changes {
+pub(crate) struct GroupChanges {
     pub(crate) is_changed: bool,
     pub(crate) is_account_changed: bool,
     pub(crate) leases: BTreeSet<i64>,
@@ -44,14 +44,14 @@ pub(crate) struct Changes {
     pub(crate) removed_consumers: Vec<i64>,
 }
 
-/// Entries that are pending on one consumer since the same time with the same count of attempts.
+/// Entries that are pending on one consumer since the same time with the same number of attempts.
 #[derive(Debug, Clone)]
 pub(crate) struct Lease {
     /// The consumer's number.
     pub(crate) consumer: i64,
     pub(crate) delivered_ms: u64,
     pub(crate) attempts: u32,
-    /// Ascending between commits. May name entries that left the lease since it was written last.
+    /// In ascending order between commits. May contain entries that left the lease since it was last written.
     pub(crate) ids: Vec<EntryId>,
 }
 
@@ -59,7 +59,7 @@ pub(crate) struct Lease {
 pub(crate) struct Consumer {
     pub(crate) number: i64,
     pub(crate) name: ConsumerName,
-    /// When it last asked for anything; written out at most once a minute.
+    /// The time of its last request; written at most once a minute.
     pub(crate) seen_ms: u64,
     saved_ms: u64,
     pub(crate) pending: u64,
@@ -71,20 +71,20 @@ impl Consumer {
     }
 }
 
-/// A search for one consumer's entries looks at so many before it asks the leases where the next one is.
+/// The number of entries scanned for one consumer before the leases are searched for its next entry.
 const OWN_LOOKS: usize = 1024;
 const SEEN_EVERY_MS: u64 = 60_000;
 
-/// One pending entry as its group knows it.
+/// One pending entry with its lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Held {
+pub(crate) struct PendingEntry {
     pub(crate) id: EntryId,
     pub(crate) consumer: i64,
     pub(crate) delivered_ms: u64,
     pub(crate) attempts: u32,
 }
 
-/// Leases made within one operation: entries that agree in everything share one.
+/// The leases created by one operation: entries with equal consumer, time and attempts share one.
 #[derive(Debug, Default)]
 pub(crate) struct NewLeases(HashMap<(i64, u64, u32), i64>);
 
@@ -101,22 +101,22 @@ impl Group {
             pending: BTreeMap::new(),
             leases: HashMap::new(),
             consumers: BTreeMap::new(),
-            changes: Changes::default(),
+            changes: GroupChanges::default(),
         }
     }
 
-    /// The account, to be changed: it is written with the next commit.
+    /// Returns the account for changes. The next commit writes it.
     pub(crate) fn account(&mut self) -> &mut Account {
         self.changes.is_account_changed = true;
         &mut self.counted
     }
 
-    /// Takes over a consumer that was read back.
+    /// Adds a loaded consumer.
     pub(crate) fn put_consumer(&mut self, consumer: Consumer) {
         self.consumers.insert(consumer.name.clone(), consumer);
     }
 
-    /// Takes over a lease that was read back, after all consumers.
+    /// Adds a loaded lease. QueuedCall it after all consumers were added.
     pub(crate) fn put_lease(&mut self, number: i64, lease: Lease) {
         for id in &lease.ids {
             self.pending.insert(*id, number);
@@ -125,7 +125,7 @@ impl Group {
         self.leases.insert(number, lease);
     }
 
-    /// The consumer of that name, made where it is new, seen now.
+    /// Returns the number of a consumer, creates it if it is new, and records that it is active now.
     pub(crate) fn consumer(&mut self, name: &ConsumerName, now_ms: u64, next_number: &mut i64) -> i64 {
         let consumer = self.consumers.entry(name.clone()).or_insert_with(|| {
             *next_number += 1;
@@ -140,7 +140,7 @@ impl Group {
         consumer.number
     }
 
-    /// The number of a consumer that exists.
+    /// Returns the number of a consumer, or `None` if it does not exist.
     pub(crate) fn number_of(&self, name: &ConsumerName) -> Option<i64> {
         self.consumers.get(name).map(|consumer| consumer.number)
     }
@@ -153,7 +153,7 @@ impl Group {
         self.consumers.get(name)
     }
 
-    /// Removes a consumer if nothing is pending on it.
+    /// Removes a consumer if it has nothing pending. Returns whether it did.
     pub(crate) fn remove_consumer(&mut self, name: &ConsumerName) -> bool {
         let Some(consumer) = self.consumers.get(name).filter(|consumer| consumer.pending == 0) else { return false };
         self.changes.removed_consumers.push(consumer.number);
@@ -170,23 +170,24 @@ impl Group {
         self.pending.first_key_value().map(|(id, _)| *id)
     }
 
-    /// The first entry that the group has still to handle.
+    /// Returns the first entry that the group has not settled.
     pub(crate) fn floor(&self) -> EntryId {
         self.oldest_pending().unwrap_or(EntryId::MAX).min(self.cursor.next())
     }
 
-    pub(crate) fn held(&self, id: EntryId) -> Option<Held> {
+    pub(crate) fn held(&self, id: EntryId) -> Option<PendingEntry> {
         self.pending.get(&id).map(|lease| self.held_in(id, *lease))
     }
 
-    /// The pending entries from `from` on, oldest first.
-    pub(crate) fn held_from(&self, from: EntryId) -> impl Iterator<Item = Held> {
+    /// Returns the pending entries from `from` on, oldest first.
+    pub(crate) fn held_from(&self, from: EntryId) -> impl Iterator<Item = PendingEntry> {
         self.pending.range(from..).map(|(id, lease)| self.held_in(*id, *lease))
     }
 
-    /// The pending entries of one consumer from `from` on, oldest first: `limit` of them, or fewer where finding more
-    /// would take long; none only where there are none.
-    pub(crate) fn held_by(&self, consumer: i64, mut from: EntryId, limit: usize) -> Vec<Held> {
+    /// Returns the pending entries of one consumer from `from` on, oldest first, at most `limit`.
+    ///
+    /// Returns fewer if finding more would take long, but an empty list only if there are none.
+    pub(crate) fn held_by(&self, consumer: i64, mut from: EntryId, limit: usize) -> Vec<PendingEntry> {
         let mut found = Vec::new();
         let mut looks = 0;
         loop {
@@ -203,13 +204,13 @@ impl Group {
             }
             let is_enough = !found.is_empty() && looks >= 4 * OWN_LOOKS;
             let Some(last) = last.filter(|_| !is_enough) else { return found };
-            // What comes next may be far behind entries of others.
+            // The next entry may be far behind entries of other consumers.
             let Some(next) = self.first_held_by(consumer, last.next()) else { return found };
             from = next;
         }
     }
 
-    /// The first pending entry of a consumer from `from` on, found by its leases.
+    /// Returns the first pending entry of a consumer from `from` on, by searching its leases.
     fn first_held_by(&self, consumer: i64, from: EntryId) -> Option<EntryId> {
         let own = self.leases.iter().filter(|(_, lease)| lease.consumer == consumer);
         let first = own.filter_map(|(number, lease)| {
@@ -219,13 +220,13 @@ impl Group {
         first.min()
     }
 
-    fn held_in(&self, id: EntryId, lease: i64) -> Held {
+    fn held_in(&self, id: EntryId, lease: i64) -> PendingEntry {
         let lease = self.leases.get(&lease).expect("a pending entry is in a lease");
-        Held { id, consumer: lease.consumer, delivered_ms: lease.delivered_ms, attempts: lease.attempts }
+        PendingEntry { id, consumer: lease.consumer, delivered_ms: lease.delivered_ms, attempts: lease.attempts }
     }
 
-    /// Makes an entry pending as `held` says, taking it out of the lease it is in.
-    pub(crate) fn hold(&mut self, held: Held, new: &mut NewLeases, next_lease: &mut i64) {
+    /// Makes an entry pending with the consumer, time and attempts of `held`, and removes it from its current lease.
+    pub(crate) fn hold(&mut self, held: PendingEntry, new: &mut NewLeases, next_lease: &mut i64) {
         self.release(held.id);
         let key = (held.consumer, held.delivered_ms, held.attempts);
         let number = *new.0.entry(key).or_insert_with(|| {
@@ -242,7 +243,7 @@ impl Group {
         self.count(held.consumer, 1, 0);
     }
 
-    /// Ends that an entry is pending.
+    /// Removes an entry from the pending entries.
     pub(crate) fn release(&mut self, id: EntryId) {
         let Some(number) = self.pending.remove(&id) else { return };
         self.changes.leases.insert(number);
@@ -256,7 +257,7 @@ impl Group {
         }
     }
 
-    /// Brings the changed leases to what is still pending of them, for writing; drops those of which nothing is.
+    /// Removes settled entries from the changed leases before they are written, and drops empty leases.
     pub(crate) fn settle_changes(&mut self) {
         for number in &self.changes.leases {
             let Some(lease) = self.leases.get_mut(number) else { continue };

@@ -1,6 +1,6 @@
-//! What is known in memory of one stream's committed entries: a reference per chunk, and the newest chunks themselves.
+//! The in-memory index of one stream's committed entries: a reference per chunk, and the newest chunks themselves.
 //!
-//! Only the writer changes it, after each commit; readers look at it for as long as it takes to copy references out.
+//! Only the writer changes it, after each commit. Readers lock it only while they copy references.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,71 +8,71 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
 
 use crate::event::{EntryId, StreamName};
-use crate::store::embedded::disk::chunk::{Chunk, Head};
+use crate::store::embedded::disk::chunk::{Chunk, ChunkHead};
 use crate::store::{Order, Range};
 
-/// Where a chunk is, and what it must say of itself when it is read.
+/// The row of a chunk, and the header that it must have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ChunkRef {
     /// Its row.
     pub(crate) row: i64,
-    pub(crate) head: Head,
-    /// How many entries were discarded from it and, since the chunk before, wholly in front of it.
+    pub(crate) head: ChunkHead,
+    /// The number of entries discarded from it, and from removed chunks between the previous chunk and this one.
     pub(crate) holes: u64,
     /// Its size.
     pub(crate) bytes: u32,
-    /// Whether it is known to be missing or unreadable.
+    /// Whether it is missing or unreadable.
     pub(crate) is_damaged: bool,
 }
 
-/// The part of a stream that its readers share.
+/// The state of a stream that is visible to readers.
 #[derive(Debug)]
 pub(crate) struct Published {
     pub(crate) name: StreamName,
-    /// The greatest id that readers may see; changes wake them.
+    /// The greatest id visible to readers. A change wakes them.
     pub(crate) newest: watch::Sender<EntryId>,
-    log: Mutex<Log>,
+    log: Mutex<ChunkIndex>,
 }
 
 impl Published {
     pub(crate) fn new(name: StreamName, newest: EntryId, chunks: VecDeque<ChunkRef>) -> Self {
-        let log = Log { chunks, recent: VecDeque::new(), recent_after: newest };
+        let log = ChunkIndex { chunks, recent: VecDeque::new(), recent_after: newest };
         Self { name, newest: watch::Sender::new(newest), log: Mutex::new(log) }
     }
 
-    pub(crate) fn log(&self) -> MutexGuard<'_, Log> {
+    pub(crate) fn log(&self) -> MutexGuard<'_, ChunkIndex> {
         self.log.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// See [`Published`].
+/// The chunks of a [`Published`] stream.
 #[derive(Debug)]
-pub(crate) struct Log {
+pub(crate) struct ChunkIndex {
     /// Oldest first; their ranges of ids do not overlap.
     pub(crate) chunks: VecDeque<ChunkRef>,
     /// The newest chunks as they were appended, oldest first.
     recent: VecDeque<Chunk>,
-    /// Every entry after this one is in `recent`.
+    /// All entries after this id are in `recent`.
     recent_after: EntryId,
 }
 
-/// Where the entries of a range are to be found.
+/// The location of the entries of a range.
 #[derive(Debug)]
-pub(crate) enum Found {
+pub(crate) enum ChunkLocation {
     /// In memory, in the order of the range.
     Recent(Vec<Chunk>),
-    /// In these rows, in the order of the range; more may follow where `is_all` is false.
+    /// In these rows, in the order of the range. More may follow if `is_all` is false.
     Rows { chunks: Vec<ChunkRef>, is_all: bool },
 }
 
-/// The most chunks that one search names, so that a reader takes a large range in steps.
+/// The maximum number of chunks returned by one search. A reader reads a large range in steps.
 const MAX_CHUNKS: usize = 256;
 
-impl Log {
-    /// The chunks that hold the first `limit` entries of a range.
-    pub(crate) fn find(&self, range: Range, limit: usize) -> Found {
+impl ChunkIndex {
+    /// Returns the chunks with the first `limit` entries of a range.
+    pub(crate) fn find(&self, range: Range, limit: usize) -> ChunkLocation {
         match self.find_recent(range, limit) {
-            Some(chunks) => Found::Recent(chunks),
+            Some(chunks) => ChunkLocation::Recent(chunks),
             None => self.find_rows(range, limit),
         }
     }
@@ -91,7 +91,7 @@ impl Log {
         }
     }
 
-    fn find_rows(&self, range: Range, limit: usize) -> Found {
+    fn find_rows(&self, range: Range, limit: usize) -> ChunkLocation {
         let start = self.chunks.partition_point(|chunk| chunk.head.last < range.from);
         let end = self.chunks.partition_point(|chunk| chunk.head.first <= range.to).max(start);
         let found = end - start;
@@ -102,21 +102,21 @@ impl Log {
         };
         chunks.truncate(MAX_CHUNKS);
         let is_all = chunks.len() == found || (is_enough && chunks.len() < MAX_CHUNKS);
-        Found::Rows { chunks, is_all }
+        ChunkLocation::Rows { chunks, is_all }
     }
 
-    /// The place of the chunk whose range holds this id.
+    /// Returns the position of the chunk whose range contains this id.
     pub(crate) fn place_of(&self, id: EntryId) -> Option<usize> {
         let place = self.chunks.partition_point(|chunk| chunk.head.last < id);
         self.chunks.get(place).filter(|chunk| chunk.head.first <= id).map(|_chunk| place)
     }
 
-    /// The chunk whose range holds this id.
+    /// Returns the chunk whose range contains this id.
     pub(crate) fn chunk_of(&self, id: EntryId) -> Option<ChunkRef> {
         self.place_of(id).map(|place| self.chunks[place])
     }
 
-    /// The chunk in memory that holds this id, if the id is recent.
+    /// Returns the chunk in memory that contains this id, if the id is recent.
     pub(crate) fn recent_of(&self, id: EntryId) -> Option<&Chunk> {
         let place = self.recent.partition_point(|chunk| chunk.head.last < id);
         self.recent.get(place).filter(|chunk| chunk.head.first <= id)
@@ -129,19 +129,19 @@ impl Log {
         self.recent.push_back(chunk);
     }
 
-    /// The oldest entry in memory, if there is one.
+    /// Returns the oldest entry in memory, if any.
     pub(crate) fn first_recent(&self) -> Option<EntryId> {
         self.recent.front().map(|chunk| chunk.head.first)
     }
 
-    /// Lets go of the oldest chunk in memory; says how many bytes that frees.
+    /// Removes the oldest chunk from memory. Returns the freed bytes.
     pub(crate) fn forget_oldest(&mut self) -> usize {
         let Some(chunk) = self.recent.pop_front() else { return 0 };
         self.recent_after = self.recent_after.max(chunk.head.last);
         chunk.body().len()
     }
 
-    /// Removes the oldest `count` chunks; says how many bytes of memory that frees.
+    /// Removes the oldest `count` chunks. Returns the freed bytes of memory.
     pub(crate) fn remove_oldest(&mut self, count: usize) -> usize {
         self.chunks.drain(..count);
         let oldest = self.chunks.front().map(|chunk| chunk.head.first);
@@ -152,7 +152,7 @@ impl Log {
         freed
     }
 
-    /// Puts other chunks in the place of some that follow each other; the entries in memory stay.
+    /// Replaces a run of chunks by others. The entries in memory stay.
     pub(crate) fn replace(&mut self, places: std::ops::Range<usize>, with: Vec<ChunkRef>) {
         let behind = self.chunks.split_off(places.end);
         self.chunks.truncate(places.start);
@@ -160,7 +160,7 @@ impl Log {
         self.chunks.extend(behind);
     }
 
-    /// Removes entries from the chunks in memory; says how many bytes that frees.
+    /// Removes entries from the chunks in memory. Returns the freed bytes.
     pub(crate) fn forget(&mut self, is_gone: impl Fn(EntryId) -> bool + Copy) -> usize {
         let mut freed = 0;
         let recent = std::mem::take(&mut self.recent);
@@ -178,8 +178,7 @@ impl Log {
         freed
     }
 
-    /// How many entries come after this one, and the chunk that has to be looked into for those that are not counted:
-    /// the one that holds the id.
+    /// Returns how many entries come after this one, and the chunk that contains the id, whose entries are not counted.
     pub(crate) fn count_after(&self, id: EntryId) -> (u64, Option<ChunkRef>) {
         let place = self.chunks.partition_point(|chunk| chunk.head.first <= id);
         let behind = self.chunks.range(place..).map(|chunk| u64::from(chunk.head.count)).sum();
@@ -188,10 +187,10 @@ impl Log {
     }
 }
 
-/// The first chunks that have `limit` entries whatever part of the first one counts, and whether that many were found.
+/// Returns the first chunks that are certain to hold `limit` entries of a range, and whether there were enough.
 fn enough<'a, C: Clone + 'a>(
     chunks: impl Iterator<Item = &'a C>,
-    head: impl Fn(&C) -> Head,
+    head: impl Fn(&C) -> ChunkHead,
     limit: usize,
 ) -> (Vec<C>, bool) {
     let (mut taken, mut entries) = (Vec::new(), 0);
@@ -199,27 +198,27 @@ fn enough<'a, C: Clone + 'a>(
         if entries >= limit {
             return (taken, true);
         }
-        // Of the first chunk, all but one entry may be outside of the range.
+        // All but one entry of the first chunk may be outside of the range.
         entries += if taken.is_empty() { 1 } else { head(chunk).count as usize };
         taken.push(chunk.clone());
     }
     (taken, entries >= limit)
 }
 
-/// Which streams have chunks in memory, in the order in which they came, to let go of the oldest first.
+/// The chunks in memory of all streams, in order of arrival, so that the oldest are removed first.
 #[derive(Debug)]
-pub(crate) struct Recent {
+pub(crate) struct RecentChunks {
     max_bytes: usize,
     bytes: usize,
-    /// Each chunk's stream and last entry. Those that a trim let go of are left here until there are too many.
+    /// The stream and last entry of each chunk. Trimmed chunks stay here until there are too many.
     order: VecDeque<(Arc<Published>, EntryId)>,
     compact_at: usize,
 }
 
-/// Chunks below which it is not worth looking for those that a trim let go of.
+/// The number of chunks below which trimmed ones are not searched for.
 const COMPACT_AT_LEAST: usize = 1024;
 
-impl Recent {
+impl RecentChunks {
     pub(crate) fn new(max_bytes: usize) -> Self {
         Self { max_bytes, bytes: 0, order: VecDeque::new(), compact_at: COMPACT_AT_LEAST }
     }
@@ -243,7 +242,7 @@ impl Recent {
         }
     }
 
-    /// Accounts for chunks that a trim let go of.
+    /// Subtracts the bytes of chunks that a trim removed.
     pub(crate) fn freed(&mut self, bytes: usize) {
         self.bytes = self.bytes.saturating_sub(bytes);
     }
@@ -254,10 +253,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_trims_let_go_of_is_not_remembered_for_ever() {
+    fn trimmed_chunks_are_forgotten_in_time() {
         let stream = "aurora:alerts".parse().expect("a name");
         let published = Arc::new(Published::new(stream, EntryId::MIN, VecDeque::new()));
-        let mut recent = Recent::new(usize::MAX);
+        let mut recent = RecentChunks::new(usize::MAX);
         for n in 1..10_000 {
             recent.add(&published, EntryId::new(n, 0), 1);
             recent.freed(1);

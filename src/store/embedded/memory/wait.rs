@@ -1,4 +1,4 @@
-//! Waiting for news of many streams at once.
+//! The wait for new entries of many streams.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use crate::store::embedded::{EmbeddedStore, changed};
 impl EmbeddedStore {
     pub(crate) async fn wait_for_news(
         &self,
-        places: &[(StreamName, EntryId)],
+        positions: &[(StreamName, EntryId)],
         wait: Duration,
     ) -> Result<Vec<(StreamName, EntryId)>, StoreError> {
         let deadline = Instant::now() + wait;
@@ -21,9 +21,9 @@ impl EmbeddedStore {
                 let newest = *self.shared.find(stream)?.newest.borrow();
                 (newest > *after).then(|| (stream.clone(), newest))
             };
-            let news: Vec<_> = places.iter().filter_map(newer).collect();
-            if !news.is_empty() || !changed(&mut any, deadline, &self.shared.closed).await {
-                return Ok(news);
+            let changed_streams: Vec<_> = positions.iter().filter_map(newer).collect();
+            if !changed_streams.is_empty() || !changed(&mut any, deadline, &self.shared.closed).await {
+                return Ok(changed_streams);
             }
         }
     }

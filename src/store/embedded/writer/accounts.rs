@@ -1,4 +1,4 @@
-//! What takes entries from groups that had still to handle them, and counts it.
+//! Operations that take unsettled entries from groups, and count them as lost.
 
 use crate::event::{EntryId, GroupName, StreamName};
 use crate::store::embedded::disk::schema;
@@ -7,11 +7,11 @@ use crate::store::embedded::memory::index::ChunkRef;
 use crate::store::embedded::writer::{Writer, write_stream};
 use crate::store::{Dropped, Loser, LostReason, StoreError};
 
-/// One step drops no more chunks than this.
+/// The maximum number of chunks dropped in one step.
 const DROP_CHUNKS: usize = 32;
 
 impl Writer {
-    /// Removes the oldest chunks whoever needs them, in its own transaction.
+    /// Removes the oldest chunks, settled or not, in a transaction of its own.
     pub(crate) fn drop_oldest(&mut self, name: &StreamName, keep: u64) -> Result<Dropped, StoreError> {
         let Some(place) = self.made(name) else { return Ok(Dropped::default()) };
         let stream = &self.streams[place];
@@ -70,7 +70,7 @@ impl Writer {
         Ok(dropped)
     }
 
-    /// How many entries of these chunks a group has not been given.
+    /// Returns how many entries of these chunks are undelivered for a group.
     fn count_in(&self, place: usize, chunks: &[ChunkRef], group: &Group) -> Result<u64, StoreError> {
         let mut count = 0;
         for chunk in chunks.iter().filter(|chunk| chunk.head.last > group.cursor) {
@@ -85,7 +85,7 @@ impl Writer {
         Ok(count)
     }
 
-    /// Counts entries as lost that a group was never given, if the account is still as it was seen.
+    /// Counts undelivered entries of a group as lost, if the account has not changed meanwhile.
     pub(crate) fn write_off(&mut self, name: &StreamName, group: &GroupName, known: u64, missing: u64) -> bool {
         let Some(place) = self.made(name) else { return false };
         let Some((group, _)) = self.change_group(place, group) else { return false };

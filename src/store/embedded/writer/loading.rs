@@ -1,8 +1,8 @@
-//! What the writer reads back from the tables: all of it at the start, and what a commit that failed had changed.
+//! Loads state from the tables: everything at the start, and changed state after a failed commit.
 
 use std::sync::Arc;
 
-use super::{Numbers, Staged, Stream, Writer};
+use super::{RowNumbers, StagedCommit, Stream, Writer};
 use crate::event::Epoch;
 use crate::store::embedded::disk::schema;
 use crate::store::embedded::disk::schema::{StreamRow, engine_error};
@@ -14,7 +14,7 @@ impl Writer {
         let greatest = |table, column| {
             schema::greatest(&self.connection, table, column).map_err(|e| engine_error("read the tables", e))
         };
-        self.numbers = Numbers {
+        self.numbers = RowNumbers {
             chunk: greatest("chunks", "chunk")?,
             lease: greatest("leases", "number")?,
             group: greatest("groups", "number")?,
@@ -37,19 +37,21 @@ impl Writer {
             self.streams.push(Stream { row, published, length, groups, is_changed: false, staged: Vec::new() });
             self.compare_mark(place);
         }
-        self.tell_of_lost_streams();
-        // What was found missing is settled at once, so that it is told once.
+        self.report_lost_streams();
+        // Missing entries are settled at once, so that they are reported once.
         self.commit()
     }
 
-    /// Sees whether a stream has come as far as it was noted when it was synced. Where it has not, its last entries are
-    /// lost: their ids are not given again, its groups don't wait for them, and its readers get a new epoch.
+    /// Compares a stream with its watermark.
+    ///
+    /// If the stream ends before it, its last entries are lost. Their ids are not assigned again, groups do not wait for
+    /// them, and readers get a new epoch.
     fn compare_mark(&mut self, place: usize) {
         let stream = &mut self.streams[place];
         let Some(mark) = self.marks.read(stream.row.number) else { return };
         let Some(lost) = mark.added.checked_sub(stream.row.added).filter(|lost| *lost > 0) else { return };
         let warning = format!(
-            "{lost} accepted entries of stream `{}`, after {} up to {}, are gone: the write-ahead log was damaged or an \
+            "{lost} accepted entries of stream `{}`, after {} up to {}, are lost: the write-ahead log was damaged, or an \
              older database was put in its place",
             stream.row.name, stream.row.last_id, mark.last_id
         );
@@ -68,13 +70,13 @@ impl Writer {
         self.staged.must_sync = true;
     }
 
-    /// Tells of streams that were noted and that the tables do not know.
-    fn tell_of_lost_streams(&mut self) {
+    /// Reports streams that have a watermark but no row.
+    fn report_lost_streams(&mut self) {
         let known = u32::try_from(self.streams.len()).unwrap_or(u32::MAX);
         for mark in self.marks.take_orphans(known).into_iter().filter(|mark| mark.added > 0) {
             let warning = format!(
-                "a stream with {} accepted entries up to {} is gone: the write-ahead log was damaged, or the database \
-                 was removed or an older one was put in its place",
+                "a stream with {} accepted entries up to {} is lost: the write-ahead log was damaged, or the database \
+                 was removed or replaced by an older one",
                 mark.added, mark.last_id
             );
             tracing::error!(lost = mark.added, "{warning}");
@@ -82,17 +84,17 @@ impl Writer {
         }
     }
 
-    /// Brings what operations have changed back to what the tables say.
+    /// Resets changed state to the state of the tables.
     pub(super) fn reload(&mut self) {
         self.is_stale = true;
         if let Err(error) = self.read_back() {
             self.shared.damage.note(&error);
-            tracing::error!(error = %error, "the embedded store can't read its tables");
+            tracing::error!(error = %error, "cannot read the tables of the embedded store");
         }
     }
 
     pub(in crate::store::embedded) fn read_back(&mut self) -> Result<(), StoreError> {
-        self.staged = Staged::default();
+        self.staged = StagedCommit::default();
         let rows = schema::load_streams(&self.connection)?;
         for stream in self.streams.drain(rows.len().min(self.streams.len())..) {
             self.by_name.remove(&stream.row.name);
@@ -119,7 +121,7 @@ impl Writer {
     }
 }
 
-/// The last chunk knows better than the stream's row, which is not written with every append.
+/// Updates a stream's row from its last chunk. The row is not written with every append.
 fn advance(row: &mut StreamRow, last: Option<&ChunkRef>) {
     if let Some(last) = last {
         row.last_id = row.last_id.max(last.head.last);

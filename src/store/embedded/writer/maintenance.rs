@@ -1,5 +1,5 @@
-//! What the writer does besides batches: syncing at intervals, checkpoints, merging of small chunks, forgetting of old
-//! idempotency keys, making room on a full disk, and the end.
+//! Maintenance on the writer thread: interval syncs, checkpoints, merging of small chunks, pruning of old idempotency
+//! keys, freeing space on a full disk, and closing.
 
 use std::cell::Cell;
 use std::sync::atomic::Ordering;
@@ -7,31 +7,31 @@ use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
 
-use crate::store::embedded::disk::chunk::{Builder, Chunk};
+use crate::store::embedded::disk::chunk::{Chunk, ChunkBuilder};
 use crate::store::embedded::disk::schema;
 use crate::store::embedded::disk::schema::engine_error;
 use crate::store::embedded::memory::index::ChunkRef;
 use crate::store::embedded::writer::{Syncing, Writer};
 use crate::store::{StoreError, StoreErrorKind};
 
-/// Idempotency keys are pruned in steps of so many.
+/// The number of idempotency keys pruned in one step.
 const PRUNE_KEYS: u32 = 500;
 const PRUNE_EVERY: Duration = Duration::from_secs(1);
-/// Chunks of at most so many entries and bytes are small: so many of them in a row are merged.
+/// A chunk with at most this many entries and bytes is small. `MERGE_CHUNKS` small ones in a row are merged.
 const SMALL_ENTRIES: u32 = 16;
 const SMALL_BYTES: u32 = 8 * 1024;
 const MERGE_CHUNKS: usize = 16;
 
 impl Writer {
-    /// The disk is full: gives up the reserve and brings the log into the database, so that it begins anew.
+    /// Frees space on a full disk: removes the reserve and checkpoints the log, so that the log is reset.
     pub(crate) fn make_room(&mut self) {
-        self.reserve.give_up();
+        self.reserve.release();
         if let Err(error) = checkpoint(&self.connection) {
-            tracing::debug!(error = %error, "the log could not be brought into the database on the full disk");
+            tracing::debug!(error = %error, "checkpoint on the full disk failed");
         }
     }
 
-    /// Refuses what needs room while the disk is full.
+    /// Refuses operations that need space while the disk is full.
     pub(crate) fn fail_if_full(&mut self) -> Result<(), StoreError> {
         let connection = &self.connection;
         let has_room = |bytes: u64| {
@@ -39,23 +39,23 @@ impl Writer {
             let free = number("PRAGMA freelist_count").and_then(|pages| Ok(pages * number("PRAGMA page_size")?));
             free.is_ok_and(|free| bytes > 0 && free.cast_unsigned() >= bytes)
         };
-        if self.reserve.is_given_up(has_room) {
+        if self.reserve.is_released(has_room) {
             let message = format!("cannot write to `{}`: the disk is full", self.path().display());
             return Err(StoreError::new(StoreErrorKind::Full, message));
         }
         Ok(())
     }
 
-    /// Work that no caller waits for.
-    pub(crate) fn keep_house(&mut self) {
+    /// Runs the work that no caller waits for.
+    pub(crate) fn run_maintenance(&mut self) {
         self.sync_if_due(false);
         if self.has_keys && self.pruned_at.elapsed() >= PRUNE_EVERY {
             self.prune_keys();
         }
         if self.shared.is_checkpointed.swap(false, Ordering::AcqRel) {
-            // What the checkpointer left is little; once all is in the database, the log begins anew.
+            // The checkpointer has left few pages. With everything in the database, the log is reset.
             if let Err(error) = checkpoint(&self.connection) {
-                tracing::warn!(error = %error, "the embedded store could not checkpoint; its log grows");
+                tracing::warn!(error = %error, "checkpoint of the embedded store failed, its write-ahead log grows");
             }
         }
         if self.unchecked_bytes >= self.checkpoint_bytes {
@@ -84,13 +84,13 @@ impl Writer {
             Err(error) => {
                 self.is_log_in_doubt = true;
                 self.unsynced_since = Some(Instant::now());
-                tracing::error!(error = %error, "the embedded store could not sync what it accepted");
+                tracing::error!(error = %error, "the embedded store could not sync accepted entries");
             }
         }
     }
 
     fn prune_keys(&mut self) {
-        // By the clock that lookups go by, or a step of the other one would forget keys before their time.
+        // Uses the clock of the lookups: a step of another clock would prune keys too early.
         let now_ms = self.now_ms();
         let pruned = Cell::new(0);
         let result = self.transaction(false, |connection| {
@@ -98,17 +98,17 @@ impl Writer {
             Ok(())
         });
         match result {
-            // There may be more: go on after the next batch.
+            // There may be more keys: continue after the next batch.
             Ok(()) if pruned.get() == PRUNE_KEYS as usize => {}
             Ok(()) => self.pruned_at = Instant::now(),
             Err(error) => {
                 self.pruned_at = Instant::now();
-                tracing::debug!(error = %error, "idempotency keys could not be pruned");
+                tracing::debug!(error = %error, "pruning of idempotency keys failed");
             }
         }
     }
 
-    /// Merges the newest chunks of a stream if they are many and small, as single appends leave them.
+    /// Merges the newest chunks of a stream if they are many and small. Single appends leave such chunks.
     pub(crate) fn merge(&mut self, place: usize) {
         let stream = &self.streams[place];
         let run: Vec<ChunkRef> = {
@@ -125,7 +125,7 @@ impl Writer {
         }
         let name = stream.row.name.clone();
         if let Err(error) = self.merge_run(place, &run) {
-            tracing::debug!(stream = %name, error = %error, "small chunks could not be merged");
+            tracing::debug!(stream = %name, error = %error, "merging of small chunks failed");
         }
     }
 
@@ -133,7 +133,7 @@ impl Writer {
         let stream = &self.streams[place];
         let number = stream.row.number;
         let mut merged: Vec<(Chunk, u64)> = Vec::new();
-        let mut builder = Builder::new(number);
+        let mut builder = ChunkBuilder::new(number);
         let first = run[0];
         let mut added = first.head.added.saturating_sub(u64::from(first.head.count) + first.holes);
         let mut holes = 0;
@@ -141,14 +141,14 @@ impl Writer {
             let damaged = |reason: &dyn std::fmt::Display| schema::damaged_chunk(&stream.row.name, chunk_ref, reason);
             let chunk =
                 schema::read_chunk(&self.connection, &stream.row.name, chunk_ref).map_err(|failure| match failure {
-                    schema::ReadFailure::Changed => damaged(&"the row holds something else"),
+                    schema::ReadFailure::Changed => damaged(&"the row has other content"),
                     schema::ReadFailure::Failed(error) => error,
                 })?;
             holes += chunk_ref.holes;
             added += chunk_ref.holes;
             for slot in chunk.slots() {
                 if builder.is_full() {
-                    let full = std::mem::replace(&mut builder, Builder::new(number));
+                    let full = std::mem::replace(&mut builder, ChunkBuilder::new(number));
                     merged.push((full.seal(added), std::mem::take(&mut holes)));
                 }
                 builder.push_slot(&chunk, slot.map_err(|damage| damaged(&damage))?);
@@ -181,16 +181,15 @@ impl Writer {
     pub(crate) fn finish(mut self) {
         self.sync_if_due(true);
         if let Err(error) = self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_row| Ok(())) {
-            tracing::warn!(error = %error, "the embedded store left its write-ahead log for the next start");
+            tracing::warn!(error = %error, "final checkpoint of the embedded store failed, its write-ahead log is kept for the next start");
         }
         if let Err((_connection, error)) = self.connection.close() {
-            tracing::warn!(error = %error, "the embedded store was not closed cleanly");
+            tracing::warn!(error = %error, "closing the embedded store failed");
         }
     }
 }
 
-/// Brings what it can of the write-ahead log into the database, without waiting for anyone; says how many pages are
-/// left.
+/// Checkpoints the write-ahead log without waiting for readers. Returns the number of pages left.
 pub(crate) fn checkpoint(connection: &Connection) -> rusqlite::Result<i64> {
     connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |row| {
         let (pages, done): (i64, i64) = (row.get(1)?, row.get(2)?);
@@ -206,16 +205,16 @@ mod tests {
     use crate::clock::now_ms;
     use crate::event::EntryId;
     use crate::store::embedded::open::new_shared;
-    use crate::store::embedded::writer::Options;
+    use crate::store::embedded::writer::WriterOptions;
 
     fn open(folder: &Path) -> Writer {
         let (shared, _asked) = new_shared(folder);
-        let options = Options { syncing: Syncing::Each, recent_bytes: 0, reserve_bytes: 0 };
+        let options = WriterOptions { syncing: Syncing::Each, recent_bytes: 0, reserve_bytes: 0 };
         Writer::open(folder, &options, shared).expect("opened")
     }
 
     #[test]
-    fn ids_grow_though_the_clock_steps_back() {
+    fn ids_grow_after_clock_steps_back() {
         let folder = tempfile::tempdir().expect("a folder");
         let ahead = EntryId::new(now_ms() + 3_600_000, 7);
         let mut writer = open(folder.path());
@@ -230,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_committed_is_forgotten_when_read_back() {
+    fn uncommitted_entries_are_gone_after_read_back() {
         let folder = tempfile::tempdir().expect("a folder");
         let mut writer = open(folder.path());
         let (old, new) = ("old".parse().expect("a valid name"), "new".parse().expect("a valid name"));

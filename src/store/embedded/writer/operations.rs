@@ -1,7 +1,7 @@
-//! What the operations of the store do on the writer's thread.
+//! The operations of the store on the writer thread.
 //!
-//! Each looks everything up that can fail before it changes anything, so that an operation that fails has changed
-//! nothing. Fields come encoded and go out as slots of chunks: callers encode and decode on their own threads.
+//! Each operation does everything that can fail before its first change, so that a failed operation has changed nothing.
+//! Fields arrive encoded and leave as slots of chunks: callers encode and decode on their own threads.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
@@ -12,17 +12,17 @@ use crate::event::{ConsumerName, EntryId, Epoch, GroupName, StreamName};
 use crate::store::embedded::disk::chunk::{Chunk, Slot};
 use crate::store::embedded::disk::schema;
 use crate::store::embedded::disk::schema::{FirstEntry, ReadFailure, corrupt, engine_error};
-use crate::store::embedded::memory::groups::{Group, Held, MAX_PENDING, NewLeases};
-use crate::store::embedded::memory::index::{ChunkRef, Found};
+use crate::store::embedded::memory::groups::{Group, MAX_PENDING, NewLeases, PendingEntry};
+use crate::store::embedded::memory::index::{ChunkLocation, ChunkRef};
 use crate::store::embedded::writer::Writer;
 use crate::store::{
     Appended, Care, ConsumerStatus, Cursor, GroupStatus, LostReason, Pending, Range, Settled, Start, StoreError,
     StoreErrorKind, StoreStatus, StreamStatus,
 };
 
-/// A fetch takes no more bytes of chunks than this, if it has at least one entry.
+/// The maximum of chunk bytes in one fetch, which returns one entry at least.
 const FETCH_BYTES: usize = 4 * 1024 * 1024;
-/// A reclaim looks at no more pending entries than this.
+/// The maximum number of pending entries that one reclaim scans.
 pub(crate) const RECLAIM_LOOKS: usize = 1000;
 
 /// Entries to append, encoded one after the other.
@@ -34,25 +34,25 @@ pub(crate) struct NewEntries {
 
 #[derive(Debug)]
 pub(crate) struct NewEntry {
-    /// Where its fields are.
+    /// The position of its fields.
     pub(crate) fields: std::ops::Range<usize>,
     pub(crate) event_id: Bytes,
-    /// Its idempotency key, and how long that is remembered.
+    /// Its idempotency key, and the window of the key.
     pub(crate) key: Option<(Bytes, u64)>,
 }
 
-/// A delivery that ends.
+/// A delivery to settle.
 #[derive(Debug)]
-pub(crate) struct Ending {
+pub(crate) struct Settle {
     pub(crate) id: EntryId,
-    pub(crate) how: How,
+    pub(crate) how: SettleAction,
 }
 
 #[derive(Debug)]
-pub(crate) enum How {
+pub(crate) enum SettleAction {
     Acknowledge,
     Filter,
-    /// Claimable after so many milliseconds, if the group's limit is not shorter.
+    /// Claimable after this many milliseconds, or after the claim idle time if that is shorter.
     Retry(u64),
     Release,
     DeadLetter {
@@ -61,10 +61,10 @@ pub(crate) enum How {
     },
 }
 
-/// Entries that were made pending, undecoded.
+/// Entries that were made pending, not decoded.
 #[derive(Debug, Default)]
-pub(crate) struct Taken {
-    /// Each entry with its chunk and the count of its attempts.
+pub(crate) struct PendingBatch {
+    /// Each entry with its chunk and its attempts.
     pub(crate) entries: Vec<(Chunk, Slot, u32)>,
     pub(crate) lost: Vec<EntryId>,
     pub(crate) next: EntryId,
@@ -105,7 +105,7 @@ impl Writer {
         Ok(results)
     }
 
-    /// Those of the entries' keys that were seen within their windows.
+    /// Returns the entries' keys that were used within their windows.
     fn find_keys(
         &self,
         name: &StreamName,
@@ -120,7 +120,7 @@ impl Writer {
             let first = match staged {
                 Some(first) => Some(first),
                 None => schema::find_key(&self.connection, number, key)
-                    .map_err(|error| engine_error("look an idempotency key up", error))?,
+                    .map_err(|error| engine_error("look up an idempotency key", error))?,
             };
             if let Some(first) = first.filter(|first| first.expires_ms > now_ms) {
                 known.insert(key.clone(), first);
@@ -164,7 +164,7 @@ impl Writer {
         Ok(true)
     }
 
-    /// How many committed entries of a stream come after this one.
+    /// Returns the number of committed entries of a stream after this one.
     fn count_after(&self, place: usize, id: EntryId) -> Result<u64, StoreError> {
         let stream = &self.streams[place];
         let (behind, holding) = stream.published.log().count_after(id);
@@ -174,11 +174,11 @@ impl Writer {
         Ok(behind + after as u64)
     }
 
-    /// Reads a chunk, on whose reference the writer can rely.
+    /// Reads a chunk. References that the writer holds are reliable.
     pub(crate) fn read(&self, place: usize, chunk: &ChunkRef) -> Result<Chunk, StoreError> {
         let name = &self.streams[place].row.name;
         schema::read_chunk(&self.connection, name, chunk).map_err(|failure| match failure {
-            ReadFailure::Changed => schema::damaged_chunk(name, chunk, &"their row is missing or holds something else"),
+            ReadFailure::Changed => schema::damaged_chunk(name, chunk, &"the row is missing or has other content"),
             ReadFailure::Failed(error) => error,
         })
     }
@@ -193,13 +193,13 @@ impl Writer {
         Ok((place, &self.streams[place].groups[&cursor.group]))
     }
 
-    pub(crate) fn fetch(&mut self, cursor: &Cursor, limit: usize) -> Result<Taken, StoreError> {
+    pub(crate) fn fetch(&mut self, cursor: &Cursor, limit: usize) -> Result<PendingBatch, StoreError> {
         let now_ms = self.now_ms();
         let (place, group) = self.group(cursor)?;
         let room = MAX_PENDING.saturating_sub(group.pending_count());
         if room == 0 {
             let message = format!(
-                "cannot fetch from stream `{}`: {MAX_PENDING} entries are pending in group `{}`, settle some first",
+                "cannot fetch from stream `{}`: group `{}` has {MAX_PENDING} pending entries, the maximum; settle some first",
                 cursor.stream, cursor.group
             );
             return Err(StoreError::new(StoreErrorKind::Full, message));
@@ -210,21 +210,21 @@ impl Writer {
         if let Some(ahead) = ahead {
             group.ahead = ahead;
         }
-        let Some((_, last)) = picked.last() else { return Ok(Taken::default()) };
+        let Some((_, last)) = picked.last() else { return Ok(PendingBatch::default()) };
         group.cursor = last.id;
         group.passed += picked.len() as u64;
         group.read += picked.len() as u64;
         group.changes.is_changed = true;
         let mut leases = NewLeases::default();
         for (_, slot) in &picked {
-            let held = Held { id: slot.id, consumer, delivered_ms: now_ms, attempts: 1 };
+            let held = PendingEntry { id: slot.id, consumer, delivered_ms: now_ms, attempts: 1 };
             group.hold(held, &mut leases, &mut numbers.lease);
         }
         let entries = picked.into_iter().map(|(chunk, slot)| (chunk, slot, 1)).collect();
-        Ok(Taken { entries, ..Taken::default() })
+        Ok(PendingBatch { entries, ..PendingBatch::default() })
     }
 
-    /// The committed entries after a group's cursor, and what to keep for the next time if anything was read.
+    /// Returns the committed entries after a group's cursor, and the chunk to keep for the next call if one was read.
     #[expect(clippy::type_complexity, reason = "one caller takes the pair apart at once")]
     fn pick(
         &self,
@@ -249,7 +249,7 @@ impl Writer {
         };
         let found = stream.published.log().find(range, limit);
         match found {
-            Found::Recent(chunks) => {
+            ChunkLocation::Recent(chunks) => {
                 for chunk in &chunks {
                     if take(chunk, &mut picked)? {
                         break;
@@ -257,13 +257,13 @@ impl Writer {
                 }
                 Ok((picked, Some(None)))
             }
-            Found::Rows { chunks, .. } => {
+            ChunkLocation::Rows { chunks, .. } => {
                 let mut last = None;
                 for chunk_ref in &chunks {
                     let ahead = group.ahead.as_ref().filter(|ahead| ahead.head == chunk_ref.head).cloned();
                     let chunk = match ahead.map_or_else(|| self.read(place, chunk_ref), Ok) {
                         Ok(chunk) => chunk,
-                        // What comes before the damage is delivered first; the next fetch meets it again.
+                        // Entries before the damage are delivered first. The next fetch finds the damage again.
                         Err(_) if !picked.is_empty() => break,
                         Err(error) => return Err(error),
                     };
@@ -278,17 +278,23 @@ impl Writer {
         }
     }
 
-    pub(crate) fn claim(&mut self, cursor: &Cursor, ids: &[EntryId], idle_ms: u64) -> Result<Taken, StoreError> {
+    pub(crate) fn claim(&mut self, cursor: &Cursor, ids: &[EntryId], idle_ms: u64) -> Result<PendingBatch, StoreError> {
         let now_ms = self.now_ms();
         let (place, group) = self.group(cursor)?;
-        let is_idle = |held: &Held| now_ms.saturating_sub(held.delivered_ms) >= idle_ms;
+        let is_idle = |held: &PendingEntry| now_ms.saturating_sub(held.delivered_ms) >= idle_ms;
         let ids: BTreeSet<EntryId> = ids.iter().copied().collect();
-        let idle: Vec<Held> = ids.into_iter().filter_map(|id| group.held(id)).filter(is_idle).collect();
+        let idle: Vec<PendingEntry> = ids.into_iter().filter_map(|id| group.held(id)).filter(is_idle).collect();
         self.take_over(cursor, place, &idle, now_ms)
     }
 
-    /// Makes pending entries the cursor's, where they still have bodies.
-    fn take_over(&mut self, cursor: &Cursor, place: usize, entries: &[Held], now_ms: u64) -> Result<Taken, StoreError> {
+    /// Makes pending entries the cursor's if they still have bodies.
+    fn take_over(
+        &mut self,
+        cursor: &Cursor,
+        place: usize,
+        entries: &[PendingEntry],
+        now_ms: u64,
+    ) -> Result<PendingBatch, StoreError> {
         let mut bodies = Vec::with_capacity(entries.len());
         let mut last: Option<(ChunkRef, Chunk)> = None;
         for held in entries {
@@ -297,7 +303,7 @@ impl Writer {
         let (group, numbers) = self.change_group(place, &cursor.group).ok_or_else(|| no_group(cursor))?;
         let consumer = group.consumer(&cursor.consumer, now_ms, &mut numbers.consumer);
         let mut leases = NewLeases::default();
-        let mut taken = Taken::default();
+        let mut taken = PendingBatch::default();
         for (held, body) in entries.iter().zip(bodies) {
             let Some((chunk, slot)) = body else {
                 group.release(held.id);
@@ -306,14 +312,14 @@ impl Writer {
                 continue;
             };
             let attempts = held.attempts.saturating_add(1);
-            let now_held = Held { id: held.id, consumer, delivered_ms: now_ms, attempts };
+            let now_held = PendingEntry { id: held.id, consumer, delivered_ms: now_ms, attempts };
             group.hold(now_held, &mut leases, &mut numbers.lease);
             taken.entries.push((chunk, slot, attempts));
         }
         Ok(taken)
     }
 
-    /// Where the body of an entry is, if it has one still; `last` is the chunk read last.
+    /// Returns the position of an entry's body, or `None` if it is gone. `last` caches the chunk read last.
     pub(crate) fn body(
         &self,
         place: usize,
@@ -348,7 +354,7 @@ impl Writer {
         from: EntryId,
         limit: usize,
         care: Care,
-    ) -> Result<Taken, StoreError> {
+    ) -> Result<PendingBatch, StoreError> {
         let now_ms = self.now_ms();
         let (place, group) = self.group(cursor)?;
         let mut idle = Vec::new();
@@ -367,10 +373,10 @@ impl Writer {
         next = idle.get(fitting).map_or(next, |held| held.id);
         idle.truncate(fitting);
         let taken = self.take_over(cursor, place, &idle, now_ms)?;
-        Ok(Taken { next, held_back, ..taken })
+        Ok(PendingBatch { next, held_back, ..taken })
     }
 
-    pub(crate) fn settle(&mut self, cursor: &Cursor, endings: &[Ending]) -> Settled {
+    pub(crate) fn settle(&mut self, cursor: &Cursor, endings: &[Settle]) -> Settled {
         let nothing = Settled { settled: 0, not_owned: endings.len() };
         let now_ms = self.now_ms();
         let Ok((place, group)) = self.group(cursor) else { return nothing };
@@ -385,34 +391,34 @@ impl Writer {
                 continue;
             };
             settled.settled += 1;
-            if let How::DeadLetter { to, fields } = &ending.how {
+            if let SettleAction::DeadLetter { to, fields } = &ending.how {
                 let to = self.place_or_new(to);
                 self.stage(to, fields);
             }
             let Some((group, numbers)) = self.change_group(place, &cursor.group) else { return nothing };
             let account = &mut group.counted;
             let counter = match ending.how {
-                How::Acknowledge => Some(&mut account.acknowledged),
-                How::Filter => Some(&mut account.filtered),
-                How::DeadLetter { .. } => Some(&mut account.dead),
-                How::Retry(_) | How::Release => None,
+                SettleAction::Acknowledge => Some(&mut account.acknowledged),
+                SettleAction::Filter => Some(&mut account.filtered),
+                SettleAction::DeadLetter { .. } => Some(&mut account.dead),
+                SettleAction::Retry(_) | SettleAction::Release => None,
             };
             if let Some(counter) = counter {
                 *counter += 1;
                 group.changes.is_account_changed = true;
             }
             let again = match ending.how {
-                How::Acknowledge | How::Filter | How::DeadLetter { .. } => None,
-                How::Retry(due_ms) => {
+                SettleAction::Acknowledge | SettleAction::Filter | SettleAction::DeadLetter { .. } => None,
+                SettleAction::Retry(due_ms) => {
                     let delivered_ms = now_ms.saturating_sub(limit_ms - due_ms.min(limit_ms));
-                    Some(Held { delivered_ms, ..held })
+                    Some(PendingEntry { delivered_ms, ..held })
                 }
-                How::Release => {
+                SettleAction::Release => {
                     let delivered_ms = now_ms.saturating_sub(limit_ms);
-                    // One that is idle for as long was released already: this is the same settlement once more.
+                    // An entry idle for that long was released before: this settlement is a repetition.
                     let is_again = held.delivered_ms <= delivered_ms;
                     let attempts = held.attempts.saturating_sub(u32::from(!is_again));
-                    Some(Held { delivered_ms, attempts, ..held })
+                    Some(PendingEntry { delivered_ms, attempts, ..held })
                 }
             };
             match again {
@@ -436,7 +442,9 @@ impl Writer {
         let mut foreign = Vec::new();
         for id in ids {
             match group.held(*id).filter(|held| held.consumer == consumer) {
-                Some(held) => group.hold(Held { delivered_ms: now_ms, ..held }, &mut leases, &mut numbers.lease),
+                Some(held) => {
+                    group.hold(PendingEntry { delivered_ms: now_ms, ..held }, &mut leases, &mut numbers.lease)
+                }
                 None => foreign.push(*id),
             }
         }
@@ -479,7 +487,7 @@ impl Writer {
         let first_id = oldest.map(|chunk| chunk.head.first);
         let before_first = match oldest {
             Some(chunk) => (chunk.holes == 0).then(|| chunk.head.added.saturating_sub(u64::from(chunk.head.count))),
-            // What is being appended is counted already, and is not there yet.
+            // StagedCommit entries are counted already, but not visible yet.
             None => (stream.length == 0).then_some(stream.row.added),
         };
         let group_status = |group: &Group| GroupStatus {
@@ -505,7 +513,7 @@ impl Writer {
             first_id,
             last_id: stream.row.last_id,
             entries_added: stream.row.added,
-            // No one else can.
+            // No other program can remove entries.
             removed_by_others: None,
             before_first,
             groups: stream.groups.values().map(group_status).collect(),

@@ -1,4 +1,4 @@
-//! The queue between the callers and the writer: bounded by the callers, drained whole by the writer.
+//! The queue between callers and the writer: callers wait while it is full, and the writer drains it completely.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -10,21 +10,21 @@ use crate::store::StoreError;
 use crate::store::embedded::disk::schema::is_closed_error;
 use crate::store::embedded::writer::Writer;
 
-/// Bytes of appended entries that may wait, in units of [`UNIT_BYTES`]; callers beyond it wait.
+/// The maximum of appended bytes in the queue, in units of [`UNIT_BYTES`]; further callers wait.
 const CAPACITY: u32 = 64 * 1024;
 const UNIT_BYTES: usize = 1024;
 
-/// One call of the store, to be done by the writer.
-pub(crate) trait Work: Send {
-    /// Whether nothing else may be in its transaction, so that it may write on its own.
+/// One call of the store, run by the writer.
+pub(crate) trait WriteOp: Send {
+    /// Returns whether it needs a transaction of its own.
     fn is_alone(&self) -> bool;
-    /// Does it, up to the commit. May be called again after a failed commit.
+    /// Runs it, up to the commit. May be called again after a failed commit.
     fn run(&mut self, writer: &mut Writer);
-    /// Answers the caller, with the commit's error if it failed.
+    /// Returns the result to the caller, or the error of the commit if that failed.
     fn answer(self: Box<Self>, error: Option<StoreError>);
 }
 
-struct Call<F, R> {
+struct QueuedCall<F, R> {
     work: F,
     is_alone: bool,
     result: Option<Result<R, StoreError>>,
@@ -32,7 +32,7 @@ struct Call<F, R> {
     _permit: OwnedSemaphorePermit,
 }
 
-impl<F, R> Work for Call<F, R>
+impl<F, R> WriteOp for QueuedCall<F, R>
 where
     F: FnMut(&mut Writer) -> Result<R, StoreError> + Send,
     R: Send,
@@ -51,43 +51,43 @@ where
             (None, Some(result)) => result,
             (None, None) => Err(is_closed_error()),
         };
-        // The caller may have stopped waiting; what was asked is done all the same.
+        // The caller may have been cancelled. The work is done nevertheless.
         drop(self.answer.send(result));
     }
 }
 
-/// What the writer finds in the queue.
-pub(crate) enum Taken {
-    Work(VecDeque<Box<dyn Work>>),
-    /// Nothing came in time.
+/// The result of waiting for work.
+pub(crate) enum Dequeued {
+    Work(VecDeque<Box<dyn WriteOp>>),
+    /// Nothing arrived before the deadline.
     Nothing,
     /// The queue is closed and empty.
     Closed,
 }
 
-/// See the module.
-pub(crate) struct Queue {
+/// The queue.
+pub(crate) struct WriteQueue {
     room: Arc<Semaphore>,
-    waiting: Mutex<Waiting>,
+    waiting: Mutex<QueueState>,
     came: Condvar,
 }
 
 #[derive(Default)]
-struct Waiting {
-    work: VecDeque<Box<dyn Work>>,
+struct QueueState {
+    work: VecDeque<Box<dyn WriteOp>>,
     is_closed: bool,
 }
 
-impl Queue {
+impl WriteQueue {
     pub(crate) fn new() -> Self {
         Self { room: Arc::new(Semaphore::new(CAPACITY as usize)), waiting: Mutex::default(), came: Condvar::new() }
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+    fn waiting(&self) -> MutexGuard<'_, QueueState> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has the writer do `work` and returns its result once it is committed. Waits while the queue is full.
+    /// Queues `work`, and returns its result after the commit. Waits while the queue is full.
     pub(crate) async fn call<R: Send + 'static>(
         &self,
         bytes: usize,
@@ -98,13 +98,13 @@ impl Queue {
         let room = self.room.clone().acquire_many_owned(units).await;
         let permit = room.map_err(|_closed| is_closed_error())?;
         let (answer, answered) = oneshot::channel();
-        if !self.push(Box::new(Call { work, is_alone, result: None, answer, _permit: permit })) {
+        if !self.push(Box::new(QueuedCall { work, is_alone, result: None, answer, _permit: permit })) {
             return Err(is_closed_error());
         }
         answered.await.unwrap_or_else(|_writer_is_gone| Err(is_closed_error()))
     }
 
-    fn push(&self, work: Box<dyn Work>) -> bool {
+    fn push(&self, work: Box<dyn WriteOp>) -> bool {
         let mut waiting = self.waiting();
         if waiting.is_closed {
             return false;
@@ -118,33 +118,33 @@ impl Queue {
         true
     }
 
-    /// All that waits; waits itself until `deadline` for something to come.
-    pub(crate) fn take(&self, deadline: Option<Instant>) -> Taken {
+    /// Takes all queued work, or waits until `deadline` for the first.
+    pub(crate) fn take(&self, deadline: Option<Instant>) -> Dequeued {
         let mut waiting = self.waiting();
         loop {
             if !waiting.work.is_empty() {
-                return Taken::Work(std::mem::take(&mut waiting.work));
+                return Dequeued::Work(std::mem::take(&mut waiting.work));
             }
             if waiting.is_closed {
-                return Taken::Closed;
+                return Dequeued::Closed;
             }
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             waiting = match left {
-                Some(Duration::ZERO) => return Taken::Nothing,
+                Some(Duration::ZERO) => return Dequeued::Nothing,
                 Some(left) => self.came.wait_timeout(waiting, left).unwrap_or_else(PoisonError::into_inner).0,
                 None => self.came.wait(waiting).unwrap_or_else(PoisonError::into_inner),
             };
         }
     }
 
-    /// Refuses further calls; what waits is still done.
+    /// Refuses further calls. Queued calls still run.
     pub(crate) fn close(&self) {
         self.waiting().is_closed = true;
         self.room.close();
         self.came.notify_all();
     }
 
-    /// Refuses further calls and drops those that wait, which answers them.
+    /// Refuses further calls, and drops the queued ones, whose callers then get an error.
     pub(crate) fn abandon(&self) {
         self.close();
         let abandoned = std::mem::take(&mut self.waiting().work);

@@ -1,6 +1,6 @@
-//! Deliveries named by their receipts.
+//! Operations on deliveries that receipts identify.
 
-use crate::store::embedded::memory::groups::{Group, Held, NewLeases};
+use crate::store::embedded::memory::groups::{Group, NewLeases, PendingEntry};
 use crate::store::embedded::writer::Writer;
 use crate::store::embedded::writer::operations::{millis, no_group};
 use crate::store::{Cursor, Receipt, Redemption, StoreError};
@@ -34,7 +34,7 @@ impl Writer {
                     let consumer = group.consumer(by, now_ms, &mut numbers.consumer);
                     let idle_ms = limit_ms - millis(*lease).min(limit_ms);
                     let delivered_ms = now_ms.saturating_sub(idle_ms);
-                    group.hold(Held { consumer, delivered_ms, ..held }, &mut leases, &mut numbers.lease);
+                    group.hold(PendingEntry { consumer, delivered_ms, ..held }, &mut leases, &mut numbers.lease);
                 }
             }
             true
@@ -43,10 +43,10 @@ impl Writer {
     }
 }
 
-/// The pending entry that a receipt names, if it is good.
-fn of_receipt(group: &Group, receipt: &Receipt, now_ms: u64, limit_ms: u64) -> Option<Held> {
+/// Returns the pending entry of a receipt, or `None` if the receipt is not valid.
+fn of_receipt(group: &Group, receipt: &Receipt, now_ms: u64, limit_ms: u64) -> Option<PendingEntry> {
     let consumer = group.number_of(&receipt.consumer)?;
-    let is_idle = |held: &Held| now_ms.saturating_sub(held.delivered_ms) >= limit_ms;
-    let is_its = |held: &Held| held.consumer == consumer && held.attempts == receipt.attempt;
+    let is_idle = |held: &PendingEntry| now_ms.saturating_sub(held.delivered_ms) >= limit_ms;
+    let is_its = |held: &PendingEntry| held.consumer == consumer && held.attempts == receipt.attempt;
     group.held(receipt.id).filter(|held| is_its(held) && !is_idle(held))
 }

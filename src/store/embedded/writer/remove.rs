@@ -1,4 +1,4 @@
-//! Trims and discards: what takes entries out of a stream. Each is a transaction of its own.
+//! Trims and discards, which remove entries from a stream. Each is a transaction of its own.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,12 +10,13 @@ use crate::store::embedded::memory::index::ChunkRef;
 use crate::store::embedded::writer::Writer;
 use crate::store::{LostReason, StoreError, StoreErrorKind, Trim};
 
-/// A trim removes no more chunks than this in one transaction.
+/// The maximum number of chunks that a trim removes in one transaction.
 const TRIM_CHUNKS: usize = 128;
 
 impl Writer {
-    /// Removes the oldest chunks as far as `trim` and the groups let it, in its own transaction. Says how many entries
-    /// that were, and whether there may be more.
+    /// Removes the oldest chunks that `trim` and the groups allow, in a transaction of its own.
+    ///
+    /// Returns the number of removed entries, and whether there may be more.
     pub(crate) fn trim(
         &mut self,
         name: &StreamName,
@@ -55,7 +56,7 @@ impl Writer {
         Ok((removed, chunks.len() == TRIM_CHUNKS))
     }
 
-    /// Removes single entries, in its own transaction.
+    /// Removes single entries, in a transaction of its own.
     pub(crate) fn discard(&mut self, name: &StreamName, ids: &[EntryId]) -> Result<u64, StoreError> {
         let Some(place) = self.made(name) else { return Ok(0) };
         let ids: BTreeSet<EntryId> = ids.iter().copied().collect();
@@ -115,15 +116,15 @@ impl Writer {
         Ok(plan.removed)
     }
 
-    /// What the chunks will be without these entries.
-    fn plan_discard(&self, place: usize, ids: &BTreeSet<EntryId>) -> Result<Discard, StoreError> {
+    /// Plans the chunks without these entries.
+    fn plan_discard(&self, place: usize, ids: &BTreeSet<EntryId>) -> Result<DiscardPlan, StoreError> {
         let stream = &self.streams[place];
         let log_chunks: BTreeMap<usize, ChunkRef> = {
             let log = stream.published.log();
             ids.iter().filter_map(|id| log.place_of(*id)).map(|at| (at, log.chunks[at])).collect()
         };
-        let mut plan = Discard::default();
-        // Entries of chunks that go away whole are counted by the next chunk that stays.
+        let mut plan = DiscardPlan::default();
+        // Entries of chunks that are removed completely are counted by the next remaining chunk.
         let mut carried = 0;
         let mut at = log_chunks.first_key_value().map_or(0, |(at, _)| *at);
         let end = log_chunks.last_key_value().map_or(0, |(at, _)| *at + 1);
@@ -153,7 +154,7 @@ impl Writer {
                     if error.kind() != StoreErrorKind::Corrupt || !is_given_up {
                         return Err(error);
                     }
-                    tracing::error!(stream = %stream.row.name, error = %error, "damaged entries were given up");
+                    tracing::error!(stream = %stream.row.name, error = %error, "damaged entries discarded");
                     plan.gone.push((old.head.first, u64::from(old.head.count)));
                     plan.given_up.push((old.head.first, old.head.last));
                     None
@@ -175,20 +176,20 @@ impl Writer {
     }
 }
 
-/// What a discard is going to do.
+/// The plan of a discard.
 #[derive(Debug, Default)]
-struct Discard {
+struct DiscardPlan {
     removed: u64,
-    /// By their place: what a chunk was, and what it becomes, with its new body where that changes.
+    /// By index: the old chunk and the new one, with the new body if it changes.
     #[expect(clippy::type_complexity, reason = "a private plan, taken apart in one place")]
     chunks: BTreeMap<usize, (ChunkRef, Option<(ChunkRef, Option<Chunk>)>)>,
-    /// Entries that go, as the first of so many.
+    /// Removed entries, as the first id and the count.
     gone: Vec<(EntryId, u64)>,
-    /// Ranges that go though they could not be read.
+    /// Removed ranges that could not be read.
     given_up: Vec<(EntryId, EntryId)>,
 }
 
-impl Discard {
+impl DiscardPlan {
     fn is_gone(&self, id: EntryId, ids: &BTreeSet<EntryId>) -> bool {
         ids.contains(&id) || self.given_up.iter().any(|(first, last)| (*first..=*last).contains(&id))
     }

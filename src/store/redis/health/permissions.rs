@@ -1,4 +1,4 @@
-//! Whether the user may do what the store does, asked by commands that change nothing.
+//! Checks the user's permissions with commands that change nothing.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -8,15 +8,15 @@ use futures_util::future::join_all;
 
 use crate::store::StoreErrorKind;
 use crate::store::redis::net::address::Address;
-use crate::store::redis::net::client::Link;
+use crate::store::redis::net::client::RoutedClient;
 use crate::store::redis::net::connection::Arguments;
 use crate::store::redis::net::error::Failure;
 
-/// For how long rights that are all there are believed to stay.
-const BELIEVED: Duration = Duration::from_mins(1);
+/// The time for which complete permissions are not checked again.
+const VALID_FOR: Duration = Duration::from_mins(1);
 
-/// Each command that the store or one of its scripts uses, with arguments that pass the server's first look and then
-/// do nothing to `KEY`, which holds a text. Rights are checked between the two.
+/// Each command of the store and its scripts, with arguments that pass the parser and then fail on `KEY`, a text key.
+/// The server checks permissions in between.
 const COMMANDS: [(&str, &[&str]); 36] = [
     ("EVALSHA", &["0000000000000000000000000000000000000000", "1", "KEY"]),
     ("EXISTS", &["KEY"]),
@@ -52,22 +52,21 @@ const COMMANDS: [(&str, &[&str]); 36] = [
     ("XREVRANGE", &["KEY", "+", "-", "COUNT", "1"]),
     ("XTRIM", &["KEY", "MAXLEN", "1"]),
     ("PING", &[]),
-    // Keys beside a stream begin with a brace.
+    // Auxiliary keys of a stream begin with a brace.
     ("GET", &["{KEY}:mark"]),
-    // The last, for others would make the key anew.
+    // The last one, because other commands would create the key again.
     ("DEL", &["KEY"]),
 ];
 
-/// What is known of the user's rights at each server.
+/// The servers at which the user has all permissions, with the time of the check.
 #[derive(Debug, Default)]
-pub(crate) struct Rights(Mutex<HashMap<Address, Instant>>);
+pub(crate) struct AclCheck(Mutex<HashMap<Address, Instant>>);
 
-impl Rights {
-    /// Fails with what the user may not do at this server. `key` has just been given a text that is no number, unless that
-    /// is what the user may not do.
-    pub(crate) async fn check(&self, link: &Link, server: &Address, key: &[u8]) -> Result<(), Failure> {
+impl AclCheck {
+    /// Fails with the missing permissions at this server. `key` must hold a text that is not a number.
+    pub(crate) async fn check(&self, link: &RoutedClient, server: &Address, key: &[u8]) -> Result<(), Failure> {
         let lock = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if lock().get(server).is_some_and(|checked_at| checked_at.elapsed() < BELIEVED) {
+        if lock().get(server).is_some_and(|checked_at| checked_at.elapsed() < VALID_FOR) {
             return Ok(());
         }
         let key = String::from_utf8_lossy(key);
@@ -82,9 +81,9 @@ impl Rights {
         for (answer, (command, parts)) in join_all(answers).await.into_iter().zip(COMMANDS) {
             match answer {
                 Err(failure) if failure.kind == StoreErrorKind::Denied => {
-                    missing.push(shown(command, parts, &key));
+                    missing.push(acl_rule(command, parts, &key));
                 }
-                // What concerns every command is told as such.
+                // Such a failure concerns every command.
                 Err(failure) if failure.kind == StoreErrorKind::Unavailable => return Err(failure),
                 Ok(_) | Err(_) => {}
             }
@@ -94,13 +93,13 @@ impl Rights {
             return Ok(());
         }
         missing.dedup();
-        let reason = format!("the user lacks the right to {}: grant it with ACL SETUSER", missing.join(", "));
+        let reason = format!("the user lacks permission for {}; grant it with ACL SETUSER", missing.join(", "));
         Err(Failure::new(StoreErrorKind::Denied, reason))
     }
 }
 
-/// A command as rights are written, such as `+xgroup|create`.
-fn shown(command: &str, parts: &[&str], key: &str) -> String {
+/// Returns the ACL rule that grants a command, such as `+xgroup|create`.
+fn acl_rule(command: &str, parts: &[&str], key: &str) -> String {
     let command = command.to_lowercase();
     match parts.first() {
         Some(part) if part.starts_with('{') => format!("keys such as `{}`", part.replace("KEY", key)),
@@ -130,9 +129,9 @@ mod tests {
     }
 
     #[test]
-    fn rights_are_named_as_they_are_granted() {
-        assert_eq!(shown("XADD", &["KEY"], "k"), "+xadd");
-        assert_eq!(shown("XGROUP", &["CREATE", "KEY"], "k"), "+xgroup|create");
-        assert_eq!(shown("GET", &["{KEY}:mark"], "k"), "keys such as `{k}:mark`");
+    fn acl_rules_are_ready_for_setuser() {
+        assert_eq!(acl_rule("XADD", &["KEY"], "k"), "+xadd");
+        assert_eq!(acl_rule("XGROUP", &["CREATE", "KEY"], "k"), "+xgroup|create");
+        assert_eq!(acl_rule("GET", &["{KEY}:mark"], "k"), "keys such as `{k}:mark`");
     }
 }

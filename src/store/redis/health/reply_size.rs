@@ -1,29 +1,29 @@
-//! How large the entries of each stream are, so that no reply grows too large to arrive in time.
+//! Estimates the size of each stream's entries, so that no reply is too large to arrive in time.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use crate::event::{Entry, StreamName};
 
-/// What one reply may hold.
+/// The maximum size of one reply.
 const REPLY_BYTES: usize = 8 << 20;
-/// What an entry is taken to be, and what it costs beside its fields, until some are seen: 512 make a reply.
+/// The assumed size of an entry until some were read: 512 of them fill a reply.
 const ASSUMED: usize = 16 << 10;
-/// The most streams remembered; past it, all are forgotten.
+/// The maximum number of remembered streams. Beyond it, all are forgotten.
 const MAX_STREAMS: usize = 10_000;
 
-/// The mean size of the entries of each stream that were read last, in bytes.
+/// The mean size of the recently read entries of each stream, in bytes.
 #[derive(Debug, Default)]
-pub(crate) struct Sizes(Mutex<HashMap<StreamName, usize>>);
+pub(crate) struct ReplySizer(Mutex<HashMap<StreamName, usize>>);
 
-impl Sizes {
-    /// How many entries to ask for, of at most `limit`.
+impl ReplySizer {
+    /// Returns the number of entries to request, at most `limit`.
     pub(crate) fn bounded(&self, stream: &StreamName, limit: usize) -> usize {
         let size = self.lock().get(stream).copied().unwrap_or(ASSUMED);
         limit.min(REPLY_BYTES / size.max(1)).max(1)
     }
 
-    /// These were read. A smaller mean is believed only slowly.
+    /// Records entries that were read. The mean shrinks slowly.
     pub(crate) fn learn(&self, stream: &StreamName, entries: &[Entry]) {
         if entries.is_empty() {
             return;
@@ -40,7 +40,7 @@ impl Sizes {
         sizes.insert(stream.clone(), mean);
     }
 
-    /// A reply did not arrive in time: it may have been too large.
+    /// Records that a reply did not arrive in time: it may have been too large.
     pub(crate) fn doubt(&self, stream: &StreamName) {
         let mut sizes = self.lock();
         let known = sizes.entry(stream.clone()).or_insert(ASSUMED);
@@ -64,8 +64,8 @@ mod tests {
     }
 
     #[test]
-    fn large_entries_are_asked_for_in_small_numbers() {
-        let (sizes, stream) = (Sizes::default(), "s".parse().expect("a name"));
+    fn large_entries_are_requested_in_small_numbers() {
+        let (sizes, stream) = (ReplySizer::default(), "s".parse().expect("a name"));
         assert_eq!(sizes.bounded(&stream, 500), 500);
         sizes.learn(&stream, &[entry(1 << 20), entry(1 << 20)]);
         assert_eq!(sizes.bounded(&stream, 500), 8);
@@ -78,8 +78,8 @@ mod tests {
     }
 
     #[test]
-    fn replies_that_do_not_arrive_are_asked_for_in_smaller_parts() {
-        let (sizes, stream) = (Sizes::default(), "s".parse().expect("a name"));
+    fn missing_replies_halve_the_next_request() {
+        let (sizes, stream) = (ReplySizer::default(), "s".parse().expect("a name"));
         let mut asked = Vec::new();
         for _ in 0..5 {
             asked.push(sizes.bounded(&stream, 500));

@@ -1,5 +1,5 @@
--- What the scripts share that keep accounts. A stream's account is one hash: `<counter>:<group>` for what became of
--- a group's entries, `base:<group>` for where its account begins, and `removed` for the entries that the store itself
+-- Functions shared by the scripts that keep accounts. The account of a stream is one hash: `<counter>:<group>` counts a
+-- group's entries, `base:<group>` is the start of its account, and `removed` counts the entries that the store itself
 -- removed from the stream.
 local COUNTERS = {'acknowledged', 'filtered', 'dead', 'trimmed_pending', 'trimmed_undelivered', 'dropped', 'damaged'}
 
@@ -9,7 +9,7 @@ local function field(flat, name)
   end
 end
 
--- Whether id a is smaller than id b. Their parts have up to 20 digits, more than a number of Lua can hold.
+-- Returns whether id a is smaller than id b. Their parts have up to 20 digits, more than a Lua number can hold.
 local function less(a, b)
   local am, as = a:match('^(%d+)-(%d+)$')
   local bm, bs = b:match('^(%d+)-(%d+)$')
@@ -21,8 +21,8 @@ end
 
 local function text(number) return string.format('%.0f', number) end
 
--- How many entries there are after a group's last delivered one; nothing where the server can't tell. At both ends of
--- the stream that is certain; the server's own count in between also counts entries that are gone.
+-- Returns the number of entries after a group's last delivered one, or nil if the server does not know. At both ends of
+-- the stream the number is certain; in between, the server's own count includes removed entries.
 local function undelivered(info, group)
   local delivered = field(group, 'last-delivered-id')
   local first, last = field(info, 'first-entry'), field(info, 'last-entry')
@@ -37,19 +37,19 @@ local function counters(group)
   return names
 end
 
--- Forgets what became of a group's entries.
+-- Deletes the counters of a group.
 local function forget(account, group)
   redis.call('HDEL', account, 'base:' .. group, unpack(counters(group)))
 end
 
--- Begins a group's account where it has none, such that it adds up now, and the stream's. Nothing is begun while the
--- server can't tell how many entries there were, nor while it is full.
+-- Begins a balanced account of a group, and that of the stream, if there is none. Does nothing while the server does not
+-- know the number of entries, or while it is full.
 local function open(account, info, group)
   local added, name = field(info, 'entries-added'), field(group, 'name')
   if not added then return end
   local base = redis.call('HGET', account, 'base:' .. name)
   if base and tonumber(base) <= added then return end
-  -- More than was ever added: the stream was lost and begun anew.
+  -- More than was ever added: the stream was lost and started again.
   if base then forget(account, name) end
   local there = undelivered(info, group)
   if not there then return end
@@ -61,10 +61,9 @@ local function open(account, info, group)
   redis.pcall('HSETNX', account, 'removed', text(added - field(info, 'length')))
 end
 
--- After entries are gone that a group was never given, the server's count of what it still has to be given is wrong
--- until the group comes to the end of the stream. Has the server estimate it anew where it can do so rightly: at both
--- ends. Telling it a number would be worse: Redis 7.0 forgets what was read since when it loads its append-only file,
--- but not that number, and would count from there.
+-- After undelivered entries of a group are removed, the server's lag count is wrong until the group reaches the end of
+-- the stream. This makes the server estimate it again where the estimate is right: at both ends. Setting a number would
+-- be worse: when Redis 7.0 loads its append-only file it forgets the reads after that, but not the number.
 local function recount(stream, group)
   local info, row = redis.call('XINFO', 'STREAM', stream)
   for _, known in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
@@ -77,13 +76,13 @@ local function recount(stream, group)
   if lag and lag ~= undelivered(info, row) then redis.call('XGROUP', 'SETID', stream, group, delivered) end
 end
 
--- How many entries a script may read at once: fewer where they are so large that few of them share a node.
+-- Returns how many entries a script may read at once: fewer if entries are so large that few of them share a node.
 local function step(info)
   local per_node = field(info, 'length') / math.max(field(info, 'radix-tree-nodes'), 1)
   return math.floor(math.max(20, math.min(1000, per_node * 20)))
 end
 
--- Counts what the store itself removed, where the stream's account has begun.
+-- Counts entries that the store itself removed, if the stream's account has begun.
 local function count_removed(account, removed)
   if removed > 0 and redis.call('HEXISTS', account, 'removed') == 1 then
     redis.call('HINCRBY', account, 'removed', removed)

@@ -1,9 +1,9 @@
 -- Appends entries, in order.
--- KEYS: the stream. ARGV: for each run of entries with the same names: how many names; per name the name and the value
---   that all of the run share, empty where it differs; the places of the names whose values differ, parted by spaces;
---   how many entries; and the differing values of one entry after the other. Each argument costs the server and the
---   client time: nothing is repeated.
--- Returns the ids, parted by spaces.
+-- KEYS: the stream. ARGV: for each run of entries with the same names: the number of names; per name the name and the
+--   value that the whole run shares, empty if values differ; the indexes of names with differing values, separated by
+--   spaces; the number of entries; and the differing values, entry by entry. Each argument costs the server and the
+--   client time, so nothing is repeated.
+-- Returns the ids, separated by spaces.
 local call, unpack, v, last = redis.call, unpack, ARGV, #ARGV
 local out, n, i = {}, 0, 1
 while i <= last do

@@ -1,8 +1,8 @@
--- Appends entries, in order. An entry whose idempotency key is remembered is not appended again.
--- KEYS: the stream; then for each entry with an idempotency key, in order, where that key is kept.
--- ARGV: per entry the number of its names and values, then these; where that number is negative, the window in
---   milliseconds and the event id come between.
--- Returns per entry its id, or "=<id> <event id>" of the first with its key.
+-- Appends entries, in order. An entry with a known idempotency key is not appended again.
+-- KEYS: the stream; then for each entry with an idempotency key, in order, the key that stores it.
+-- ARGV: per entry the number of its names and values, then these. A negative number means that the window in
+--   milliseconds and the event id come before them.
+-- Returns per entry its id, or "=<id> <event id>" of the first entry with its key.
 local call, unpack, stream, last = redis.call, unpack, KEYS[1], #ARGV
 local out, n, i = {}, 0, 1
 local known = {}

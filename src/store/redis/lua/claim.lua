@@ -1,11 +1,11 @@
--- Takes over pending entries that have been idle for long enough, and finds those whose bodies are gone.
--- KEYS: the stream, its account, and in a cluster where it is noted what is being moved to dead letters elsewhere.
--- ARGV: group, consumer, least idle time in milliseconds, then either
---   'ids' and the ids, or 'from', the id to begin with, how many to take, how many to look at, and how many may be
---   taken together with an entry that was delivered once, twice, or more often.
--- Returns the entries taken, how often each was delivered before, the ids lost, the last id looked at where there may
---   be more after it; where it was left because too many would be taken with it, how often it was delivered; and, if
---   any was being moved to dead letters elsewhere, for each one taken to which stream of them, or an empty text.
+-- Claims pending entries that have been idle for long enough, and finds those whose bodies are gone.
+-- KEYS: the stream, its account, and in a cluster the hash of destinations of dead letters in other slots.
+-- ARGV: group, consumer, minimum idle time in milliseconds, then either
+--   'ids' and the ids, or 'from', the first id, the maximum to claim, the maximum to scan, and the maximum to claim
+--   together with an entry that was delivered once, twice, or more often.
+-- Returns the claimed entries, the earlier deliveries of each, the lost ids, the last scanned id if there may be more
+--   after it, the deliveries of that entry if it was skipped because of the isolation limits, and, if any entry was
+--   being moved to another slot, the dead-letter stream of each claimed entry, or an empty text.
 local call, stream, group, consumer, idle = redis.call, KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3])
 local ids, attempts, more, left = {}, {}, '', 0
 local function consider(row)
@@ -42,7 +42,7 @@ end
 if #ids == 0 then return {{}, {}, {}, more, left, {}} end
 local taken, counts, lost, present = {}, {}, {}, {}
 for _, entry in ipairs(call('XCLAIM', stream, group, consumer, idle, unpack(ids))) do
-  -- Servers before 7.0 answer nil for an entry whose body is gone; newer ones drop it from the pending entries.
+  -- For an entry whose body is gone, servers before 7.0 reply nil; newer ones remove it from the pending entries.
   if entry and entry[2] then
     taken[#taken + 1] = entry
     counts[#counts + 1] = attempts[entry[1]]

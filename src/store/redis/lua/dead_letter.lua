@@ -1,7 +1,7 @@
--- Moves pending entries that the consumer still holds to the dead letters: first appended there, then acknowledged,
--- so that a failing append leaves the entry pending. A second run finds nothing pending and appends nothing.
--- KEYS: the stream, its account, the stream of dead letters. ARGV: group, consumer, then per entry its id, the number of names
---   and values of its record, and these.
+-- Moves pending entries that the consumer still holds to the dead letters. Appends first and acknowledges then, so that
+-- a failed append leaves the entry pending. A repeated run finds nothing pending and appends nothing.
+-- KEYS: the stream, its account, the dead-letter stream. ARGV: group, consumer, then per entry its id, the number of
+--   names and values of its record, and these.
 -- Returns how many the consumer does not hold.
 local call, stream, dead, group, consumer = redis.call, KEYS[1], KEYS[3], ARGV[1], ARGV[2]
 local not_owned, i = 0, 3

@@ -1,7 +1,7 @@
--- Removes the oldest entries whoever has still to handle them, and counts them for each group that does. One bounded
--- step. KEYS: the stream, its account. ARGV: how many entries to keep.
--- Returns how many were removed, 1 where there is more to remove, the first and the last id, and per group that lost
--- some its name, how many were pending, and how many it was never given.
+-- Removes the oldest entries, settled or not, and counts them as lost for each group that had not settled them. One
+-- bounded step. KEYS: the stream, its account. ARGV: the number of entries to keep.
+-- Returns how many were removed, 1 if there are more to remove, the first and the last id, and per group with losses its
+-- name, the number of pending and the number of undelivered ones.
 local call, stream, account, keep = redis.call, KEYS[1], KEYS[2], tonumber(ARGV[1])
 if call('EXISTS', stream) == 0 then return {0, 0, '', '', {}} end
 local info = call('XINFO', 'STREAM', stream)
@@ -16,7 +16,7 @@ local losers = {}
 for _, group in ipairs(call('XINFO', 'GROUPS', stream)) do
   local name, delivered = field(group, 'name'), field(group, 'last-delivered-id')
   local pending, missed = {}, 0
-  -- Those pending whose bodies were gone before are for a claim to find.
+  -- Pending entries whose bodies were gone before are reported by a claim.
   for _, row in ipairs(call('XPENDING', stream, name, '-', last, want * 2)) do
     if is_victim[row[1]] and #pending < 1000 then pending[#pending + 1] = row[1] end
   end
@@ -27,7 +27,7 @@ for _, group in ipairs(call('XINFO', 'GROUPS', stream)) do
   if #pending + missed > 0 then losers[#losers + 1] = {name, pending, missed} end
 end
 
--- A server that is full lets a script go on that has written: so the counts come after the trim.
+-- A full server lets a script continue after its first write, so the counts come after the trim.
 if oldest[want + 1] then
   call('XTRIM', stream, 'MINID', oldest[want + 1][1])
 else

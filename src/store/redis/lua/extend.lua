@@ -1,4 +1,4 @@
--- Counts pending entries that the consumer still holds as delivered just now, without a further attempt.
+-- Resets the idle time of pending entries that the consumer still holds, without a further attempt.
 -- KEYS: the stream. ARGV: group, consumer, ids. Returns the ids that the consumer does not hold.
 local call, stream, group, consumer = redis.call, KEYS[1], ARGV[1], ARGV[2]
 local own, not_owned = {}, {}
@@ -8,7 +8,7 @@ for i = 3, #ARGV do
   if not row or row[2] ~= consumer then
     not_owned[#not_owned + 1] = id
   elseif #call('XRANGE', stream, id, id) > 0 then
-    -- An entry whose body is gone is left for a claim to find: XCLAIM would drop it silently.
+    -- Skip an entry whose body is gone: XCLAIM would drop it silently, a claim reports it.
     own[#own + 1] = id
   end
 end

@@ -1,5 +1,5 @@
--- Fetches the next entries of a group, without waiting. KEYS: the stream. ARGV: group, consumer, how many at most.
--- Returns the entries and, where there are none, the last id of the stream: what comes after it is new.
+-- Fetches the next entries of a group, without waiting. KEYS: the stream. ARGV: group, consumer, the maximum number.
+-- Returns the entries, or if there are none, the last id of the stream: entries after it are new.
 local call, stream = redis.call, KEYS[1]
 local read = call('XREADGROUP', 'GROUP', ARGV[1], ARGV[2], 'COUNT', ARGV[3], 'STREAMS', stream, '>')
 if read and read[1] then return {read[1][2], ''} end

@@ -1,6 +1,6 @@
--- Takes a lease, or renews it for who holds it.
--- KEYS: the lease, the count of leases taken. ARGV: the holder, for how long in milliseconds.
--- Returns the fence; where another holds the lease, who, and for how many more milliseconds.
+-- Takes a lease, or renews it for its holder.
+-- KEYS: the lease, the counter of fences. ARGV: the holder, the time to live in milliseconds.
+-- Returns the fence, or if another holder has the lease, that holder and the milliseconds left.
 local call, lease = redis.call, KEYS[1]
 local held = call('GET', lease)
 if held then

@@ -1,14 +1,13 @@
--- Hands on pending entries that whoever held them has left: each is appended again at the end of the stream, for this
--- group alone, and then acknowledged. One that was delivered too often is taken over instead, without a further
--- delivery being counted, for the caller to give it up.
--- KEYS: the stream, its account. ARGV: group, consumer that takes over, least idle time in milliseconds, the id to begin with, how
---   many entries to act on, how many to look at, how many bytes of entries to act on, from how many deliveries on an
---   entry is taken over, the most names and values of one entry, and the names of three fields: the group that an entry
---   is for, the id it had first, and how many deliveries it had before.
--- An entry of more names and values is taken over as well, for the caller to append it again.
--- Returns how many were handed on, how many were acknowledged because they are for another group, the ids lost, the
---   entries taken over, how often each was delivered, and the last id looked at where there may be more after it;
---   then the entries that are too wide, and how often each was delivered.
+-- Redelivers abandoned pending entries: appends each again at the end of the stream, for this group only, and then
+-- acknowledges it. An entry with too many deliveries is claimed instead, without a further delivery, so that the caller
+-- can give it up. An entry with too many names and values is claimed as well, so that the caller can append it.
+-- KEYS: the stream, its account. ARGV: group, the claiming consumer, minimum idle time in milliseconds, the first id, the
+--   maximum of entries to act on, of entries to scan and of bytes to act on, the number of deliveries from which on an
+--   entry is claimed, the maximum of names and values of one entry, and the names of three fields: the group that an
+--   entry is for, its first id, and its earlier deliveries.
+-- Returns the number of redelivered entries, the number acknowledged because they are for another group, the lost ids,
+--   the entries with too many deliveries, the deliveries of each, and the last scanned id if there may be more after it;
+--   then the entries that are too large, and the deliveries of each.
 local call, stream, group, consumer, idle = redis.call, KEYS[1], ARGV[1], ARGV[2], tonumber(ARGV[3])
 local wanted, scan, room = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local limit, widest = tonumber(ARGV[8]), tonumber(ARGV[9])
@@ -32,7 +31,7 @@ local function act(id, count)
     elseif name == first_id then
       first = value
     elseif name == deliveries then
-      -- Anyone can write to the stream: only a plain number counts.
+      -- Other programs can write this field: only a plain number is valid.
       before = #value <= 9 and value:match('^%d+$') and tonumber(value) or 0
     else
       copy[#copy + 1], copy[#copy + 2] = name, value

@@ -1,4 +1,4 @@
--- Removes a consumer with nothing pending. KEYS: the stream. ARGV: group, consumer. Returns 1 where it was removed.
+-- Removes a consumer with nothing pending. KEYS: the stream. ARGV: group, consumer. Returns 1 if it was removed.
 local call, stream, group, consumer = redis.call, KEYS[1], ARGV[1], ARGV[2]
 for _, info in ipairs(call('XINFO', 'CONSUMERS', stream, group)) do
   local name, pending

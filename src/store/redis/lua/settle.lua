@@ -1,6 +1,6 @@
--- Acknowledges, re-arms or releases pending entries, those that the consumer still holds.
--- KEYS: the stream, its account. ARGV: group, consumer, then per entry its id, what to do ('ack', 'filter',
---   'retry' or 'release'), and how long it counts as idle from now on, in milliseconds.
+-- Acknowledges, re-arms or releases pending entries, if the consumer still holds them.
+-- KEYS: the stream, its account. ARGV: group, consumer, then per entry its id, the action ('ack', 'filter', 'retry' or
+--   'release'), and its new idle time in milliseconds.
 -- Returns how many the consumer does not hold.
 local call, stream, group, consumer = redis.call, KEYS[1], ARGV[1], ARGV[2]
 local done, not_owned = {ack = {}, filter = {}}, 0
@@ -12,11 +12,11 @@ for i = 3, #ARGV, 3 do
   elseif done[what] then
     table.insert(done[what], id)
   elseif #call('XRANGE', stream, id, id) > 0 then
-    -- An entry whose body is gone stays as it is: XCLAIM would drop it, and no one would be told of the loss.
+    -- Skip an entry whose body is gone: XCLAIM would drop it silently, a claim reports it.
     if what == 'retry' then
       call('XCLAIM', stream, group, consumer, 0, id, 'IDLE', idle, 'JUSTID')
     else
-      -- One that counts as idle for as long was released already: this is the same settlement once more.
+      -- An entry with that idle time was released before: this settlement is a repetition.
       local count = row[3] >= tonumber(idle) and row[4] or math.max(row[4] - 1, 0)
       call('XCLAIM', stream, group, consumer, 0, id, 'IDLE', idle, 'RETRYCOUNT', count, 'JUSTID')
     end

@@ -1,11 +1,11 @@
--- Removes the oldest entries, but none that a group has still to handle. One bounded step.
--- KEYS: the stream, its account. ARGV: 'length' and how many to keep, or 'before' and the smallest id to keep; then
---   the groups that don't matter.
--- Returns how many were removed, and 1 where another step may remove more.
+-- Removes the oldest entries, but none that a group has not settled. One bounded step.
+-- KEYS: the stream, its account. ARGV: 'length' and the number to keep, or 'before' and the smallest id to keep; then
+--   the groups to ignore.
+-- Returns how many were removed, and 1 if another step may remove more.
 local call, stream, account = redis.call, KEYS[1], KEYS[2]
 if call('EXISTS', stream) == 0 then return {0, 0} end
 
--- The id after this one; the id itself where the sequence number is too great to count with, which keeps one more.
+-- Returns the id after this one, or the id itself if its sequence number exceeds a Lua number; that keeps one more.
 local function after(id)
   local ms, seq = id:match('^(%d+)-(%d+)$')
   if #seq > 15 then return id end
@@ -15,7 +15,7 @@ end
 local ignored = {}
 for i = 3, #ARGV do ignored[ARGV[i]] = true end
 
--- The smallest id that some group has still to handle.
+-- The smallest id that a group has not settled.
 local floor
 local function consider(group)
   local needed = after(field(group, 'last-delivered-id'))
@@ -58,7 +58,7 @@ if kept_by_groups <= STEP then
   end
   return done(removed, true)
 end
--- Too many entries after the floor to count them: go from the oldest on, as far as the floor.
+-- Too many entries after the floor to count them: remove from the oldest on, up to the floor.
 local want = math.min(length - keep, STEP)
 local oldest = call('XRANGE', stream, '-', '+', 'COUNT', want + 1)
 local cut = 0

@@ -1,4 +1,4 @@
--- Begins a script that only the holder of a lease may run. Its last key is the lease, its last argument what that holds.
+-- The first lines of a script that needs a lease. Its last key is the lease, its last argument the lease's value.
 if redis.call('GET', table.remove(KEYS)) ~= table.remove(ARGV) then
   return redis.error_reply('LEASELOST the lease is held by another, or by no one')
 end

@@ -1,4 +1,4 @@
-//! Where servers are: the text of a URL, with one host or several, taken apart.
+//! Server addresses: parses URLs with one host or several.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use crate::store::redis::config::InvalidConfig;
 const PORT: u16 = 6379;
 const SENTINEL_PORT: u16 = 26379;
 
-/// Where one server listens.
+/// The address of one server.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Address {
     pub(crate) host: Arc<str>,
@@ -22,14 +22,14 @@ impl Address {
         Self { host: host.into(), port }
     }
 
-    /// From `host:port` as a cluster tells it; without a host it is the one that was asked.
-    pub(crate) fn told(text: &str, asked: &Self) -> Option<Self> {
+    /// Parses `host:port` as a cluster node reports it. Without a host it is the address of that node.
+    pub(crate) fn reported(text: &str, asked: &Self) -> Option<Self> {
         let (host, port) = text.rsplit_once(':')?;
         let port = port.parse().ok()?;
         Some(Self::named(host, port, asked))
     }
 
-    /// From a host and a port as a cluster tells them; one that does not know its own name leaves the host out.
+    /// Builds an address from a reported host and port. A node that does not know its own name omits the host.
     pub(crate) fn named(host: &str, port: u16, asked: &Self) -> Self {
         let host = if host.is_empty() || host == "?" { &*asked.host } else { host };
         Self::new(host.trim_matches(['[', ']']), port)
@@ -43,14 +43,14 @@ impl fmt::Display for Address {
     }
 }
 
-/// How the server for a key is found.
+/// How the servers are found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Topology {
-    /// It is always this one.
+    /// One fixed server.
     Single(Address),
-    /// Sentinels know which server is the primary of a service.
+    /// The primary of a service, found by sentinels.
     Sentinel { sentinels: Vec<Address>, service: String },
-    /// Nodes of a cluster know who has which keys.
+    /// The nodes of a cluster, found by some of them.
     Cluster(Vec<Address>),
 }
 
@@ -65,7 +65,7 @@ impl fmt::Display for Topology {
     }
 }
 
-/// What a URL says.
+/// The content of a URL.
 #[derive(Clone)]
 pub(crate) struct Target {
     pub(crate) with_tls: bool,
@@ -75,13 +75,13 @@ pub(crate) struct Target {
     pub(crate) database: Option<u8>,
 }
 
-/// The parts of a URL that may name several hosts.
+/// The parts of a URL that may contain several hosts.
 struct Parts<'a> {
     scheme: &'a str,
-    /// With the `@` that ends it; empty where there is none.
+    /// Including the final `@`; empty if there are no credentials.
     credentials: &'a str,
     hosts: &'a str,
-    /// With the slash that begins it.
+    /// Including the first slash.
     path: &'a str,
 }
 
@@ -96,7 +96,7 @@ impl<'a> Parts<'a> {
 }
 
 impl Target {
-    /// Takes a URL apart: `redis[s][-sentinel|-cluster]://[user:password@]host[:port][,host…][/service][/database]`.
+    /// Parses a URL: `redis[s][-sentinel|-cluster]://[user:password@]host[:port][,host…][/service][/database]`.
     pub(crate) fn parse(text: &str) -> Result<Self, InvalidConfig> {
         let Some(parts) = Parts::of(text) else {
             return Err(match Url::parse(text) {
@@ -120,7 +120,7 @@ impl Target {
                 address(&url, default_port)
             })
             .collect::<Result<Vec<_>, _>>()?;
-        // Any host will do to have the credentials read.
+        // Parses the credentials with any host.
         let url =
             Url::parse(&format!("redis://{}host{}", parts.credentials, parts.path)).map_err(InvalidConfig::Url)?;
         if url.query().is_some() || url.fragment().is_some() {
@@ -159,7 +159,7 @@ impl Target {
     }
 }
 
-/// The URL with its password replaced; nothing where it can't be told where the password is.
+/// Returns the URL with its password replaced, or `None` if the password cannot be located.
 pub(crate) fn masked(text: &str, mask: &str) -> Option<String> {
     let Parts { scheme, credentials, hosts, path } = Parts::of(text)?;
     Some(match credentials.split_once(':') {
@@ -178,7 +178,7 @@ fn address(url: &Url, default_port: u16) -> Result<Address, InvalidConfig> {
     Ok(Address::new(&host, url.port().unwrap_or(default_port)))
 }
 
-/// Text of a URL with its %-escapes resolved.
+/// Decodes the percent-escapes of a URL's text.
 fn decoded(text: &str) -> Result<String, InvalidConfig> {
     let mut out = Vec::with_capacity(text.len());
     let mut bytes = text.bytes();
@@ -220,18 +220,18 @@ mod tests {
     }
 
     #[test]
-    fn what_a_url_cannot_mean_is_refused_in_words() {
+    fn invalid_urls_are_refused_with_reason() {
         let refused = |url: &str| match Target::parse(url) {
-            Ok(_) => panic!("{url} is taken"),
+            Ok(_) => panic!("{url} is accepted"),
             Err(error) => error.to_string(),
         };
         let cases = [
-            ("redis-sentinel://h:1", "names no service"),
-            ("redis-sentinel://h/x/db", "`db` is no database"),
+            ("redis-sentinel://h:1", "the service name is missing"),
+            ("redis-sentinel://h/x/db", "database `db` is not a number"),
             ("redis-cluster://h/1", "has database 0 only"),
             ("redis://a,b/0", "several hosts"),
-            ("redis-cluster://a,,b", "names no host"),
-            ("redis-ring://a", "the scheme is `redis-ring`"),
+            ("redis-cluster://a,,b", "the host is missing"),
+            ("redis-ring://a", "the scheme `redis-ring`"),
             ("redis://a/0?db=1", "nothing may follow"),
         ];
         for (url, words) in cases {
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn passwords_are_masked_whatever_the_hosts() {
+    fn passwords_are_masked_with_any_hosts() {
         let cases = [
             ("redis://u:secret@h/0", Some("redis://u:*@h/0")),
             ("redis-cluster://:se@cret@a,b:1", Some("redis-cluster://:*@a,b:1")),
@@ -256,8 +256,8 @@ mod tests {
     #[test]
     fn a_node_that_does_not_know_its_name_is_where_it_was_asked() {
         let asked = Address::new("10.0.0.1", 7000);
-        assert_eq!(Address::told(":7001", &asked), Some(Address::new("10.0.0.1", 7001)));
-        assert_eq!(Address::told("fd00::2:7002", &asked), Some(Address::new("fd00::2", 7002)));
-        assert_eq!(Address::told("nowhere", &asked), None);
+        assert_eq!(Address::reported(":7001", &asked), Some(Address::new("10.0.0.1", 7001)));
+        assert_eq!(Address::reported("fd00::2:7002", &asked), Some(Address::new("fd00::2", 7002)));
+        assert_eq!(Address::reported("nowhere", &asked), None);
     }
 }

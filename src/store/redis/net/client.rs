@@ -1,6 +1,6 @@
-//! Links: the way of a command to the server that has its key, and to the one which that server names instead.
+//! Routed clients: send a command to the server of its key, and follow redirects to another server.
 //!
-//! A command that a server has sent elsewhere was not run, so it is sent again, there. Nothing else is ever sent twice.
+//! A redirected command did not run, so it is sent again to the named server. No other command is ever sent twice.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,22 +16,22 @@ use crate::store::redis::net::address::Address;
 use crate::store::redis::net::connection::Arguments;
 use crate::store::redis::net::durability;
 use crate::store::redis::net::error::Failure;
-use crate::store::redis::net::pool::{Leased, Pool};
-use crate::store::redis::net::reconnect::Line;
+use crate::store::redis::net::pool::{LeasedConnection, Pool};
+use crate::store::redis::net::reconnect::ReconnectingConnection;
 use crate::store::redis::net::reply::Reply;
 use crate::store::redis::net::script::Script;
-use crate::store::redis::net::topology::{Map, Route, Servers};
+use crate::store::redis::net::topology::{Route, SlotMap, TopologyWatcher};
 
-/// What a blocking read may take beyond the time it blocks.
+/// The time that a blocking read may take beyond its blocking time.
 const READ_MARGIN: Duration = Duration::from_millis(1500);
 
-/// A line to each server that is needed, for one purpose.
+/// A client with one connection per server, for one purpose.
 #[derive(Debug, Clone)]
-pub(crate) struct Link {
+pub(crate) struct RoutedClient {
     shared: Arc<Shared>,
-    /// What scripts that append wait for, each on a connection of its own.
+    /// The durability that appending scripts wait for, each on a connection of its own.
     durability: Durability,
-    /// Whether they wait for replicas as far as there are any.
+    /// Whether they wait for the replicas that exist.
     is_spreading: bool,
 }
 
@@ -39,27 +39,27 @@ pub(crate) struct Link {
 struct Shared {
     purpose: &'static str,
     settings: Arc<Settings>,
-    servers: Servers,
-    lines: Mutex<Lines>,
-    /// For what needs a connection to itself.
+    servers: TopologyWatcher,
+    lines: Mutex<ConnectionMap>,
+    /// The connections for exclusive use.
     pool: Arc<Pool>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
 
 #[derive(Debug, Default)]
-struct Lines {
-    by_server: HashMap<Address, Line>,
-    /// The map by which lines were given up last.
-    pruned_by: Option<Arc<Map>>,
+struct ConnectionMap {
+    by_server: HashMap<Address, ReconnectingConnection>,
+    /// The slot map by which connections were last removed.
+    pruned_by: Option<Arc<SlotMap>>,
 }
 
-impl Link {
-    /// A link whose lines are kept up by `tasks` until `stop` is cancelled.
+impl RoutedClient {
+    /// Creates a client. `tasks` keep its connections open until `stop` is cancelled.
     pub(crate) fn new(
         purpose: &'static str,
         settings: Arc<Settings>,
-        servers: Servers,
+        servers: TopologyWatcher,
         pool: Arc<Pool>,
         tasks: TaskTracker,
         stop: CancellationToken,
@@ -68,18 +68,19 @@ impl Link {
         Self { shared: Arc::new(shared), durability: Durability::MEMORY, is_spreading: false }
     }
 
-    /// The same, but scripts return only when what they wrote is as durable as that.
+    /// Returns a client whose scripts return after their writes have this durability.
     pub(crate) fn waiting_for(&self, durability: Durability) -> Self {
         Self { shared: Arc::clone(&self.shared), durability, is_spreading: false }
     }
 
-    /// The same, but scripts return only when replicas have what they wrote, as far as there are any and they are not
-    /// slow: an answer is then no promise, but a server that dies before is an error.
-    pub(crate) fn spreading(&self) -> Self {
+    /// Returns a client whose scripts wait for the replicas that exist, within a time limit.
+    ///
+    /// A result is then no promise of replication, but the loss of the server before it is an error.
+    pub(crate) fn waiting_for_replicas(&self) -> Self {
         Self { shared: Arc::clone(&self.shared), durability: Durability::MEMORY, is_spreading: true }
     }
 
-    /// Waits for the outcome of the first attempt to connect, within bounds.
+    /// Waits for the first attempt to connect, within a time limit.
     pub(crate) async fn first_attempt(&self) {
         if let Ok(map) = self.shared.servers.map().await {
             for (server, _) in map.servers() {
@@ -88,24 +89,24 @@ impl Link {
         }
     }
 
-    /// Why the line to this server is down, if it is.
+    /// Returns why the connection to this server is down, or `None` if it is up.
     pub(crate) async fn up(&self, server: &Address) -> Result<(), Failure> {
         self.line(server).connection().await.map(|_| ())
     }
 
-    /// A connection of its own to the server of this key, to be given back once nothing is under way on it.
-    pub(crate) async fn alone(&self, key: &[u8]) -> Result<Leased, Failure> {
+    /// Leases a connection for exclusive use to the server of this key. Return it when no command is in flight.
+    pub(crate) async fn lease_connection(&self, key: &[u8]) -> Result<LeasedConnection, Failure> {
         let route = self.shared.servers.route(key).await?;
         self.lease(&route).await
     }
 
-    pub(crate) fn give_back(&self, leased: Leased) {
-        self.shared.pool.give_back(leased);
+    pub(crate) fn release(&self, leased: LeasedConnection) {
+        self.shared.pool.release(leased);
     }
 
-    /// A failure on such a connection, and what it tells of the servers.
-    pub(crate) fn judged(&self, failure: Failure) -> Failure {
-        self.shared.servers.judged(failure)
+    /// Handles a failure on a leased connection: the slot map may be out of date.
+    pub(crate) fn classify(&self, failure: Failure) -> Failure {
+        self.shared.servers.classify(failure)
     }
 
     pub(crate) fn settings(&self) -> &Settings {
@@ -116,12 +117,12 @@ impl Link {
         self.durability
     }
 
-    /// Sends one command, once. Cancel-safe, though the server may then have run it.
+    /// Sends one command, once. Cancel-safe, but the server may have run a cancelled command.
     pub(crate) async fn call(&self, command: &'static str, key: &[u8], arguments: Arguments) -> Result<Reply, Failure> {
         let mut route = self.shared.servers.route(key).await?;
         if !self.shared.servers.is_cluster() {
             let answer = self.call_at(&route, command, arguments).await;
-            return answer.map_err(|failure| self.shared.servers.judged(failure));
+            return answer.map_err(|failure| self.shared.servers.classify(failure));
         }
         loop {
             match self.call_at(&route, command, arguments.clone()).await {
@@ -140,10 +141,10 @@ impl Link {
     ) -> Result<Reply, Failure> {
         let connection = self.line(server).connection().await?;
         let answer = connection.call(command, arguments, self.shared.settings.command_timeout, false).await;
-        answer.map_err(|failure| self.shared.servers.judged(failure))
+        answer.map_err(|failure| self.shared.servers.classify(failure))
     }
 
-    /// Runs a script, loading it where the server does not know it. The first key tells the cluster's node.
+    /// Runs a script, and loads it if the server does not know it. The first key decides the node of a cluster.
     pub(crate) async fn run(&self, script: &Script, keys: &[Bytes], arguments: Arguments) -> Result<Reply, Failure> {
         let again = |all: &mut Arguments| {
             all.append(arguments.clone());
@@ -151,7 +152,7 @@ impl Link {
         self.run_with(script, keys, again).await
     }
 
-    /// The same with arguments that are made when they are needed: copying many costs more than making them again.
+    /// Runs a script with arguments that are built on demand: copying many costs more than building them again.
     pub(crate) async fn run_with(
         &self,
         script: &Script,
@@ -187,8 +188,8 @@ impl Link {
             Ok(_) => durability::confirm(&leased.connection, self.durability, keys, route.is_asking, settings).await,
             Err(_) => Ok(()),
         };
-        // A connection that broke is not kept.
-        self.shared.pool.give_back(leased);
+        // A broken connection is not kept.
+        self.shared.pool.release(leased);
         match confirmed {
             Ok(()) => answer,
             Err(failure) => Err(Failure { unconfirmed: answer.ok().map(Box::new), ..failure }),
@@ -203,17 +204,17 @@ impl Link {
         }
         let leased = self.lease(route).await?;
         let answer = leased.connection.ask(true, command, arguments, limit, false).await;
-        self.shared.pool.give_back(leased);
+        self.shared.pool.release(leased);
         answer
     }
 
-    async fn lease(&self, route: &Route) -> Result<Leased, Failure> {
+    async fn lease(&self, route: &Route) -> Result<LeasedConnection, Failure> {
         self.up(&route.address).await?;
         self.shared.pool.take(&route.address).await
     }
 
-    /// The line to a server. Lines to servers that the newest map does not have are given up.
-    fn line(&self, server: &Address) -> Line {
+    /// Returns the connection to a server. Removes connections to servers that the newest slot map does not contain.
+    fn line(&self, server: &Address) -> ReconnectingConnection {
         let shared = &self.shared;
         let mut lines = shared.lines.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(map) = shared.servers.known()
@@ -222,7 +223,7 @@ impl Link {
             lines.by_server.retain(|address, line| {
                 let is_needed = map.has(address) || address == server;
                 if !is_needed {
-                    line.give_up();
+                    line.close();
                 }
                 is_needed
             });
@@ -231,7 +232,7 @@ impl Link {
         if let Some(line) = lines.by_server.get(server) {
             return line.clone();
         }
-        let (line, keep_up) = Line::new(
+        let (line, keep_up) = ReconnectingConnection::new(
             shared.purpose,
             server.clone(),
             Arc::clone(&shared.settings),
@@ -244,20 +245,20 @@ impl Link {
     }
 }
 
-/// Blocking reads: each has a connection to itself while it runs.
+/// Runs blocking reads, each on a connection of its own.
 #[derive(Debug)]
 pub(crate) struct Readers {
     pool: Pool,
-    /// Tells whether it makes sense to open a connection.
-    link: Link,
+    /// The client that knows whether the server is reachable.
+    link: RoutedClient,
 }
 
 impl Readers {
-    pub(crate) fn new(settings: Arc<Settings>, link: Link) -> Self {
+    pub(crate) fn new(settings: Arc<Settings>, link: RoutedClient) -> Self {
         Self { pool: Pool::new(settings), link }
     }
 
-    /// Runs one command that blocks for up to `wait`. A call that is dropped costs its connection, nothing else.
+    /// Runs one command that blocks for up to `wait`. A cancelled call closes its connection and has no other effect.
     pub(crate) async fn read(
         &self,
         command: &'static str,
@@ -273,7 +274,7 @@ impl Readers {
             let leased = self.pool.take(&route.address).await?;
             let answer =
                 leased.connection.ask(route.is_asking, command, arguments.clone(), limit, !wait.is_zero()).await;
-            self.pool.give_back(leased);
+            self.pool.release(leased);
             match answer {
                 Err(failure) => route = shared.servers.after(&route, failure)?,
                 answer => return answer,
@@ -281,7 +282,7 @@ impl Readers {
         }
     }
 
-    /// Closes what is idle.
+    /// Closes the idle connections.
     pub(crate) fn close(&self) {
         self.pool.close();
     }

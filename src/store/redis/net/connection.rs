@@ -1,8 +1,8 @@
 //! One connection to one server.
 //!
-//! A connection is used only as long as nothing about it is in doubt. After a timeout, a cancelled call or a reply of
-//! the wrong shape it is closed and another one is opened: what may still come on it can then never be taken for
-//! the answer to something else. No command is ever sent twice from here.
+//! A connection is used while its state is certain. After a timeout, a cancelled blocking call or a malformed reply it is
+//! closed and another one is opened, so that a late reply can never be taken for the reply to another command. No
+//! command is sent twice.
 
 use std::fmt::Write as _;
 use std::pin::pin;
@@ -27,7 +27,7 @@ use crate::store::redis::net::error::Failure;
 use crate::store::redis::net::reply::Reply;
 use crate::store::redis::net::script::Script;
 
-/// The arguments of a command, collected.
+/// The arguments of a command.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Arguments(Vec<Value>);
 
@@ -49,19 +49,19 @@ impl Arguments {
         self
     }
 
-    pub(crate) fn shown(&mut self, shown: &impl ToString) -> &mut Self {
-        self.bytes(shown.to_string())
+    pub(crate) fn display(&mut self, value: &impl ToString) -> &mut Self {
+        self.bytes(value.to_string())
     }
 
     pub(crate) fn name(&mut self, name: &str) -> &mut Self {
         self.bytes(Bytes::copy_from_slice(name.as_bytes()))
     }
 
-    /// Many ids, in one piece of memory.
+    /// Adds many ids in one allocation.
     pub(crate) fn ids(&mut self, ids: &[EntryId]) -> &mut Self {
         let mut texts = BytesMut::with_capacity(ids.len() * 20);
         for id in ids {
-            write!(texts, "{id}").expect("a buffer that grows takes everything");
+            write!(texts, "{id}").expect("writing to a growing buffer cannot fail");
             self.bytes(texts.split().freeze());
         }
         self
@@ -73,14 +73,14 @@ impl Arguments {
     }
 }
 
-/// What a connection is for.
+/// The purpose of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Purpose {
-    /// For many calls at a time.
+    /// Many calls at a time.
     Shared,
-    /// For one call at a time, which may take long.
+    /// One call at a time, which may take long.
     Exclusive,
-    /// To ask a sentinel.
+    /// Requests to a sentinel.
     Sentinel,
 }
 
@@ -90,15 +90,15 @@ pub(crate) struct Connection {
     client: Client,
     router: AbortHandle,
     address: Address,
-    /// Nothing more may be sent on it.
-    pub(crate) doubted: CancellationToken,
-    /// It works, but its server is not the one it should be.
-    pub(crate) misplaced: CancellationToken,
-    /// Set once the server is known to have writes on its disk when asked.
+    /// Cancelled when the connection must not be used any more.
+    pub(crate) poisoned: CancellationToken,
+    /// Cancelled when the connection works but leads to the wrong server.
+    pub(crate) wrong_server: CancellationToken,
+    /// Set when the server is known to support waiting for its disk.
     pub(crate) reaches_disk: OnceLock<()>,
 }
 
-/// The task that drives a connection; what it ends with is why the connection ended.
+/// The task that drives a connection. Its result is the reason for the end.
 pub(crate) type Router = JoinHandle<Result<(), fred::error::Error>>;
 
 impl Drop for Connection {
@@ -108,7 +108,7 @@ impl Drop for Connection {
 }
 
 impl Connection {
-    /// Connects, within the time that an answer may take. Where sentinels named the server, it must be a primary.
+    /// Connects, within the command timeout. A server found by sentinels must be a primary.
     pub(crate) async fn open(
         settings: &Settings,
         address: &Address,
@@ -120,12 +120,12 @@ impl Connection {
         config.server = ServerConfig::Centralized { server };
         let mut performance = settings.performance.clone();
         if purpose != Purpose::Shared {
-            // The client's own limit would end long waits; each call has its own.
+            // The client's own timeout would end long waits. Each call has a timeout instead.
             performance.default_command_timeout = Duration::ZERO;
         }
         let client = Client::new(config, Some(performance), Some(settings.connection.clone()), None);
         let mut connected = pin!(client.wait_for_connect());
-        // Its first poll subscribes to the outcome, which must not come before.
+        // The first poll subscribes to the result, so poll before connecting.
         let is_ready = std::future::poll_fn(|context| Poll::Ready(connected.as_mut().poll(context).is_ready())).await;
         debug_assert!(!is_ready, "the client is new");
         let router = client.connect();
@@ -133,8 +133,8 @@ impl Connection {
             router: router.abort_handle(),
             client: client.clone(),
             address: address.clone(),
-            doubted: CancellationToken::new(),
-            misplaced: CancellationToken::new(),
+            poisoned: CancellationToken::new(),
+            wrong_server: CancellationToken::new(),
             reaches_disk: OnceLock::new(),
         };
         match timeout(settings.command_timeout, connected).await {
@@ -148,7 +148,7 @@ impl Connection {
         Ok((connection, router))
     }
 
-    /// Who may not ask finds out by the first write.
+    /// Checks that the server is a primary. Without permission for ROLE, the first write detects a replica.
     async fn check_is_primary(&self, limit: Duration) -> Result<(), Failure> {
         let role = match self.call("ROLE", Arguments::default(), limit, false).await {
             Err(failure) if failure.kind == StoreErrorKind::Denied => return Ok(()),
@@ -157,23 +157,23 @@ impl Connection {
         if role.as_ref() == b"master" {
             return Ok(());
         }
-        let reason = format!("{} is still a replica, though the sentinels name it as the primary", self.address);
+        let reason = format!("{} is still a replica, although the sentinels name it as the primary", self.address);
         Err(Failure { is_wrong_server: true, ..Failure::unavailable(reason) })
     }
 
     pub(crate) fn is_usable(&self) -> bool {
-        let is_given_up = self.doubted.is_cancelled() || self.misplaced.is_cancelled();
+        let is_given_up = self.poisoned.is_cancelled() || self.wrong_server.is_cancelled();
         !self.router.is_finished() && !is_given_up && self.client.is_connected()
     }
 
-    /// Ends it for everybody who waits on it.
+    /// Closes it for all callers.
     pub(crate) fn end(&self) {
-        self.doubted.cancel();
+        self.poisoned.cancel();
         self.router.abort();
     }
 
-    /// Sends one command and takes its reply. Calls may overlap and may be dropped: replies come in order, and those
-    /// that no one waits for any more are dropped.
+    /// Sends one command and returns its reply. Calls may overlap and may be cancelled: replies arrive in order, and the
+    /// replies of cancelled calls are dropped.
     pub(crate) async fn call(
         &self,
         command: &'static str,
@@ -181,7 +181,7 @@ impl Connection {
         limit: Duration,
         is_blocking: bool,
     ) -> Result<Reply, Failure> {
-        // Every connection is to one server, so there is nothing to choose by a slot.
+        // A connection leads to one server, so the slot does not matter.
         let command = CustomCommand::new_static(command, ClusterHash::Custom(0), is_blocking);
         let answer = tokio::select! {
             biased;
@@ -190,20 +190,20 @@ impl Connection {
                 Ok(Err(error)) => Err(Failure::from(error)),
                 Err(_) => Err(Failure::timeout()),
             },
-            () = self.doubted.cancelled() => Err(Failure::unavailable("the connection to the server was lost")),
+            () = self.poisoned.cancelled() => Err(Failure::unavailable("the connection to the server was lost")),
         };
         if let Err(failure) = &answer {
             if failure.breaks_connection {
-                self.doubted.cancel();
+                self.poisoned.cancel();
             }
             if failure.is_wrong_server {
-                self.misplaced.cancel();
+                self.wrong_server.cancel();
             }
         }
         answer
     }
 
-    /// The same where the server takes it only if it is asked to before. Nothing else may be sent meanwhile.
+    /// Sends one command, after ASKING if the server requires it. No other command may be sent in between.
     pub(crate) async fn ask(
         &self,
         is_asking: bool,
@@ -218,8 +218,8 @@ impl Connection {
         self.call(command, arguments, limit, is_blocking).await
     }
 
-    /// Runs a script, loading it where the server does not know it. Its arguments are made when they are needed: copying
-    /// many costs more than making them again.
+    /// Runs a script, and loads it if the server does not know it. The arguments are built on demand: copying many costs
+    /// more than building them again.
     pub(crate) async fn evaluate(
         &self,
         is_asking: bool,
@@ -230,7 +230,7 @@ impl Connection {
     ) -> Result<Reply, Failure> {
         let arguments = || {
             let mut all = Arguments::with_capacity(16);
-            all.bytes(script.sha().clone()).shown(&keys.len());
+            all.bytes(script.sha().clone()).display(&keys.len());
             for key in keys {
                 all.bytes(key.clone());
             }

@@ -1,4 +1,4 @@
-//! What a call to the server can fail with: the server's own words, sorted by what can be done about them.
+//! Failures of calls to the server, classified by the reaction that they need.
 
 use fred::error::{Error as FredError, ErrorKind as FredKind};
 
@@ -7,58 +7,58 @@ use crate::store::redis::net::reply::Reply;
 
 use crate::store::{StoreError, StoreErrorKind};
 
-/// Where a cluster wants a command that it did not run.
+/// A redirect: the node of a cluster that takes the command. The command did not run.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Elsewhere {
+pub(crate) struct Redirect {
     pub(crate) address: Address,
-    /// Only this once, and only when asked so: the key is being moved there.
+    /// Whether it is for this command only, after ASKING: the key is being moved there.
     pub(crate) is_asking: bool,
 }
 
-/// A failed call: its kind, and what is wrong in words.
+/// A failed call: its kind and its reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Failure {
     pub(crate) kind: StoreErrorKind,
     /// Follows "cannot do this: ", such as "the server is loading its data".
     pub(crate) reason: String,
-    /// The server does not know the script; it was not run.
+    /// Whether the server does not know the script, so that it did not run.
     pub(crate) is_unknown_script: bool,
-    /// Nothing more may be sent on the connection: it is broken, or a reply may still be under way on it.
+    /// Whether the connection must be closed: it is broken, or a late reply may still arrive.
     pub(crate) breaks_connection: bool,
-    /// The server is not the one that takes writes: another may be, or this one after a while. It ran nothing.
+    /// Whether the server does not take writes. It ran nothing; another server is the primary, or this one later.
     pub(crate) is_wrong_server: bool,
-    /// How many entries were stored all the same.
+    /// The number of entries that were stored nevertheless.
     pub(crate) stored: u64,
-    /// What the script answered whose effect is not confirmed.
+    /// The reply of the script whose durability is not confirmed.
     pub(crate) unconfirmed: Option<Box<Reply>>,
-    /// The cluster named another node for this.
-    pub(crate) elsewhere: Option<Box<Elsewhere>>,
+    /// The redirect to another node of the cluster.
+    pub(crate) redirect: Option<Box<Redirect>>,
 }
 
-/// What the first words of a server's error mean, and what to do about it.
+/// The first words of server errors, with their kind and a message that names the remedy.
 const KNOWN: [(&str, StoreErrorKind, &str); 39] = {
     use StoreErrorKind::{Denied, Full, Internal, LeaseLost, NoGroup, Unavailable, Unsuitable, WrongType};
-    const NO_RIGHT: &str = "the user lacks the right to a command or a key (see ACL LOG on the server)";
-    const ONE_SCRIPT: &str = "the server is busy with a script; wait, or end it with SCRIPT KILL";
+    const NO_RIGHT: &str = "the user lacks permission for a command or a key (see ACL LOG on the server)";
+    const ONE_SCRIPT: &str = "the server is busy with a script; wait, or end the script with SCRIPT KILL";
     [
-        ("LOADING", Unavailable, "the server is loading its data; it answers when it has"),
-        ("READONLY", Unavailable, "the server is a read-only replica; the primary is looked for"),
+        ("LOADING", Unavailable, "the server is loading its data"),
+        ("READONLY", Unavailable, "the server is a read-only replica; searching for the primary"),
         (
             "MASTERDOWN",
             Unavailable,
-            "the server is a replica that has lost its primary (replica-serve-stale-data no); the primary is looked for",
+            "the server is a replica that has lost its primary (replica-serve-stale-data no); searching for the primary",
         ),
         (
             "CLUSTERDOWN",
             Unavailable,
-            "the cluster is down: a part of it has no server (see CLUSTER INFO and CLUSTER NODES)",
+            "the cluster is down: some slots have no server (see CLUSTER INFO and CLUSTER NODES)",
         ),
         ("TRYAGAIN", Unavailable, "the cluster is moving the key"),
-        ("CROSSSLOT", Internal, "the keys of one command are in different parts of the cluster"),
+        ("CROSSSLOT", Internal, "the keys of one command are in different slots"),
         (
             "MISCONF",
             Unavailable,
-            "the server refuses writes because it cannot save its data to disk: look at its log and its disk",
+            "the server refuses writes because it cannot save its data to disk; check its log and its disk",
         ),
         (
             "NOREPLICAS",
@@ -67,24 +67,32 @@ const KNOWN: [(&str, StoreErrorKind, &str); 39] = {
         ),
         ("NOGOODSLAVE", Unavailable, "no replica can take over"),
         ("BUSY ", Unavailable, ONE_SCRIPT),
-        ("UNKILLABLE", Unavailable, "the server is busy with a script that writes and cannot be ended"),
-        ("UNBLOCKED force unblock", Unavailable, "the server has changed its role"),
+        ("UNKILLABLE", Unavailable, "the server is busy with a script that has written and cannot be ended"),
+        ("UNBLOCKED force unblock", Unavailable, "the role of the server has changed"),
         ("ERR max number of clients", Unavailable, "the server has too many clients (maxclients)"),
         ("ERR Server started in protected mode", Denied, "the server is in protected mode"),
-        ("DENIED", Denied, "the server is in protected mode: give it a password, or bind it to this machine"),
-        ("OOM", Full, "the server has reached its memory limit (maxmemory): raise it, or keep less"),
+        ("DENIED", Denied, "the server is in protected mode; set a password on the server, or bind it to this machine"),
+        ("OOM", Full, "the server has reached its memory limit (maxmemory); raise it, or keep fewer entries"),
         ("ERR command not allowed when used memory", Full, "the server has reached its memory limit (maxmemory)"),
         ("ERR The stream has exhausted", Full, "the stream has used up its last id"),
-        ("WRONGTYPE", WrongType, "the key holds something that is no stream"),
+        ("WRONGTYPE", WrongType, "the key is not a stream"),
         ("NOGROUP", NoGroup, "the group, or its stream, is gone"),
         ("UNBLOCKED", NoGroup, "the stream is gone"),
         ("ERR no such key", NoGroup, "the stream is gone"),
-        ("LEASELOST", LeaseLost, "the lease is not held any more"),
-        ("NOAUTH", Denied, "the server asks for a password (store.redis.password)"),
+        ("LEASELOST", LeaseLost, "the lease is no longer held"),
+        ("NOAUTH", Denied, "the server requires a password (store.redis.password)"),
         ("WRONGPASS", Denied, "the server refuses the user name or the password"),
         ("ERR invalid password", Denied, "the server refuses the password"),
-        ("ERR AUTH <password> called without any password", Denied, "a password is given, but the server has none"),
-        ("ERR Client sent AUTH, but no password", Denied, "a password is given, but the server has none"),
+        (
+            "ERR AUTH <password> called without any password",
+            Denied,
+            "a password is set (store.redis.password), but the server has none",
+        ),
+        (
+            "ERR Client sent AUTH, but no password",
+            Denied,
+            "a password is set (store.redis.password), but the server has none",
+        ),
         ("NOPERM", Denied, NO_RIGHT),
         ("ERR The user executing the script can't", Denied, NO_RIGHT),
         ("The user executing the script can't", Denied, NO_RIGHT),
@@ -93,34 +101,42 @@ const KNOWN: [(&str, StoreErrorKind, &str); 39] = {
         (
             "ERR This instance has cluster support disabled",
             Unsuitable,
-            "the server is no part of a cluster: write redis://",
+            "the server is not part of a cluster; use the scheme redis:// (store.redis.url)",
         ),
-        ("ERR DB index is out of range", Unsuitable, "the server has fewer databases than the url asks for"),
-        ("ERR No such master with that name", Unsuitable, "the sentinels know no service of that name"),
+        (
+            "ERR DB index is out of range",
+            Unsuitable,
+            "the database number is too high for the server (store.redis.url)",
+        ),
+        (
+            "ERR No such master with that name",
+            Unsuitable,
+            "the sentinels do not know a service of that name (store.redis.url)",
+        ),
         ("IDONTKNOW", Unavailable, "the sentinel does not know the primary yet"),
         (
             "ERR SELECT is not allowed in cluster mode",
             Unsuitable,
-            "the server is part of a cluster: write redis-cluster://",
+            "the server is part of a cluster; use the scheme redis-cluster:// (store.redis.url)",
         ),
         ("NOSCRIPT", Internal, "the server does not know the script"),
     ]
 };
 
 impl Failure {
-    /// The server can't be reached, or does not answer.
+    /// The server cannot be reached, or does not reply.
     pub(crate) fn unavailable(reason: impl Into<String>) -> Self {
         Self::new(StoreErrorKind::Unavailable, reason)
     }
 
-    /// No reply came in time. One may still come.
+    /// No reply arrived in time. It may still arrive.
     pub(crate) fn timeout() -> Self {
-        Self { breaks_connection: true, ..Self::unavailable("the server did not answer in time") }
+        Self { breaks_connection: true, ..Self::unavailable("the server did not reply in time") }
     }
 
-    /// A reply is not what the command is known to answer.
+    /// A reply does not have the format of the command.
     pub(crate) fn unexpected(what: &str) -> Self {
-        let reason = format!("the server's reply makes no sense: {what}");
+        let reason = format!("unexpected reply of the server: {what}");
         Self { breaks_connection: true, ..Self::new(StoreErrorKind::Internal, reason) }
     }
 
@@ -133,11 +149,11 @@ impl Failure {
             is_wrong_server: false,
             stored: 0,
             unconfirmed: None,
-            elsewhere: None,
+            redirect: None,
         }
     }
 
-    /// From the text of an error reply, such as `OOM command not allowed when used memory > 'maxmemory'.`
+    /// Classifies the text of an error reply, such as `OOM command not allowed when used memory > 'maxmemory'.`
     pub(crate) fn from_reply(text: &str) -> Self {
         // Servers before 7.0 put a script's errors behind its name: "ERR Error running script (call to f_<sha>):
         // @user_script:7: WRONGTYPE …".
@@ -155,10 +171,10 @@ impl Failure {
             return Self { is_unknown_script, is_wrong_server, ..Self::new(*kind, *reason) };
         }
         let shown: String = text.chars().filter(|c| !c.is_control()).take(200).collect();
-        Self::new(StoreErrorKind::Internal, format!("the server answers: {shown}"))
+        Self::new(StoreErrorKind::Internal, format!("the server replied: {shown}"))
     }
 
-    /// From an error reply of this server, which may name another one.
+    /// Classifies an error reply of this server, which may redirect to another one.
     pub(crate) fn from_reply_of(asked: &Address, text: &str) -> Self {
         let mut words = text.split_ascii_whitespace();
         let is_asking = match words.next() {
@@ -166,16 +182,16 @@ impl Failure {
             Some("ASK") => true,
             _ => return Self::from_reply(text),
         };
-        match words.nth(1).and_then(|told| Address::told(told, asked)) {
+        match words.nth(1).and_then(|told| Address::reported(told, asked)) {
             Some(address) => {
-                let elsewhere = Some(Box::new(Elsewhere { address, is_asking }));
-                Self { elsewhere, ..Self::unavailable("the cluster has moved the key") }
+                let redirect = Some(Box::new(Redirect { address, is_asking }));
+                Self { redirect, ..Self::unavailable("the cluster has moved the key") }
             }
             None => Self::from_reply(text),
         }
     }
 
-    /// The error for whoever called: `what` could not be done.
+    /// Converts it to the error of an operation. `what` names the operation, such as "cannot append to stream `x`".
     pub(crate) fn because(self, what: impl std::fmt::Display) -> StoreError {
         StoreError::new(self.kind, format!("{what}: {}", self.reason)).with_stored(self.stored)
     }
@@ -196,7 +212,7 @@ impl From<FredError> for Failure {
             }
             FredKind::Protocol | FredKind::Parse => Self::unexpected(details),
             _ => match Self::from_reply(details) {
-                // The client's own words; what they are about is over with the connection.
+                // A message of the client library. The connection must be closed.
                 unknown if unknown.kind == StoreErrorKind::Internal && !unknown.is_unknown_script => {
                     Self { breaks_connection: true, ..Self::unavailable(format!("no connection: {details}")) }
                 }
@@ -206,29 +222,29 @@ impl From<FredError> for Failure {
     }
 }
 
-/// The words of an error of the system that comes in its debugging form: `Os { code: 111, …, message: "…" }`, or
+/// Extracts the message of a system error in its debug format: `Os { code: 111, …, message: "…" }`, or
 /// `Custom { kind: …, error: "…" }`.
 fn plain(details: &str) -> &str {
     if let Some((_, why)) = details.split_once("InvalidCertificate(") {
         return match why {
             why if why.starts_with("NotValidForName") => {
-                "its certificate is for another name (store.redis.tls_server_name can say for which)"
+                "its certificate is for another name (set that name in store.redis.tls_server_name)"
             }
             why if why.starts_with("UnknownIssuer") => {
-                "its certificate is by an authority that is not trusted (store.redis.ca_file)"
+                "its certificate is from an authority that is not trusted (set store.redis.ca_file)"
             }
             why if why.starts_with("Expired") => "its certificate has expired",
             why if why.starts_with("NotValidYet") => "its certificate is not valid yet, or a clock is wrong",
-            _ => "its certificate can't be trusted",
+            _ => "its certificate is not trusted",
         };
     }
     let quoted = |mark| details.split_once(mark).and_then(|(_, rest)| rest.split('"').next());
     let words = quoted("message: \"").or_else(|| quoted("error: \"")).unwrap_or(details);
     match words {
         words if words.starts_with("failed to lookup address information") => {
-            "its name is not known: check the host in store.redis.url, and the name service"
+            "its name cannot be resolved; check the host in store.redis.url, and the name service"
         }
-        "" => "it was closed",
+        "" => "closed",
         words => words,
     }
 }
@@ -292,16 +308,13 @@ mod tests {
     #[test]
     fn an_error_says_what_was_tried_and_what_is_wrong() {
         let error = Failure::from_reply("LOADING …").because("cannot append to stream `x`");
-        assert_eq!(
-            error.to_string(),
-            "cannot append to stream `x`: the server is loading its data; it answers when it has"
-        );
+        assert_eq!(error.to_string(), "cannot append to stream `x`: the server is loading its data");
     }
 
     #[test]
     fn a_cluster_names_the_node_for_a_key() {
         let asked = Address::new("10.0.0.1", 7000);
-        let told = |text| Failure::from_reply_of(&asked, text).elsewhere.map(|there| (there.address, there.is_asking));
+        let told = |text| Failure::from_reply_of(&asked, text).redirect.map(|there| (there.address, there.is_asking));
         assert_eq!(told("MOVED 3999 10.0.0.2:7001"), Some((Address::new("10.0.0.2", 7001), false)));
         assert_eq!(told("ASK 3999 :7002"), Some((Address::new("10.0.0.1", 7002), true)));
         assert_eq!(told("MOVED"), None);
@@ -315,8 +328,8 @@ mod tests {
         assert_eq!(told(refused), "no connection to the server: Connection refused");
         let unknown = "Custom { kind: Uncategorized, error: \"failed to lookup address information: Name or service \
                        not known\" }";
-        assert!(told(unknown).contains("its name is not known"), "{}", told(unknown));
+        assert!(told(unknown).contains("its name cannot be resolved"), "{}", told(unknown));
         let issuer = "Custom { kind: InvalidData, error: InvalidCertificate(UnknownIssuer) }";
-        assert!(told(issuer).contains("(store.redis.ca_file)"), "{}", told(issuer));
+        assert!(told(issuer).contains("(set store.redis.ca_file)"), "{}", told(issuer));
     }
 }

@@ -1,4 +1,4 @@
-//! Connections that one call has to itself while it runs: blocking reads, and appends that are waited for.
+//! Connections for exclusive use by one call: blocking reads, and appends that wait for replicas or the disk.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,23 +12,23 @@ use crate::store::redis::net::address::Address;
 use crate::store::redis::net::connection::{Connection, Purpose};
 use crate::store::redis::net::error::Failure;
 
-/// How long a connection that no one uses is kept.
+/// The time that an idle connection is kept.
 const IDLE_KEPT: Duration = Duration::from_secs(30);
-/// How long to wait for a connection to come back when all are in use.
-const PATIENCE: Duration = Duration::from_millis(1500);
+/// The time to wait for a free connection while all are in use.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_millis(1500);
 
-/// Connections to any server, a bounded number at a time.
+/// A pool with a bounded number of connections to all servers.
 #[derive(Debug)]
 pub(crate) struct Pool {
     settings: Arc<Settings>,
-    /// The one used last is at the end.
+    /// The most recently used connection is at the end.
     idle: Mutex<HashMap<Address, Vec<(Connection, Instant)>>>,
     permits: Arc<Semaphore>,
 }
 
-/// A connection that is in use. It is closed when dropped; [`Pool::give_back`] keeps it.
+/// A leased connection. Dropping it closes it; [`Pool::release`] keeps it.
 #[derive(Debug)]
-pub(crate) struct Leased {
+pub(crate) struct LeasedConnection {
     pub(crate) connection: Connection,
     address: Address,
     _permit: OwnedSemaphorePermit,
@@ -40,13 +40,13 @@ impl Pool {
         Self { settings, idle: Mutex::default(), permits }
     }
 
-    pub(crate) async fn take(&self, address: &Address) -> Result<Leased, Failure> {
-        let permit = match timeout(PATIENCE, Arc::clone(&self.permits).acquire_owned()).await {
+    pub(crate) async fn take(&self, address: &Address) -> Result<LeasedConnection, Failure> {
+        let permit = match timeout(ACQUIRE_TIMEOUT, Arc::clone(&self.permits).acquire_owned()).await {
             Ok(Ok(permit)) => permit,
             Ok(Err(_)) => return Err(Failure::unavailable("the store is closed")),
             Err(_) => {
                 let max = self.settings.max_readers;
-                let reason = format!("{max} calls that take long run already (store.redis.max_readers)");
+                let reason = format!("all {max} connections for blocking calls are in use (store.redis.max_readers)");
                 return Err(Failure::unavailable(reason));
             }
         };
@@ -59,12 +59,12 @@ impl Pool {
             Some(connection) => connection,
             None => Connection::open(&self.settings, address, Purpose::Exclusive).await?.0,
         };
-        Ok(Leased { connection, address: address.clone(), _permit: permit })
+        Ok(LeasedConnection { connection, address: address.clone(), _permit: permit })
     }
 
-    /// Keeps a connection on which nothing is under way any more.
-    pub(crate) fn give_back(&self, leased: Leased) {
-        let Leased { connection, address, .. } = leased;
+    /// Returns a connection to the pool. No command may be in flight on it.
+    pub(crate) fn release(&self, leased: LeasedConnection) {
+        let LeasedConnection { connection, address, .. } = leased;
         let now = Instant::now();
         let mut idle = self.lock();
         idle.retain(|_, connections| {
@@ -76,7 +76,7 @@ impl Pool {
         }
     }
 
-    /// Closes what is idle.
+    /// Closes the idle connections.
     pub(crate) fn close(&self) {
         self.permits.close();
         self.lock().clear();

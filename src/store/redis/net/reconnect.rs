@@ -1,7 +1,7 @@
-//! A line to one server: a connection that is opened again whenever it is lost, for commands that don't block.
+//! A reconnecting connection to one server, for commands that do not block.
 //!
-//! While it is down, calls fail at once. A server that turns out not to be the one that takes writes is connected to
-//! anew, for its name may lead to another one by now; until that is done, what it still answers is taken.
+//! While it is down, calls fail at once. If the server turns out not to take writes, it is reconnected, because its name
+//! may lead to another server by now. Until then its replies are still used.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,78 +10,79 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use crate::backoff::equal_jitter;
 use crate::store::redis::config::Settings;
 use crate::store::redis::net::address::Address;
 use crate::store::redis::net::connection::{Connection, Purpose};
 use crate::store::redis::net::error::Failure;
-use crate::store::redis::net::topology::Servers;
+use crate::store::redis::net::topology::TopologyWatcher;
 
-/// How long the first attempt to connect is waited for at start, and by calls that come before its outcome.
+/// The maximum wait for the first attempt to connect, at start and by early calls.
 pub(crate) const FIRST_ATTEMPT: Duration = Duration::from_secs(2);
 const RECONNECT_MIN: Duration = Duration::from_millis(100);
 
-/// How a line is.
+/// The state of the connection.
 #[derive(Debug, Clone)]
-enum State {
+enum ConnectionState {
     Starting,
     Connected(Arc<Connection>),
     Down(Failure),
 }
 
-/// A line to one server.
+/// A connection to one server that is reopened when it is lost.
 #[derive(Debug, Clone)]
-pub(crate) struct Line {
-    state: watch::Receiver<State>,
+pub(crate) struct ReconnectingConnection {
+    state: watch::Receiver<ConnectionState>,
     stop: CancellationToken,
 }
 
-impl Line {
-    /// The line, and the task that keeps it up until `stop` is cancelled or the line is given up.
+impl ReconnectingConnection {
+    /// Creates the connection, and the task that keeps it open until `stop` is cancelled or it is closed.
     pub(crate) fn new(
         purpose: &'static str,
         address: Address,
         settings: Arc<Settings>,
-        servers: Servers,
+        servers: TopologyWatcher,
         stop: &CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
-        let (sender, state) = watch::channel(State::Starting);
+        let (sender, state) = watch::channel(ConnectionState::Starting);
         let stop = stop.child_token();
-        let line = Self { state, stop: stop.clone() };
-        (line, keep_up(purpose, address, settings, servers, sender, stop))
+        let connection = Self { state, stop: stop.clone() };
+        (connection, keep_open(purpose, address, settings, servers, sender, stop))
     }
 
-    /// Nobody needs the line any more.
-    pub(crate) fn give_up(&self) {
+    /// Closes the connection for good.
+    pub(crate) fn close(&self) {
         self.stop.cancel();
     }
 
-    /// Waits for the outcome of the first attempt to connect, within bounds.
+    /// Waits for the first attempt to connect, within a time limit.
     pub(crate) async fn first_attempt(&self) {
         let mut state = self.state.clone();
-        let outcome = timeout(FIRST_ATTEMPT, state.wait_for(|state| !matches!(state, State::Starting))).await;
-        // Without an outcome in time, calls will tell.
+        let outcome = timeout(FIRST_ATTEMPT, state.wait_for(|state| !matches!(state, ConnectionState::Starting))).await;
+        // If there is no result in time, the calls fail.
         drop(outcome);
     }
 
-    /// The line's connection, or why there is none.
+    /// Returns the open connection, or why there is none.
     pub(crate) async fn connection(&self) -> Result<Arc<Connection>, Failure> {
-        if matches!(*self.state.borrow(), State::Starting) {
+        if matches!(*self.state.borrow(), ConnectionState::Starting) {
             self.first_attempt().await;
         }
         match &*self.state.borrow() {
-            State::Connected(connection) => Ok(Arc::clone(connection)),
-            State::Down(failure) => Err(failure.clone()),
-            State::Starting => Err(Failure::unavailable("the server has not answered yet")),
+            ConnectionState::Connected(connection) => Ok(Arc::clone(connection)),
+            ConnectionState::Down(failure) => Err(failure.clone()),
+            ConnectionState::Starting => Err(Failure::unavailable("the server has not replied yet")),
         }
     }
 }
 
-async fn keep_up(
+async fn keep_open(
     purpose: &'static str,
     address: Address,
     settings: Arc<Settings>,
-    servers: Servers,
-    state: watch::Sender<State>,
+    servers: TopologyWatcher,
+    state: watch::Sender<ConnectionState>,
     stop: CancellationToken,
 ) {
     let mut pause = RECONNECT_MIN;
@@ -97,45 +98,39 @@ async fn keep_up(
                 tracing::info!(purpose, server = %address, "connected to the server");
                 is_reported_down = false;
                 let connection = Arc::new(connection);
-                state.send_replace(State::Connected(Arc::clone(&connection)));
+                state.send_replace(ConnectionState::Connected(Arc::clone(&connection)));
                 let failure = tokio::select! {
                     () = stop.cancelled() => break,
-                    () = connection.doubted.cancelled() => Some(Failure::timeout()),
+                    () = connection.poisoned.cancelled() => Some(Failure::timeout()),
                     ended = router => Some(match ended {
                         Ok(Err(error)) => Failure::from(error),
                         Ok(Ok(())) | Err(_) => Failure::unavailable("the connection to the server was lost"),
                     }),
-                    () = connection.misplaced.cancelled() => None,
+                    () = connection.wrong_server.cancelled() => None,
                 };
                 if failure.is_some() {
-                    // Calls that still wait on it fail now.
+                    // Pending calls fail now.
                     connection.end();
                 }
                 failure
             }
             Err(failure) => Some(failure),
         };
-        servers.doubt();
+        servers.invalidate();
         if let Some(failure) = failure {
             if !is_reported_down {
                 tracing::warn!(purpose, server = %address, reason = %failure.reason, "no connection to the server");
                 is_reported_down = true;
             }
-            state.send_replace(State::Down(failure));
+            state.send_replace(ConnectionState::Down(failure));
         }
-        // A server that takes connections and then fails every command must not be asked without pause.
+        // A server that accepts connections and fails every command must not cause a busy loop.
         let was_stable = began.elapsed() > settings.reconnect_max * 2;
         pause = if was_stable { RECONNECT_MIN } else { (pause * 2).min(settings.reconnect_max) };
         tokio::select! {
             () = stop.cancelled() => break,
-            () = tokio::time::sleep(jittered(pause)) => {}
+            () = tokio::time::sleep(equal_jitter(pause)) => {}
         }
     }
-    state.send_replace(State::Down(Failure::unavailable("the store is closed")));
-}
-
-/// Between half of the pause and all of it, so that many instances don't come back together.
-fn jittered(pause: Duration) -> Duration {
-    let [byte, ..] = uuid::Uuid::new_v4().into_bytes();
-    pause.mul_f64(0.5 + f64::from(byte) / 510.0)
+    state.send_replace(ConnectionState::Down(Failure::unavailable("the store is closed")));
 }

@@ -1,8 +1,7 @@
-//! Replies of the server, taken apart as bytes.
+//! Parses replies of the server as bytes.
 //!
-//! Nothing is assumed of names and values but that they are bytes; bodies are slices of the buffer they were read
-//! into. What does not have the shape that its command is known to answer is an error, never a guess: after a
-//! confused connection the next reply would be someone else's.
+//! Names and values are arbitrary bytes; bodies are slices of the read buffer. A reply without the format of its command
+//! is an error, never a guess: on a confused connection the next reply would belong to another command.
 
 use bytes::Bytes;
 use fred::types::Resp3Frame;
@@ -11,12 +10,12 @@ use crate::event::{Entry, EntryId, Fields, StreamName};
 use crate::store::redis::net::address::Address;
 use crate::store::redis::net::error::Failure;
 
-/// One reply, or a part of one.
+/// A reply or a part of one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Reply(Resp3Frame);
 
 impl Reply {
-    /// A reply that is not an error, of the server that was asked.
+    /// Accepts a reply of this server, or returns its error.
     pub(crate) fn accept(asked: &Address, frame: Resp3Frame) -> Result<Self, Failure> {
         match frame {
             Resp3Frame::SimpleError { data, .. } => Err(Failure::from_reply_of(asked, &data)),
@@ -25,7 +24,7 @@ impl Reply {
         }
     }
 
-    /// Whether it is nil, as a blocking read answers when nothing came, or a script for `false`.
+    /// Returns whether it is nil: the reply of a blocking read on timeout, or of a script for `false`.
     pub(crate) fn is_nil(&self) -> bool {
         matches!(self.0, Resp3Frame::Null)
     }
@@ -41,7 +40,7 @@ impl Reply {
 
     pub(crate) fn text(self) -> Result<String, Failure> {
         let bytes = self.bytes()?;
-        String::from_utf8(bytes.into()).map_err(|e| Failure::unexpected(&format!("a text that is no UTF-8: {e}")))
+        String::from_utf8(bytes.into()).map_err(|e| Failure::unexpected(&format!("a text that is not UTF-8: {e}")))
     }
 
     /// A count: an integer that is not negative.
@@ -54,7 +53,7 @@ impl Reply {
         }
     }
 
-    /// A count where there is one; nil says that the server can't tell.
+    /// A count, or `None` for nil, which means that the server does not know it.
     pub(crate) fn count_if_known(self) -> Result<Option<u64>, Failure> {
         if self.is_nil() { Ok(None) } else { self.count().map(Some) }
     }
@@ -79,12 +78,12 @@ impl Reply {
         self.list()?.into_iter().map(Self::id).collect()
     }
 
-    /// Entries as XRANGE answers them: `[[id, [name, value, …]], …]`.
+    /// The entries of an XRANGE reply: `[[id, [name, value, …]], …]`.
     pub(crate) fn entries(self) -> Result<Vec<Entry>, Failure> {
         self.frames()?.into_iter().map(|frame| Self(frame).entry()).collect()
     }
 
-    /// Entries as XREAD and XREADGROUP answer for one stream: nil, or `[[stream, entries]]`.
+    /// The entries of an XREAD or XREADGROUP reply for one stream: nil, or `[[stream, entries]]`.
     pub(crate) fn entries_of_one_stream(self) -> Result<Vec<Entry>, Failure> {
         if self.is_nil() {
             return Ok(Vec::new());
@@ -94,7 +93,7 @@ impl Reply {
         entries.entries()
     }
 
-    /// The last entry of each stream that XREAD answers with.
+    /// The last entry id of each stream in an XREAD reply.
     pub(crate) fn ends_of_streams(self) -> Result<Vec<(StreamName, EntryId)>, Failure> {
         if self.is_nil() {
             return Ok(Vec::new());
@@ -109,7 +108,7 @@ impl Reply {
         self.list()?.into_iter().map(end).collect()
     }
 
-    /// Names and values that alternate, as XINFO answers.
+    /// The names and values of an XINFO reply, which alternate.
     pub(crate) fn named(self) -> Result<Named, Failure> {
         if let Resp3Frame::Map { data, .. } = self.0 {
             let pair = |(name, value)| Ok((Self(name).bytes()?, Some(Self(value))));
@@ -145,23 +144,23 @@ impl Reply {
     }
 }
 
-/// Named parts of a reply.
+/// The named parts of a reply.
 #[derive(Debug)]
 pub(crate) struct Named(Vec<(Bytes, Option<Reply>)>);
 
 impl Named {
-    /// Takes the part of that name out, if the server has it.
+    /// Removes and returns the part of that name, or `None` if the server does not send it.
     pub(crate) fn find(&mut self, name: &str) -> Option<Reply> {
         self.0.iter_mut().find(|(n, _)| n.as_ref() == name.as_bytes()).and_then(|(_, value)| value.take())
     }
 
-    /// Takes the part of that name out.
+    /// Removes and returns the part of that name.
     pub(crate) fn take(&mut self, name: &str) -> Result<Reply, Failure> {
         self.find(name).ok_or_else(|| Failure::unexpected(&format!("`{name}` is missing")))
     }
 }
 
-/// An entry id from its text form.
+/// Parses an entry id.
 pub(crate) fn parse_id(text: &[u8]) -> Result<EntryId, Failure> {
     let id = std::str::from_utf8(text).ok().and_then(|text| text.parse().ok());
     id.ok_or_else(|| Failure::unexpected(&format!("{:?} instead of an entry id", String::from_utf8_lossy(text))))
@@ -174,12 +173,12 @@ fn unexpected(wanted: &str, found: &Resp3Frame) -> Failure {
         Resp3Frame::Array { .. } => "a list",
         Resp3Frame::Null => "nil",
         Resp3Frame::SimpleError { .. } | Resp3Frame::BlobError { .. } => "an error",
-        _ => "something else",
+        _ => "another type",
     };
     Failure::unexpected(&format!("{found} instead of {wanted}"))
 }
 
-/// Reads a reply in every way that a command's answer is read: each gives a value or a failure.
+/// Parses a reply in every way that commands do. Each must return a value or a failure.
 #[cfg(any(test, fuzzing))]
 pub fn fuzz(frame: &Resp3Frame) {
     let ways: [fn(Reply) -> bool; 11] = [

@@ -1,8 +1,8 @@
-//! Who serves what: which server to ask for a key, found out again whenever that is in doubt.
+//! Finds the server for each key, and finds it again when it may have changed.
 //!
-//! With sentinels it is the primary that they name, with a cluster the node that has the key's slot. One task asks, as
-//! many of them as answer soon, and believes the one with the newest knowledge. A map that was found is kept while
-//! nobody answers: what can be reached of it still works.
+//! With sentinels it is the primary that they name; in a cluster it is the node with the key's slot. One task asks
+//! several sentinels or nodes and uses the reply with the newest epoch. While none replies, the last slot map stays in
+//! use, so that reachable servers still work.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -22,32 +22,33 @@ use crate::store::redis::net::connection::{Arguments, Connection, Purpose};
 use crate::store::redis::net::error::Failure;
 use crate::store::redis::net::reply::Reply;
 
-/// How long one sentinel or node may take to answer.
-const ANSWER: Duration = Duration::from_secs(1);
-/// How long the others are waited for once one has answered.
-const OTHERS: Duration = Duration::from_millis(150);
-/// How long to wait at least before asking again, and how often to ask without doubt.
-const AGAIN: Duration = Duration::from_millis(200);
-const UNASKED: Duration = Duration::from_secs(5);
-/// The same for sentinels: a primary that they have replaced takes writes, to be lost, until they reach it.
-const UNASKED_SENTINELS: Duration = Duration::from_secs(1);
-/// The most nodes that are asked at a time.
+/// The timeout of the reply of one sentinel or node.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(1);
+/// The time to wait for further replies after the first one.
+const MORE_REPLIES: Duration = Duration::from_millis(150);
+/// The minimum pause between discoveries.
+const MIN_PAUSE: Duration = Duration::from_millis(200);
+/// The interval of regular discoveries.
+const REFRESH_INTERVAL: Duration = Duration::from_secs(5);
+/// The interval with sentinels. A replaced primary accepts writes, which will be lost, until the sentinels reach it.
+const SENTINEL_REFRESH_INTERVAL: Duration = Duration::from_secs(1);
+/// The maximum number of nodes asked in one discovery.
 const MAX_ASKED: usize = 16;
-/// How long a call waits for the first answer.
-const FIRST_ANSWER: Duration = Duration::from_secs(2);
+/// The time that a call waits for the first discovery.
+const FIRST_DISCOVERY: Duration = Duration::from_secs(2);
 const SLOTS: u16 = 16384;
 const MAX_REDIRECTIONS: u8 = 5;
 
-/// Which server has which slots.
+/// The slots of each server.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(crate) struct Map {
-    /// First and last slot, and who has them; in order.
+pub(crate) struct SlotMap {
+    /// First slot, last slot and server, in order.
     ranges: Vec<(u16, u16, Address)>,
-    /// Servers that have no slots now, but may know who does.
+    /// Servers without slots, which may know the others.
     others: BTreeSet<Address>,
 }
 
-impl Map {
+impl SlotMap {
     fn everything_at(address: Address) -> Self {
         Self { ranges: vec![(0, SLOTS - 1, address)], others: BTreeSet::new() }
     }
@@ -57,7 +58,7 @@ impl Map {
         self.ranges.get(next).filter(|(first, ..)| *first <= slot).map(|(.., address)| address)
     }
 
-    /// Every server that has slots, each with one of them.
+    /// Returns every server with slots, each with one of its slots.
     pub(crate) fn servers(&self) -> Vec<(Address, u16)> {
         let mut servers: Vec<(Address, u16)> = Vec::new();
         for (first, _, address) in &self.ranges {
@@ -72,83 +73,83 @@ impl Map {
         self.ranges.iter().any(|(.., server)| server == address)
     }
 
-    /// How many slots no server has.
+    /// Returns the number of slots without a server.
     pub(crate) fn uncovered(&self) -> usize {
         let covered: usize = self.ranges.iter().map(|(first, last, _)| usize::from(last - first) + 1).sum();
         usize::from(SLOTS).saturating_sub(covered)
     }
 }
 
-/// Where a command goes.
+/// The destination of a command.
 #[derive(Debug, Clone)]
 pub(crate) struct Route {
     pub(crate) address: Address,
-    /// The server takes the command only if it is asked to before.
+    /// Whether the server requires ASKING before the command.
     pub(crate) is_asking: bool,
     redirections: u8,
 }
 
 #[derive(Debug, Clone)]
-enum State {
+enum DiscoveryState {
     Starting,
-    Known(Arc<Map>),
+    Known(Arc<SlotMap>),
     Unknown(Failure),
 }
 
-/// Knows which server to ask, and finds out again when told to doubt it.
+/// Knows the server for each key, and discovers it again after [`TopologyWatcher::invalidate`].
 #[derive(Debug, Clone)]
-pub(crate) struct Servers {
+pub(crate) struct TopologyWatcher {
     is_cluster: bool,
-    state: watch::Receiver<State>,
+    state: watch::Receiver<DiscoveryState>,
     doubt: Arc<Notify>,
 }
 
-impl Servers {
-    /// The knowledge, and the task that keeps it right until `stop` is cancelled.
+impl TopologyWatcher {
+    /// Creates the watcher, and the task that runs discoveries until `stop` is cancelled.
     pub(crate) fn new(
         settings: Arc<Settings>,
         stop: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let first = match &settings.topology {
-            Topology::Single(address) => State::Known(Arc::new(Map::everything_at(address.clone()))),
-            Topology::Sentinel { .. } | Topology::Cluster(_) => State::Starting,
+            Topology::Single(address) => DiscoveryState::Known(Arc::new(SlotMap::everything_at(address.clone()))),
+            Topology::Sentinel { .. } | Topology::Cluster(_) => DiscoveryState::Starting,
         };
         let (sender, state) = watch::channel(first);
         let doubt = Arc::new(Notify::new());
         let is_cluster = matches!(settings.topology, Topology::Cluster(_));
-        (Self { is_cluster, state, doubt: Arc::clone(&doubt) }, keep_finding(settings, sender, doubt, stop))
+        (Self { is_cluster, state, doubt: Arc::clone(&doubt) }, run_discovery(settings, sender, doubt, stop))
     }
 
-    /// Whether keys of different slots may be on different servers.
+    /// Returns whether keys of different slots may be on different servers.
     pub(crate) fn is_cluster(&self) -> bool {
         self.is_cluster
     }
 
-    /// What is known of the servers may be wrong: find out.
-    pub(crate) fn doubt(&self) {
+    /// Starts a discovery, because the slot map may be out of date.
+    pub(crate) fn invalidate(&self) {
         self.doubt.notify_one();
     }
 
-    pub(crate) async fn map(&self) -> Result<Arc<Map>, Failure> {
+    pub(crate) async fn map(&self) -> Result<Arc<SlotMap>, Failure> {
         let mut state = self.state.clone();
-        let known = timeout(FIRST_ANSWER, state.wait_for(|state| !matches!(state, State::Starting))).await;
+        let known = timeout(FIRST_DISCOVERY, state.wait_for(|state| !matches!(state, DiscoveryState::Starting))).await;
         match known.as_ref().map(|state| state.as_deref()) {
-            Ok(Ok(State::Known(map))) => Ok(Arc::clone(map)),
-            Ok(Ok(State::Unknown(failure))) => Err(failure.clone()),
-            Ok(Ok(State::Starting)) | Err(_) => Err(Failure::unavailable("no server has answered yet")),
+            Ok(Ok(DiscoveryState::Known(map))) => Ok(Arc::clone(map)),
+            Ok(Ok(DiscoveryState::Unknown(failure))) => Err(failure.clone()),
+            Ok(Ok(DiscoveryState::Starting)) | Err(_) => Err(Failure::unavailable("no server has replied yet")),
             Ok(Err(_closed)) => Err(Failure::unavailable("the store is closed")),
         }
     }
 
-    /// The map, if it is known already.
-    pub(crate) fn known(&self) -> Option<Arc<Map>> {
+    /// Returns the slot map, or `None` before the first discovery.
+    pub(crate) fn known(&self) -> Option<Arc<SlotMap>> {
         match &*self.state.borrow() {
-            State::Known(map) => Some(Arc::clone(map)),
-            State::Starting | State::Unknown(_) => None,
+            DiscoveryState::Known(map) => Some(Arc::clone(map)),
+            DiscoveryState::Starting | DiscoveryState::Unknown(_) => None,
         }
     }
 
-    /// Where a command for this key goes.
+    /// Returns the route of a command for this key.
     pub(crate) async fn route(&self, key: &[u8]) -> Result<Route, Failure> {
         let map = match self.known() {
             Some(map) => map,
@@ -158,48 +159,48 @@ impl Servers {
         if let Some(address) = map.server_of(slot) {
             return Ok(Route { address: address.clone(), is_asking: false, redirections: 0 });
         }
-        self.doubt();
+        self.invalidate();
         Err(Failure::unavailable(format!("no server of the cluster has slot {slot} (see CLUSTER SLOTS)")))
     }
 
-    /// What a failure tells of the servers, where nothing else is to be tried.
-    pub(crate) fn judged(&self, failure: Failure) -> Failure {
-        let is_elsewhere = failure.elsewhere.is_some();
+    /// Starts a discovery if a failure shows that the slot map is out of date, and adds the remedy to the failure.
+    pub(crate) fn classify(&self, failure: Failure) -> Failure {
+        let is_elsewhere = failure.redirect.is_some();
         if is_elsewhere && !self.is_cluster {
-            let reason = "the server is part of a cluster: write redis-cluster:// (store.redis.url)";
+            let reason = "the server is part of a cluster; use the scheme redis-cluster:// (store.redis.url)";
             return Failure::new(StoreErrorKind::Unsuitable, reason);
         }
         if is_elsewhere || failure.is_wrong_server {
-            self.doubt();
+            self.invalidate();
         }
         failure
     }
 
-    /// Where a command goes that failed like this, if it was not run and another server was named.
+    /// Returns the new route of a redirected command, which did not run.
     pub(crate) fn after(&self, route: &Route, mut failure: Failure) -> Result<Route, Failure> {
         if !self.is_cluster {
-            return Err(self.judged(failure));
+            return Err(self.classify(failure));
         }
-        let Some(elsewhere) = failure.elsewhere.take() else { return Err(self.judged(failure)) };
-        if !elsewhere.is_asking {
-            self.doubt();
+        let Some(redirect) = failure.redirect.take() else { return Err(self.classify(failure)) };
+        if !redirect.is_asking {
+            self.invalidate();
         }
         if route.redirections >= MAX_REDIRECTIONS {
-            return Err(Failure::unavailable("the cluster's nodes do not agree who has the key"));
+            return Err(Failure::unavailable("the nodes of the cluster disagree about the server of the key"));
         }
         let redirections = route.redirections + 1;
-        Ok(Route { address: elsewhere.address, is_asking: elsewhere.is_asking, redirections })
+        Ok(Route { address: redirect.address, is_asking: redirect.is_asking, redirections })
     }
 }
 
-async fn keep_finding(
+async fn run_discovery(
     settings: Arc<Settings>,
-    state: watch::Sender<State>,
+    state: watch::Sender<DiscoveryState>,
     doubt: Arc<Notify>,
     stop: CancellationToken,
 ) {
-    let mut pause = AGAIN;
-    let mut known: Option<Arc<Map>> = None;
+    let mut pause = MIN_PAUSE;
+    let mut known: Option<Arc<SlotMap>> = None;
     let mut is_reported = false;
     loop {
         if matches!(settings.topology, Topology::Single(_)) {
@@ -211,30 +212,30 @@ async fn keep_finding(
             found = find(&settings, known.as_deref()) => found,
         };
         let mut unasked = match settings.topology {
-            Topology::Sentinel { .. } => UNASKED_SENTINELS,
-            Topology::Single(_) | Topology::Cluster(_) => UNASKED,
+            Topology::Sentinel { .. } => SENTINEL_REFRESH_INTERVAL,
+            Topology::Single(_) | Topology::Cluster(_) => REFRESH_INTERVAL,
         };
         match found {
             Ok(map) => {
-                pause = AGAIN;
+                pause = MIN_PAUSE;
                 is_reported = false;
                 if known.as_deref() != Some(&map) {
                     let servers = map.servers().iter().map(|(server, _)| server.to_string()).collect::<Vec<_>>();
-                    tracing::info!(servers = servers.join(", "), "the servers that take writes are found");
+                    tracing::info!(servers = servers.join(", "), "found the servers that take writes");
                     let map = Arc::new(map);
                     known = Some(Arc::clone(&map));
-                    state.send_replace(State::Known(map));
+                    state.send_replace(DiscoveryState::Known(map));
                 }
             }
             Err(failure) => {
                 if !is_reported {
-                    tracing::warn!(reason = %failure.reason, "cannot find out which server takes writes; trying again");
+                    tracing::warn!(reason = %failure.reason, "cannot find the server that takes writes, retrying");
                     is_reported = true;
                 }
                 if known.is_none() {
-                    state.send_replace(State::Unknown(failure));
+                    state.send_replace(DiscoveryState::Unknown(failure));
                 }
-                pause = (pause * 2).min(settings.reconnect_max.max(AGAIN));
+                pause = (pause * 2).min(settings.reconnect_max.max(MIN_PAUSE));
                 unasked = Duration::ZERO;
             }
         }
@@ -242,23 +243,23 @@ async fn keep_finding(
             () = stop.cancelled() => break,
             () = async {
                 tokio::time::sleep(pause).await;
-                // Whether doubted or not in time is the same.
+                // An invalidation and the interval have the same effect.
                 drop(timeout(unasked, doubt.notified()).await);
             } => {}
         }
     }
-    state.send_replace(State::Unknown(Failure::unavailable("the store is closed")));
+    state.send_replace(DiscoveryState::Unknown(Failure::unavailable("the store is closed")));
 }
 
-/// What one of them says, and how new its knowledge is.
-struct Answer {
+/// The reply of one sentinel or node, with its epoch.
+struct TopologyReply {
     age: (bool, u64),
-    map: Map,
+    map: SlotMap,
 }
 
-async fn find(settings: &Settings, known: Option<&Map>) -> Result<Map, Failure> {
+async fn find(settings: &Settings, known: Option<&SlotMap>) -> Result<SlotMap, Failure> {
     let asked = match &settings.topology {
-        Topology::Single(address) => return Ok(Map::everything_at(address.clone())),
+        Topology::Single(address) => return Ok(SlotMap::everything_at(address.clone())),
         Topology::Sentinel { sentinels, .. } => sentinels.iter().collect(),
         Topology::Cluster(seeds) => {
             let mut nodes: Vec<&Address> = Vec::new();
@@ -278,19 +279,19 @@ async fn find(settings: &Settings, known: Option<&Map>) -> Result<Map, Failure> 
                 Topology::Single(_) | Topology::Cluster(_) => node(settings, address).await,
             }
         };
-        let answer = timeout(ANSWER.min(settings.command_timeout), answer).await;
-        let answer = answer.unwrap_or_else(|_late| Err(Failure::unavailable("no answer in time")));
+        let answer = timeout(REPLY_TIMEOUT.min(settings.command_timeout), answer).await;
+        let answer = answer.unwrap_or_else(|_late| Err(Failure::unavailable("no reply in time")));
         answer.map_err(|failure| Failure { reason: format!("{address}: {}", failure.reason), ..failure })
     };
     let mut asking: FuturesUnordered<_> = asked.into_iter().map(ask).collect();
-    let mut best: Option<Answer> = None;
+    let mut best: Option<TopologyReply> = None;
     let mut failures: Vec<Failure> = Vec::new();
-    let mut until = Instant::now() + ANSWER * 2;
+    let mut until = Instant::now() + REPLY_TIMEOUT * 2;
     while let Ok(Some(answer)) = timeout_at(until, asking.next()).await {
         match answer {
             Ok(answer) => {
-                until = until.min(Instant::now() + OTHERS);
-                // Of answers that are equally new, one that tells something else is believed: the others will follow.
+                until = until.min(Instant::now() + MORE_REPLIES);
+                // Among replies with equal epochs, prefer one with a change: the other nodes will follow.
                 let is_better = best
                     .as_ref()
                     .is_none_or(|best| answer.age > best.age || (answer.age == best.age && known == Some(&best.map)));
@@ -305,16 +306,16 @@ async fn find(settings: &Settings, known: Option<&Map>) -> Result<Map, Failure> 
         return Ok(best.map);
     }
     let who = match settings.topology {
-        Topology::Sentinel { .. } => "no sentinel names the primary",
-        Topology::Single(_) | Topology::Cluster(_) => "no node of the cluster answers",
+        Topology::Sentinel { .. } => "no sentinel named the primary",
+        Topology::Single(_) | Topology::Cluster(_) => "no node of the cluster replied",
     };
     let kind = failures.iter().find(|failure| failure.kind != StoreErrorKind::Unavailable).map(|failure| failure.kind);
     let reasons = failures.into_iter().map(|failure| failure.reason).collect::<Vec<_>>().join("; ");
     Err(Failure::new(kind.unwrap_or(StoreErrorKind::Unavailable), format!("{who}: {reasons}")))
 }
 
-/// Whom a sentinel names.
-async fn sentinel(settings: &Settings, address: &Address, service: &str) -> Result<Answer, Failure> {
+/// Asks a sentinel for the primary.
+async fn sentinel(settings: &Settings, address: &Address, service: &str) -> Result<TopologyReply, Failure> {
     let told = |failure: Failure| match failure.kind {
         StoreErrorKind::Denied => {
             let reason = format!("the sentinel: {} (store.redis.sentinel_password)", failure.reason);
@@ -326,37 +327,37 @@ async fn sentinel(settings: &Settings, address: &Address, service: &str) -> Resu
     let ask = |what: &'static str| {
         let mut arguments = Arguments::with_capacity(2);
         arguments.text(what).name(service);
-        connection.call("SENTINEL", arguments, ANSWER, false)
+        connection.call("SENTINEL", arguments, REPLY_TIMEOUT, false)
     };
     let primary = ask("GET-MASTER-ADDR-BY-NAME").await.map_err(told)?;
     if primary.is_nil() {
-        let reason = format!("the sentinel knows no service `{service}` (store.redis.url)");
+        let reason = format!("the sentinel does not know the service `{service}` (store.redis.url)");
         return Err(Failure::new(StoreErrorKind::Unsuitable, reason));
     }
     let [host, port] = primary.tuple()?;
     let (host, port) = (host.text()?, port.text()?);
     let port = port.parse().map_err(|e| Failure::unexpected(&format!("the port {port}: {e}")))?;
-    // Not every user may ask for the epoch; without it the sentinels count the same.
+    // Some users lack permission for the epoch. Without it all sentinels rank equally.
     let epoch = match ask("MASTER").await.and_then(Reply::named) {
         Ok(mut named) => named.find("config-epoch").and_then(|epoch| epoch.text().ok()?.parse().ok()).unwrap_or(0),
         Err(_) => 0,
     };
-    Ok(Answer { age: (true, epoch), map: Map::everything_at(Address::named(&host, port, address)) })
+    Ok(TopologyReply { age: (true, epoch), map: SlotMap::everything_at(Address::named(&host, port, address)) })
 }
 
-/// What a node of a cluster says of all.
-async fn node(settings: &Settings, address: &Address) -> Result<Answer, Failure> {
+/// Asks a node of a cluster for the slots of all nodes.
+async fn node(settings: &Settings, address: &Address) -> Result<TopologyReply, Failure> {
     let (connection, _router) = Connection::open(settings, address, Purpose::Exclusive).await?;
     let mut arguments = Arguments::with_capacity(1);
     arguments.text("INFO");
-    let info = connection.call("CLUSTER", arguments, ANSWER, false).await?.text()?;
+    let info = connection.call("CLUSTER", arguments, REPLY_TIMEOUT, false).await?.text()?;
     let value = |name: &str| info.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
     let is_ok = value("cluster_state:") == Some("ok");
     let epoch = value("cluster_current_epoch:").and_then(|epoch| epoch.parse().ok()).unwrap_or(0);
     let mut arguments = Arguments::with_capacity(1);
     arguments.text("SLOTS");
-    let slots = connection.call("CLUSTER", arguments, ANSWER, false).await?;
-    let mut map = Map::default();
+    let slots = connection.call("CLUSTER", arguments, REPLY_TIMEOUT, false).await?;
+    let mut map = SlotMap::default();
     for range in slots.list()? {
         let mut parts = range.list()?.into_iter();
         let mut next = || parts.next().ok_or_else(|| Failure::unexpected("a slot range that ends early"));
@@ -368,17 +369,17 @@ async fn node(settings: &Settings, address: &Address) -> Result<Answer, Failure>
     }
     map.ranges.sort();
     if map.ranges.is_empty() {
-        return Err(Failure::unavailable("the node belongs to no cluster yet (CLUSTER MEET)"));
+        return Err(Failure::unavailable("the node is not part of a cluster yet (CLUSTER MEET)"));
     }
-    Ok(Answer { age: (is_ok, epoch), map })
+    Ok(TopologyReply { age: (is_ok, epoch), map })
 }
 
 fn slot(reply: Reply) -> Result<u16, Failure> {
     let slot = u16::try_from(reply.count()?).ok().filter(|slot| *slot < SLOTS);
-    slot.ok_or_else(|| Failure::unexpected("a slot that is none"))
+    slot.ok_or_else(|| Failure::unexpected("an invalid slot number"))
 }
 
-/// A server as CLUSTER SLOTS describes it: host, port, and more.
+/// Parses a server of CLUSTER SLOTS: host, port, and more.
 fn server(reply: Reply, asked: &Address) -> Result<Address, Failure> {
     let mut parts = reply.list()?.into_iter();
     let mut next = || parts.next().ok_or_else(|| Failure::unexpected("a server without host or port"));
@@ -396,7 +397,7 @@ mod tests {
     fn a_map_knows_the_server_of_each_slot_and_where_there_is_none() {
         let (one, two) = (Address::new("one", 1), Address::new("two", 2));
         let ranges = vec![(0, 99, one.clone()), (200, 299, two.clone()), (300, 16383, one.clone())];
-        let map = Map { ranges, others: BTreeSet::new() };
+        let map = SlotMap { ranges, others: BTreeSet::new() };
         let cases =
             [(0, Some(&one)), (99, Some(&one)), (100, None), (199, None), (200, Some(&two)), (16383, Some(&one))];
         for (slot, expected) in cases {
@@ -404,6 +405,6 @@ mod tests {
         }
         assert_eq!(map.uncovered(), 100);
         assert_eq!(map.servers(), [(one, 0), (two, 200)]);
-        assert_eq!(Map::default().server_of(5), None);
+        assert_eq!(SlotMap::default().server_of(5), None);
     }
 }

@@ -1,4 +1,4 @@
-//! Accounts as the scripts keep them, read into our terms; and what acknowledging one costs.
+//! The accounts that the scripts keep, parsed, and acknowledging with accounts.
 
 use std::collections::HashMap;
 
@@ -13,7 +13,7 @@ use crate::store::redis::ops::{keys, status};
 use crate::store::redis::{RedisStore, key};
 use crate::store::{Account, Dropped, Loser, LostReason};
 
-/// The accounts of a stream's groups, as they are in its hash: by counter and group.
+/// The accounts of a stream's groups, from its hash: by counter and group.
 #[derive(Debug)]
 pub(crate) struct Accounts(HashMap<Bytes, u64>);
 
@@ -24,26 +24,26 @@ impl Accounts {
         while let (Some(name), Some(value)) = (list.next(), list.next()) {
             let (name, value) = (name.bytes()?, value.text()?);
             let number = value.parse().map_err(|_not_a_number| {
-                Failure::unexpected(&format!("`{value}` instead of a count in `{}`", String::from_utf8_lossy(&name)))
+                Failure::unexpected(&format!("`{value}` is not a count in `{}`", String::from_utf8_lossy(&name)))
             })?;
             fields.insert(name, number);
         }
         Ok(Self(fields))
     }
 
-    /// How many entries the store itself removed from the stream, where it counts them.
+    /// Returns the number of entries that the store itself removed, or `None` if it does not count them.
     pub(crate) fn removed(&self) -> Option<u64> {
         self.0.get(&b"removed"[..]).copied()
     }
 
-    /// The account of a group, if it has one.
+    /// Returns the account of a group, or `None` if it has none.
     pub(crate) fn of(&self, group: &[u8], entries_added: Option<u64>) -> Option<Account> {
         let find = |counter: &str| {
             let name = [counter.as_bytes(), b":", group].concat();
             self.0.get(&name[..]).copied()
         };
         let base = find("base");
-        // An account that began after all entries there are is of an earlier life of the stream.
+        // An account whose start is after all entries belongs to an earlier stream of that name.
         if base.zip(entries_added).is_some_and(|(base, added)| base > added) {
             return None;
         }
@@ -61,7 +61,7 @@ impl Accounts {
 impl RedisStore {
     pub(crate) async fn drop_step(&self, stream: &StreamName, keep: u64) -> Result<Dropped, Failure> {
         let mut arguments = Arguments::with_capacity(1);
-        arguments.shown(&keep);
+        arguments.display(&keep);
         let keys = [key(stream), keys::account(stream)];
         let reply = self.control.run(&script::DROP_OLDEST, &keys, arguments).await?;
         let [removed, more, first, last, losers] = reply.tuple()?;
@@ -84,13 +84,13 @@ impl RedisStore {
         missing: u64,
     ) -> Result<bool, Failure> {
         let mut arguments = Arguments::with_capacity(3);
-        arguments.name(group.as_str()).shown(&known).shown(&missing);
+        arguments.name(group.as_str()).display(&known).display(&missing);
         let keys = [key(stream), keys::account(stream)];
         self.control.run(&script::WRITE_OFF, &keys, arguments).await?.count().map(|counted| counted == 1)
     }
 }
 
-/// Ids in one argument, as `MessagePack`: a script that hands them on one by one takes half again as long.
+/// Packs ids into one argument, as `MessagePack`. With one argument per id the script takes half as long again.
 pub(crate) fn packed(ids: &[EntryId]) -> Bytes {
     use std::io::Write as _;
     let mut packed = BytesMut::with_capacity(ids.len() * 20).writer();
@@ -115,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ids_of_every_length_are_packed() {
+    fn ids_of_any_length_are_packed() {
         let ids = [EntryId::new(1, 0), EntryId::MAX];
         let expected = [&b"\xa31-0"[..], &b"\xda\x00\x2918446744073709551615-18446744073709551615"[..]].concat();
         assert_eq!(packed(&ids), expected);

@@ -1,7 +1,7 @@
-//! Appending: what many tasks append to a stream at the same time goes to the server as one command.
+//! Batches appends: simultaneous appends to one stream go to the server as one command.
 //!
-//! One task takes all appends. Per stream up to two commands are under way; what comes meanwhile waits and is put
-//! together into the next one. There is no timer: the commands under way are the window.
+//! One task takes all appends. Up to two commands per stream are in flight; appends that arrive meanwhile wait and form
+//! the next command. There is no timer: the commands in flight are the window.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::event::{NewEntry, StreamName, field};
-use crate::store::redis::net::client::Link;
+use crate::store::redis::net::client::RoutedClient;
 use crate::store::redis::net::connection::Arguments;
 use crate::store::redis::net::error::Failure;
 use crate::store::redis::net::reply::{Reply, parse_id};
@@ -22,23 +22,23 @@ use crate::store::redis::ops::keys;
 use crate::store::redis::ops::large_entry;
 use crate::store::{Appended, MAX_APPEND, StoreErrorKind};
 
-/// The most bytes of names and values that appends are put together to. A single append may be greater.
+/// The maximum of bytes in one batch. A single append may be larger.
 const MAX_BATCH_BYTES: usize = 1 << 20;
-/// The most commands of one stream under way.
-const MAX_UNDER_WAY: u8 = 2;
-/// The most appends that wait to be taken.
+/// The maximum number of commands in flight per stream.
+const MAX_IN_FLIGHT: u8 = 2;
+/// The capacity of the queue of appends.
 const QUEUE: usize = 1024;
 
-/// Where appends are handed in.
+/// The handle to the batching task.
 #[derive(Debug, Clone)]
 pub(crate) struct Publisher {
-    queue: mpsc::Sender<Request>,
-    /// How long an append may wait before it is sent.
+    queue: mpsc::Sender<AppendRequest>,
+    /// The maximum wait of an append before it is sent.
     patience: Duration,
 }
 
 #[derive(Debug)]
-struct Request {
+struct AppendRequest {
     stream: StreamName,
     entries: Vec<NewEntry>,
     bytes: usize,
@@ -46,17 +46,17 @@ struct Request {
     answer: oneshot::Sender<Result<Vec<Appended>, Failure>>,
 }
 
-/// One stream's appends.
+/// The appends of one stream.
 #[derive(Default)]
-struct Lane {
-    waiting: VecDeque<Request>,
-    under_way: u8,
+struct StreamQueue {
+    waiting: VecDeque<AppendRequest>,
+    in_flight: u8,
 }
 
 impl Publisher {
-    /// The publisher, and the task that does its work until `closing` is cancelled and what was handed in is done.
+    /// Creates a publisher and its task, which runs until `closing` is cancelled and all accepted appends are done.
     pub(crate) fn new(
-        link: Link,
+        link: RoutedClient,
         patience: Duration,
         closing: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
@@ -64,7 +64,7 @@ impl Publisher {
         (Self { queue, patience }, run(link, requests, patience, closing))
     }
 
-    /// Appends entries, all or none. Cancel-safe: they are appended or not, as a whole.
+    /// Appends entries, all or none. Cancel-safe: a cancelled append happens completely or not at all.
     pub(crate) async fn append(&self, stream: &StreamName, entries: Vec<NewEntry>) -> Result<Vec<Appended>, Failure> {
         if entries.is_empty() {
             return Ok(Vec::new());
@@ -72,21 +72,21 @@ impl Publisher {
         check(&entries)?;
         let (answer, outcome) = oneshot::channel();
         let bytes = entries.iter().map(|entry| entry.fields.size_bytes()).sum();
-        let request = Request { stream: stream.clone(), entries, bytes, queued_at: Instant::now(), answer };
+        let request = AppendRequest { stream: stream.clone(), entries, bytes, queued_at: Instant::now(), answer };
         match tokio::time::timeout(self.patience, self.queue.send(request)).await {
             Ok(Ok(())) => {}
             Ok(Err(_)) => return Err(Failure::unavailable("the store is closed")),
-            Err(_) => return Err(Failure::unavailable("too many appends are waiting for the server")),
+            Err(_) => return Err(Failure::unavailable("too many appends wait for the server")),
         }
         outcome.await.unwrap_or_else(|_| Err(Failure::unavailable("the store is closed")))
     }
 }
 
-/// Finds what can't be appended before it spoils the batch of others.
+/// Refuses invalid entries before they fail the batch of other callers.
 fn check(entries: &[NewEntry]) -> Result<(), Failure> {
     let wrong = |reason: String| Err(Failure::new(StoreErrorKind::Internal, reason));
     if entries.len() > MAX_APPEND {
-        return wrong(format!("{} entries are more than the {MAX_APPEND} of one append", entries.len()));
+        return wrong(format!("{} entries in one append, the maximum is {MAX_APPEND}", entries.len()));
     }
     for entry in entries {
         if entry.fields.is_empty() {
@@ -99,20 +99,25 @@ fn check(entries: &[NewEntry]) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn run(link: Link, mut requests: mpsc::Receiver<Request>, patience: Duration, closing: CancellationToken) {
-    let mut lanes: HashMap<StreamName, Lane> = HashMap::new();
-    let mut under_way = FuturesUnordered::new();
+async fn run(
+    link: RoutedClient,
+    mut requests: mpsc::Receiver<AppendRequest>,
+    patience: Duration,
+    closing: CancellationToken,
+) {
+    let mut queues: HashMap<StreamName, StreamQueue> = HashMap::new();
+    let mut in_flight = FuturesUnordered::new();
     let mut is_open = true;
-    while is_open || !under_way.is_empty() {
+    while is_open || !in_flight.is_empty() {
         let stream = tokio::select! {
             biased;
-            Some(stream) = under_way.next() => {
-                if let Some(lane) = lanes.get_mut(&stream) {
-                    lane.under_way -= 1;
+            Some(stream) = in_flight.next() => {
+                if let Some(queue) = queues.get_mut(&stream) {
+                    queue.in_flight -= 1;
                 }
-                // Whatever came meanwhile belongs into the next batch.
+                // Appends that arrived meanwhile belong to the next batch.
                 while let Ok(request) = requests.try_recv() {
-                    lanes.entry(request.stream.clone()).or_default().waiting.push_back(request);
+                    queues.entry(request.stream.clone()).or_default().waiting.push_back(request);
                 }
                 None::<StreamName>
             }
@@ -124,41 +129,41 @@ async fn run(link: Link, mut requests: mpsc::Receiver<Request>, patience: Durati
                 is_open = request.is_some();
                 request.map(|request| {
                     let stream = request.stream.clone();
-                    lanes.entry(stream.clone()).or_default().waiting.push_back(request);
+                    queues.entry(stream.clone()).or_default().waiting.push_back(request);
                     stream
                 })
             }
         };
         match stream {
             Some(stream) => {
-                let lane = lanes.get_mut(&stream).expect("the request was just put there");
-                while let Some(batch) = next_batch(lane, patience) {
-                    under_way.push(send(&link, stream.clone(), batch));
+                let queue = queues.get_mut(&stream).expect("the request was just put there");
+                while let Some(batch) = next_batch(queue, patience) {
+                    in_flight.push(send(&link, stream.clone(), batch));
                 }
             }
-            None => lanes.retain(|stream, lane| {
-                while let Some(batch) = next_batch(lane, patience) {
-                    under_way.push(send(&link, stream.clone(), batch));
+            None => queues.retain(|stream, queue| {
+                while let Some(batch) = next_batch(queue, patience) {
+                    in_flight.push(send(&link, stream.clone(), batch));
                 }
-                lane.under_way > 0 || !lane.waiting.is_empty()
+                queue.in_flight > 0 || !queue.waiting.is_empty()
             }),
         }
     }
 }
 
-/// What goes to the server next, if another command of this stream may be sent now.
-fn next_batch(lane: &mut Lane, patience: Duration) -> Option<Vec<Request>> {
-    if lane.under_way >= MAX_UNDER_WAY {
+/// Returns the next batch of a stream, if another of its commands may be sent now.
+fn next_batch(queue: &mut StreamQueue, patience: Duration) -> Option<Vec<AppendRequest>> {
+    if queue.in_flight >= MAX_IN_FLIGHT {
         return None;
     }
     let mut batch = Vec::new();
     let (mut entries, mut bytes) = (0, 0);
-    while let Some(next) = lane.waiting.front() {
+    while let Some(next) = queue.waiting.front() {
         let is_too_much = entries + next.entries.len() > MAX_APPEND || bytes + next.bytes > MAX_BATCH_BYTES;
         if is_too_much && !batch.is_empty() {
             break;
         }
-        let request = lane.waiting.pop_front().expect("it was just looked at");
+        let request = queue.waiting.pop_front().expect("it was just looked at");
         if request.answer.is_closed() {
             continue;
         }
@@ -173,11 +178,11 @@ fn next_batch(lane: &mut Lane, patience: Duration) -> Option<Vec<Request>> {
     if batch.is_empty() {
         return None;
     }
-    lane.under_way += 1;
+    queue.in_flight += 1;
     Some(batch)
 }
 
-async fn send(link: &Link, stream: StreamName, batch: Vec<Request>) -> StreamName {
+async fn send(link: &RoutedClient, stream: StreamName, batch: Vec<AppendRequest>) -> StreamName {
     let outcome = append(link, &stream, &batch).await;
     match outcome {
         Ok((appended, unconfirmed)) => {
@@ -203,16 +208,16 @@ async fn send(link: &Link, stream: StreamName, batch: Vec<Request>) -> StreamNam
     stream
 }
 
-fn answer(request: Request, outcome: Result<Vec<Appended>, Failure>) {
-    // Whoever asked may be gone; the entries are appended all the same.
+fn answer(request: AppendRequest, outcome: Result<Vec<Appended>, Failure>) {
+    // The caller may have been cancelled. The entries are appended nevertheless.
     drop(request.answer.send(outcome));
 }
 
-/// What was appended, and why that is not as durable as it was to be, if it is not.
+/// The appended entries, and the failure to confirm their durability, if any.
 async fn append(
-    link: &Link,
+    link: &RoutedClient,
     stream: &StreamName,
-    batch: &[Request],
+    batch: &[AppendRequest],
 ) -> Result<(Vec<Appended>, Option<Failure>), Failure> {
     let entries = || batch.iter().flat_map(|request| &request.entries);
     if entries().any(large_entry::is_wide) {
@@ -236,12 +241,11 @@ async fn append(
     if appended.len() == entries().count() {
         Ok((appended, unconfirmed))
     } else {
-        Err(Failure::unexpected("another number of ids than of entries"))
+        Err(Failure::unexpected("the number of ids differs from the number of entries"))
     }
 }
 
-/// Adds entries one after the other, those that follow each other with the same names as one run, in which a value that
-/// all of them have in common stands once.
+/// Encodes entries in runs with the same names. A value that a whole run shares is encoded once.
 fn add_runs<'a>(arguments: &mut Arguments, entries: impl Iterator<Item = &'a NewEntry> + Clone) {
     let names = |entry: &'a NewEntry| entry.fields.iter().map(|(name, _)| name);
     let mut rest = entries.peekable();
@@ -257,11 +261,11 @@ fn add_runs<'a>(arguments: &mut Arguments, entries: impl Iterator<Item = &'a New
         }
         let places: Vec<_> = (1..).zip(&differs).filter(|(_, differs)| **differs).map(|(n, _)| n.to_string()).collect();
         arguments.reserve(2 * first.fields.len() + run * places.len() + 3);
-        arguments.shown(&first.fields.len());
+        arguments.display(&first.fields.len());
         for ((name, value), differs) in first.fields.iter().zip(&differs) {
             arguments.bytes(name.clone()).bytes(if *differs { Bytes::new() } else { value.clone() });
         }
-        arguments.shown(&places.join(" ")).shown(&run);
+        arguments.display(&places.join(" ")).display(&run);
         for entry in rest.by_ref().take(run) {
             for ((_, value), _) in entry.fields.iter().zip(&differs).filter(|(_, differs)| **differs) {
                 arguments.bytes(value.clone());
@@ -271,7 +275,7 @@ fn add_runs<'a>(arguments: &mut Arguments, entries: impl Iterator<Item = &'a New
 }
 
 async fn append_once(
-    link: &Link,
+    link: &RoutedClient,
     stream: &StreamName,
     entries: impl Iterator<Item = &NewEntry> + Clone + Send,
 ) -> Result<Reply, Failure> {
@@ -281,12 +285,12 @@ async fn append_once(
         let size = entry.fields.len() * 2;
         match &entry.idempotency {
             None => {
-                arguments.shown(&size);
+                arguments.display(&size);
             }
             Some(idempotency) => {
                 stream_keys.push(keys::idempotency(stream, &idempotency.key));
                 let window_ms = idempotency.window.as_millis().max(1);
-                arguments.shown(&format_args!("-{size}")).shown(&window_ms).bytes(event_id(entry));
+                arguments.display(&format_args!("-{size}")).display(&window_ms).bytes(event_id(entry));
             }
         }
         for (name, value) in entry.fields.iter() {
@@ -300,7 +304,7 @@ fn event_id(entry: &NewEntry) -> Bytes {
     entry.fields.get(field::ID).cloned().unwrap_or_default()
 }
 
-/// Ids parted by spaces.
+/// Parses ids separated by spaces.
 fn plain<'a>(ids: &Bytes, entries: impl Iterator<Item = &'a NewEntry>) -> Result<Vec<Appended>, Failure> {
     let ids = ids.split(|byte| *byte == b' ');
     ids.zip(entries)
@@ -308,7 +312,7 @@ fn plain<'a>(ids: &Bytes, entries: impl Iterator<Item = &'a NewEntry>) -> Result
         .collect()
 }
 
-/// Per entry its id, or `=<id> <event id>` of the first one with its key.
+/// Parses per entry its id, or `=<id> <event id>` of the first entry with its key.
 fn with_duplicates<'a>(reply: Reply, entries: impl Iterator<Item = &'a NewEntry>) -> Result<Vec<Appended>, Failure> {
     let one = |(reply, entry): (Reply, &NewEntry)| {
         let text = reply.bytes()?;

@@ -1,11 +1,11 @@
-//! Moving entries to the dead letters.
+//! Moves entries to the dead letters.
 //!
-//! Where both streams are on one server, one script appends the letter and acknowledges the entry, so that it is in
-//! exactly one of the two places whatever crashes. Where a cluster keeps them in different slots no script can do that:
-//! there the entry is extended, so that nobody claims it meanwhile; the letter is appended, once however often that is
-//! tried, and waited for until replicas have it; and then the entry is acknowledged. Before, it is noted beside the entry
-//! where it goes: after a crash in between, which leaves the letter there and the entry pending, whoever takes the entry
-//! over finds the note and the letter, and only acknowledges.
+//! If both streams share a slot, one script appends the dead letter and acknowledges the entry, so that the entry is in
+//! exactly one of the two streams whatever crashes. No script can do that if a cluster keeps them in different slots.
+//! Then the move has three steps: the entry is extended, so that no other consumer claims it; the dead letter is
+//! appended, once for any number of attempts, and its replicas are waited for; the entry is acknowledged. The first step
+//! also records the destination beside the entry. After a crash the dead letter may exist while the entry is pending.
+//! The consumer that then claims the entry finds the record and the dead letter, and only acknowledges.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -21,17 +21,17 @@ use crate::store::redis::ops::keys;
 use crate::store::redis::{RedisStore, key, of_consumer};
 use crate::store::{Cursor, StoreErrorKind};
 
-/// About how much goes into one command, so that the server is not held up for long.
+/// The approximate size of one command, so that the server is not blocked for long.
 const MAX_BYTES: usize = 1 << 20;
-/// How long it is remembered that an entry was moved to another part of the cluster.
+/// The lifetime of the marker of a move to another slot.
 const REMEMBERED: Duration = Duration::from_hours(7 * 24);
 
-/// An entry and the record of its death.
+/// An entry and the fields of its dead letter.
 pub(crate) type Record<'a> = (EntryId, &'a Fields);
 
 impl RedisStore {
-    /// Moves what the consumer still owns to the dead letters; says how many it does not.
-    pub(crate) async fn bury(
+    /// Moves entries to the dead letters. Returns how many the consumer no longer owned.
+    pub(crate) async fn dead_letter(
         &self,
         cursor: &Cursor,
         to: &StreamName,
@@ -39,7 +39,7 @@ impl RedisStore {
     ) -> Result<usize, Failure> {
         for (id, fields) in records {
             if fields.is_empty() || fields.len() * 2 > script::MAX_ENTRY_ARGUMENTS {
-                let reason = format!("the record of entry {id} has {} fields", fields.len());
+                let reason = format!("the dead letter of entry {id} has {} fields", fields.len());
                 return Err(Failure::new(StoreErrorKind::Internal, reason));
             }
         }
@@ -56,18 +56,23 @@ impl RedisStore {
             let (batch, later) = rest.split_at(fits.count().max(1));
             rest = later;
             not_owned += if is_apart {
-                self.bury_apart(cursor, to, batch).await?
+                self.dead_letter_cross_slot(cursor, to, batch).await?
             } else {
-                self.bury_together(cursor, to, batch).await?
+                self.dead_letter_same_slot(cursor, to, batch).await?
             };
         }
         Ok(not_owned)
     }
 
-    async fn bury_together(&self, cursor: &Cursor, to: &StreamName, batch: &[Record<'_>]) -> Result<usize, Failure> {
+    async fn dead_letter_same_slot(
+        &self,
+        cursor: &Cursor,
+        to: &StreamName,
+        batch: &[Record<'_>],
+    ) -> Result<usize, Failure> {
         let mut arguments = of_consumer(cursor);
         for (id, fields) in batch {
-            arguments.shown(id);
+            arguments.display(id);
             add_fields(&mut arguments, fields);
         }
         let keys = vec![key(&cursor.stream), keys::account(&cursor.stream), key(to)];
@@ -75,16 +80,21 @@ impl RedisStore {
         usize::try_from(not_owned.count()?).map_err(|e| Failure::unexpected(&e.to_string()))
     }
 
-    async fn bury_apart(&self, cursor: &Cursor, to: &StreamName, batch: &[Record<'_>]) -> Result<usize, Failure> {
+    async fn dead_letter_cross_slot(
+        &self,
+        cursor: &Cursor,
+        to: &StreamName,
+        batch: &[Record<'_>],
+    ) -> Result<usize, Failure> {
         let mut begin = of_consumer(cursor);
-        begin.shown(&REMEMBERED.as_millis()).bytes(key(to));
+        begin.display(&REMEMBERED.as_millis()).bytes(key(to));
         begin.ids(&batch.iter().map(|(id, _)| *id).collect::<Vec<_>>());
         let noted = vec![key(&cursor.stream), keys::moving(&cursor.stream)];
-        let not_owned = self.run_as(&script::BURY_BEGIN, cursor, noted, begin).await?.ids()?;
+        let not_owned = self.run_as(&script::DEAD_LETTER_PREPARE, cursor, noted, begin).await?.ids()?;
         let not_owned: HashSet<EntryId> = not_owned.into_iter().collect();
         let mut letters = vec![key(to)];
         let mut arguments = Arguments::with_capacity(batch.len() * 16);
-        arguments.shown(&REMEMBERED.as_millis());
+        arguments.display(&REMEMBERED.as_millis());
         let mut owned = Vec::with_capacity(batch.len());
         for (id, fields) in batch.iter().filter(|(id, _)| !not_owned.contains(id)) {
             letters.push(keys::moved(to, &cursor.stream, &cursor.group, *id));
@@ -94,21 +104,23 @@ impl RedisStore {
         if owned.is_empty() {
             return Ok(not_owned.len());
         }
-        self.control.spreading().run(&script::BURY, &letters, arguments).await?;
+        self.control.waiting_for_replicas().run(&script::DEAD_LETTER_APPEND, &letters, arguments).await?;
         Ok(not_owned.len() + self.end_burial(cursor, &owned).await?)
     }
 
-    /// Acknowledges entries whose letters are there; says how many the consumer does not hold.
+    /// Acknowledges entries whose dead letters exist. Returns how many the consumer does not hold.
     async fn end_burial(&self, cursor: &Cursor, ids: &[EntryId]) -> Result<usize, Failure> {
         let mut arguments = of_consumer(cursor);
         arguments.ids(ids);
         let keys = vec![key(&cursor.stream), keys::account(&cursor.stream), keys::moving(&cursor.stream)];
-        let not_owned = self.run_as(&script::BURY_END, cursor, keys, arguments).await?;
+        let not_owned = self.run_as(&script::DEAD_LETTER_FINISH, cursor, keys, arguments).await?;
         usize::try_from(not_owned.count()?).map_err(|e| Failure::unexpected(&e.to_string()))
     }
 
-    /// Leaves out what was just taken over though its letter is there: whoever wrote that died before it could
-    /// acknowledge the entry, which is done now. What can't be found out now stays pending, for a later claim.
+    /// Removes claimed entries whose dead letters exist, and acknowledges them.
+    ///
+    /// Their earlier consumer crashed between the append and the acknowledgement. If a check fails, the entry stays
+    /// pending for a later claim.
     pub(crate) async fn not_buried(
         &self,
         cursor: &Cursor,
@@ -118,7 +130,7 @@ impl RedisStore {
         let moving = moving.list()?;
         let mut by_letters: HashMap<StreamName, Vec<EntryId>> = HashMap::new();
         for (delivery, to) in deliveries.iter().zip(moving) {
-            // Only names were ever noted there.
+            // The hash contains stream names only.
             if let Ok(to) = to.text()?.parse() {
                 by_letters.entry(to).or_default().push(delivery.entry.id);
             }
@@ -128,7 +140,7 @@ impl RedisStore {
                 Ok(buried) => buried,
                 Err(failure) => {
                     let (entries, reason) = (ids.len(), failure.reason);
-                    tracing::warn!(dead_letter = %to, entries, reason, "it is unknown which entries are dead letters");
+                    tracing::warn!(dead_letter = %to, entries, reason, "cannot check which claimed entries are dead letters, leaving them pending");
                     ids
                 }
             };
@@ -140,7 +152,7 @@ impl RedisStore {
     async fn finish_burials(&self, cursor: &Cursor, to: &StreamName, ids: &[EntryId]) -> Result<Vec<EntryId>, Failure> {
         let mut letters = vec![key(to)];
         letters.extend(ids.iter().map(|id| keys::moved(to, &cursor.stream, &cursor.group, *id)));
-        let found = self.control.run(&script::BURIED, &letters, Arguments::default()).await?.list()?;
+        let found = self.control.run(&script::DEAD_LETTER_EXISTS, &letters, Arguments::default()).await?.list()?;
         let mut buried = Vec::new();
         for (id, found) in ids.iter().zip(found) {
             buried.extend((found.count()? > 0).then_some(*id));
@@ -153,7 +165,7 @@ impl RedisStore {
 }
 
 fn add_fields(arguments: &mut Arguments, fields: &Fields) {
-    arguments.shown(&(fields.len() * 2));
+    arguments.display(&(fields.len() * 2));
     for (name, value) in fields.iter() {
         arguments.bytes(name.clone()).bytes(value.clone());
     }

@@ -1,39 +1,38 @@
-//! The names of the keys beside a stream. All of them share the stream's hash tag, so that a script may use them
-//! together in a cluster.
+//! The auxiliary keys of a stream. They share its hash tag, so that one script may use them together in a cluster.
 
 use bytes::{BufMut, Bytes, BytesMut};
 
 use crate::event::{EntryId, GroupName, StreamName};
 
-/// What a check of the write path writes. Rights for it, `aurora:*` and `{aurora:*` are all a server must grant.
+/// The key that checks of the write path write. The server must grant it, `aurora:*` and `{aurora:*`.
 const PROBE: &str = "aurora:bus:probe";
 
-/// Where an idempotency key of a stream is remembered.
+/// The key that stores an idempotency key of a stream.
 pub(crate) fn idempotency(stream: &StreamName, key: &[u8]) -> Bytes {
     beside(stream, b"dedup:", key)
 }
 
-/// Where a stream's epoch is kept, with the last id seen.
+/// The key of a stream's epoch, with the last known id.
 pub(crate) fn epoch(stream: &StreamName) -> Bytes {
     beside(stream, b"epoch", b"")
 }
 
-/// Where what became of a stream's entries is counted.
+/// The hash of a stream's accounts.
 pub(crate) fn account(stream: &StreamName) -> Bytes {
     beside(stream, b"account", b"")
 }
 
-/// Where it is remembered that an entry of another part of the cluster was moved to these dead letters.
+/// The marker that an entry of another slot was moved to these dead letters.
 pub(crate) fn moved(dead_letters: &StreamName, from: &StreamName, group: &GroupName, id: EntryId) -> Bytes {
     beside(dead_letters, b"moved:", format!("{from}/{group}/{id}").as_bytes())
 }
 
-/// Where it is noted which entries of a stream are being moved to dead letters in another part of the cluster.
+/// The hash of entries that are being moved to dead letters in another slot, with their destinations.
 pub(crate) fn moving(stream: &StreamName) -> Bytes {
     beside(stream, b"moving", b"")
 }
 
-/// What is written beside a stream for the sake of writing.
+/// The key that is written only to have a write to wait for.
 pub(crate) fn mark(stream: &[u8]) -> Bytes {
     let mut key = BytesMut::with_capacity(stream.len() + 7);
     key.put_u8(b'{');
@@ -42,17 +41,17 @@ pub(crate) fn mark(stream: &[u8]) -> Bytes {
     key.freeze()
 }
 
-/// The key that a check writes in a part of the cluster; the number decides in which.
+/// The key that a check writes. The number decides its slot.
 pub(crate) fn probe(number: u32) -> Bytes {
     if number == 0 { Bytes::from_static(PROBE.as_bytes()) } else { format!("{PROBE}:{number}").into() }
 }
 
-/// Where a lease is kept while it is held.
+/// The key of a lease while it is held.
 pub(crate) fn lease(stream: &StreamName, name: &str) -> Bytes {
     beside(stream, b"lease:", name.as_bytes())
 }
 
-/// Where the leases of a stream that were ever taken are counted.
+/// The counter of a stream's lease fences.
 pub(crate) fn fence(stream: &StreamName) -> Bytes {
     beside(stream, b"fence", b"")
 }
@@ -73,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_key_of_a_stream_is_in_the_slot_of_the_stream() {
+    fn auxiliary_keys_share_the_slot_of_the_stream() {
         let stream: StreamName = "aurora:alerts".parse().expect("a valid name");
         assert_eq!(idempotency(&stream, b"a}{b"), "{aurora:alerts}:dedup:a}{b");
         assert_eq!(epoch(&stream), "{aurora:alerts}:epoch");

@@ -1,49 +1,50 @@
-//! Appending entries of more fields than a script can hand to one command.
+//! Appends entries with more fields than a script can pass to one command.
 //!
-//! They go as plain commands in a transaction, so that an entry and the memory of its idempotency key are there together
-//! or not at all. That takes a connection to itself and a round trip per command: such entries are rare, they come from
-//! others than the bus and pass here when they are replayed or handed on.
+//! They are sent as plain commands in a transaction, so that an entry and its idempotency key are stored together or not
+//! at all. That needs a connection of its own and a round trip per command. Such entries are rare: other programs write
+//! them, and the store appends them when they are replayed or redelivered.
 
 use std::collections::HashMap;
 
 use bytes::Bytes;
 
 use crate::event::{EntryId, Fields, NewEntry, StreamName, field};
-use crate::store::redis::net::client::Link;
+use crate::store::redis::net::client::RoutedClient;
 use crate::store::redis::net::connection::{Arguments, Connection};
 use crate::store::redis::net::durability;
 use crate::store::redis::net::error::Failure;
 use crate::store::redis::net::reply::{Reply, parse_id};
-use crate::store::redis::net::script::{MAX_ENTRY_ARGUMENTS, REMEMBER};
+use crate::store::redis::net::script::{MAX_ENTRY_ARGUMENTS, STORE_KEY};
 use crate::store::redis::ops::keys;
 use crate::store::{Appended, StoreErrorKind};
 
-/// The most names and values of one entry: a server takes a million arguments.
+/// The maximum of names and values of one entry: a server accepts a million arguments.
 pub(crate) const MAX_ARGUMENTS: usize = 1_000_000;
-/// How often a transaction is begun anew because another wrote one of its keys meanwhile.
+/// The number of attempts if another client writes one of the transaction's keys meanwhile.
 const TRIES: usize = 5;
 
-/// Whether an entry has more fields than a script can hand on.
+/// Returns whether an entry has more fields than a script can pass to one command.
 pub(crate) fn is_wide(entry: &NewEntry) -> bool {
     entry.fields.len() * 2 > MAX_ENTRY_ARGUMENTS
 }
 
-/// Appends entries, in order, all or none; says what was appended, and why that is not as durable as it was to be, if it
-/// is not.
+/// Appends entries, in order, all or none.
+///
+/// Returns the appended entries, and the failure to confirm their durability, if any.
 pub(crate) async fn append(
-    link: &Link,
+    link: &RoutedClient,
     stream: &StreamName,
     entries: &[&NewEntry],
 ) -> Result<(Vec<Appended>, Option<Failure>), Failure> {
     let stream_key = Bytes::copy_from_slice(stream.as_str().as_bytes());
-    // Where a failure leaves a transaction open, its connection is not kept.
-    let leased = link.alone(&stream_key).await?;
+    // A failure may leave a transaction open, so its connection is not kept.
+    let leased = link.lease_connection(&stream_key).await?;
     let transaction = Transaction { link, connection: &leased.connection, stream, stream_key };
-    let appended = transaction.append(entries).await.map_err(|failure| link.judged(failure))?;
+    let appended = transaction.append(entries).await.map_err(|failure| link.classify(failure))?;
     let mut written = vec![transaction.stream_key.clone()];
     written.extend(entries.iter().filter_map(|entry| dedup_key(stream, entry)));
     let confirmed = durability::confirm(&leased.connection, link.durability(), &written, false, link.settings()).await;
-    link.give_back(leased);
+    link.release(leased);
     Ok((appended, confirmed.err()))
 }
 
@@ -57,7 +58,7 @@ fn event_id(fields: &Fields) -> Bytes {
 
 #[derive(Debug)]
 struct Transaction<'a> {
-    link: &'a Link,
+    link: &'a RoutedClient,
     connection: &'a Connection,
     stream: &'a StreamName,
     stream_key: Bytes,
@@ -67,17 +68,17 @@ impl Transaction<'_> {
     async fn append(&self, entries: &[&NewEntry]) -> Result<Vec<Appended>, Failure> {
         durability::prepare(self.connection, self.link.durability(), self.link.settings()).await?;
         let mut load = Arguments::with_capacity(2);
-        load.text("LOAD").name(REMEMBER.source());
+        load.text("LOAD").name(STORE_KEY.source());
         self.call("SCRIPT", load).await?;
         for _ in 0..TRIES {
             if let Some(appended) = self.try_append(entries).await? {
                 return Ok(appended);
             }
         }
-        Err(Failure::unavailable("others append the same events at the same time"))
+        Err(Failure::unavailable("other clients append the same events at the same time"))
     }
 
-    /// Nothing where another has written one of the keys meanwhile.
+    /// Returns `None` if another client has written one of the keys meanwhile.
     async fn try_append(&self, entries: &[&NewEntry]) -> Result<Option<Vec<Appended>>, Failure> {
         let mut known: HashMap<Bytes, (EntryId, Bytes)> = HashMap::new();
         for key in entries.iter().filter_map(|entry| dedup_key(self.stream, entry)) {
@@ -108,7 +109,7 @@ impl Transaction<'_> {
         }
         let ids = added_ids(answer)?;
         if ids.len() != added {
-            return Err(Failure::unexpected("another number of ids than of entries"));
+            return Err(Failure::unexpected("the number of ids differs from the number of entries"));
         }
         let mut next = 0;
         let appended = entries.iter().map(|entry| {
@@ -116,7 +117,7 @@ impl Transaction<'_> {
             if let Some((id, event_id)) = key.as_ref().and_then(|key| known.get(key)) {
                 return Appended { id: *id, event_id: event_id.clone(), duplicate: true };
             }
-            // The second one of a key in the same batch.
+            // A second entry with the same key in this batch.
             let first = key.as_ref().and_then(|key| fresh.get(key)).copied().filter(|first| *first < next);
             let place = first.unwrap_or(next);
             next += usize::from(first.is_none());
@@ -135,11 +136,11 @@ impl Transaction<'_> {
         self.call("XADD", add).await?;
         let (Some(key), Some(idempotency)) = (key, &entry.idempotency) else { return Ok(()) };
         let mut remember = Arguments::with_capacity(11);
-        remember.bytes(REMEMBER.sha().clone()).text("2").bytes(self.stream_key.clone()).bytes(key.clone());
-        remember.shown(&idempotency.window.as_millis().max(1)).bytes(event_id(fields)).shown(&(fields.len() * 2));
+        remember.bytes(STORE_KEY.sha().clone()).text("2").bytes(self.stream_key.clone()).bytes(key.clone());
+        remember.display(&idempotency.window.as_millis().max(1)).bytes(event_id(fields)).display(&(fields.len() * 2));
         let parts: Vec<&Bytes> = fields.iter().flat_map(|(name, value)| [name, value]).collect();
         for place in 0..4 {
-            // An entry that is not wide may have fewer.
+            // A smaller entry may have fewer.
             let part = (parts.len() + place).checked_sub(4).map(|at| parts[at].clone());
             remember.bytes(part.unwrap_or_default());
         }
@@ -157,13 +158,13 @@ fn of(key: &Bytes) -> Arguments {
     arguments
 }
 
-/// The first entry with a key, as it is remembered: its id, and its event id after a space.
+/// Parses the stored first entry of a key: its id, and its event id after a space.
 fn remembered(text: &Bytes) -> Result<(EntryId, Bytes), Failure> {
     let end = text.iter().position(|byte| *byte == b' ').unwrap_or(text.len());
     Ok((parse_id(&text.slice(..end))?, text.slice((end + 1).min(text.len())..)))
 }
 
-/// The ids of the appended entries: after one with an idempotency key, the script's answer is that id again.
+/// Returns the ids of the appended entries. For an entry with an idempotency key, the script returns its id again.
 fn added_ids(answer: Reply) -> Result<Vec<EntryId>, Failure> {
     let mut ids: Vec<EntryId> = Vec::new();
     for reply in answer.list()? {

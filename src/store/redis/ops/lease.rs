@@ -1,4 +1,4 @@
-//! Leases, and what may be done only under one.
+//! Leases, and the operations that need one.
 
 use std::time::{Duration, Instant};
 
@@ -24,14 +24,14 @@ impl RedisStore {
         ttl: Duration,
     ) -> Result<Leased, Failure> {
         let mut arguments = Arguments::with_capacity(2);
-        arguments.name(holder).shown(&ttl.as_millis().max(1));
+        arguments.name(holder).display(&ttl.as_millis().max(1));
         let keys = [keys::lease(stream, name), keys::fence(stream)];
         let [fence, by, left] = self.control.run(&script::LEASE, &keys, arguments).await?.tuple()?;
         let fence = fence.text()?;
         if fence.is_empty() {
             return Ok(Leased::Taken { by: by.text()?, expires_in: Duration::from_millis(left.count()?) });
         }
-        let fence = fence.parse().map_err(|e| Failure::unexpected(&format!("a fence that is none: {e}")))?;
+        let fence = fence.parse().map_err(|e| Failure::unexpected(&format!("not a fence: {e}")))?;
         Ok(Leased::Held(Lease { name: name.to_owned(), holder: holder.to_owned(), fence }))
     }
 
@@ -43,7 +43,7 @@ impl RedisStore {
         Ok(released == 1)
     }
 
-    /// Runs a script for a consumer; where its cursor has a lease, only while that is held.
+    /// Runs a script for a consumer. If its cursor has a lease, the script has no effect after the lease is lost.
     pub(crate) async fn run_as(
         &self,
         script: &Script,
@@ -57,8 +57,8 @@ impl RedisStore {
         self.control.run(script.under_lease(), &keys, arguments).await
     }
 
-    /// Fetches under the cursor's lease. A read that blocks can't ask for the lease when it wakes, so the waiting is
-    /// done by another read, which takes nothing.
+    /// Fetches under the cursor's lease. A blocking fetch cannot check the lease when it wakes, so another read waits,
+    /// which delivers nothing.
     pub(crate) async fn fetch_under_lease(
         &self,
         cursor: &Cursor,
@@ -69,14 +69,14 @@ impl RedisStore {
         let deadline = Instant::now() + wait;
         loop {
             let mut arguments = of_consumer(cursor);
-            arguments.shown(&self.sizes.bounded(stream, limit));
+            arguments.display(&self.reply_sizes.bounded(stream, limit));
             let delivered_at = Instant::now();
             let answer = self.run_as(&script::FETCH, cursor, vec![key(stream)], arguments).await;
             let [entries, last] = match answer {
                 Ok(reply) => reply.tuple()?,
-                Err(failure) => return self.learned(stream, Err(failure)).map(|_| Vec::new()),
+                Err(failure) => return self.record_size(stream, Err(failure)).map(|_| Vec::new()),
             };
-            let entries = self.learned(stream, entries.entries())?;
+            let entries = self.record_size(stream, entries.entries())?;
             let left = deadline.saturating_duration_since(Instant::now());
             if !entries.is_empty() || left.is_zero() {
                 let delivery = |entry| Delivery { entry, attempt: 1, delivered_at };
@@ -86,17 +86,17 @@ impl RedisStore {
         }
     }
 
-    /// Waits until the stream has an entry after that one, or until the time is over.
+    /// Waits until the stream has an entry after this one, or until the timeout.
     async fn something_after(&self, stream: &StreamName, id: EntryId, wait: Duration) -> Result<(), Failure> {
         let mut arguments = Arguments::with_capacity(7);
         arguments.text("COUNT").text("1");
         block(&mut arguments, wait);
-        arguments.text("STREAMS").bytes(key(stream)).shown(&id);
+        arguments.text("STREAMS").bytes(key(stream)).display(&id);
         self.readers.read("XREAD", stream.as_str().as_bytes(), arguments, wait).await.map(drop)
     }
 }
 
-/// What the key of a lease holds.
+/// The value of a lease's key.
 fn value(lease: &Lease) -> Bytes {
     format!("{} {}", lease.fence, lease.holder).into()
 }

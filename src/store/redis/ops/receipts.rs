@@ -1,4 +1,4 @@
-//! Deliveries named by their receipts, by one script.
+//! Settles deliveries by their receipts, with one script.
 
 use crate::store::redis::net::connection::Arguments;
 use crate::store::redis::net::error::Failure;
@@ -8,7 +8,7 @@ use crate::store::redis::{RedisStore, key};
 use crate::store::{Cursor, Receipt, Redemption};
 
 impl RedisStore {
-    /// Acknowledges or holds on what has a good receipt; says for each whether it has.
+    /// Acknowledges or holds the deliveries with valid receipts. Returns for each whether its receipt was valid.
     pub(crate) async fn redeem_all(
         &self,
         cursor: &Cursor,
@@ -17,18 +17,18 @@ impl RedisStore {
         let mut good = Vec::with_capacity(redemptions.len());
         for chunk in redemptions.chunks(script::MAX_IDS) {
             let mut arguments = Arguments::with_capacity(2 + chunk.len() * 5);
-            arguments.name(cursor.group.as_str()).shown(&cursor.claim_idle.as_millis());
+            arguments.name(cursor.group.as_str()).display(&cursor.claim_idle.as_millis());
             for (receipt, redemption) in chunk {
-                arguments.shown(&receipt.id).name(receipt.consumer.as_str()).shown(&receipt.attempt);
+                arguments.display(&receipt.id).name(receipt.consumer.as_str()).display(&receipt.attempt);
                 match redemption {
                     Redemption::Acknowledge => arguments.text("").text("0"),
-                    Redemption::Hold { by, lease } => arguments.name(by.as_str()).shown(&lease.as_millis()),
+                    Redemption::Hold { by, lease } => arguments.name(by.as_str()).display(&lease.as_millis()),
                 };
             }
             let keys = vec![key(&cursor.stream), keys::account(&cursor.stream)];
-            let answers = self.run_as(&script::REDEEM, cursor, keys, arguments).await?.list()?;
+            let answers = self.run_as(&script::SETTLE_BY_RECEIPT, cursor, keys, arguments).await?.list()?;
             if answers.len() != chunk.len() {
-                return Err(Failure::unexpected("another number of answers than of receipts"));
+                return Err(Failure::unexpected("the number of results differs from the number of receipts"));
             }
             for answer in answers {
                 good.push(answer.count()? == 1);

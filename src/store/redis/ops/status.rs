@@ -1,4 +1,4 @@
-//! What the server says of its streams, read into our terms.
+//! Parses the state of streams and groups.
 
 use std::time::Duration;
 
@@ -18,10 +18,10 @@ pub(crate) fn stream(reply: Reply) -> Result<Option<StreamStatus>, Failure> {
     let accounts = Accounts::read(accounts)?;
     let length = info.take("length")?.count()?;
     let (first, last) = (info.take("first-entry")?.bytes()?, info.take("last-entry")?.bytes()?);
-    // Servers before 7.0 don't count them.
+    // Servers before 7.0 do not count them.
     let added = info.find("entries-added").map(Reply::count).transpose()?;
     let newest_deleted = info.find("max-deleted-entry-id").map(Reply::id).transpose()?;
-    let held = Held { length, ends: optional_id(&first)?.zip(optional_id(&last)?), added };
+    let held = StreamExtent { length, ends: optional_id(&first)?.zip(optional_id(&last)?), added };
     let groups = groups.list()?.into_iter().map(|reply| group(reply, &held, &accounts));
     let mut groups = groups.collect::<Result<Vec<_>, _>>()?;
     groups.sort_by(|a, b| a.name.cmp(&b.name));
@@ -41,17 +41,17 @@ pub(crate) fn stream(reply: Reply) -> Result<Option<StreamStatus>, Failure> {
     }))
 }
 
-/// What a stream holds.
-struct Held {
+/// The extent of a stream.
+struct StreamExtent {
     length: u64,
-    /// The oldest entry and the newest.
+    /// The oldest and the newest entry.
     ends: Option<(EntryId, EntryId)>,
     added: Option<u64>,
 }
 
-impl Held {
-    /// How many entries there are after this one. Certain at both ends; in between, `lag` is the server's count, which
-    /// is right unless entries after it were removed.
+impl StreamExtent {
+    /// Returns the number of entries after this one. Exact at both ends. In between it is the server's `lag`, which is
+    /// exact unless entries after it were removed.
     fn after(&self, id: EntryId, lag: Option<u64>) -> Option<u64> {
         match self.ends {
             Some((first, _)) if id < first => Some(self.length),
@@ -61,7 +61,7 @@ impl Held {
     }
 }
 
-fn group(reply: Reply, held: &Held, accounts: &Accounts) -> Result<GroupStatus, Failure> {
+fn group(reply: Reply, held: &StreamExtent, accounts: &Accounts) -> Result<GroupStatus, Failure> {
     let [info, oldest, consumers] = reply.tuple()?;
     let mut info = info.named()?;
     let name = info.take("name")?.bytes()?;
@@ -91,7 +91,7 @@ fn consumer(mut info: Named) -> Result<ConsumerStatus, Failure> {
     })
 }
 
-/// The rows of XPENDING with a range.
+/// Parses the rows of XPENDING with a range.
 pub(crate) fn pending(reply: Reply) -> Result<Vec<Pending>, Failure> {
     let row = |reply: Reply| {
         let [id, consumer, idle, attempts] = reply.tuple()?;
@@ -109,12 +109,12 @@ fn optional_id(text: &[u8]) -> Result<Option<EntryId>, Failure> {
     if text.is_empty() { Ok(None) } else { crate::store::redis::net::reply::parse_id(text).map(Some) }
 }
 
-/// A name that may be of foreign making: what our names can't hold is shown as `_`.
+/// Parses a name that another program may have created. Characters that our names do not allow become `_`.
 pub(crate) fn name_of<N: std::str::FromStr>(text: &[u8]) -> Result<N, Failure> {
     let allowed = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b':' | b'_' | b'.' | b'~' | b'-');
     let shown: String = text.iter().map(|byte| if allowed(byte) { char::from(*byte) } else { '_' }).take(200).collect();
     let shown = if shown.is_empty() { "_".to_owned() } else { shown };
-    shown.parse().or(Err(Failure::unexpected("a name that can't be shown")))
+    shown.parse().or(Err(Failure::unexpected("an invalid name")))
 }
 
 #[cfg(test)]
@@ -123,7 +123,7 @@ mod tests {
     use crate::event::{ConsumerName, GroupName};
 
     #[test]
-    fn foreign_names_are_shown_as_far_as_they_can_be() {
+    fn foreign_names_get_placeholders() {
         assert_eq!(name_of::<ConsumerName>(b"my worker\xff").map(|n| n.to_string()), Ok("my_worker_".to_owned()));
         assert_eq!(name_of::<GroupName>(b"").map(|n| n.to_string()), Ok("_".to_owned()));
     }

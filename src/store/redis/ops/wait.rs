@@ -1,7 +1,7 @@
-//! Waiting for news of many streams at once: one blocking read for all of them.
+//! Waits for new entries of many streams with one blocking read.
 //!
-//! Servers of a cluster refuse a read over several slots, and a blocking one for each would need a connection for each:
-//! there the streams are asked again and again, on the connections that are there anyway.
+//! Cluster nodes refuse a read over several slots, and one blocking read per stream would need a connection for each. In
+//! a cluster the streams are polled instead, on the shared connections.
 
 use std::time::Duration;
 
@@ -14,10 +14,10 @@ use crate::store::redis::net::error::Failure;
 use crate::store::redis::net::reply::Reply;
 use crate::store::redis::{RedisStore, block, key};
 
-/// Questions to a cluster at a time.
+/// The number of concurrent polls of a cluster.
 const AT_A_TIME: usize = 32;
-/// Between two rounds of questions to a cluster, and how much longer that is for each stream: a thousand of them cost the
-/// cluster about two thousand commands a second.
+/// The pause between two rounds of polls, and the addition per stream: a thousand streams cost the cluster about two
+/// thousand commands a second.
 const POLL: Duration = Duration::from_millis(100);
 const POLL_PER_STREAM: Duration = Duration::from_micros(400);
 
@@ -34,7 +34,7 @@ impl RedisStore {
         if self.servers.is_cluster() {
             return self.ask_for_news(places, wait).await;
         }
-        // There is one server, whatever the key.
+        // There is one server for all keys.
         let first = places[0].0.as_str().as_bytes();
         let answer = self.readers.read("XREAD", first, read(places, wait), wait).await?;
         let ready = answer.ends_of_streams()?;
@@ -70,7 +70,7 @@ impl RedisStore {
         }
     }
 
-    /// The newest entry of a stream that has this one at least.
+    /// Returns the newest entry of a stream, which is this one or a later one.
     async fn newest(&self, stream: StreamName, found: EntryId) -> Result<(StreamName, EntryId), Failure> {
         let mut arguments = Arguments::with_capacity(5);
         arguments.bytes(key(&stream)).text("+").text("-").text("COUNT").text("1");
@@ -89,7 +89,7 @@ fn read(places: &[(StreamName, EntryId)], wait: Duration) -> Arguments {
         arguments.bytes(key(stream));
     }
     for (_, after) in places {
-        arguments.shown(after);
+        arguments.display(after);
     }
     arguments
 }

@@ -1,4 +1,4 @@
-//! Groups with their accounts, consumers and pending entries.
+//! The rows of groups, accounts, consumers and pending entries.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -51,7 +51,7 @@ pub(crate) fn save_account(connection: &Connection, group: &Group) -> rusqlite::
         .map(|_rows| ())
 }
 
-/// Gives groups their accounts. One from before there were accounts begins now, with what it has still to handle.
+/// Loads the accounts of groups. The account of a group from before format 2 begins now, with its unsettled entries.
 fn load_accounts(connection: &Connection, groups: &mut BTreeMap<i64, (u32, Group)>) -> Result<(), StoreError> {
     let failed = |error| engine_error("read the accounts", error);
     for (_, group) in groups.values_mut() {
@@ -65,7 +65,7 @@ fn load_accounts(connection: &Connection, groups: &mut BTreeMap<i64, (u32, Group
             *number = row.get(place).map_err(failed)?;
         }
         let is_right = row.get::<_, i64>(9).map_err(failed)? == checksum(&numbers, &[]);
-        // The row itself can't be trusted to say whose it is: only a group that exists is loaded or refused.
+        // A damaged row may name any group: only a row of an existing group is loaded or refused.
         let Some((_, group)) = groups.get_mut(&numbers[0]) else { continue };
         if !is_right {
             return Err(corrupt(format!("the account of group `{}` is damaged", group.name)));
@@ -102,7 +102,7 @@ pub(crate) fn delete_lease(connection: &Connection, number: i64) -> rusqlite::Re
     connection.prepare_cached("DELETE FROM leases WHERE number = ?1")?.execute([number]).map(|_rows| ())
 }
 
-/// The groups of all streams, or of one, by the number of their stream.
+/// Loads the groups of all streams, or of one, by the number of their stream.
 pub(crate) fn load_groups(
     connection: &Connection,
     stream: Option<u32>,
@@ -168,7 +168,7 @@ fn load_leases(connection: &Connection, groups: &mut BTreeMap<i64, (u32, Group)>
         };
         let (numbers, ids, crc) = read().map_err(failed)?;
         let is_right = crc == checksum(&numbers, &ids);
-        // The row itself can't be trusted to say whose it is: only a group that exists is loaded or refused.
+        // A damaged row may name any group: only a row of an existing group is loaded or refused.
         let Some((_, group)) = groups.get_mut(&numbers[1]) else { continue };
         let lease = is_right.then(|| {
             let (attempts, ids) = (u32::try_from(numbers[4]).ok()?, unpack_ids(&ids)?);
