@@ -1,4 +1,4 @@
-//! What the configuration says of a group.
+//! The configuration of a group.
 
 use std::time::Duration;
 
@@ -15,73 +15,72 @@ use crate::validate::{Problems, Validate};
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct GroupConfig {
-    /// The group's name in its stream.
+    /// The name of the group in its stream.
     pub name: GroupName,
-    /// The name of the sink that takes its entries. Without one the group is consumed from outside, and of what
-    /// follows only `start`, `claim_idle`, `max_deliveries` and `reap_after` have an effect.
+    /// The name of the sink that takes its entries. Without a sink the group is for external consumers. Then only
+    /// `start`, `claim_idle`, `max_deliveries` and `reap_after` have an effect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sink: Option<String>,
-    /// How many workers this instance runs for it, 1 to 64. More than one give up the order of entries.
+    /// Workers of this instance, 1 to 64. With more than one, entries are not in order.
     #[serde(default = "default::workers")]
     pub workers: usize,
-    /// Entries of lower severity are acknowledged without delivery. Those of unknown severity are delivered: one
-    /// alert too many is better than one missed.
+    /// Entries of lower severity are acknowledged without delivery. Entries of unknown severity are delivered, because
+    /// a superfluous alert is better than a missed one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_severity: Option<Severity>,
-    /// What is kept in the order of the stream, also when deliveries fail and when several daemons work: one of them
-    /// works for the group at a time then.
+    /// The entries that keep the order of the stream, also when deliveries fail or several daemons run. In an ordered
+    /// group one worker works at a time.
     #[serde(default)]
     pub ordering: Ordering,
-    /// With `ordering = "key"`, what the key is: a field such as `source`, or `data.<name>` for a member of the
+    /// The ordering key with `ordering = "key"`: a field such as `source`, or `data.<name>` for a property of the
     /// payload. Entries without it have no order.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub order_by: Option<OrderBy>,
-    /// With `ordering = "stream"`, what happens when an entry is given up.
+    /// The reaction when an entry is given up, with `ordering = "stream"`.
     #[serde(default)]
     pub on_poison: OnPoison,
-    /// When and how often a failed delivery is tried again.
+    /// When and how often a failed delivery is retried.
     #[serde(default)]
     pub retry: RetryPolicy,
-    /// How often an entry is delivered at most, deliveries that ended in a crash included. To consumers outside as
-    /// well: then it goes to the dead letters.
+    /// The most deliveries of an entry, including those that ended in a crash and those to external consumers. After
+    /// them the entry becomes a dead letter.
     #[serde(default = "default::max_deliveries")]
     pub max_deliveries: u32,
-    /// How long a delivery stays its worker's alone without a sign of life; then others take it over. What a consumer
-    /// outside has left for so long is appended again for the others.
+    /// The time without progress after which other workers may claim a delivery. An entry that an external consumer
+    /// left pending for this time is redelivered.
     #[serde(default = "default::claim_idle", with = "humantime_serde")]
     pub claim_idle: Duration,
-    /// Where the group begins when it is made.
+    /// The start of the group when it is made.
     #[serde(default)]
     pub start: GroupStart,
-    /// The most entries that a worker fetches at once, 1 to 1000.
+    /// The most entries of one fetch, 1 to 1000.
     #[serde(default = "default::batch")]
     pub batch: usize,
-    /// The most entries that a worker holds at once.
+    /// The most entries that a worker holds.
     #[serde(default = "default::max_in_flight")]
     pub max_in_flight: usize,
-    /// How many calls of its sink a worker makes at the same time, 1 to 256. More than one give up the order of
-    /// entries.
+    /// Calls of the sink that a worker makes at the same time, 1 to 256. With more than one, entries are not in order.
     #[serde(default = "default::concurrency")]
     pub concurrency: usize,
-    /// How long one call of the sink may take. Shorter than `claim_idle`.
+    /// The timeout of one call of the sink. Shorter than `claim_idle`.
     #[serde(default = "default::handler_timeout", with = "humantime_serde")]
     pub handler_timeout: Duration,
-    /// When a worker stops calling a sink that is down.
+    /// When a worker pauses because its sink is down.
     #[serde(default)]
     pub breaker: BreakerPolicy,
-    /// After how long without a sign of life a consumer with nothing pending is removed.
+    /// The idle time after which a consumer with nothing pending is removed.
     #[serde(default = "default::reap_after", with = "humantime_serde")]
     pub reap_after: Duration,
 }
 
-/// Where a group begins when it is made.
+/// The start of a new group.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum GroupStart {
-    /// With the oldest entry of the stream.
+    /// The oldest entry of the stream.
     #[default]
     Oldest,
-    /// With the next entry.
+    /// The next entry.
     New,
 }
 
@@ -131,7 +130,7 @@ mod default {
 }
 
 impl GroupConfig {
-    /// A group of that name, all else as by default.
+    /// Returns a group with this name and default values.
     pub fn new(name: GroupName) -> Self {
         Self {
             name,
@@ -154,7 +153,7 @@ impl GroupConfig {
         }
     }
 
-    /// Whether the group stops when an entry is given up.
+    /// Returns whether the group stops when an entry is given up.
     pub(super) fn halts(&self) -> bool {
         self.ordering == Ordering::Stream && self.on_poison == OnPoison::Halt
     }
@@ -264,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_group_needs_a_name_and_no_more() {
+    fn name_alone_is_a_valid_group() {
         let config = parse("name = 'siem'").unwrap();
         assert_eq!(config, GroupConfig::new("siem".parse().unwrap()));
         assert_eq!(config.problems(), []);
@@ -273,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn every_key_is_read() {
+    fn all_keys_are_read() {
         let config = parse(
             "name = 'siem'\nsink = 'log'\nworkers = 1\nmin_severity = 'high'\nmax_deliveries = 20\nclaim_idle = '2m'\n\
              start = 'new'\nbatch = 10\nmax_in_flight = 20\nconcurrency = 4\nhandler_timeout = '5s'\n\
@@ -292,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn every_senseless_value_is_told_with_its_key() {
+    fn invalid_values_are_reported_with_their_keys() {
         let config = parse(
             "name = 'siem'\nsink = 'log'\nworkers = 0\nmax_deliveries = 1\nclaim_idle = '500ms'\nbatch = 0\nmax_in_flight = 0\n\
              concurrency = 0\nhandler_timeout = '1s'\nretry = { max_attempts = 5, base = '1m', cap = '10s' }\n\
@@ -316,13 +315,13 @@ mod tests {
     }
 
     #[test]
-    fn what_only_workers_heed_is_no_matter_for_a_group_consumed_from_outside() {
+    fn worker_settings_of_a_pull_group_are_not_checked() {
         let config = parse("name = 'agents'\nclaim_idle = '10s'\nmax_deliveries = 2").unwrap();
         assert_eq!(config.problems(), []);
     }
 
     #[test]
-    fn an_order_needs_one_worker_and_to_know_what_it_is() {
+    fn ordered_group_needs_one_worker_and_a_key() {
         let keys = |text: &str| -> Vec<String> {
             let config = parse(&format!("name = 'siem'\n{text}")).unwrap();
             config.problems().into_iter().map(|problem| problem.path).collect()

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use crate::backoff::jittered;
-use crate::delivery::worker::event_loop::{Floor, ensure, floor};
+use crate::delivery::ack_floor::{AckFloor, ensure_group, read_ack_floor};
 use crate::delivery::{GroupSpec, GroupStart};
 use crate::event::{ConsumerName, DeadLetter, DeadLetterReason, Delivery, EntryId, GroupName, StreamName};
 use crate::log_throttle::ThrottledWarning;
@@ -90,7 +90,7 @@ pub(super) struct GroupMonitor {
     dead_letter_warning: ThrottledWarning,
     /// Whether the group existed at an earlier check.
     has_existed: bool,
-    floor: Option<Floor>,
+    floor: Option<AckFloor>,
     ensure_at: Option<Instant>,
     search_at: Instant,
     search_from: EntryId,
@@ -194,7 +194,7 @@ impl GroupMonitor {
             (false, GroupStart::New) => Start::New,
             _ => Start::Oldest,
         };
-        let (is_new, floor) = ensure(&*self.store, &self.cursor, start, self.floor.clone()).await?;
+        let (is_new, floor) = ensure_group(&*self.store, &self.cursor, start, self.floor.clone()).await?;
         let (stream, group) = (&self.cursor.stream, &self.cursor.group);
         if is_new && self.has_existed {
             self.counters.recreated.inc();
@@ -241,7 +241,7 @@ impl GroupMonitor {
         self.report(&found);
         self.dead_letter(found.exhausted).await?;
         if is_over {
-            self.floor = floor(&*self.store, &self.cursor).await?.or(self.floor.take());
+            self.floor = read_ack_floor(&*self.store, &self.cursor).await?.or(self.floor.take());
             let has_pending = self.floor.as_ref().is_some_and(|floor| floor.has_pending);
             if !has_pending && !is_requested {
                 self.search_at = Instant::now() + jittered(self.schedule.search_interval);

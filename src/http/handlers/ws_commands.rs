@@ -24,7 +24,7 @@ use crate::http::handlers::publish;
 use crate::http::handlers::pull::{back, open_desk, view};
 use crate::http::{Api, ApiError};
 use crate::pull::{LeasedEntry, Nack, PullConsumer, PullError, PullRequest, SettleError, Token};
-use crate::relay::{Errands, Runner};
+use crate::relay::{CommandHandler, CommandHandlerFactory};
 
 /// The most requests of one client that are under way, those that wait for entries among them.
 const MAX_UNDER_WAY: usize = 16;
@@ -51,8 +51,8 @@ impl fmt::Debug for Agents {
     }
 }
 
-impl Errands for Agents {
-    fn runner(&self) -> Box<dyn Runner> {
+impl CommandHandlerFactory for Agents {
+    fn handler(&self) -> Box<dyn CommandHandler> {
         let name = format!("ws-{}", Uuid::new_v4().simple()).parse().expect("a valid name");
         Box::new(Agent {
             api: self.api.clone(),
@@ -121,8 +121,8 @@ struct Pulling {
     wanted: PullRequest,
 }
 
-impl Runner for Agent {
-    fn take(&mut self, request: &str) {
+impl CommandHandler for Agent {
+    fn handle(&mut self, request: &str) {
         match serde_json::from_str::<Request>(request) {
             Ok(request) => {
                 let id = request.id;
@@ -153,9 +153,9 @@ impl Runner for Agent {
         }
     }
 
-    fn end(self: Box<Self>, is_sent_away: bool) -> BoxFuture<'static, ()> {
+    fn end(self: Box<Self>, will_reconnect: bool) -> BoxFuture<'static, ()> {
         let Self { mut held, unsent, mut under_way, .. } = *self;
-        if is_sent_away {
+        if will_reconnect {
             held.clear();
         }
         held.extend(unsent.into_iter().map(|(token, held, _)| (token, held)));
