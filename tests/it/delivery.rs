@@ -17,7 +17,7 @@ use aurora_bus::maintenance::{Retention, Scheduler, StreamSpec};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
 use aurora_bus::sink::{Origin, Sink, SinkError, SinkErrorClass};
-use aurora_bus::store::{Cursor, GroupStatus, Limits, MAX_APPEND, Order, Range, Start, Store};
+use aurora_bus::store::{Cursor, GroupStatus, HardLimits, MAX_APPEND, Order, Range, Start, Store};
 use bytes::Bytes;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -506,7 +506,7 @@ async fn a_sampler_keeps_the_gauges_and_stops(store: Arc<dyn Store>) {
         groups: vec![group()],
     });
     let (store, readiness) = (bus.store.clone(), Readiness::default());
-    let scheduler = Scheduler::new(store, specs.to_vec(), Limits::default(), bus.metrics.clone(), &readiness);
+    let scheduler = Scheduler::new(store, specs.to_vec(), HardLimits::default(), bus.metrics.clone(), &readiness);
     bus.workers.spawn(scheduler.run(stop.clone()));
     bus.counts("aurora_bus_group_pending{", 4).await;
     bus.counts("aurora_bus_group_lag{", 6).await;

@@ -20,8 +20,8 @@ use crate::metrics::Metrics;
 use crate::readiness::Readiness;
 use crate::sink::{Sink, SinkError, SinkErrorClass};
 use crate::store::{
-    Appended, Care, Claimed, Dropped, Lease, Leased, Pending, Range, Receipt, Reclaimed, Redelivered, Redelivery,
-    Redemption, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
+    Appended, IsolationLimits, Claimed, Dropped, Lease, Leased, Pending, Range, Receipt, Reclaimed, Redelivered, Redelivery,
+    ReceiptAction, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
 };
 
 /// A store and a sink that return anything that their contracts allow, by chance.
@@ -124,13 +124,13 @@ impl Store for Chance {
         self.call().map(|()| self.claimed(ids.iter().copied()))
     }
 
-    async fn reclaim_with_care(
+    async fn reclaim_isolated(
         &self,
         _: &Cursor,
         _: Duration,
         _: EntryId,
         limit: usize,
-        _: Care,
+        _: IsolationLimits,
     ) -> Result<Reclaimed, StoreError> {
         self.call()?;
         let claimed = self.claimed((0..self.up_to(limit.min(3))).map(|_| self.id()));
@@ -181,7 +181,7 @@ impl Store for Chance {
         unimplemented!()
     }
 
-    async fn redeem(&self, _: &Cursor, _: &[(Receipt, Redemption)]) -> Result<Vec<bool>, StoreError> {
+    async fn settle_by_receipt(&self, _: &Cursor, _: &[(Receipt, ReceiptAction)]) -> Result<Vec<bool>, StoreError> {
         unimplemented!()
     }
 
