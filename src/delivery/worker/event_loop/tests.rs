@@ -1,4 +1,4 @@
-//! A property of the loop: after the start of all due tasks, nothing is overdue, whatever store and sink return.
+//! A property of the loop: after the start of all due tasks nothing is overdue, for any result of store and sink.
 //!
 //! An overdue part would let the loop spin: it would wake at once, start nothing, and wake again.
 
