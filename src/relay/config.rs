@@ -1,4 +1,4 @@
-//! The relay's part of the configuration.
+//! The configuration of the relay.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -9,43 +9,43 @@ use serde::{Deserialize, Serialize};
 use crate::event::StreamPattern;
 use crate::validate::{Problems, Validate};
 
-/// How the relay serves its clients. Every limit is per instance.
+/// The limits and channels of the relay. Every limit is per instance.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Framed alerts kept in memory per stream, in bytes. The variant with positions comes on top where it is used, and at
-    /// most half as much for pages of older alerts, while clients catch up.
+    /// The size of framed alerts in memory per stream, in bytes. The variant with positions, if a client uses it, adds
+    /// to this. So do pages of older alerts while clients catch up, by at most half.
     pub ring_bytes: ByteSize,
-    /// Alerts kept in memory per stream.
+    /// The number of alerts in memory per stream.
     pub ring_entries: usize,
-    /// The same as `ring_bytes` for a stream of a family, of which only those that someone watches are in memory.
+    /// The same as `ring_bytes` for a member of a family. Only members that a client watches are in memory.
     pub member_ring_bytes: ByteSize,
-    /// A client that was live and has fallen further behind than this is closed with 4001.
+    /// The maximum lag of a client that was live. Beyond it the client is closed with 4001.
     pub max_lag_bytes: ByteSize,
-    /// The same by the age of the alert it would get next.
+    /// The same limit by the age of the client's next alert.
     #[serde(with = "humantime_serde")]
     pub max_lag_age: Duration,
-    /// How often each client is pinged.
+    /// The interval between pings to each client.
     #[serde(with = "humantime_serde")]
     pub ping_interval: Duration,
-    /// How long a client has to answer a ping.
+    /// The time in which a client must answer a ping.
     #[serde(with = "humantime_serde")]
     pub pong_timeout: Duration,
-    /// How long a socket may take no bytes while there are some for it.
+    /// The maximum time for which a socket accepts no bytes while some wait to be written.
     #[serde(with = "humantime_serde")]
     pub write_timeout: Duration,
-    /// The longest message a client may send.
+    /// The maximum length of a client's message.
     pub max_message_bytes: ByteSize,
-    /// Clients at a time; 0 means without limit.
+    /// The maximum number of clients; 0 means no limit.
     pub max_connections: usize,
-    /// Clients at a time from one address (for IPv6: one /64 network); 0 means without limit.
+    /// The maximum number of clients per address (for IPv6: per /64 network); 0 means no limit.
     pub max_connections_per_address: usize,
-    /// Clients at a time that show the same key, or tokens of the same user; 0 means without limit.
+    /// The maximum number of clients per API key or subject of tokens; 0 means no limit.
     pub max_connections_per_principal: usize,
-    /// When this instance stops, its clients are closed spread over this time.
+    /// The time over which the clients are closed when this instance stops.
     #[serde(with = "humantime_serde")]
     pub drain_window: Duration,
-    /// The streams of each channel: `/api/v1/ws/{channel}`. Of a family a client is given the stream of its key.
+    /// The streams of each channel, `/api/v1/ws/{channel}`. Of a family, a client receives the stream of its key.
     pub channels: BTreeMap<String, Vec<StreamPattern>>,
 }
 

@@ -22,14 +22,14 @@
 //! | 14 | publishing while readers wait | `network::readers_that_wait_do_not_hold_up_publishers` |
 //! | 15 | entries that others trim, pending and not delivered yet | `accounts::foreign_trim_is_counted_once_by_two_daemons_on_redis`, `accounts::worker_counts_losses_of_its_downtime_on_redis` |
 //! | 16 | a handler that kills its process | `poison::an_entry_that_kills_its_handler_ends_as_a_dead_letter`, `redelivery::entry_that_kills_every_consumer_is_dead_lettered` |
-//! | 17 | entries in hand for longer than others wait, a daemon that stands still and comes back late | `delivery::entries_in_flight_are_not_claimed_by_others`, `fleet::what_a_daemon_that_stands_still_was_given_is_handled_elsewhere_and_once`, `fleet::the_late_result_of_a_daemon_that_stood_still_does_not_count` |
+//! | 17 | entries in hand for longer than others wait, a daemon that stands still and comes back late | `delivery::entries_in_flight_are_not_claimed_by_others`, `fleet::entries_of_a_frozen_daemon_are_handled_once_elsewhere`, `fleet::late_result_of_a_frozen_daemon_is_ignored` |
 //! | 18 | a dead letter that is written twice, or can't be written | `store_contract::a_dead_letter_is_moved_in_one_step_and_once`, `redis_faults::a_lost_reply_to_a_dead_letter_writes_it_once`, `redis_faults::a_dead_letter_that_cannot_be_written_leaves_its_entry_pending`, `redis_faults::a_full_server_refuses_appends_and_lets_the_rest_go_on` |
 //! | 19 | kills between commit and acknowledgement | `postgres::ten_kills_between_commit_and_ack_keep_each_row_once`, `postgres::fifty_kills_between_commit_and_ack_keep_each_row_once` |
-//! | 20 | two daemons of one name, rolling restarts and kills | `fleet::two_daemons_of_one_name_do_nothing_twice`, `fleet::rolling_restarts_under_random_names_lose_nothing_and_leave_no_consumers`, `fleet::two_hundred_rolling_restarts_under_random_names_lose_nothing_and_leave_no_consumers` |
+//! | 20 | two daemons of one name, rolling restarts and kills | `fleet::two_daemons_of_one_name_deliver_each_entry_once`, `fleet::ten_rolling_restarts_lose_no_entry_and_leave_no_consumer`, `fleet::two_hundred_rolling_restarts_lose_no_entry` |
 //! | 21 | a clock that steps | `clock::a_clock_that_steps_takes_nothing_out_of_hands_and_keeps_the_order`, `clock::a_daemon_whose_clock_steps_gives_ids_that_rise_and_handles_each_event_once` |
 //! | 22 | entries that make no sense | `poison::entries_that_make_no_sense_become_dead_letters_byte_for_byte` |
 //! | 23 | a server without room for more clients, and gone | `redis_states::stores_that_find_a_server_full_of_clients_or_gone_do_not_storm_it` |
-//! | 24 | dashboards: a slow one, trims, flushes, restarts | `dashboards::dashboards_go_on_through_flushes_and_restarts`, `relay::a_client_that_never_reads_is_closed_and_costs_no_one_anything`, `relay::a_lagging_client_catches_up_from_the_store`, `relay::what_was_trimmed_away_is_counted_and_the_rest_is_given` |
+//! | 24 | dashboards: a slow one, trims, flushes, restarts | `dashboards::dashboards_go_on_through_flushes_and_restarts`, `relay::client_that_never_reads_is_closed_at_no_cost_to_others`, `relay::lagging_client_catches_up_from_the_store`, `relay::trimmed_entries_are_counted_and_the_rest_is_sent` |
 //! | 25 | half an hour of everything | `soak::soak_of_two_minutes`, `soak::soak_of_half_an_hour` |
 
 mod clock;
