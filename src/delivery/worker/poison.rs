@@ -16,7 +16,7 @@ use crate::delivery::GroupConfig;
 use crate::event::{Delivery, EntryId};
 use crate::store::IsolationLimits;
 
-/// The most entries in flight with one that was delivered once, and twice.
+/// The most entries in flight with a suspect that was delivered once, and twice.
 const MAX_WITH_SUSPECT: [usize; 2] = [100, 10];
 
 /// Between two checks whether a suspect may be claimed.
@@ -52,7 +52,7 @@ impl Quarantine {
 /// Tracks the suspects in flight, and limits the entries beside them.
 #[derive(Debug)]
 pub(crate) struct SuspectTracker {
-    /// The most entries in flight with one that was delivered once, twice, or more often.
+    /// The most entries in flight with a suspect that was delivered once, twice, or more often.
     limits: [usize; 3],
     /// The suspects in flight, each with the most entries that may be in flight with it.
     in_flight: HashMap<EntryId, usize>,
