@@ -19,7 +19,7 @@ pub use crate::bus::catalog::{StreamCatalog, StreamSettings};
 use crate::event::{Fields, IdempotencyKey, NewEntry, NewEvent, StreamName, field};
 use crate::metrics::Metrics;
 use crate::sink::{Forward, SinkError, SinkErrorClass};
-use crate::store::{Appended, Durability, HardLimits, MAX_APPEND, JoinError, Store, StoreError, StoreErrorKind};
+use crate::store::{Appended, Durability, HardLimits, JoinError, MAX_APPEND, Store, StoreError, StoreErrorKind};
 use crate::validate::{Problems, Validate};
 
 /// The limits for producers.

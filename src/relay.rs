@@ -323,7 +323,8 @@ impl Relay {
             Some(key) => channel = hub.keyed_channel(&channel, key, tenant)?,
             None if channel.families.is_empty() || is_rich => {}
             None => {
-                let families: Vec<&str> = channel.families.iter().map(|family_members| family_members.family().name()).collect();
+                let families: Vec<&str> =
+                    channel.families.iter().map(|family_members| family_members.family().name()).collect();
                 let problem =
                     format!("is required: this channel has the streams of one key of {}", families.join(", "));
                 return Err(BadParameter::new("key", problem).into());

@@ -40,13 +40,13 @@ use async_trait::async_trait;
 
 pub use account::{Account, Balance, Consumption, LostReason};
 pub use error::{StoreError, StoreErrorKind};
-pub use families::{Families, JoinError, FamilyMembers};
+pub use families::{Families, FamilyMembers, JoinError};
 pub use limits::HardLimits;
 pub use metered::MeteredStore;
 pub use types::{
-    Appended, IsolationLimits, Claimed, ConsumerStatus, Cursor, Dropped, Durability, GroupStatus, Lease, Leased, GroupLoss, Order,
-    Outcome, Pending, Range, Receipt, Reclaimed, Redelivered, Redelivery, ReceiptAction, Settled, Settlement, Start,
-    StoreStatus, StreamStatus, Trim,
+    Appended, Claimed, ConsumerStatus, Cursor, Dropped, Durability, GroupLoss, GroupStatus, IsolationLimits, Lease,
+    Leased, Order, Outcome, Pending, Range, Receipt, ReceiptAction, Reclaimed, Redelivered, Redelivery, Settled,
+    Settlement, Start, StoreStatus, StreamStatus, Trim,
 };
 
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
@@ -224,7 +224,11 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// Returns for each, in order, whether its receipt was valid; an invalid one has no effect. An entry whose body was
     /// trimmed away can be acknowledged, but not held. Any number of receipts. Acknowledging invalidates the receipt.
     /// Fails with [`StoreErrorKind::NoGroup`] if the group is gone.
-    async fn settle_by_receipt(&self, cursor: &Cursor, actions: &[(Receipt, ReceiptAction)]) -> Result<Vec<bool>, StoreError>;
+    async fn settle_by_receipt(
+        &self,
+        cursor: &Cursor,
+        actions: &[(Receipt, ReceiptAction)],
+    ) -> Result<Vec<bool>, StoreError>;
 
     /// Returns the pending entries of a group from `from` on, oldest first, at most `limit`.
     ///

@@ -144,7 +144,11 @@ impl GroupDeps<'_> {
     }
 
     fn family_group(&self, stream: &StreamConfig, group: &GroupConfig) -> anyhow::Result<FamilyGroup> {
-        Ok(FamilyGroup { family_members: self.family_members(stream)?, dead_letter: stream.dead_letter(), config: group.clone() })
+        Ok(FamilyGroup {
+            family_members: self.family_members(stream)?,
+            dead_letter: stream.dead_letter(),
+            config: group.clone(),
+        })
     }
 
     /// Returns the group of every member for external consumers.

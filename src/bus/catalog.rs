@@ -90,7 +90,10 @@ impl StreamCatalog {
 
     /// Returns the names of the declared streams and families.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.streams.keys().map(StreamName::as_str).chain(self.families.iter().map(|family_members| family_members.family().name()))
+        self.streams
+            .keys()
+            .map(StreamName::as_str)
+            .chain(self.families.iter().map(|family_members| family_members.family().name()))
     }
 
     /// Returns whether the stream is declared or its name belongs to a declared family. Only then it takes events.

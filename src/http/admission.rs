@@ -1,4 +1,4 @@
-//! The admission of a client to a channel, for WebSockets and feeds.
+//! The admission of a client to a channel, for sockets and feeds.
 
 use axum::http::HeaderMap;
 

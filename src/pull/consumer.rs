@@ -14,7 +14,9 @@ use crate::event::{ConsumerName, DeadLetter, DeadLetterReason, Delivery, Entry, 
 use crate::metrics::Metrics;
 use crate::pull::leases::LeaseTable;
 use crate::pull::{Config, MIN_LEASE, PullGroup, Token};
-use crate::store::{Cursor, Order, Outcome, Range, Receipt, ReceiptAction, Settlement, Store, StoreError, StoreErrorKind};
+use crate::store::{
+    Cursor, Order, Outcome, Range, Receipt, ReceiptAction, Settlement, Store, StoreError, StoreErrorKind,
+};
 
 /// The time that a pull waits for a reply after its own deadline, while the reader serves it.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(15);

@@ -66,10 +66,13 @@ impl Hub {
         let name = (channel.name.clone(), key.to_owned());
         let mut members = Vec::with_capacity(channel.families.len());
         for family_members in &channel.families {
-            let member = family_members.family().member(key).map_err(|error| BadParameter::new("key", error.to_string()))?;
+            let member =
+                family_members.family().member(key).map_err(|error| BadParameter::new("key", error.to_string()))?;
             members.push((family_members, member));
         }
-        if let Some((_, member)) = members.iter().find(|(family_members, member)| !may_watch(family_members, member, tenant)) {
+        if let Some((_, member)) =
+            members.iter().find(|(family_members, member)| !may_watch(family_members, member, tenant))
+        {
             return Err(ConnectError::Forbidden(format!("stream `{member}` belongs to another tenant")));
         }
         if let Some(known) = self.lock_keyed_channels().get(&name).and_then(Weak::upgrade) {
@@ -184,8 +187,10 @@ impl Channel {
 
     /// Returns the ring of a member of its families, and has the fan-out notified of the ring's changes.
     fn member_ring(&self, stream: &StreamName, tenant: Option<&str>) -> Result<Arc<Ring>, ConnectError> {
-        let family_members = self.families.iter().find(|family_members| family_members.family().key_of(stream).is_some());
-        let family_members = family_members.ok_or_else(|| BadParameter::new("stream", format!("`{stream}` is not in this channel")))?;
+        let family_members =
+            self.families.iter().find(|family_members| family_members.family().key_of(stream).is_some());
+        let family_members =
+            family_members.ok_or_else(|| BadParameter::new("stream", format!("`{stream}` is not in this channel")))?;
         self.keyed_rings.ring(family_members, stream, tenant, &self.fanout)
     }
 

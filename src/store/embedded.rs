@@ -36,9 +36,9 @@ pub use raw::{RawRate, raw_append_rate};
 use self::readers::Readers;
 use self::writer::Writer;
 use super::{
-    Appended, IsolationLimits, Claimed, Cursor, Dropped, Lease, Leased, MAX_APPEND, Outcome, Pending, Range, Receipt, Reclaimed,
-    Redelivered, Redelivery, ReceiptAction, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus,
-    StreamStatus, Trim,
+    Appended, Claimed, Cursor, Dropped, IsolationLimits, Lease, Leased, MAX_APPEND, Outcome, Pending, Range, Receipt,
+    ReceiptAction, Reclaimed, Redelivered, Redelivery, Settled, Settlement, Start, Store, StoreError, StoreErrorKind,
+    StoreStatus, StreamStatus, Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName, field};
 use crate::store::embedded::disk::corruption::FileDamage;
@@ -55,9 +55,9 @@ const MAX_ENTRY_BYTES: usize = 64 * 1024 * 1024;
 #[derive(Debug)]
 struct Shared {
     streams: RwLock<HashMap<StreamName, Arc<Published>>>,
-    /// GroupChanges when a stream is created.
+    /// Changes when a stream is created.
     made: watch::Sender<()>,
-    /// GroupChanges when any stream has a newer entry.
+    /// Changes when any stream has a newer entry.
     news: watch::Sender<()>,
     queue: WriteQueue,
     damage: FileDamage,
@@ -357,7 +357,11 @@ impl Store for EmbeddedStore {
         self.call(0, move |writer| may_work().map(|()| writer.extend(&cursor, &ids))).await
     }
 
-    async fn settle_by_receipt(&self, cursor: &Cursor, actions: &[(Receipt, ReceiptAction)]) -> Result<Vec<bool>, StoreError> {
+    async fn settle_by_receipt(
+        &self,
+        cursor: &Cursor,
+        actions: &[(Receipt, ReceiptAction)],
+    ) -> Result<Vec<bool>, StoreError> {
         let (cursor, actions) = (cursor.clone(), actions.to_vec());
         let may_work = self.leases.guard(&cursor);
         self.call(0, move |writer| may_work().and_then(|()| writer.settle_by_receipt(&cursor, &actions))).await

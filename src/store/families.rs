@@ -88,7 +88,9 @@ impl Families {
 
     /// Creates a readiness part for each family, for [`Families::run`].
     pub fn parts(&self, readiness: &Readiness) -> Vec<Part> {
-        let part = |family_members: &Arc<FamilyMembers>| readiness.part(&format!("family {}", family_members.family), Some(STALE_AFTER));
+        let part = |family_members: &Arc<FamilyMembers>| {
+            readiness.part(&format!("family {}", family_members.family), Some(STALE_AFTER))
+        };
         self.iter().map(part).collect()
     }
 

@@ -7,9 +7,9 @@ use async_trait::async_trait;
 use prometheus::Histogram;
 
 use super::{
-    Appended, IsolationLimits, Claimed, Cursor, Dropped, Durability, Families, Lease, Leased, Pending, Range, Receipt, Reclaimed,
-    Redelivered, Redelivery, ReceiptAction, Settled, Settlement, Start, Store, StoreError, StoreStatus, StreamStatus,
-    Trim,
+    Appended, Claimed, Cursor, Dropped, Durability, Families, IsolationLimits, Lease, Leased, Pending, Range, Receipt,
+    ReceiptAction, Reclaimed, Redelivered, Redelivery, Settled, Settlement, Start, Store, StoreError, StoreStatus,
+    StreamStatus, Trim,
 };
 use crate::event::{Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
 use crate::metrics::Metrics;
@@ -188,7 +188,11 @@ impl Store for MeteredStore {
         self.counted("extend", self.inner.extend(cursor, ids).await)
     }
 
-    async fn settle_by_receipt(&self, cursor: &Cursor, actions: &[(Receipt, ReceiptAction)]) -> Result<Vec<bool>, StoreError> {
+    async fn settle_by_receipt(
+        &self,
+        cursor: &Cursor,
+        actions: &[(Receipt, ReceiptAction)],
+    ) -> Result<Vec<bool>, StoreError> {
         let started = Instant::now();
         let result = self.inner.settle_by_receipt(cursor, actions).await;
         self.timed("redeem", &self.seconds.redeem, started, result)

@@ -29,9 +29,9 @@ pub use config::{Config, InvalidConfig};
 
 use self::config::Settings;
 use super::{
-    Appended, IsolationLimits, Claimed, Cursor, Dropped, Durability, Lease, Leased, Order, Pending, Range, Receipt, Reclaimed,
-    Redelivered, Redelivery, ReceiptAction, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus,
-    StreamStatus, Trim,
+    Appended, Claimed, Cursor, Dropped, Durability, IsolationLimits, Lease, Leased, Order, Pending, Range, Receipt,
+    ReceiptAction, Reclaimed, Redelivered, Redelivery, Settled, Settlement, Start, Store, StoreError, StoreErrorKind,
+    StoreStatus, StreamStatus, Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
 use crate::store::redis::health::clock_skew::ServerClock;
@@ -419,9 +419,13 @@ impl Store for RedisStore {
         Ok(not_owned)
     }
 
-    async fn settle_by_receipt(&self, cursor: &Cursor, actions: &[(Receipt, ReceiptAction)]) -> Result<Vec<bool>, StoreError> {
+    async fn settle_by_receipt(
+        &self,
+        cursor: &Cursor,
+        actions: &[(Receipt, ReceiptAction)],
+    ) -> Result<Vec<bool>, StoreError> {
         let outcome = self.redeem_all(cursor, actions).await;
-        outcome.map_err(|failure| failure.because(of_group("cannot redeem receipts of", cursor)))
+        outcome.map_err(|failure| failure.because(of_group("cannot settle receipts of", cursor)))
     }
 
     async fn pending(

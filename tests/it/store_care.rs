@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aurora_bus::event::{EntryId, NewEntry};
-use aurora_bus::store::{IsolationLimits, Cursor, Start, Store};
+use aurora_bus::store::{Cursor, IsolationLimits, Start, Store};
 
 use crate::store_contract::{cursor, new_entry, unique_stream};
 use crate::support::stores::on_stores;
@@ -27,8 +27,13 @@ async fn delivered(store: &dyn Store, attempts: &[u32]) -> (Cursor, Vec<EntryId>
     (Cursor { consumer: "alive".parse().expect("a name"), ..cursor }, ids)
 }
 
-async fn search(store: &dyn Store, cursor: &Cursor, from: EntryId, isolation: IsolationLimits) -> (usize, EntryId, Option<u32>) {
-    let found = store.reclaim_isolated(cursor, Duration::ZERO, from, 100, care).await.expect("searched");
+async fn search(
+    store: &dyn Store,
+    cursor: &Cursor,
+    from: EntryId,
+    isolation: IsolationLimits,
+) -> (usize, EntryId, Option<u32>) {
+    let found = store.reclaim_isolated(cursor, Duration::ZERO, from, 100, isolation).await.expect("searched");
     (found.claimed.deliveries.len(), found.next, found.held_back)
 }
 

@@ -27,7 +27,11 @@ async fn append(store: &dyn Store, stream: &StreamName, count: usize) -> EntryId
     store.append(stream, entries).await.expect("appended").last().expect("one").id
 }
 
-async fn wait_any(store: &dyn Store, places: &[(StreamName, EntryId)], wait: Duration) -> BTreeMap<StreamName, EntryId> {
+async fn wait_any(
+    store: &dyn Store,
+    places: &[(StreamName, EntryId)],
+    wait: Duration,
+) -> BTreeMap<StreamName, EntryId> {
     store.wait_any(places, wait).await.expect("news").into_iter().collect()
 }
 
@@ -38,19 +42,19 @@ async fn news_name_each_stream_that_has_them_with_its_newest_entry(store: Arc<dy
         expected.insert(stream.clone(), append(&*store, stream, 3).await);
     }
     let places: Vec<_> = streams.iter().map(|stream| (stream.clone(), EntryId::MIN)).collect();
-    assert_eq!(news(&*store, &places, Duration::from_secs(5)).await, expected);
+    assert_eq!(wait_any(&*store, &places, Duration::from_secs(5)).await, expected);
     let seen: Vec<_> = expected.iter().map(|(stream, last)| (stream.clone(), *last)).collect();
-    assert_eq!(news(&*store, &seen, Duration::ZERO).await, BTreeMap::new(), "nothing is after the newest");
-    assert_eq!(news(&*store, &[], Duration::ZERO).await, BTreeMap::new());
+    assert_eq!(wait_any(&*store, &seen, Duration::ZERO).await, BTreeMap::new(), "nothing is after the newest");
+    assert_eq!(wait_any(&*store, &[], Duration::ZERO).await, BTreeMap::new());
 }
 
 async fn news_are_waited_for_and_the_wait_has_an_end(store: Arc<dyn Store>) {
     let streams: Vec<StreamName> = std::iter::repeat_with(unique_stream).take(50).collect();
     let places: Vec<_> = streams.iter().map(|stream| (stream.clone(), EntryId::MIN)).collect();
     let began = Instant::now();
-    assert_eq!(news(&*store, &places, Duration::from_millis(300)).await, BTreeMap::new());
+    assert_eq!(wait_any(&*store, &places, Duration::from_millis(300)).await, BTreeMap::new());
     assert!(began.elapsed() < PATIENCE / 2, "{:?}", began.elapsed());
-    let (found, last) = tokio::join!(news(&*store, &places, Duration::from_secs(5)), async {
+    let (found, last) = tokio::join!(wait_any(&*store, &places, Duration::from_secs(5)), async {
         tokio::task::yield_now().await;
         append(&*store, &streams[33], 1).await
     });
@@ -97,7 +101,8 @@ async fn a_family_has_the_same_members_for_everyone_and_no_more_than_it_may(stor
     let last = append(&*store, &joined[2], 2).await;
     for families in &instances {
         let family_members = families.named(family.name()).expect("declared");
-        until("news", PATIENCE, async || family_members.newest().contains(&(joined[2].clone(), last)).then_some(())).await;
+        until("news", PATIENCE, async || family_members.newest().contains(&(joined[2].clone(), last)).then_some(()))
+            .await;
     }
     stop.cancel();
     tasks.join_all().await;

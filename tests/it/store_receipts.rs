@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aurora_bus::event::{ConsumerName, EntryId, GroupName};
-use aurora_bus::store::{Cursor, Outcome, Receipt, Redelivery, ReceiptAction, Settlement, Start, Store, StoreErrorKind};
+use aurora_bus::store::{
+    Cursor, Outcome, Receipt, ReceiptAction, Redelivery, Settlement, Start, Store, StoreErrorKind,
+};
 
 use crate::store_contract::{cursor, new_entry, unique_stream};
 use crate::support::stores::on_stores;
@@ -65,25 +67,25 @@ async fn a_receipt_of_another_consumer_or_delivery_is_no_good(store: Arc<dyn Sto
         Receipt { id: own.id.next(), ..own.clone() },
     ];
     for other in &others {
-        assert!(!redeem(&*store, &worker, other, ReceiptAction::Acknowledge).await, "{other:?}");
-        assert!(!redeem(&*store, &worker, other, hold("thief", HOUR)).await, "{other:?}");
+        assert!(!settle_by_receipt(&*store, &worker, other, ReceiptAction::Acknowledge).await, "{other:?}");
+        assert!(!settle_by_receipt(&*store, &worker, other, hold("thief", HOUR)).await, "{other:?}");
     }
     let thief = cursor(&worker.stream, "agents", "thief");
     let claimed = store.claim(&thief, &[own.id], Duration::ZERO).await.expect("claimed").deliveries;
     assert_eq!(claimed[0].attempt, 2);
-    assert!(!redeem(&*store, &worker, own, ReceiptAction::Acknowledge).await, "it went to another");
+    assert!(!settle_by_receipt(&*store, &worker, own, ReceiptAction::Acknowledge).await, "it went to another");
     let again = store.claim(&worker, &[own.id], Duration::ZERO).await.expect("claimed").deliveries;
     assert_eq!(again[0].attempt, 3);
-    assert!(!redeem(&*store, &worker, own, ReceiptAction::Acknowledge).await, "it came back, and was delivered anew");
+    assert!(!settle_by_receipt(&*store, &worker, own, ReceiptAction::Acknowledge).await, "it came back, and was delivered anew");
     let last = Receipt { attempt: 3, ..own.clone() };
-    assert!(redeem(&*store, &worker, &last, ReceiptAction::Acknowledge).await);
+    assert!(settle_by_receipt(&*store, &worker, &last, ReceiptAction::Acknowledge).await);
 }
 
 async fn a_lease_ends_when_it_should_and_its_receipt_with_it(store: Arc<dyn Store>) {
     let (worker, receipts) = pulled(&*store, 2).await;
     let (short, long) = (&receipts[0], &receipts[1]);
-    assert!(redeem(&*store, &worker, short, hold("worker", Duration::from_secs(2))).await);
-    assert!(redeem(&*store, &worker, long, hold("worker", HOUR)).await);
+    assert!(settle_by_receipt(&*store, &worker, short, hold("worker", Duration::from_secs(2))).await);
+    assert!(settle_by_receipt(&*store, &worker, long, hold("worker", HOUR)).await);
     let guard = cursor(&worker.stream, "agents", "guard");
     let redelivery = Redelivery { idle: HOUR, max_deliveries: 15 };
     let early = store.redeliver(&guard, redelivery, EntryId::MIN, 100).await.expect("looked");
@@ -93,10 +95,10 @@ async fn a_lease_ends_when_it_should_and_its_receipt_with_it(store: Arc<dyn Stor
         (listed[0].idle >= worker.claim_idle).then_some(())
     })
     .await;
-    assert!(!redeem(&*store, &worker, short, ReceiptAction::Acknowledge).await, "too late");
+    assert!(!settle_by_receipt(&*store, &worker, short, ReceiptAction::Acknowledge).await, "too late");
     let late = store.redeliver(&guard, redelivery, EntryId::MIN, 100).await.expect("looked");
     assert_eq!(late.redelivered, 1, "after it, others do");
-    assert!(redeem(&*store, &worker, long, ReceiptAction::Acknowledge).await);
+    assert!(settle_by_receipt(&*store, &worker, long, ReceiptAction::Acknowledge).await);
     assert_eq!(pending(&*store, &worker).await, []);
 }
 
@@ -106,9 +108,9 @@ async fn holding_on_counts_no_attempt_and_may_change_hands(store: Arc<dyn Store>
     let twice = [(own.clone(), hold("worker", HOUR)), (own.clone(), hold("worker", HOUR))];
     assert_eq!(store.settle_by_receipt(&worker, &twice).await.expect("answered"), [true, true]);
     assert_eq!(pending(&*store, &worker).await, [(own.id, "worker".to_owned(), 1)]);
-    assert!(redeem(&*store, &worker, own, hold("other", HOUR)).await);
+    assert!(settle_by_receipt(&*store, &worker, own, hold("other", HOUR)).await);
     assert_eq!(pending(&*store, &worker).await, [(own.id, "other".to_owned(), 1)]);
-    assert!(!redeem(&*store, &worker, own, ReceiptAction::Acknowledge).await, "it is the other's now");
+    assert!(!settle_by_receipt(&*store, &worker, own, ReceiptAction::Acknowledge).await, "it is the other's now");
     let others = Receipt { consumer: name("other"), ..own.clone() };
     let both = [(others.clone(), ReceiptAction::Acknowledge), (others, hold("other", HOUR))];
     assert_eq!(store.settle_by_receipt(&worker, &both).await.expect("answered"), [true, false]);
@@ -117,27 +119,27 @@ async fn holding_on_counts_no_attempt_and_may_change_hands(store: Arc<dyn Store>
 async fn a_lease_is_no_longer_than_the_claim_limit(store: Arc<dyn Store>) {
     let (mut worker, receipts) = pulled(&*store, 1).await;
     worker.claim_idle = Duration::from_millis(200);
-    assert!(redeem(&*store, &worker, &receipts[0], hold("worker", HOUR)).await);
+    assert!(settle_by_receipt(&*store, &worker, &receipts[0], hold("worker", HOUR)).await);
     until("end of the lease", PATIENCE, async || {
         let listed = store.pending(&worker, false, EntryId::MIN, 1).await.expect("listed");
         (listed[0].idle >= worker.claim_idle).then_some(())
     })
     .await;
-    assert!(!redeem(&*store, &worker, &receipts[0], ReceiptAction::Acknowledge).await);
+    assert!(!settle_by_receipt(&*store, &worker, &receipts[0], ReceiptAction::Acknowledge).await);
 }
 
 async fn an_entry_whose_body_is_gone_can_be_acknowledged_but_not_held(store: Arc<dyn Store>) {
     let (worker, receipts) = pulled(&*store, 2).await;
     let ids: Vec<_> = receipts.iter().map(|receipt| receipt.id).collect();
     assert_eq!(store.discard(&worker.stream, &ids).await.expect("discarded"), 2);
-    assert!(!redeem(&*store, &worker, &receipts[0], hold("worker", HOUR)).await);
+    assert!(!settle_by_receipt(&*store, &worker, &receipts[0], hold("worker", HOUR)).await);
     assert_eq!(pending(&*store, &worker).await.len(), 2, "a search is to find it");
-    assert!(redeem(&*store, &worker, &receipts[1], ReceiptAction::Acknowledge).await);
+    assert!(settle_by_receipt(&*store, &worker, &receipts[1], ReceiptAction::Acknowledge).await);
 }
 
 async fn what_was_given_away_can_be_given_up_by_its_new_holder(store: Arc<dyn Store>) {
     let (worker, receipts) = pulled(&*store, 1).await;
-    assert!(redeem(&*store, &worker, &receipts[0], hold("guard", HOUR)).await);
+    assert!(settle_by_receipt(&*store, &worker, &receipts[0], hold("guard", HOUR)).await);
     let guard = cursor(&worker.stream, "agents", "guard");
     let claimed = store.claim(&guard, &[receipts[0].id], Duration::ZERO).await.expect("claimed").deliveries;
     let to = worker.stream.default_dead_letter();

@@ -18,7 +18,7 @@ use crate::http::middleware::large_response;
 use crate::http::problem::ApiError;
 use crate::http::views::{EventView, FillLevelView};
 use crate::store::{
-    Balance, Consumption, GroupStatus, LostReason, Order, Range, FamilyMembers, Store, StoreError, StreamStatus,
+    Balance, Consumption, FamilyMembers, GroupStatus, LostReason, Order, Range, Store, StoreError, StreamStatus,
 };
 
 /// The maximum time to wait for new entries.
@@ -145,7 +145,9 @@ pub(crate) async fn list(State(api): State<Api>, principal: Principal) -> Json<S
         stream.dead_letters = FillLevelView::of_source(&api, name).await;
         streams.push(stream.restricted_for(&principal));
     }
-    for family_members in catalog.families().iter().filter(|family_members| principal.may(Action::Read(family_members.family().name()))) {
+    for family_members in
+        catalog.families().iter().filter(|family_members| principal.may(Action::Read(family_members.family().name())))
+    {
         streams.push(family_view(family_members, &principal, false));
     }
     Json(StreamsView { streams })

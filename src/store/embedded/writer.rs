@@ -48,7 +48,7 @@ const CHECKPOINT_BYTES: usize = 8 * 1024 * 1024;
 /// The approximate bytes that a commit writes besides the chunks.
 const COMMIT_BYTES: usize = 16 * 1024;
 
-/// SettleAction the writer makes commits durable.
+/// How the writer makes commits durable.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Syncing {
     /// Appends are synced before they are answered.

@@ -8,9 +8,9 @@ use async_trait::async_trait;
 use aurora_bus::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
 use aurora_bus::store::embedded::Config;
 use aurora_bus::store::{
-    Appended, IsolationLimits, Claimed, Cursor, Dropped, Lease, Leased, Pending, Range, Receipt, Reclaimed, Redelivered,
-    Redelivery, ReceiptAction, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus,
-    Trim,
+    Appended, Claimed, Cursor, Dropped, IsolationLimits, Lease, Leased, Pending, Range, Receipt, ReceiptAction,
+    Reclaimed, Redelivered, Redelivery, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus,
+    StreamStatus, Trim,
 };
 use tempfile::TempDir;
 
@@ -127,7 +127,7 @@ impl Store for FaultyStore {
         limit: usize,
         isolation: IsolationLimits,
     ) -> Result<Reclaimed, StoreError> {
-        self.inner()?.reclaim_isolated(cursor, idle, from, limit, care).await
+        self.inner()?.reclaim_isolated(cursor, idle, from, limit, isolation).await
     }
 
     async fn redeliver(
@@ -148,7 +148,11 @@ impl Store for FaultyStore {
         self.inner()?.extend(cursor, ids).await
     }
 
-    async fn settle_by_receipt(&self, cursor: &Cursor, actions: &[(Receipt, ReceiptAction)]) -> Result<Vec<bool>, StoreError> {
+    async fn settle_by_receipt(
+        &self,
+        cursor: &Cursor,
+        actions: &[(Receipt, ReceiptAction)],
+    ) -> Result<Vec<bool>, StoreError> {
         self.inner()?.settle_by_receipt(cursor, actions).await
     }
 

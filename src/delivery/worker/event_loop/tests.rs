@@ -20,8 +20,9 @@ use crate::metrics::Metrics;
 use crate::readiness::Readiness;
 use crate::sink::{Sink, SinkError, SinkErrorClass};
 use crate::store::{
-    Appended, IsolationLimits, Claimed, Dropped, Lease, Leased, Pending, Range, Receipt, Reclaimed, Redelivered, Redelivery,
-    ReceiptAction, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
+    Appended, Claimed, Dropped, IsolationLimits, Lease, Leased, Pending, Range, Receipt, ReceiptAction, Reclaimed,
+    Redelivered, Redelivery, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus,
+    Trim,
 };
 
 /// A store and a sink that return anything that their contracts allow, by chance.

@@ -1,4 +1,4 @@
-//! FileDamage to the structure of the database file, reported with the file's name and the remedy.
+//! Damage to the structure of the database file, reported with the file's name and the remedy.
 //!
 //! The engine can find it when the store is opened and at any later time. After that no write to the file can be
 //! trusted. A chunk with a wrong checksum is another case: its entries are named and can be discarded, see

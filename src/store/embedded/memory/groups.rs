@@ -116,7 +116,7 @@ impl Group {
         self.consumers.insert(consumer.name.clone(), consumer);
     }
 
-    /// Adds a loaded lease. QueuedCall it after all consumers were added.
+    /// Adds a loaded lease. Call it after all consumers were added.
     pub(crate) fn put_lease(&mut self, number: i64, lease: Lease) {
         for id in &lease.ids {
             self.pending.insert(*id, number);

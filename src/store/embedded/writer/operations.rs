@@ -16,8 +16,8 @@ use crate::store::embedded::memory::groups::{Group, MAX_PENDING, NewLeases, Pend
 use crate::store::embedded::memory::index::{ChunkLocation, ChunkRef};
 use crate::store::embedded::writer::Writer;
 use crate::store::{
-    Appended, IsolationLimits, ConsumerStatus, Cursor, GroupStatus, LostReason, Pending, Range, Settled, Start, StoreError,
-    StoreErrorKind, StoreStatus, StreamStatus,
+    Appended, ConsumerStatus, Cursor, GroupStatus, IsolationLimits, LostReason, Pending, Range, Settled, Start,
+    StoreError, StoreErrorKind, StoreStatus, StreamStatus,
 };
 
 /// The maximum of chunk bytes in one fetch, which returns one entry at least.
@@ -443,7 +443,7 @@ impl Writer {
         for id in ids {
             match group.held(*id).filter(|held| held.consumer == consumer) {
                 Some(held) => {
-                    group.hold(PendingEntry { delivered_ms: now_ms, ..held }, &mut leases, &mut numbers.lease)
+                    group.hold(PendingEntry { delivered_ms: now_ms, ..held }, &mut leases, &mut numbers.lease);
                 }
                 None => foreign.push(*id),
             }
@@ -487,7 +487,7 @@ impl Writer {
         let first_id = oldest.map(|chunk| chunk.head.first);
         let before_first = match oldest {
             Some(chunk) => (chunk.holes == 0).then(|| chunk.head.added.saturating_sub(u64::from(chunk.head.count))),
-            // StagedCommit entries are counted already, but not visible yet.
+            // Staged entries are counted already, but not visible yet.
             None => (stream.length == 0).then_some(stream.row.added),
         };
         let group_status = |group: &Group| GroupStatus {

@@ -16,16 +16,16 @@ impl Writer {
         let (place, group) = self.group(cursor)?;
         let mut last = None;
         let mut are_there = Vec::with_capacity(actions.len());
-        for (receipt, redemption) in actions {
-            let is_held_on = matches!(redemption, ReceiptAction::Hold { .. });
+        for (receipt, action) in actions {
+            let is_held_on = matches!(action, ReceiptAction::Hold { .. });
             let needs_body = is_held_on && of_receipt(group, receipt, now_ms, limit_ms).is_some();
             are_there.push(!needs_body || self.body(place, receipt.id, &mut last)?.is_some());
         }
         let (group, numbers) = self.change_group(place, &cursor.group).ok_or_else(|| no_group(cursor))?;
         let mut leases = NewLeases::default();
-        let mut redeem = |(receipt, redemption): &(Receipt, ReceiptAction)| {
+        let mut settle = |(receipt, action): &(Receipt, ReceiptAction)| {
             let Some(held) = of_receipt(group, receipt, now_ms, limit_ms) else { return false };
-            match redemption {
+            match action {
                 ReceiptAction::Acknowledge => {
                     group.account().acknowledged += 1;
                     group.release(held.id);
@@ -39,7 +39,7 @@ impl Writer {
             }
             true
         };
-        Ok(actions.iter().zip(are_there).map(|(one, is_there)| is_there && redeem(one)).collect())
+        Ok(actions.iter().zip(are_there).map(|(one, is_there)| is_there && settle(one)).collect())
     }
 }
 
