@@ -286,7 +286,7 @@ impl History {
                 Fate::Refused | Fate::AlwaysFails => prop_assert!(!is_seen, "{number} must not be handled"),
                 // A handled event may become a dead letter only if a worker crashed before its ack.
                 _ if is_seen => {
-                    prop_assert!(reason.is_none() || self.has_crashed, "{number} is a dead letter: {reason:?}")
+                    prop_assert!(reason.is_none() || self.has_crashed, "{number} is a dead letter: {reason:?}");
                 }
                 _ => {}
             }

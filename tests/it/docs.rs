@@ -18,7 +18,7 @@ fn page(path: &str) -> String {
 fn pages_in(folder: &str) -> Vec<String> {
     let entries = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(folder)).expect("a folder");
     let names = entries.map(|entry| format!("{folder}/{}", entry.expect("an entry").file_name().display()));
-    names.filter(|name| name.ends_with(".md")).collect()
+    names.filter(|name| Path::new(name).extension().is_some_and(|extension| extension == "md")).collect()
 }
 
 /// Returns README.md, ARCHITECTURE.md and all pages in docs/.

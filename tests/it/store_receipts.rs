@@ -76,7 +76,10 @@ async fn a_receipt_of_another_consumer_or_delivery_is_no_good(store: Arc<dyn Sto
     assert!(!settle_by_receipt(&*store, &worker, own, ReceiptAction::Acknowledge).await, "it went to another");
     let again = store.claim(&worker, &[own.id], Duration::ZERO).await.expect("claimed").deliveries;
     assert_eq!(again[0].attempt, 3);
-    assert!(!settle_by_receipt(&*store, &worker, own, ReceiptAction::Acknowledge).await, "it came back, and was delivered anew");
+    assert!(
+        !settle_by_receipt(&*store, &worker, own, ReceiptAction::Acknowledge).await,
+        "it came back, and was delivered anew"
+    );
     let last = Receipt { attempt: 3, ..own.clone() };
     assert!(settle_by_receipt(&*store, &worker, &last, ReceiptAction::Acknowledge).await);
 }

@@ -1,4 +1,4 @@
-//! The PostgreSQL sink in the suite.
+//! The `PostgreSQL` sink in the suite.
 
 use std::sync::Arc;
 
