@@ -17,13 +17,13 @@ use crate::bus::{Bus, StreamCatalog, StreamSettings};
 use crate::config::{Backend, Config, InvalidConfig, StreamConfig};
 use crate::dead_letters::{DeadLetterRetention, DeadLetterSource, DeadLetters};
 use crate::delivery::Quarantine;
-use crate::http::{self, Access, Api, Tls, Unusable, Validity};
+use crate::http::{self, Api, Authenticator, CertificateValidity, Services, Tls, TlsError};
 use crate::maintenance::{FamilySpec, Scheduler, StreamSpec};
 use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
 use crate::relay::Relay;
 use crate::sink::{self, Sink};
-use crate::store::{Families, Limits, Metered, Store, StoreError, StoreErrorKind, StoreStatus};
+use crate::store::{Families, HardLimits, MeteredStore, Store, StoreError, StoreErrorKind, StoreStatus};
 use crate::validate::ConfigProblem;
 
 /// Interval between two checks of the store.
@@ -64,7 +64,7 @@ impl App {
         metrics.build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let readiness = Readiness::default();
 
-        let access = open_access(&config)?;
+        let authenticator = open_authenticator(&config)?;
         let tls = config.http.tls.as_ref().map(Tls::open).transpose().map_err(in_tls)?;
         let tls = tls.map(|tls| (tls, readiness.part("certificate", None)));
         let listen = config.http.listen;
@@ -74,7 +74,7 @@ impl App {
         let address = listener.local_addr().context("cannot read the listener's address")?;
         let families = families_of(&config);
         let limits = limits_of(&config, &families);
-        let store = Metered::new(open_store(&config).await?, metrics.clone()).with_families(families.clone());
+        let store = MeteredStore::new(open_store(&config).await?, metrics.clone()).with_families(families.clone());
         let store: Arc<dyn Store> = Arc::new(store);
         refuse_unsuitable(store.as_ref(), &config).await?;
         let bus = open_bus(&config, Arc::clone(&store), &families, limits.clone(), metrics.clone());
@@ -126,17 +126,17 @@ impl App {
         let maintenance = maintenance.with_own_consumers(groups.own_consumers().clone());
         let family_parts = families.parts(&readiness);
         let store_part = readiness.part("store", Some(STALE_AFTER));
-        let api = Api::new(
-            config.http,
-            access,
+        let services = Services {
+            authenticator,
             bus,
             dead_letters,
-            groups.pull().clone(),
-            Arc::clone(&store),
-            relay.clone(),
-            metrics.clone(),
+            pull: groups.pull().clone(),
+            store: Arc::clone(&store),
+            relay: relay.clone(),
+            metrics: metrics.clone(),
             readiness,
-        );
+        };
+        let api = Api::new(config.http, services);
         let grace = config.shutdown.grace;
         Ok(Self {
             listener,
@@ -242,8 +242,8 @@ impl App {
 
 /// Opens everything that `serve` opens, checks each part, and closes it again.
 pub async fn check(config: &Config) -> anyhow::Result<StoreStatus> {
-    let access = open_access(config)?;
-    access.check().await.map_err(in_auth)?;
+    let authenticator = open_authenticator(config)?;
+    authenticator.check().await.map_err(in_auth)?;
     let store = open_store(config).await?;
     let status = tokio::time::timeout(CHECK_TIMEOUT, async {
         loop {
@@ -271,7 +271,7 @@ pub async fn check(config: &Config) -> anyhow::Result<StoreStatus> {
 
 async fn check_parts(config: &Config, store: &Arc<dyn Store>) -> anyhow::Result<()> {
     refuse_unsuitable(store.as_ref(), config).await?;
-    let bus = open_bus(config, Arc::clone(store), &Families::default(), Limits::default(), Metrics::new());
+    let bus = open_bus(config, Arc::clone(store), &Families::default(), HardLimits::default(), Metrics::new());
     for (name, sink) in open_sinks(config, &bus).await? {
         sink.check().await.with_context(|| format!("sink `{name}` cannot take entries"))?;
     }
@@ -284,8 +284,8 @@ fn spec_of(stream: &StreamConfig) -> Option<StreamSpec> {
 }
 
 fn family_spec_of(stream: &StreamConfig, families: &Families) -> Option<FamilySpec> {
-    let roster = Arc::clone(families.named(stream.name.family()?.name())?);
-    Some(FamilySpec { roster, retention: stream.retention, groups: stream.groups.clone() })
+    let family_members = Arc::clone(families.named(stream.name.family()?.name())?);
+    Some(FamilySpec { family_members, retention: stream.retention, groups: stream.groups.clone() })
 }
 
 fn families_of(config: &Config) -> Families {
@@ -293,14 +293,14 @@ fn families_of(config: &Config) -> Families {
     Families::new(config.streams.iter().filter_map(family))
 }
 
-fn limits_of(config: &Config, families: &Families) -> Limits {
+fn limits_of(config: &Config, families: &Families) -> HardLimits {
     let fixed = |stream: &StreamConfig| Some((stream.name.stream()?.clone(), stream.retention.publish_limit()?));
     let of_family = |stream: &StreamConfig| Some((stream.name.family()?.clone(), stream.retention.publish_limit()?));
-    Limits::new(config.streams.iter().filter_map(fixed))
+    HardLimits::new(config.streams.iter().filter_map(fixed))
         .with_families(families.clone(), config.streams.iter().filter_map(of_family))
 }
 
-fn open_bus(config: &Config, store: Arc<dyn Store>, families: &Families, limits: Limits, metrics: Metrics) -> Bus {
+fn open_bus(config: &Config, store: Arc<dyn Store>, families: &Families, limits: HardLimits, metrics: Metrics) -> Bus {
     let terms = |stream: &StreamConfig| StreamSettings {
         dead_letter: stream.dead_letter(),
         durability: stream.durability,
@@ -335,8 +335,8 @@ async fn refuse_unsuitable(store: &dyn Store, config: &Config) -> anyhow::Result
 }
 
 /// Reads the files that `auth` names.
-fn open_access(config: &Config) -> Result<Access, InvalidConfig> {
-    let opened = Access::open(&config.auth, config.http.listen.ip().is_loopback());
+fn open_authenticator(config: &Config) -> Result<Authenticator, InvalidConfig> {
+    let opened = Authenticator::open(&config.auth, config.http.listen.ip().is_loopback());
     opened.map_err(|problems| InvalidConfig(problems.into_iter().flat_map(|problem| in_auth(problem).0).collect()))
 }
 
@@ -345,16 +345,16 @@ fn in_auth((key, message): (String, String)) -> InvalidConfig {
 }
 
 /// Reads and checks the files that `auth` and `http.tls` name. Returns the validity of the certificate.
-pub fn check_files(config: &Config) -> Result<Option<Validity>, InvalidConfig> {
+pub fn check_files(config: &Config) -> Result<Option<CertificateValidity>, InvalidConfig> {
     let tls = config.http.tls.as_ref().map(http::TlsConfig::check).transpose().map_err(in_tls);
-    match (open_access(config), tls) {
+    match (open_authenticator(config), tls) {
         (Ok(_), tls) => tls,
         (Err(access), Ok(_)) => Err(access),
         (Err(access), Err(tls)) => Err(InvalidConfig([access.0, tls.0].concat())),
     }
 }
 
-fn in_tls((key, message): Unusable) -> InvalidConfig {
+fn in_tls((key, message): TlsError) -> InvalidConfig {
     InvalidConfig(vec![ConfigProblem::new(format!("http.tls.{key}"), message)])
 }
 

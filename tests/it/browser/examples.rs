@@ -127,13 +127,13 @@ async fn example_page_asks_for_missing_credentials() {
         format!("document.querySelector('#token').value = {text:?}; document.querySelector('#access').requestSubmit()")
     };
     tab.get(&enter("ab_guess")).await;
-    tab.until("document.querySelector('#refusal').textContent.includes('the key is not known')").await;
+    tab.until("document.querySelector('#refusal').textContent.includes('the API key is not valid')").await;
     for unfit in ["ab_a b", "ab_ü", &format!("{key}\u{a0}x")] {
         tab.get(&enter(unfit)).await;
         tab.until("document.querySelector('#refusal').textContent.includes('characters')").await;
         assert_eq!(tab.get("document.querySelector('#access').hidden").await, false, "the key is requested again");
         tab.get(&enter("ab_guess")).await;
-        tab.until("document.querySelector('#refusal').textContent.includes('the key is not known')").await;
+        tab.until("document.querySelector('#refusal').textContent.includes('the API key is not valid')").await;
     }
     tab.get(&enter(&format!(" Bearer  {key} "))).await;
     tab.until("document.querySelector('#state').textContent === 'live'").await;
