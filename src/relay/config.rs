@@ -116,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_default_has_no_problems_and_survives_its_text_form() {
+    fn default_is_valid_and_survives_toml() {
         let config = Config::default();
         assert_eq!(config.problems(), []);
         let text = toml::to_string(&config).expect("plain values");
@@ -124,13 +124,13 @@ mod tests {
     }
 
     #[test]
-    fn unknown_keys_are_errors() {
+    fn unknown_key_is_an_error() {
         let error = toml::from_str::<Config>("ring_byte = '8MiB'").expect_err("a typo");
         assert!(error.to_string().contains("ring_byte"), "{error}");
     }
 
     #[test]
-    fn every_problem_is_named_with_its_key() {
+    fn every_problem_names_its_key() {
         let text = "
             ring_bytes = '1KiB'
             ring_entries = 0
