@@ -139,17 +139,17 @@ async fn an_account_does_not_begin_anew_when_the_group_is_ensured_again(store: A
 
 /// Drops until `keep` entries are left; says how many went, and what each group lost.
 async fn drop_to(store: &dyn Store, stream: &StreamName, keep: u64) -> (u64, BTreeMap<String, (u64, u64)>) {
-    let (mut removed, mut losers) = (0, BTreeMap::new());
+    let (mut removed, mut losses) = (0, BTreeMap::new());
     loop {
         let step = store.drop_oldest(stream, keep).await.expect("dropped");
         removed += step.removed;
-        for loser in step.losers {
-            let sums: &mut (u64, u64) = losers.entry(loser.group.to_string()).or_default();
+        for loser in step.losses {
+            let sums: &mut (u64, u64) = losses.entry(loser.group.to_string()).or_default();
             sums.0 += loser.pending;
             sums.1 += loser.undelivered;
         }
         if !step.is_more {
-            return (removed, losers);
+            return (removed, losses);
         }
     }
 }
@@ -161,9 +161,9 @@ async fn a_drop_counts_what_each_group_loses(store: Arc<dyn Store>) {
     settle(&*store, &fast, (0..300).map(|_| Outcome::Acknowledge)).await;
     settle(&*store, &slow, [Outcome::Acknowledge, Outcome::Filter]).await;
     let held = store.fetch(&slow, 8, Duration::ZERO).await.expect("fetched");
-    let (removed, losers) = drop_to(&*store, &slow.stream, 100).await;
+    let (removed, losses) = drop_to(&*store, &slow.stream, 100).await;
     assert!((100..=200).contains(&removed), "{removed}");
-    assert_eq!(losers, BTreeMap::from([("g".to_owned(), (8, removed - 10))]));
+    assert_eq!(losses, BTreeMap::from([("g".to_owned(), (8, removed - 10))]));
     // What was dropped is not pending any more, so that a late result is not taken for one.
     let late = held.into_iter().map(|delivery| Settlement { delivery, outcome: Outcome::Acknowledge });
     assert_eq!(store.settle(&slow, &late.collect::<Vec<_>>()).await.expect("settled").settled, 0);
@@ -187,9 +187,9 @@ async fn a_drop_goes_on_in_steps_to_the_limit(store: Arc<dyn Store>) {
     for _ in 0..10 {
         fill(&*store, &cursor.stream, 500).await;
     }
-    let (removed, losers) = drop_to(&*store, &cursor.stream, 250).await;
+    let (removed, losses) = drop_to(&*store, &cursor.stream, 250).await;
     assert!((4650..=4750).contains(&removed), "{removed}");
-    assert_eq!(losers, BTreeMap::from([("g".to_owned(), (0, removed))]));
+    assert_eq!(losses, BTreeMap::from([("g".to_owned(), (0, removed))]));
     assert_eq!(drop_to(&*store, &cursor.stream, 5000).await, (0, BTreeMap::new()));
     let (_, balance) = account(&*store, &cursor).await;
     assert_eq!((balance.undelivered, balance.difference), (Some(5000 - removed), Some(0)));
@@ -199,8 +199,8 @@ async fn a_drop_leaves_alone_what_every_group_has_handled(store: Arc<dyn Store>)
     assert_eq!(drop_to(&*store, &unique_stream(), 1).await, (0, BTreeMap::new()));
     let cursor = grouped(&*store, 200).await;
     settle(&*store, &cursor, (0..200).map(|_| Outcome::Acknowledge)).await;
-    let (removed, losers) = drop_to(&*store, &cursor.stream, 50).await;
-    assert!((50..=150).contains(&removed) && losers.is_empty(), "{removed}, {losers:?}");
+    let (removed, losses) = drop_to(&*store, &cursor.stream, 50).await;
+    assert!((50..=150).contains(&removed) && losses.is_empty(), "{removed}, {losses:?}");
     assert_eq!(account(&*store, &cursor).await.0.lost, [0; 4]);
 }
 

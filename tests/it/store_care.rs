@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aurora_bus::event::{EntryId, NewEntry};
-use aurora_bus::store::{Care, Cursor, Start, Store};
+use aurora_bus::store::{IsolationLimits, Cursor, Start, Store};
 
 use crate::store_contract::{cursor, new_entry, unique_stream};
 use crate::support::stores::on_stores;
 
-const CARE: Care = Care { in_hand: 0, most: [5, 2, 1] };
+const CARE: IsolationLimits = IsolationLimits { in_hand: 0, most: [5, 2, 1] };
 
 /// A stream whose entries were delivered as often as told, in order.
 async fn delivered(store: &dyn Store, attempts: &[u32]) -> (Cursor, Vec<EntryId>) {
@@ -27,8 +27,8 @@ async fn delivered(store: &dyn Store, attempts: &[u32]) -> (Cursor, Vec<EntryId>
     (Cursor { consumer: "alive".parse().expect("a name"), ..cursor }, ids)
 }
 
-async fn search(store: &dyn Store, cursor: &Cursor, from: EntryId, care: Care) -> (usize, EntryId, Option<u32>) {
-    let found = store.reclaim_with_care(cursor, Duration::ZERO, from, 100, care).await.expect("searched");
+async fn search(store: &dyn Store, cursor: &Cursor, from: EntryId, isolation: IsolationLimits) -> (usize, EntryId, Option<u32>) {
+    let found = store.reclaim_isolated(cursor, Duration::ZERO, from, 100, care).await.expect("searched");
     (found.claimed.deliveries.len(), found.next, found.held_back)
 }
 
@@ -45,7 +45,7 @@ async fn the_company_of_an_entry_is_as_small_as_its_deliveries_ask(store: Arc<dy
 
 async fn what_is_in_hand_already_counts(store: Arc<dyn Store>) {
     let (cursor, ids) = delivered(&*store, &[1, 1, 2]).await;
-    let care = |in_hand| Care { in_hand, ..CARE };
+    let care = |in_hand| IsolationLimits { in_hand, ..CARE };
     assert_eq!(search(&*store, &cursor, EntryId::MIN, care(7)).await, (0, ids[0], Some(1)));
     assert_eq!(search(&*store, &cursor, EntryId::MIN, care(4)).await, (1, ids[1], Some(1)));
     assert_eq!(search(&*store, &cursor, ids[2], care(2)).await, (0, ids[2], Some(2)));
@@ -54,7 +54,7 @@ async fn what_is_in_hand_already_counts(store: Arc<dyn Store>) {
 
 async fn without_care_all_are_taken(store: Arc<dyn Store>) {
     let (cursor, _) = delivered(&*store, &[9, 9, 1]).await;
-    assert_eq!(search(&*store, &cursor, EntryId::MIN, Care::NONE).await, (3, EntryId::MIN, None));
+    assert_eq!(search(&*store, &cursor, EntryId::MIN, IsolationLimits::NONE).await, (3, EntryId::MIN, None));
 }
 
 on_stores! { embedded redis valkey: [

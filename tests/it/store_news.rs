@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use aurora_bus::event::{EntryId, Family, StreamName};
 use aurora_bus::readiness::Readiness;
-use aurora_bus::store::{Families, NotJoined, Store};
+use aurora_bus::store::{Families, JoinError, Store};
 use tokio_util::sync::CancellationToken;
 
 use crate::store_contract::{new_entry, unique_stream};
@@ -27,8 +27,8 @@ async fn append(store: &dyn Store, stream: &StreamName, count: usize) -> EntryId
     store.append(stream, entries).await.expect("appended").last().expect("one").id
 }
 
-async fn news(store: &dyn Store, places: &[(StreamName, EntryId)], wait: Duration) -> BTreeMap<StreamName, EntryId> {
-    store.news(places, wait).await.expect("news").into_iter().collect()
+async fn wait_any(store: &dyn Store, places: &[(StreamName, EntryId)], wait: Duration) -> BTreeMap<StreamName, EntryId> {
+    store.wait_any(places, wait).await.expect("news").into_iter().collect()
 }
 
 async fn news_name_each_stream_that_has_them_with_its_newest_entry(store: Arc<dyn Store>) {
@@ -73,8 +73,8 @@ async fn a_family_has_the_same_members_for_everyone_and_no_more_than_it_may(stor
             let (families, store) = (families.clone(), store.clone());
             let stream = family.member(&format!("k{}", (place * 3 + n) % 10)).expect("a key");
             joins.spawn(async move {
-                let roster = families.of(&stream).expect("of the family");
-                (stream.clone(), roster.join(&*store, &stream).await)
+                let family_members = families.of(&stream).expect("of the family");
+                (stream.clone(), family_members.join(&*store, &stream).await)
             });
         }
     }
@@ -82,7 +82,7 @@ async fn a_family_has_the_same_members_for_everyone_and_no_more_than_it_may(stor
     for (stream, outcome) in joins.join_all().await {
         match outcome {
             Ok(()) => joined.push(stream),
-            Err(NotJoined::Full { max_keys: 5, .. }) => {}
+            Err(JoinError::Full { max_keys: 5, .. }) => {}
             Err(other) => panic!("{other:?}"),
         }
     }
@@ -90,14 +90,14 @@ async fn a_family_has_the_same_members_for_everyone_and_no_more_than_it_may(stor
     joined.dedup();
     assert_eq!(joined.len(), 5, "{joined:?}");
     for families in &instances {
-        let roster = families.named(family.name()).expect("declared");
-        until("the same members", PATIENCE, async || (roster.members() == joined).then_some(())).await;
+        let family_members = families.named(family.name()).expect("declared");
+        until("the same members", PATIENCE, async || (family_members.members() == joined).then_some(())).await;
     }
     // News of one made through any of them are heard by all.
     let last = append(&*store, &joined[2], 2).await;
     for families in &instances {
-        let roster = families.named(family.name()).expect("declared");
-        until("news", PATIENCE, async || roster.newest().contains(&(joined[2].clone(), last)).then_some(())).await;
+        let family_members = families.named(family.name()).expect("declared");
+        until("news", PATIENCE, async || family_members.newest().contains(&(joined[2].clone(), last)).then_some(())).await;
     }
     stop.cancel();
     tasks.join_all().await;

@@ -101,7 +101,7 @@ async fn one_that_a_consumer_outside_left_is_handed_on(store: Arc<dyn Store>) {
     let guard = cursor(&worker.stream, "g", "guard");
     let at_once = Redelivery { idle: Duration::ZERO, max_deliveries: 3 };
     let done = store.redeliver(&guard, at_once, EntryId::MIN, 100).await.expect("handed on");
-    assert_eq!((done.handed_on, done.exhausted.len(), done.next), (3, 0, EntryId::MIN));
+    assert_eq!((done.redelivered, done.exhausted.len(), done.next), (3, 0, EntryId::MIN));
     assert!(store.pending(&guard, false, EntryId::MIN, 10).await.expect("listed").is_empty());
     let again = entries(&*store, &worker).await.split_off(3);
     let again = again.iter().find(|entry| entry.fields.len() > WIDE).expect("the wide one");
