@@ -22,7 +22,7 @@ const MIN_SECRET_BYTES: usize = 32;
 /// The maximum length of a tenant's name.
 pub(crate) const MAX_TENANT_BYTES: usize = 128;
 
-/// Access to the API, sockets and the feeds.
+/// Access to the API, to WebSocket connections and to feeds.
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AuthConfig {

@@ -1,4 +1,4 @@
-//! The admission of a client to a channel, for sockets and feeds.
+//! The admission of a client to a channel, for a WebSocket or feed.
 
 use axum::http::HeaderMap;
 

@@ -32,14 +32,14 @@ const MAX_RESPONSE_MIB_PER_ADDRESS: usize = 256;
 /// The state of the HTTP surface. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Api {
-    inner: Arc<Inner>,
+    state: Arc<ApiState>,
 }
 
 #[derive(Debug)]
-struct Inner {
+struct ApiState {
     config: Config,
     services: Services,
-    limits: Limits,
+    limits: HttpLimits,
     sessions: TaskTracker,
 }
 
@@ -66,7 +66,7 @@ pub struct Services {
 
 /// Concurrency and rate limits, so that no client takes all memory or all workers.
 #[derive(Debug)]
-pub(super) struct Limits {
+pub(super) struct HttpLimits {
     pub(super) publishes: Semaphore,
     /// Request bodies in transfer, per address: a slow sender must not hold all of `publishes`.
     pub(super) bodies: Arc<KeyedLimiter>,
@@ -81,7 +81,7 @@ pub(super) struct Limits {
     pub(super) rate: DefaultKeyedRateLimiter<IpAddr>,
 }
 
-impl Limits {
+impl HttpLimits {
     fn new(config: &Config, max_pulls: usize) -> Self {
         let rate = NonZeroU32::new(config.rate_limit).unwrap_or(NonZeroU32::MIN);
         Self {
@@ -100,8 +100,8 @@ impl Limits {
 impl Api {
     /// Creates the state. Nothing runs yet.
     pub fn new(config: Config, services: Services) -> Self {
-        let limits = Limits::new(&config, services.pull.config().max_waiting);
-        Self { inner: Arc::new(Inner { config, services, limits, sessions: TaskTracker::new() }) }
+        let limits = HttpLimits::new(&config, services.pull.config().max_waiting);
+        Self { state: Arc::new(ApiState { config, services, limits, sessions: TaskTracker::new() }) }
     }
 
     /// Begins the drain: `/ready` returns 503, no dashboard may connect, and connected ones are asked to reconnect.
@@ -111,8 +111,8 @@ impl Api {
 
     /// Waits until every dashboard session has ended. None may begin afterwards.
     pub async fn sessions_ended(&self) {
-        self.inner.sessions.close();
-        self.inner.sessions.wait().await;
+        self.state.sessions.close();
+        self.state.sessions.wait().await;
     }
 
     pub(super) fn is_draining(&self) -> bool {
@@ -120,24 +120,24 @@ impl Api {
     }
 
     pub(super) fn config(&self) -> &Config {
-        &self.inner.config
+        &self.state.config
     }
 
     pub(super) fn services(&self) -> &Services {
-        &self.inner.services
+        &self.state.services
     }
 
-    pub(super) fn limits(&self) -> &Limits {
-        &self.inner.limits
+    pub(super) fn limits(&self) -> &HttpLimits {
+        &self.state.limits
     }
 
     pub(super) fn metrics(&self) -> &Metrics {
-        &self.inner.services.metrics
+        &self.state.services.metrics
     }
 
     /// Returns the tracker of dashboard sessions, which outlive their requests.
     pub(super) fn sessions(&self) -> &TaskTracker {
-        &self.inner.sessions
+        &self.state.sessions
     }
 
     /// Counts a rejected request, event or connection by its reason.

@@ -20,10 +20,10 @@ use crate::relay::{Admission, Renewal, RenewalError};
 /// Turns credentials into principals. Cheap to clone.
 #[derive(Clone)]
 pub struct Authenticator {
-    inner: Arc<Inner>,
+    state: Arc<AuthenticatorState>,
 }
 
-struct Inner {
+struct AuthenticatorState {
     is_required: bool,
     are_metrics_open: bool,
     keys: ApiKeys,
@@ -33,7 +33,7 @@ struct Inner {
 
 impl fmt::Debug for Authenticator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Authenticator").field("is_required", &self.inner.is_required).finish_non_exhaustive()
+        f.debug_struct("Authenticator").field("is_required", &self.state.is_required).finish_non_exhaustive()
     }
 }
 
@@ -46,34 +46,34 @@ impl Authenticator {
             MetricsAccess::Loopback => is_loopback,
             MetricsAccess::Admin => false,
         };
-        let inner = Inner {
+        let state = AuthenticatorState {
             is_required,
             are_metrics_open,
             keys: ApiKeys::new(&config.keys)?,
             issuers: Issuers::open(&config.issuers)?,
             tickets: Tickets::default(),
         };
-        Ok(Self { inner: Arc::new(inner) })
+        Ok(Self { state: Arc::new(state) })
     }
 
     /// Fetches the key sets of all issuers, to check that this works. Fails with the key below `auth`.
     pub async fn check(&self) -> Result<(), (String, String)> {
-        self.inner.issuers.check().await
+        self.state.issuers.check().await
     }
 
     pub(super) fn are_metrics_open(&self) -> bool {
-        !self.inner.is_required || self.inner.are_metrics_open
+        !self.state.is_required || self.state.are_metrics_open
     }
 
     /// Returns the principal of a request. Waits up to some seconds if an issuer's keys must be fetched first.
     pub(super) async fn principal(&self, presented: PresentedCredentials<'_>) -> Result<Principal, AuthError> {
-        if !self.inner.is_required {
+        if !self.state.is_required {
             return Ok(Principal::unauthenticated());
         }
         match Credential::of(presented)?.ok_or(AuthError::Missing)? {
             Credential::Token(token) => self.verify(&token).await,
             Credential::Ticket { text, page } => {
-                let principal = self.inner.tickets.redeem(&text, &page, Instant::now());
+                let principal = self.state.tickets.redeem(&text, &page, Instant::now());
                 let principal = principal.ok_or(AuthError::Ticket)?;
                 let has_expired = principal.expires_at().is_some_and(|at| at <= SystemTime::now());
                 if has_expired { Err(AuthError::Expired) } else { Ok(principal) }
@@ -83,15 +83,15 @@ impl Authenticator {
 
     async fn verify(&self, token: &str) -> Result<Principal, AuthError> {
         if token.starts_with(KEY_PREFIX) {
-            self.inner.keys.find(token, Timestamp::now())
+            self.state.keys.find(token, Timestamp::now())
         } else {
-            self.inner.issuers.verify(token).await
+            self.state.issuers.verify(token).await
         }
     }
 
     /// Issues a ticket for one WebSocket or feed of that page. Returns `None` if too many are unused.
     pub(super) fn issue_ticket(&self, principal: &Principal, page: PageOrigin) -> Option<String> {
-        self.inner.tickets.issue(principal, page, Instant::now())
+        self.state.tickets.issue(principal, page, Instant::now())
     }
 
     /// Returns the terms on which a principal may watch a channel.
@@ -108,7 +108,7 @@ impl Authenticator {
             tenant: principal.tenant().map(Arc::from),
             principal: principal.shared_id(),
             expires_at: principal.expires_at(),
-            renewal: self.inner.is_required.then(renewer),
+            renewal: self.state.is_required.then(renewer),
             commands: None,
         })
     }

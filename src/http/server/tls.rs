@@ -118,11 +118,11 @@ impl TlsConfig {
 /// The TLS state of the listener. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Tls {
-    inner: Arc<Inner>,
+    state: Arc<TlsState>,
 }
 
 #[derive(Debug)]
-struct Inner {
+struct TlsState {
     config: TlsConfig,
     served: RwLock<Arc<ServedCertificate>>,
     handshakes: Arc<KeyedLimiter>,
@@ -141,21 +141,21 @@ impl Tls {
     /// Reads the files. Fails with the key at fault below `http.tls`.
     pub fn open(config: &TlsConfig) -> Result<Self, TlsError> {
         let served = TlsFiles::read(config)?.build(config)?;
-        let inner = Inner {
+        let state = TlsState {
             served: RwLock::new(Arc::new(served)),
             handshakes: KeyedLimiter::new(config.max_handshakes_per_address),
             reload: Notify::new(),
             config: config.clone(),
         };
-        Ok(Self { inner: Arc::new(inner) })
+        Ok(Self { state: Arc::new(state) })
     }
 
     /// Requests that the files are read again at once.
     pub fn reload(&self) {
-        self.inner.reload.notify_one();
+        self.state.reload.notify_one();
     }
 
     fn served(&self) -> Arc<ServedCertificate> {
-        self.inner.served.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.state.served.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

@@ -77,12 +77,12 @@ impl Tls {
         address: IpAddr,
         write_timeout: Duration,
     ) -> Result<MaybeTlsStream, HandshakeOutcome> {
-        let limit = self.inner.config.handshake_timeout;
+        let limit = self.state.config.handshake_timeout;
         let late = |_| HandshakeOutcome::Timeout;
         // No TLS state is allocated before the client has sent something.
         let stream = timeout(limit, await_first_byte(stream)).await.map_err(late)??;
         // After a restart many clients come at once. Each waits, and no address blocks another.
-        let _permit = timeout(MAX_TURN_WAIT, self.inner.handshakes.acquire(address)).await.map_err(late)?;
+        let _permit = timeout(MAX_TURN_WAIT, self.state.handshakes.acquire(address)).await.map_err(late)?;
         let acceptor = TlsAcceptor::from(self.served().config.clone());
         let stream = WriteTimeoutStream::new(stream, open, write_timeout);
         let accept = acceptor.accept_with(stream, |connection| connection.set_buffer_limit(Some(MAX_BUFFERED_BYTES)));

@@ -25,7 +25,7 @@ impl Tls {
         loop {
             let is_requested = tokio::select! {
                 () = tokio::time::sleep(POLL_INTERVAL) => false,
-                () = watcher.tls.inner.reload.notified() => true,
+                () = watcher.tls.state.reload.notified() => true,
                 () = stop.cancelled() => return,
             };
             watcher.poll(is_requested).await;
@@ -47,7 +47,7 @@ struct FileWatcher {
 
 impl FileWatcher {
     async fn poll(&mut self, is_requested: bool) {
-        let config = self.tls.inner.config.clone();
+        let config = self.tls.state.config.clone();
         let served = self.tls.served().fingerprint;
         let read = tokio::task::spawn_blocking(move || {
             let files = match TlsFiles::read(&config) {
@@ -82,7 +82,7 @@ impl FileWatcher {
         match checked {
             Ok(new) => {
                 tracing::info!(days_left = new.validity.days_left().floor(), "certificate replaced");
-                *self.tls.inner.served.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
+                *self.tls.state.served.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
                 self.failed = None;
                 self.metrics.tls_reloads.with_label_values(&["ok"]).inc();
             }
