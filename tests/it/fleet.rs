@@ -1,7 +1,7 @@
-//! Several daemons on one Redis: names, restarts, and daemons that stand still.
+//! Several daemons on one Redis: names, restarts, and frozen daemons.
 //!
-//! Ten restarts are part of every test run, and two hundred of
-//! `cargo test --release --test it -- --ignored --nocapture two_hundred_rolling_restarts`.
+//! Each test run has ten restarts.
+//! `cargo test --release --test it -- --ignored --nocapture two_hundred_rolling_restarts` runs two hundred.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use crate::support::until;
 const STREAM: &str = "aurora:alerts";
 const GROUP: &str = "alert-processor";
 
-/// One group whose sink writes a line per entry into the daemon's log.
+/// Returns the configuration of one group whose sink writes a line per entry to the daemon's log.
 fn logging(server: &RedisServer, group: &str) -> String {
     format!(
         r#"
@@ -53,7 +53,7 @@ async fn publish(daemon: &Daemon, events: std::ops::Range<u64>) -> BTreeSet<Stri
     results.into_iter().map(|accepted| accepted.id).collect()
 }
 
-/// The entries that a daemon delivered, by its log, in order.
+/// Returns the entries that a daemon delivered, from its log, in order.
 fn deliveries(log: &str) -> Vec<String> {
     let lines = log.lines().filter(|line| line.contains("entry of severity"));
     let id = |line: &str| {
@@ -84,9 +84,9 @@ fn consumers(server: &RedisServer) -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_daemons_of_one_name_do_nothing_twice() {
+async fn two_daemons_of_one_name_deliver_each_entry_once() {
     let server = RedisServer::start(Product::Redis, &[]).await;
-    // Nobody takes anything over only because the machine is busy.
+    // A busy machine must not cause claims.
     let config = logging(&server, "").replace("claim_idle = \"2s\"", "claim_idle = \"30s\"");
     let homes = [Home::new(&config), Home::new(&config)];
     let first = homes[0].start().await;
@@ -107,13 +107,13 @@ async fn two_daemons_of_one_name_do_nothing_twice() {
     assert_eq!(times.keys().cloned().collect::<BTreeSet<_>>(), accepted);
     let repeated: Vec<_> = times.iter().filter(|(_, times)| **times > 1).collect();
     assert!(repeated.is_empty(), "delivered more than once: {repeated:?}");
-    assert_eq!(consumers(&server), 0, "both have left");
+    assert_eq!(consumers(&server), 0, "both consumers are removed");
 }
 
-/// The most entries that a daemon of a rolling restart has in hand.
+/// The maximum number of entries in flight of a daemon in a rolling restart.
 const IN_HAND: usize = 100;
 
-/// Daemons of random names follow one another while another one publishes; every fourth is killed.
+/// Daemons of random names replace one another while another daemon publishes. Every fourth is killed.
 async fn survives_rolling_restarts(rounds: usize) {
     let server = Arc::new(RedisServer::start(Product::Redis, &[]).await);
     let limits = format!("batch = {IN_HAND}\nmax_in_flight = {IN_HAND}\nreap_after = \"1s\"");
@@ -142,12 +142,12 @@ async fn survives_rolling_restarts(rounds: usize) {
     let mut logs = Vec::new();
     let (mut kills, mut most_consumers) = (0, 0);
     let mut live = vec![start().await];
-    // One of these after each round, and the publisher.
+    // One daemon after each round, and the publisher.
     let alive = live.len() + 1;
     for round in 0..rounds {
         live.push(start().await);
         let (oldest, _home) = live.remove(0);
-        let oldest = Arc::into_inner(oldest).expect("no one else has it");
+        let oldest = Arc::into_inner(oldest).expect("the only reference");
         if round % 4 == 3 {
             kills += 1;
             oldest.signal("KILL");
@@ -156,9 +156,11 @@ async fn survives_rolling_restarts(rounds: usize) {
             logs.push(stopped(oldest).await);
         }
         most_consumers = most_consumers.max(consumers(&server));
-        // Who goes leaves what it had in hand to the others, and its consumer until they have taken that.
-        until("consumers of the living and one more", BOUND, async || (consumers(&server) <= alive + 1).then_some(()))
-            .await;
+        // A stopped daemon leaves its pending entries to the others, and its consumer until they have claimed them.
+        until("consumers of the running daemons and one more", BOUND, async || {
+            (consumers(&server) <= alive + 1).then_some(())
+        })
+        .await;
         if round % 20 == 19 {
             tell(&format!("{} restarts after {:?}", round + 1, begun.elapsed()));
         }
@@ -166,11 +168,11 @@ async fn survives_rolling_restarts(rounds: usize) {
     is_over.store(true, Ordering::Relaxed);
     publishing.join_all().await;
     publisher.handled(STREAM, GROUP).await;
-    until("consumers of the living only", BOUND, async || (consumers(&server) <= alive).then_some(())).await;
+    until("consumers of the running daemons only", BOUND, async || (consumers(&server) <= alive).then_some(())).await;
     for (daemon, _home) in live.into_iter().chain([(publisher, home)]) {
-        logs.push(stopped(Arc::into_inner(daemon).expect("no one else has it")).await);
+        logs.push(stopped(Arc::into_inner(daemon).expect("the only reference")).await);
     }
-    assert_eq!(consumers(&server), 0, "all have left");
+    assert_eq!(consumers(&server), 0, "all consumers are removed");
     let times = times(&logs);
     let accepted = accepted.lock().await;
     let missing: Vec<_> = accepted.iter().filter(|id| !times.contains_key(*id)).collect();
@@ -185,31 +187,31 @@ async fn survives_rolling_restarts(rounds: usize) {
     assert!(repeated <= kills * IN_HAND, "{repeated} of {events} were delivered more than once");
 }
 
-#[expect(clippy::print_stderr, reason = "who runs hundreds of restarts wants to know what came of them")]
+#[expect(clippy::print_stderr, reason = "progress of a test that runs for minutes")]
 fn tell(text: &str) {
     eprintln!("{text}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rolling_restarts_under_random_names_lose_nothing_and_leave_no_consumers() {
+async fn ten_rolling_restarts_lose_no_entry_and_leave_no_consumer() {
     survives_rolling_restarts(10).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "takes minutes: cargo test --release --test it -- --ignored --nocapture two_hundred_rolling_restarts"]
-async fn two_hundred_rolling_restarts_under_random_names_lose_nothing_and_leave_no_consumers() {
+async fn two_hundred_rolling_restarts_lose_no_entry() {
     survives_rolling_restarts(200).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_daemon_that_stands_still_was_given_is_handled_elsewhere_and_once() {
+async fn entries_of_a_frozen_daemon_are_handled_once_elsewhere() {
     let server = RedisServer::start(Product::Redis, &[]).await;
     let homes = ["soc-a", "soc-b"].map(|instance| Home::named(instance, &logging(&server, "")));
     let (frozen, other) = (homes[0].start().await, homes[1].start().await);
     let mut accepted = publish(&frozen, 0..100).await;
     frozen.handled(STREAM, GROUP).await;
     frozen.signal("STOP");
-    // Its read still waits at the server, and is answered with what comes next.
+    // Its read still waits at the server, and receives the next entries.
     let published = Instant::now();
     accepted.extend(publish(&other, 100..200).await);
     other.handled(STREAM, GROUP).await;
@@ -226,12 +228,12 @@ async fn what_a_daemon_that_stands_still_was_given_is_handled_elsewhere_and_once
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_order_moves_from_a_daemon_that_stands_still_to_the_next() {
+async fn ordered_group_moves_from_a_frozen_daemon_to_the_next() {
     let server = RedisServer::start(Product::Redis, &[]).await;
     let config = logging(&server, "ordering = \"stream\"");
     let homes = ["soc-a", "soc-b"].map(|instance| Home::named(instance, &config));
     let first = homes[0].start().await;
-    // The first one has the turn before there is anyone else.
+    // The first daemon holds the group lease before the second starts.
     until("a turn", BOUND, async || {
         (server.cli(&["EXISTS", &format!("{{{STREAM}}}:lease:group/{GROUP}")]) == "1").then_some(())
     })
@@ -260,7 +262,7 @@ async fn an_order_moves_from_a_daemon_that_stands_still_to_the_next() {
     let first = stopped(first).await;
     let delivered: Vec<String> = deliveries(&first).into_iter().chain(deliveries(&second)).collect();
     let mut seen = BTreeSet::new();
-    assert!(delivered.iter().all(|id| seen.insert(id.clone())), "something was delivered twice");
+    assert!(delivered.iter().all(|id| seen.insert(id.clone())), "an entry was delivered twice");
     assert_eq!(seen, accepted);
     for log in [&first, &second] {
         let ids: Vec<EntryId> = deliveries(log).iter().map(|id| id.parse().expect("an id")).collect();
@@ -269,7 +271,7 @@ async fn an_order_moves_from_a_daemon_that_stands_still_to_the_next() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_late_result_of_a_daemon_that_stood_still_does_not_count() {
+async fn late_result_of_a_frozen_daemon_is_ignored() {
     let server = RedisServer::start(Product::Redis, &[]).await;
     let barrier = Arc::new(Barrier::new(2));
     let receiver = Receiver::start(move |_| Reply::Meet(barrier.clone())).await;
@@ -281,7 +283,7 @@ async fn the_late_result_of_a_daemon_that_stood_still_does_not_count() {
     let accepted = publish(&frozen, 0..1).await;
     until("a request", BOUND, async || (receiver.received().len() == 1).then_some(())).await;
     frozen.signal("STOP");
-    // Only when this one has taken the entry over and asks as well, the receiver answers both.
+    // The receiver answers both requests when the second daemon has claimed the entry.
     let other = homes[1].start().await;
     other.handled(STREAM, GROUP).await;
     frozen.signal("CONT");

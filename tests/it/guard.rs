@@ -131,12 +131,12 @@ async fn the_task_of_a_killed_worker_reaches_another_worker_once() {
     guarded.guard("soc-b-guard");
     guarded.publish(&["one"]).await;
     let first = agent(&server, guarded.stream(), "agent-1", "hang");
-    first.says("got one").await;
+    first.wait_for_line("got one").await;
     drop(first);
     guarded.publish(&["two", "three"]).await;
     let second = agent(&server, guarded.stream(), "agent-2", "work");
     for line in ["done two", "done three", "done one"] {
-        second.says(line).await;
+        second.wait_for_line(line).await;
     }
     guarded.is_settled().await;
     assert_eq!(second.lines().iter().filter(|line| *line == "got one").count(), 1);
@@ -156,7 +156,7 @@ async fn a_task_that_kills_every_worker_ends_in_the_dead_letters() {
     guarded.publish(&["poison"]).await;
     for n in 1..=3 {
         let worker = agent(&server, guarded.stream(), &format!("agent-{n}"), "die");
-        worker.says("got poison").await;
+        worker.wait_for_line("got poison").await;
     }
     let letters = until("dead letter", PATIENCE, async || {
         Some(guarded.dead_letters().await).filter(|letters| !letters.is_empty())
@@ -182,7 +182,7 @@ async fn a_slow_worker_that_shows_it_is_alive_is_left_alone() {
     guarded.guard("soc-a-guard");
     guarded.publish(&["long"]).await;
     let worker = agent(&server, guarded.stream(), "agent-1", "slow");
-    worker.says("done long").await;
+    worker.wait_for_line("done long").await;
     guarded.is_settled().await;
     assert_eq!(guarded.length(guarded.stream()).await, 1);
     assert_eq!(guarded.counter("aurora_bus_redelivered_total"), 0);
@@ -194,7 +194,7 @@ async fn a_destroyed_group_does_not_get_all_its_tasks_once_more() {
     let mut guarded = Guarded::new(store, 15).await;
     guarded.publish(&["one", "two"]).await;
     let worker = agent(&server, guarded.stream(), "agent-1", "work");
-    worker.says("done two").await;
+    worker.wait_for_line("done two").await;
     guarded.is_settled().await;
     drop(worker);
     guarded.guard("soc-a-guard");
@@ -207,7 +207,7 @@ async fn a_destroyed_group_does_not_get_all_its_tasks_once_more() {
     guarded.publish(&["three"]).await;
     until("group", PATIENCE, async || (guarded.counter("aurora_bus_groups_recreated_total") == 1).then_some(())).await;
     let worker = agent(&server, guarded.stream(), "agent-2", "work");
-    worker.says("done three").await;
+    worker.wait_for_line("done three").await;
     assert!(!worker.lines().iter().any(|line| line == "got one" || line == "got two"), "{:?}", worker.lines());
 }
 
