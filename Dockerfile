@@ -4,7 +4,9 @@
 FROM rust:1.95-slim-bookworm AS build
 WORKDIR /build
 COPY Cargo.toml Cargo.lock ./
-RUN mkdir src && echo 'fn main() {}' >src/main.rs && touch src/lib.rs \
+# Cargo reads the manifest of each workspace member, although only the daemon is built.
+COPY bench/Cargo.toml bench/
+RUN mkdir src bench/src && echo 'fn main() {}' | tee bench/src/main.rs >src/main.rs && touch src/lib.rs \
  && cargo build --release --locked --lib --bins \
  && rm -r src
 COPY config config

@@ -1,4 +1,4 @@
-//! The daemon, put together: what is built from what, what runs, and how it ends.
+//! The daemon: builds the parts, runs them and stops them in order.
 
 mod groups;
 
@@ -12,31 +12,32 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use self::groups::{Groups, Means};
-use crate::bus::{Bus, Catalogue, Terms};
-use crate::config::{Backend, Config, InvalidConfig, Problem, StreamConfig};
-use crate::dead_letters::{DeadLetters, Keeper, Source};
+use self::groups::{GroupDeps, Groups};
+use crate::bus::{Bus, StreamCatalog, StreamSettings};
+use crate::config::{Backend, Config, InvalidConfig, StreamConfig};
+use crate::dead_letters::{DeadLetterRetention, DeadLetterSource, DeadLetters};
 use crate::delivery::Quarantine;
 use crate::http::{self, Access, Api, Tls, Unusable, Validity};
-use crate::maintenance::{FamilySpec, Janitor, Sampler, StreamSpec};
+use crate::maintenance::{FamilySpec, Scheduler, StreamSpec};
 use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
 use crate::relay::Relay;
 use crate::sink::{self, Sink};
 use crate::store::{Families, Limits, Metered, Store, StoreError, StoreErrorKind, StoreStatus};
+use crate::validate::ConfigProblem;
 
-/// How often the store is asked whether it can do its work.
-const CHECK_EVERY: Duration = Duration::from_secs(2);
-/// How long the store may take to answer that.
+/// Interval between two checks of the store.
+const CHECK_INTERVAL: Duration = Duration::from_secs(2);
+/// Timeout of a check of the store.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
-/// After how long without a word a part counts as stuck.
+/// Time without a report after which a part counts as stuck.
 const STALE_AFTER: Duration = Duration::from_secs(20);
-/// How long a sink or the store may take to close: a disk that hangs must not hold the process.
+/// Time that a sink or the store may take to close. A disk that hangs must not hold the process.
 const CLOSE_GRACE: Duration = Duration::from_secs(10);
-/// How long requests under way may take once everything else has ended.
+/// Time that pending requests get after everything else has ended.
 const HTTP_GRACE: Duration = Duration::from_secs(5);
 
-/// A daemon that is built, bound and not yet running.
+/// A daemon that is built and bound, and not running yet.
 #[derive(Debug)]
 pub struct App {
     listener: TcpListener,
@@ -47,9 +48,8 @@ pub struct App {
     checks: Vec<sink::StartCheck>,
     families: (Families, Vec<Part>),
     groups: Groups,
-    janitor: Janitor,
-    sampler: Sampler,
-    dead_letters: (Keeper, Part),
+    maintenance: Scheduler,
+    dead_letters: (DeadLetterRetention, Part),
     relay: Relay,
     api: Api,
     store_part: Part,
@@ -58,7 +58,7 @@ pub struct App {
 }
 
 impl App {
-    /// Binds the listener, opens the store and the sinks, and wires the parts. Nothing runs yet.
+    /// Binds the listener, opens the store and the sinks, and connects the parts. Starts nothing.
     pub async fn build(config: Config) -> anyhow::Result<Self> {
         let metrics = Metrics::new();
         metrics.build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
@@ -69,7 +69,7 @@ impl App {
         let tls = tls.map(|tls| (tls, readiness.part("certificate", None)));
         let listen = config.http.listen;
         let listener = TcpListener::bind(listen).await.with_context(|| {
-            format!("cannot listen on {listen} (http.listen): is another daemon running, or the port taken?")
+            format!("cannot listen on {listen} (http.listen): another daemon or program may use the port")
         })?;
         let address = listener.local_addr().context("cannot read the listener's address")?;
         let families = families_of(&config);
@@ -86,17 +86,18 @@ impl App {
         let relayed = config.relayed();
         let relay =
             Relay::new(Arc::clone(&store), config.relay.clone(), &relayed, &families, metrics.clone(), &readiness);
-        let sampler = Sampler::new(Arc::clone(&store), specs.clone(), metrics.clone(), &readiness)
-            .with_families(family_specs.clone(), &readiness);
-        let janitor =
-            Janitor::new(Arc::clone(&store), specs, limits, metrics.clone()).with_families(family_specs.clone());
+        let maintenance = Scheduler::new(Arc::clone(&store), specs, limits, metrics.clone(), &readiness).with_families(
+            family_specs,
+            &metrics,
+            &readiness,
+        );
 
         let sinks = metered(sinks, &metrics);
         let checks = sinks.iter().map(|(name, sink)| {
             sink::StartCheck::new(name.clone(), Arc::clone(sink), readiness.part(&format!("sink {name}"), None))
         });
         let checks = checks.collect();
-        let sources = config.streams.iter().map(|stream| Source {
+        let sources = config.streams.iter().map(|stream| DeadLetterSource {
             stream: stream.name.clone(),
             dead_letter: stream.dead_letter(),
             groups: stream.groups.iter().map(|group| group.name.clone()).collect(),
@@ -110,10 +111,10 @@ impl App {
             instance,
             metrics.clone(),
         );
-        let keeper = (dead_letters.keeper(), readiness.part("dead letters", None));
+        let dead_letter_retention = (dead_letters.retention(), readiness.part("dead letters", None));
 
         let quarantine = Quarantine::default();
-        let means = Means {
+        let deps = GroupDeps {
             store: &store,
             sinks: &sinks,
             families: &families,
@@ -121,7 +122,8 @@ impl App {
             metrics: &metrics,
             readiness: &readiness,
         };
-        let groups = Groups::build(&config, family_specs, means)?;
+        let groups = Groups::build(&config, deps)?;
+        let maintenance = maintenance.with_own_consumers(groups.own_consumers().clone());
         let family_parts = families.parts(&readiness);
         let store_part = readiness.part("store", Some(STALE_AFTER));
         let api = Api::new(
@@ -145,9 +147,8 @@ impl App {
             checks,
             families: (families, family_parts),
             groups,
-            janitor,
-            sampler,
-            dead_letters: keeper,
+            maintenance,
+            dead_letters: dead_letter_retention,
             relay,
             api,
             store_part,
@@ -156,18 +157,18 @@ impl App {
         })
     }
 
-    /// The address the daemon listens on.
+    /// Returns the address of the listener.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// The certificates that are shown, where TLS is spoken.
+    /// Returns the served certificates, if TLS is configured.
     pub fn tls(&self) -> Option<Tls> {
         self.tls.as_ref().map(|(tls, _)| tls.clone())
     }
 
-    /// Runs until `stop`, then ends in order: no longer ready, workers and dashboards finish, requests finish, the
-    /// store is closed. Fails when a part ends that should not, or when the grace was too short.
+    /// Runs until `stop`, then ends in order. The daemon becomes not ready, workers and dashboards finish, requests
+    /// finish, and the store closes. Fails if a part ends early or the grace was too short.
     pub async fn run(self, stop: CancellationToken) -> anyhow::Result<()> {
         let work = CancellationToken::new();
         let serving = CancellationToken::new();
@@ -177,12 +178,11 @@ impl App {
         tasks.spawn(named("families", families.run(store, family_parts, work.clone())));
         self.groups.spawn(&mut tasks, &work);
         for check in self.checks {
-            tasks.spawn(named("check of a sink", check.run(work.clone())));
+            tasks.spawn(named("sink check", check.run(work.clone())));
         }
-        tasks.spawn(named("janitor", self.janitor.run(work.clone())));
-        tasks.spawn(named("sampler", self.sampler.run(work.clone())));
-        let (keeper, keeper_part) = self.dead_letters;
-        tasks.spawn(named("keeper of dead letters", keeper.run(keeper_part, work.clone())));
+        tasks.spawn(named("maintenance", self.maintenance.run(work.clone())));
+        let (dead_letter_retention, dead_letter_part) = self.dead_letters;
+        tasks.spawn(named("dead-letter retention", dead_letter_retention.run(dead_letter_part, work.clone())));
         let relay = self.relay.clone();
         let relay_stop = work.clone();
         tasks.spawn(named("relay", async move { relay.run(relay_stop).await }));
@@ -191,7 +191,7 @@ impl App {
         let tls = self.tls.as_ref().map(|(tls, _)| tls.clone());
         let scheme = if tls.is_some() { "https" } else { "http" };
         if let Some((tls, part)) = self.tls {
-            tasks.spawn(named("watch of certificates", tls.watch(part, self.metrics, work.clone())));
+            tasks.spawn(named("certificate watch", tls.watch(part, self.metrics, work.clone())));
         }
         server.spawn(http::serve(self.listener, tls, self.api.clone(), serving.clone()));
         tracing::info!("listening on {scheme}://{}", self.address);
@@ -199,10 +199,10 @@ impl App {
         let failure = tokio::select! {
             () = stop.cancelled() => None,
             ended = tasks.join_next() => Some(why_ended(ended)),
-            _ = server.join_next() => Some("the HTTP server ended by itself".to_owned()),
+            _ = server.join_next() => Some("the HTTP server ended unexpectedly".to_owned()),
         };
         if let Some(failure) = &failure {
-            tracing::error!(error = failure, "stopping");
+            tracing::error!(error = failure, "daemon failed, stopping");
         }
 
         self.api.drain();
@@ -213,21 +213,24 @@ impl App {
         });
         let is_late = drained.await.is_err();
         if is_late {
-            tracing::warn!(grace_seconds = self.grace.as_secs(), "work under way did not end in time; it is abandoned");
+            tracing::warn!(
+                grace_seconds = self.grace.as_secs(),
+                "tasks did not finish within the grace, aborting them"
+            );
             tasks.abort_all();
         }
         serving.cancel();
         let http_ended = tokio::time::timeout(HTTP_GRACE, async { while server.join_next().await.is_some() {} }).await;
         if http_ended.is_err() {
-            tracing::warn!("requests under way did not end in time");
+            tracing::warn!("requests did not finish in time");
         }
         for (name, sink) in &self.sinks {
             if tokio::time::timeout(CLOSE_GRACE, sink.close()).await.is_err() {
-                tracing::warn!(sink = name, "the sink did not close in time");
+                tracing::warn!(sink = name, "sink did not close in time");
             }
         }
         if tokio::time::timeout(CLOSE_GRACE, self.store.close()).await.is_err() {
-            tracing::warn!("the store did not close in time");
+            tracing::warn!("store did not close in time");
         }
         tracing::info!("stopped");
         match failure {
@@ -237,7 +240,7 @@ impl App {
     }
 }
 
-/// Opens what `serve` would open, asks each part whether it can work, and lets go of it again.
+/// Opens everything that `serve` opens, checks each part, and closes it again.
 pub async fn check(config: &Config) -> anyhow::Result<StoreStatus> {
     let access = open_access(config)?;
     access.check().await.map_err(in_auth)?;
@@ -245,7 +248,7 @@ pub async fn check(config: &Config) -> anyhow::Result<StoreStatus> {
     let status = tokio::time::timeout(CHECK_TIMEOUT, async {
         loop {
             match store.check().await {
-                // A connection that is still being made is no failure yet.
+                // A connection may still be in progress, which is not a failure yet.
                 Err(error) if error.kind() == StoreErrorKind::Unavailable => {
                     tokio::time::sleep(Duration::from_millis(200)).await;
                 }
@@ -257,7 +260,7 @@ pub async fn check(config: &Config) -> anyhow::Result<StoreStatus> {
         Ok(status) => status,
         Err(_) => store.check().await,
     };
-    let status = status.context("the store can't do its work");
+    let status = status.context("the store is not usable");
     let checked = match status {
         Ok(status) => check_parts(config, &store).await.map(|()| status),
         Err(error) => Err(error),
@@ -270,7 +273,7 @@ async fn check_parts(config: &Config, store: &Arc<dyn Store>) -> anyhow::Result<
     refuse_unsuitable(store.as_ref(), config).await?;
     let bus = open_bus(config, Arc::clone(store), &Families::default(), Limits::default(), Metrics::new());
     for (name, sink) in open_sinks(config, &bus).await? {
-        sink.check().await.with_context(|| format!("the sink `{name}` can't take entries"))?;
+        sink.check().await.with_context(|| format!("sink `{name}` cannot take entries"))?;
     }
     Ok(())
 }
@@ -298,24 +301,24 @@ fn limits_of(config: &Config, families: &Families) -> Limits {
 }
 
 fn open_bus(config: &Config, store: Arc<dyn Store>, families: &Families, limits: Limits, metrics: Metrics) -> Bus {
-    let terms = |stream: &StreamConfig| Terms {
+    let terms = |stream: &StreamConfig| StreamSettings {
         dead_letter: stream.dead_letter(),
         durability: stream.durability,
         groups: stream.groups.iter().map(|group| (group.name.clone(), group.consumption())).collect(),
         abandoned_after: Some(stream.retention.abandoned_after),
     };
     let declared = config.streams.iter().map(|stream| (stream.name.clone(), terms(stream)));
-    let catalogue = Catalogue::new(families.clone(), declared);
+    let catalogue = StreamCatalog::new(families.clone(), declared);
     Bus::new(store, config.publish.clone(), catalogue, limits, metrics)
 }
 
-/// Fails where the store would lose what it is given, or can't be as durable as a stream wants. One that can't be
-/// reached yet is asked again once it can.
+/// Fails if the store would lose entries, or cannot have the durability of a stream. An unreachable store is accepted:
+/// it is checked again later.
 async fn refuse_unsuitable(store: &dyn Store, config: &Config) -> anyhow::Result<()> {
     let is_final =
         |error: &StoreError| matches!(error.kind(), StoreErrorKind::Unsuitable | StoreErrorKind::Unsupported);
     match tokio::time::timeout(CHECK_TIMEOUT, store.check()).await {
-        Ok(Err(error)) if is_final(&error) => return Err(error).context("the store can't be used"),
+        Ok(Err(error)) if is_final(&error) => return Err(error).context("the store is not usable"),
         Ok(Ok(_)) => {}
         Ok(Err(_)) | Err(_) => return Ok(()),
     }
@@ -323,7 +326,7 @@ async fn refuse_unsuitable(store: &dyn Store, config: &Config) -> anyhow::Result
         match tokio::time::timeout(CHECK_TIMEOUT, store.check_durability(stream.durability)).await {
             Ok(Err(error)) if is_final(&error) => {
                 let name = &stream.name;
-                return Err(error).with_context(|| format!("the store can't be used for stream `{name}`"));
+                return Err(error).with_context(|| format!("the store is not usable for stream `{name}`"));
             }
             Ok(_) | Err(_) => {}
         }
@@ -338,11 +341,10 @@ fn open_access(config: &Config) -> Result<Access, InvalidConfig> {
 }
 
 fn in_auth((key, message): (String, String)) -> InvalidConfig {
-    InvalidConfig(vec![Problem::new(format!("auth.{key}"), message)])
+    InvalidConfig(vec![ConfigProblem::new(format!("auth.{key}"), message)])
 }
 
-/// Reads the files that `auth` and `http.tls` name, checks that they make sense and fit each other, and tells how long the
-/// certificate is valid.
+/// Reads and checks the files that `auth` and `http.tls` name. Returns the validity of the certificate.
 pub fn check_files(config: &Config) -> Result<Option<Validity>, InvalidConfig> {
     let tls = config.http.tls.as_ref().map(http::TlsConfig::check).transpose().map_err(in_tls);
     match (open_access(config), tls) {
@@ -353,7 +355,7 @@ pub fn check_files(config: &Config) -> Result<Option<Validity>, InvalidConfig> {
 }
 
 fn in_tls((key, message): Unusable) -> InvalidConfig {
-    InvalidConfig(vec![Problem::new(format!("http.tls.{key}"), message)])
+    InvalidConfig(vec![ConfigProblem::new(format!("http.tls.{key}"), message)])
 }
 
 async fn open_store(config: &Config) -> anyhow::Result<Arc<dyn Store>> {
@@ -369,7 +371,7 @@ async fn open_store(config: &Config) -> anyhow::Result<Arc<dyn Store>> {
     })
 }
 
-/// Opens the sinks that a group names; what they forward goes through the bus.
+/// Opens the sinks that groups use. Sinks that forward publish through the bus.
 async fn open_sinks(config: &Config, bus: &Bus) -> anyhow::Result<BTreeMap<String, Arc<dyn Sink>>> {
     let groups = config.streams.iter().flat_map(|stream| &stream.groups);
     let used: std::collections::BTreeSet<&String> = groups.filter_map(|group| group.sink.as_ref()).collect();
@@ -380,22 +382,22 @@ async fn open_sinks(config: &Config, bus: &Bus) -> anyhow::Result<BTreeMap<Strin
             .clone()
             .build(name, Arc::new(bus.clone()))
             .await
-            .with_context(|| format!("cannot open the sink `{name}`"))?;
+            .with_context(|| format!("cannot open sink `{name}`"))?;
         sinks.insert(name.clone(), built);
     }
     Ok(sinks)
 }
 
-/// Gives every sink the same metrics.
+/// Wraps every sink so that its calls are counted.
 fn metered(sinks: BTreeMap<String, Arc<dyn Sink>>, metrics: &Metrics) -> BTreeMap<String, Arc<dyn Sink>> {
     let metered = |(name, sink): (String, Arc<dyn Sink>)| {
-        let metered: Arc<dyn Sink> = Arc::new(sink::Metered::new(&name, sink, metrics));
+        let metered: Arc<dyn Sink> = Arc::new(sink::MeteredSink::new(&name, sink, metrics));
         (name, metered)
     };
     sinks.into_iter().map(metered).collect()
 }
 
-/// Gives a task's end its name.
+/// Runs a task and returns its name when it ends.
 async fn named(name: &'static str, task: impl Future<Output = ()>) -> &'static str {
     task.await;
     name
@@ -403,47 +405,47 @@ async fn named(name: &'static str, task: impl Future<Output = ()>) -> &'static s
 
 fn why_ended(ended: Option<Result<&'static str, tokio::task::JoinError>>) -> String {
     match ended {
-        Some(Ok(name)) => format!("the {name} ended by itself"),
+        Some(Ok(name)) => format!("the task `{name}` ended unexpectedly"),
         Some(Err(error)) => format!("an essential task failed: {error}"),
-        None => "nothing is left to run".to_owned(),
+        None => "no task is left".to_owned(),
     }
 }
 
-/// Asks the store again and again whether it can do its work, and tells readiness and the log.
+/// Checks the store at intervals, and reports changes to readiness and to the log.
 async fn watch_store(store: Arc<dyn Store>, part: Part, stop: CancellationToken) {
     let mut known: Option<Result<StoreStatus, String>> = None;
     loop {
         let checked = match tokio::time::timeout(CHECK_TIMEOUT, store.check()).await {
-            // What is measured changes all the time, and is told by metrics.
+            // Measured values change with each check. Metrics report them.
             Ok(checked) => checked
                 .map(|status| StoreStatus { clock_ahead_ms: None, evicted_keys: None, ..status })
                 .map_err(|error| error.to_string()),
-            Err(_) => Err("the store does not answer".to_owned()),
+            Err(_) => Err("the store does not respond".to_owned()),
         };
         match &checked {
             Ok(_) => part.ready(),
             Err(reason) => part.not_ready(reason),
         }
         if known.as_ref() != Some(&checked) {
-            tell_store(&checked, known.is_some());
+            log_store(&checked, known.is_some());
             known = Some(checked);
         }
         tokio::select! {
-            () = tokio::time::sleep(CHECK_EVERY) => {}
+            () = tokio::time::sleep(CHECK_INTERVAL) => {}
             () = stop.cancelled() => return,
         }
     }
 }
 
-fn tell_store(checked: &Result<StoreStatus, String>, is_change: bool) {
+fn log_store(checked: &Result<StoreStatus, String>, is_change: bool) {
     match checked {
         Ok(status) => {
-            let message = if is_change { "the store can work again" } else { "the store can work" };
+            let message = if is_change { "store available again" } else { "store available" };
             tracing::info!(store = status.description, "{message}");
             for warning in &status.warnings {
                 tracing::warn!(store = status.description, "{warning}");
             }
         }
-        Err(reason) => tracing::error!(error = reason, "the store can't do its work; trying again"),
+        Err(reason) => tracing::error!(error = reason, "store unavailable, trying again"),
     }
 }

@@ -1,8 +1,8 @@
-//! Publishing: the one way in.
+//! Publishing: every event enters the store through the bus.
 //!
-//! Owns the catalogue of declared streams and the rules for what may be appended to them: size, idempotency, chunks.
-//! Promises that an event it answers for is stored as durably as the store promises, and that a batch keeps its
-//! order. Knows nothing of HTTP, groups or dashboards.
+//! Owns the catalog of declared streams and the rules for events: size, idempotency and chunks. Promises that each
+//! accepted event is stored with the promised durability, and that a batch keeps its order. Knows nothing of HTTP, groups
+//! or dashboards.
 
 mod catalog;
 
@@ -14,20 +14,21 @@ use bytes::Bytes;
 use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 
-pub use crate::bus::catalog::{Catalogue, Terms};
+pub use crate::bus::catalog::{StreamCatalog, StreamSettings};
 
 use crate::event::{Fields, IdempotencyKey, NewEntry, NewEvent, StreamName, field};
 use crate::metrics::Metrics;
 use crate::sink::{Forward, SinkError, SinkErrorClass};
 use crate::store::{Appended, Durability, Limits, MAX_APPEND, NotJoined, Store, StoreError, StoreErrorKind};
+use crate::validate::{Problems, Validate};
 
-/// What publishers may do.
+/// The limits for producers.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// The largest event.
+    /// The maximum size of an event.
     pub max_event: ByteSize,
-    /// How long idempotency keys are remembered, and the longest time a publisher may ask for.
+    /// The time for which idempotency keys are remembered. A producer may request a shorter one.
     #[serde(with = "humantime_serde")]
     pub dedup_window: Duration,
 }
@@ -38,41 +39,35 @@ impl Default for Config {
     }
 }
 
-impl Config {
-    /// Every key that makes no sense, with the reason.
-    pub fn problems(&self) -> Vec<(&'static str, String)> {
-        let mut problems = Vec::new();
-        if !(1..=ByteSize::mib(64).as_u64()).contains(&self.max_event.as_u64()) {
-            problems.push(("max_event", "must be between 1 byte and 64 MiB".to_owned()));
-        }
-        if self.dedup_window < Duration::from_secs(1) {
-            problems.push(("dedup_window", "must be at least 1s".to_owned()));
-        }
-        problems
+impl Validate for Config {
+    fn validate(&self, problems: &mut Problems) {
+        let sizes = 1..=ByteSize::mib(64).as_u64();
+        problems.require(sizes.contains(&self.max_event.as_u64()), "max_event", "must be from 1B to 64MiB");
+        problems.require(self.dedup_window >= Duration::from_secs(1), "dedup_window", "must be at least 1s");
     }
 }
 
 /// Why an event was not accepted.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum PublishError {
-    /// It is larger than allowed.
-    #[error("the event has {size} bytes, more than the {max} allowed (publish.max_event)")]
+    /// The event is larger than the limit.
+    #[error("the event has {size} bytes; at most {max} are allowed (publish.max_event)")]
     TooLarge {
-        /// Its size in bytes.
+        /// Size of the event in bytes.
         size: usize,
-        /// The largest size in bytes.
+        /// The limit in bytes.
         max: u64,
     },
     /// The idempotency key is empty or too long.
-    #[error("an idempotency key has 1 to 256 bytes, this one has {0}")]
+    #[error("an idempotency key must have 1 to 256 bytes, not {0}")]
     Key(usize),
-    /// It has no `id` of its own to recognise it by.
-    #[error("the event has no text `id` to recognise it by")]
+    /// The event has no `id`, which should be its idempotency key.
+    #[error("the event has no text `id` to use as its idempotency key")]
     NoId,
-    /// Its stream would be one more of a family than there may be.
+    /// The family of the stream has no room for another key.
     #[error("{0}")]
     TooManyKeys(String),
-    /// The store did not take it.
+    /// The store failed or refused the event.
     #[error("{0}")]
     Store(Arc<StoreError>),
 }
@@ -87,7 +82,7 @@ impl From<NotJoined> for PublishError {
 }
 
 impl PublishError {
-    /// The reason in one word, for metrics and clients.
+    /// Returns the reason as a short code, for metrics and clients.
     pub const fn code(&self) -> &'static str {
         match self {
             Self::TooLarge { .. } => "event_too_large",
@@ -99,75 +94,81 @@ impl PublishError {
     }
 }
 
-/// How to recognise an event that comes twice.
+/// The idempotency key of an event, if it has one.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Dedup {
-    /// Not at all.
+    /// No key: the event is always stored.
     #[default]
     Off,
-    /// By this key.
+    /// This key.
     Key(String),
-    /// By its own `id`.
+    /// The event's own `id`.
     OwnId,
 }
 
-/// What a publisher wants beside the storing.
+/// Options of a publish request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Promise {
-    /// For how long idempotency keys are remembered, if that is shorter than [`Config::dedup_window`].
+pub struct PublishOptions {
+    /// The time for which idempotency keys are remembered, if shorter than [`Config::dedup_window`].
     pub window: Option<Duration>,
-    /// How durable the events are when they are accepted, if that is more than their stream's.
+    /// The durability of accepted events, if it exceeds that of their stream.
     pub durability: Durability,
 }
 
-/// The only writer.
+/// Appends events to declared streams.
 #[derive(Debug, Clone)]
 pub struct Bus {
     store: Arc<dyn Store>,
     config: Arc<Config>,
-    catalogue: Arc<Catalogue>,
+    catalog: Arc<StreamCatalog>,
     limits: Limits,
     metrics: Metrics,
 }
 
 impl Bus {
-    /// A bus over a store, the declared streams and their hard limits.
-    pub fn new(store: Arc<dyn Store>, config: Config, catalogue: Catalogue, limits: Limits, metrics: Metrics) -> Self {
-        Self { store, config: Arc::new(config), catalogue: Arc::new(catalogue), limits, metrics }
+    /// Creates a bus over a store, the declared streams and their hard limits.
+    pub fn new(
+        store: Arc<dyn Store>,
+        config: Config,
+        catalog: StreamCatalog,
+        limits: Limits,
+        metrics: Metrics,
+    ) -> Self {
+        Self { store, config: Arc::new(config), catalog: Arc::new(catalog), limits, metrics }
     }
 
-    /// The declared streams.
-    pub fn catalogue(&self) -> &Catalogue {
-        &self.catalogue
+    /// Returns the declared streams.
+    pub fn catalog(&self) -> &StreamCatalog {
+        &self.catalog
     }
 
-    /// The rules for publishers.
+    /// Returns the limits for producers.
     pub fn config(&self) -> &Config {
         &self.config
     }
 
-    /// Appends events in order; one result per event, in order.
+    /// Appends events in order. Returns one result per event, in the same order.
     ///
-    /// Events that break a rule are left out. When the store fails, what comes after is not tried, so that the order
-    /// holds; every event answered with `Ok` is stored.
+    /// Skips events that break a rule. After a failure of the store the remaining events are not tried, so that the
+    /// order holds. Every event with the result `Ok` is stored.
     pub async fn publish(
         &self,
         stream: &StreamName,
         events: Vec<(Dedup, NewEvent)>,
-        promise: Promise,
+        options: PublishOptions,
     ) -> Vec<Result<Appended, PublishError>> {
         let timestamp = NewEntry::timestamp_now();
-        let durability = promise.durability.and(self.catalogue.durability(stream));
-        let window = promise.window.unwrap_or(self.config.dedup_window).min(self.config.dedup_window);
+        let durability = options.durability.and(self.catalog.durability(stream));
+        let window = options.window.unwrap_or(self.config.dedup_window).min(self.config.dedup_window);
         let mut results: Vec<Option<Result<Appended, PublishError>>> = Vec::with_capacity(events.len());
         let mut chunk = Vec::with_capacity(events.len().min(MAX_APPEND));
-        let mut places = Vec::with_capacity(chunk.capacity());
+        let mut indexes = Vec::with_capacity(chunk.capacity());
         let mut failed: Option<PublishError> = None;
         let mut events = events.into_iter().enumerate().peekable();
         while let Some((index, (dedup, event))) = events.next() {
             match self.entry(event, dedup, window, &timestamp) {
                 Ok(entry) if failed.is_none() => {
-                    places.push(index);
+                    indexes.push(index);
                     chunk.push(entry);
                     results.push(None);
                 }
@@ -180,15 +181,15 @@ impl Bus {
             }
             match self.append_durably(stream, std::mem::take(&mut chunk), durability).await {
                 Ok(appended) => {
-                    for (place, appended) in places.drain(..).zip(appended) {
-                        results[place] = Some(Ok(appended));
+                    for (index, appended) in indexes.drain(..).zip(appended) {
+                        results[index] = Some(Ok(appended));
                     }
                 }
                 Err(error) => {
-                    for place in places.drain(..) {
-                        results[place] = Some(Err(error.clone()));
+                    for index in indexes.drain(..) {
+                        results[index] = Some(Err(error.clone()));
                     }
-                    failed = Some(not_tried_after(error));
+                    failed = Some(error_of_untried(error));
                 }
             }
         }
@@ -218,9 +219,9 @@ impl Bus {
         Ok(event.into_entry(timestamp, idempotency))
     }
 
-    /// Appends up to [`MAX_APPEND`] entries as they are, all or none: those that were in a stream before.
+    /// Appends up to [`MAX_APPEND`] entries of other streams unchanged, all or none.
     pub async fn append(&self, stream: &StreamName, entries: Vec<NewEntry>) -> Result<Vec<Appended>, PublishError> {
-        self.append_durably(stream, entries, self.catalogue.durability(stream)).await
+        self.append_durably(stream, entries, self.catalog.durability(stream)).await
     }
 
     async fn append_durably(
@@ -229,7 +230,7 @@ impl Bus {
         entries: Vec<NewEntry>,
         durability: Durability,
     ) -> Result<Vec<Appended>, PublishError> {
-        let families = self.catalogue.families();
+        let families = self.catalog.families();
         if let Some(roster) = families.of(stream) {
             roster.join(&*self.store, stream).await?;
         }
@@ -237,7 +238,7 @@ impl Bus {
         let result = self.limits.append(&*self.store, stream, entries, durability).await;
         let labels = [families.label(stream)];
         self.metrics.publish_seconds.with_label_values(&labels).observe(started.elapsed().as_secs_f64());
-        // What is stored is published, also where it is not as durable as asked.
+        // Stored entries count as published, even if their durability was not confirmed.
         let stored = result.as_ref().map_or_else(StoreError::stored, |_| 0);
         self.metrics.published.with_label_values(&labels).inc_by(stored);
         let appended = result.map_err(|error| PublishError::Store(Arc::new(error)))?;
@@ -248,27 +249,28 @@ impl Bus {
     }
 }
 
-/// What is said of events that were not tried because earlier ones failed.
-fn not_tried_after(error: PublishError) -> PublishError {
+/// Returns the error of events that were not tried because an earlier event failed.
+fn error_of_untried(error: PublishError) -> PublishError {
     match &error {
         PublishError::Store(cause) if cause.kind() == StoreErrorKind::NotDurable => {
-            let message = "the event was not stored, because earlier events of the request are not as durable as asked";
+            let message =
+                "the event was not stored because the durability of earlier events of the request was not confirmed";
             PublishError::Store(Arc::new(StoreError::new(StoreErrorKind::Unavailable, message)))
         }
         _ => error,
     }
 }
 
-/// What groups forward goes the way of everything that is published.
+/// Forwarded entries obey the same rules as published events.
 #[async_trait]
 impl Forward for Bus {
     async fn check(&self, stream: &StreamName) -> Result<(), SinkError> {
-        if !self.catalogue.contains(stream) {
+        if !self.catalog.contains(stream) {
             let message = format!("the stream `{stream}` is not declared");
             return Err(SinkError::new(SinkErrorClass::Transient, message));
         }
         let checked = self.store.check().await.and_then(|_| self.limits.check(stream));
-        checked.map_err(|error| refused(stream, Arc::new(error)))
+        checked.map_err(|error| forward_error(stream, Arc::new(error)))
     }
 
     async fn forward(&self, stream: &StreamName, entries: Vec<(String, Fields)>) -> Result<(), SinkError> {
@@ -279,8 +281,8 @@ impl Forward for Bus {
             let error = PublishError::TooLarge { size, max };
             return Err(SinkError::new(SinkErrorClass::Permanent, error.to_string()));
         }
-        // No publisher's key begins so: theirs are UTF-8. Else whoever may publish to this stream could take up the keys of
-        // entries to come, which would then count as forwarded.
+        // The prefix is not UTF-8, so no producer's key can begin with it. Otherwise a producer could use the key of a
+        // later entry, which would then count as a duplicate and not be forwarded.
         let own = |key: String| [&b"\xffforwarded:"[..], key.as_bytes()].concat().into();
         let mut entries = entries
             .into_iter()
@@ -290,7 +292,7 @@ impl Forward for Bus {
             let chunk = entries.by_ref().take(MAX_APPEND).collect();
             match self.append(stream, chunk).await {
                 Ok(_) => {}
-                Err(PublishError::Store(error)) => return Err(refused(stream, error)),
+                Err(PublishError::Store(error)) => return Err(forward_error(stream, error)),
                 Err(error) => return Err(SinkError::new(SinkErrorClass::Transient, error.to_string())),
             }
         }
@@ -298,13 +300,13 @@ impl Forward for Bus {
     }
 }
 
-/// None of these but a call that is wrong is the fault of an entry: the store heals, or someone makes room.
-fn refused(stream: &StreamName, error: Arc<StoreError>) -> SinkError {
+/// Converts a failure to append. Only an internal error is the fault of the entries; every other one is an outage.
+fn forward_error(stream: &StreamName, error: Arc<StoreError>) -> SinkError {
     let (retry_after, is_outage) = (error.retry_after(), error.kind() != StoreErrorKind::Internal);
-    let refusal = SinkError::new(SinkErrorClass::Transient, format!("cannot forward to `{stream}`")).with_source(error);
-    let refusal = if is_outage { refusal.as_outage() } else { refusal };
+    let failure = SinkError::new(SinkErrorClass::Transient, format!("cannot forward to `{stream}`")).with_source(error);
+    let failure = if is_outage { failure.as_outage() } else { failure };
     match retry_after {
-        Some(after) => refusal.with_retry_after(after),
-        None => refusal,
+        Some(after) => failure.with_retry_after(after),
+        None => failure,
     }
 }

@@ -1,4 +1,4 @@
-//! The sub-commands. Those that look into a running daemon speak its public HTTP API, as anyone else does.
+//! The subcommands. Commands that query a running daemon use its public HTTP API.
 
 mod audit;
 mod client;
@@ -19,7 +19,7 @@ use crate::config::{Config, InvalidConfig, Layers, load};
 
 /// An event bus for security operations centres.
 ///
-/// Without a sub-command it runs the daemon, as `serve` does.
+/// Without a subcommand it runs the daemon, like `serve`.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 pub struct Cli {
@@ -29,16 +29,16 @@ pub struct Cli {
     config: ConfigArgs,
 }
 
-/// Where the configuration comes from: built-in defaults, then this file, then `AURORA_BUS__SECTION__KEY`, then flags.
+/// The layers of the configuration: built-in default, then this file, then `AURORA_BUS__SECTION__KEY`, then flags.
 #[derive(Debug, Clone, Default, Args)]
 struct ConfigArgs {
-    /// The configuration file [default: config/aurora-bus.toml, if it is there]
+    /// Configuration file [default: config/aurora-bus.toml, if it exists]
     #[arg(long, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Listen here instead of `http.listen`
+    /// Address and port to listen on, overrides `http.listen`
     #[arg(long, global = true, value_name = "ADDRESS:PORT")]
     listen: Option<String>,
-    /// Use this store instead of `store.backend`: embedded or redis
+    /// Store to use, overrides `store.backend`: embedded or redis
     #[arg(long, global = true, value_name = "BACKEND")]
     store: Option<String>,
 }
@@ -47,41 +47,40 @@ struct ConfigArgs {
 enum Command {
     /// Run the daemon
     Serve,
-    /// Check the configuration; with --connect also what it points to
+    /// Check the configuration; with --connect also the store, the sinks and the token issuers
     Check(inspect::CheckArgs),
     /// Print the configuration as TOML: the effective one, or the built-in default
     Config(inspect::PrintArgs),
     /// Publish NDJSON from a file or standard input to a stream
     Publish(publish::PublishArgs),
-    /// Print the entries of a stream as they come, one JSON object per line
+    /// Print the entries of a stream as they arrive, one JSON object per line
     Tail(tail::TailArgs),
-    /// Dead letters: entries that a group could not handle
+    /// List, show, replay and discard dead letters, the entries that a group gave up
     ///
-    /// STREAM is a declared stream, for its own dead letters, or a stream of dead letters, for all that are in it.
+    /// STREAM is a declared stream, or a stream of dead letters. A declared stream stands for its own dead letters, a
+    /// stream of dead letters for all that it holds.
     ///
-    /// Exit codes: 0 all done; 1 something failed, was refused, is gone or needs --yes; 2 the arguments or the
-    /// configuration are wrong.
+    /// Exit codes: 0 success; 1 a request failed, a dead letter was refused or is gone, or --yes is missing; 2 invalid
+    /// arguments or configuration.
     #[command(subcommand)]
     Dead(dead::DeadCommand),
-    /// Check for every group that each published entry is accounted for; exit code 1 where one is not
+    /// Check that every published entry is accounted for, per group
+    ///
+    /// Exit codes: 0 all accounts add up; 1 an account does not add up or is unknown; 2 no response, or invalid
+    /// arguments or configuration.
     Reconcile(reconcile::ReconcileArgs),
-    /// Ask a running daemon whether it is healthy; for container health checks
+    /// Check the health of a running daemon, for container health checks
     Health(client::ClientArgs),
-    /// Make API keys and test tokens
+    /// Create API keys and test tokens
     #[command(subcommand)]
     Token(token::TokenCommand),
-    /// The tamper-evident audit files
+    /// Verify the tamper-evident audit files
     #[command(subcommand)]
     Audit(audit::AuditCommand),
-    /// Measure the daemon beside the raw ceiling of its store
-    Bench(crate::bench::BenchArgs),
-    /// The load generator that `bench` starts as a process of its own
-    #[command(hide = true)]
-    BenchLoad(crate::bench::LoadArgs),
 }
 
 impl Cli {
-    /// Runs the sub-command to its end.
+    /// Runs the subcommand.
     pub async fn run(self) -> anyhow::Result<()> {
         match self.command {
             None | Some(Command::Serve) => serve::run(self.config.load()?).await,
@@ -94,8 +93,6 @@ impl Cli {
             Some(Command::Health(args)) => client::health(&self.config, &args).await,
             Some(Command::Token(command)) => token::run(&self.config, command),
             Some(Command::Audit(command)) => audit::run(&self.config, command),
-            Some(Command::Bench(args)) => crate::bench::run(args).await,
-            Some(Command::BenchLoad(args)) => crate::bench::load(args).await,
         }
     }
 }
@@ -109,11 +106,13 @@ impl ConfigArgs {
     }
 }
 
-/// Tells an error with its causes, and the exit code: 2 where the configuration is to blame, or where `reconcile` got no answer, else 1.
-pub fn fail(error: &anyhow::Error) -> ExitCode {
+/// Prints an error with its causes and returns the exit code.
+///
+/// The code is 2 if the configuration is invalid or if `reconcile` got no response, else 1.
+pub fn report_error(error: &anyhow::Error) -> ExitCode {
     let mut text = format!("error: {error}");
     if let Some(invalid) = error.downcast_ref::<InvalidConfig>() {
-        tell(&format!("error: {invalid}\n"));
+        eprint_text(&format!("error: {invalid}\n"));
         return ExitCode::from(2);
     }
     let is_unknown = error.downcast_ref::<reconcile::CannotReconcile>().is_some();
@@ -122,18 +121,18 @@ pub fn fail(error: &anyhow::Error) -> ExitCode {
         text = format!("{text}\n  because: {next}");
         cause = next.source();
     }
-    tell(&format!("{text}\n"));
+    eprint_text(&format!("{text}\n"));
     if is_unknown { ExitCode::from(2) } else { ExitCode::FAILURE }
 }
 
-/// Writes to standard error, where a closed one is no reason to fail.
-fn tell(text: &str) {
+/// Writes to standard error and ignores failures: it may be closed.
+fn eprint_text(text: &str) {
     use std::io::Write as _;
     drop(std::io::stderr().write_all(text.as_bytes()));
 }
 
-/// Writes a line to standard output; a reader that went away is an error, so that the command ends.
-fn say(line: &str) -> std::io::Result<()> {
+/// Writes a line to standard output. Fails if the reader is gone, so that the command ends.
+fn print_line(line: &str) -> std::io::Result<()> {
     use std::io::Write as _;
     let mut out = std::io::stdout().lock();
     out.write_all(line.as_bytes())?;

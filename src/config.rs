@@ -1,14 +1,13 @@
-//! The configuration: what it holds, its built-in default, and the checks across its parts.
+//! The configuration: its sections, the built-in default, and the checks across sections.
 //!
-//! Each module owns its own part; this one puts them together. [`load`] reads the layers: built-in default,
-//! file, environment, flags. Reading the environment happens here and in `main` alone.
+//! Each module owns its own section. [`load`] reads the layers: built-in default, file, environment, flags. Only this
+//! module and `main` read the environment.
 
 mod family_checks;
 mod forwarding_checks;
 mod load;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::time::Duration;
 
 use bytesize::ByteSize;
@@ -16,69 +15,70 @@ use serde::{Deserialize, Serialize};
 
 pub use load::{DEFAULT_FILE, Layers, load};
 
-use crate::event::{GroupName, StreamName, StreamPattern};
+use crate::event::{ConsumerName, GroupName, StreamName, StreamPattern};
 use crate::sink::SinkConfig;
+use crate::validate::{ConfigProblem, Problems, Validate};
 use crate::{auth, bus, dead_letters, delivery, http, maintenance, pull, relay, store, telemetry};
 
 /// The whole configuration.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// This daemon's name; its consumers are `<instance>-0`, `<instance>-1` and so on. Must be unique among the
+    /// Name of this daemon. Its consumers are `<instance>-0`, `<instance>-1` and so on. Must be unique among the
     /// daemons that share a store, and should stay the same across restarts.
     pub instance: String,
     /// The listener and its limits.
     pub http: http::Config,
-    /// Who may do what.
+    /// Credentials and permissions.
     pub auth: auth::AuthConfig,
-    /// Where streams are kept.
+    /// The store of streams and groups.
     pub store: StoreConfig,
-    /// What publishers may do.
+    /// Limits of publishers.
     pub publish: bus::Config,
-    /// What workers may do that pull.
+    /// Limits of pull consumers.
     pub pull: pull::Config,
-    /// What dashboards are given.
+    /// Limits and channels of dashboards.
     pub relay: relay::Config,
-    /// What is kept of dead letters.
+    /// Limits of dead letters.
     pub dead_letters: dead_letters::Config,
-    /// What is logged, and how.
+    /// Level and format of the logs.
     pub log: telemetry::Config,
-    /// How the daemon ends.
+    /// The shutdown of the daemon.
     pub shutdown: ShutdownConfig,
     /// The streams and their groups.
     pub streams: Vec<StreamConfig>,
-    /// Where groups deliver to, by name. `log` and `audit` are there unless they are declared otherwise.
+    /// The sinks by name. `log` and `audit` exist unless they are declared differently.
     pub sinks: BTreeMap<String, SinkConfig>,
 }
 
-/// Which store, and its settings.
+/// The selected store, and the settings of both.
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct StoreConfig {
-    /// Which of the two.
+    /// The selected store.
     pub backend: Backend,
-    /// The embedded store's settings.
+    /// Settings of the embedded store.
     pub embedded: store::embedded::Config,
-    /// The Redis store's settings.
+    /// Settings of the Redis store.
     pub redis: store::redis::Config,
 }
 
-/// The two stores.
+/// The kinds of stores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
-    /// On this machine's disk, one daemon at a time.
+    /// A folder on the disk of this machine, for one daemon at a time.
     #[default]
     Embedded,
     /// Redis or Valkey, shared by any number of daemons.
     Redis,
 }
 
-/// How the daemon ends.
+/// The shutdown of the daemon.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ShutdownConfig {
-    /// How long work under way may take after a request to stop.
+    /// Time that pending work gets after a request to stop.
     #[serde(with = "humantime_serde")]
     pub grace: Duration,
 }
@@ -89,36 +89,37 @@ impl Default for ShutdownConfig {
     }
 }
 
-/// One stream.
+/// A declared stream, or family of streams.
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct StreamConfig {
-    /// Its name, which is also its key in Redis. With a placeholder for one part, such as
-    /// `aurora:tenant:{tenant}:alerts`, it declares a family of streams, which come into being when they are used first.
+    /// Name of the stream, which is also its key in Redis. With a placeholder for one part, such as
+    /// `aurora:tenant:{tenant}:alerts`, it declares a family of streams. Members of a family are created at their first
+    /// use.
     pub name: StreamPattern,
-    /// Of a family: the most keys, and so streams, that it may have; 1000 by default.
+    /// Maximum number of keys, and so of members, of a family; 1000 by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_keys: Option<usize>,
-    /// Whether dashboards may watch it.
+    /// Whether dashboards may watch the stream.
     #[serde(default)]
     pub relay: bool,
-    /// What is kept.
+    /// The limits of kept entries.
     #[serde(default)]
     pub retention: maintenance::Retention,
-    /// Where entries go that can't be handled; `<name>:dead_letter` by default. Of a family: with its placeholder, or
-    /// without, where all of them share one.
+    /// Stream for the dead letters, by default `<name>:dead_letter`. Of a family: a name with the same placeholder, or
+    /// without, to share one stream.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dead_letter: Option<StreamPattern>,
-    /// How durable an event is at least when it is accepted: `memory`, `fsync`, `replicated` or `fsync+replicated`.
+    /// Minimum durability of accepted events: `memory`, `fsync`, `replicated` or `fsync+replicated`.
     #[serde(default)]
     pub durability: store::Durability,
-    /// Who handles its entries.
+    /// The groups of the stream.
     #[serde(default)]
     pub groups: Vec<delivery::GroupConfig>,
 }
 
 impl StreamConfig {
-    /// Where entries go that can't be handled.
+    /// Returns the stream for the dead letters.
     pub fn dead_letter(&self) -> StreamPattern {
         self.dead_letter.clone().unwrap_or_else(|| match &self.name {
             StreamPattern::One(stream) => stream.default_dead_letter().into(),
@@ -126,48 +127,26 @@ impl StreamConfig {
         })
     }
 
-    /// The most keys that a family may have.
+    /// Returns the maximum number of keys of a family.
     pub fn max_keys(&self) -> usize {
         self.max_keys.unwrap_or(DEFAULT_MAX_KEYS)
     }
 }
 
-/// The most keys of a family that does not say how many it may have.
+/// Default of `max_keys`.
 const DEFAULT_MAX_KEYS: usize = 1_000;
 
-/// One thing that is wrong with a configuration.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Problem {
-    /// The key, such as `streams[0].groups[1].retry.base`.
-    pub path: String,
-    /// What is wrong and what would be right.
-    pub message: String,
-}
-
-impl Problem {
-    /// What is wrong at that key.
-    pub fn new(path: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { path: path.into(), message: message.into() }
-    }
-}
-
-impl fmt::Display for Problem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.path.is_empty() { f.write_str(&self.message) } else { write!(f, "{}: {}", self.path, self.message) }
-    }
-}
-
-/// A configuration that can't be used, with everything that is wrong with it.
+/// An invalid configuration, with all problems.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the configuration has {} problem{}:\n{}", .0.len(), if .0.len() == 1 { "" } else { "s" }, lines(.0))]
-pub struct InvalidConfig(pub Vec<Problem>);
+pub struct InvalidConfig(pub Vec<ConfigProblem>);
 
-fn lines(problems: &[Problem]) -> String {
+fn lines(problems: &[ConfigProblem]) -> String {
     problems.iter().map(|problem| format!("  {problem}")).collect::<Vec<_>>().join("\n")
 }
 
 impl Default for Config {
-    /// What the daemon does with no configuration at all: the five streams of a SOC on the embedded store.
+    /// Returns the configuration without any file: the five streams of a SOC on the embedded store.
     fn default() -> Self {
         let stream = |name: &str, relay, group: &str, sink: Option<&str>| {
             let name: StreamName = name.parse().expect("a valid name");
@@ -208,7 +187,7 @@ impl Default for Config {
     }
 }
 
-/// The sinks that are there without being declared.
+/// Returns the sinks that exist without a declaration.
 fn default_sinks() -> BTreeMap<String, SinkConfig> {
     BTreeMap::from([
         ("log".to_owned(), SinkConfig::Log(crate::sink::LogConfig::default())),
@@ -216,7 +195,7 @@ fn default_sinks() -> BTreeMap<String, SinkConfig> {
     ])
 }
 
-/// The host's name, as far as it makes a consumer name.
+/// Returns the characters of the host name that are allowed in consumer names.
 fn default_instance() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let is_allowed = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
@@ -224,125 +203,124 @@ fn default_instance() -> String {
     if name.is_empty() { "aurora-bus".to_owned() } else { name }
 }
 
-impl Config {
-    /// Checks what no single part can see. Reports every problem.
-    pub fn problems(&self) -> Vec<Problem> {
-        let mut problems = Vec::new();
-        if format!("{}-0", self.instance).parse::<crate::event::ConsumerName>().is_err() || self.instance.len() > 100 {
-            problems.push(Problem::new("instance", "must be 1 to 100 letters, digits and `_.-`"));
+impl Validate for StoreConfig {
+    fn validate(&self, problems: &mut Problems) {
+        let is_valid = self.embedded.reserve <= ByteSize::tib(1);
+        problems.require(is_valid, "embedded.reserve", "must be at most 1TiB");
+        if self.backend == Backend::Redis {
+            problems.check("redis", &self.redis);
         }
-        let is_open = self.auth.mode == auth::AuthMode::Loopback && !self.auth.is_required();
-        if is_open && !self.http.listen.ip().is_loopback() {
-            problems.push(Problem::new(
-                "http.listen",
-                format!(
-                    "{} can be reached from other machines, and no credentials are asked for: listen on 127.0.0.1, \
-                     declare auth.keys or auth.issuers, or write auth.mode = \"none\" if whoever reaches it may do \
-                     everything",
-                    self.http.listen
-                ),
-            ));
-        }
-        let auth = self.auth.problems().into_iter();
-        problems.extend(auth.map(|(key, message)| Problem::new(format!("auth.{key}"), message)));
-        if self.relay.channels.contains_key("ticket") {
-            problems.push(Problem::new("relay.channels.ticket", "the name is taken by /api/v1/ws/ticket"));
-        }
-        if self.streams.is_empty() {
-            problems.push(Problem::new("streams", "no stream is declared"));
-        }
-        problems.extend(
-            self.http.problems().into_iter().map(|(key, message)| Problem::new(format!("http.{key}"), message)),
-        );
-        let tls = self.http.tls.iter().flat_map(http::TlsConfig::problems);
-        problems.extend(tls.map(|(key, message)| Problem::new(format!("http.tls.{key}"), message)));
-        problems.extend(
-            self.publish.problems().into_iter().map(|(key, message)| Problem::new(format!("publish.{key}"), message)),
-        );
-        let pull = self.pull.problems().into_iter();
-        problems.extend(pull.map(|(key, message)| Problem::new(format!("pull.{key}"), message)));
-        let declared: Vec<StreamName> =
-            self.streams.iter().filter_map(|stream| stream.name.stream().cloned()).collect();
-        let dead_letters = self.dead_letters.problems(&declared).into_iter();
-        problems.extend(dead_letters.map(|(key, message)| Problem::new(format!("dead_letters.{key}"), message)));
-        let log = self.log.problems().into_iter();
-        problems.extend(log.map(|(key, message)| Problem::new(format!("log.{key}"), message)));
-        if self.store.embedded.reserve > ByteSize::tib(1) {
-            problems.push(Problem::new("store.embedded.reserve", "must not be more than 1TiB"));
-        }
-        if self.store.backend == Backend::Redis
-            && let Err(error) = self.store.redis.validate()
-        {
-            problems.push(Problem::new("store.redis", error.to_string()));
-        }
-        problems.extend(self.stream_problems());
-        problems.extend(family_checks::problems(self));
+    }
+}
+
+impl Validate for Config {
+    /// Checks every section, and the rules across sections.
+    fn validate(&self, problems: &mut Problems) {
+        problems.check("http", &self.http);
+        problems.check("auth", &self.auth);
+        problems.check("store", &self.store);
+        problems.check("publish", &self.publish);
+        problems.check("pull", &self.pull);
+        problems.check("relay", &self.relay);
+        problems.check("dead_letters", &self.dead_letters);
+        problems.check("log", &self.log);
         for (name, sink) in &self.sinks {
-            let own = sink.problems().into_iter();
-            problems.extend(own.map(|(key, message)| Problem::new(format!("sinks.{name}.{key}"), message)));
+            problems.check(&format!("sinks.{name}"), sink);
         }
-        problems.extend(forwarding_checks::problems(self));
-        if self.relay.drain_window >= self.shutdown.grace {
-            let message = "must be shorter than shutdown.grace: dashboards would be broken off instead of closed";
-            problems.push(Problem::new("relay.drain_window", message));
+        self.check_instance(problems);
+        self.check_exposure(problems);
+        self.check_streams(problems);
+        family_checks::validate(self, problems);
+        forwarding_checks::validate(self, problems);
+        self.check_channels(problems);
+        let audit = self.dead_letters.audit.as_ref();
+        if let Some(audit) = audit.filter(|audit| !self.streams.iter().any(|s| s.name.stream() == Some(*audit))) {
+            problems.add("dead_letters.audit", format_args!("stream `{audit}` is not declared"));
         }
-        let relay = self.relay.problems(&self.relayed()).into_iter();
-        problems.extend(relay.map(|(key, message)| Problem::new(format!("relay.{key}"), message)));
-        problems
+    }
+}
+
+impl Config {
+    fn check_instance(&self, problems: &mut Problems) {
+        let is_consumer_name = format!("{}-0", self.instance).parse::<ConsumerName>().is_ok();
+        let is_valid = is_consumer_name && self.instance.len() <= 100;
+        problems.require(is_valid, "instance", "must be 1 to 100 letters, digits and `_.-`");
     }
 
-    fn stream_problems(&self) -> Vec<Problem> {
-        let mut problems = Vec::new();
+    /// Refuses to serve other machines without credentials unless the configuration asks for it.
+    fn check_exposure(&self, problems: &mut Problems) {
+        let is_open = self.auth.mode == auth::AuthMode::Loopback && !self.auth.is_required();
+        let message = format_args!(
+            "{} can be reached from other machines, and no credentials are required: listen on 127.0.0.1, declare \
+             auth.keys or auth.issuers, or set auth.mode = \"none\" to let every client do everything",
+            self.http.listen
+        );
+        problems.require(!is_open || self.http.listen.ip().is_loopback(), "http.listen", message);
+    }
+
+    fn check_channels(&self, problems: &mut Problems) {
+        let is_free = !self.relay.channels.contains_key("ticket");
+        problems.require(is_free, "relay.channels.ticket", "the name is reserved for /api/v1/ws/ticket");
+        let message = "must be shorter than shutdown.grace, so that every dashboard is closed in order";
+        problems.require(self.relay.drain_window < self.shutdown.grace, "relay.drain_window", message);
+        let relayed = self.relayed();
+        for (name, streams) in &self.relay.channels {
+            for stream in streams.iter().filter(|stream| !relayed.contains(stream)) {
+                let message = format_args!("stream `{stream}` is not declared with `relay = true`");
+                problems.add(&format!("relay.channels.{name}"), message);
+            }
+        }
+    }
+
+    fn check_streams(&self, problems: &mut Problems) {
+        problems.require(!self.streams.is_empty(), "streams", "no stream is declared");
         let mut names = BTreeSet::new();
         for (index, stream) in self.streams.iter().enumerate() {
             let path = format!("streams[{index}]");
-            if !names.insert(&stream.name) {
-                problems.push(Problem::new(format!("{path}.name"), format!("`{}` is declared twice", stream.name)));
-            }
-            if stream.dead_letter() == stream.name {
-                problems
-                    .push(Problem::new(format!("{path}.dead_letter"), "a stream can't be its own dead-letter stream"));
-            }
+            let is_new = names.insert(&stream.name);
+            problems.require(is_new, &format!("{path}.name"), format_args!("`{}` is declared twice", stream.name));
+            let is_other = stream.dead_letter() != stream.name;
+            let message = "must not be the stream itself";
+            problems.require(is_other, &format!("{path}.dead_letter"), message);
             let is_embedded = self.store.backend == Backend::Embedded;
             let is_synced = self.store.embedded.durability == store::embedded::Durability::Commit;
             if is_embedded && stream.durability.replicated {
-                problems.push(Problem::new(format!("{path}.durability"), "the embedded store has no replicas"));
+                problems.add(&format!("{path}.durability"), "the embedded store has no replicas");
             } else if is_embedded && stream.durability.fsync && !is_synced {
-                let message = "must be `memory` where store.embedded.durability is `interval`";
-                problems.push(Problem::new(format!("{path}.durability"), message));
+                let message = "must be `memory` if store.embedded.durability is `interval`";
+                problems.add(&format!("{path}.durability"), message);
             }
-            let own = stream.retention.validate().into_iter();
-            problems.extend(own.map(|value| Problem::new(format!("{path}.retention.{}", value.key), value.problem)));
-            let mut groups = BTreeSet::new();
-            for (index, group) in stream.groups.iter().enumerate() {
-                let path = format!("{path}.groups[{index}]");
-                if !groups.insert(&group.name) {
-                    problems.push(Problem::new(format!("{path}.name"), format!("`{}` is declared twice", group.name)));
-                }
-                if let Some(sink) = group.sink.as_ref().filter(|sink| !self.sinks.contains_key(*sink)) {
-                    let known = self.sinks.keys().map(String::as_str);
-                    let message = format!("there is no sink `{sink}`{}", nearest(sink, known));
-                    problems.push(Problem::new(format!("{path}.sink"), message));
-                }
-                let own = group.validate().into_iter();
-                problems.extend(own.map(|value| Problem::new(format!("{path}.{}", value.key), value.problem)));
-            }
+            problems.check(&format!("{path}.retention"), &stream.retention);
+            self.check_groups(&path, stream, problems);
         }
         for (index, stream) in self.streams.iter().enumerate() {
             if stream.dead_letter() != stream.name && names.contains(&stream.dead_letter()) {
-                let message = format!("`{}` is itself a declared stream", stream.dead_letter());
-                problems.push(Problem::new(format!("streams[{index}].dead_letter"), message));
+                let message = format_args!("`{}` is itself a declared stream", stream.dead_letter());
+                problems.add(&format!("streams[{index}].dead_letter"), message);
             }
         }
-        problems
     }
 
-    /// The streams that dashboards may watch.
+    fn check_groups(&self, stream_path: &str, stream: &StreamConfig, problems: &mut Problems) {
+        let mut names = BTreeSet::new();
+        for (index, group) in stream.groups.iter().enumerate() {
+            let path = format!("{stream_path}.groups[{index}]");
+            let is_new = names.insert(&group.name);
+            problems.require(is_new, &format!("{path}.name"), format_args!("`{}` is declared twice", group.name));
+            if let Some(sink) = group.sink.as_ref().filter(|sink| !self.sinks.contains_key(*sink)) {
+                let hint = nearest(sink, self.sinks.keys().map(String::as_str));
+                problems.add(&format!("{path}.sink"), format_args!("there is no sink `{sink}`{hint}"));
+            }
+            problems.check(&path, group);
+        }
+    }
+
+    /// Returns the streams that dashboards may watch.
     pub fn relayed(&self) -> Vec<StreamPattern> {
         self.streams.iter().filter(|stream| stream.relay).map(|stream| stream.name.clone()).collect()
     }
 
-    /// Leaves of the built-in channels what is declared, where no channels are configured.
+    /// Restricts the built-in channels to declared streams, if no channels are configured.
     fn fit_default_channels(&mut self) {
         if self.relay.channels != relay::Config::default().channels {
             return;
@@ -354,13 +332,13 @@ impl Config {
 }
 
 impl Config {
-    /// The configuration as TOML that can be read back, except that secrets are masked.
+    /// Returns the configuration as TOML. It can be read back, except for masked secrets.
     pub fn to_toml(&self) -> String {
         toml::to_string_pretty(self).expect("every part of the configuration is a TOML value")
     }
 }
 
-/// ", did you mean `x`?" where a known word is close.
+/// Returns ", did you mean `x`?" if a known word is similar.
 fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> String {
     let slips = |candidate: &str| strsim::damerau_levenshtein(word, candidate);
     match known.map(|candidate| (slips(candidate), candidate)).min() {

@@ -1,15 +1,16 @@
-//! Delivery: the workers that bring a group's entries to its sink.
+//! Delivery: the workers that bring the entries of a group to its sink.
 //!
-//! Owns what happens between [`Store::fetch`] and [`Store::settle`]: batches, deadlines, retries, dead letters, taking
-//! over what crashed workers left, and handing back at the end. It promises that an entry leaves a group only
-//! acknowledged after its sink took it, as a dead letter, or counted as filtered or lost. It knows nothing of the
-//! relay, of HTTP, or of which store and sink it works with. Groups consumed from outside have a [`Guard`] instead, or, for all
-//! members of a family, a [`Patrol`].
+//! Owns the path from [`Store::fetch`] to [`Store::settle`]: batches, timeouts, retries, dead letters, the recovery of
+//! entries that crashed workers left, and the release of entries when a worker stops. It promises that an entry leaves a
+//! group in one of three ways: acknowledged after its sink took it, as a dead letter, or counted as filtered or lost. It
+//! knows neither the relay nor HTTP, nor the kind of store and sink. A group without a sink has a
+//! [`Redeliverer`] instead.
 //!
-//! One [`Worker`] is one consumer of one group. It fetches the next batch while the sink handles the last one and the
-//! one before it is being acknowledged; each of these three steps has at most one store call under way, and what
-//! comes up meanwhile goes into the next call together.
+//! One [`Worker`] is one consumer of one group. It fetches a batch while the sink handles the previous one, and while
+//! the one before that is acknowledged. Each of these steps has at most one call of the store under way. Entries that
+//! become ready meanwhile go into the next call together.
 
+mod ack_floor;
 mod config;
 mod family_workers;
 mod ordering;
@@ -24,37 +25,36 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, info_span, warn};
 
-pub use crate::delivery::family_workers::Crew;
-pub use crate::delivery::redelivery::Guard;
-pub use crate::delivery::redelivery::family::Patrol;
+pub use crate::delivery::family_workers::FamilyWorkers;
+pub use crate::delivery::redelivery::Redeliverer;
 pub use crate::delivery::worker::breaker::BreakerPolicy;
-pub use config::{GroupConfig, GroupStart, InvalidValue};
+pub use crate::delivery::worker::poison::Quarantine;
+pub use config::{GroupConfig, GroupStart};
 pub use ordering::{InvalidOrderBy, OnPoison, OrderBy, Ordering};
 pub use policy::{RetryPolicy, Verdict};
 
-pub use crate::delivery::worker::event_loop::Quarantine;
-use crate::delivery::worker::event_loop::{End, Pump};
-use crate::delivery::worker::leases::{Applicant, Lost};
+use crate::delivery::worker::event_loop::{LoopEnd, WorkerLoop};
+use crate::delivery::worker::leases::{LeaseManager, LostLease};
 use crate::event::{ConsumerName, StreamName, StreamPattern};
 use crate::metrics::Metrics;
 use crate::readiness::Part;
 use crate::sink::Sink;
 use crate::store::{Roster, Store};
 
-/// How long a worker that is told to stop lets the sink finish what it has begun.
+/// How long the sink may take to end its calls when a worker stops.
 const GRACE: Duration = Duration::from_secs(20);
 
-/// How long a consumer's name stays taken without a sign of life of its worker.
+/// How long a name lease lasts without a renewal.
 const NAME_TTL: Duration = Duration::from_secs(3);
 
-/// Which group a worker works for, and how.
+/// A group of one stream.
 #[derive(Debug, Clone)]
 pub struct GroupSpec {
     /// The stream.
     pub stream: StreamName,
-    /// The stream that its dead letters go to.
+    /// The stream of its dead letters.
     pub dead_letter: StreamName,
-    /// The group.
+    /// The configuration of the group.
     pub config: GroupConfig,
 }
 
@@ -63,14 +63,14 @@ pub struct GroupSpec {
 pub struct FamilyGroup {
     /// The family and its members.
     pub roster: Arc<Roster>,
-    /// The streams that their dead letters go to, each with a member's key.
+    /// The streams of the dead letters, each with the key of a member.
     pub dead_letter: StreamPattern,
-    /// The group.
+    /// The configuration of the group.
     pub config: GroupConfig,
 }
 
 impl FamilyGroup {
-    /// The group of a member.
+    /// Returns the group of one member.
     fn member(&self, stream: StreamName) -> GroupSpec {
         let key = self.roster.family().key_of(&stream);
         let dead_letter = key.and_then(|key| self.dead_letter.of_key(key).ok());
@@ -79,18 +79,18 @@ impl FamilyGroup {
     }
 }
 
-/// How long a worker stays with a member of a family.
+/// How long a worker of a family member stays without entries.
 #[derive(Debug, Clone)]
-struct Stay {
-    /// What it is counted under.
+pub(crate) struct IdlePolicy {
+    /// The stream in the labels of its metrics.
     label: Arc<str>,
-    /// After how long without entries it ends.
+    /// The time without entries after which the worker ends.
     leave_after: Duration,
-    /// Whether others wait for room, so that it ends at once.
+    /// Whether other members wait for a worker. Then an idle worker ends at once.
     is_crowded: Arc<AtomicBool>,
 }
 
-/// One consumer of a group: brings entries to a sink and settles them.
+/// One consumer of a group: passes entries to a sink and settles them.
 #[derive(Debug)]
 pub struct Worker {
     store: Arc<dyn Store>,
@@ -102,16 +102,16 @@ pub struct Worker {
     readiness: Part,
     grace: Duration,
     name_ttl: Duration,
-    /// Where the stream is of a family.
-    family: Option<Stay>,
+    /// Set if the stream is a member of a family.
+    idle_policy: Option<IdlePolicy>,
 }
 
 impl Worker {
-    /// A worker that is not running yet.
+    /// Returns a worker that does not run yet.
     ///
-    /// `consumer` is its name in the group, the same after each restart: what is pending on it is taken for left over
-    /// by an earlier life. Where another worker is found alive under that name, this one takes another. All workers of a
-    /// process share one `quarantine`. `readiness` hears of it whenever a fetch succeeded, about every second.
+    /// `consumer` is its name in the group, the same after each restart: entries that are pending on it are recovered.
+    /// If another worker has that name, this one takes a numbered name. All workers of a process share one
+    /// `quarantine`. The worker reports to `readiness` about every second.
     pub fn new(
         store: Arc<dyn Store>,
         sink: Arc<dyn Sink>,
@@ -121,60 +121,61 @@ impl Worker {
         metrics: Metrics,
         readiness: Part,
     ) -> Self {
-        let (grace, name_ttl) = (GRACE, NAME_TTL);
-        Self { store, sink, group, consumer, quarantine, metrics, readiness, grace, name_ttl, family: None }
+        let (grace, name_ttl, idle_policy) = (GRACE, NAME_TTL, None);
+        Self { store, sink, group, consumer, quarantine, metrics, readiness, grace, name_ttl, idle_policy }
     }
 
-    /// The same with another time to finish in after being told to stop, instead of 20 s.
+    /// Sets the time in which the sink may end its calls when the worker stops, instead of 20 s.
     #[must_use]
     pub fn with_grace(mut self, grace: Duration) -> Self {
         self.grace = grace;
         self
     }
 
-    /// The same with another time that its consumer's name stays taken after a crash, instead of 3 s.
+    /// Sets how long the name lease lasts after a crash, instead of 3 s.
     #[must_use]
     pub fn with_name_lease(mut self, ttl: Duration) -> Self {
         self.name_ttl = ttl;
         self
     }
 
-    /// The same for a member of the family of that name, under which it is counted: the worker ends once there has been
-    /// nothing to do for that long, or at all where it is crowded.
+    /// Makes it the worker of a member of the family `name`, which is the stream in its metrics.
+    ///
+    /// It ends after `leave_after` without entries, or as soon as it is idle while `is_crowded` is set.
     #[must_use]
     pub fn of_family(mut self, name: &str, leave_after: Duration, is_crowded: Arc<AtomicBool>) -> Self {
-        self.family = Some(Stay { label: name.into(), leave_after, is_crowded });
+        self.idle_policy = Some(IdlePolicy { label: name.into(), leave_after, is_crowded });
         self
     }
 
-    /// Works until `stop` is cancelled, then finishes what the sink has begun, settles it, and hands the rest back;
-    /// that takes the grace time and 5 s at most. Failures of store and sink are waited out, however long.
+    /// Works until `stop` is cancelled. Failures of the store and the sink are waited out.
     ///
-    /// Dropping the future is a crash: what is in hand stays pending until this consumer runs again or another one
-    /// takes it over.
+    /// When it stops, the worker lets the calls of the sink end, settles their entries and releases the others. That
+    /// takes at most the grace time and 5 s. A dropped future is a crash: the entries in flight stay pending until this
+    /// consumer runs again, or until another one claims them.
     pub async fn run(self, stop: CancellationToken) {
-        let applicant = Applicant::new(&self, &stop);
-        while let Some(tenure) = applicant.begin().await {
+        let manager = LeaseManager::new(&self, &stop);
+        while let Some(leases) = manager.acquire().await {
             let span = info_span!(
                 "worker",
                 stream = %self.group.stream,
                 group = %self.group.config.name,
-                consumer = %tenure.consumer
+                consumer = %leases.consumer
             );
-            let pump = Pump::new(&self, &tenure, stop.clone());
+            let event_loop = WorkerLoop::new(&self, &leases, stop.clone());
             let lost = tokio::select! {
                 biased;
-                end = pump.run().instrument(span.clone()) => match end {
-                    End::Stopped => return applicant.end(&tenure).await,
-                    End::LeaseLost => Lost::Turn,
+                end = event_loop.run().instrument(span.clone()) => match end {
+                    LoopEnd::Stopped => return manager.release(&leases).await,
+                    LoopEnd::LeaseLost => LostLease::Group,
                 },
-                lost = applicant.keep(&tenure) => lost,
+                lost = manager.renew(&leases) => lost,
             };
-            // What it had in hand is pending still, and whoever comes next takes it over. A turn is not given up here, it
-            // runs out: calls of the sink that were broken off may take a moment to end.
+            // Its entries are still pending, and the next worker claims them. The group lease is not released, because
+            // calls of the sink that were cancelled may take a moment to end. It runs out.
             span.in_scope(|| match lost {
-                Lost::Name => warn!("another daemon has taken this consumer's name; beginning anew"),
-                Lost::Turn => warn!("the group's lease was not renewed in time; beginning anew"),
+                LostLease::Name => warn!("name lease lost to another daemon, starting again"),
+                LostLease::Group => warn!("group lease not renewed in time, starting again"),
             });
         }
     }

@@ -1,7 +1,7 @@
-//! The vocabulary of the bus: names, entry ids, entries, deliveries, dead letters and the view of an alert.
+//! The vocabulary of the bus: names, entry ids, entries, deliveries, dead letters, filters and the view of an alert.
 //!
-//! Owns the shapes that every other module speaks, and their encodings as text and as entry fields.
-//! Knows nothing of I/O, of the runtime, or of any store: everything here is a pure value.
+//! Owns the types that all modules share, and their encodings as text and as entry fields. Knows nothing of I/O, of the
+//! runtime, or of any store: all types are pure values.
 
 mod alert;
 mod dead_letter;

@@ -43,10 +43,11 @@ use crate::bus::Bus;
 use crate::dead_letters::DeadLetters;
 use crate::limiter::{KeyedLimiter, LimitKey, counted_address};
 use crate::metrics::Metrics;
-use crate::pull::Pull;
+use crate::pull::PullConsumers;
 use crate::readiness::Readiness;
 use crate::relay::Relay;
 use crate::store::Store;
+use crate::validate::{Problems, Validate};
 
 /// Ranges read from the store at a time: each may hold megabytes.
 const READS_AT_A_TIME: usize = 32;
@@ -120,10 +121,8 @@ impl Default for Config {
     }
 }
 
-impl Config {
-    /// Every key that makes no sense, with the reason.
-    pub fn problems(&self) -> Vec<(&'static str, String)> {
-        let mut problems = Vec::new();
+impl Validate for Config {
+    fn validate(&self, problems: &mut Problems) {
         let counts = [
             ("max_batch", self.max_batch),
             ("max_connections", self.max_connections),
@@ -133,23 +132,24 @@ impl Config {
             ("rate_limit", self.rate_limit as usize),
         ];
         for (key, _) in counts.into_iter().filter(|(_, count)| !(1..=MAX_COUNT).contains(count)) {
-            problems.push((key, format!("must be from 1 to {MAX_COUNT}")));
+            problems.add(key, format_args!("must be from 1 to {MAX_COUNT}"));
         }
         for origin in self.origins.iter().filter(|origin| !middleware::origin::is_well_formed(origin)) {
-            problems.push(("origins", format!("`{origin}` is no origin, such as https://soc.example, without a path")));
+            let message = format_args!("`{origin}` is not an origin; allowed are origins such as https://soc.example");
+            problems.add("origins", message);
         }
-        if self.max_body.as_u64() == 0 {
-            problems.push(("max_body", "must be at least 1 byte".to_owned()));
-        }
+        problems.require(self.max_body.as_u64() > 0, "max_body", "must be at least 1 byte");
         let times = [
             ("header_timeout", self.header_timeout),
             ("body_timeout", self.body_timeout),
             ("write_timeout", self.write_timeout),
         ];
-        for (key, _) in times.into_iter().filter(|(_, time)| time.is_zero()) {
-            problems.push((key, "must be longer than nothing".to_owned()));
+        for (key, time) in times {
+            problems.require(!time.is_zero(), key, "must be longer than 0s");
         }
-        problems
+        if let Some(tls) = &self.tls {
+            problems.check("tls", tls);
+        }
     }
 }
 
@@ -165,7 +165,7 @@ struct Inner {
     access: Access,
     bus: Bus,
     dead_letters: DeadLetters,
-    pull: Pull,
+    pull: PullConsumers,
     /// Requests that wait for entries to pull.
     pulls: Arc<KeyedLimiter>,
     store: Arc<dyn Store>,
@@ -194,7 +194,7 @@ impl Api {
         access: Access,
         bus: Bus,
         dead_letters: DeadLetters,
-        pull: Pull,
+        pull: PullConsumers,
         store: Arc<dyn Store>,
         relay: Relay,
         metrics: Metrics,

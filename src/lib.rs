@@ -1,12 +1,11 @@
 //! aurora-bus: an event bus for security operations centres.
 //!
-//! The library behind the `aurora-bus` binary. Read `ARCHITECTURE.md` for the map, and [`store::Store`] and
-//! [`sink::Sink`] for the two seams.
+//! The library of the `aurora-bus` binary. `ARCHITECTURE.md` has the map of the modules. [`store::Store`] and
+//! [`sink::Sink`] are the two main interfaces.
 
 pub mod app;
 pub mod auth;
 mod backoff;
-pub mod bench;
 pub mod bus;
 pub mod cli;
 mod clock;
@@ -27,3 +26,4 @@ pub mod sink;
 pub mod store;
 pub mod telemetry;
 pub mod tls;
+pub mod validate;

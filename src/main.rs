@@ -1,16 +1,16 @@
-//! The process: arguments, runtime, exit code.
+//! The process: arguments, runtime and exit code.
 
 use std::process::ExitCode;
 
 use clap::Parser as _;
 
-/// The system's allocator took a sixth of the time of publishing.
+/// With the allocator of the system, a sixth of the time of publishing goes into allocations.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     if rustls::crypto::aws_lc_rs::default_provider().install_default().is_err() {
-        // Only a second call in one process gets here, and there is none.
+        // Fails only if a provider is installed already, which cannot happen here.
         return ExitCode::FAILURE;
     }
     let cli = match aurora_bus::cli::Cli::try_parse() {
@@ -22,13 +22,13 @@ fn main() -> ExitCode {
     };
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return aurora_bus::cli::fail(&error.into()),
+        Err(error) => return aurora_bus::cli::report_error(&error.into()),
     };
     let code = match runtime.block_on(cli.run()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => aurora_bus::cli::fail(&error),
+        Err(error) => aurora_bus::cli::report_error(&error),
     };
-    // Blocking work that still waits for its turn is not waited for: what matters is durable by now.
+    // Blocking tasks that still wait are not awaited: everything accepted is durable by now.
     runtime.shutdown_background();
     code
 }

@@ -1,14 +1,12 @@
-//! Pulling: entries leased to workers outside, one group each, until they are acknowledged, given back, or the lease ends.
+//! Pulling: external consumers lease entries of groups without a sink, settle them, or let the lease expire.
 //!
-//! Owns what groups without a sink are given through the daemon: who waits for entries, who has which leased, and what
-//! a worker has to show to settle one. Promises that an entry is with one worker at a time, that a worker whose lease
-//! has ended can't settle what others may have by now, and that a lease outlives neither its time nor needs this process
-//! to end: it is the idle time of a pending entry in the store, which whoever guards the group looks at. So leases
-//! survive a restart, tokens are good at any instance, and workers that read the group straight from Redis are treated
-//! alike.
+//! Owns the pending pulls, the leases given by this instance, and the lease tokens that settle an entry. Promises that an
+//! entry is with one consumer at a time, and that a consumer cannot settle an entry after its lease has expired. A lease
+//! is the idle time of a pending entry in the store. So leases survive a restart, tokens are valid at every instance, and
+//! consumers that read the group directly from Redis are treated alike.
 //!
-//! Knows nothing of HTTP. Handing on what was left, and giving up what was left too often, is the guard's;
-//! it is told by a bell when a lease ends, so that nobody has to wait for its next round.
+//! Knows nothing of HTTP. The redeliverer of the group redelivers abandoned entries and dead-letters exhausted ones. It is
+//! notified when a lease expires, so that other consumers need not wait for its next search.
 
 mod consumer;
 mod leases;
@@ -24,28 +22,29 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-pub use crate::pull::consumer::{Desk, GiveBack, PullError, Refused, Task, Wanted};
+pub use crate::pull::consumer::{LeasedEntry, Nack, PullConsumer, PullError, PullRequest, SettleError};
 pub use token::{InvalidToken, Token};
 
 use crate::event::{ConsumerName, GroupName, StreamName, StreamPattern};
 use crate::metrics::Metrics;
 use crate::store::{Roster, Store};
+use crate::validate::{Problems, Validate};
 
-/// The shortest lease: less than that is over before its answer has arrived.
+/// The minimum lease. A shorter one could expire before the response has arrived.
 pub const MIN_LEASE: Duration = Duration::from_millis(100);
 
-/// What those may do who pull.
+/// The limits for external consumers.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// The most entries that one pull is given.
+    /// The maximum number of entries per pull.
     pub max_batch: usize,
-    /// The most entries that one consumer has leased at a time, as far as this instance has leased them.
+    /// The maximum number of leases of one consumer at a time, counted per instance.
     pub max_leases: usize,
-    /// The longest that a pull waits for entries to come.
+    /// The maximum time that a pull waits for entries.
     #[serde(with = "humantime_serde")]
     pub max_wait: Duration,
-    /// The most pulls of one principal that wait at a time.
+    /// The maximum number of waiting pulls of one principal.
     pub max_waiting: usize,
 }
 
@@ -55,42 +54,38 @@ impl Default for Config {
     }
 }
 
-impl Config {
-    /// Every key that makes no sense, with the reason.
-    pub fn problems(&self) -> Vec<(&'static str, String)> {
-        let mut problems = Vec::new();
+impl Validate for Config {
+    fn validate(&self, problems: &mut Problems) {
         let counts = [
             ("max_batch", self.max_batch, 500),
             ("max_leases", self.max_leases, 100_000),
             ("max_waiting", self.max_waiting, 100_000),
         ];
-        for (key, _, most) in counts.into_iter().filter(|(_, count, most)| !(1..=*most).contains(count)) {
-            problems.push((key, format!("must be from 1 to {most}")));
+        for (key, count, max) in counts {
+            problems.require((1..=max).contains(&count), key, format_args!("must be from 1 to {max}"));
         }
-        if self.max_wait.is_zero() || self.max_wait > Duration::from_mins(5) {
-            problems.push(("max_wait", "must be longer than nothing and at most 5m".to_owned()));
-        }
-        problems
+        let is_valid = !self.max_wait.is_zero() && self.max_wait <= Duration::from_mins(5);
+        problems.require(is_valid, "max_wait", "must be longer than 0s and at most 5m");
     }
 }
 
 /// A group without a sink.
 #[derive(Debug, Clone)]
 pub struct PullGroup {
-    /// Its stream.
+    /// The stream of the group.
     pub stream: StreamName,
-    /// What the stream is counted under.
+    /// The label of the stream in metrics.
     pub label: String,
-    /// Its name.
+    /// The name of the group.
     pub group: GroupName,
-    /// Where its dead letters go.
+    /// The stream for dead letters.
     pub dead_letter: StreamName,
-    /// How long a lease is unless it is shorter: others take over what is idle for as long.
+    /// The maximum and default lease: entries that are idle for longer are redelivered.
     pub claim_idle: Duration,
-    /// An entry delivered as often is given up instead of being delivered once more.
+    /// The number of deliveries after which an entry is dead-lettered.
     pub max_deliveries: u32,
-    /// Rung when there is something for the group's guard to hand on.
-    pub bell: Bell,
+    /// Notifies the redeliverer of the group of streams with entries to redeliver.
+    pub redeliver: mpsc::Sender<StreamName>,
 }
 
 /// A group without a sink of every member of a family.
@@ -98,44 +93,33 @@ pub struct PullGroup {
 pub struct PullFamily {
     /// The family.
     pub roster: Arc<Roster>,
-    /// The group's name.
+    /// The name of the group.
     pub group: GroupName,
-    /// Where dead letters go.
+    /// The streams for dead letters.
     pub dead_letter: StreamPattern,
-    /// As of a [`PullGroup`].
+    /// See [`PullGroup::claim_idle`].
     pub claim_idle: Duration,
-    /// As of a [`PullGroup`].
+    /// See [`PullGroup::max_deliveries`].
     pub max_deliveries: u32,
-    /// Told of members where there is something to hand on.
-    pub bell: mpsc::Sender<StreamName>,
+    /// See [`PullGroup::redeliver`].
+    pub redeliver: mpsc::Sender<StreamName>,
 }
 
-/// How the guard of a group is told that there is something to hand on. It would find that by itself, but later.
-#[derive(Debug, Clone)]
-pub enum Bell {
-    /// It guards one stream.
-    OfStream(Arc<Notify>),
-    /// It guards all members of a family.
-    OfFamily(mpsc::Sender<StreamName>),
-}
-
-impl Bell {
-    fn ring(&self, stream: &StreamName) {
-        match self {
-            Self::OfStream(bell) => bell.notify_one(),
-            // Where many rings are unheard, or no one is there to hear, this one adds nothing.
-            Self::OfFamily(bell) => drop(bell.try_send(stream.clone())),
-        }
+impl PullGroup {
+    /// Notifies the redeliverer. It would find the entries by itself, but later.
+    fn notify_redeliverer(&self) {
+        // If the channel is full, many notifications are pending already and this one adds nothing.
+        drop(self.redeliver.try_send(self.stream.clone()));
     }
 }
 
 impl PullFamily {
-    /// Whether the stream would be a member, whether it is one or not.
-    fn is_of(&self, stream: &StreamName) -> bool {
+    /// Returns whether the stream's name belongs to the family, even if the member does not exist.
+    fn covers(&self, stream: &StreamName) -> bool {
         self.roster.family().key_of(stream).is_some()
     }
 
-    /// The group of a member.
+    /// Returns the group of a member.
     fn member(&self, stream: &StreamName) -> Option<PullGroup> {
         let family = self.roster.family();
         let dead_letter = self.dead_letter.of_key(family.key_of(stream)?).ok()?;
@@ -146,145 +130,146 @@ impl PullFamily {
             dead_letter,
             claim_idle: self.claim_idle,
             max_deliveries: self.max_deliveries,
-            bell: Bell::OfFamily(self.bell.clone()),
+            redeliver: self.redeliver.clone(),
         })
     }
 }
 
-/// Every group that can be pulled from. Cheap to clone.
+/// The pull consumers of all groups without a sink. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Pull(Arc<Inner>);
+pub struct PullConsumers(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
     store: Arc<dyn Store>,
-    desks: BTreeMap<(StreamName, GroupName), Arc<Desk>>,
+    fixed: BTreeMap<(StreamName, GroupName), Arc<PullConsumer>>,
     families: Vec<PullFamily>,
-    members: Mutex<Members>,
-    /// Told when a desk of a member is there to be begun.
-    opened: Notify,
+    members: Mutex<MemberConsumers>,
+    /// Notified when the consumer of a member must be started.
+    added: Notify,
     config: Config,
     reader: ConsumerName,
-    guard: ConsumerName,
+    redeliverer: ConsumerName,
     metrics: Metrics,
 }
 
-/// The desks of members that anyone has pulled from. They stay, as members do.
+/// The pull consumers of family members, made by the first pull. They stay, as members do.
 #[derive(Debug, Default)]
-struct Members {
-    desks: BTreeMap<(StreamName, GroupName), Arc<Desk>>,
-    not_begun: Vec<Arc<Desk>>,
+struct MemberConsumers {
+    all: BTreeMap<(StreamName, GroupName), Arc<PullConsumer>>,
+    not_started: Vec<Arc<PullConsumer>>,
     is_closed: bool,
 }
 
-impl Pull {
-    /// Desks for these groups, and for members of these families, none of which serves before [`Pull::run`].
+impl PullConsumers {
+    /// Creates the pull consumers of these groups and families. They serve when [`PullConsumers::run`] is called.
     ///
-    /// `reader` is the name under which entries are fetched for those who wait; `guard` the one that holds what was
-    /// given back until it is due.
+    /// `reader` is the consumer name that fetches entries for pending pulls. `redeliverer` is the consumer name that
+    /// holds nacked entries until they are due.
     pub fn new(
         store: &Arc<dyn Store>,
         config: Config,
         groups: impl IntoIterator<Item = PullGroup>,
         families: Vec<PullFamily>,
         reader: &ConsumerName,
-        guard: &ConsumerName,
+        redeliverer: &ConsumerName,
         metrics: &Metrics,
     ) -> Self {
-        let desk = |group: PullGroup| {
+        let consumer = |group: PullGroup| {
             let key = (group.stream.clone(), group.group.clone());
-            let desk = Desk::new(Arc::clone(store), group, &config, reader.clone(), guard.clone(), metrics);
-            (key, Arc::new(desk))
+            let (reader, redeliverer) = (reader.clone(), redeliverer.clone());
+            (key, Arc::new(PullConsumer::new(Arc::clone(store), group, &config, reader, redeliverer, metrics)))
         };
-        let desks = groups.into_iter().map(desk).collect();
+        let fixed = groups.into_iter().map(consumer).collect();
         Self(Arc::new(Inner {
             store: Arc::clone(store),
-            desks,
+            fixed,
             families,
             members: Mutex::default(),
-            opened: Notify::new(),
+            added: Notify::new(),
             config,
             reader: reader.clone(),
-            guard: guard.clone(),
+            redeliverer: redeliverer.clone(),
             metrics: metrics.clone(),
         }))
     }
 
-    /// What those may do who pull.
+    /// Returns the limits for external consumers.
     pub fn config(&self) -> &Config {
         &self.0.config
     }
 
-    /// The desk of a group; nothing where it is not declared, or has a sink, or the stream is not yet of its family.
-    pub fn desk(&self, stream: &StreamName, group: &GroupName) -> Option<Arc<Desk>> {
+    /// Returns the consumer of a group, or `None` if the group is not declared, has a sink, or its stream does not exist.
+    pub fn consumer(&self, stream: &StreamName, group: &GroupName) -> Option<Arc<PullConsumer>> {
         let key = (stream.clone(), group.clone());
-        if let Some(desk) = self.0.desks.get(&key) {
-            return Some(Arc::clone(desk));
+        if let Some(consumer) = self.0.fixed.get(&key) {
+            return Some(Arc::clone(consumer));
         }
-        let family = self.0.families.iter().find(|family| family.group == *group && family.is_of(stream))?;
+        let family = self.0.families.iter().find(|family| family.group == *group && family.covers(stream))?;
         if !family.roster.has(stream) {
             return None;
         }
         let mut members = self.0.members();
-        if let Some(desk) = members.desks.get(&key) {
-            return Some(Arc::clone(desk));
+        if let Some(consumer) = members.all.get(&key) {
+            return Some(Arc::clone(consumer));
         }
-        let Inner { store, config, reader, guard, metrics, .. } = &*self.0;
+        let Inner { store, config, reader, redeliverer, metrics, .. } = &*self.0;
         let group = family.member(stream)?;
-        let desk = Arc::new(Desk::new(Arc::clone(store), group, config, reader.clone(), guard.clone(), metrics));
-        members.desks.insert(key, Arc::clone(&desk));
+        let (reader, redeliverer) = (reader.clone(), redeliverer.clone());
+        let consumer = Arc::new(PullConsumer::new(Arc::clone(store), group, config, reader, redeliverer, metrics));
+        members.all.insert(key, Arc::clone(&consumer));
         if members.is_closed {
-            desk.close();
+            consumer.close();
         } else {
-            members.not_begun.push(Arc::clone(&desk));
-            self.0.opened.notify_one();
+            members.not_started.push(Arc::clone(&consumer));
+            self.0.added.notify_one();
         }
-        Some(desk)
+        Some(consumer)
     }
 
-    /// The desk that gave a token, if it is not of a member: of those there may be too many to look through.
-    pub fn desk_of(&self, token: &Token) -> Option<Arc<Desk>> {
-        self.0.desks.values().find(|desk| desk.is_of(token)).cloned()
+    /// Returns the consumer that issued a token. Skips family members, because there may be too many to search.
+    pub fn consumer_of(&self, token: &Token) -> Option<Arc<PullConsumer>> {
+        self.0.fixed.values().find(|consumer| consumer.has_issued(token)).cloned()
     }
 
-    /// The groups of a stream that can be pulled from, by name.
+    /// Returns the groups of a stream that can be pulled from, by name.
     pub fn groups<'a>(&'a self, stream: &'a StreamName) -> impl Iterator<Item = &'a GroupName> {
-        let fixed = self.0.desks.keys().filter(move |(of, _)| of == stream).map(|(_, group)| group);
-        let of_family = self.0.families.iter().filter(move |family| family.is_of(stream)).map(|family| &family.group);
+        let fixed = self.0.fixed.keys().filter(move |(of, _)| of == stream).map(|(_, group)| group);
+        let of_family = self.0.families.iter().filter(move |family| family.covers(stream)).map(|family| &family.group);
         fixed.chain(of_family)
     }
 
-    /// Serves until `stop`; those who wait then are given nothing, at once. To be called once.
+    /// Serves until `stop`; pending pulls then end at once with no entries. Must be called once.
     pub async fn run(&self, stop: CancellationToken) {
-        let mut desks = JoinSet::new();
-        for desk in self.0.desks.values() {
-            desks.spawn(Arc::clone(desk).run(stop.clone()));
+        let mut tasks = JoinSet::new();
+        for consumer in self.0.fixed.values() {
+            tasks.spawn(Arc::clone(consumer).run(stop.clone()));
         }
         while !stop.is_cancelled() {
-            let opened = std::mem::take(&mut self.0.members().not_begun);
-            for desk in opened {
-                desks.spawn(desk.run(stop.clone()));
+            let added = std::mem::take(&mut self.0.members().not_started);
+            for consumer in added {
+                tasks.spawn(consumer.run(stop.clone()));
             }
-            stop.run_until_cancelled(self.0.opened.notified()).await;
+            stop.run_until_cancelled(self.0.added.notified()).await;
         }
-        let not_begun = {
+        let not_started = {
             let mut members = self.0.members();
             members.is_closed = true;
-            std::mem::take(&mut members.not_begun)
+            std::mem::take(&mut members.not_started)
         };
-        for desk in not_begun {
-            desk.close();
+        for consumer in not_started {
+            consumer.close();
         }
-        while let Some(ended) = desks.join_next().await {
+        while let Some(ended) = tasks.join_next().await {
             if let Err(error) = ended {
-                tracing::error!(%error, "a desk has ended badly");
+                tracing::error!(%error, "pull consumer failed");
             }
         }
     }
 }
 
 impl Inner {
-    fn members(&self) -> MutexGuard<'_, Members> {
+    fn members(&self) -> MutexGuard<'_, MemberConsumers> {
         self.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -294,10 +279,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_senseless_limit_is_told_with_its_key() {
+    fn invalid_limits_are_reported_with_their_keys() {
         assert_eq!(Config::default().problems(), []);
         let config = Config { max_batch: 0, max_leases: 0, max_wait: Duration::ZERO, max_waiting: 0 };
-        let keys: Vec<_> = config.problems().into_iter().map(|(key, _)| key).collect();
+        let keys: Vec<_> = config.problems().into_iter().map(|problem| problem.path).collect();
         assert_eq!(keys, ["max_batch", "max_leases", "max_waiting", "max_wait"]);
         let config = Config { max_wait: Duration::from_hours(1), max_batch: 501, ..Config::default() };
         assert_eq!(config.problems().len(), 2);

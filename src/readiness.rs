@@ -1,20 +1,20 @@
-//! Whether each part of the daemon can do its work, told by the parts themselves.
+//! Readiness: each part of the daemon reports whether it can do its work.
 //!
-//! Readiness is about progress, not about sockets: a part that works reports it again and again, and one that has
-//! not done so for too long counts as stuck.
+//! Readiness is about progress, not about sockets: a working part reports again and again. A part without a recent
+//! report counts as stuck.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The parts of the daemon and how they are.
+/// The parts of the daemon and their states. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct Readiness {
-    parts: Arc<Mutex<BTreeMap<String, State>>>,
+    parts: Arc<Mutex<BTreeMap<String, PartState>>>,
 }
 
 #[derive(Debug)]
-struct State {
+struct PartState {
     /// `None` while the part is ready.
     reason: Option<String>,
     note: Option<String>,
@@ -22,37 +22,38 @@ struct State {
     stale_after: Option<Duration>,
 }
 
-/// One part's way to report. Forgotten parts stay in the list: what was declared must be ready.
+/// The handle by which one part reports. Its entry stays after the handle is dropped: declared parts must be ready.
 #[derive(Debug, Clone)]
 pub struct Part {
     name: Arc<str>,
     readiness: Readiness,
 }
 
-/// How one part is.
+/// The state of one part.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PartReport {
     /// The part's name, such as `store` or `worker aurora:alerts/siem`.
     pub name: String,
-    /// Why it is not ready; nothing when it is.
+    /// The reason why the part is not ready. `None` if it is ready.
     pub reason: Option<String>,
-    /// What an operator should see to although the part can work.
+    /// A condition that an operator should see to, although the part works.
     pub note: Option<String>,
 }
 
 impl Readiness {
-    /// Declares a part: not ready until it says so, and stuck when it says nothing for `stale_after`.
+    /// Declares a part. It is not ready until its first report, and stuck without a report for `stale_after`.
     pub fn part(&self, name: &str, stale_after: Option<Duration>) -> Part {
-        let state = State { reason: Some("starting".to_owned()), note: None, reported_at: Instant::now(), stale_after };
+        let state =
+            PartState { reason: Some("starting".to_owned()), note: None, reported_at: Instant::now(), stale_after };
         self.lock().insert(name.to_owned(), state);
         Part { name: name.into(), readiness: self.clone() }
     }
 
-    /// Every part, by name.
+    /// Returns the state of every part, by name.
     pub fn report(&self) -> Vec<PartReport> {
         let now = Instant::now();
         let parts = self.lock();
-        let report = |(name, state): (&String, &State)| {
+        let report = |(name, state): (&String, &PartState)| {
             let silence = now.duration_since(state.reported_at);
             let is_stuck = state.stale_after.is_some_and(|limit| silence > limit);
             let stuck = || is_stuck.then(|| format!("no progress for {} s", silence.as_secs()));
@@ -61,23 +62,23 @@ impl Readiness {
         parts.iter().map(report).collect()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, State>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, PartState>> {
         self.parts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Part {
-    /// The part has just made progress.
+    /// Reports progress.
     pub fn ready(&self) {
         self.set(None, None);
     }
 
-    /// The same, and something that an operator should see to.
+    /// Reports progress, and a condition that an operator should see to.
     pub fn ready_but(&self, note: impl Into<String>) {
         self.set(None, Some(note.into()));
     }
 
-    /// The part can't do its work, and why, in words for an operator.
+    /// Reports that the part cannot work, with the reason in words.
     pub fn not_ready(&self, reason: impl Into<String>) {
         self.set(Some(reason.into()), None);
     }
@@ -96,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_part_is_ready_only_after_it_said_so() {
+    fn part_is_ready_only_after_its_first_report() {
         let readiness = Readiness::default();
         let part = readiness.part("store", None);
         assert_eq!(readiness.report()[0].reason.as_deref(), Some("starting"));
@@ -110,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_part_counts_as_stuck() {
+    fn part_without_reports_is_stuck() {
         let readiness = Readiness::default();
         readiness.part("relay", Some(Duration::ZERO)).ready();
         let reason = readiness.report()[0].reason.clone().expect("stuck");

@@ -1,7 +1,7 @@
-//! Sinks: where a group's entries go.
+//! Sinks: the destinations of a group's entries.
 //!
-//! Owns the [`Sink`] trait, how its failures are classified, and the sinks themselves. Knows nothing of groups,
-//! attempts or acknowledgements: a sink either took a batch, or says why not.
+//! Owns the [`Sink`] trait, the classes of its errors, and the sinks themselves. Knows nothing of groups, attempts or
+//! acknowledgements: a sink takes a batch or returns an error.
 
 mod audit;
 mod checks;
@@ -20,70 +20,73 @@ use std::time::Duration;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-pub use audit::{AuditConfig, AuditSink, Flaw, Problem, VerifyReport, verify};
+pub use audit::{AuditConfig, AuditFlaw, AuditProblem, AuditSink, VerifyReport, verify};
 pub use checks::StartCheck;
 pub use log::{LogConfig, LogSink};
-pub use metered::Metered;
+pub use metered::MeteredSink;
 pub use postgres::{InvalidTableName, PostgresConfig, PostgresSink, TableName};
 pub use stream::{ForwardAs, StreamSink, StreamSinkConfig};
 pub use webhook::{WebhookConfig, WebhookSink};
 
 use crate::event::{Delivery, Fields, GroupName, StreamName};
+use crate::validate::{Problems, Validate};
 
-/// Where a batch comes from.
+/// The source of a batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Origin {
-    /// The stream the entries are in.
+    /// The stream of the entries.
     pub stream: StreamName,
-    /// The group they are delivered for.
+    /// The group that they are delivered for.
     pub group: GroupName,
 }
 
-/// Takes batches of entries and makes them have their effect.
+/// A destination of entries.
 #[async_trait]
 pub trait Sink: fmt::Debug + Send + Sync + 'static {
-    /// The most deliveries it takes at once.
+    /// Returns the maximum number of entries per batch.
     fn max_batch(&self) -> usize {
         1
     }
 
-    /// Whether it could take deliveries now. Called at start and for readiness; has no effect.
+    /// Checks whether the sink can take entries now. Called at start and for readiness; has no effect.
     async fn check(&self) -> Result<(), SinkError>;
 
-    /// Delivers a batch of one stream, all or nothing: `Ok` means that every entry has had its effect durably.
+    /// Delivers a batch of one stream. `Ok` means that every entry has had its effect durably.
     ///
-    /// After an error any part of the batch may have had its effect: deliveries are repeated, so effects are keyed
-    /// by entry id where that matters. Dropping the future is allowed at any time.
+    /// After an error any part of the batch may have had its effect. Deliveries are repeated, so effects need the entry
+    /// id as a key if repetitions matter. The future may be dropped at any time.
     async fn deliver(&self, origin: &Origin, batch: &[Delivery]) -> Result<(), SinkError>;
 
-    /// Finishes what is under way before the process ends.
+    /// Finishes pending work before the process ends.
     async fn close(&self) {}
 }
 
-/// The way into other streams of the same store, as a sink sees it.
+/// Publishes to other streams of the same store, on behalf of a sink.
 #[async_trait]
 pub trait Forward: fmt::Debug + Send + Sync + 'static {
-    /// Whether an entry could be appended to that stream now. Has no effect.
+    /// Checks whether an entry could be appended to the stream now. Has no effect.
     async fn check(&self, stream: &StreamName) -> Result<(), SinkError>;
 
-    /// Appends entries in order, each under a key of 1 to 256 bytes: an entry whose key was seen within the window of
-    /// `publish.dedup_window` is there already. `Ok` means that all are stored; an error, that any of them may be.
+    /// Appends entries in order, each under a key of 1 to 256 bytes.
+    ///
+    /// An entry is not appended again if its key was used within `publish.dedup_window`. `Ok` means that all entries
+    /// are stored. After an error any of them may be stored.
     async fn forward(&self, stream: &StreamName, entries: Vec<(String, Fields)>) -> Result<(), SinkError>;
 }
 
-/// What kind of failure it is, and so whether trying again can help.
+/// The class of a sink error. It decides whether a retry can help.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SinkErrorClass {
-    /// May pass: a time-out, a lost connection, a full disk, a server error.
+    /// Temporary: a timeout, a lost connection, a full disk, a server error.
     Transient,
-    /// Won't pass: the receiver refuses this entry.
+    /// Lasting: the receiver refuses this entry.
     Permanent,
-    /// The entry is not what the sink can read.
+    /// The sink cannot read the entry.
     Undecodable,
 }
 
 impl SinkErrorClass {
-    /// The class in one word, for metrics.
+    /// Returns the class in one word, for metrics.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Transient => "transient",
@@ -93,7 +96,7 @@ impl SinkErrorClass {
     }
 }
 
-/// A batch that a sink did not take.
+/// A failed delivery of a batch.
 #[derive(Debug)]
 pub struct SinkError {
     class: SinkErrorClass,
@@ -104,43 +107,43 @@ pub struct SinkError {
 }
 
 impl SinkError {
-    /// An error of that class, told by `message` (lower case, no period).
+    /// Creates an error with a message in lower case, without a full stop.
     pub fn new(class: SinkErrorClass, message: impl Into<String>) -> Self {
         Self { class, message: message.into(), retry_after: None, is_outage: false, source: None }
     }
 
-    /// The same with what caused it.
+    /// Adds the cause.
     #[must_use]
     pub fn with_source(mut self, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         self.source = Some(source.into());
         self
     }
 
-    /// The same with the time that the receiver asked us to wait.
+    /// Adds the time that the receiver requested us to wait.
     #[must_use]
     pub fn with_retry_after(mut self, retry_after: Duration) -> Self {
         self.retry_after = Some(retry_after);
         self
     }
 
-    /// The same, but no entry is to blame for it: the sink can take none now, and to have tried is no attempt.
+    /// Marks the error as an outage: the sink can take no entry now, and the try does not count as an attempt.
     #[must_use]
     pub fn as_outage(mut self) -> Self {
         self.is_outage = true;
         self
     }
 
-    /// Whether the sink can take no entry now, whichever it is.
+    /// Returns whether the sink can take no entry now.
     pub fn is_outage(&self) -> bool {
         self.is_outage
     }
 
-    /// Whether trying again can help.
+    /// Returns the class.
     pub fn class(&self) -> SinkErrorClass {
         self.class
     }
 
-    /// How long the receiver asked us to wait.
+    /// Returns the time that the receiver requested us to wait.
     pub fn retry_after(&self) -> Option<Duration> {
         self.retry_after
     }
@@ -158,37 +161,27 @@ impl Error for SinkError {
     }
 }
 
-/// One sink of the configuration.
+/// The configuration of one sink.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
 pub enum SinkConfig {
-    /// Writes a line per entry to the daemon's own log.
+    /// Writes one line per entry to the log of the daemon.
     Log(LogConfig),
     /// Appends tamper-evident records to files.
     Audit(AuditConfig),
     /// Posts entries to an HTTP receiver.
     Webhook(WebhookConfig),
-    /// Writes rows into a table of `PostgreSQL`.
+    /// Inserts rows into a table of `PostgreSQL`.
     Postgres(PostgresConfig),
-    /// Appends to another stream of the same store.
+    /// Appends entries to another stream of the same store.
     Stream(StreamSinkConfig),
 }
 
 impl SinkConfig {
-    /// What `type` may be.
+    /// The values of `type`.
     pub const TYPES: [&str; 5] = ["log", "audit", "webhook", "postgres", "stream"];
 
-    /// Every key that makes no sense, with the reason.
-    pub fn problems(&self) -> Vec<(&'static str, String)> {
-        match self {
-            Self::Log(_) | Self::Audit(_) => Vec::new(),
-            Self::Webhook(config) => config.problems(),
-            Self::Postgres(config) => config.problems(),
-            Self::Stream(config) => config.problems(),
-        }
-    }
-
-    /// The stream that it forwards to, if it does.
+    /// Returns the stream that the sink forwards to, if it forwards.
     pub fn forwards_to(&self) -> Option<&StreamName> {
         match self {
             Self::Stream(config) => Some(&config.stream),
@@ -196,8 +189,8 @@ impl SinkConfig {
         }
     }
 
-    /// Makes the sink; one that forwards does so by `forward`. Opens files and takes their locks, and waits for no other
-    /// machine.
+    /// Creates the sink. Opens files and takes their locks, and waits for no other machine. Sinks that forward use
+    /// `forward`.
     pub async fn build(self, name: &str, forward: Arc<dyn Forward>) -> Result<Arc<dyn Sink>, SinkError> {
         Ok(match self {
             Self::Log(config) => Arc::new(LogSink::new(name, &config)),
@@ -206,5 +199,16 @@ impl SinkConfig {
             Self::Postgres(config) => Arc::new(PostgresSink::open(name, &config)?),
             Self::Stream(config) => Arc::new(StreamSink::new(config, forward)),
         })
+    }
+}
+
+impl Validate for SinkConfig {
+    fn validate(&self, problems: &mut Problems) {
+        match self {
+            Self::Log(_) | Self::Audit(_) => {}
+            Self::Webhook(config) => config.validate(problems),
+            Self::Postgres(config) => config.validate(problems),
+            Self::Stream(config) => config.validate(problems),
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! Logs: one subscriber for the process, on standard error; and errors as they are told in them.
+//! Logs: one subscriber for the process, on standard error. Also formats error chains.
 
 use std::error::Error;
 use std::io::IsTerminal as _;
@@ -10,13 +10,15 @@ use tracing_log::{AsLog as _, LogTracer};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::FmtSpan;
 
-/// What is logged, and how.
+use crate::validate::{Problems, Validate};
+
+/// Level and format of the logs.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// A level (`error`, `warn`, `info`, `debug`, `trace`), or levels by module: `info,aurora_bus::relay=debug`.
     pub level: String,
-    /// The form of a line.
+    /// The format of a line.
     pub format: Format,
 }
 
@@ -26,14 +28,15 @@ impl Default for Config {
     }
 }
 
-impl Config {
-    /// Every key that makes no sense, with the reason.
-    pub fn problems(&self) -> Vec<(&'static str, String)> {
-        EnvFilter::try_new(&self.level).err().into_iter().map(|error| ("level", error.to_string())).collect()
+impl Validate for Config {
+    fn validate(&self, problems: &mut Problems) {
+        if let Err(error) = EnvFilter::try_new(&self.level) {
+            problems.add("level", error);
+        }
     }
 }
 
-/// The form of a log line.
+/// The format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
@@ -45,14 +48,14 @@ pub enum Format {
     Json,
 }
 
-/// Why logging can't begin.
+/// A failure to start logging.
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
-    /// The level makes no sense.
+    /// The level is not valid.
     #[error("log.level: {0}")]
     Level(#[from] tracing_subscriber::filter::ParseError),
-    /// A subscriber is set already.
-    #[error("logging was started before")]
+    /// A subscriber is installed already.
+    #[error("logging is already started")]
     Started,
 }
 
@@ -60,7 +63,7 @@ pub enum TelemetryError {
 pub fn init(config: &Config) -> Result<(), TelemetryError> {
     let mut filter = EnvFilter::try_new(&config.level)?;
     if !config.level.contains("fred") {
-        // What the Redis client warns of, each failed command of an outage, is told by whoever ran the command.
+        // The Redis client warns about each failed command of an outage. The caller of the command reports those.
         filter = filter.add_directive("fred=error".parse()?);
     }
     let is_pretty = match config.format {
@@ -79,12 +82,12 @@ pub fn init(config: &Config) -> Result<(), TelemetryError> {
         set_global_default(subscriber.json().flatten_event(true).with_current_span(true).with_span_list(false).finish())
     }
     .map_err(|_error| TelemetryError::Started)?;
-    // On its finest levels the WebSocket library writes out what clients send, tokens among it: whatever is asked for.
+    // At its finest levels the WebSocket library logs the messages of clients, with tokens in them. It is always ignored.
     let others = LogTracer::builder().ignore_crate("tungstenite").with_max_level(LevelFilter::current().as_log());
     others.init().map_err(|_error| TelemetryError::Started)
 }
 
-/// An error with all its causes, on one line.
+/// Formats an error with all its causes, on one line.
 pub fn chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -96,7 +99,7 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
     text
 }
 
-/// What an error comes from. Those of HTTP clients say the same in several layers.
+/// Returns the innermost cause. HTTP clients repeat the same text in several layers.
 pub fn innermost(error: &(dyn Error + 'static)) -> String {
     let mut cause = error;
     while let Some(source) = cause.source() {

@@ -1,7 +1,7 @@
-//! TLS, as far as more than one part needs it: which certificates are trusted, and by which cryptography.
+//! TLS for all connections: trusted certificates and cryptography.
 //!
-//! The one place for that, whoever connects: stores, sinks, readers of key sets, the command line. The listener reads
-//! its certificates here too.
+//! Owns the rules of trust for every client: stores, sinks, readers of key sets, the command line. Also reads the
+//! certificates of the listener.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -12,41 +12,41 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::{self, PemObject as _};
 use rustls::{ClientConfig, RootCertStore};
 
-/// Why there is nothing to trust.
+/// A failure to load trusted certificates.
 #[derive(Debug, thiserror::Error)]
 pub enum NoTrust {
-    /// The file can't be read.
+    /// The file is not readable.
     #[error("cannot read {}: {error}", path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// What went wrong.
+        /// The cause.
         error: io::Error,
     },
-    /// The file holds something else.
+    /// The file has no usable certificate.
     #[error("{} holds no usable certificate: {error}", path.display())]
     Certificates {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The cause.
         error: String,
     },
-    /// No file is named, and the system trusts no one.
-    #[error("is not given, and the system has no certificates to trust")]
+    /// No file is configured, and the system trusts no certificate.
+    #[error("is not set, and the system has no trusted certificates")]
     NoneInSystem,
 }
 
-/// The cryptography of every connection.
+/// Returns the cryptography of every connection.
 pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::aws_lc_rs::default_provider())
 }
 
-/// Trusts the certificates in that file, or those of the system where there is none.
+/// Creates a client that trusts the certificates in a file, or those of the system if there is no file.
 pub(crate) fn client_config(ca_file: Option<&Path>) -> Result<ClientConfig, NoTrust> {
     Ok(trusting(trusted(ca_file)?))
 }
 
-/// The certificates in that file, or those of the system where there is none.
+/// Reads the certificates in a file, or those of the system if there is no file.
 pub(crate) fn trusted(ca_file: Option<&Path>) -> Result<RootCertStore, NoTrust> {
     let Some(path) = ca_file else {
         let mut roots = RootCertStore::empty();
@@ -57,7 +57,7 @@ pub(crate) fn trusted(ca_file: Option<&Path>) -> Result<RootCertStore, NoTrust> 
     roots_of(path, &text)
 }
 
-/// Trusts no one, for clients that must be given something though they speak no TLS.
+/// Creates a client that trusts no certificate, for libraries that require one although TLS is off.
 pub(crate) fn trusting_none() -> ClientConfig {
     trusting(RootCertStore::empty())
 }
@@ -70,7 +70,7 @@ fn trusting(roots: RootCertStore) -> ClientConfig {
         .with_no_client_auth()
 }
 
-/// The certificates that were read from that file, to trust them.
+/// Parses the certificates of a file into a set of trusted roots.
 pub(crate) fn roots_of(path: &Path, text: &[u8]) -> Result<RootCertStore, NoTrust> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates(path, text)? {
@@ -81,11 +81,11 @@ pub(crate) fn roots_of(path: &Path, text: &[u8]) -> Result<RootCertStore, NoTrus
     Ok(roots)
 }
 
-/// The certificates that were read from that file in PEM, at least one.
+/// Parses the certificates of a PEM file, at least one.
 pub(crate) fn certificates(path: &Path, text: &[u8]) -> Result<Vec<CertificateDer<'static>>, NoTrust> {
     let unusable = |error: String| NoTrust::Certificates { path: path.to_owned(), error };
     let certificates: Vec<_> = CertificateDer::pem_slice_iter(text)
         .collect::<Result<_, pem::Error>>()
         .map_err(|error| unusable(error.to_string()))?;
-    if certificates.is_empty() { Err(unusable("there is none in it".to_owned())) } else { Ok(certificates) }
+    if certificates.is_empty() { Err(unusable("the file contains none".to_owned())) } else { Ok(certificates) }
 }

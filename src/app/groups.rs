@@ -1,42 +1,39 @@
-//! Who works for the declared groups: a worker for each consumer of a group with a sink, a crew for all members of a
-//! family; a guard and a desk for a group that is consumed from outside, a patrol and desks for all members of a family.
+//! Tasks of the declared groups: workers for groups with a sink, a redeliverer and pull consumers for groups without one.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::{STALE_AFTER, named};
 use crate::config::{Config, StreamConfig};
-use crate::delivery::{Crew, FamilyGroup, GroupConfig, GroupSpec, Guard, Patrol, Quarantine, Worker};
+use crate::delivery::{FamilyGroup, FamilyWorkers, GroupConfig, GroupSpec, Quarantine, Redeliverer, Worker};
 use crate::event::{ConsumerName, StreamName};
-use crate::maintenance::{FamilySpec, Reaper};
 use crate::metrics::Metrics;
-use crate::pull::{Bell, Pull, PullFamily, PullGroup};
+use crate::pull::{PullConsumers, PullFamily, PullGroup};
 use crate::readiness::{Part, Readiness};
 use crate::sink::Sink;
 use crate::store::{Families, Roster, Store};
 
-/// How many rings for the patrol of a family's group may be unheard.
-const RINGS: usize = 1024;
+/// The maximum number of pending notifications for the redeliverer of a group.
+const MAX_NOTIFICATIONS: usize = 1024;
 
-/// Those who work for the groups, not yet at work.
+/// The tasks of all groups, before they run.
 #[derive(Debug)]
 pub(super) struct Groups {
     workers: Vec<Worker>,
-    crews: Vec<Crew>,
-    guards: Vec<Guard>,
-    patrols: Vec<Patrol>,
-    reaper: Reaper,
-    pull: Pull,
+    family_workers: Vec<FamilyWorkers>,
+    redeliverers: Vec<Redeliverer>,
+    pull: PullConsumers,
+    own_consumers: HashSet<ConsumerName>,
 }
 
-/// What they work with.
+/// The dependencies of the tasks.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Means<'a> {
+pub(super) struct GroupDeps<'a> {
     pub(super) store: &'a Arc<dyn Store>,
     pub(super) sinks: &'a BTreeMap<String, Arc<dyn Sink>>,
     pub(super) families: &'a Families,
@@ -46,72 +43,74 @@ pub(super) struct Means<'a> {
 }
 
 impl Groups {
-    pub(super) fn build(config: &Config, family_specs: Vec<FamilySpec>, means: Means<'_>) -> anyhow::Result<Self> {
+    pub(super) fn build(config: &Config, deps: GroupDeps<'_>) -> anyhow::Result<Self> {
         let instance = &config.instance;
-        let guard: ConsumerName = format!("{instance}-guard").parse()?;
+        let redeliverer: ConsumerName = format!("{instance}-guard").parse()?;
         let reader: ConsumerName = format!("{instance}-pull").parse()?;
-        let mut own = HashSet::from([guard.clone(), reader.clone()]);
-        let (mut workers, mut crews, mut guards, mut patrols) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        let (mut specs, mut pulled, mut pulled_families) = (Vec::new(), Vec::new(), Vec::new());
+        let mut own = HashSet::from([redeliverer.clone(), reader.clone()]);
+        let (mut workers, mut family_workers, mut redeliverers) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut pulled, mut pulled_families) = (Vec::new(), Vec::new());
         for (stream, group) in config.streams.iter().flat_map(|stream| stream.groups.iter().map(move |g| (stream, g))) {
             let consumers = consumers_of(instance, group)?;
             let Some(name) = stream.name.stream() else {
                 if group.sink.is_some() {
-                    crews.push(means.crew(stream, group, consumers.clone())?);
+                    family_workers.push(deps.family_workers(stream, group, consumers.clone())?);
                     own.extend(consumers);
                 } else {
-                    let (ring, bell) = mpsc::channel(RINGS);
-                    patrols.push(means.patrol(stream, group, guard.clone())?.with_bell(bell));
-                    pulled_families.push(means.pull_family(stream, group, ring)?);
+                    let (redeliver, notifications) = mpsc::channel(MAX_NOTIFICATIONS);
+                    let of_family = deps.family_redeliverer(stream, group, redeliverer.clone())?;
+                    redeliverers.push(of_family.with_notifications(notifications));
+                    pulled_families.push(deps.pull_family(stream, group, redeliver)?);
                 }
                 continue;
             };
             let spec = spec_of(stream, name, group)?;
             if group.sink.is_some() {
                 for (index, consumer) in consumers.into_iter().enumerate() {
-                    workers.push(means.worker(&spec, index, consumer.clone())?);
+                    workers.push(deps.worker(&spec, index, consumer.clone())?);
                     own.insert(consumer);
                 }
             } else {
-                let bell = Arc::<Notify>::default();
-                let part = means.part(&format!("group {}", full_name(stream, group)));
-                let of_group = Guard::new(Arc::clone(means.store), spec.clone(), guard.clone(), means.metrics, part);
-                guards.push(of_group.with_bell(Arc::clone(&bell)));
-                pulled.push(pull_group(&spec, bell));
+                let (redeliver, notifications) = mpsc::channel(MAX_NOTIFICATIONS);
+                pulled.push(pull_group(&spec, redeliver));
+                let part = deps.part(&format!("group {}", full_name(stream, group)));
+                let (store, metrics) = (Arc::clone(deps.store), deps.metrics.clone());
+                let of_stream = Redeliverer::of_stream(store, spec, redeliverer.clone(), metrics, part);
+                redeliverers.push(of_stream.with_notifications(notifications));
             }
-            specs.push(spec);
         }
-        let pull = Pull::new(means.store, config.pull.clone(), pulled, pulled_families, &reader, &guard, means.metrics);
-        let reaper = Reaper::new(Arc::clone(means.store), specs, own, means.metrics.clone());
-        Ok(Self { workers, crews, guards, patrols, reaper: reaper.with_families(family_specs), pull })
+        let (store, config) = (deps.store, config.pull.clone());
+        let pull = PullConsumers::new(store, config, pulled, pulled_families, &reader, &redeliverer, deps.metrics);
+        Ok(Self { workers, family_workers, redeliverers, pull, own_consumers: own })
     }
 
-    /// The groups that are consumed from outside.
-    pub(super) fn pull(&self) -> &Pull {
+    /// Returns the pull consumers of the groups without a sink.
+    pub(super) fn pull(&self) -> &PullConsumers {
         &self.pull
     }
 
-    /// Lets them work until `stop`.
+    /// Returns the names of this daemon's own consumers.
+    pub(super) fn own_consumers(&self) -> &HashSet<ConsumerName> {
+        &self.own_consumers
+    }
+
+    /// Spawns the tasks of all groups. They run until `stop`.
     pub(super) fn spawn(self, tasks: &mut JoinSet<&'static str>, stop: &CancellationToken) {
-        for crew in self.crews {
-            tasks.spawn(named("crew", crew.run(stop.clone())));
+        for workers in self.family_workers {
+            tasks.spawn(named("family workers", workers.run(stop.clone())));
         }
         for worker in self.workers {
             tasks.spawn(named("worker", worker.run(stop.clone())));
         }
-        for guard in self.guards {
-            tasks.spawn(named("guard", guard.run(stop.clone())));
+        for redeliverer in self.redeliverers {
+            tasks.spawn(named("redeliverer", redeliverer.run(stop.clone())));
         }
-        for patrol in self.patrols {
-            tasks.spawn(named("patrol", patrol.run(stop.clone())));
-        }
-        tasks.spawn(named("reaper", self.reaper.run(stop.clone())));
         let (pull, stop) = (self.pull, stop.clone());
-        tasks.spawn(named("desks", async move { pull.run(stop).await }));
+        tasks.spawn(named("pull consumers", async move { pull.run(stop).await }));
     }
 }
 
-impl Means<'_> {
+impl GroupDeps<'_> {
     fn worker(&self, spec: &GroupSpec, index: usize, consumer: ConsumerName) -> anyhow::Result<Worker> {
         let full_name = format!("{}/{}", spec.stream, spec.config.name);
         let name = if spec.config.workers == 1 { full_name } else { format!("{full_name} {index}") };
@@ -121,29 +120,39 @@ impl Means<'_> {
         Ok(Worker::new(store, sink, spec.clone(), consumer, quarantine, metrics, part))
     }
 
-    fn crew(&self, stream: &StreamConfig, group: &GroupConfig, own: Vec<ConsumerName>) -> anyhow::Result<Crew> {
+    fn family_workers(
+        &self,
+        stream: &StreamConfig,
+        group: &GroupConfig,
+        own: Vec<ConsumerName>,
+    ) -> anyhow::Result<FamilyWorkers> {
         let part = self.part(&format!("workers {}", full_name(stream, group)));
         let (sink, family_group) = (self.sink(group)?, self.family_group(stream, group)?);
         let (store, quarantine, metrics) = (Arc::clone(self.store), self.quarantine.clone(), self.metrics.clone());
-        Ok(Crew::new(store, sink, family_group, own, quarantine, metrics, part))
+        Ok(FamilyWorkers::new(store, sink, family_group, own, quarantine, metrics, part))
     }
 
-    fn patrol(&self, stream: &StreamConfig, group: &GroupConfig, guard: ConsumerName) -> anyhow::Result<Patrol> {
+    fn family_redeliverer(
+        &self,
+        stream: &StreamConfig,
+        group: &GroupConfig,
+        consumer: ConsumerName,
+    ) -> anyhow::Result<Redeliverer> {
         let part = self.part(&format!("group {}", full_name(stream, group)));
         let family_group = self.family_group(stream, group)?;
-        Ok(Patrol::new(Arc::clone(self.store), family_group, guard, self.metrics.clone(), part))
+        Ok(Redeliverer::of_family(Arc::clone(self.store), family_group, consumer, self.metrics.clone(), part))
     }
 
     fn family_group(&self, stream: &StreamConfig, group: &GroupConfig) -> anyhow::Result<FamilyGroup> {
         Ok(FamilyGroup { roster: self.roster(stream)?, dead_letter: stream.dead_letter(), config: group.clone() })
     }
 
-    /// A group without a sink of every member, as those see it who pull from one.
+    /// Returns the group of every member for external consumers.
     fn pull_family(
         &self,
         stream: &StreamConfig,
         group: &GroupConfig,
-        bell: mpsc::Sender<StreamName>,
+        redeliver: mpsc::Sender<StreamName>,
     ) -> anyhow::Result<PullFamily> {
         Ok(PullFamily {
             roster: self.roster(stream)?,
@@ -151,17 +160,17 @@ impl Means<'_> {
             dead_letter: stream.dead_letter(),
             claim_idle: group.claim_idle,
             max_deliveries: group.max_deliveries,
-            bell,
+            redeliver,
         })
     }
 
     fn roster(&self, stream: &StreamConfig) -> anyhow::Result<Arc<Roster>> {
-        self.families.named(stream.name.as_str()).cloned().context("a family is declared, and not there")
+        self.families.named(stream.name.as_str()).cloned().context("a declared family is not registered")
     }
 
     fn sink(&self, group: &GroupConfig) -> anyhow::Result<Arc<dyn Sink>> {
         let sink = group.sink.as_ref().and_then(|sink| self.sinks.get(sink));
-        sink.cloned().context("a group names a sink that is not there")
+        sink.cloned().context("a group names a sink that is not open")
     }
 
     fn part(&self, name: &str) -> Part {
@@ -171,12 +180,12 @@ impl Means<'_> {
 
 fn spec_of(stream: &StreamConfig, name: &StreamName, group: &GroupConfig) -> anyhow::Result<GroupSpec> {
     let dead_letter = stream.dead_letter();
-    let dead_letter = dead_letter.stream().context("the dead letters of one stream are a family")?;
+    let dead_letter = dead_letter.stream().context("the dead-letter stream of a single stream is a family")?;
     Ok(GroupSpec { stream: name.clone(), dead_letter: dead_letter.clone(), config: group.clone() })
 }
 
-/// A group without a sink, as those see it who pull from it.
-fn pull_group(spec: &GroupSpec, bell: Arc<Notify>) -> PullGroup {
+/// Returns the group for external consumers.
+fn pull_group(spec: &GroupSpec, redeliver: mpsc::Sender<StreamName>) -> PullGroup {
     PullGroup {
         stream: spec.stream.clone(),
         label: spec.stream.to_string(),
@@ -184,7 +193,7 @@ fn pull_group(spec: &GroupSpec, bell: Arc<Notify>) -> PullGroup {
         dead_letter: spec.dead_letter.clone(),
         claim_idle: spec.config.claim_idle,
         max_deliveries: spec.config.max_deliveries,
-        bell: Bell::OfStream(bell),
+        redeliver,
     }
 }
 
@@ -192,7 +201,7 @@ fn full_name(stream: &StreamConfig, group: &GroupConfig) -> String {
     format!("{}/{}", stream.name, group.name)
 }
 
-/// The names of this daemon's consumers in a group.
+/// Returns the names of this daemon's consumers in a group.
 fn consumers_of(instance: &str, group: &GroupConfig) -> anyhow::Result<Vec<ConsumerName>> {
     (0..group.workers).map(|index| Ok(format!("{instance}-{index}").parse()?)).collect()
 }

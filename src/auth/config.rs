@@ -15,6 +15,7 @@ use crate::auth::keys::KeyHash;
 use crate::auth::scope::Scope;
 use crate::event::Filter;
 use crate::secret::masked;
+use crate::validate::{Problems, Validate};
 
 /// The shortest secret that tokens may be signed with: that of its hash.
 const MIN_SECRET: usize = 32;
@@ -154,42 +155,36 @@ impl AuthConfig {
     pub fn is_required(&self) -> bool {
         self.mode == AuthMode::Credentials || !self.keys.is_empty() || !self.issuers.is_empty()
     }
+}
 
-    /// Every key that makes no sense, with the reason. The files that are named are not read.
-    pub fn problems(&self) -> Vec<(String, String)> {
-        let mut problems = Vec::new();
+impl Validate for AuthConfig {
+    /// Checks the keys. The named files are not read.
+    fn validate(&self, problems: &mut Problems) {
         let has_some = !self.keys.is_empty() || !self.issuers.is_empty();
         match self.mode {
             AuthMode::None if has_some => {
-                let text = "none asks nobody for credentials, but keys or issuers are declared: take out the one or the others";
-                problems.push(("mode".to_owned(), text.to_owned()));
+                problems.add("mode", "must not be \"none\" while auth.keys or auth.issuers are declared");
             }
             AuthMode::Credentials if !has_some => {
-                let text =
-                    "credentials are asked for, but neither auth.keys nor auth.issuers are declared: nobody has any";
-                problems.push(("mode".to_owned(), text.to_owned()));
+                problems.add("mode", "\"credentials\" needs auth.keys or auth.issuers, and neither is declared");
             }
             _ => {}
         }
         let (mut names, mut hashes, mut issuers) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
         for (index, key) in self.keys.iter().enumerate() {
-            let own = key.problems().into_iter();
-            problems.extend(own.map(|(field, text)| (format!("keys[{index}].{field}"), text)));
-            if !names.insert(&key.name) {
-                problems.push((format!("keys[{index}].name"), format!("`{}` is declared twice", key.name)));
-            }
-            if !hashes.insert(key.hash.to_string()) {
-                problems.push((format!("keys[{index}].hash"), "is the same as that of another key".to_owned()));
-            }
+            let path = format!("keys[{index}]");
+            problems.check(&path, key);
+            let message = format_args!("`{}` is declared twice", key.name);
+            problems.require(names.insert(&key.name), &format!("{path}.name"), message);
+            let is_new = hashes.insert(key.hash.to_string());
+            problems.require(is_new, &format!("{path}.hash"), "is the same as the hash of another key");
         }
         for (index, issuer) in self.issuers.iter().enumerate() {
-            let own = issuer.problems().into_iter();
-            problems.extend(own.map(|(field, text)| (format!("issuers[{index}].{field}"), text)));
-            if !issuers.insert(&issuer.issuer) {
-                problems.push((format!("issuers[{index}].issuer"), format!("`{}` is declared twice", issuer.issuer)));
-            }
+            let path = format!("issuers[{index}]");
+            problems.check(&path, issuer);
+            let message = format_args!("`{}` is declared twice", issuer.issuer);
+            problems.require(issuers.insert(&issuer.issuer), &format!("{path}.issuer"), message);
         }
-        problems
     }
 }
 
@@ -201,21 +196,19 @@ impl KeyConfig {
         let filter = filter.map_err(|invalid| format!("is refused: {invalid}; a filter is JSON such as {example}"))?;
         Ok(filter.unwrap_or_default())
     }
+}
 
-    fn problems(&self) -> Vec<(&'static str, String)> {
-        let mut problems = Vec::new();
-        let is_name = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-        if !(1..=64).contains(&self.name.len()) || !self.name.chars().all(is_name) {
-            problems.push(("name", "must be 1 to 64 letters, digits and `._-`".to_owned()));
+impl Validate for KeyConfig {
+    fn validate(&self, problems: &mut Problems) {
+        let is_allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+        let is_name = (1..=64).contains(&self.name.len()) && self.name.chars().all(is_allowed);
+        problems.require(is_name, "name", "must be 1 to 64 letters, digits and `._-`");
+        problems.require(!self.scopes.is_empty(), "scopes", "is empty: the key would allow nothing");
+        let is_tenant = self.tenant.as_ref().is_none_or(|tenant| (1..=MAX_TENANT).contains(&tenant.len()));
+        problems.require(is_tenant, "tenant", format_args!("must have 1 to {MAX_TENANT} bytes"));
+        if let Err(message) = self.sight() {
+            problems.add("filter", message);
         }
-        if self.scopes.is_empty() {
-            problems.push(("scopes", "is empty: the key would allow nothing".to_owned()));
-        }
-        if self.tenant.as_ref().is_some_and(|tenant| !(1..=MAX_TENANT).contains(&tenant.len())) {
-            problems.push(("tenant", format!("must have 1 to {MAX_TENANT} bytes")));
-        }
-        problems.extend(self.sight().err().map(|problem| ("filter", problem)));
-        problems
     }
 }
 
@@ -226,21 +219,34 @@ impl IssuerConfig {
         self.algorithms.iter().all(|algorithm| algorithm.family() == first).then_some(first)
     }
 
-    fn problems(&self) -> Vec<(&'static str, String)> {
-        let mut problems: Vec<(&'static str, String)> = Vec::new();
+    fn algorithm_problem(&self, has_secret: bool) -> Option<&'static str> {
+        let is_hmac = |algorithm: &Algorithm| algorithm.family() == AlgorithmFamily::Hmac;
+        if self.algorithms.is_empty() {
+            Some("is empty: name the algorithms that the issuer signs with")
+        } else if has_secret && !self.algorithms.iter().all(is_hmac) {
+            Some("must be HS256, HS384 or HS512 with a secret")
+        } else if !has_secret && self.algorithms.iter().any(is_hmac) {
+            Some("HS256, HS384 and HS512 must not be used with public keys, which are no secret")
+        } else if self.public_key_file.is_some() && self.family().is_none() {
+            Some("must be of one family for one public key: RS and PS, or ES, or EdDSA")
+        } else {
+            None
+        }
+    }
+}
+
+impl Validate for IssuerConfig {
+    fn validate(&self, problems: &mut Problems) {
         for (key, value) in [
             ("issuer", &self.issuer),
             ("audience", &self.audience),
             ("tenant_claim", &self.tenant_claim),
             ("filter_claim", &self.filter_claim),
         ] {
-            if value.is_empty() {
-                problems.push((key, "must not be empty".to_owned()));
-            }
+            problems.require(!value.is_empty(), key, "must not be empty");
         }
-        if self.filter_claim == self.tenant_claim {
-            problems.push(("filter_claim", "is the claim of the tenant: name another one".to_owned()));
-        }
+        let is_other = self.filter_claim != self.tenant_claim;
+        problems.require(is_other, "filter_claim", "is the claim of the tenant: name another one");
         let keys = [
             ("secret", self.secret.is_some()),
             ("secret_file", self.secret_file.is_some()),
@@ -251,44 +257,27 @@ impl IssuerConfig {
         let given: Vec<&str> = keys.iter().filter(|(_, is_given)| *is_given).map(|(key, _)| *key).collect();
         match given.as_slice() {
             [_] => {}
-            [] => problems.push((
-                "secret",
-                "is missing, and so are secret_file, public_key_file, jwks_file and jwks_url".to_owned(),
-            )),
-            [first, rest @ ..] => problems.push((first, format!("can't be given beside {}", rest.join(" and ")))),
-        }
-        problems.extend(self.algorithm_problem(self.secret.is_some() || self.secret_file.is_some()));
-        if let Some(problem) = self.secret.as_ref().and_then(|secret| secret_problem(secret.expose_secret())) {
-            problems.push(("secret", problem));
-        }
-        if let Some(problem) = self.jwks_url.as_ref().and_then(|url| url_problem(url)) {
-            problems.push(("jwks_url", problem));
-        }
-        if self.ca_file.is_some() && !self.jwks_url.as_ref().is_some_and(|url| url.starts_with("https:")) {
-            problems.push(("ca_file", "has no use: there is no jwks_url with https".to_owned()));
-        }
-        for (key, time) in [("refresh", self.refresh), ("refresh_floor", self.refresh_floor)] {
-            if time < Duration::from_millis(100) {
-                problems.push((key, "must be at least 100ms".to_owned()));
+            [] => {
+                problems.add("secret", "is missing, and so are secret_file, public_key_file, jwks_file and jwks_url");
+            }
+            [first, rest @ ..] => {
+                problems.add(first, format_args!("cannot be given together with {}", rest.join(" and ")));
             }
         }
-        problems
-    }
-
-    fn algorithm_problem(&self, has_secret: bool) -> Option<(&'static str, String)> {
-        let is_hmac = |algorithm: &Algorithm| algorithm.family() == AlgorithmFamily::Hmac;
-        let text = if self.algorithms.is_empty() {
-            "is empty: name the algorithms that the issuer signs with"
-        } else if has_secret && !self.algorithms.iter().all(is_hmac) {
-            "a secret goes with HS256, HS384 and HS512 only"
-        } else if !has_secret && self.algorithms.iter().any(is_hmac) {
-            "HS256, HS384 and HS512 never go with public keys: everyone knows those"
-        } else if self.public_key_file.is_some() && self.family().is_none() {
-            "one public key is of one kind: RS and PS, or ES, or EdDSA"
-        } else {
-            return None;
-        };
-        Some(("algorithms", text.to_owned()))
+        if let Some(message) = self.algorithm_problem(self.secret.is_some() || self.secret_file.is_some()) {
+            problems.add("algorithms", message);
+        }
+        if let Some(problem) = self.secret.as_ref().and_then(|secret| secret_problem(secret.expose_secret())) {
+            problems.add("secret", problem);
+        }
+        if let Some(problem) = self.jwks_url.as_ref().and_then(|url| url_problem(url)) {
+            problems.add("jwks_url", problem);
+        }
+        let has_tls = self.jwks_url.as_ref().is_some_and(|url| url.starts_with("https:"));
+        problems.require(self.ca_file.is_none() || has_tls, "ca_file", "has no effect without a jwks_url with https");
+        for (key, time) in [("refresh", self.refresh), ("refresh_floor", self.refresh_floor)] {
+            problems.require(time >= Duration::from_millis(100), key, "must be at least 100ms");
+        }
     }
 }
 
@@ -323,7 +312,7 @@ mod tests {
 
     fn problems(text: &str) -> Vec<String> {
         let config: AuthConfig = toml::from_str(text).expect("TOML");
-        config.problems().into_iter().map(|(path, text)| format!("{path}: {text}")).collect()
+        config.problems().iter().map(ToString::to_string).collect()
     }
 
     const ISSUER: &str = "[[issuers]]\nissuer = \"i\"\naudience = \"a\"\n";
@@ -359,14 +348,14 @@ mod tests {
         let hash = format!("sha256:{}", "0".repeat(64));
         let key = format!("[[keys]]\nname = \"a\"\nhash = \"{hash}\"\nscopes = [\"admin\"]\n");
         let cases = [
-            ("mode = \"credentials\"".to_owned(), "mode: credentials are asked for"),
-            (format!("mode = \"none\"\n{key}"), "mode: none asks nobody"),
+            ("mode = \"credentials\"".to_owned(), "mode: \"credentials\" needs"),
+            (format!("mode = \"none\"\n{key}"), "mode: must not be \"none\""),
             (format!("{key}{key}"), "keys[1].name: `a` is declared twice"),
             (format!("{key}{key}"), "keys[1].hash: is the same"),
             (key.replace("\"a\"", "\"a b\""), "keys[0].name: must be"),
             (key.replace("\"admin\"", ""), "keys[0].scopes: is empty"),
             (format!("{key}tenant = \"\""), "keys[0].tenant: must have"),
-            (format!("{key}filter = \"\""), "keys[0].filter: is refused: is no filter: "),
+            (format!("{key}filter = \"\""), "keys[0].filter: is refused: is not a filter: "),
             (
                 format!("{key}filter = '{}'", r#"{"op":"not","nodes":[{"key":"sauce","cmp":"exists"}]}"#),
                 "keys[0].filter: is refused: nodes[0].key must be severity or one of",
@@ -376,7 +365,7 @@ mod tests {
             (format!("{ISSUER}algorithms = [\"HS256\"]"), "issuers[0].secret: is missing"),
             (
                 format!("{ISSUER}algorithms = [\"RS256\"]\njwks_file = \"a\"\npublic_key_file = \"b\""),
-                "issuers[0].public_key_file: can't be given beside jwks_file",
+                "issuers[0].public_key_file: cannot be given together with jwks_file",
             ),
             (format!("{ISSUER}algorithms = [\"HS256\"]\nsecret = \"short\""), "issuers[0].secret: must have at least"),
             (
@@ -385,14 +374,17 @@ mod tests {
             ),
             (format!("{ISSUER}algorithms = []\njwks_file = \"a\""), "issuers[0].algorithms: is empty"),
             (format!("{ISSUER}algorithms = [\"HS256\"]\njwks_file = \"a\""), "issuers[0].algorithms: HS256, HS384"),
-            (format!("{ISSUER}algorithms = [\"RS256\"]\nsecret_file = \"a\""), "issuers[0].algorithms: a secret goes"),
+            (
+                format!("{ISSUER}algorithms = [\"RS256\"]\nsecret_file = \"a\""),
+                "issuers[0].algorithms: must be HS256, HS384 or HS512 with a secret",
+            ),
             (
                 format!("{ISSUER}algorithms = [\"RS256\", \"HS256\"]\npublic_key_file = \"a\""),
                 "issuers[0].algorithms: HS256",
             ),
             (
                 format!("{ISSUER}algorithms = [\"RS256\", \"ES256\"]\npublic_key_file = \"a\""),
-                "issuers[0].algorithms: one public key",
+                "issuers[0].algorithms: must be of one family",
             ),
             (
                 format!("{ISSUER}algorithms = [\"RS256\"]\njwks_url = \"http://id.example/jwks\""),

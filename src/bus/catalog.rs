@@ -1,4 +1,4 @@
-//! What is declared: streams and families of them, and what holds for each.
+//! Catalog of the declared streams and families with their settings.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -8,102 +8,102 @@ use crate::store::{Consumption, Durability, Families};
 
 /// The declared streams and families.
 #[derive(Debug, Clone, Default)]
-pub struct Catalogue {
-    streams: BTreeMap<StreamName, Terms>,
+pub struct StreamCatalog {
+    streams: BTreeMap<StreamName, StreamSettings>,
     families: Families,
     /// By the family's name.
-    of_families: BTreeMap<String, Terms>,
+    family_settings: BTreeMap<String, StreamSettings>,
 }
 
-/// What holds for a stream, or for every member of a family.
+/// Settings of a stream, or of every member of a family.
 #[derive(Debug, Clone)]
-pub struct Terms {
-    /// Where dead letters go.
+pub struct StreamSettings {
+    /// The stream for dead letters.
     pub dead_letter: StreamPattern,
-    /// How durable an event is at least when it is accepted.
+    /// The minimum durability of accepted events.
     pub durability: Durability,
-    /// The groups that are declared, and who settles their entries.
+    /// The declared groups, each with the consumers that settle its entries.
     pub groups: BTreeMap<GroupName, Consumption>,
-    /// How long a group that is not declared may be silent before it counts as abandoned, if ever.
+    /// The time without activity after which an undeclared group counts as abandoned, if it ever does.
     pub abandoned_after: Option<Duration>,
 }
 
-impl Terms {
-    /// Those of a stream without groups.
+impl StreamSettings {
+    /// Creates the settings of a stream without groups.
     pub fn new(dead_letter: impl Into<StreamPattern>) -> Self {
         let durability = Durability::default();
         Self { dead_letter: dead_letter.into(), durability, groups: BTreeMap::new(), abandoned_after: None }
     }
 }
 
-impl Catalogue {
-    /// From what is declared; `families` knows the members of those that are families.
-    pub fn new(families: Families, declared: impl IntoIterator<Item = (StreamPattern, Terms)>) -> Self {
-        let mut catalogue = Self { families, ..Self::default() };
-        for (pattern, terms) in declared {
+impl StreamCatalog {
+    /// Creates a catalog. `families` has the members of the declared families.
+    pub fn new(families: Families, declared: impl IntoIterator<Item = (StreamPattern, StreamSettings)>) -> Self {
+        let mut catalog = Self { families, ..Self::default() };
+        for (pattern, settings) in declared {
             match pattern {
-                StreamPattern::One(stream) => drop(catalogue.streams.insert(stream, terms)),
+                StreamPattern::One(stream) => drop(catalog.streams.insert(stream, settings)),
                 StreamPattern::Family(family) => {
-                    drop(catalogue.of_families.insert(family.name().to_owned(), terms));
+                    drop(catalog.family_settings.insert(family.name().to_owned(), settings));
                 }
             }
         }
-        catalogue
+        catalog
     }
 
-    fn terms(&self, stream: &StreamName) -> Option<&Terms> {
-        let of_family = || self.of_families.get(self.families.of(stream)?.family().name());
+    fn settings(&self, stream: &StreamName) -> Option<&StreamSettings> {
+        let of_family = || self.family_settings.get(self.families.of(stream)?.family().name());
         self.streams.get(stream).or_else(of_family)
     }
 
-    /// How durable an event of this stream is at least when it is accepted.
+    /// Returns the minimum durability of accepted events of a stream.
     pub fn durability(&self, stream: &StreamName) -> Durability {
-        self.terms(stream).map(|terms| terms.durability).unwrap_or_default()
+        self.settings(stream).map(|settings| settings.durability).unwrap_or_default()
     }
 
-    /// How long a group of that stream that is not declared may be silent before it counts as abandoned, if ever.
+    /// Returns the time after which an idle, undeclared group of the stream counts as abandoned, if it ever does.
     pub fn abandoned_after(&self, stream: &StreamName) -> Option<Duration> {
-        self.terms(stream)?.abandoned_after
+        self.settings(stream)?.abandoned_after
     }
 
-    /// Who settles a group's entries, if the group is declared.
+    /// Returns which consumers settle the entries of a group, or `None` if the group is not declared.
     pub fn consumption(&self, stream: &StreamName, group: &GroupName) -> Option<Consumption> {
-        self.terms(stream)?.groups.get(group).copied()
+        self.settings(stream)?.groups.get(group).copied()
     }
 
-    /// The declared families.
+    /// Returns the declared families.
     pub fn families(&self) -> &Families {
         &self.families
     }
 
-    /// What binds a member of a family, or the stream of its dead letters, to a key: the family's placeholder, and the key.
+    /// Returns the placeholder and the key of a family member or of its dead-letter stream.
     pub fn binding<'a>(&'a self, stream: &'a StreamName) -> Option<(&'a str, &'a str)> {
         let of = |family: &'a Family| Some((family.placeholder(), family.key_of(stream)?));
         let member = self.families.of(stream).and_then(|roster| of(roster.family()));
-        member.or_else(|| self.of_families.values().find_map(|terms| of(terms.dead_letter.family()?)))
+        member.or_else(|| self.family_settings.values().find_map(|settings| of(settings.dead_letter.family()?)))
     }
 
-    /// The declared streams, by name, without families.
+    /// Returns the declared streams by name, without families.
     pub fn streams(&self) -> impl Iterator<Item = &StreamName> {
         self.streams.keys()
     }
 
-    /// What is declared: the names of streams and of families.
+    /// Returns the names of the declared streams and families.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.streams.keys().map(StreamName::as_str).chain(self.families.iter().map(|roster| roster.family().name()))
     }
 
-    /// Whether the stream is declared, or can be of a declared family, so that it may be published to.
+    /// Returns whether the stream is declared or its name belongs to a declared family. Only then it takes events.
     pub fn contains(&self, stream: &StreamName) -> bool {
         self.streams.contains_key(stream) || self.families.of(stream).is_some()
     }
 
-    /// Whether the stream may be read: it is declared, or holds the dead letters of one that is.
+    /// Returns whether the stream may be read: it is declared, or has the dead letters of a declared stream.
     pub fn is_readable(&self, stream: &StreamName) -> bool {
-        let holds = |terms: &Terms| match &terms.dead_letter {
+        let has_dead_letters = |settings: &StreamSettings| match &settings.dead_letter {
             StreamPattern::One(one) => one == stream,
             StreamPattern::Family(family) => family.key_of(stream).is_some(),
         };
-        self.contains(stream) || self.streams.values().chain(self.of_families.values()).any(holds)
+        self.contains(stream) || self.streams.values().chain(self.family_settings.values()).any(has_dead_letters)
     }
 }

@@ -1,4 +1,4 @@
-//! The HTTP client of the sub-commands.
+//! The HTTP client of the subcommands.
 
 mod trust;
 
@@ -12,33 +12,33 @@ use reqwest::redirect::Policy;
 use reqwest::{Client, Response, StatusCode, Url};
 use secrecy::{ExposeSecret as _, SecretString};
 
-use super::{ConfigArgs, say};
+use super::{ConfigArgs, print_line};
 use crate::tls;
 use trust::Trust;
 
-/// Where the daemon is.
+/// The daemon to connect to.
 #[derive(Debug, Clone, Args)]
 pub(super) struct ClientArgs {
-    /// The daemon's URL [default: where the configuration says it listens]
+    /// URL of the daemon [default: derived from `http.listen`]
     #[arg(long, env = "AURORA_BUS_URL", value_name = "URL")]
     url: Option<Url>,
-    /// The API key or token to show, where the daemon asks for one
+    /// API key or token, if the daemon requires credentials
     #[arg(long, env = "AURORA_BUS_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     token: Option<SecretString>,
-    /// The certificates to trust with --url https://…, in PEM [default: the system's]
+    /// Trusted certificates for --url https://…, in PEM [default: those of the system]
     #[arg(long, env = "AURORA_BUS_CA_FILE", value_name = "FILE")]
     ca_file: Option<PathBuf>,
-    /// The certificate to show, in PEM, where the daemon asks for one
+    /// Client certificate in PEM, if the daemon requires one
     #[arg(long, env = "AURORA_BUS_CLIENT_CERT_FILE", value_name = "FILE", requires = "client_key_file")]
     client_cert_file: Option<PathBuf>,
-    /// The key of that certificate, in PEM
+    /// Private key of the client certificate, in PEM
     #[arg(long, env = "AURORA_BUS_CLIENT_KEY_FILE", value_name = "FILE", requires = "client_cert_file")]
     client_key_file: Option<PathBuf>,
 }
 
 impl ClientArgs {
-    /// A client for the daemon, without proxy and redirects, and the daemon's URL: as given, or where the configuration
-    /// says that it listens.
+    /// Creates a client for the daemon, without proxy and redirects. Returns it with the URL of the daemon, which is
+    /// given or derived from the configuration.
     pub(super) fn connect(&self, config: &ConfigArgs, timeout: Duration) -> anyhow::Result<(Client, Url)> {
         self.connect_with(config, timeout, true)
     }
@@ -56,7 +56,7 @@ impl ClientArgs {
             listen.set_ip(loopback);
         }
         let scheme = if http.tls.is_some() { "https" } else { "http" };
-        let url = Url::parse(&format!("{scheme}://{listen}")).context("cannot make a URL of http.listen")?;
+        let url = Url::parse(&format!("{scheme}://{listen}")).context("http.listen does not form a URL")?;
         let trust = match &http.tls {
             Some(tls) if is_secret && self.ca_file.is_none() => Trust::Own(&tls.cert_file),
             Some(_) if self.ca_file.is_none() => Trust::Anyone,
@@ -70,7 +70,7 @@ impl ClientArgs {
         let mut headers = HeaderMap::new();
         if let Some(token) = &self.token {
             let value = HeaderValue::from_str(&format!("Bearer {}", token.expose_secret()));
-            let mut value = value.map_err(|_error| anyhow!("the token has characters that no token has"))?;
+            let mut value = value.map_err(|_error| anyhow!("the token must consist of visible ASCII characters"))?;
             value.set_sensitive(true);
             headers.insert(AUTHORIZATION, value);
         }
@@ -80,32 +80,32 @@ impl ClientArgs {
             tls::trusting_none()
         };
         let builder = builder.default_headers(headers).timeout(timeout).connect_timeout(Duration::from_secs(5));
-        builder.tls_backend_preconfigured(tls).build().context("cannot make an HTTP client")
+        builder.tls_backend_preconfigured(tls).build().context("cannot create an HTTP client")
     }
 }
 
-/// The daemon's URL with a path of its API.
+/// Returns the URL of an API path.
 pub(super) fn endpoint(base: &Url, segments: &[&str]) -> anyhow::Result<Url> {
     let mut url = base.clone();
     match url.path_segments_mut() {
         Ok(mut path) => path.pop_if_empty().extend(segments),
-        Err(()) => bail!("{base} can't have a path: use http://host:port"),
+        Err(()) => bail!("{base} is not a base URL: use http://host:port"),
     };
     Ok(url)
 }
 
-/// What the daemon said when it refused, in its own words.
-pub(super) async fn refusal(response: Response) -> String {
+/// Returns the error of a response, with its detail.
+pub(super) async fn error_of(response: Response) -> String {
     #[derive(serde::Deserialize)]
-    struct Problem {
+    struct ProblemDetail {
         detail: String,
     }
     let status = response.status();
     let body = response.bytes().await.unwrap_or_default();
-    match serde_json::from_slice::<Problem>(&body) {
+    match serde_json::from_slice::<ProblemDetail>(&body) {
         Ok(problem) if status == StatusCode::UNAUTHORIZED => {
             let detail = problem.detail;
-            format!("401: {detail}; commands show the key or token of --token or AURORA_BUS_TOKEN")
+            format!("401: {detail}; set a key or token with --token or AURORA_BUS_TOKEN")
         }
         Ok(problem) => format!("{}: {}", status.as_u16(), problem.detail),
         Err(_) => status.to_string(),
@@ -114,15 +114,15 @@ pub(super) async fn refusal(response: Response) -> String {
 
 /// `aurora-bus health`
 pub(super) async fn health(config: &ConfigArgs, args: &ClientArgs) -> anyhow::Result<()> {
-    // Nobody needs credentials for that, and whether a certificate is as it should be is no question of health.
+    // Health needs no credentials, and does not depend on a valid certificate.
     let args = ClientArgs { token: None, ..args.clone() };
     let (client, base) = args.connect_with(config, Duration::from_secs(3), false)?;
     let url = endpoint(&base, &["health"])?;
     let response = client.get(url.clone()).send().await;
-    let response = response.with_context(|| format!("no answer from {url}"))?;
+    let response = response.with_context(|| format!("no response from {url}"))?;
     if !response.status().is_success() {
-        bail!("{url} answered {}", refusal(response).await);
+        bail!("{url} responded with {}", error_of(response).await);
     }
-    say("healthy")?;
+    print_line("healthy")?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! `aurora-bus dead`: look at dead letters, replay them, discard them.
+//! `aurora-bus dead`: lists, shows, replays and discards dead letters.
 
 mod bulk;
 
@@ -11,54 +11,54 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 
-use super::client::{ClientArgs, endpoint, refusal};
-use super::{ConfigArgs, say, tell};
+use super::client::{ClientArgs, endpoint, error_of};
+use super::{ConfigArgs, eprint_text, print_line};
 
-/// What to do with dead letters.
+/// The actions on dead letters.
 #[derive(Debug, Subcommand)]
 pub(super) enum DeadCommand {
-    /// List dead letters, oldest first; without a stream, the streams that hold them
+    /// List dead letters, oldest first; without STREAM, list the streams of dead letters
     List(ListArgs),
     /// Print one dead letter with its entry, as JSON
     Show(ShowArgs),
-    /// Append dead letters to their streams once more, and remove them
+    /// Append dead letters to their streams again, and remove them
     ///
-    /// Safe to repeat: none is lost and none is appended twice, whatever was broken off. Exit code 1 where something
-    /// failed, was refused or is gone, or where --yes is missing.
+    /// Safe to repeat after any interruption: no entry is lost or appended twice. Exit code 1 if a request failed, if a
+    /// dead letter was refused or is gone, or if --yes is missing.
     Replay(ReplayArgs),
     /// Remove dead letters for good
     ///
-    /// Exit code 1 where something failed or is gone, or where --yes is missing.
+    /// Exit code 1 if a request failed, if a dead letter is gone, or if --yes is missing.
     Discard(DiscardArgs),
 }
 
-/// Which dead letters.
+/// Conditions on dead letters.
 #[derive(Debug, Clone, Args)]
 struct Filters {
-    /// Only those that this group gave up
+    /// Filter by the group that gave them up
     #[arg(long)]
     group: Option<String>,
-    /// Only those that died of this: rejected, exhausted, crashed, undecodable; or foreign: written by someone else
+    /// Filter by reason: rejected, exhausted, crashed, undecodable, or foreign (not written by aurora-bus)
     #[arg(long)]
     reason: Option<String>,
-    /// Only those that died since: a time such as 2026-01-31T08:00:00Z, a time ago such as -15m, or a position
+    /// Filter by time: a time such as 2026-01-31T08:00:00Z, a duration ago such as -15m, or a position
     #[arg(long, allow_hyphen_values = true)]
     since: Option<String>,
-    /// Only those whose entry passes this filter, a tree of conditions as dashboards have them, in JSON
+    /// Filter by the original entry: a filter as for dashboards, as JSON
     #[arg(long)]
     filter: Option<String>,
 }
 
 #[derive(Debug, Args)]
 pub(super) struct ListArgs {
-    /// The stream
+    /// Name of the stream
     stream: Option<String>,
     #[command(flatten)]
     filters: Filters,
-    /// The most to list
+    /// Maximum number of dead letters to list
     #[arg(long, default_value_t = 100)]
     limit: u64,
-    /// One JSON object per line, with the entries
+    /// Print one JSON object per format_line, with the entries
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -67,33 +67,33 @@ pub(super) struct ListArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct ShowArgs {
-    /// The stream
+    /// Name of the stream
     stream: String,
-    /// The dead letter's id, as `list` shows it
+    /// Id of the dead letter, as printed by `list`
     id: String,
     #[command(flatten)]
     client: ClientArgs,
 }
 
-/// Which dead letters to act on, and how.
+/// The dead letters to act on, and the options.
 #[derive(Debug, Args)]
 struct BulkArgs {
-    /// The stream
+    /// Name of the stream
     stream: String,
-    /// These dead letters, by their ids as `list` shows them; without ids all that match
+    /// Ids of dead letters, as printed by `list`; without ids, all that match
     ids: Vec<String>,
     #[command(flatten)]
     filters: Filters,
-    /// Count what would be done, and change nothing
+    /// Count the matching dead letters, and change nothing
     #[arg(long)]
     dry_run: bool,
-    /// Do it: needed where no ids are given
+    /// Confirm the action; required without ids
     #[arg(long)]
     yes: bool,
     /// Print the counts as one JSON object
     #[arg(long)]
     json: bool,
-    /// How often a request is repeated while the daemon does not answer or has no room, with growing pauses
+    /// Number of retries per request if the daemon does not respond or is busy, with growing pauses
     #[arg(long, default_value_t = 8)]
     retries: u32,
     #[command(flatten)]
@@ -104,10 +104,10 @@ struct BulkArgs {
 pub(super) struct ReplayArgs {
     #[command(flatten)]
     bulk: BulkArgs,
-    /// Whom for: group (the one that failed), group:NAME, or stream (every group and dashboards)
+    /// Target: group (the one that failed), group:NAME, or stream (all groups and dashboards)
     #[arg(long, default_value = "group")]
     to: String,
-    /// Also those that were replayed as often as `dead_letters.max_replays` allows
+    /// Replay entries that have reached `dead_letters.max_replays` too
     #[arg(long)]
     force: bool,
 }
@@ -127,7 +127,7 @@ pub(super) async fn run(config: &ConfigArgs, command: DeadCommand) -> anyhow::Re
     }
 }
 
-/// The daemon's dead letters over HTTP.
+/// The API of dead letters of a daemon.
 struct Remote {
     client: Client,
     base: Url,
@@ -145,31 +145,33 @@ impl Remote {
 
     async fn get<T: DeserializeOwned>(&self, url: Url) -> anyhow::Result<T> {
         let response = self.client.get(url).send().await;
-        let response = response.with_context(|| format!("no answer from {}", self.base))?;
+        let response = response.with_context(|| format!("no response from {}", self.base))?;
         if !response.status().is_success() {
-            bail!("{}", refusal(response).await);
+            bail!("{}", error_of(response).await);
         }
-        response.json().await.context("the daemon's answer makes no sense")
+        response.json().await.context("the response of the daemon is not valid")
     }
 
-    /// Sends until there is an answer that repeating won't change.
+    /// Sends a request, with retries while it fails transiently.
     async fn send<T: DeserializeOwned>(&self, url: &Url, body: &serde_json::Value, retries: u32) -> anyhow::Result<T> {
         let mut pause = Duration::from_millis(250);
         let mut attempt = 0;
         loop {
             let problem = match self.client.request(Method::POST, url.clone()).json(body).send().await {
                 Ok(response) if response.status().is_success() => match response.bytes().await {
-                    Ok(body) => return serde_json::from_slice(&body).context("the daemon's answer makes no sense"),
-                    // It broke off.
+                    Ok(body) => {
+                        return serde_json::from_slice(&body).context("the response of the daemon is not valid");
+                    }
+                    // The connection was lost.
                     Err(error) => error.to_string(),
                 },
                 Ok(response) => {
                     let status = response.status();
-                    let refusal = refusal(response).await;
+                    let error_of = error_of(response).await;
                     if !(status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS) {
-                        bail!("the daemon refused the request: {refusal}");
+                        bail!("the daemon refused the request: {error_of}");
                     }
-                    refusal
+                    error_of
                 }
                 Err(error) => error.to_string(),
             };
@@ -177,7 +179,7 @@ impl Remote {
                 bail!("gave up after {} attempts: {problem}", retries + 1);
             }
             attempt += 1;
-            tell(&format!("trying again in {} ms: {problem}\n", pause.as_millis()));
+            eprint_text(&format!("request failed, trying again in {} ms: {problem}\n", pause.as_millis()));
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_secs(10));
         }
@@ -186,11 +188,11 @@ impl Remote {
 
 #[derive(Deserialize)]
 struct Streams {
-    dead_letters: Vec<Level>,
+    dead_letters: Vec<LevelLine>,
 }
 
 #[derive(Deserialize)]
-struct Level {
+struct LevelLine {
     stream: String,
     #[serde(default)]
     of: Vec<String>,
@@ -201,13 +203,13 @@ struct Level {
 }
 
 #[derive(Deserialize)]
-struct Page {
+struct ListPage {
     dead_letters: Vec<Box<RawValue>>,
     next: Option<String>,
 }
 
 #[derive(Deserialize)]
-struct Letter {
+struct DeadLetterLine {
     id: String,
     stream: Option<String>,
     group: Option<String>,
@@ -218,7 +220,7 @@ struct Letter {
     last_failure: Option<String>,
 }
 
-/// How much of an error a line shows, in characters.
+/// Maximum number of characters of an error in a format_line.
 const ERROR_WIDTH: usize = 100;
 
 async fn list(config: &ConfigArgs, args: ListArgs) -> anyhow::Result<()> {
@@ -241,13 +243,15 @@ async fn list(config: &ConfigArgs, args: ListArgs) -> anyhow::Result<()> {
         for (name, value) in pairs.into_iter().filter_map(|(name, value)| Some((name, value?))) {
             url.query_pairs_mut().append_pair(name, value);
         }
-        let page: Page = remote.get(url).await?;
+        let page: ListPage = remote.get(url).await?;
         for letter in &page.dead_letters {
             left = left.saturating_sub(1);
             if args.json {
-                say(letter.get())?;
+                print_line(letter.get())?;
             } else {
-                say(&line(&serde_json::from_str(letter.get()).context("the daemon's answer makes no sense")?))?;
+                print_line(&format_line(
+                    &serde_json::from_str(letter.get()).context("the response of the daemon is not valid")?,
+                ))?;
             }
         }
         cursor = page.next;
@@ -255,7 +259,7 @@ async fn list(config: &ConfigArgs, args: ListArgs) -> anyhow::Result<()> {
             return Ok(());
         }
     }
-    tell(&format!("there may be more: --limit {} lists no more than that\n", args.limit));
+    eprint_text(&format!("there may be more dead letters: --limit is {}\n", args.limit));
     Ok(())
 }
 
@@ -263,26 +267,26 @@ async fn list_streams(remote: &Remote, json: bool) -> anyhow::Result<()> {
     let url = remote.url(&[])?;
     if json {
         let raw: Box<RawValue> = remote.get(url).await?;
-        return Ok(say(raw.get())?);
+        return Ok(print_line(raw.get())?);
     }
     let streams: Streams = remote.get(url).await?;
     for level in streams.dead_letters {
-        let Level { stream, of, length, max_len, alarm, error } = level;
+        let LevelLine { stream, of, length, max_len, alarm, error } = level;
         match error {
-            Some(error) => say(&format!("{stream}  cannot be read: {error}"))?,
-            None => say(&format!("{stream}  {length} of at most {max_len}  of {}", of.join(", ")))?,
+            Some(error) => print_line(&format!("{stream}  not readable: {error}"))?,
+            None => print_line(&format!("{stream}  {length} of at most {max_len}  of {}", of.join(", ")))?,
         }
         if let Some(alarm) = alarm {
-            tell(&format!("warning: {alarm}\n"));
+            eprint_text(&format!("warning: {alarm}\n"));
         }
     }
     Ok(())
 }
 
-fn line(letter: &Letter) -> String {
-    let Letter { id, stream, group, reason, error, attempts, replays, last_failure } = letter;
+fn format_line(letter: &DeadLetterLine) -> String {
+    let DeadLetterLine { id, stream, group, reason, error, attempts, replays, last_failure } = letter;
     let (Some(stream), Some(group), Some(reason)) = (stream, group, reason) else {
-        return format!("{id}  foreign: no dead letter of the bus");
+        return format!("{id}  foreign: not written by aurora-bus");
     };
     let time = last_failure.as_deref().unwrap_or_default();
     let (attempts, replays) = (attempts.unwrap_or_default(), replays.unwrap_or_default());
@@ -294,6 +298,6 @@ fn line(letter: &Letter) -> String {
 async fn show(config: &ConfigArgs, args: ShowArgs) -> anyhow::Result<()> {
     let remote = Remote::new(config, &args.client)?;
     let letter: Box<RawValue> = remote.get(remote.url(&[&args.stream, &args.id])?).await?;
-    say(letter.get())?;
+    print_line(letter.get())?;
     Ok(())
 }

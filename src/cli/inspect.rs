@@ -3,22 +3,22 @@
 use anyhow::bail;
 use clap::Args;
 
-use super::{ConfigArgs, say};
+use super::{ConfigArgs, print_line};
 use crate::app;
 use crate::config::Config;
 
-/// What to check.
+/// The scope of the check.
 #[derive(Debug, Clone, Copy, Args)]
 pub(super) struct CheckArgs {
-    /// Also connect to the store and open the sinks, as `serve` would
+    /// Also connect to the store and open the sinks, as `serve` does
     #[arg(long)]
     connect: bool,
 }
 
-/// Which configuration to print.
+/// The configuration to print.
 #[derive(Debug, Clone, Copy, Args)]
 pub(super) struct PrintArgs {
-    /// The built-in default instead of the effective configuration
+    /// Print the built-in default instead of the effective configuration
     #[arg(long)]
     default: bool,
 }
@@ -26,29 +26,33 @@ pub(super) struct PrintArgs {
 pub(super) async fn check(config: &ConfigArgs, args: CheckArgs) -> anyhow::Result<()> {
     let config = config.load()?;
     let groups: usize = config.streams.iter().map(|stream| stream.groups.len()).sum();
-    say(&format!("configuration: {} streams, {groups} groups, {} sinks", config.streams.len(), config.sinks.len()))?;
+    print_line(&format!(
+        "configuration: {} streams, {groups} groups, {} sinks",
+        config.streams.len(),
+        config.sinks.len()
+    ))?;
     if let Some(validity) = app::check_files(&config)? {
         if !validity.is_now() {
             bail!("http.tls.cert_file: {}", validity.concern().unwrap_or_default());
         }
-        say(&format!("certificate: fits its key, good for {:.0} days", validity.days_left().floor()))?;
+        print_line(&format!("certificate: fits its key, good for {:.0} days", validity.days_left().floor()))?;
         if let Some(concern) = validity.concern() {
-            say(&format!("warning: {concern}"))?;
+            print_line(&format!("warning: {concern}"))?;
         }
     }
     if args.connect {
         let status = app::check(&config).await?;
-        say(&format!("store: {}", status.description))?;
+        print_line(&format!("store: {}", status.description))?;
         for warning in status.warnings {
-            say(&format!("warning: {warning}"))?;
+            print_line(&format!("warning: {warning}"))?;
         }
-        say("sinks: all can take entries")?;
+        print_line("sinks: all ready")?;
     }
     Ok(())
 }
 
 pub(super) fn print(config: &ConfigArgs, args: PrintArgs) -> anyhow::Result<()> {
     let config = if args.default { Config::default() } else { config.load()? };
-    say(config.to_toml().trim_end())?;
+    print_line(config.to_toml().trim_end())?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! `aurora-bus publish`: streams NDJSON into a stream, safely repeated where an answer was lost.
+//! `aurora-bus publish`: publishes NDJSON to a stream, and safely repeats requests without a response.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -11,59 +11,59 @@ use serde::Deserialize;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt as _, BufReader};
 use uuid::Uuid;
 
-use super::client::{ClientArgs, endpoint, refusal};
-use super::{ConfigArgs, say, tell};
+use super::client::{ClientArgs, endpoint, error_of};
+use super::{ConfigArgs, eprint_text, print_line};
 
-/// What to publish, and where to.
+/// The events, and the stream that they are published to.
 #[derive(Debug, Args)]
 pub(super) struct PublishArgs {
-    /// The stream
+    /// Name of the stream
     stream: String,
-    /// A file of NDJSON (one JSON object per line), or - for standard input
+    /// File of NDJSON (one JSON object per line), or - for standard input
     #[arg(default_value = "-")]
     file: PathBuf,
-    /// Events per request
+    /// Number of events per request
     #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=5_000))]
     batch: u32,
-    /// How often a request is repeated while the daemon does not answer or has no room, with growing pauses
+    /// Number of retries per request if the daemon does not respond or is busy, with growing pauses
     #[arg(long, default_value_t = 8)]
     retries: u32,
     #[command(flatten)]
     client: ClientArgs,
 }
 
-/// Bytes of one request after which it is sent, however few events it has.
+/// Size in bytes from which a request is sent with fewer events.
 const MAX_BATCH_BYTES: usize = 4 * 1024 * 1024;
 
-/// How long the daemon recognises a repeated request. Longer than all repetitions take.
+/// Time for which the daemon recognizes a repeated request. Longer than all retries take.
 const DEDUP_WINDOW: &str = "1h";
 
 #[derive(Debug, Default)]
-struct Counts {
+struct PublishCounts {
     lines: u64,
     accepted: u64,
     refused: u64,
 }
 
 #[derive(Deserialize)]
-struct Answer {
-    results: Vec<Item>,
+struct PublishResponse {
+    results: Vec<PublishResult>,
 }
 
 #[derive(Deserialize)]
-struct Item {
-    error: Option<Refusal>,
+struct PublishResult {
+    error: Option<PublishRefusal>,
 }
 
 #[derive(Deserialize)]
-struct Refusal {
+struct PublishRefusal {
     detail: String,
     retry: bool,
 }
 
-/// A batch of lines, and where each stood in the input.
+/// Lines of one request, with their numbers in the input.
 #[derive(Default)]
-struct Batch {
+struct LineBatch {
     body: Vec<u8>,
     numbers: Vec<u64>,
 }
@@ -81,7 +81,7 @@ pub(super) async fn run(config: &ConfigArgs, args: PublishArgs) -> anyhow::Resul
         (Box::new(BufReader::with_capacity(256 * 1024, file)), size)
     };
     let progress = progress(size);
-    let mut counts = Counts::default();
+    let mut counts = PublishCounts::default();
     loop {
         let batch = next_batch(&mut input, args.batch as usize, &mut counts.lines).await?;
         if batch.numbers.is_empty() {
@@ -93,20 +93,20 @@ pub(super) async fn run(config: &ConfigArgs, args: PublishArgs) -> anyhow::Resul
         progress.set_message(format!("{} accepted", counts.accepted));
         if let Err(error) = sent {
             progress.abandon();
-            say(&summary(&counts))?;
+            print_line(&summary(&counts))?;
             return Err(error);
         }
     }
     progress.finish_and_clear();
-    say(&summary(&counts))?;
+    print_line(&summary(&counts))?;
     if counts.refused > 0 {
         bail!("{} of {} events were refused", counts.refused, counts.accepted + counts.refused);
     }
     Ok(())
 }
 
-fn summary(counts: &Counts) -> String {
-    let Counts { accepted, refused, .. } = counts;
+fn summary(counts: &PublishCounts) -> String {
+    let PublishCounts { accepted, refused, .. } = counts;
     format!("{accepted} accepted, {refused} refused")
 }
 
@@ -123,8 +123,8 @@ async fn next_batch(
     input: &mut (dyn AsyncBufRead + Unpin),
     max_events: usize,
     line_number: &mut u64,
-) -> anyhow::Result<Batch> {
-    let mut batch = Batch::default();
+) -> anyhow::Result<LineBatch> {
+    let mut batch = LineBatch::default();
     while batch.numbers.len() < max_events && batch.body.len() < MAX_BATCH_BYTES {
         let start = batch.body.len();
         let read = input.read_until(b'\n', &mut batch.body).await.context("cannot read the input")?;
@@ -147,8 +147,14 @@ async fn next_batch(
 
 /// Sends a batch until each of its events is accepted or refused for good.
 ///
-/// Every repetition carries the same key, so an event whose first answer was lost is not stored twice.
-async fn send(client: &Client, url: &Url, batch: Batch, retries: u32, counts: &mut Counts) -> anyhow::Result<()> {
+/// Each retry has the same idempotency key, so that an event with a lost response is not stored twice.
+async fn send(
+    client: &Client,
+    url: &Url,
+    batch: LineBatch,
+    retries: u32,
+    counts: &mut PublishCounts,
+) -> anyhow::Result<()> {
     let key = Uuid::new_v4().to_string();
     let body = bytes::Bytes::from(batch.body);
     let mut pause = Duration::from_millis(250);
@@ -160,48 +166,48 @@ async fn send(client: &Client, url: &Url, batch: Batch, retries: u32, counts: &m
             Ok(response) if matches!(response.status(), StatusCode::CREATED | StatusCode::MULTI_STATUS) => {
                 match response.bytes().await {
                     Ok(body) => {
-                        let answer: Answer =
-                            serde_json::from_slice(&body).context("the daemon's answer makes no sense")?;
-                        let is_retried = |item: &Item| item.error.as_ref().is_some_and(|error| error.retry);
-                        if is_last || !answer.results.iter().any(is_retried) {
-                            count(&answer, &batch.numbers, counts);
+                        let response: PublishResponse =
+                            serde_json::from_slice(&body).context("the response of the daemon is not valid")?;
+                        let is_retried = |item: &PublishResult| item.error.as_ref().is_some_and(|error| error.retry);
+                        if is_last || !response.results.iter().any(is_retried) {
+                            count(&response, &batch.numbers, counts);
                             return Ok(());
                         }
-                        "some events were not stored".to_owned()
+                        "events were not stored".to_owned()
                     }
-                    // It broke off.
+                    // The connection was lost.
                     Err(error) => error.to_string(),
                 }
             }
             Ok(response) => {
                 let status = response.status();
-                let refusal = refusal(response).await;
-                let may_pass = status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS;
-                if !may_pass {
-                    bail!("the daemon refused the request: {refusal}");
+                let error_of = error_of(response).await;
+                let is_transient = status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS;
+                if !is_transient {
+                    bail!("the daemon refused the request: {error_of}");
                 }
-                refusal
+                error_of
             }
             Err(error) => error.to_string(),
         };
         if is_last {
             bail!("gave up after {} attempts: {problem}", retries + 1);
         }
-        tell(&format!("trying again in {} ms: {problem}\n", pause.as_millis()));
+        eprint_text(&format!("request failed, trying again in {} ms: {problem}\n", pause.as_millis()));
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(Duration::from_secs(10));
     }
     Ok(())
 }
 
-fn count(answer: &Answer, numbers: &[u64], counts: &mut Counts) {
-    for (item, number) in answer.results.iter().zip(numbers) {
+fn count(response: &PublishResponse, numbers: &[u64], counts: &mut PublishCounts) {
+    for (item, number) in response.results.iter().zip(numbers) {
         match &item.error {
             Some(error) => {
                 counts.refused += 1;
-                tell(&format!("line {number}: {}\n", error.detail));
+                eprint_text(&format!("line {number}: {}\n", error.detail));
             }
-            // Also a duplicate: the key is this batch's own, so its first copy was accepted a moment ago.
+            // A duplicate also counts as accepted: only an earlier try of this batch can have stored it.
             None => counts.accepted += 1,
         }
     }

@@ -1,4 +1,4 @@
-//! `aurora-bus reconcile`: whether every published entry is accounted for, group by group.
+//! `aurora-bus reconcile`: checks that every published entry is accounted for, per group.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,28 +10,28 @@ use reqwest::{Client, Url};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use super::client::{ClientArgs, endpoint, refusal};
-use super::{ConfigArgs, say};
+use super::client::{ClientArgs, endpoint, error_of};
+use super::{ConfigArgs, print_line};
 
-/// Between two looks at accounts that do not add up.
-const LOOK_AGAIN: Duration = Duration::from_millis(500);
+/// Interval between two reads of accounts that do not add up.
+const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// What to check.
+/// The streams to check, and the output format.
 #[derive(Debug, Args)]
 pub(super) struct ReconcileArgs {
-    /// The stream, or a family of them; every declared stream where none is given
+    /// Name of the stream or family [default: all declared streams]
     stream: Option<String>,
     /// Print JSON instead of a table
     #[arg(long)]
     json: bool,
-    /// How long an account may take to add up: losses are found by looking every few seconds
+    /// Time in which an account must add up; losses are found within seconds
     #[arg(long, value_name = "TIME", default_value = "15s", value_parser = humantime_serde::re::humantime::parse_duration)]
     wait: Duration,
     #[command(flatten)]
     client: ClientArgs,
 }
 
-/// The accounts could not be had. The exit code is then 2.
+/// A failure to read the accounts. The exit code is 2.
 #[derive(Debug)]
 pub(super) struct CannotReconcile;
 
@@ -81,9 +81,9 @@ struct Group {
     consumed_outside: bool,
 }
 
-/// One group's line in the JSON.
+/// The JSON output for one group.
 #[derive(Debug, Serialize)]
-struct Line<'a> {
+struct GroupLine<'a> {
     stream: &'a str,
     #[serde(flatten)]
     group: &'a Group,
@@ -92,18 +92,18 @@ struct Line<'a> {
 }
 
 impl Group {
-    /// Why the account does not add up, if it does not.
+    /// Returns the reason why the account does not add up, or `None` if it does.
     fn reason(&self) -> Option<&'static str> {
         match self.difference {
             Some(0) => None,
-            Some(missing) if missing > 0 => Some(
-                "published and nowhere to be found: acknowledged outside of the daemon, or taken away with a consumer",
-            ),
-            Some(_) if self.consumed_outside => Some("more is found than was published: the group was set back"),
-            Some(_) => Some("more is found than was published: the group was set back, or the stream was restored"),
+            Some(missing) if missing > 0 => {
+                Some("published entries are missing: acknowledged outside of the daemon, or removed with a consumer")
+            }
+            Some(_) if self.consumed_outside => Some("surplus entries: the group was set back"),
+            Some(_) => Some("surplus entries: the group was set back, or the stream was restored"),
             None => Some(
-                "can't be told now: the server can't count the entries before the group has come to the end of the \
-                 stream (before Redis 7.0 it never can)",
+                "unknown: the server cannot count the entries until the group has reached the end of the \
+                 stream (before Redis 7.0, never)",
             ),
         }
     }
@@ -111,14 +111,14 @@ impl Group {
 
 /// `aurora-bus reconcile`
 pub(super) async fn run(config: &ConfigArgs, args: ReconcileArgs) -> anyhow::Result<()> {
-    let streams = look(config, &args).await.context(CannotReconcile)?;
-    let lines: Vec<Line<'_>> = streams
+    let streams = read_accounts(config, &args).await.context(CannotReconcile)?;
+    let lines: Vec<GroupLine<'_>> = streams
         .iter()
         .flat_map(|stream| stream.groups.iter().map(move |group| (stream, group)))
-        .map(|(stream, group)| Line { stream: &stream.name, group, reason: group.reason() })
+        .map(|(stream, group)| GroupLine { stream: &stream.name, group, reason: group.reason() })
         .collect();
     if args.json {
-        say(&serde_json::to_string_pretty(&lines)?)?;
+        print_line(&serde_json::to_string_pretty(&lines)?)?;
     } else {
         table(&lines)?;
     }
@@ -128,15 +128,15 @@ pub(super) async fn run(config: &ConfigArgs, args: ReconcileArgs) -> anyhow::Res
     let of_all = lines.len();
     match (wrong, unknown) {
         (0, 0) => Ok(()),
-        (0, _) => bail!("of {of_all} accounts {unknown} can't be told now"),
-        (_, 0) => bail!("of {of_all} accounts {wrong} do not add up"),
-        _ => bail!("of {of_all} accounts {wrong} do not add up, and {unknown} can't be told now"),
+        (0, _) => bail!("{unknown} of {of_all} accounts are unknown"),
+        (_, 0) => bail!("{wrong} of {of_all} accounts do not add up"),
+        _ => bail!("{wrong} of {of_all} accounts do not add up, and {unknown} are unknown"),
     }
 }
 
-/// The declared groups of the streams, looked at until all add up or the time is over. All numbers of a group are of
-/// one instant, so that traffic does not matter; but what others remove is found only after a while.
-async fn look(config: &ConfigArgs, args: &ReconcileArgs) -> anyhow::Result<Vec<Stream>> {
+/// Reads the declared groups until all accounts add up or the time is over. The numbers of a group are of one instant,
+/// so traffic does not disturb them. Removals by other programs are found after some seconds.
+async fn read_accounts(config: &ConfigArgs, args: &ReconcileArgs) -> anyhow::Result<Vec<Stream>> {
     let (client, base) = args.client.connect(config, Duration::from_secs(30))?;
     let deadline = Instant::now() + args.wait;
     loop {
@@ -151,13 +151,13 @@ async fn look(config: &ConfigArgs, args: &ReconcileArgs) -> anyhow::Result<Vec<S
         if is_balanced || Instant::now() >= deadline {
             return Ok(streams);
         }
-        tokio::time::sleep(LOOK_AGAIN).await;
+        tokio::time::sleep(CHECK_INTERVAL).await;
     }
 }
 
 async fn fetch(client: &Client, base: &Url, stream: Option<&str>) -> anyhow::Result<Vec<Stream>> {
     let mut streams = ask(client, base, stream).await?;
-    // A family stands for the streams that it has.
+    // A family stands for its members.
     let families: Vec<String> = streams.extract_if(.., |stream| stream.family.is_some()).map(|s| s.name).collect();
     for family in families {
         for found in ask(client, base, Some(&family)).await? {
@@ -175,18 +175,18 @@ async fn ask(client: &Client, base: &Url, stream: Option<&str>) -> anyhow::Resul
         Some(stream) => endpoint(&url, &[stream])?,
         None => url,
     };
-    let response = client.get(url.clone()).send().await.with_context(|| format!("no answer from {url}"))?;
+    let response = client.get(url.clone()).send().await.with_context(|| format!("no response from {url}"))?;
     if !response.status().is_success() {
-        bail!("{url} answered {}", refusal(response).await);
+        bail!("{url} responded with {}", error_of(response).await);
     }
-    let odd = || format!("{url} answered something else than streams");
+    let odd = || format!("the response of {url} is not valid");
     Ok(match stream {
         Some(_) => vec![response.json::<Stream>().await.with_context(odd)?],
         None => response.json::<Streams>().await.with_context(odd)?.streams,
     })
 }
 
-fn table(lines: &[Line<'_>]) -> std::io::Result<()> {
+fn table(lines: &[GroupLine<'_>]) -> std::io::Result<()> {
     const HEAD: [&str; 10] = [
         "stream",
         "group",
@@ -202,7 +202,7 @@ fn table(lines: &[Line<'_>]) -> std::io::Result<()> {
     let number = |value: Option<u64>| value.map_or_else(|| "unknown".to_owned(), |value| value.to_string());
     let rows: Vec<[String; 10]> = lines
         .iter()
-        .map(|Line { stream, group, .. }| {
+        .map(|GroupLine { stream, group, .. }| {
             [
                 (*stream).to_owned(),
                 group.name.clone(),
@@ -229,17 +229,17 @@ fn table(lines: &[Line<'_>]) -> std::io::Result<()> {
         });
         padded.collect::<Vec<_>>().join("  ").trim_end().to_owned()
     };
-    say(&line(HEAD))?;
+    print_line(&line(HEAD))?;
     for row in &rows {
-        say(&line(std::array::from_fn(|column| row[column].as_str())))?;
+        print_line(&line(std::array::from_fn(|column| row[column].as_str())))?;
     }
-    for Line { stream, group, reason } in lines {
+    for GroupLine { stream, group, reason } in lines {
         for (why, entries) in group.lost_by_reason.iter().filter(|(_, entries)| **entries > 0) {
-            say(&format!("{stream} {}: {entries} lost: {why}", group.name))?;
+            print_line(&format!("{stream} {}: {entries} lost: {why}", group.name))?;
         }
         if let Some(reason) = reason {
             let difference = group.difference.map_or_else(String::new, |difference| format!("{difference} "));
-            say(&format!("{stream} {}: {difference}{reason}", group.name))?;
+            print_line(&format!("{stream} {}: {difference}{reason}", group.name))?;
         }
     }
     Ok(())
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn only_an_account_that_adds_up_has_no_reason_to_tell() {
+    fn only_balanced_account_has_no_reason() {
         assert_eq!(group(Some(0)).reason(), None);
         for difference in [Some(3), Some(-3), None] {
             assert!(group(difference).reason().is_some(), "{difference:?}");

@@ -1,4 +1,4 @@
-//! `aurora-bus serve`: the daemon as a process: logs, signals, and what to try next.
+//! `aurora-bus serve`: runs the daemon as a process, with logs, signals and hints for a first try.
 
 use std::io::IsTerminal as _;
 use std::net::SocketAddr;
@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use super::say;
+use super::print_line;
 use crate::app::App;
 use crate::config::Config;
 use crate::telemetry;
@@ -19,7 +19,7 @@ pub(super) async fn run(config: Config) -> anyhow::Result<()> {
     let mut reload = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
     let app = Box::pin(App::build(config.clone())).await?;
     if std::io::stdout().is_terminal() {
-        say(&hints(&config, app.address()))?;
+        print_line(&hints(&config, app.address()))?;
     }
     let tls = app.tls();
     let stop = CancellationToken::new();
@@ -31,10 +31,10 @@ pub(super) async fn run(config: Config) -> anyhow::Result<()> {
             _ = reload.recv() => if let Some(tls) = &tls {
                 tls.look_now();
             } else {
-                tracing::info!(signal = "SIGHUP", "there is nothing to read again: no certificates are in use");
+                tracing::info!(signal = "SIGHUP", "nothing to reload, TLS is not configured");
             },
             name = either(&mut terminate, &mut interrupt) => {
-                tracing::info!(signal = name, "stopping; a second signal ends at once");
+                tracing::info!(signal = name, "stopping in order, a second signal ends at once");
                 break;
             }
         }
@@ -43,7 +43,7 @@ pub(super) async fn run(config: Config) -> anyhow::Result<()> {
     tokio::select! {
         result = &mut running => result,
         name = either(&mut terminate, &mut interrupt) => {
-            anyhow::bail!("ended at once by a second signal ({name}); work under way will be delivered again")
+            anyhow::bail!("ended by a second signal ({name}): unfinished entries will be delivered again")
         }
     }
 }
@@ -55,7 +55,7 @@ async fn either(terminate: &mut Signal, interrupt: &mut Signal) -> &'static str 
     }
 }
 
-/// What a new user can try in another terminal.
+/// Returns commands that a new user can try in another terminal.
 fn hints(config: &Config, address: SocketAddr) -> String {
     let store = match config.store.backend {
         crate::config::Backend::Embedded => format!("embedded store in {}", config.store.embedded.path.display()),

@@ -1,4 +1,4 @@
-//! `aurora-bus token`: API keys, and tokens to test with.
+//! `aurora-bus token`: creates API keys, and tokens for tests.
 
 use std::time::Duration;
 
@@ -6,58 +6,59 @@ use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
 
-use super::{ConfigArgs, say, tell};
+use super::{ConfigArgs, eprint_text, print_line};
 use crate::auth::{AuthConfig, KeyConfig, KeyHash, Scope, TokenRequest, new_key, sign};
 use crate::event::Filter;
+use crate::validate::{ConfigProblem, Validate as _};
 
-/// What to make.
+/// The credentials to create.
 #[derive(Debug, Subcommand)]
 pub(super) enum TokenCommand {
-    /// Make an API key: print it, this once, and what to put into the configuration
+    /// Create an API key and print it once, with the lines for the configuration
     Key(KeyArgs),
-    /// Make a token (JWT) in the name of a configured issuer that shares its secret with the daemon
+    /// Create a token (JWT) of a configured issuer that shares its secret with the daemon
     Jwt(JwtArgs),
 }
 
-/// What the key allows.
+/// The permissions of the key.
 #[derive(Debug, Args)]
 pub(super) struct KeyArgs {
-    /// What the key is called in the configuration and in the audit trail
+    /// Name of the key in the configuration and in the audit trail
     #[arg(long)]
     name: String,
-    /// What it allows, such as `publish:aurora:alerts`, `read:*`, `ws:alerts` or `admin`; may be repeated
+    /// Scope, such as `publish:aurora:alerts`, `read:*`, `ws:alerts` or `admin`; may be repeated
     #[arg(long, required = true)]
     scope: Vec<Scope>,
-    /// The one tenant whose entries it lets see and publish
+    /// Tenant that the key is restricted to
     #[arg(long)]
     tenant: Option<String>,
-    /// What of the entries it lets see at most, as JSON: {"key":"severity","cmp":"gte","val":"high"}
+    /// Filter that the key is restricted to, as JSON: {"key":"severity","cmp":"gte","val":"high"}
     #[arg(long)]
     filter: Option<String>,
-    /// How long it is good for, such as 90d
+    /// Lifetime of the key, such as 90d [default: unlimited]
     #[arg(long, value_parser = lifetime)]
     expires_in: Option<Duration>,
 }
 
-/// What the token says.
+/// The claims of the token.
 #[derive(Debug, Args)]
 pub(super) struct JwtArgs {
-    /// The issuer; not needed where only one is configured
+    /// Issuer of the token; optional if only one is configured
     #[arg(long)]
     issuer: Option<String>,
-    /// Whose token it is
+    /// Subject of the token
     #[arg(long)]
     subject: String,
-    /// What it allows; may be repeated
+    /// Scope, such as `publish:aurora:alerts`, `read:*`, `ws:alerts` or `admin`; may be repeated
     #[arg(long)]
     scope: Vec<Scope>,
-    /// The tenant that it is bound to
+    /// Tenant that the token is restricted to
     #[arg(long)]
     tenant: Option<String>,
-    /// What of the entries it lets see at most, as JSON: {"key":"severity","cmp":"gte","val":"high"}
+    /// Filter that the token is restricted to, as JSON: {"key":"severity","cmp":"gte","val":"high"}
     #[arg(long)]
     filter: Option<String>,
-    /// How long it is good for
+    /// Lifetime of the token
     #[arg(long, default_value = "1h", value_parser = lifetime)]
     expires_in: Duration,
 }
@@ -81,13 +82,13 @@ fn key(args: KeyArgs) -> anyhow::Result<()> {
     let KeyArgs { name, scope: scopes, tenant, filter, .. } = args;
     let declared = KeyConfig { name, hash: KeyHash::of(&key), scopes, tenant, filter, expires };
     let auth = AuthConfig { keys: vec![declared.clone()], ..AuthConfig::default() };
-    if let Some((path, problem)) = auth.problems().into_iter().next() {
-        bail!("--{}: {problem}", path.rsplit('.').next().unwrap_or(&path));
+    if let Some(ConfigProblem { path, message }) = auth.problems().into_iter().next() {
+        bail!("--{}: {message}", path.rsplit('.').next().unwrap_or(&path));
     }
-    tell("The key, which is not kept anywhere and can't be shown again:\n");
-    say(&key)?;
-    tell("\nFor the configuration of the daemon, which needs its hash only:\n");
-    say(&format!("[[auth.keys]]\n{}", toml::to_string(&declared).context("a key is TOML")?.trim_end()))?;
+    eprint_text("The key. It is not stored and cannot be shown again:\n");
+    print_line(&key)?;
+    eprint_text("\nFor the configuration of the daemon, which needs the hash only:\n");
+    print_line(&format!("[[auth.keys]]\n{}", toml::to_string(&declared).context("a key is TOML")?.trim_end()))?;
     Ok(())
 }
 
@@ -97,14 +98,14 @@ fn jwt(config: &ConfigArgs, args: JwtArgs) -> anyhow::Result<()> {
         (Some(name), issuers) => issuers.iter().find(|issuer| issuer.issuer == *name),
         (None, [issuer]) => Some(issuer),
         (None, []) => bail!("no issuer is configured (auth.issuers)"),
-        (None, _) => bail!("several issuers are configured: name one by --issuer"),
+        (None, _) => bail!("several issuers are configured: choose one with --issuer"),
     };
     let issuer = issuer.with_context(|| format!("there is no issuer `{}`", args.issuer.unwrap_or_default()))?;
     let JwtArgs { subject, scope: scopes, tenant, filter, expires_in: lifetime, .. } = args;
     if let Some(invalid) = filter.as_deref().and_then(|text| Filter::parse(text).err()) {
         bail!("--filter: is refused: {invalid}");
     }
-    let filter = filter.map(|text| serde_json::from_str(&text)).transpose().context("--filter is no JSON")?;
-    say(&sign(issuer, &TokenRequest { subject, scopes, tenant, filter, lifetime })?)?;
+    let filter = filter.map(|text| serde_json::from_str(&text)).transpose().context("--filter is not JSON")?;
+    print_line(&sign(issuer, &TokenRequest { subject, scopes, tenant, filter, lifetime })?)?;
     Ok(())
 }

@@ -1,23 +1,23 @@
-//! What sinks that forward to other streams may not do: go nowhere, go in circles, or forget too soon.
+//! Checks of forwarding sinks: a declared target, no circles, and a long enough deduplication window.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use crate::config::{Config, Problem};
+use crate::config::Config;
 use crate::delivery::GroupConfig;
 use crate::event::StreamName;
+use crate::validate::Problems;
 
-/// Everything that is wrong with forwarding.
-pub(super) fn problems(config: &Config) -> Vec<Problem> {
-    // What is forwarded names no key, so it can't go to a family.
+/// Reports the problems of all forwarding sinks.
+pub(super) fn validate(config: &Config, problems: &mut Problems) {
+    // Forwarded entries have no key, so a family cannot be the target.
     let declared: BTreeSet<&StreamName> = config.streams.iter().filter_map(|stream| stream.name.stream()).collect();
-    let mut problems = Vec::new();
     for (name, sink) in &config.sinks {
         if let Some(target) = sink.forwards_to().filter(|target| !declared.contains(target)) {
             let known = declared.iter().map(|stream| stream.as_str());
             let message =
                 format!("`{target}` is not a declared stream{}", crate::config::nearest(target.as_str(), known));
-            problems.push(Problem::new(format!("sinks.{name}.stream"), message));
+            problems.add(&format!("sinks.{name}.stream"), message);
         }
     }
     let target = |group: &GroupConfig| config.sinks.get(group.sink.as_ref()?)?.forwards_to().cloned();
@@ -29,48 +29,47 @@ pub(super) fn problems(config: &Config) -> Vec<Problem> {
         for (place, group) in stream.groups.iter().enumerate() {
             let Some(target) = target(group) else { continue };
             let path = format!("streams[{index}].groups[{place}]");
-            if let Some(way) = way(&forwards, &target, stream.name.as_str()) {
-                let way: Vec<&str> = way.iter().map(|stream| stream.as_str()).collect();
-                let message = format!("entries would go in a circle: {} → {}", stream.name, way.join(" → "));
-                problems.push(Problem::new(format!("{path}.sink"), message));
+            if let Some(circle) = path_between(&forwards, &target, stream.name.as_str()) {
+                let circle: Vec<&str> = circle.iter().map(|stream| stream.as_str()).collect();
+                let message = format!("entries would circulate: {} → {}", stream.name, circle.join(" → "));
+                problems.add(&format!("{path}.sink"), message);
             }
             let longest = longest_retries(group);
             if longest > config.publish.dedup_window {
                 let text = humantime_serde::re::humantime::format_duration;
                 let message = format!(
-                    "tries again for up to {}, but forwarded entries are recognised for {} only (publish.dedup_window): \
-                     the same one could be appended twice",
+                    "retries take up to {}, but forwarded entries are recognized for {} only: increase \
+                     publish.dedup_window, or an entry could be appended twice",
                     text(longest),
                     text(config.publish.dedup_window)
                 );
-                problems.push(Problem::new(format!("{path}.retry"), message));
+                problems.add(&format!("{path}.retry"), message);
             }
         }
     }
-    problems
 }
 
-/// The streams from one to the other, both included, if entries are forwarded that way.
-fn way<'a>(
+/// Returns the streams between two streams, including both, if entries are forwarded that way.
+fn path_between<'a>(
     forwards: &'a BTreeMap<&str, BTreeSet<StreamName>>,
     from: &'a StreamName,
     to: &str,
 ) -> Option<Vec<&'a StreamName>> {
     let mut seen = BTreeSet::from([from]);
-    let mut ways = vec![vec![from]];
-    while let Some(way) = ways.pop() {
-        let last = *way.last()?;
+    let mut paths = vec![vec![from]];
+    while let Some(path) = paths.pop() {
+        let last = *path.last()?;
         if last.as_str() == to {
-            return Some(way);
+            return Some(path);
         }
         for next in forwards.get(last.as_str()).into_iter().flatten().filter(|next| seen.insert(next)) {
-            ways.push(way.iter().copied().chain([next]).collect());
+            paths.push(path.iter().copied().chain([next]).collect());
         }
     }
     None
 }
 
-/// From an entry's first attempt to its last, while the daemon runs.
+/// Returns the time from the first to the last attempt of an entry while the daemon runs.
 fn longest_retries(group: &GroupConfig) -> Duration {
     let between = group.retry.cap + group.handler_timeout;
     between.saturating_mul(group.retry.max_attempts.saturating_sub(1))
@@ -93,32 +92,34 @@ mod tests {
         config
     }
 
-    fn told(config: &Config) -> Vec<String> {
-        problems(config).iter().map(ToString::to_string).collect()
+    fn problems_of(config: &Config) -> Vec<String> {
+        let mut problems = Problems::default();
+        validate(config, &mut problems);
+        problems.into_vec().iter().map(ToString::to_string).collect()
     }
 
     #[test]
-    fn circles_are_told_with_their_way() {
-        let itself = told(&config(&[("a", "a")]));
-        assert_eq!(itself, ["streams[0].groups[0].sink: entries would go in a circle: a → a"]);
-        let circle = told(&config(&[("a", "b"), ("b", "c"), ("c", "a")]));
+    fn circles_are_reported_with_their_path() {
+        let itself = problems_of(&config(&[("a", "a")]));
+        assert_eq!(itself, ["streams[0].groups[0].sink: entries would circulate: a → a"]);
+        let circle = problems_of(&config(&[("a", "b"), ("b", "c"), ("c", "a")]));
         assert_eq!(circle.len(), 3, "{circle:?}");
         assert!(circle[0].ends_with("a → b → c → a"), "{circle:?}");
     }
 
     #[test]
-    fn a_way_without_a_circle_is_fine_but_needs_its_streams() {
-        let told = told(&config(&[("tasks", "results"), ("results", "task")]));
-        assert_eq!(told, ["sinks.to-1.stream: `task` is not a declared stream, did you mean `tasks`?"]);
+    fn target_of_a_sink_must_be_declared() {
+        let found = problems_of(&config(&[("tasks", "results"), ("results", "task")]));
+        assert_eq!(found, ["sinks.to-1.stream: `task` is not a declared stream, did you mean `tasks`?"]);
     }
 
     #[test]
-    fn a_window_shorter_than_the_retries_is_told() {
+    fn window_shorter_than_the_retries_is_reported() {
         let mut config = config(&[("a", "b"), ("b", "c")]);
         config.streams.push(toml::from_str("name = 'c'").expect("a stream"));
-        assert_eq!(told(&config), [""; 0]);
+        assert_eq!(problems_of(&config), [""; 0]);
         config.publish.dedup_window = Duration::from_mins(10);
-        let told = told(&config);
-        assert!(told.len() == 2 && told[0].starts_with("streams[0].groups[0].retry: "), "{told:?}");
+        let found = problems_of(&config);
+        assert!(found.len() == 2 && found[0].starts_with("streams[0].groups[0].retry: "), "{found:?}");
     }
 }

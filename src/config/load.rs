@@ -1,4 +1,4 @@
-//! Reads the layers of the configuration and finds everything that is wrong with them.
+//! Reads the layers of the configuration and reports all of their problems.
 
 use std::path::{Path, PathBuf};
 
@@ -7,31 +7,32 @@ use config::{ConfigBuilder, ConfigError, Environment, File, FileFormat, Value, V
 use serde::de::DeserializeOwned;
 use serde_path_to_error::Segment;
 
-use super::{Config, InvalidConfig, Problem, default_sinks, nearest};
+use super::{Config, InvalidConfig, default_sinks, nearest};
 use crate::secret;
 use crate::sink::SinkConfig;
+use crate::validate::{ConfigProblem, Validate as _, join};
 
-/// The file that is read where no other is named, if it is there.
+/// The file that is read if no other is named and it exists.
 pub const DEFAULT_FILE: &str = "config/aurora-bus.toml";
 
-/// Where the configuration comes from, weakest first: the built-in default, a file, the environment, flags.
+/// The sources of the configuration, weakest first: built-in default, file, environment, flags.
 #[derive(Debug, Clone, Default)]
 pub struct Layers {
-    /// A file that must exist; without one [`DEFAULT_FILE`] is read if it is there.
+    /// A file that must exist. By default [`DEFAULT_FILE`], if it exists.
     pub file: Option<PathBuf>,
     /// Whether to read `AURORA_BUS__SECTION__KEY` from the environment.
     pub environment: bool,
-    /// Single keys set by flags, such as `http.listen`.
+    /// Keys that flags override, such as `http.listen`.
     pub overrides: Vec<(&'static str, String)>,
 }
 
 /// Reads and checks the configuration.
 pub fn load(layers: &Layers) -> Result<Config, InvalidConfig> {
     let mut problems = Vec::new();
-    let mut root = read(layers).map_err(|error| InvalidConfig(vec![Problem::new("", error)]))?;
+    let mut root = read(layers).map_err(|error| InvalidConfig(vec![ConfigProblem::new("", error)]))?;
     find_masked(&root, "", &mut problems);
     let sinks = take_sinks(&mut root, &mut problems);
-    let config: Option<Config> = collect(root, "", &mut problems);
+    let config: Option<Config> = read_section(root, "", &mut problems);
     let Some(mut config) = config.filter(|_| problems.is_empty()) else {
         return Err(InvalidConfig(problems));
     };
@@ -53,9 +54,9 @@ fn read(layers: &Layers) -> Result<Value, String> {
     };
     if let Some(file) = file {
         let text = std::fs::read_to_string(file).map_err(|e| format!("cannot read {}: {e}", file.display()))?;
-        // Read by the TOML parser first, which tells where it went wrong.
+        // The TOML parser reads it first, because it reports line and column.
         toml::from_str::<toml::Table>(&text)
-            .map_err(|e| format!("{} is not TOML: {}", file.display(), where_and_why(&text, &e)))?;
+            .map_err(|e| format!("{} is not TOML: {}", file.display(), describe(&text, &e)))?;
         builder = builder.add_source(File::from_str(&text, FileFormat::Toml));
     }
     if layers.environment {
@@ -71,15 +72,15 @@ fn read(layers: &Layers) -> Result<Value, String> {
     Ok(root)
 }
 
-/// Without the line itself, which may hold a secret.
-fn where_and_why(text: &str, error: &toml::de::Error) -> String {
+/// Formats a TOML error without the line itself, which may have a secret.
+fn describe(text: &str, error: &toml::de::Error) -> String {
     let Some(before) = error.span().and_then(|span| text.get(..span.start)) else { return error.message().to_owned() };
     let line = before.matches('\n').count() + 1;
     let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
     format!("line {line}, column {column}: {}", error.message())
 }
 
-/// The environment has no lists: origins and the streams of channels come as one text with commas between.
+/// Splits lists of the environment: origins, and the streams of channels, are texts with commas.
 fn split_lists(root: &mut Value) {
     if let Some(origins) = member(root, "http").and_then(|http| member(http, "origins")) {
         split_list(origins);
@@ -102,8 +103,8 @@ fn split_list(value: &mut Value) {
     }
 }
 
-/// Finds what was printed with a secret masked, wherever it is: it would become the secret.
-fn find_masked(value: &Value, path: &str, problems: &mut Vec<Problem>) {
+/// Reports masked secrets of a printed configuration, which must not become the secrets.
+fn find_masked(value: &Value, path: &str, problems: &mut Vec<ConfigProblem>) {
     match &value.kind {
         ValueKind::Table(table) => {
             let mut entries: Vec<_> = table.iter().collect();
@@ -119,22 +120,22 @@ fn find_masked(value: &Value, path: &str, problems: &mut Vec<Problem>) {
         }
         ValueKind::String(text) if secret::is_masked(text) => {
             let message = format!(
-                "{} stands for a secret where the configuration is printed: put the secret in its place, or name a \
-                 file that holds it",
+                "{} is a masked secret of a printed configuration: replace it by the secret, or \
+                 name a file that has it",
                 secret::MASK
             );
-            problems.push(Problem::new(path, message));
+            problems.push(ConfigProblem::new(path, message));
         }
         _ => {}
     }
 }
 
-/// Sinks are told apart by their `type`, so each is read as that type, which keeps the paths of its keys.
-fn take_sinks(root: &mut Value, problems: &mut Vec<Problem>) -> Vec<(String, SinkConfig)> {
+/// Reads each sink as its `type`, which keeps the paths of its keys.
+fn take_sinks(root: &mut Value, problems: &mut Vec<ConfigProblem>) -> Vec<(String, SinkConfig)> {
     let ValueKind::Table(root) = &mut root.kind else { return Vec::new() };
     let Some(sinks) = root.remove("sinks") else { return Vec::new() };
     let ValueKind::Table(sinks) = sinks.kind else {
-        problems.push(Problem::new("sinks", "must be a table of sinks by name"));
+        problems.push(ConfigProblem::new("sinks", "must be a table of sinks by name"));
         return Vec::new();
     };
     let mut built = Vec::new();
@@ -149,18 +150,19 @@ fn take_sinks(root: &mut Value, problems: &mut Vec<Problem>) -> Vec<(String, Sin
         let known = SinkConfig::TYPES.join(", ");
         let built_in = SinkConfig::TYPES.into_iter().find(|kind| *kind == name).map(str::to_owned);
         let Some(kind) = kind.or(built_in) else {
-            problems.push(Problem::new(format!("{path}.type"), format!("is missing: one of {known}")));
+            problems.push(ConfigProblem::new(format!("{path}.type"), format!("is missing; allowed are {known}")));
             continue;
         };
         let config = match kind.as_str() {
-            "log" => collect(value, &path, problems).map(SinkConfig::Log),
-            "audit" => collect(value, &path, problems).map(SinkConfig::Audit),
-            "webhook" => collect(value, &path, problems).map(SinkConfig::Webhook),
-            "postgres" => collect(value, &path, problems).map(SinkConfig::Postgres),
-            "stream" => collect(value, &path, problems).map(SinkConfig::Stream),
+            "log" => read_section(value, &path, problems).map(SinkConfig::Log),
+            "audit" => read_section(value, &path, problems).map(SinkConfig::Audit),
+            "webhook" => read_section(value, &path, problems).map(SinkConfig::Webhook),
+            "postgres" => read_section(value, &path, problems).map(SinkConfig::Postgres),
+            "stream" => read_section(value, &path, problems).map(SinkConfig::Stream),
             other => {
                 let hint = nearest(other, SinkConfig::TYPES.into_iter());
-                problems.push(Problem::new(format!("{path}.type"), format!("`{other}` is none of {known}{hint}")));
+                problems
+                    .push(ConfigProblem::new(format!("{path}.type"), format!("`{other}` is not one of {known}{hint}")));
                 None
             }
         };
@@ -169,21 +171,23 @@ fn take_sinks(root: &mut Value, problems: &mut Vec<Problem>) -> Vec<(String, Sin
     built
 }
 
-/// Reads a value, and where something is wrong with one of its keys, takes that key out and reads on, so that every
-/// problem is found. An item of an array that can't do without the key is taken out as a whole.
-fn collect<T: DeserializeOwned>(mut value: Value, prefix: &str, problems: &mut Vec<Problem>) -> Option<T> {
+/// Reads a value and reports all of its problems.
+///
+/// A key with a problem is removed, and the value is read again. An item of an array that cannot do without the key is
+/// removed as a whole.
+fn read_section<T: DeserializeOwned>(mut value: Value, prefix: &str, problems: &mut Vec<ConfigProblem>) -> Option<T> {
     let mut removed: Vec<(String, usize)> = Vec::new();
     loop {
         let error = match serde_path_to_error::deserialize::<_, T>(value.clone()) {
             Ok(read) => return Some(read),
             Err(error) => error,
         };
-        let mut place = Place::of(&error, &removed);
+        let mut place = ProblemPlace::of(&error, &removed);
         let path = join(prefix, &place.text);
-        // What is missing now because it was wrong and taken out is told already.
-        let is_told = place.is_missing && problems.iter().any(|problem| problem.path == path);
-        if !is_told {
-            problems.push(Problem::new(path, message(error.inner())));
+        // A key that was removed because of a problem is now missing, which is no further problem.
+        let is_reported = place.is_missing && problems.iter().any(|problem| problem.path == path);
+        if !is_reported {
+            problems.push(ConfigProblem::new(path, message(error.inner())));
         }
         if place.is_missing {
             place.keys.pop();
@@ -196,76 +200,76 @@ fn collect<T: DeserializeOwned>(mut value: Value, prefix: &str, problems: &mut V
     }
 }
 
-/// Where in the value something is wrong.
-struct Place {
-    keys: Vec<Key>,
-    /// The keys as the user counts them, in an array that items were taken out of.
+/// The place of a problem in the value.
+struct ProblemPlace {
+    keys: Vec<PathKey>,
+    /// The path with the original indexes of arrays, before items were removed.
     text: String,
     is_missing: bool,
 }
 
-enum Key {
+enum PathKey {
     Name(String),
     Index(usize),
 }
 
 enum Removed {
     Key,
-    /// The path of the array, and the item's index as the user counts.
+    /// The path of the array, and the original index of the item.
     Item(String, usize),
     Nothing,
 }
 
-impl Place {
+impl ProblemPlace {
     fn of(error: &serde_path_to_error::Error<ConfigError>, removed: &[(String, usize)]) -> Self {
-        let mut keys: Vec<Key> = error
+        let mut keys: Vec<PathKey> = error
             .path()
             .iter()
             .filter_map(|segment| match segment {
-                Segment::Map { key } => Some(Key::Name(key.clone())),
-                Segment::Seq { index } => Some(Key::Index(*index)),
+                Segment::Map { key } => Some(PathKey::Name(key.clone())),
+                Segment::Seq { index } => Some(PathKey::Index(*index)),
                 _ => None,
             })
             .collect();
         let cause = plain(error.inner());
         let missing = missing_key(&cause);
         let named = missing.clone().or_else(|| unknown_key(&cause));
-        let is_last = |key: &String| matches!(keys.last(), Some(Key::Name(last)) if last == key);
+        let is_last = |key: &String| matches!(keys.last(), Some(PathKey::Name(last)) if last == key);
         if let Some(key) = named.filter(|key| !is_last(key)) {
-            keys.push(Key::Name(key));
+            keys.push(PathKey::Name(key));
         }
         let mut text = String::new();
         for key in &keys {
             text = match key {
-                Key::Name(name) => join(&text, name),
-                Key::Index(index) => format!("{text}[{}]", original(&text, *index, removed)),
+                PathKey::Name(name) => join(&text, name),
+                PathKey::Index(index) => format!("{text}[{}]", original(&text, *index, removed)),
             };
         }
         Self { keys, text, is_missing: missing.is_some() }
     }
 
-    /// Takes out what is there.
+    /// Removes the key or item from the value.
     fn remove(&self, value: &mut Value) -> Removed {
         let Some((last, parents)) = self.keys.split_last() else { return Removed::Nothing };
         let mut place = value;
         for key in parents {
             let next = match (key, &mut place.kind) {
-                (Key::Name(name), ValueKind::Table(table)) => table.get_mut(name),
-                (Key::Index(index), ValueKind::Array(items)) => items.get_mut(*index),
+                (PathKey::Name(name), ValueKind::Table(table)) => table.get_mut(name),
+                (PathKey::Index(index), ValueKind::Array(items)) => items.get_mut(*index),
                 _ => None,
             };
             let Some(next) = next else { return Removed::Nothing };
             place = next;
         }
         match (last, &mut place.kind) {
-            (Key::Name(name), ValueKind::Table(table)) => {
+            (PathKey::Name(name), ValueKind::Table(table)) => {
                 if table.remove(name).is_some() {
                     Removed::Key
                 } else {
                     Removed::Nothing
                 }
             }
-            (Key::Index(index), ValueKind::Array(items)) if *index < items.len() => {
+            (PathKey::Index(index), ValueKind::Array(items)) if *index < items.len() => {
                 items.remove(*index);
                 let item = self.text.rsplit_once('[').map(|(array, rest)| (array, rest.split(']').next()));
                 match item {
@@ -278,41 +282,33 @@ impl Place {
     }
 }
 
-/// The index that the user counts, given those of the items taken out.
+/// Returns the original index of an item, given the indexes of removed items.
 fn original(array: &str, index: usize, removed: &[(String, usize)]) -> usize {
     let mut gone: Vec<usize> = removed.iter().filter(|(path, _)| path == array).map(|(_, index)| *index).collect();
     gone.sort_unstable();
     gone.into_iter().fold(index, |index, gone| if gone <= index { index + 1 } else { index })
 }
 
-fn join(prefix: &str, path: &str) -> String {
-    match (prefix, path) {
-        (prefix, "") => prefix.to_owned(),
-        ("", path) => path.to_owned(),
-        (prefix, path) => format!("{prefix}.{path}"),
-    }
-}
-
-/// The key that serde's message calls unknown, if it does.
+/// Returns the key that a message of serde calls unknown.
 fn unknown_key(message: &str) -> Option<String> {
     let (_, rest) = message.split_once("unknown field `")?;
     rest.split_once('`').map(|(key, _)| key.to_owned())
 }
 
-/// The key that is not there though it must be, if that is what the message is about.
+/// Returns the key that a message of serde calls missing.
 fn missing_key(message: &str) -> Option<String> {
     let (_, rest) = message.split_once("missing field `")?;
     rest.split_once('`').map(|(key, _)| key.to_owned())
 }
 
-/// What should have been there instead of a text, which is not repeated: tables that hold secrets may have come as one, by
-/// the environment.
+/// Returns the type that a message of serde expects instead of a text. The text is not repeated: an environment
+/// variable can replace a table that has secrets.
 fn expected_instead_of_text(message: &str) -> Option<&str> {
     let rest = message.strip_prefix("invalid type: string \"")?;
     rest.rsplit_once("\", expected ").map(|(_, expected)| expected)
 }
 
-/// The cause in our words.
+/// Returns the cause in the words of this program.
 fn message(error: &ConfigError) -> String {
     let cause = plain(error);
     if missing_key(&cause).is_some() {
@@ -326,7 +322,7 @@ fn message(error: &ConfigError) -> String {
     format!("unknown key{}", nearest(&key, expected.split('`').skip(1).step_by(2)))
 }
 
-/// The cause without the key and origin that `config` adds: the path is told already.
+/// Returns the cause without the key and the origin that `config` adds, because the path is reported separately.
 fn plain(error: &ConfigError) -> String {
     match error {
         ConfigError::At { error, .. } => plain(error),
@@ -354,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn every_problem_is_reported_with_its_path_and_the_nearest_key() {
+    fn problems_have_their_path_and_the_nearest_key() {
         let found = problems(
             r#"
             instanse = "a"
@@ -378,7 +374,7 @@ mod tests {
         );
         let expected = [
             "sinks.audit.pathh: unknown key, did you mean `path`?",
-            "sinks.siem.type: `logg` is none of log, audit, webhook, postgres, stream, did you mean `log`?",
+            "sinks.siem.type: `logg` is not one of log, audit, webhook, postgres, stream, did you mean `log`?",
             "instanse: unknown key, did you mean `instance`?",
             "http.max_bdy: unknown key, did you mean `max_body`?",
             "streams[1].groups[0].wrokers: unknown key, did you mean `workers`?",
@@ -407,6 +403,8 @@ mod tests {
             name = "g"
             [relay.channels]
             ops = ["a"]
+            [dead_letters]
+            audit = "elsewhere"
             "#,
         );
         let starts = [
@@ -415,6 +413,7 @@ mod tests {
             "streams[0].groups[0].sink: there is no sink `lgo`, did you mean `log`?",
             "streams[0].groups[1].name: `g` is declared twice",
             "relay.channels.ops: stream `a` is not declared with `relay = true`",
+            "dead_letters.audit: stream `elsewhere` is not declared",
         ];
         for start in starts {
             assert!(found.iter().any(|problem| problem.starts_with(start)), "{start:?} is not in {found:#?}");
@@ -422,13 +421,13 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_no_toml_is_told_with_its_line() {
+    fn invalid_toml_is_reported_with_its_line() {
         let found = problems("[http\nlisten = 1");
         assert!(found[0].contains("is not TOML: line 1, column 6: "), "{found:?}");
     }
 
     #[test]
-    fn what_is_wrong_is_told_without_what_may_be_a_secret() {
+    fn problems_do_not_repeat_possible_secrets() {
         let secret = "s3cret-of-at-least-thirty-two-bytes";
         let open_end = format!("[[auth.issuers]]\nissuer = \"ä\"\nsecret = \"{secret}\n");
         let as_text = format!("[auth]\nissuers = '[{{ secret = \"{secret}\" }}]'\n");
@@ -441,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn the_shipped_file_is_the_built_in_default() {
+    fn shipped_file_is_the_built_in_default() {
         let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join(DEFAULT_FILE);
         let layers = Layers { file: Some(shipped), ..Layers::default() };
         let shipped = load(&layers).expect("a valid configuration");
@@ -449,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_may_be_one_text_with_commas_between() {
+    fn lists_may_be_texts_with_commas() {
         let layers = Layers {
             file: Some(Path::new(env!("CARGO_MANIFEST_DIR")).join(DEFAULT_FILE)),
             overrides: vec![
@@ -465,7 +464,7 @@ mod tests {
     }
 
     #[test]
-    fn a_printed_configuration_is_not_read_back_without_its_secrets() {
+    fn printed_configuration_needs_its_secrets() {
         let secret = "s3cret-of-at-least-thirty-two-bytes";
         let text = format!(
             r#"
@@ -509,12 +508,12 @@ mod tests {
         ];
         assert_eq!(found.len(), paths.len(), "{found:#?}");
         for (problem, path) in found.iter().zip(paths) {
-            assert!(problem.starts_with(&format!("{path}: ******** stands for a secret")), "{problem}");
+            assert!(problem.starts_with(&format!("{path}: ******** is a masked secret")), "{problem}");
         }
     }
 
     #[test]
-    fn an_override_is_read_as_the_type_of_its_key() {
+    fn override_is_read_as_the_type_of_its_key() {
         let layers = Layers {
             file: Some(Path::new(env!("CARGO_MANIFEST_DIR")).join(DEFAULT_FILE)),
             overrides: vec![("http.listen", "127.0.0.1:9".to_owned()), ("http.max_connections", "0123".to_owned())],

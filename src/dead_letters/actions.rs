@@ -1,4 +1,4 @@
-//! Replaying and discarding: one, some by id, or all that match, in bounded steps.
+//! Replay and discard: one dead letter, some by id, or all that match, in bounded steps.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,29 +6,29 @@ use std::str::FromStr;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 
-use super::audit::{Action, Deed};
-use super::selection::{Found, Scope, Selection};
-use super::{DeadLetters, Failure, Inner, store_failure};
-use crate::dead_letters::scan::{Cursor, Walk};
+use super::audit::{AuditAction, AuditContext};
+use super::selection::{DeadLetterEntry, DeadLetterScope, Selection};
+use super::{DeadLetters, Inner, SharedStoreError, store_failure};
+use crate::dead_letters::scan::{DeadLetterCursor, PageScan};
 use crate::event::{DeadLetter, EntryId, Fields, GroupName, IdempotencyKey, NewEntry, StreamName};
 use crate::store::{Order, Range};
 
-/// How many dead letters are taken at a time by their ids.
+/// Number of dead letters that are handled at a time by their ids.
 const IDS_AT_A_TIME: usize = 64;
 
-/// Whom a replay is for.
+/// The target of a replay.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum Target {
+pub enum ReplayTarget {
     /// The group that gave the entry up.
     #[default]
     FailedGroup,
-    /// That group of the stream.
+    /// Another group of the stream.
     Group(GroupName),
-    /// Every group of the stream, and dashboards.
+    /// Every group of the stream, and all dashboards.
     Stream,
 }
 
-impl fmt::Display for Target {
+impl fmt::Display for ReplayTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::FailedGroup => f.write_str("group"),
@@ -38,7 +38,7 @@ impl fmt::Display for Target {
     }
 }
 
-impl FromStr for Target {
+impl FromStr for ReplayTarget {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -55,39 +55,39 @@ impl FromStr for Target {
     }
 }
 
-/// How to replay.
+/// The options of a replay.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Replay {
-    /// Whom for.
-    pub to: Target,
-    /// Also what was replayed as often as is allowed.
+pub struct ReplayOptions {
+    /// The target.
+    pub to: ReplayTarget,
+    /// Replays entries even if they reached `dead_letters.max_replays`.
     pub force: bool,
 }
 
-/// Why a dead letter is not replayed.
+/// The reason why a dead letter is not replayed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    /// The bus did not write it, so nobody knows where it would go.
-    #[error("it is no dead letter of the bus: it can be discarded, not replayed")]
+pub enum ReplayRefused {
+    /// The bus did not write it, so its stream is unknown.
+    #[error("the entry was not written by aurora-bus: it can be discarded, but not replayed")]
     Foreign,
     /// Its stream is not declared any more.
-    #[error("the stream `{0}` that it came from is not declared")]
+    #[error("its stream `{0}` is not declared")]
     Stream(StreamName),
-    /// Nobody would handle it.
+    /// The target group does not exist.
     #[error("the stream has no group `{0}`: replay to another group (group:NAME) or to the stream")]
     Group(GroupName),
-    /// The loop guard.
-    #[error("it was replayed {replays} times before, of at most {max} (dead_letters.max_replays): force it if need be")]
+    /// It reached the maximum number of replays.
+    #[error("it was replayed {replays} times, the maximum is {max} (dead_letters.max_replays): use force to replay it")]
     Replays {
-        /// How often it was.
+        /// Number of its replays.
         replays: u32,
-        /// How often it may be.
+        /// Maximum number of replays.
         max: u32,
     },
 }
 
-impl Refusal {
-    /// The reason in one word, for programs.
+impl ReplayRefused {
+    /// Returns the reason in one word, for programs.
     pub const fn code(&self) -> &'static str {
         match self {
             Self::Foreign => "not_a_dead_letter",
@@ -98,107 +98,129 @@ impl Refusal {
     }
 }
 
-/// Which dead letters, and how much of the work to do now.
+/// The dead letters to act on, and the limit of one request.
 #[derive(Debug, Clone, Default)]
-pub struct Bulk {
-    /// Which.
+pub struct BulkRequest {
+    /// The conditions.
     pub selection: Selection,
-    /// Where to go on; at the beginning by default.
-    pub cursor: Cursor,
-    /// The most to do now.
+    /// The position to continue from. The beginning by default.
+    pub cursor: DeadLetterCursor,
+    /// Maximum number of dead letters to handle.
     pub limit: usize,
-    /// Whether to count only, and change nothing.
+    /// Whether to count only.
     pub is_dry_run: bool,
 }
 
-/// What was done, or would be.
+/// The result of a request, or of its dry run.
 #[derive(Debug, Clone, Default)]
-pub struct Done {
-    /// How many dead letters were meant.
+pub struct BulkResult {
+    /// Number of matching dead letters.
     pub matched: u64,
-    /// How many were replayed or discarded.
+    /// Number of replayed or discarded dead letters.
     pub done: u64,
-    /// How many of those asked for are not there: someone else has dealt with them, or an earlier try whose answer
-    /// was lost.
-    pub gone: u64,
-    /// How many were in the stream already, by an earlier try that was broken off; they are not appended twice.
+    /// Number of requested dead letters that do not exist any more: another request has handled them, or an earlier try
+    /// with a lost response.
+    pub missing: u64,
+    /// Number of entries that an interrupted replay had already appended. They are not appended twice.
     pub repeated: u64,
-    /// How many were left alone, by [`Refusal::code`].
+    /// Number of refused dead letters, by [`ReplayRefused::code`].
     pub refused: BTreeMap<&'static str, u64>,
-    /// The first refusal in words.
+    /// The text of the first refusal.
     pub refusal: Option<String>,
-    /// How many were meant, by group.
+    /// Number of matching dead letters by group.
     pub by_group: BTreeMap<String, u64>,
-    /// How many were meant, by reason.
+    /// Number of matching dead letters by reason.
     pub by_reason: BTreeMap<&'static str, u64>,
-    /// The first one meant.
+    /// The first matching dead letter.
     pub first_id: Option<EntryId>,
-    /// The last one meant.
+    /// The last matching dead letter.
     pub last_id: Option<EntryId>,
-    /// The id that a single replayed dead letter has in its stream now.
+    /// The id of a single replayed dead letter in its stream.
     pub new_id: Option<EntryId>,
-    /// Whether everything done is in the audit stream.
+    /// Whether the audit stream has an entry for all of it.
     pub is_audited: bool,
-    /// Where to go on; nothing when all is done.
-    pub next: Option<Cursor>,
+    /// The position to continue from. `None` at the end.
+    pub next: Option<DeadLetterCursor>,
 }
 
-impl Done {
-    fn count(&mut self, found: &Found) {
+impl BulkResult {
+    fn count(&mut self, found: &DeadLetterEntry) {
         self.matched += 1;
-        let group = found.letter.as_ref().map(|letter| letter.group.to_string());
+        let group = found.dead_letter.as_ref().map(|letter| letter.group.to_string());
         *self.by_group.entry(group.unwrap_or_default()).or_default() += 1;
         *self.by_reason.entry(found.reason()).or_default() += 1;
         self.first_id.get_or_insert(found.entry.id);
         self.last_id = Some(found.entry.id);
     }
 
-    /// What came before a failure is told, with where to go on: the failure comes again with the next try. Where nothing
-    /// came before, the failure is told at once.
-    fn broken_off(mut self, from: EntryId, until: Option<EntryId>, failure: Failure) -> Result<Self, Failure> {
+    /// Returns the progress before a failure, with the position to continue from: the next try meets the failure again.
+    /// Fails if there was no progress.
+    fn interrupted_at(
+        mut self,
+        from: EntryId,
+        until: Option<EntryId>,
+        failure: SharedStoreError,
+    ) -> Result<Self, SharedStoreError> {
         if self.done + self.repeated == 0 {
             return Err(failure);
         }
-        self.next = Some(Cursor { from, until });
+        self.next = Some(DeadLetterCursor { from, until });
         Ok(self)
     }
 
-    fn refuse(&mut self, refusal: &Refusal) {
+    fn refuse(&mut self, refusal: &ReplayRefused) {
         *self.refused.entry(refusal.code()).or_default() += 1;
         self.refusal.get_or_insert_with(|| refusal.to_string());
     }
 }
 
-/// What to do with each dead letter.
+/// The action for each dead letter.
 #[derive(Debug, Clone, Copy)]
-enum Step<'a> {
-    Replay(&'a Replay),
+enum BulkAction<'a> {
+    Replay(&'a ReplayOptions),
     Discard,
 }
 
 impl DeadLetters {
-    /// Appends dead letters to their streams once more, and removes them. See [`Done`] for what became of which.
+    /// Appends dead letters to their streams again, and removes them. [`BulkResult`] has the counts.
     ///
-    /// Safe to repeat after any failure. Cancel-safe: what was begun is completed when it is repeated.
-    pub async fn replay(&self, scope: &Scope, bulk: &Bulk, how: &Replay, actor: &str) -> Result<Done, Failure> {
-        self.inner.act(scope, bulk, Step::Replay(how), actor).await
+    /// Safe to repeat after any failure. Cancel-safe: a repeated request completes what was begun.
+    pub async fn replay(
+        &self,
+        scope: &DeadLetterScope,
+        bulk: &BulkRequest,
+        how: &ReplayOptions,
+        actor: &str,
+    ) -> Result<BulkResult, SharedStoreError> {
+        self.inner.act(scope, bulk, BulkAction::Replay(how), actor).await
     }
 
     /// Removes dead letters for good. Safe to repeat.
-    pub async fn discard(&self, scope: &Scope, bulk: &Bulk, actor: &str) -> Result<Done, Failure> {
-        self.inner.act(scope, bulk, Step::Discard, actor).await
+    pub async fn discard(
+        &self,
+        scope: &DeadLetterScope,
+        bulk: &BulkRequest,
+        actor: &str,
+    ) -> Result<BulkResult, SharedStoreError> {
+        self.inner.act(scope, bulk, BulkAction::Discard, actor).await
     }
 }
 
 impl Inner {
-    async fn act(&self, scope: &Scope, bulk: &Bulk, step: Step<'_>, actor: &str) -> Result<Done, Failure> {
-        let mut done = Done { is_audited: self.audit.is_some() && !bulk.is_dry_run, ..Done::default() };
-        let task = Task { scope, bulk, step, actor };
+    async fn act(
+        &self,
+        scope: &DeadLetterScope,
+        bulk: &BulkRequest,
+        action: BulkAction<'_>,
+        actor: &str,
+    ) -> Result<BulkResult, SharedStoreError> {
+        let mut done = BulkResult { is_audited: self.audit.is_some() && !bulk.is_dry_run, ..BulkResult::default() };
+        let task = BulkTask { scope, bulk, action, actor };
         if let Some(ids) = &bulk.selection.ids {
             let ids: Vec<EntryId> = ids.iter().copied().filter(|id| *id >= bulk.cursor.from).collect();
             for ids in ids.chunks(IDS_AT_A_TIME) {
-                if let Err(failure) = self.take_by_ids(&task, ids, &mut done).await {
-                    return done.broken_off(ids[0], None, failure);
+                if let Err(failure) = self.handle_by_ids(&task, ids, &mut done).await {
+                    return done.interrupted_at(ids[0], None, failure);
                 }
             }
             return Ok(done);
@@ -207,47 +229,57 @@ impl Inner {
             Some(until) => until,
             None => self.store.describe(&scope.dead_letter).await?.map_or(EntryId::MIN, |status| status.last_id),
         };
-        let mut walk = Walk::new(Cursor { until: Some(until), ..bulk.cursor }, &bulk.selection);
-        while let Some(entries) = walk.next(&*self.store, &scope.dead_letter).await? {
+        let mut scan = PageScan::new(DeadLetterCursor { until: Some(until), ..bulk.cursor }, &bulk.selection);
+        while let Some(entries) = scan.next(&*self.store, &scope.dead_letter).await? {
             let begin = entries.first().map_or(EntryId::MIN, |entry| entry.id);
-            let mut found: Vec<Found> = entries.into_iter().map(Found::new).collect();
+            let mut found: Vec<DeadLetterEntry> = entries.into_iter().map(DeadLetterEntry::new).collect();
             found.retain(|found| bulk.selection.matches(scope, found));
             let left = bulk.limit.saturating_sub(usize::try_from(done.matched).unwrap_or(usize::MAX));
             let beyond = found.get(left).map(|found| found.entry.id);
             found.truncate(left);
-            if let Err(failure) = self.take(&task, &found, &mut done).await {
-                return done.broken_off(begin, Some(until), failure);
+            if let Err(failure) = self.handle(&task, &found, &mut done).await {
+                return done.interrupted_at(begin, Some(until), failure);
             }
             if let Some(beyond) = beyond {
-                done.next = Some(Cursor { from: beyond, until: Some(until) });
+                done.next = Some(DeadLetterCursor { from: beyond, until: Some(until) });
                 return Ok(done);
             }
         }
-        done.next = walk.rest(Some(until));
+        done.next = scan.rest(Some(until));
         Ok(done)
     }
 
-    async fn take_by_ids(&self, task: &Task<'_>, ids: &[EntryId], done: &mut Done) -> Result<(), Failure> {
+    async fn handle_by_ids(
+        &self,
+        task: &BulkTask<'_>,
+        ids: &[EntryId],
+        done: &mut BulkResult,
+    ) -> Result<(), SharedStoreError> {
         let mut found = Vec::with_capacity(ids.len());
         for id in ids {
             let range = Range { from: *id, to: *id, order: Order::Forward };
             let entries = self.store.range(&task.scope.dead_letter, range, 1).await?;
-            found.extend(entries.into_iter().map(Found::new));
+            found.extend(entries.into_iter().map(DeadLetterEntry::new));
         }
         found.retain(|found| task.bulk.selection.matches(task.scope, found));
-        self.take(task, &found, done).await?;
-        done.gone += (ids.len() - found.len()) as u64;
+        self.handle(task, &found, done).await?;
+        done.missing += (ids.len() - found.len()) as u64;
         Ok(())
     }
 
-    async fn take(&self, task: &Task<'_>, found: &[Found], done: &mut Done) -> Result<(), Failure> {
-        let mut counted = Done { is_audited: done.is_audited, ..Done::default() };
-        let mut letters: Vec<(&Found, Option<Resent>)> = Vec::with_capacity(found.len());
+    async fn handle(
+        &self,
+        task: &BulkTask<'_>,
+        found: &[DeadLetterEntry],
+        done: &mut BulkResult,
+    ) -> Result<(), SharedStoreError> {
+        let mut counted = BulkResult { is_audited: done.is_audited, ..BulkResult::default() };
+        let mut letters: Vec<(&DeadLetterEntry, Option<ReplayCopy>)> = Vec::with_capacity(found.len());
         for found in found {
             counted.count(found);
-            match task.step {
-                Step::Discard => letters.push((found, None)),
-                Step::Replay(how) => match self.copy(found.letter.as_ref(), how) {
+            match task.action {
+                BulkAction::Discard => letters.push((found, None)),
+                BulkAction::Replay(how) => match self.copy(found.dead_letter.as_ref(), how) {
                     Ok(copy) => letters.push((found, Some(copy))),
                     Err(refusal) => counted.refuse(&refusal),
                 },
@@ -256,44 +288,49 @@ impl Inner {
         if task.bulk.is_dry_run {
             counted.done = letters.len() as u64;
         } else if !letters.is_empty() {
-            let about: Vec<&Found> = letters.iter().map(|(found, _)| *found).collect();
-            let is_written = self.write_down(&task.action(), &about).await?;
+            let about: Vec<&DeadLetterEntry> = letters.iter().map(|(found, _)| *found).collect();
+            let is_written = self.write_audit(&task.audit_context(), &about).await?;
             if !is_written {
                 counted.is_audited = false;
             }
-            match task.step {
-                Step::Discard => self.discard(task.scope, &about, &mut counted).await?,
-                Step::Replay(_) => self.replay(task.scope, letters, &mut counted).await?,
+            match task.action {
+                BulkAction::Discard => self.discard(task.scope, &about, &mut counted).await?,
+                BulkAction::Replay(_) => self.replay(task.scope, letters, &mut counted).await?,
             }
         }
         done.add(counted);
         Ok(())
     }
 
-    /// What a replay appends, and where.
-    fn copy(&self, letter: Option<&DeadLetter>, how: &Replay) -> Result<Resent, Refusal> {
-        let letter = letter.ok_or(Refusal::Foreign)?;
+    /// Returns the entry that a replay appends, and its stream.
+    fn copy(&self, letter: Option<&DeadLetter>, how: &ReplayOptions) -> Result<ReplayCopy, ReplayRefused> {
+        let letter = letter.ok_or(ReplayRefused::Foreign)?;
         let source = self.source_of(&letter.stream).map(|(source, _)| source);
-        let source = source.ok_or_else(|| Refusal::Stream(letter.stream.clone()))?;
+        let source = source.ok_or_else(|| ReplayRefused::Stream(letter.stream.clone()))?;
         let group = match &how.to {
-            Target::FailedGroup => Some(&letter.group),
-            Target::Group(group) => Some(group),
-            Target::Stream => None,
+            ReplayTarget::FailedGroup => Some(&letter.group),
+            ReplayTarget::Group(group) => Some(group),
+            ReplayTarget::Stream => None,
         };
         if let Some(group) = group.filter(|group| !source.groups.contains(group)) {
-            return Err(Refusal::Group(group.clone()));
+            return Err(ReplayRefused::Group(group.clone()));
         }
         let max = self.config.max_replays;
         if letter.replays >= max && !how.force {
-            return Err(Refusal::Replays { replays: letter.replays, max });
+            return Err(ReplayRefused::Replays { replays: letter.replays, max });
         }
-        Ok(Resent { stream: letter.stream.clone(), fields: letter.to_replay(group) })
+        Ok(ReplayCopy { stream: letter.stream.clone(), fields: letter.to_replay(group) })
     }
 
-    async fn discard(&self, scope: &Scope, about: &[&Found], done: &mut Done) -> Result<(), Failure> {
+    async fn discard(
+        &self,
+        scope: &DeadLetterScope,
+        about: &[&DeadLetterEntry],
+        done: &mut BulkResult,
+    ) -> Result<(), SharedStoreError> {
         let ids: Vec<EntryId> = about.iter().map(|found| found.entry.id).collect();
         done.done = self.store.discard(&scope.dead_letter, &ids).await?;
-        done.gone = (ids.len() as u64).saturating_sub(done.done);
+        done.missing = (ids.len() as u64).saturating_sub(done.done);
         self.metrics.dead_letters_discarded.with_label_values(&[self.label(&scope.dead_letter)]).inc_by(done.done);
         Ok(())
     }
@@ -301,13 +338,13 @@ impl Inner {
     /// Appends the copies, then removes the dead letters.
     async fn replay(
         &self,
-        scope: &Scope,
-        letters: Vec<(&Found, Option<Resent>)>,
-        done: &mut Done,
-    ) -> Result<(), Failure> {
+        scope: &DeadLetterScope,
+        letters: Vec<(&DeadLetterEntry, Option<ReplayCopy>)>,
+        done: &mut BulkResult,
+    ) -> Result<(), SharedStoreError> {
         let mut by_stream: BTreeMap<StreamName, (Vec<EntryId>, Vec<NewEntry>)> = BTreeMap::new();
         for (found, copy) in letters {
-            let Some(Resent { stream, fields }) = copy else { continue };
+            let Some(ReplayCopy { stream, fields }) = copy else { continue };
             let (ids, entries) = by_stream.entry(stream).or_default();
             let idempotency = Some(self.key(&scope.dead_letter, found.entry.id));
             ids.push(found.entry.id);
@@ -326,8 +363,8 @@ impl Inner {
         Ok(())
     }
 
-    /// What makes a dead letter's replay the same one when it is repeated. No publisher's key begins so: theirs are
-    /// UTF-8.
+    /// Returns the idempotency key of a replay, the same for every repetition. Keys of publishers are UTF-8, so none
+    /// begins like this one.
     fn key(&self, dead_letter: &StreamName, id: EntryId) -> IdempotencyKey {
         let mut key = BytesMut::with_capacity(dead_letter.as_str().len() + 48);
         key.put_u8(0xff);
@@ -337,11 +374,11 @@ impl Inner {
     }
 }
 
-impl Done {
+impl BulkResult {
     fn add(&mut self, other: Self) {
         self.matched += other.matched;
         self.done += other.done;
-        self.gone += other.gone;
+        self.missing += other.missing;
         self.repeated += other.repeated;
         for (code, count) in other.refused {
             *self.refused.entry(code).or_default() += count;
@@ -362,29 +399,29 @@ impl Done {
     }
 }
 
-/// A dead letter as it goes back to its stream.
+/// An entry that returns to its stream.
 #[derive(Debug)]
-struct Resent {
+struct ReplayCopy {
     stream: StreamName,
     fields: Fields,
 }
 
 #[derive(Debug)]
-struct Task<'a> {
-    scope: &'a Scope,
-    bulk: &'a Bulk,
-    step: Step<'a>,
+struct BulkTask<'a> {
+    scope: &'a DeadLetterScope,
+    bulk: &'a BulkRequest,
+    action: BulkAction<'a>,
     actor: &'a str,
 }
 
-impl Task<'_> {
-    fn action(&self) -> Action<'_> {
-        let (deed, replay) = match self.step {
-            Step::Replay(how) => (Deed::Replay, Some((&how.to, how.force))),
-            Step::Discard => (Deed::Discard, None),
+impl BulkTask<'_> {
+    fn audit_context(&self) -> AuditContext<'_> {
+        let (kind, replay) = match self.action {
+            BulkAction::Replay(how) => (AuditAction::Replay, Some((&how.to, how.force))),
+            BulkAction::Discard => (AuditAction::Discard, None),
         };
-        Action {
-            deed,
+        AuditContext {
+            kind,
             actor: self.actor,
             stream: &self.scope.dead_letter,
             selection: Some(&self.bulk.selection),
@@ -398,12 +435,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn targets_survive_their_text_form() {
+    fn targets_round_trip_through_text() {
         for text in ["group", "stream", "group:siem"] {
-            assert_eq!(text.parse::<Target>().map(|target| target.to_string()), Ok(text.to_owned()));
+            assert_eq!(text.parse::<ReplayTarget>().map(|target| target.to_string()), Ok(text.to_owned()));
         }
         for text in ["", "siem", "group:", "group:a b"] {
-            assert!(text.parse::<Target>().is_err(), "{text:?} was accepted");
+            assert!(text.parse::<ReplayTarget>().is_err(), "{text:?} was accepted");
         }
     }
 }

@@ -1,31 +1,31 @@
-//! The audit entry of every action on dead letters.
+//! Audit entries for actions on dead letters.
 
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::selection::{Found, Selection};
-use super::{Failure, Inner, store_failure};
-use crate::bus::{Dedup, Promise, PublishError};
+use super::selection::{DeadLetterEntry, Selection};
+use super::{Inner, SharedStoreError, store_failure};
+use crate::bus::{Dedup, PublishError, PublishOptions};
 use crate::event::{EntryId, NewEvent, StreamName};
 use crate::store::{StoreError, StoreErrorKind};
 
-/// Where actions are written to unless the configuration says otherwise.
+/// The stream for audit entries unless `dead_letters.audit` names another.
 pub const DEFAULT_AUDIT_STREAM: &str = "aurora:audit";
 
-/// The most ids that one audit entry lists; the first and the last are always named.
+/// Maximum number of ids in one audit entry. The first and the last id are always there.
 const MAX_IDS: usize = 100;
 
-/// What is done.
+/// An action on dead letters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Deed {
+pub(super) enum AuditAction {
     Replay,
     Discard,
     Expire,
 }
 
-impl Deed {
+impl AuditAction {
     const fn as_str(self) -> &'static str {
         match self {
             Self::Replay => "dead_letters.replay",
@@ -35,9 +35,9 @@ impl Deed {
     }
 }
 
-/// One action, told before it is carried out.
+/// The content of an audit entry, written before the action.
 #[derive(Debug, Serialize)]
-struct Record<'a> {
+struct AuditRecord<'a> {
     action: &'static str,
     actor: &'a str,
     time: String,
@@ -57,12 +57,12 @@ struct Record<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     force: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    filter: Option<Filter>,
+    filter: Option<SelectionView>,
 }
 
-/// What the operator asked for.
+/// The conditions of the request.
 #[derive(Debug, Serialize)]
-struct Filter {
+struct SelectionView {
     #[serde(skip_serializing_if = "Option::is_none")]
     group: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -74,68 +74,76 @@ struct Filter {
     by_ids: bool,
 }
 
-/// What an action is, besides the dead letters that it is about.
+/// An action, without the dead letters that it is about.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Action<'a> {
-    pub(super) deed: Deed,
+pub(super) struct AuditContext<'a> {
+    pub(super) kind: AuditAction,
     pub(super) actor: &'a str,
     /// The stream of dead letters.
     pub(super) stream: &'a StreamName,
-    /// What was asked for, by whoever asked.
+    /// The conditions, if there was a request.
     pub(super) selection: Option<&'a Selection>,
-    /// Whom a replay is for, and whether it is forced.
-    pub(super) replay: Option<(&'a super::Target, bool)>,
+    /// The target of a replay, and whether it is forced.
+    pub(super) replay: Option<(&'a super::ReplayTarget, bool)>,
 }
 
 impl Inner {
-    /// Writes down what is about to be done, so that nothing is done that was not written down. Says whether it is in
-    /// the audit stream.
+    /// Writes the audit entry of an action, before the action. Returns whether it is in the audit stream.
     ///
-    /// Fails while the store is away. Where the audit stream alone can't take it, for want of room or otherwise, the
-    /// log has it instead: discarding is what makes room.
-    pub(super) async fn write_down(&self, action: &Action<'_>, about: &[&Found]) -> Result<bool, Failure> {
+    /// Fails if the store is unavailable. If only the audit stream cannot take the entry, the log gets it instead: a
+    /// discard must work even if the store is full.
+    pub(super) async fn write_audit(
+        &self,
+        action: &AuditContext<'_>,
+        about: &[&DeadLetterEntry],
+    ) -> Result<bool, SharedStoreError> {
         let record = self.record(action, about);
         let text = serde_json::to_string(&record).expect("a record is JSON");
         let Some(audit) = &self.audit else {
-            tracing::info!(action = record.action, actor = record.actor, record = text, "an action on dead letters");
+            tracing::info!(
+                action = record.action,
+                actor = record.actor,
+                record = text,
+                "dead letters changed, no audit stream is declared"
+            );
             return Ok(false);
         };
         match self.publish(audit, &text).await {
             Ok(()) => {
                 let (stream, count) = (record.stream, record.count);
-                tracing::info!(action = record.action, actor = record.actor, stream, count, "dead letters");
+                tracing::info!(action = record.action, actor = record.actor, stream, count, "dead letters changed");
                 Ok(true)
             }
             Err(error) if error.kind() == StoreErrorKind::Unavailable => Err(error),
             Err(error) => {
-                tracing::error!(error = %error, record = text, "an action on dead letters is not in the audit stream");
+                tracing::error!(error = %error, record = text, "audit entry not written to the audit stream, kept in the log only");
                 Ok(false)
             }
         }
     }
 
-    async fn publish(&self, audit: &StreamName, text: &str) -> Result<(), Failure> {
+    async fn publish(&self, audit: &StreamName, text: &str) -> Result<(), SharedStoreError> {
         let internal = |message: String| std::sync::Arc::new(StoreError::new(StoreErrorKind::Internal, message));
         let event = NewEvent::parse(bytes::Bytes::copy_from_slice(text.as_bytes()));
         let event = event.map_err(|error| internal(error.to_string()))?;
         let results: Vec<Result<_, PublishError>> =
-            self.bus.publish(audit, vec![(Dedup::Off, event)], Promise::default()).await;
+            self.bus.publish(audit, vec![(Dedup::Off, event)], PublishOptions::default()).await;
         let failed = results.into_iter().find_map(Result::err);
         failed.map_or(Ok(()), |error| Err(store_failure(error)))
     }
 
-    fn record<'a>(&'a self, action: &Action<'a>, about: &[&'a Found]) -> Record<'a> {
-        let id = |found: &&Found| found.entry.id.to_string();
+    fn record<'a>(&'a self, action: &AuditContext<'a>, about: &[&'a DeadLetterEntry]) -> AuditRecord<'a> {
+        let id = |found: &&DeadLetterEntry| found.entry.id.to_string();
         let mut groups = BTreeMap::new();
         let mut reasons = BTreeMap::new();
         for found in about {
-            if let Some(letter) = &found.letter {
+            if let Some(letter) = &found.dead_letter {
                 *groups.entry(letter.group.as_str()).or_default() += 1;
             }
             *reasons.entry(found.reason()).or_default() += 1;
         }
-        Record {
-            action: action.deed.as_str(),
+        AuditRecord {
+            action: action.kind.as_str(),
             actor: action.actor,
             time: format!("{:.3}", Timestamp::now()),
             source: "aurora-bus",
@@ -150,11 +158,11 @@ impl Inner {
             reasons,
             to: action.replay.map(|(to, _)| to.to_string()),
             force: action.replay.map(|(_, force)| force),
-            filter: action.selection.map(|selection| Filter {
+            filter: action.selection.map(|selection| SelectionView {
                 group: selection.group.as_ref().map(ToString::to_string),
                 reason: selection.reason.map(|reason| reason.to_string()),
                 after: (selection.after > EntryId::MIN).then(|| selection.after.to_string()),
-                alerts: selection.alerts.as_ref().map(|alerts| alerts.filter.clone()),
+                alerts: selection.filter.as_ref().map(|requested| requested.text.clone()),
                 by_ids: selection.ids.is_some(),
             }),
         }

@@ -1,165 +1,139 @@
-//! Which dead letters are meant.
+//! Selection of dead letters.
 
 use std::fmt;
 use std::str::FromStr;
-use std::sync::Arc;
 
-use crate::event::{DeadLetter, DeadLetterReason, Entry, EntryId, GroupName, StreamName};
+use crate::event::{DeadLetter, DeadLetterReason, Entry, EntryId, Filter, GroupName, StreamName};
 
-/// The reason of entries in a stream of dead letters that are none.
+/// The reason of entries that the bus did not write into a stream of dead letters.
 pub const FOREIGN: &str = "foreign";
 
 /// The dead letters that a name stands for.
 #[derive(Debug, Clone)]
-pub struct Scope {
+pub struct DeadLetterScope {
     /// The stream that holds them.
     pub dead_letter: StreamName,
-    /// Only those of this stream; several streams may share one for their dead letters.
+    /// Limits the scope to dead letters of this stream. Several streams may share one stream of dead letters.
     pub of: Option<StreamName>,
-    /// Whether entries that someone else wrote there belong to it: nobody can tell which stream they are of.
+    /// Whether foreign entries are in scope. Nobody knows which stream they belong to.
     pub has_foreign: bool,
-    /// What of them whoever asks may see, and so replay and discard.
-    pub sight: Sight,
+    /// Limits the scope to entries that the principal may see, replay and discard.
+    pub visible: Filter,
 }
 
-/// Which entries someone may see: all of them by default.
-#[derive(Clone, Default)]
-pub struct Sight(Option<Arc<Passes>>);
+/// A filter of a request, with its text for the audit entry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RequestedFilter {
+    /// The filter as requested.
+    pub text: String,
+    /// The same, compiled.
+    pub filter: Filter,
+}
 
-type Passes = dyn Fn(&Entry) -> bool + Send + Sync;
+/// An entry in a stream of dead letters.
+#[derive(Debug)]
+pub struct DeadLetterEntry {
+    /// The entry.
+    pub entry: Entry,
+    /// Its dead letter. `None` if the bus did not write the entry.
+    pub dead_letter: Option<DeadLetter>,
+}
 
-impl Sight {
-    /// Those for which this is true. A dead letter is asked about as the entry that it was before.
-    pub fn only(passes: impl Fn(&Entry) -> bool + Send + Sync + 'static) -> Self {
-        Self(Some(Arc::new(passes)))
+impl DeadLetterEntry {
+    pub(super) fn new(entry: Entry) -> Self {
+        Self { dead_letter: DeadLetter::from_entry(&entry), entry }
     }
 
-    fn sees(&self, found: &Found) -> bool {
-        let Some(passes) = &self.0 else { return true };
-        match &found.letter {
-            Some(letter) => passes(&Entry { id: letter.id, fields: letter.fields.clone() }),
-            None => passes(&found.entry),
+    /// Returns the reason in one word.
+    pub(super) fn reason(&self) -> &'static str {
+        self.dead_letter.as_ref().map_or(FOREIGN, |letter| letter.reason.as_str())
+    }
+
+    /// Returns whether the entry passes, judged by the fields that it had before it became a dead letter.
+    fn passes(&self, filter: &Filter) -> bool {
+        match &self.dead_letter {
+            _ if filter.is_empty() => true,
+            Some(letter) => filter.passes(&Entry { id: letter.id, fields: letter.fields.clone() }),
+            None => filter.passes(&self.entry),
         }
     }
 }
 
-impl fmt::Debug for Sight {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.0.is_some() { "Sight(some)" } else { "Sight(all)" })
-    }
-}
-
-/// Alerts that a filter lets pass.
-#[derive(Debug, Clone)]
-pub struct Alerts {
-    /// The filter as it was asked for.
-    pub filter: String,
-    /// What it lets pass.
-    pub sight: Sight,
-}
-
-/// By what was asked for.
-impl PartialEq for Alerts {
-    fn eq(&self, other: &Self) -> bool {
-        self.filter == other.filter
-    }
-}
-
-impl Eq for Alerts {}
-
-/// An entry of a stream of dead letters.
-#[derive(Debug)]
-pub struct Found {
-    /// The entry.
-    pub entry: Entry,
-    /// What it says; nothing where the bus did not write it.
-    pub letter: Option<DeadLetter>,
-}
-
-impl Found {
-    pub(super) fn new(entry: Entry) -> Self {
-        Self { letter: DeadLetter::from_entry(&entry), entry }
-    }
-
-    /// Why it is there, in one word.
-    pub(super) fn reason(&self) -> &'static str {
-        self.letter.as_ref().map_or(FOREIGN, |letter| letter.reason.as_str())
-    }
-}
-
-/// Why entries are among the dead letters.
+/// A condition on the reason of dead letters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reason {
-    /// They died of this.
-    Died(DeadLetterReason),
-    /// They are no dead letters: someone else wrote them there.
+pub enum ReasonFilter {
+    /// The bus wrote them for this reason.
+    Recorded(DeadLetterReason),
+    /// The bus did not write them.
     Foreign,
 }
 
-impl Reason {
+impl ReasonFilter {
     const fn as_str(self) -> &'static str {
         match self {
-            Self::Died(reason) => reason.as_str(),
+            Self::Recorded(reason) => reason.as_str(),
             Self::Foreign => FOREIGN,
         }
     }
 }
 
-impl fmt::Display for Reason {
+impl fmt::Display for ReasonFilter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
 }
 
-impl FromStr for Reason {
+impl FromStr for ReasonFilter {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         if text == FOREIGN {
             return Ok(Self::Foreign);
         }
-        text.parse().map(Self::Died).map_err(|()| {
+        text.parse().map(Self::Recorded).map_err(|()| {
             let known = DeadLetterReason::ALL.map(DeadLetterReason::as_str).join(", ");
             format!("must be one of {known}, {FOREIGN}, not `{text}`")
         })
     }
 }
 
-/// Which of a scope's dead letters: those that meet every condition that is set.
+/// Conditions on the dead letters of a scope. All of them must hold.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Selection {
-    /// This group gave them up.
+    /// The group that gave them up.
     pub group: Option<GroupName>,
-    /// For this reason.
-    pub reason: Option<Reason>,
-    /// They died after this entry of the stream of dead letters did.
+    /// The reason.
+    pub reason: Option<ReasonFilter>,
+    /// They follow this entry of the stream of dead letters.
     pub after: EntryId,
-    /// What died is an alert that passes this.
-    pub alerts: Option<Alerts>,
-    /// These alone, by their ids in the stream of dead letters, ascending and each once.
+    /// The original entry passes this filter.
+    pub filter: Option<RequestedFilter>,
+    /// They have one of these ids in the stream of dead letters. Ascending and without duplicates.
     pub ids: Option<Vec<EntryId>>,
 }
 
 impl Selection {
-    /// Whether nothing narrows it.
+    /// Returns whether there is no condition.
     pub fn is_everything(&self) -> bool {
         *self == Self::default()
     }
 
-    /// Whether a dead letter is meant, but for its id.
-    pub fn matches(&self, scope: &Scope, found: &Found) -> bool {
-        let is_wanted = || self.alerts.as_ref().is_none_or(|alerts| alerts.sight.sees(found));
-        if found.entry.id <= self.after || !scope.sight.sees(found) || !is_wanted() {
+    /// Returns whether a dead letter meets all conditions except `ids`.
+    pub fn matches(&self, scope: &DeadLetterScope, found: &DeadLetterEntry) -> bool {
+        let is_selected = || self.filter.as_ref().is_none_or(|requested| found.passes(&requested.filter));
+        if found.entry.id <= self.after || !found.passes(&scope.visible) || !is_selected() {
             return false;
         }
-        match &found.letter {
+        match &found.dead_letter {
             Some(letter) => {
                 scope.of.as_ref().is_none_or(|stream| *stream == letter.stream)
                     && self.group.as_ref().is_none_or(|group| *group == letter.group)
-                    && self.reason.is_none_or(|reason| reason == Reason::Died(letter.reason))
+                    && self.reason.is_none_or(|reason| reason == ReasonFilter::Recorded(letter.reason))
             }
             None => {
-                scope.has_foreign && self.group.is_none() && self.reason.is_none_or(|reason| reason == Reason::Foreign)
+                scope.has_foreign
+                    && self.group.is_none()
+                    && self.reason.is_none_or(|reason| reason == ReasonFilter::Foreign)
             }
         }
     }
@@ -170,9 +144,9 @@ mod tests {
     use jiff::Timestamp;
 
     use super::*;
-    use crate::event::Fields;
+    use crate::event::{Attribute, Fields};
 
-    fn letter(stream: &str, group: &str, reason: DeadLetterReason) -> Found {
+    fn letter(stream: &str, group: &str, reason: DeadLetterReason) -> DeadLetterEntry {
         let letter = DeadLetter {
             stream: stream.parse().expect("a name"),
             id: EntryId::new(1, 0),
@@ -185,29 +159,28 @@ mod tests {
             replays: 0,
             fields: Fields::default(),
         };
-        Found::new(Entry { id: EntryId::new(5, 0), fields: letter.to_fields() })
+        DeadLetterEntry::new(Entry { id: EntryId::new(5, 0), fields: letter.to_fields() })
     }
 
-    fn foreign() -> Found {
+    fn foreign() -> DeadLetterEntry {
         let fields = [("x".into(), "y".into())].into_iter().collect();
-        Found::new(Entry { id: EntryId::new(5, 0), fields })
+        DeadLetterEntry::new(Entry { id: EntryId::new(5, 0), fields })
     }
 
-    fn scope(of: Option<&str>, has_foreign: bool) -> Scope {
-        Scope {
+    fn scope(of: Option<&str>, has_foreign: bool) -> DeadLetterScope {
+        DeadLetterScope {
             dead_letter: "dead".parse().expect("a name"),
             of: of.map(|of| of.parse().expect("a name")),
             has_foreign,
-            sight: Sight::default(),
+            visible: Filter::default(),
         }
     }
 
     #[test]
-    fn what_may_not_be_seen_is_not_there() {
+    fn invisible_dead_letters_do_not_match() {
         let fields = [("tenant".into(), "acme".into())].into_iter().collect();
-        let acme = Found::new(Entry { id: EntryId::new(5, 0), fields });
-        let scope =
-            Scope { sight: Sight::only(|entry| entry.fields.text("tenant") == Some("acme")), ..scope(None, true) };
+        let acme = DeadLetterEntry::new(Entry { id: EntryId::new(5, 0), fields });
+        let scope = DeadLetterScope { visible: Filter::is(Attribute::Tenant, "acme"), ..scope(None, true) };
         let all = Selection::default();
         assert!(all.matches(&scope, &acme));
         assert!(!all.matches(&scope, &foreign()));
@@ -219,7 +192,7 @@ mod tests {
         use DeadLetterReason::{Exhausted, Rejected};
         let all = Selection::default();
         let siem = Selection { group: Some("siem".parse().expect("a name")), ..Selection::default() };
-        let rejected = Selection { reason: Some(Reason::Died(Rejected)), ..Selection::default() };
+        let rejected = Selection { reason: Some(ReasonFilter::Recorded(Rejected)), ..Selection::default() };
         let later = Selection { after: EntryId::new(5, 0), ..Selection::default() };
         let any = scope(None, true);
         assert!(all.matches(&any, &letter("a", "siem", Rejected)) && all.matches(&any, &foreign()));
@@ -229,25 +202,25 @@ mod tests {
         assert!(!rejected.matches(&any, &letter("a", "siem", Exhausted)));
         assert!(!later.matches(&any, &letter("a", "siem", Rejected)));
         assert!(!siem.matches(&any, &foreign()) && !rejected.matches(&any, &foreign()));
-        let only_foreign = Selection { reason: Some(Reason::Foreign), ..Selection::default() };
+        let only_foreign = Selection { reason: Some(ReasonFilter::Foreign), ..Selection::default() };
         assert!(only_foreign.matches(&any, &foreign()));
         assert!(!only_foreign.matches(&any, &letter("a", "siem", Rejected)));
     }
 
     #[test]
-    fn a_stream_that_shares_its_dead_letters_is_given_its_own_only() {
+    fn stream_with_shared_dead_letters_sees_only_its_own() {
         let all = Selection::default();
         let shared = scope(Some("a"), false);
         assert!(all.matches(&shared, &letter("a", "g", DeadLetterReason::Crashed)));
         assert!(!all.matches(&shared, &letter("b", "g", DeadLetterReason::Crashed)));
-        assert!(!all.matches(&shared, &foreign()), "nobody can tell whose it is");
+        assert!(!all.matches(&shared, &foreign()), "its stream is unknown");
     }
 
     #[test]
-    fn reasons_are_the_words_that_records_and_metrics_use() {
+    fn reasons_have_the_words_of_records_and_metrics() {
         for word in ["rejected", "exhausted", "crashed", "undecodable", "foreign"] {
-            assert_eq!(word.parse::<Reason>().map(|reason| reason.to_string()), Ok(word.to_owned()));
+            assert_eq!(word.parse::<ReasonFilter>().map(|reason| reason.to_string()), Ok(word.to_owned()));
         }
-        assert!("broken".parse::<Reason>().is_err());
+        assert!("broken".parse::<ReasonFilter>().is_err());
     }
 }

@@ -1,4 +1,4 @@
-//! What the configuration says of a group.
+//! The configuration of a group.
 
 use std::time::Duration;
 
@@ -9,78 +9,78 @@ use super::policy::RetryPolicy;
 use crate::delivery::worker::breaker::BreakerPolicy;
 use crate::event::{GroupName, Severity};
 use crate::store::Start;
+use crate::validate::{Problems, Validate};
 
 /// One consumer group of a stream.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct GroupConfig {
-    /// The group's name in its stream.
+    /// The name of the group in its stream.
     pub name: GroupName,
-    /// The name of the sink that takes its entries. Without one the group is consumed from outside, and of what
-    /// follows only `start`, `claim_idle`, `max_deliveries` and `reap_after` have an effect.
+    /// The name of the sink that takes its entries. Without a sink the group is for external consumers. Then only
+    /// `start`, `claim_idle`, `max_deliveries` and `reap_after` have an effect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sink: Option<String>,
-    /// How many workers this instance runs for it, 1 to 64. More than one give up the order of entries.
+    /// Workers of this instance, 1 to 64. With more than one, entries are not in order.
     #[serde(default = "default::workers")]
     pub workers: usize,
-    /// Entries of lower severity are acknowledged without delivery. Those of unknown severity are delivered: one
-    /// alert too many is better than one missed.
+    /// Entries of lower severity are acknowledged without delivery. Entries of unknown severity are delivered, because
+    /// a superfluous alert is better than a missed one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_severity: Option<Severity>,
-    /// What is kept in the order of the stream, also when deliveries fail and when several daemons work: one of them
-    /// works for the group at a time then.
+    /// The entries that keep the order of the stream, also when deliveries fail or several daemons run. In an ordered
+    /// group one worker works at a time.
     #[serde(default)]
     pub ordering: Ordering,
-    /// With `ordering = "key"`, what the key is: a field such as `source`, or `data.<name>` for a member of the
+    /// The ordering key with `ordering = "key"`: a field such as `source`, or `data.<name>` for a property of the
     /// payload. Entries without it have no order.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub order_by: Option<OrderBy>,
-    /// With `ordering = "stream"`, what happens when an entry is given up.
+    /// The reaction when an entry is given up, with `ordering = "stream"`.
     #[serde(default)]
     pub on_poison: OnPoison,
-    /// When and how often a failed delivery is tried again.
+    /// When and how often a failed delivery is retried.
     #[serde(default)]
     pub retry: RetryPolicy,
-    /// How often an entry is delivered at most, deliveries that ended in a crash included. To consumers outside as
-    /// well: then it goes to the dead letters.
+    /// The most deliveries of an entry, including those that ended in a crash and those to external consumers. After
+    /// them the entry becomes a dead letter.
     #[serde(default = "default::max_deliveries")]
     pub max_deliveries: u32,
-    /// How long a delivery stays its worker's alone without a sign of life; then others take it over. What a consumer
-    /// outside has left for so long is appended again for the others.
+    /// The time without progress after which other workers may claim a delivery. An entry that an external consumer
+    /// left pending for this time is redelivered.
     #[serde(default = "default::claim_idle", with = "humantime_serde")]
     pub claim_idle: Duration,
-    /// Where the group begins when it is made.
+    /// The start of the group when it is made.
     #[serde(default)]
     pub start: GroupStart,
-    /// The most entries that a worker fetches at once, 1 to 1000.
+    /// The most entries of one fetch, 1 to 1000.
     #[serde(default = "default::batch")]
     pub batch: usize,
-    /// The most entries that a worker holds at once.
+    /// The most entries that a worker holds.
     #[serde(default = "default::max_in_flight")]
     pub max_in_flight: usize,
-    /// How many calls of its sink a worker makes at the same time, 1 to 256. More than one give up the order of
-    /// entries.
+    /// Calls of the sink that a worker makes at the same time, 1 to 256. With more than one, entries are not in order.
     #[serde(default = "default::concurrency")]
     pub concurrency: usize,
-    /// How long one call of the sink may take. Shorter than `claim_idle`.
+    /// The timeout of one call of the sink. Shorter than `claim_idle`.
     #[serde(default = "default::handler_timeout", with = "humantime_serde")]
     pub handler_timeout: Duration,
-    /// When a worker stops calling a sink that is down.
+    /// When a worker pauses because its sink is down.
     #[serde(default)]
     pub breaker: BreakerPolicy,
-    /// After how long without a sign of life a consumer with nothing pending is removed.
+    /// The idle time after which a consumer with nothing pending is removed.
     #[serde(default = "default::reap_after", with = "humantime_serde")]
     pub reap_after: Duration,
 }
 
-/// Where a group begins when it is made.
+/// The start of a new group.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum GroupStart {
-    /// With the oldest entry of the stream.
+    /// The oldest entry of the stream.
     #[default]
     Oldest,
-    /// With the next entry.
+    /// The next entry.
     New,
 }
 
@@ -129,17 +129,8 @@ mod default {
     }
 }
 
-/// A value of a group's configuration that makes no sense.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct InvalidValue {
-    /// The key within the group, such as `retry.cap`.
-    pub key: &'static str,
-    /// What is wrong with its value and what it may be.
-    pub problem: String,
-}
-
 impl GroupConfig {
-    /// A group of that name, all else as by default.
+    /// Returns a group with this name and default values.
     pub fn new(name: GroupName) -> Self {
         Self {
             name,
@@ -162,25 +153,26 @@ impl GroupConfig {
         }
     }
 
-    /// Whether the group stops when an entry is given up.
+    /// Returns whether the group stops when an entry is given up.
     pub(super) fn halts(&self) -> bool {
         self.ordering == Ordering::Stream && self.on_poison == OnPoison::Halt
     }
+}
 
-    /// Every value that makes no sense.
-    pub fn validate(&self) -> Vec<InvalidValue> {
+impl Validate for GroupConfig {
+    fn validate(&self, problems: &mut Problems) {
         const SECOND: Duration = Duration::from_secs(1);
         const DAY: Duration = Duration::from_hours(24);
         let text = humantime_serde::re::humantime::format_duration;
         let (retry, breaker) = (&self.retry, &self.breaker);
-        // Without a sink, nobody makes attempts.
+        // Without a sink there are no attempts.
         let least_deliveries = if self.sink.is_some() { retry.max_attempts } else { 1 };
         let rules = [
-            ("workers", !(1..=64).contains(&self.workers), format!("must be 1 to 64, not {}", self.workers)),
+            ("workers", !(1..=64).contains(&self.workers), format!("must be from 1 to 64, not {}", self.workers)),
             (
                 "workers",
                 self.ordering != Ordering::None && self.workers > 1,
-                "must be 1 where an order is kept: one worker at a time keeps it".to_owned(),
+                "must be 1 with an ordering: only one worker at a time keeps the order".to_owned(),
             ),
             (
                 "concurrency",
@@ -190,7 +182,7 @@ impl GroupConfig {
             (
                 "order_by",
                 self.ordering == Ordering::Key && self.order_by.is_none(),
-                "is missing: ordering = \"key\" needs to know the key, such as \"source\" or \"data.host\"".to_owned(),
+                "is missing: ordering = \"key\" needs a key, such as \"source\" or \"data.host\"".to_owned(),
             ),
             (
                 "order_by",
@@ -200,7 +192,7 @@ impl GroupConfig {
             (
                 "on_poison",
                 self.ordering != Ordering::Stream && self.on_poison == OnPoison::Halt,
-                "can be \"halt\" only with ordering = \"stream\"".to_owned(),
+                "must not be \"halt\" without ordering = \"stream\"".to_owned(),
             ),
             ("retry.max_attempts", retry.max_attempts == 0, "must be at least 1".to_owned()),
             ("retry.base", retry.base.is_zero(), "must be longer than 0s".to_owned()),
@@ -222,18 +214,18 @@ impl GroupConfig {
             (
                 "claim_idle",
                 self.claim_idle < SECOND || self.claim_idle > DAY,
-                format!("must be 1s to 1day, not {}", text(self.claim_idle)),
+                format!("must be from 1s to 1day, not {}", text(self.claim_idle)),
             ),
-            ("batch", !(1..=1000).contains(&self.batch), format!("must be 1 to 1000, not {}", self.batch)),
+            ("batch", !(1..=1000).contains(&self.batch), format!("must be from 1 to 1000, not {}", self.batch)),
             (
                 "max_in_flight",
                 !(1..=100_000).contains(&self.max_in_flight),
-                format!("must be 1 to 100000, not {}", self.max_in_flight),
+                format!("must be from 1 to 100000, not {}", self.max_in_flight),
             ),
             (
                 "concurrency",
                 !(1..=256).contains(&self.concurrency),
-                format!("must be 1 to 256, not {}", self.concurrency),
+                format!("must be from 1 to 256, not {}", self.concurrency),
             ),
             (
                 "handler_timeout",
@@ -256,8 +248,9 @@ impl GroupConfig {
             ),
             ("reap_after", self.reap_after < SECOND, format!("must be at least 1s, not {}", text(self.reap_after))),
         ];
-        let broken = rules.into_iter().filter(|(_, is_broken, _)| *is_broken);
-        broken.map(|(key, _, problem)| InvalidValue { key, problem }).collect()
+        for (key, is_invalid, message) in rules {
+            problems.require(!is_invalid, key, message);
+        }
     }
 }
 
@@ -270,16 +263,16 @@ mod tests {
     }
 
     #[test]
-    fn a_group_needs_a_name_and_no_more() {
+    fn name_alone_is_a_valid_group() {
         let config = parse("name = 'siem'").unwrap();
         assert_eq!(config, GroupConfig::new("siem".parse().unwrap()));
-        assert_eq!(config.validate(), []);
+        assert_eq!(config.problems(), []);
         assert!(parse("sink = 'log'").is_err());
         assert!(parse("name = 'siem'\nworker = 2").is_err());
     }
 
     #[test]
-    fn every_key_is_read() {
+    fn all_keys_are_read() {
         let config = parse(
             "name = 'siem'\nsink = 'log'\nworkers = 1\nmin_severity = 'high'\nmax_deliveries = 20\nclaim_idle = '2m'\n\
              start = 'new'\nbatch = 10\nmax_in_flight = 20\nconcurrency = 4\nhandler_timeout = '5s'\n\
@@ -293,19 +286,19 @@ mod tests {
         assert_eq!(config.min_severity, Some(Severity::High));
         assert_eq!(config.claim_idle, Duration::from_mins(2));
         assert_eq!(config.retry.base, Duration::from_millis(250));
-        assert_eq!(config.validate(), []);
+        assert_eq!(config.problems(), []);
         assert_eq!(parse(&toml::to_string(&config).unwrap()).unwrap(), config);
     }
 
     #[test]
-    fn every_senseless_value_is_told_with_its_key() {
+    fn invalid_values_are_reported_with_their_keys() {
         let config = parse(
             "name = 'siem'\nsink = 'log'\nworkers = 0\nmax_deliveries = 1\nclaim_idle = '500ms'\nbatch = 0\nmax_in_flight = 0\n\
              concurrency = 0\nhandler_timeout = '1s'\nretry = { max_attempts = 5, base = '1m', cap = '10s' }\n\
              breaker = { pause = '1m', max_pause = '1s' }\nreap_after = '10ms'",
         )
         .unwrap();
-        let keys: Vec<_> = config.validate().into_iter().map(|invalid| invalid.key).collect();
+        let keys: Vec<_> = config.problems().into_iter().map(|problem| problem.path).collect();
         let expected = [
             "workers",
             "retry.cap",
@@ -322,16 +315,16 @@ mod tests {
     }
 
     #[test]
-    fn what_only_workers_heed_is_no_matter_for_a_group_consumed_from_outside() {
+    fn worker_settings_of_a_pull_group_are_not_checked() {
         let config = parse("name = 'agents'\nclaim_idle = '10s'\nmax_deliveries = 2").unwrap();
-        assert_eq!(config.validate(), []);
+        assert_eq!(config.problems(), []);
     }
 
     #[test]
-    fn an_order_needs_one_worker_and_to_know_what_it_is() {
-        let keys = |text: &str| -> Vec<&str> {
+    fn ordered_group_needs_one_worker_and_a_key() {
+        let keys = |text: &str| -> Vec<String> {
             let config = parse(&format!("name = 'siem'\n{text}")).unwrap();
-            config.validate().into_iter().map(|invalid| invalid.key).collect()
+            config.problems().into_iter().map(|problem| problem.path).collect()
         };
         assert_eq!(keys("ordering = 'stream'\non_poison = 'halt'"), [""; 0]);
         assert_eq!(keys("ordering = 'key'\norder_by = 'source'\nconcurrency = 8"), [""; 0]);

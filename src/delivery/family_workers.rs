@@ -1,9 +1,11 @@
-//! The workers of a family's group: one member after another has workers while there is something to do for it.
+//! Workers for a group of every family member, started while a member has entries to handle.
 //!
-//! A crew looks at each member once it comes and now and then, and hears from the family's [`Roster`] when there is news;
-//! only then workers begin, and end when nothing came for a while. So an idle member costs a look a minute, and one wait
-//! of the store serves all of them. A bounded number of members is worked for at a time; where others wait, they take
-//! turns. A member that can't be looked at holds up no other.
+//! Each member is checked when it appears and from time to time, and the family's [`Roster`] reports new entries. Workers
+//! start only then, and stop when no entries have come for a while. So an idle member costs one check per `claim_idle`,
+//! and one wait of the store serves all members. The number of active members is limited; if others wait, they take
+//! turns. A member that cannot be checked does not delay others.
+//!
+//! [`Roster`]: crate::store::Roster
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
@@ -23,30 +25,29 @@ use crate::readiness::{Part, Readiness};
 use crate::sink::Sink;
 use crate::store::{Store, StoreError, StoreErrorKind};
 
-/// The members that are worked for at a time.
-const AT_WORK: usize = 64;
-/// How long a member may be worked for while others wait.
-const TURN: Duration = Duration::from_secs(10);
-/// After how long without entries workers leave a member.
-const LEAVE_AFTER: Duration = Duration::from_secs(5);
-/// How often the crew looks round when nothing wakes it.
+/// The maximum number of members with workers at a time.
+const MAX_ACTIVE: usize = 64;
+/// The time for which a member may have workers while others wait.
+const MAX_TURN: Duration = Duration::from_secs(10);
+/// The time without entries after which the workers of a member stop.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
+/// The interval at which members are checked if nothing else happens.
 const TICK: Duration = Duration::from_secs(1);
-/// The most members looked at between two looks at what else there is to do, and how long that may take before no other
-/// is looked at.
-const LOOKS: usize = 64;
-const ROUND: Duration = Duration::from_secs(5);
-/// How long one look may take.
-const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
-/// When a member is looked at again where that failed.
-const AGAIN: Duration = Duration::from_secs(2);
-/// Between two looks at a member of which nothing is heard, at least: what crashed workers left shows in nothing else.
-const LEAST_LOOK_EVERY: Duration = Duration::from_secs(1);
-/// After how long without a word a worker counts as stuck.
+/// The maximum number of members, and the maximum time, of one pass. Other events are handled between passes.
+const MAX_CHECKS: usize = 64;
+const MAX_PASS_TIME: Duration = Duration::from_secs(5);
+/// The time limit for one check.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
+/// The pause after a failed check.
+const RETRY_DELAY: Duration = Duration::from_secs(2);
+/// The minimum interval between checks of an idle member. Only a check detects what crashed workers left.
+const MIN_CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// The time without a report after which a worker counts as stuck.
 const STALE_AFTER: Duration = Duration::from_secs(20);
 
-/// Works for one group of every member of a family.
+/// Runs workers for one group of every member of a family.
 #[derive(Debug)]
-pub struct Crew {
+pub struct FamilyWorkers {
     store: Arc<dyn Store>,
     sink: Arc<dyn Sink>,
     group: FamilyGroup,
@@ -54,63 +55,58 @@ pub struct Crew {
     quarantine: Quarantine,
     metrics: Metrics,
     part: Part,
-    standings: HashMap<StreamName, Standing>,
+    states: HashMap<StreamName, MemberState>,
     waiting: VecDeque<StreamName>,
-    at_work: HashMap<StreamName, AtWork>,
-    /// Whether members wait for workers: those who have nothing to do then make room at once.
+    active: HashMap<StreamName, ActiveMember>,
+    /// Whether members wait for workers. Idle workers then stop at once to make room.
     is_crowded: Arc<AtomicBool>,
     tasks: JoinSet<StreamName>,
-    /// Why members could not be looked at.
+    /// The errors of failed checks.
     failures: BTreeMap<StreamName, StoreError>,
-    trouble: ThrottledWarning,
+    warning: ThrottledWarning,
 }
 
-/// How a member stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Standing {
-    /// Nothing is to be done up to this entry, as far as is known; to be looked at then.
-    Idle {
-        seen: EntryId,
-        look_at: Instant,
-        has_been_at_work: bool,
-    },
-    /// It waits for workers.
+enum MemberState {
+    /// All entries up to `seen` are handled, as far as is known.
+    Idle { seen: EntryId, check_at: Instant, was_active: bool },
+    /// The member waits for workers.
     Waiting,
-    AtWork,
+    /// The member has workers.
+    Active,
 }
 
-/// What is said of a store that has not answered in time.
-fn silent_for<T>(_elapsed: tokio::time::error::Elapsed) -> Result<T, StoreError> {
-    Err(StoreError::new(StoreErrorKind::Unavailable, "the store does not answer"))
+/// Returns the error of a store call that timed out.
+fn timed_out<T>(_elapsed: tokio::time::error::Elapsed) -> Result<T, StoreError> {
+    Err(StoreError::new(StoreErrorKind::Unavailable, "the store timed out"))
 }
 
-impl Standing {
-    fn idle(seen: EntryId, look_at: Instant) -> Self {
-        Self::Idle { seen, look_at, has_been_at_work: false }
+impl MemberState {
+    fn idle(seen: EntryId, check_at: Instant) -> Self {
+        Self::Idle { seen, check_at, was_active: false }
     }
 }
 
-/// A member that is worked for.
+/// A member with workers.
 #[derive(Debug)]
-struct AtWork {
+struct ActiveMember {
     since: Instant,
     stop: CancellationToken,
-    /// What its workers tell.
+    /// The reports of its workers.
     readiness: Readiness,
 }
 
-/// What a look at a member found.
+/// The result of a check.
 #[derive(Debug, Clone, Copy)]
-struct Found {
+struct MemberCheck {
     last: EntryId,
-    /// Whether there are entries that the group was not given, or there is no group yet.
+    /// Whether the group has undelivered entries, or does not exist yet.
     is_behind: bool,
-    /// Whether entries are pending.
     has_pending: bool,
 }
 
-impl Crew {
-    /// A crew that does not work yet. Each member has workers of these names, as many as there are.
+impl FamilyWorkers {
+    /// Creates the workers of a family. Each active member has one worker per consumer name.
     pub fn new(
         store: Arc<dyn Store>,
         sink: Arc<dyn Sink>,
@@ -128,17 +124,17 @@ impl Crew {
             quarantine,
             metrics,
             part,
-            standings: HashMap::new(),
+            states: HashMap::new(),
             waiting: VecDeque::new(),
-            at_work: HashMap::new(),
+            active: HashMap::new(),
             is_crowded: Arc::default(),
             tasks: JoinSet::new(),
             failures: BTreeMap::new(),
-            trouble: ThrottledWarning::default(),
+            warning: ThrottledWarning::default(),
         }
     }
 
-    /// Works until `stop`; then as [`Worker::run`] ends, for each member that is worked for.
+    /// Runs until `stop`; the workers of each active member then end as [`Worker::run`] does.
     pub async fn run(mut self, stop: CancellationToken) {
         let mut changes = self.group.roster.changes();
         loop {
@@ -146,88 +142,91 @@ impl Crew {
             let has_more = tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
-                has_more = self.look_round() => has_more,
+                has_more = self.check_members() => has_more,
             };
-            self.begin_work(&stop);
+            self.start_waiting(&stop);
             self.report();
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
-                Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => self.ended(ended),
+                Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => self.on_ended(ended),
                 Ok(()) = changes.changed() => {}
                 () = tokio::time::sleep(if has_more { Duration::ZERO } else { TICK }) => {}
             }
         }
         while let Some(ended) = self.tasks.join_next().await {
-            self.ended(ended);
+            self.on_ended(ended);
         }
     }
 
-    /// Finds the members for which there is something to do; says whether there are more to be looked at now.
-    async fn look_round(&mut self) -> bool {
+    /// Finds the members with entries to handle. Returns whether more members are due for a check now.
+    async fn check_members(&mut self) -> bool {
         let now = Instant::now();
         let mut due = Vec::new();
         for (stream, newest) in self.group.roster.newest() {
-            let standing = self.standings.entry(stream.clone()).or_insert(Standing::idle(EntryId::MAX, now));
-            match *standing {
-                Standing::Idle { seen, .. } if newest > seen => {
-                    *standing = Standing::Waiting;
+            let state = self.states.entry(stream.clone()).or_insert(MemberState::idle(EntryId::MAX, now));
+            match *state {
+                MemberState::Idle { seen, .. } if newest > seen => {
+                    *state = MemberState::Waiting;
                     self.waiting.push_back(stream);
                 }
-                Standing::Idle { look_at, has_been_at_work, .. } if look_at <= now => {
-                    due.push((look_at, stream, has_been_at_work));
+                MemberState::Idle { check_at, was_active, .. } if check_at <= now => {
+                    due.push((check_at, stream, was_active));
                 }
-                Standing::Idle { .. } | Standing::Waiting | Standing::AtWork => {}
+                MemberState::Idle { .. } | MemberState::Waiting | MemberState::Active => {}
             }
         }
-        // So that members which fail, or are slow, hold up no others.
-        due.sort_by_key(|(look_at, ..)| *look_at);
-        for (looks, (_, stream, has_been_at_work)) in due.into_iter().enumerate() {
-            if looks == LOOKS || now.elapsed() >= ROUND {
+        // The longest overdue first, so that slow or failing members do not delay others.
+        due.sort_by_key(|(check_at, ..)| *check_at);
+        for (checks, (_, stream, was_active)) in due.into_iter().enumerate() {
+            if checks == MAX_CHECKS || now.elapsed() >= MAX_PASS_TIME {
                 return true;
             }
-            match timeout(LOOK_TIMEOUT, self.look(&stream)).await.unwrap_or_else(silent_for) {
+            match timeout(CHECK_TIMEOUT, self.check(&stream)).await.unwrap_or_else(timed_out) {
                 Ok(found) => {
                     self.failures.remove(&stream);
-                    // What is pending after work is others' for now.
-                    self.settle(stream, found, found.has_pending && !has_been_at_work);
+                    // Entries that are still pending after its workers stopped belong to other consumers for now.
+                    self.on_checked(stream, found, found.has_pending && !was_active);
                 }
-                Err(error) => self.failed(stream, error),
+                Err(error) => self.on_check_failed(stream, error),
             }
         }
         false
     }
 
-    /// A member could not be looked at.
-    fn failed(&mut self, stream: StreamName, error: StoreError) {
-        if let Some(times) = self.trouble.occurred() {
+    fn on_check_failed(&mut self, stream: StreamName, error: StoreError) {
+        if let Some(times) = self.warning.occurred() {
             warn!(
                 family = %self.group.roster.family(), group = %self.group.config.name, error = %error, times,
-                "cannot look for work at the members of the family"
+                "family member check failed, retrying"
             );
         }
-        if let Some(Standing::Idle { look_at, .. }) = self.standings.get_mut(&stream) {
-            *look_at = Instant::now() + AGAIN;
+        if let Some(MemberState::Idle { check_at, .. }) = self.states.get_mut(&stream) {
+            *check_at = Instant::now() + RETRY_DELAY;
         }
         self.failures.insert(stream, error);
     }
 
-    /// A member goes to work or is left alone, by what was found.
-    fn settle(&mut self, stream: StreamName, found: Found, is_due: bool) {
+    /// Queues a member for workers if it has entries for them, else schedules its next check.
+    fn on_checked(&mut self, stream: StreamName, found: MemberCheck, is_due: bool) {
         if found.is_behind || is_due {
-            self.standings.insert(stream.clone(), Standing::Waiting);
-            self.waiting.push_back(stream);
+            self.enqueue(stream);
         } else {
-            let look_at = Instant::now() + self.group.config.claim_idle.max(LEAST_LOOK_EVERY);
-            self.standings.insert(stream, Standing::idle(found.last, look_at));
+            let check_at = Instant::now() + self.group.config.claim_idle.max(MIN_CHECK_INTERVAL);
+            self.states.insert(stream, MemberState::idle(found.last, check_at));
         }
     }
 
-    async fn look(&self, stream: &StreamName) -> Result<Found, StoreError> {
+    fn enqueue(&mut self, stream: StreamName) {
+        self.states.insert(stream.clone(), MemberState::Waiting);
+        self.waiting.push_back(stream);
+    }
+
+    async fn check(&self, stream: &StreamName) -> Result<MemberCheck, StoreError> {
         let status = match self.store.describe(stream).await {
-            // What is no stream has nothing to be done; who follows the family tells of it.
+            // Another program uses the name. The task that follows the family reports it.
             Err(error) if error.kind() == StoreErrorKind::WrongType => {
-                return Ok(Found { last: EntryId::MAX, is_behind: false, has_pending: false });
+                return Ok(MemberCheck { last: EntryId::MAX, is_behind: false, has_pending: false });
             }
             status => status?,
         };
@@ -235,33 +234,33 @@ impl Crew {
         let group =
             status.and_then(|status| status.groups.into_iter().find(|group| group.name == self.group.config.name));
         let Some(group) = group else {
-            // At once, however many wait for workers: what no group has still to handle may be trimmed.
+            // Created at once, even if many members wait for workers: retention may trim entries without a group.
             self.store.ensure_group(stream, &self.group.config.name, self.group.config.start.into()).await?;
-            return Ok(Found { last, is_behind: true, has_pending: false });
+            return Ok(MemberCheck { last, is_behind: true, has_pending: false });
         };
         let undelivered = group.undelivered.or(group.lag);
         let is_behind = undelivered.map_or(group.last_delivered < last, |entries| entries > 0);
-        Ok(Found { last, is_behind, has_pending: group.pending > 0 })
+        Ok(MemberCheck { last, is_behind, has_pending: group.pending > 0 })
     }
 
-    /// Begins work for those that wait, as far as there is room; makes room where someone has had it for long.
-    fn begin_work(&mut self, stop: &CancellationToken) {
-        while self.at_work.len() < AT_WORK
+    /// Starts workers for waiting members up to the limit, and ends the longest turn if others wait too long.
+    fn start_waiting(&mut self, stop: &CancellationToken) {
+        while self.active.len() < MAX_ACTIVE
             && let Some(stream) = self.waiting.pop_front()
         {
-            self.begin(stream, stop.child_token());
+            self.start(stream, stop.child_token());
         }
         self.is_crowded.store(!self.waiting.is_empty(), Ordering::Relaxed);
-        if self.waiting.is_empty() || self.at_work.values().any(|work| work.stop.is_cancelled()) {
+        if self.waiting.is_empty() || self.active.values().any(|active| active.stop.is_cancelled()) {
             return;
         }
-        let longest = self.at_work.values().min_by_key(|work| work.since);
-        if let Some(work) = longest.filter(|work| work.since.elapsed() > TURN) {
-            work.stop.cancel();
+        let longest = self.active.values().min_by_key(|active| active.since);
+        if let Some(active) = longest.filter(|active| active.since.elapsed() > MAX_TURN) {
+            active.stop.cancel();
         }
     }
 
-    fn begin(&mut self, stream: StreamName, stop: CancellationToken) {
+    fn start(&mut self, stream: StreamName, stop: CancellationToken) {
         let (readiness, spec) = (Readiness::default(), self.group.member(stream.clone()));
         let mut workers = JoinSet::new();
         for consumer in &self.consumers {
@@ -269,7 +268,8 @@ impl Crew {
             let (store, sink) = (Arc::clone(&self.store), Arc::clone(&self.sink));
             let (quarantine, metrics) = (self.quarantine.clone(), self.metrics.clone());
             let worker = Worker::new(store, sink, spec.clone(), consumer.clone(), quarantine, metrics, part);
-            let worker = worker.of_family(self.group.roster.family().name(), LEAVE_AFTER, Arc::clone(&self.is_crowded));
+            let worker =
+                worker.of_family(self.group.roster.family().name(), IDLE_TIMEOUT, Arc::clone(&self.is_crowded));
             workers.spawn(worker.run(stop.clone()));
         }
         let member = stream.clone();
@@ -281,41 +281,40 @@ impl Crew {
             }
             member
         });
-        // From here on its workers tell.
+        // From now on its workers report failures.
         self.failures.remove(&stream);
-        self.standings.insert(stream.clone(), Standing::AtWork);
-        self.at_work.insert(stream, AtWork { since: Instant::now(), stop, readiness });
+        self.states.insert(stream.clone(), MemberState::Active);
+        self.active.insert(stream, ActiveMember { since: Instant::now(), stop, readiness });
     }
 
-    fn ended(&mut self, ended: Result<StreamName, JoinError>) {
+    fn on_ended(&mut self, ended: Result<StreamName, JoinError>) {
         let stream = match ended {
             Ok(stream) => stream,
-            // A defect of the worker itself.
+            // A defect of a worker ends the daemon.
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         };
-        let was_sent_away = self.at_work.remove(&stream).is_some_and(|work| work.stop.is_cancelled());
-        if was_sent_away {
-            self.standings.insert(stream.clone(), Standing::Waiting);
-            self.waiting.push_back(stream);
+        let was_preempted = self.active.remove(&stream).is_some_and(|active| active.stop.is_cancelled());
+        if was_preempted {
+            self.enqueue(stream);
         } else {
-            // What came while it ended is found by looking.
-            let look_at = Instant::now();
-            self.standings.insert(stream, Standing::Idle { seen: EntryId::MAX, look_at, has_been_at_work: true });
+            // A check finds the entries that came while the workers stopped.
+            let check_at = Instant::now();
+            self.states.insert(stream, MemberState::Idle { seen: EntryId::MAX, check_at, was_active: true });
         }
     }
 
-    /// Tells readiness how the members and the workers are.
+    /// Reports failed checks and the state of the workers.
     fn report(&mut self) {
         if let Some(error) = self.failures.values().next() {
             return self.part.not_ready(error.to_string());
         }
-        if let Some(after) = self.trouble.ended() {
-            info!(family = %self.group.roster.family(), group = %self.group.config.name, ?after, "looks for work again");
+        if let Some(after) = self.warning.ended() {
+            info!(family = %self.group.roster.family(), group = %self.group.config.name, ?after, "family member checks recovered");
         }
         let (mut reasons, mut notes) = (Vec::new(), Vec::new());
-        for (stream, work) in &self.at_work {
-            for report in work.readiness.report() {
-                let is_new = work.since.elapsed() < STALE_AFTER;
+        for (stream, active) in &self.active {
+            for report in active.readiness.report() {
+                let is_new = active.since.elapsed() < STALE_AFTER;
                 reasons.extend(report.reason.filter(|_| !is_new).map(|reason| format!("{stream}: {reason}")));
                 notes.extend(report.note.map(|note| format!("{stream}: {note}")));
             }

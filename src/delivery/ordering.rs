@@ -1,4 +1,4 @@
-//! In what order a group's entries may reach its sink.
+//! The order in which the entries of a group may reach its sink.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -10,47 +10,48 @@ use serde_json::value::RawValue;
 
 use crate::event::{AlertView, Entry, field};
 
-/// What is kept in the order of the stream.
+/// The entries that keep the order of the stream.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Ordering {
-    /// Nothing: an entry that failed lets others pass.
+    /// None: other entries may pass one that failed.
     #[default]
     None,
-    /// Entries with the same key, see [`OrderBy`].
+    /// Entries with the same ordering key, see [`OrderBy`].
     Key,
     /// All entries: one delivery at a time.
     Stream,
 }
 
-/// What becomes of the order when its next entry is given up.
+/// The reaction of an ordered group when its next entry is given up.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnPoison {
-    /// The entry goes to the dead letters, and those after it go on.
+    /// The entry goes to the dead letters, and later entries go on.
     #[default]
     DeadLetter,
-    /// The group stops there until someone acts.
+    /// The group stops there until an operator acts.
     Halt,
 }
 
-/// Which part of an entry is its key.
+/// The part of an entry that is its ordering key.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum OrderBy {
-    /// A field of the entry, such as `source`; `source`, `category` and `tenant` are looked for in the payload where
-    /// a producer did not write the field.
+    /// A field of the entry, such as `source`.
+    ///
+    /// If a producer did not write the fields `source`, `category` or `tenant`, they are read from the payload.
     Field(String),
-    /// A member of the payload's object, written `data.<name>`.
+    /// A property of the payload, written `data.<name>`.
     Data(String),
 }
 
-/// An entry's key, hashed. Two keys with the same hash share a lane, which costs them nothing but speed.
-pub(super) type Key = u64;
+/// The hash of an ordering key. Two keys with the same hash share a queue, which only costs speed.
+pub(super) type KeyHash = u64;
 
-/// The text names no part of an entry.
+/// A text that does not name a part of an entry.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("must be the name of a field, such as source, or data.<name> for a member of the payload, not {0:?}")]
+#[error("must be the name of a field, such as source, or data.<name> for a property of the payload, not {0:?}")]
 pub struct InvalidOrderBy(String);
 
 impl TryFrom<String> for OrderBy {
@@ -81,15 +82,15 @@ impl fmt::Display for OrderBy {
 }
 
 impl OrderBy {
-    /// The entry's key; nothing where it has none, is empty, or can't be read.
-    pub(super) fn key(&self, entry: &Entry) -> Option<Key> {
+    /// Returns the key of the entry. Returns `None` if it is missing, empty or not readable.
+    pub(super) fn key(&self, entry: &Entry) -> Option<KeyHash> {
         match self {
             Self::Field(name) => match entry.fields.get(name) {
                 Some(value) => hash(value),
-                None => hash(viewed(name, entry.data()?)?.as_bytes()),
+                None => hash(payload_field(name, entry.data()?)?.as_bytes()),
             },
             Self::Data(name) => {
-                let value = member(entry.data()?, name)?;
+                let value = property(entry.data()?, name)?;
                 match value.get() {
                     "null" => None,
                     text if text.starts_with('"') => hash(serde_json::from_str::<Text<'_>>(text).ok()?.0.as_bytes()),
@@ -100,7 +101,7 @@ impl OrderBy {
     }
 }
 
-fn hash(key: &[u8]) -> Option<Key> {
+fn hash(key: &[u8]) -> Option<KeyHash> {
     if key.is_empty() {
         return None;
     }
@@ -109,8 +110,8 @@ fn hash(key: &[u8]) -> Option<Key> {
     Some(hasher.finish())
 }
 
-/// What the bus itself would have written into a field of that name.
-fn viewed<'a>(name: &str, data: &'a [u8]) -> Option<Cow<'a, str>> {
+/// Returns the value that the bus itself would have written into the field.
+fn payload_field<'a>(name: &str, data: &'a [u8]) -> Option<Cow<'a, str>> {
     let view = AlertView::parse(data).ok()?;
     match name {
         field::SOURCE => view.source,
@@ -123,8 +124,8 @@ fn viewed<'a>(name: &str, data: &'a [u8]) -> Option<Cow<'a, str>> {
 #[derive(Deserialize)]
 struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
-/// The first member of that name of the object in `data`.
-fn member<'a>(data: &'a [u8], name: &str) -> Option<&'a RawValue> {
+/// Returns the first property with this name of the object in `data`.
+fn property<'a>(data: &'a [u8], name: &str) -> Option<&'a RawValue> {
     struct Find<'n>(&'n str);
 
     impl<'de> DeserializeSeed<'de> for Find<'_> {
@@ -175,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_a_field_or_a_member_of_the_payload() {
+    fn key_is_a_field_or_a_property_of_the_payload() {
         let data = r#"{"a":{"host":"no"},"host":"web\u00312","port":443,"none":null,"empty":"","host":"second"}"#;
         let entry = entry(&[("source", "zeek"), ("data", data)]);
         let hashed = |text: &str| hash(text.as_bytes());
@@ -188,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_field_that_a_producer_left_out_is_read_from_the_payload() {
+    fn missing_field_is_read_from_the_payload() {
         let written = entry(&[("source", "zeek"), ("data", "{}")]);
         let left_out = entry(&[("data", r#"{"source":"zeek"}"#)]);
         assert_eq!(by("source").key(&written), by("source").key(&left_out));
@@ -198,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn what_names_nothing_is_refused() {
+    fn invalid_order_by_is_rejected() {
         for text in ["", "data", "data."] {
             assert!(OrderBy::try_from(text.to_owned()).is_err(), "{text:?}");
         }

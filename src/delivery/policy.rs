@@ -1,4 +1,4 @@
-//! What becomes of a delivery. Pure: chance is an argument.
+//! The retry policy: decides about the outcome of a delivery. Pure: random numbers are arguments.
 
 use std::time::Duration;
 
@@ -7,16 +7,16 @@ use serde::{Deserialize, Serialize};
 use crate::event::DeadLetterReason;
 use crate::sink::{SinkError, SinkErrorClass};
 
-/// The longest wait that a receiver can ask for.
+/// The longest pause that a receiver can request.
 const MAX_RETRY_AFTER: Duration = Duration::from_hours(1);
 
-/// When and how often a failed delivery is tried again: exponential back-off with full jitter.
+/// When and how often a failed delivery is retried: exponential backoff with full jitter.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RetryPolicy {
-    /// How often an entry is tried in all before it goes to the dead letters.
+    /// Attempts in all before an entry becomes a dead letter.
     pub max_attempts: u32,
-    /// The longest wait before the second attempt; doubled for each one after it.
+    /// The longest wait before the second attempt. It doubles for each later attempt.
     #[serde(with = "humantime_serde")]
     pub base: Duration,
     /// The longest wait before any attempt.
@@ -30,21 +30,22 @@ impl Default for RetryPolicy {
     }
 }
 
-/// What becomes of a delivery.
+/// The decision about a delivery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// It had its effect.
+    /// The sink took it.
     Acknowledge,
-    /// It is tried again after this time.
+    /// It is retried after this time.
     RetryIn(Duration),
     /// It is given up.
     DeadLetter(DeadLetterReason),
 }
 
 impl RetryPolicy {
-    /// Judges the outcome of the `attempt`-th delivery (1 is the first). `draw` is a random number from 0 up to,
-    /// but not including, 1.
-    pub fn judge(&self, attempt: u32, outcome: &Result<(), SinkError>, draw: f64) -> Verdict {
+    /// Decides about the outcome of the `attempt`-th delivery (1 is the first).
+    ///
+    /// `random` is a random number from 0 up to, but not including, 1.
+    pub fn judge(&self, attempt: u32, outcome: &Result<(), SinkError>, random: f64) -> Verdict {
         let error = match outcome {
             Ok(()) => return Verdict::Acknowledge,
             Err(error) => error,
@@ -55,23 +56,24 @@ impl RetryPolicy {
             SinkErrorClass::Transient if attempt >= self.max_attempts => {
                 Verdict::DeadLetter(DeadLetterReason::Exhausted)
             }
-            SinkErrorClass::Transient => Verdict::RetryIn(self.wait(attempt, error.retry_after(), draw)),
+            SinkErrorClass::Transient => Verdict::RetryIn(self.wait(attempt, error.retry_after(), random)),
         }
     }
 
-    fn wait(&self, attempt: u32, retry_after: Option<Duration>, draw: f64) -> Duration {
+    fn wait(&self, attempt: u32, retry_after: Option<Duration>, random: f64) -> Duration {
         let doublings = attempt.saturating_sub(1).min(31);
         let longest = self.base.saturating_mul(1 << doublings).min(self.cap);
-        let wait = longest.mul_f64(draw);
-        // Whoever was turned away at the same time should not come back at the same time.
-        let asked = retry_after.map(|asked| asked.min(MAX_RETRY_AFTER) + self.base.min(self.cap).mul_f64(draw));
-        asked.map_or(wait, |asked| asked.max(wait))
+        let wait = longest.mul_f64(random);
+        // The jitter spreads the retries of clients that were refused at the same time.
+        let jitter = self.base.min(self.cap).mul_f64(random);
+        let requested = retry_after.map(|requested| requested.min(MAX_RETRY_AFTER) + jitter);
+        requested.map_or(wait, |requested| requested.max(wait))
     }
 
-    /// How many entries one call of the sink may carry at this attempt, of the `max_batch` that it takes.
+    /// Returns how many entries one call of the sink may carry at this attempt.
     ///
-    /// What failed as a batch comes back in smaller ones, at the last attempt alone, so that no entry is given up
-    /// for what its neighbours did.
+    /// Entries that failed as a batch are retried in smaller ones, and alone at the last attempt. So no entry is given
+    /// up because of another entry in its batch.
     pub(super) fn batch_limit(&self, attempt: u32, max_batch: usize) -> usize {
         if attempt >= self.max_attempts {
             return 1;
@@ -96,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn every_outcome_has_its_verdict() {
+    fn each_outcome_has_its_verdict() {
         use DeadLetterReason::{Exhausted, Rejected, Undecodable};
         use SinkErrorClass as Class;
         let cases = [
@@ -117,29 +119,29 @@ mod tests {
     }
 
     #[test]
-    fn jitter_spreads_over_the_whole_wait() {
-        let waits = [0.0, 0.25, 0.75].map(|draw| policy().judge(3, &failure(SinkErrorClass::Transient), draw));
+    fn jitter_covers_the_whole_wait() {
+        let waits = [0.0, 0.25, 0.75].map(|random| policy().judge(3, &failure(SinkErrorClass::Transient), random));
         assert_eq!(waits, [0, 1, 3].map(|s| Verdict::RetryIn(SECOND * s)));
     }
 
     #[test]
-    fn a_receiver_that_asks_for_time_gets_it_within_reason() {
+    fn requested_pause_is_kept_up_to_the_limit() {
         let throttled = |after| Err(SinkError::new(SinkErrorClass::Transient, "HTTP 429").with_retry_after(after));
-        let judge = |after, draw| policy().judge(1, &throttled(after), draw);
+        let judge = |after, random| policy().judge(1, &throttled(after), random);
         assert_eq!(judge(SECOND * 30, 0.0), Verdict::RetryIn(SECOND * 30));
         assert_eq!(judge(SECOND * 30, 0.5), Verdict::RetryIn(SECOND * 30 + SECOND / 2));
         assert_eq!(judge(SECOND * 86_400, 0.0), Verdict::RetryIn(MAX_RETRY_AFTER));
     }
 
     #[test]
-    fn no_number_of_attempts_overflows() {
+    fn many_attempts_do_not_overflow() {
         let patient = RetryPolicy { max_attempts: u32::MAX, base: SECOND, cap: Duration::MAX };
         assert!(matches!(patient.judge(u32::MAX - 1, &failure(SinkErrorClass::Transient), 0.5), Verdict::RetryIn(_)));
         assert_eq!(patient.batch_limit(u32::MAX - 1, 500), 1);
     }
 
     #[test]
-    fn batches_shrink_with_each_attempt_until_entries_go_alone() {
+    fn batches_shrink_with_each_attempt_to_one_entry() {
         let limits: Vec<_> = (1..=6).map(|attempt| policy().batch_limit(attempt, 500)).collect();
         assert_eq!(limits, [500, 125, 31, 7, 1, 1]);
     }

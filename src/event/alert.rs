@@ -1,7 +1,6 @@
-//! One small view over the shapes in which alerts come, for filters and the console.
+//! One view over the formats of alerts, for filters and the console.
 //!
-//! The payload itself is never changed. Nothing is rejected for a value this module does not know: it is then
-//! simply absent from the view.
+//! The payload is never changed. Unknown values are no error: they are absent from the view.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -11,7 +10,7 @@ use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-/// How severe an alert is, in the five words of the SOC.
+/// The severity of an alert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
@@ -21,19 +20,19 @@ pub enum Severity {
     Low,
     /// Can wait for hours.
     Medium,
-    /// Within the hour.
+    /// Needs action within the hour.
     High,
-    /// At once.
+    /// Needs action at once.
     Critical,
 }
 
-/// The text is none of the five words.
+/// A text that is not a severity.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("a severity is one of critical, high, medium, low, info, not {0:?}")]
+#[error("a severity must be critical, high, medium, low or info, not {0:?}")]
 pub struct UnknownSeverity(String);
 
 impl Severity {
-    /// The lower-case word.
+    /// Returns the word in lower case.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Info => "info",
@@ -44,7 +43,7 @@ impl Severity {
         }
     }
 
-    /// OCSF `severity_id`: 1 informational to 5 critical, 6 fatal.
+    /// Converts an OCSF `severity_id`: 1 informational to 5 critical, 6 fatal.
     const fn from_ocsf(id: i64) -> Option<Self> {
         match id {
             1 => Some(Self::Info),
@@ -56,7 +55,7 @@ impl Severity {
         }
     }
 
-    /// Suricata's `alert.severity`: 1 is the worst, 4 the least.
+    /// Converts `alert.severity` of Suricata: 1 is the highest, 4 the lowest.
     const fn from_suricata(level: i64) -> Option<Self> {
         match level {
             1 => Some(Self::Critical),
@@ -93,71 +92,72 @@ impl fmt::Display for Severity {
     }
 }
 
-/// What filters and the console read of an alert, whatever its shape: API alerts, normalizer events, OCSF findings,
-/// Suricata EVE, and any of these inside a `CloudEvents` 1.0 envelope.
+/// The properties of an alert in any known format: API alerts, normalizer events, OCSF findings, Suricata EVE, and each
+/// of these inside a `CloudEvents` 1.0 envelope.
 #[derive(Debug, Default, PartialEq)]
 pub struct AlertView<'a> {
-    /// The alert's own id.
+    /// The id of the alert.
     pub id: Option<Cow<'a, str>>,
-    /// Absent when the shape or the word is unknown.
+    /// The severity. Absent if the format or the word is unknown.
     pub severity: Option<Severity>,
     /// One line for people.
     pub title: Option<Cow<'a, str>>,
-    /// What raised it.
+    /// The product that raised it.
     pub source: Option<Cow<'a, str>>,
-    /// Its category, as the shape has it: `cps`, `Potentially Bad Traffic`, `Findings`.
+    /// The category in the words of the format: `cps`, `Potentially Bad Traffic`, `Findings`.
     pub category: Option<Cow<'a, str>>,
-    /// Whose alert it is.
+    /// The tenant.
     pub tenant: Option<Cow<'a, str>>,
-    /// The tenant is only what OCSF's `metadata` says, by the names of the product that raised the alert: who publishes
-    /// it, or where, says better whose it is.
+    /// Whether the tenant is from OCSF `metadata`, and so in the terms of the product. Then the publisher or the stream
+    /// decides about the tenant.
     pub(super) is_tenant_of_product: bool,
-    /// What kind of event it is: `type`, `event_type` or OCSF's `class_name`.
+    /// The type of event: `type`, `event_type` or the OCSF `class_name`.
     pub kind: Option<Cow<'a, str>>,
-    /// When it happened, milliseconds since 1970, where the shape gives a number.
+    /// Time of the event in milliseconds since 1970, if the format has a number.
     pub time_ms: Option<i64>,
     /// MITRE ATT&CK technique ids.
     pub techniques: Vec<Cow<'a, str>>,
-    /// The W3C trace that the payload itself carries.
+    /// The W3C trace context of the payload.
     pub traceparent: Option<Cow<'a, str>>,
 }
 
-/// How many `CloudEvents` envelopes an alert may be inside of, one in the other.
+/// Maximum number of nested `CloudEvents` envelopes.
 const ENVELOPES: u8 = 4;
 
 impl<'a> AlertView<'a> {
-    /// Reads a payload. Fails only where it is not one JSON object.
+    /// Reads a payload. Fails only if it is not one JSON object.
     pub fn parse(data: &'a [u8]) -> Result<Self, serde_json::Error> {
-        let raw: Raw<'a> = serde_json::from_slice(data)?;
+        let raw: RawAlert<'a> = serde_json::from_slice(data)?;
         Ok(raw.into_view(ENVELOPES))
     }
 
-    /// The same for text that is known to be UTF-8.
+    /// Reads a payload that is known to be UTF-8.
     pub(super) fn parse_text(data: &'a str) -> Result<Self, serde_json::Error> {
-        let raw: Raw<'a> = serde_json::from_str(data)?;
+        let raw: RawAlert<'a> = serde_json::from_str(data)?;
         Ok(raw.into_view(ENVELOPES))
     }
 }
 
-/// The members of any of the shapes, before it is known which one it is.
+/// The properties of all formats, before the format is known. Its 24 fields are a parse buffer for one pass over the
+/// JSON: a map or nested structs would allocate.
 #[derive(Default)]
-struct Raw<'a> {
-    id: Loose<'a>,
-    severity: Loose<'a>,
-    severity_id: Loose<'a>,
-    title: Loose<'a>,
-    message: Loose<'a>,
-    source: Loose<'a>,
-    category: Loose<'a>,
-    tenant: Loose<'a>,
-    tenant_id: Loose<'a>,
-    time: Loose<'a>,
-    timestamp_ms: Loose<'a>,
-    traceparent: Loose<'a>,
-    kind: Loose<'a>,
-    event_type: Loose<'a>,
-    class_name: Loose<'a>,
-    techniques: Texts<'a>,
+struct RawAlert<'a> {
+    id: LooseValue<'a>,
+    severity: LooseValue<'a>,
+    severity_id: LooseValue<'a>,
+    title: LooseValue<'a>,
+    message: LooseValue<'a>,
+    source: LooseValue<'a>,
+    category: LooseValue<'a>,
+    tenant: LooseValue<'a>,
+    tenant_id: LooseValue<'a>,
+    time: LooseValue<'a>,
+    timestamp_ms: LooseValue<'a>,
+    traceparent: LooseValue<'a>,
+    kind: LooseValue<'a>,
+    event_type: LooseValue<'a>,
+    class_name: LooseValue<'a>,
+    techniques: TextArray<'a>,
     is_cloud_event: bool,
     data: Option<&'a RawValue>,
     suricata: Option<&'a RawValue>,
@@ -168,8 +168,8 @@ struct Raw<'a> {
     attacks: Option<&'a RawValue>,
 }
 
-impl<'a> Raw<'a> {
-    /// `envelopes` is how many more it may be inside of: what is deeper is no alert, and must not become a deep stack.
+impl<'a> RawAlert<'a> {
+    /// Converts to a view. `envelopes` limits the nesting, because a deep one must not overflow the stack.
     fn into_view(self, envelopes: u8) -> AlertView<'a> {
         if self.is_cloud_event
             && let Some(fewer) = envelopes.checked_sub(1)
@@ -190,7 +190,7 @@ impl<'a> Raw<'a> {
         }
         let nested = self.nested();
         let word = match &self.severity {
-            Loose::Text(text) => text.parse().ok(),
+            LooseValue::Text(text) => text.parse().ok(),
             _ => None,
         };
         let tenant = self.tenant.text().or(self.tenant_id.text());
@@ -211,10 +211,10 @@ impl<'a> Raw<'a> {
         }
     }
 
-    /// What Suricata and OCSF keep in objects inside the alert.
+    /// Returns the properties that Suricata and OCSF keep in objects inside the alert.
     fn nested(&self) -> AlertView<'a> {
         let mut view = AlertView::default();
-        let is_suricata = matches!(&self.event_type, Loose::Text(kind) if kind == "alert");
+        let is_suricata = matches!(&self.event_type, LooseValue::Text(kind) if kind == "alert");
         if is_suricata {
             view.source = Some(Cow::Borrowed("suricata"));
         }
@@ -247,19 +247,19 @@ impl<'a> Raw<'a> {
     }
 }
 
-impl<'de> Deserialize<'de> for Raw<'de> {
+impl<'de> Deserialize<'de> for RawAlert<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Members;
 
         impl<'de> Visitor<'de> for Members {
-            type Value = Raw<'de>;
+            type Value = RawAlert<'de>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a JSON object")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Raw<'de>, A::Error> {
-                let mut raw = Raw::default();
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawAlert<'de>, A::Error> {
+                let mut raw = RawAlert::default();
                 while let Some(Key(key)) = map.next_key()? {
                     match key.as_ref() {
                         "id" => raw.id = map.next_value()?,
@@ -282,13 +282,13 @@ impl<'de> Deserialize<'de> for Raw<'de> {
                         "class_uid" => raw.is_ocsf = map.next_value::<Option<IgnoredAny>>()?.is_some(),
                         "category_name" => raw.category_name = map.next_value()?,
                         "metadata" => raw.metadata = map.next_value()?,
-                        // As OCSF called it up to 1.0.
+                        // The name up to OCSF 1.0.
                         "finding" => raw.finding = raw.finding.or(map.next_value()?),
                         "finding_info" => raw.finding = map.next_value::<Option<_>>()?.or(raw.finding),
                         "attacks" => raw.attacks = map.next_value()?,
                         "specversion" => {
-                            let version: Loose<'de> = map.next_value()?;
-                            raw.is_cloud_event = matches!(version, Loose::Text(v) if v == "1.0");
+                            let version: LooseValue<'de> = map.next_value()?;
+                            raw.is_cloud_event = matches!(version, LooseValue::Text(v) if v == "1.0");
                         }
                         "data" => raw.data = Some(map.next_value()?),
                         _ => {
@@ -304,20 +304,20 @@ impl<'de> Deserialize<'de> for Raw<'de> {
     }
 }
 
-/// An object's key, borrowed where the text allows it.
+/// A key of an object, borrowed if it has no escapes.
 #[derive(Deserialize)]
 struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
 
-/// A value of which only texts and integers are of interest.
+/// A value that is a text, an integer, or irrelevant.
 #[derive(Default)]
-enum Loose<'a> {
+enum LooseValue<'a> {
     Text(Cow<'a, str>),
     Integer(i64),
     #[default]
     Other,
 }
 
-impl<'a> Loose<'a> {
+impl<'a> LooseValue<'a> {
     fn text(self) -> Option<Cow<'a, str>> {
         match self {
             Self::Text(text) if !text.is_empty() => Some(text),
@@ -333,53 +333,53 @@ impl<'a> Loose<'a> {
     }
 }
 
-impl<'de: 'a, 'a> Deserialize<'de> for Loose<'a> {
+impl<'de: 'a, 'a> Deserialize<'de> for LooseValue<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Any;
 
         impl<'de> Visitor<'de> for Any {
-            type Value = Loose<'de>;
+            type Value = LooseValue<'de>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("any JSON value")
             }
 
-            fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Loose<'de>, E> {
-                Ok(Loose::Text(Cow::Borrowed(text)))
+            fn visit_borrowed_str<E>(self, text: &'de str) -> Result<LooseValue<'de>, E> {
+                Ok(LooseValue::Text(Cow::Borrowed(text)))
             }
 
-            fn visit_str<E>(self, text: &str) -> Result<Loose<'de>, E> {
-                Ok(Loose::Text(Cow::Owned(text.to_owned())))
+            fn visit_str<E>(self, text: &str) -> Result<LooseValue<'de>, E> {
+                Ok(LooseValue::Text(Cow::Owned(text.to_owned())))
             }
 
-            fn visit_i64<E>(self, number: i64) -> Result<Loose<'de>, E> {
-                Ok(Loose::Integer(number))
+            fn visit_i64<E>(self, number: i64) -> Result<LooseValue<'de>, E> {
+                Ok(LooseValue::Integer(number))
             }
 
-            fn visit_u64<E>(self, number: u64) -> Result<Loose<'de>, E> {
-                Ok(i64::try_from(number).map_or(Loose::Other, Loose::Integer))
+            fn visit_u64<E>(self, number: u64) -> Result<LooseValue<'de>, E> {
+                Ok(i64::try_from(number).map_or(LooseValue::Other, LooseValue::Integer))
             }
 
-            fn visit_f64<E>(self, _: f64) -> Result<Loose<'de>, E> {
-                Ok(Loose::Other)
+            fn visit_f64<E>(self, _: f64) -> Result<LooseValue<'de>, E> {
+                Ok(LooseValue::Other)
             }
 
-            fn visit_bool<E>(self, _: bool) -> Result<Loose<'de>, E> {
-                Ok(Loose::Other)
+            fn visit_bool<E>(self, _: bool) -> Result<LooseValue<'de>, E> {
+                Ok(LooseValue::Other)
             }
 
-            fn visit_unit<E>(self) -> Result<Loose<'de>, E> {
-                Ok(Loose::Other)
+            fn visit_unit<E>(self) -> Result<LooseValue<'de>, E> {
+                Ok(LooseValue::Other)
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Loose<'de>, A::Error> {
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<LooseValue<'de>, A::Error> {
                 while seq.next_element::<IgnoredAny>()?.is_some() {}
-                Ok(Loose::Other)
+                Ok(LooseValue::Other)
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Loose<'de>, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<LooseValue<'de>, A::Error> {
                 while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-                Ok(Loose::Other)
+                Ok(LooseValue::Other)
             }
         }
 
@@ -387,30 +387,30 @@ impl<'de: 'a, 'a> Deserialize<'de> for Loose<'a> {
     }
 }
 
-/// The texts of an array, or of nothing.
+/// The texts of an array, or none.
 #[derive(Default)]
-struct Texts<'a>(Vec<Cow<'a, str>>);
+struct TextArray<'a>(Vec<Cow<'a, str>>);
 
-impl<'de> Deserialize<'de> for Texts<'de> {
+impl<'de> Deserialize<'de> for TextArray<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let raw: &'de RawValue = Deserialize::deserialize(deserializer)?;
-        let items: Vec<Loose<'de>> = serde_json::from_str(raw.get()).unwrap_or_default();
-        Ok(Self(items.into_iter().filter_map(Loose::text).collect()))
+        let items: Vec<LooseValue<'de>> = serde_json::from_str(raw.get()).unwrap_or_default();
+        Ok(Self(items.into_iter().filter_map(LooseValue::text).collect()))
     }
 }
 
-/// A value on its own: one that can't be read is of no interest, and takes nothing else with it.
-fn loose(value: Option<&RawValue>) -> Loose<'_> {
+/// Reads a value on its own, so that an unreadable one is ignored without others.
+fn loose(value: Option<&RawValue>) -> LooseValue<'_> {
     value.and_then(|value| serde_json::from_str(value.get()).ok()).unwrap_or_default()
 }
 
-/// The elements of an array, or of nothing.
+/// Returns the elements of an array, or none.
 fn elements(value: Option<&RawValue>) -> impl Iterator<Item = &RawValue> {
     let elements: Vec<&RawValue> = value.and_then(|value| serde_json::from_str(value.get()).ok()).unwrap_or_default();
     elements.into_iter()
 }
 
-/// The members of these names of an object; of any other value there are none.
+/// Returns the named properties of an object. Other values have none.
 fn members<'a, const N: usize>(value: Option<&'a RawValue>, names: [&str; N]) -> [Option<&'a RawValue>; N] {
     let mut found = [None; N];
     if let Some(value) = value {
@@ -441,7 +441,7 @@ fn find<'a>(value: &'a RawValue, names: &[&str], found: &mut [Option<&'a RawValu
         }
     }
 
-    // What was found before a key that can't be read stands.
+    // Properties before an unreadable key are kept.
     serde_json::Deserializer::from_str(value.get()).deserialize_map(Find(names, found)).unwrap_or_default();
 }
 

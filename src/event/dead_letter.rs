@@ -1,4 +1,4 @@
-//! The record of an entry that could not be handled.
+//! The record of an entry that a group gave up.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,16 +9,16 @@ use jiff::Timestamp;
 use super::entry::{field, rfc3339};
 use super::{Entry, EntryId, Fields, GroupName, StreamName};
 
-/// Why an entry went to the dead letters.
+/// The reason why an entry became a dead letter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DeadLetterReason {
-    /// The sink refused it and would refuse it again.
+    /// The sink refused it for good.
     Rejected,
-    /// It failed as often as the group allows.
+    /// Every attempt that the group allows has failed.
     Exhausted,
-    /// It was delivered as often as the group allows without a result: the handler crashed or hung each time.
+    /// Every delivery that the group allows ended without a result: the handler crashed or hung.
     Crashed,
-    /// It has no `data`, or its `data` is not what the sink or filter needs.
+    /// It has no `data`, or the sink or filter cannot read it.
     Undecodable,
 }
 
@@ -26,7 +26,7 @@ impl DeadLetterReason {
     /// All reasons, for metrics and documentation.
     pub const ALL: [Self; 4] = [Self::Rejected, Self::Exhausted, Self::Crashed, Self::Undecodable];
 
-    /// The reason in one word.
+    /// Returns the reason in one word.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Rejected => "rejected",
@@ -51,40 +51,40 @@ impl FromStr for DeadLetterReason {
     }
 }
 
-/// A dead letter: where the entry came from, why it is here, and every original field byte for byte.
+/// A dead letter: the origin of the entry, the reason, and every original field byte for byte.
 ///
-/// As an entry it has the original fields first, in their order, and then ours, so that original fields of the same
-/// names are neither lost nor mistaken for ours. Thousands of fields are one field `dead.fields` instead, which has each
-/// name and each value after its length and a colon: `4:data2:{}`.
+/// Its entry has the original fields first, in order, and then those of the record. So original fields with the same
+/// names are neither lost nor confused. Thousands of fields become one field `dead.fields`, which has each name and
+/// each value after its length and a colon: `4:data2:{}`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeadLetter {
-    /// The stream the entry was in.
+    /// The stream of the entry.
     pub stream: StreamName,
-    /// The entry's id there.
+    /// The id of the entry in that stream.
     pub id: EntryId,
-    /// The group that could not handle it.
+    /// The group that gave it up.
     pub group: GroupName,
-    /// Why.
+    /// The reason.
     pub reason: DeadLetterReason,
-    /// The last error, at most 2 KiB of it.
+    /// The last error, at most 2 KiB.
     pub error: String,
-    /// How many times it was delivered.
+    /// Number of deliveries.
     pub attempts: u32,
-    /// When the first failure was seen; the last one when that is not known any more.
+    /// Time of the first failure, or of the last one if the first is unknown.
     pub first_failure: Timestamp,
-    /// When the last failure was seen.
+    /// Time of the last failure.
     pub last_failure: Timestamp,
-    /// How many times it was replayed from the dead letters before.
+    /// Number of earlier replays from the dead letters.
     pub replays: u32,
     /// The original fields.
     pub fields: Fields,
 }
 
 const ERROR_BYTES: usize = 2048;
-/// An entry of more fields is kept as one field that holds them all: stores bound how many they take at once.
+/// Maximum number of separate fields. More are stored as one, because stores limit the arguments of a call.
 const MAX_PLAIN_FIELDS: usize = 3000;
 
-/// All original fields in one, see [`packed`].
+/// The field with all original fields, see [`packed`].
 const FIELDS: &str = "dead.fields";
 
 const STREAM: &str = "dead.stream";
@@ -97,13 +97,14 @@ const FIRST_FAILURE: &str = "dead.first_failure";
 const LAST_FAILURE: &str = "dead.last_failure";
 const REPLAYS: &str = "dead.replays";
 
-/// What tells of an earlier replay; a later one says it anew.
-const OF_REPLAYS: [&str; 4] = [field::REPLAY_GROUP, field::REPLAY_OF, field::REPLAY_COUNT, field::REPLAY_ATTEMPTS];
+/// The fields of an earlier replay. A later replay writes new ones.
+const REPLAY_FIELDS: [&str; 4] = [field::REPLAY_GROUP, field::REPLAY_OF, field::REPLAY_COUNT, field::REPLAY_ATTEMPTS];
 
-const OURS: [&str; 9] = [STREAM, ID, GROUP, REASON, ERROR, ATTEMPTS, FIRST_FAILURE, LAST_FAILURE, REPLAYS];
+const RECORD_FIELDS: [&str; 9] = [STREAM, ID, GROUP, REASON, ERROR, ATTEMPTS, FIRST_FAILURE, LAST_FAILURE, REPLAYS];
 
 impl DeadLetter {
-    /// The record of an entry that fails now, as it was before it was appended again for consumers outside.
+    /// Creates the record of an entry that fails now. If the entry was appended again for external consumers, the
+    /// record has its original fields and id.
     pub fn of_first_life(
         entry: &Entry,
         stream: &StreamName,
@@ -114,7 +115,7 @@ impl DeadLetter {
         now: Timestamp,
     ) -> Self {
         let is_again = entry.is_for_one_group();
-        let is_kept = |name: &[u8]| !(is_again && OF_REPLAYS.iter().any(|ours| ours.as_bytes() == name));
+        let is_kept = |name: &[u8]| !(is_again && REPLAY_FIELDS.iter().any(|ours| ours.as_bytes() == name));
         let fields = entry.fields.iter().filter(|(name, _)| is_kept(name.as_ref()));
         Self {
             stream: stream.clone(),
@@ -130,9 +131,9 @@ impl DeadLetter {
         }
     }
 
-    /// The fields to store.
+    /// Returns the fields to store.
     pub fn to_fields(&self) -> Fields {
-        let mut fields = Fields::with_capacity(self.fields.len() + OURS.len());
+        let mut fields = Fields::with_capacity(self.fields.len() + RECORD_FIELDS.len());
         let is_alike = self.fields.len() == 1 && self.fields.get(FIELDS).is_some();
         if self.fields.len() > MAX_PLAIN_FIELDS || is_alike {
             fields.push(Bytes::from_static(FIELDS.as_bytes()), packed(&self.fields));
@@ -154,16 +155,16 @@ impl DeadLetter {
             rfc3339(self.last_failure),
             self.replays.to_string(),
         ];
-        for (name, value) in OURS.into_iter().zip(values) {
+        for (name, value) in RECORD_FIELDS.into_iter().zip(values) {
             fields.push(Bytes::from_static(name.as_bytes()), value);
         }
         fields
     }
 
-    /// Reads a record back; nothing when the entry is not one that the bus wrote.
+    /// Reads a record. Returns `None` if the bus did not write the entry.
     pub fn from_entry(entry: &Entry) -> Option<Self> {
-        let original_fields = entry.fields.len().checked_sub(OURS.len())?;
-        let mut values = entry.fields.iter().skip(original_fields).zip(OURS).map(|((name, value), ours)| {
+        let original_fields = entry.fields.len().checked_sub(RECORD_FIELDS.len())?;
+        let mut values = entry.fields.iter().skip(original_fields).zip(RECORD_FIELDS).map(|((name, value), ours)| {
             let is_ours = name.as_ref() == ours.as_bytes();
             if is_ours { std::str::from_utf8(value).ok() } else { None }
         });
@@ -191,12 +192,12 @@ impl DeadLetter {
 }
 
 impl DeadLetter {
-    /// The fields to append to its stream once more: every original field byte for byte, then whom it is for (one
-    /// group, or all where there is none), which entry it was at first, and how many replays it has had with this one.
+    /// Returns the fields for a replay: the original fields byte for byte, the target group (or none for all groups),
+    /// the id of the first entry, and the number of replays including this one.
     pub fn to_replay(&self, group: Option<&GroupName>) -> Fields {
         let mut fields = Fields::with_capacity(self.fields.len() + 3);
         for (name, value) in self.fields.iter() {
-            if !OF_REPLAYS.iter().any(|ours| ours.as_bytes() == name.as_ref()) {
+            if !REPLAY_FIELDS.iter().any(|ours| ours.as_bytes() == name.as_ref()) {
                 fields.push(name.clone(), value.clone());
             }
         }
@@ -211,7 +212,7 @@ impl DeadLetter {
     }
 }
 
-/// Each name and each value after its length and a colon.
+/// Packs fields: each name and each value after its length and a colon.
 fn packed(fields: &Fields) -> Bytes {
     let mut all = BytesMut::with_capacity(fields.size_bytes() + fields.len() * 8);
     for part in fields.iter().flat_map(|(name, value)| [name, value]) {
@@ -257,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dead_letter_of_a_dead_letter_keeps_every_original_field() {
+    fn nested_dead_letter_keeps_every_original_field() {
         let mut original = Fields::default();
         original.push("data", Bytes::from_static(b"\xff not utf-8"));
         original.push("data", "twice");
@@ -271,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn a_replay_keeps_every_original_field_and_names_the_first_entry_whatever_comes_between() {
+    fn replay_keeps_original_fields_and_first_id() {
         let mut original = Fields::default();
         original.push("data", Bytes::from_static(b"\xff not utf-8"));
         original.push("data", "twice");
@@ -279,7 +280,7 @@ mod tests {
         let group: GroupName = "siem".parse().expect("a valid name");
         let copy = letter.to_replay(Some(&group));
         assert_eq!(copy.iter().take(2).collect::<Vec<_>>(), original.iter().collect::<Vec<_>>());
-        let texts = |fields: &Fields| OF_REPLAYS.map(|name| fields.text(name).map(str::to_owned));
+        let texts = |fields: &Fields| REPLAY_FIELDS.map(|name| fields.text(name).map(str::to_owned));
         let some = |text: &str| Some(text.to_owned());
         assert_eq!(texts(&copy), [some("siem"), some("7-1"), some("1"), None]);
         (letter.id, letter.replays, letter.fields) = (EntryId::new(99, 0), 1, copy);
@@ -290,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn thousands_of_fields_are_kept_in_one() {
+    fn thousands_of_fields_are_packed_into_one() {
         let mut many = Fields::default();
         for n in 0..5000 {
             many.push(format!("name:{n}"), vec![u8::try_from(n % 256).expect("a byte"); n % 7]);
@@ -301,13 +302,13 @@ mod tests {
         for (fields, stored) in [(many, 1), (alike, 1), (few, MAX_PLAIN_FIELDS)] {
             let letter = dead_letter(fields);
             let entry = Entry { id: EntryId::new(9, 0), fields: letter.to_fields() };
-            assert_eq!(entry.fields.len(), stored + OURS.len());
+            assert_eq!(entry.fields.len(), stored + RECORD_FIELDS.len());
             assert_eq!(DeadLetter::from_entry(&entry), Some(letter));
         }
     }
 
     #[test]
-    fn a_packed_field_that_is_damaged_is_no_dead_letter() {
+    fn damaged_packed_field_is_not_a_dead_letter() {
         let unpack = |text: &'static str| unpacked(&Bytes::from_static(text.as_bytes()));
         assert!(unpack("1:a1:b").is_some_and(|fields| fields.len() == 1));
         for text in ["1:a", "1:a9:b", "x", "-1:a1:b", "1:a1:b1", "99999999999999999999:a1:b"] {
@@ -316,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn a_foreign_entry_is_no_dead_letter() {
+    fn foreign_entry_is_not_a_dead_letter() {
         let mut fields = Fields::default();
         for n in 0..12 {
             fields.push(format!("f{n}"), "x");
@@ -325,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_error_is_cut_at_a_character() {
+    fn long_error_is_cut_at_a_character() {
         let mut letter = dead_letter(Fields::default());
         letter.error = "é".repeat(2000);
         let entry = Entry { id: EntryId::MIN, fields: letter.to_fields() };

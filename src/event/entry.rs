@@ -1,4 +1,4 @@
-//! Entries as the store keeps them, events as publishers bring them, deliveries as workers hold them.
+//! Entries of the store, events of publishers, and deliveries of workers.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -9,42 +9,42 @@ use uuid::Uuid;
 
 use super::{AlertView, EntryId, GroupName, Severity};
 
-/// The names of the fields that the bus itself reads or writes. Any other field is passed on untouched.
+/// Names of the fields that the bus reads or writes. All other fields pass through unchanged.
 pub mod field {
-    /// The event's own id (UUID text), as opposed to the entry id that the store gives.
+    /// The event id (UUID text), as opposed to the entry id of the store.
     pub const ID: &str = "id";
-    /// When the event was accepted, RFC 3339. Other producers may leave out the zone: read it as UTC.
+    /// Time of acceptance, RFC 3339. Other producers may omit the zone: it is read as UTC.
     pub const TIMESTAMP: &str = "timestamp";
-    /// The payload: JSON text, passed on byte for byte.
+    /// The payload: JSON text, unchanged byte for byte.
     pub const DATA: &str = "data";
     /// `critical`, `high`, `medium`, `low` or `info`.
     pub const SEVERITY: &str = "severity";
-    /// What raised the alert, such as `suricata`.
+    /// The product that raised the alert, such as `suricata`.
     pub const SOURCE: &str = "source";
     /// `cps`, `network`, `endpoint`, `identity`, `cloud`, or another word.
     pub const CATEGORY: &str = "category";
-    /// Whose event it is, where several tenants share a stream.
+    /// The tenant, if several tenants share a stream.
     pub const TENANT: &str = "tenant";
     /// W3C trace context.
     pub const TRACEPARENT: &str = "traceparent";
-    /// The one group that an entry appended again is for; every other group, and the relay, pass over it.
+    /// The group that a replayed entry is for. Other groups and the relay skip the entry.
     pub const REPLAY_GROUP: &str = "replay.group";
-    /// The id that an entry appended again had when it was first stored in this stream.
+    /// The id of a replayed entry at its first append to this stream.
     pub const REPLAY_OF: &str = "replay.of";
-    /// How many times it was replayed from the dead letters.
+    /// Number of replays from the dead letters.
     pub const REPLAY_COUNT: &str = "replay.count";
-    /// How many deliveries it had before it was appended again for a consumer outside the daemon.
+    /// Number of deliveries before the entry was appended again for an external consumer.
     pub const REPLAY_ATTEMPTS: &str = "replay.attempts";
 }
 
-/// The fields of an entry: names and values as bytes, in order, duplicates kept.
+/// The fields of an entry: names and values as bytes, in order, with duplicates.
 ///
-/// Producers in several languages write to the same streams, so nothing is assumed of names or values here.
+/// Producers in several languages write to the same streams, so names and values are arbitrary.
 #[derive(Clone, PartialEq, Eq, Default)]
 pub struct Fields(Vec<(Bytes, Bytes)>);
 
 impl Fields {
-    /// No fields, with room for `capacity`.
+    /// Creates an empty list with this capacity.
     pub fn with_capacity(capacity: usize) -> Self {
         Self(Vec::with_capacity(capacity))
     }
@@ -54,32 +54,32 @@ impl Fields {
         self.0.push((name.into(), value.into()));
     }
 
-    /// The value of the first field of that name.
+    /// Returns the value of the first field with this name.
     pub fn get(&self, name: &str) -> Option<&Bytes> {
         self.0.iter().find(|(n, _)| n.as_ref() == name.as_bytes()).map(|(_, value)| value)
     }
 
-    /// The value of the first field of that name, if it is UTF-8.
+    /// Returns the value of the first field with this name, if it is UTF-8.
     pub fn text(&self, name: &str) -> Option<&str> {
         self.get(name).and_then(|value| std::str::from_utf8(value).ok())
     }
 
-    /// Names and values, in order.
+    /// Returns names and values, in order.
     pub fn iter(&self) -> impl DoubleEndedIterator<Item = (&Bytes, &Bytes)> + ExactSizeIterator {
         self.0.iter().map(|(name, value)| (name, value))
     }
 
-    /// How many fields there are.
+    /// Returns the number of fields.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether there are none.
+    /// Returns whether there are no fields.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Bytes of all names and values together.
+    /// Returns the size of all names and values, in bytes.
     pub fn size_bytes(&self) -> usize {
         self.0.iter().map(|(name, value)| name.len() + value.len()).sum()
     }
@@ -91,7 +91,7 @@ impl FromIterator<(Bytes, Bytes)> for Fields {
     }
 }
 
-/// Names and sizes only: payloads don't belong in logs.
+/// Shows names and sizes only, because payloads must not appear in logs.
 impl fmt::Debug for Fields {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_map()
@@ -100,38 +100,38 @@ impl fmt::Debug for Fields {
     }
 }
 
-/// One stored entry.
+/// A stored entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// Where it stands in its stream.
+    /// Its id in the stream.
     pub id: EntryId,
-    /// What its producer wrote.
+    /// The fields that its producer wrote.
     pub fields: Fields,
 }
 
 impl Entry {
-    /// The payload, if the entry has one.
+    /// Returns the payload, if there is one.
     pub fn data(&self) -> Option<&Bytes> {
         self.fields.get(field::DATA)
     }
 
-    /// How severe the alert is: by its own field where a producer wrote a known word there, else by its payload.
+    /// Returns the severity from the field if it has a known word, else from the payload.
     pub fn severity(&self) -> Option<Severity> {
         let named = self.fields.text(field::SEVERITY).and_then(|text| text.parse().ok());
         named.or_else(|| self.data().and_then(|data| AlertView::parse(data).ok()).and_then(|view| view.severity))
     }
 
-    /// Whether it was appended again for one group alone: no other group, and no dashboard, is to see it.
+    /// Returns whether it was appended again for one group. Other groups and dashboards skip it.
     pub fn is_for_one_group(&self) -> bool {
         self.fields.get(field::REPLAY_GROUP).is_some()
     }
 
-    /// Whether the group is to handle it: it is for every group, or for this one.
+    /// Returns whether the entry is for this group: it is for all groups, or for this one.
     pub fn is_for(&self, group: &GroupName) -> bool {
         self.fields.get(field::REPLAY_GROUP).is_none_or(|only| only.as_ref() == group.as_str().as_bytes())
     }
 
-    /// The fields with which it is appended again for one group alone, after so many deliveries under all its ids.
+    /// Returns the fields for an append for one group alone. `deliveries` counts all deliveries under all ids.
     pub fn handed_on(&self, group: &GroupName, deliveries: u32) -> Fields {
         let ours = [field::REPLAY_GROUP, field::REPLAY_OF, field::REPLAY_ATTEMPTS].map(str::as_bytes);
         let kept = self.fields.iter().filter(|(name, _)| !ours.contains(&name.as_ref()));
@@ -144,54 +144,54 @@ impl Entry {
         fields
     }
 
-    /// The id under which it has its effect: that of its first life where it was appended again.
+    /// Returns the id of its first append: its own id unless it was appended again.
     pub fn first_id(&self) -> EntryId {
         self.fields.text(field::REPLAY_OF).and_then(|id| id.parse().ok()).unwrap_or(self.id)
     }
 
-    /// How many times it was replayed from the dead letters.
+    /// Returns the number of replays from the dead letters.
     pub fn replays(&self) -> u32 {
         self.fields.text(field::REPLAY_COUNT).and_then(|count| count.parse().ok()).unwrap_or(0)
     }
 }
 
-/// An entry in the hands of a consumer: pending in the store until it is settled.
+/// An entry on delivery to a consumer. It is pending in the store until it is settled.
 #[derive(Debug)]
 pub struct Delivery {
     /// The entry.
     pub entry: Entry,
-    /// How many times the store has delivered it, this time included: 1 at first.
+    /// Number of deliveries by the store, including this one.
     pub attempt: u32,
-    /// When it was delivered, by this process's monotonic clock.
+    /// Time of the delivery, by the monotonic clock of this process.
     pub delivered_at: Instant,
 }
 
-/// A publisher's own name for an event: within `window` a second append with the same key returns the first entry.
+/// A key of the publisher for an event. Within `window`, a second append with the same key returns the first entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IdempotencyKey {
-    /// 1 to 256 bytes of UTF-8; the bus's own begin with a byte that no text has, and may be a little longer.
+    /// 1 to 256 bytes of UTF-8. Keys of the bus begin with a byte that is not UTF-8, and may be longer.
     pub key: Bytes,
-    /// How long the key is remembered.
+    /// Time for which the key is remembered.
     pub window: Duration,
 }
 
-/// What is appended to a stream.
+/// An entry to append to a stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewEntry {
-    /// The fields to store, `id` among them where the event has one.
+    /// The fields to store, including `id` if the event has one.
     pub fields: Fields,
-    /// Refuses a second entry with the same key.
+    /// Prevents a second entry with the same key.
     pub idempotency: Option<IdempotencyKey>,
 }
 
-/// An event as a publisher brings it: a JSON object, and what the bus read in it.
+/// A parsed event of a publisher: a JSON object with the properties that the bus reads.
 #[derive(Debug, Clone)]
 pub struct NewEvent {
-    /// The event's id (UUID v7 text), given by the bus.
+    /// The event id (UUID v7 text), created by the bus.
     pub event_id: Bytes,
-    /// The payload as it came, byte for byte.
+    /// The payload, byte for byte.
     pub data: Bytes,
-    /// The payload's own `id`, if it has one.
+    /// The property `id` of the payload, if there is one.
     pub own_id: Option<String>,
     severity: Option<Severity>,
     source: Option<String>,
@@ -201,19 +201,19 @@ pub struct NewEvent {
     traceparent: Option<String>,
 }
 
-/// Why a payload is no event.
+/// The reason why a payload is not an event.
 #[derive(Debug, thiserror::Error)]
 pub enum NotAnEvent {
     /// The bytes are not UTF-8.
     #[error("the event is not UTF-8: byte {0} starts an invalid sequence")]
     Utf8(usize),
-    /// The text is not JSON, or not one object.
+    /// The text is not one JSON object.
     #[error("the event is not one JSON object: {0}")]
     Json(String),
 }
 
 impl NewEvent {
-    /// Takes a payload: checks that it is one JSON object and reads what filters need, once.
+    /// Parses a payload: checks that it is one JSON object, and reads the properties for filters.
     pub fn parse(data: Bytes) -> Result<Self, NotAnEvent> {
         let text = std::str::from_utf8(&data).map_err(|e| NotAnEvent::Utf8(e.valid_up_to()))?;
         let view = AlertView::parse_text(text).map_err(|e| NotAnEvent::Json(e.to_string()))?;
@@ -233,18 +233,17 @@ impl NewEvent {
         })
     }
 
-    /// The payload's category, if it names one.
+    /// Returns the category of the payload.
     pub fn category(&self) -> Option<&str> {
         self.category.as_deref()
     }
 
-    /// Whose event it is, if it says so.
+    /// Returns the tenant.
     pub fn tenant(&self) -> Option<&str> {
         self.tenant.as_deref()
     }
 
-    /// Whose event it is, where the payload does not say so itself. What a product calls its own tenants says nothing of
-    /// the bus's.
+    /// Sets the tenant unless the payload names one. The tenant names of a product do not count.
     pub fn set_tenant(&mut self, tenant: &str) {
         if std::mem::take(&mut self.is_tenant_of_product) {
             self.tenant = None;
@@ -252,12 +251,12 @@ impl NewEvent {
         self.tenant.get_or_insert_with(|| tenant.to_owned());
     }
 
-    /// The trace the event belongs to, where the payload does not say so itself.
+    /// Sets the trace context unless the payload has one.
     pub fn set_traceparent(&mut self, traceparent: &str) {
         self.traceparent.get_or_insert_with(|| traceparent.to_owned());
     }
 
-    /// The entry to store: `id`, `timestamp`, `data`, and what is known of severity, source, category, tenant and trace.
+    /// Converts the event to an entry: `id`, `timestamp`, `data`, and the known properties.
     pub fn into_entry(self, timestamp: &Bytes, idempotency: Option<IdempotencyKey>) -> NewEntry {
         let mut fields = Fields::with_capacity(6);
         let name = |name: &'static str| Bytes::from_static(name.as_bytes());
@@ -282,13 +281,13 @@ impl NewEvent {
     }
 }
 
-/// The present time as the bus writes it into entries: RFC 3339, UTC, milliseconds.
+/// Formats a time for entries: RFC 3339, UTC, milliseconds.
 pub(super) fn rfc3339(time: Timestamp) -> String {
     format!("{time:.3}")
 }
 
 impl NewEntry {
-    /// The `timestamp` field for entries accepted now.
+    /// Returns the `timestamp` field for entries that are accepted now.
     pub fn timestamp_now() -> Bytes {
         rfc3339(Timestamp::now()).into()
     }
@@ -299,7 +298,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_event_becomes_an_entry_with_its_payload_byte_for_byte() {
+    fn event_becomes_entry_with_unchanged_payload() {
         let data = Bytes::from_static(b"{ \"severity\":\"HIGH\",\"source\":\"zeek\",\n\"x\":1.0 }");
         let event = NewEvent::parse(data.clone()).expect("a JSON object");
         let entry = event.into_entry(&NewEntry::timestamp_now(), None);
@@ -312,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_object_is_no_event() {
+    fn only_json_objects_are_events() {
         for bad in ["", "[]", "1", "\"x\"", "{", "{}{}", "{\"a\":}", "nul"] {
             assert!(NewEvent::parse(Bytes::from(bad)).is_err(), "{bad:?} was accepted");
         }
@@ -321,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_appended_again_for_one_group_is_for_no_other() {
+    fn redelivered_entry_is_for_one_group_only() {
         let entry = |pairs: &[(&'static str, &'static str)]| Entry {
             id: EntryId::MIN,
             fields: pairs.iter().map(|(n, v)| (Bytes::from(*n), Bytes::from(*v))).collect(),
@@ -337,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn severity_comes_from_the_field_or_else_from_the_payload() {
+    fn severity_is_read_from_field_then_payload() {
         let entry = |pairs: &[(&'static str, &'static str)]| Entry {
             id: EntryId::MIN,
             fields: pairs.iter().map(|(n, v)| (Bytes::from(*n), Bytes::from(*v))).collect(),

@@ -1,7 +1,7 @@
 //! Families of streams: names with a placeholder for a key, and the names of their members.
 //!
-//! A key fills one whole part of a name, between colons, and holds no colon, brace or tilde. So no key makes the name of
-//! a stream outside of the family, a hash tag, or the name of the family's own register.
+//! A key fills one whole part of a name, between colons, and has no colon, brace or tilde. So no key forms the name of
+//! a stream outside of the family, a hash tag, or the name of the key index.
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,52 +11,52 @@ use serde::{Deserialize, Serialize};
 
 use super::name::{InvalidName, StreamName};
 
-/// The longest key, in bytes.
+/// Maximum length of a key, in bytes.
 const MAX_KEY_BYTES: usize = 64;
-/// What stands for the key in the name of a family's register. No key can be that.
-const REGISTER: &str = "~keys";
-/// What stands for the key where the rest of a name is checked.
+/// Takes the place of the key in the name of the key index. It is not a valid key.
+const KEY_INDEX: &str = "~keys";
+/// Takes the place of the key to check the rest of a name.
 const ANY_KEY: &str = "k";
 
 /// A name with one placeholder, such as `aurora:tenant:{tenant}:alerts`. Cheap to clone.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Family(Arc<Parts>);
+pub struct Family(Arc<FamilyParts>);
 
 #[derive(PartialEq, Eq, PartialOrd, Ord, Hash)]
-struct Parts {
+struct FamilyParts {
     name: Box<str>,
     before: Box<str>,
     placeholder: Box<str>,
     after: Box<str>,
 }
 
-/// Why a text is no key.
+/// The reason why a text is not a key.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidKey {
     /// The text is empty.
     #[error("a key must not be empty")]
     Empty,
-    /// It is longer than 64 bytes, or the name that it makes is too long.
-    #[error("a key must not be longer than {MAX_KEY_BYTES} bytes, nor the name with it than a name may be")]
+    /// It is longer than 64 bytes, or the name with it is too long.
+    #[error("a key must have at most {MAX_KEY_BYTES} bytes, and the name with it must have at most 200")]
     TooLong,
-    /// The text has a character that would break names.
-    #[error("a key may hold letters, digits and `_.-`, not {0:?}")]
+    /// The text has a character that is not allowed in names.
+    #[error("a key must have letters, digits and `_.-` only, not {0:?}")]
     Character(char),
 }
 
-/// Why a text is neither a name nor a family.
+/// The reason why a text is neither a name nor a family.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidPattern {
-    /// It has no placeholder, and is no name.
+    /// It has no placeholder and is not a name.
     #[error(transparent)]
     Name(#[from] InvalidName),
-    /// It has a placeholder that does not fill a part, or several.
+    /// Its placeholder does not fill a part, or it has several.
     #[error(
-        "a family has one placeholder, a whole part between colons but the first, such as `aurora:tenant:{{tenant}}:alerts`"
+        "a family must have one placeholder, which fills a part after the first colon, such as `aurora:tenant:{{tenant}}:alerts`"
     )]
     Placeholder,
     /// It leaves too little room for keys.
-    #[error("a family's name must leave room for keys of {MAX_KEY_BYTES} bytes within the 200 that a name may have")]
+    #[error("the name of a family must leave room for keys of {MAX_KEY_BYTES} bytes: a name has at most 200 bytes")]
     TooLong,
 }
 
@@ -72,41 +72,41 @@ fn check_key(key: &str) -> Result<(), InvalidKey> {
 }
 
 impl Family {
-    /// The name as it was declared, with the placeholder.
+    /// Returns the declared name with the placeholder.
     pub fn name(&self) -> &str {
         &self.0.name
     }
 
-    /// What the key is, in one word: `tenant`.
+    /// Returns the placeholder, such as `tenant`.
     pub fn placeholder(&self) -> &str {
         &self.0.placeholder
     }
 
-    /// The key in the name of a member; nothing where the stream is none.
+    /// Returns the key of a member, or `None` if the stream is not a member.
     pub fn key_of<'a>(&self, stream: &'a StreamName) -> Option<&'a str> {
         let key = stream.as_str().strip_prefix(&*self.0.before)?.strip_suffix(&*self.0.after)?;
         check_key(key).is_ok().then_some(key)
     }
 
-    /// The member of this key.
+    /// Returns the member with this key.
     pub fn member(&self, key: &str) -> Result<StreamName, InvalidKey> {
         check_key(key)?;
         self.with(key).parse().map_err(|_too_long: InvalidName| InvalidKey::TooLong)
     }
 
-    /// Where the family's keys are written down, so that they are found again, by every instance.
+    /// Returns the name of the key index, the stream from which every instance reads the keys of the family.
     pub fn register(&self) -> StreamName {
-        self.with(REGISTER).parse().expect("the name of a family was checked with the longest key")
+        self.with(KEY_INDEX).parse().expect("the name of a family was checked with the longest key")
     }
 
-    /// Where members' entries go that can't be handled, unless the configuration says otherwise.
+    /// Returns the default family for the dead letters of members.
     #[must_use]
     pub fn default_dead_letter(&self) -> Self {
         let after = format!("{}:dead_letter", self.0.after);
         Self::of(&self.0.before, &self.0.placeholder, &after)
     }
 
-    /// Whether the longest key makes a name that is not too long, as with every family that was declared.
+    /// Returns whether the longest key fits, as with every declared family.
     pub fn has_room_for_keys(&self) -> bool {
         self.with(&ANY_KEY.repeat(MAX_KEY_BYTES)).parse::<StreamName>().is_ok()
     }
@@ -117,7 +117,12 @@ impl Family {
 
     fn of(before: &str, placeholder: &str, after: &str) -> Self {
         let name = format!("{before}{{{placeholder}}}{after}").into();
-        Self(Arc::new(Parts { name, before: before.into(), placeholder: placeholder.into(), after: after.into() }))
+        Self(Arc::new(FamilyParts {
+            name,
+            before: before.into(),
+            placeholder: placeholder.into(),
+            after: after.into(),
+        }))
     }
 }
 
@@ -152,18 +157,18 @@ impl fmt::Debug for Family {
     }
 }
 
-/// The name of one stream, or of a family of them, as it is declared.
+/// The declared name of one stream, or of a family of streams.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize, Serialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum StreamPattern {
     /// One stream.
     One(StreamName),
-    /// A family, whose members come into being when they are used first.
+    /// A family. Its members are created at their first use.
     Family(Family),
 }
 
 impl StreamPattern {
-    /// The text as it was declared.
+    /// Returns the declared text.
     pub fn as_str(&self) -> &str {
         match self {
             Self::One(stream) => stream.as_str(),
@@ -171,7 +176,7 @@ impl StreamPattern {
         }
     }
 
-    /// The stream, where it is one.
+    /// Returns the stream, if it is one.
     pub fn stream(&self) -> Option<&StreamName> {
         match self {
             Self::One(stream) => Some(stream),
@@ -179,7 +184,7 @@ impl StreamPattern {
         }
     }
 
-    /// The family, where it is one.
+    /// Returns the family, if it is one.
     pub fn family(&self) -> Option<&Family> {
         match self {
             Self::One(_) => None,
@@ -187,7 +192,7 @@ impl StreamPattern {
         }
     }
 
-    /// The stream for a key: always the same one where there is no placeholder.
+    /// Returns the stream for a key. Without a placeholder it is always the same stream.
     pub fn of_key(&self, key: &str) -> Result<StreamName, InvalidKey> {
         match self {
             Self::One(stream) => Ok(stream.clone()),
@@ -195,7 +200,7 @@ impl StreamPattern {
         }
     }
 
-    /// Whether there is a name that both stand for.
+    /// Returns whether both have a name in common.
     pub fn overlaps(&self, other: &Self) -> bool {
         let parts = |pattern: &Self| pattern.as_str().split(':').map(str::to_owned).collect::<Vec<_>>();
         let is_any = |part: &str| part.starts_with('{');
@@ -254,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn a_family_names_its_members_and_knows_them_again() {
+    fn family_names_and_recognizes_its_members() {
         let family = family("aurora:tenant:{tenant}:alerts");
         assert_eq!((family.placeholder(), family.name()), ("tenant", "aurora:tenant:{tenant}:alerts"));
         let member = family.member("acme-1.eu").expect("a key");
@@ -269,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn a_placeholder_fills_one_part_and_there_is_one() {
+    fn placeholder_is_one_whole_part() {
         for text in
             ["{a}", "a{b}", "a:b{c}", "a:{b}c", "a:{b}:{c}", "a:{}", "a:{b", "a:b}", "a:{b:c}", "a:{b}}", ":{a}"]
         {
@@ -283,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_two_patterns_share_are_found() {
+    fn overlapping_patterns_are_found() {
         let both = [
             ("a:{k}:b", "a:{x}:b", true),
             ("a:{k}:b", "a:c:b", true),
@@ -300,9 +305,9 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever a key is, it makes no name that another family, or nobody, knows; and no hash tag.
+        /// No key forms a name outside of its family, or a hash tag.
         #[test]
-        fn no_key_leaves_its_family(key in "\\PC{0,80}|[a-z:{}~/%]{0,12}") {
+        fn keys_stay_within_their_family(key in "\\PC{0,80}|[a-z:{}~/%]{0,12}") {
             let family = family("aurora:tenant:{tenant}:alerts");
             if let Ok(member) = family.member(&key) {
                 prop_assert_eq!(family.key_of(&member), Some(key.as_str()));

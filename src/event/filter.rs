@@ -1,4 +1,4 @@
-//! Which alerts a client asked for: one compiled filter, one match function for live, catch-up, snapshot and ranges.
+//! Filters of entries: one compiled form and one match function for live entries, catch-up, snapshots and ranges.
 
 mod parse;
 
@@ -8,34 +8,33 @@ use crate::event::{AlertView, Entry, Fields, Severity, field};
 
 pub use crate::event::filter::parse::InvalidFilter;
 
-/// What a client wants to see, compiled. Without conditions everything passes.
+/// A compiled condition on entries. A filter without conditions passes everything.
 ///
-/// As JSON it is a small tree, see [`Filter::parse`]. Matching reads only what was read of the alert before, and
-/// allocates nothing.
+/// The JSON form is a small tree, see [`Filter::parse`]. Matching reads only [`Tags`] and allocates nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Filter {
-    root: Option<Node>,
+    root: Option<FilterNode>,
 }
 
-/// What a filter can look at, beside the severity.
+/// The attributes that filters can test, besides the severity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Attribute {
-    /// What raised the alert.
+    /// The product that raised the alert.
     Source,
-    /// Its category.
+    /// The category.
     Category,
-    /// Whose alert it is.
+    /// The tenant.
     Tenant,
-    /// What kind of event it is: `type`, `event_type` or `class_name` of the payload.
+    /// The type of event: `type`, `event_type` or `class_name` of the payload.
     Type,
     /// One line for people.
     Title,
-    /// A MITRE ATT&CK technique id; an alert may have many, and one that fits is enough.
+    /// A MITRE ATT&CK technique id. An alert may have several, and one match is enough.
     Technique,
 }
 
 impl Attribute {
-    /// All of them with the names they have in filters.
+    /// All attributes with their names in filters.
     const NAMES: [(&'static str, Self); 6] = [
         ("source", Self::Source),
         ("category", Self::Category),
@@ -47,84 +46,84 @@ impl Attribute {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Node {
-    /// Every one of them passes.
+enum FilterNode {
+    /// Every node passes.
     All(Box<[Self]>),
-    /// One of them passes.
+    /// At least one node passes.
     Any(Box<[Self]>),
     Not(Box<Self>),
     Severity(Severities),
-    Text(Attribute, Test),
+    Text(Attribute, TextTest),
 }
 
-/// Some of the severities, "unknown" being one.
+/// A set of severities, which may contain "unknown".
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Severities(u8);
 
-/// What a text must be. Texts are compared byte by byte: `High` is not `high`.
+/// A test of a text. Texts are compared byte by byte: `High` is not `high`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Test {
+enum TextTest {
     Exists,
-    /// One of these, which are in order.
+    /// One of these, in order.
     OneOf(Box<[Box<str>]>),
     StartsWith(Box<str>),
     Contains(Box<str>),
 }
 
 impl Filter {
-    /// At least this severe. An alert whose severity is unknown does not pass.
+    /// Creates a filter for a minimum severity. An unknown severity does not pass.
     pub fn min_severity(floor: Severity) -> Self {
-        Self::new(Node::Severity(Severities::at_least(floor)))
+        Self::new(FilterNode::Severity(Severities::at_least(floor)))
     }
 
-    /// Exactly this text.
+    /// Creates a filter for exactly this text.
     pub fn is(attribute: Attribute, text: &str) -> Self {
-        Self::new(Node::Text(attribute, Test::OneOf(Box::new([text.into()]))))
+        Self::new(FilterNode::Text(attribute, TextTest::OneOf(Box::new([text.into()]))))
     }
 
-    /// What passes both: the one way in which filters are put together, so that none can widen another.
+    /// Returns a filter that passes if both pass. Filters are combined in no other way, so none can widen another.
     #[must_use]
     pub fn and(self, other: Self) -> Self {
         match (self.root, other.root) {
-            (Some(left), Some(right)) => Self::new(Node::all(vec![left, right])),
+            (Some(left), Some(right)) => Self::new(FilterNode::all(vec![left, right])),
             (root, None) | (None, root) => Self { root },
         }
     }
 
-    /// Whether everything passes.
+    /// Returns whether everything passes.
     pub fn is_empty(&self) -> bool {
         self.root.is_none()
     }
 
-    /// Whether an entry as the store has it passes: by its fields, and by its payload where those do not tell.
+    /// Returns whether a stored entry passes, judged by its fields, then by its payload.
     pub fn passes(&self, entry: &Entry) -> bool {
         self.is_empty() || self.matches(&Tags::of(entry))
     }
 
-    /// Whether an alert with these tags passes: the one function that says so, wherever alerts are filtered.
+    /// Returns whether an alert with these tags passes. All filtering goes through this function.
     pub fn matches(&self, tags: &Tags) -> bool {
         self.root.as_ref().is_none_or(|root| root.matches(tags))
     }
 
-    fn new(root: Node) -> Self {
+    fn new(root: FilterNode) -> Self {
         Self { root: Some(root) }
     }
 }
 
-impl Node {
-    /// What every one of these passes; those that tell soonest are asked first.
+impl FilterNode {
+    /// Creates a conjunction. Cheap nodes come first.
     fn all(mut nodes: Vec<Self>) -> Self {
         nodes.sort_by_key(Self::cost);
         Self::All(nodes.into())
     }
 
-    /// What one of these passes; those that tell soonest are asked first.
+    /// Creates a disjunction. Cheap nodes come first.
     fn any(mut nodes: Vec<Self>) -> Self {
         nodes.sort_by_key(Self::cost);
         Self::Any(nodes.into())
     }
 
-    /// How long a match takes, about, where a severity is 1.
+    /// Estimates the time of a match, with a severity test as the unit.
     fn cost(&self) -> usize {
         match self {
             Self::All(nodes) | Self::Any(nodes) => 1 + nodes.iter().map(Self::cost).sum::<usize>(),
@@ -132,10 +131,10 @@ impl Node {
             Self::Severity(_) => 1,
             Self::Text(attribute, test) => {
                 let of_one = match test {
-                    Test::Exists => 1,
-                    Test::OneOf(texts) => 4 + texts.len().ilog2() as usize,
-                    Test::StartsWith(_) => 4,
-                    Test::Contains(_) => 20,
+                    TextTest::Exists => 1,
+                    TextTest::OneOf(texts) => 4 + texts.len().ilog2() as usize,
+                    TextTest::StartsWith(_) => 4,
+                    TextTest::Contains(_) => 20,
                 };
                 if *attribute == Attribute::Technique { of_one * 3 } else { of_one }
             }
@@ -182,7 +181,7 @@ impl Severities {
     }
 }
 
-impl Test {
+impl TextTest {
     fn holds(&self, text: &str) -> bool {
         match self {
             Self::Exists => true,
@@ -196,7 +195,7 @@ impl Test {
     }
 }
 
-/// What filters read of one alert: made once, and matched by any number of them.
+/// The attributes of one alert, read once and matched by any number of filters.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Tags {
     severity: Option<Severity>,
@@ -209,13 +208,13 @@ pub struct Tags {
 }
 
 impl Tags {
-    /// Of an entry as the store has it: by its fields, and by its payload where those do not tell.
+    /// Reads a stored entry: its fields, and for missing attributes its payload.
     pub fn of(entry: &Entry) -> Self {
         let declared = Self::declared(&entry.fields);
         entry.data().map_or_else(|| declared.clone(), |data| declared.completed(data))
     }
 
-    /// What the entry's own fields say.
+    /// Reads the fields of an entry only.
     pub(crate) fn declared(fields: &Fields) -> Self {
         let text = |name: &str| fields.text(name).filter(|text| !text.is_empty());
         Self {
@@ -227,12 +226,12 @@ impl Tags {
         }
     }
 
-    /// How severe the alert is, by its fields or else by its payload.
+    /// Returns the severity from the fields, or else from the payload.
     pub(crate) fn severity(&self, payload: &[u8]) -> Option<Severity> {
         self.severity.or_else(|| AlertView::parse(payload).ok()?.severity)
     }
 
-    /// The same, with what is missing taken from the payload where that tells.
+    /// Returns the tags with missing attributes from the payload.
     pub(crate) fn completed(&self, payload: &[u8]) -> Self {
         let mut tags = self.clone();
         if let Ok(view) = AlertView::parse(payload) {
@@ -248,8 +247,8 @@ impl Tags {
     }
 }
 
-/// The payload of an entry that can be sent as a text message: there is one, it is UTF-8, and it is not there for one
-/// group alone, in which case dashboards have seen it before.
+/// Returns the payload if it can be sent as a text message. It must be UTF-8 and not appended for one group alone,
+/// because dashboards have seen such an entry before.
 pub(crate) fn relayable(entry: &Entry) -> Option<&[u8]> {
     let data = entry.data().map(AsRef::as_ref).filter(|data| str::from_utf8(data).is_ok());
     data.filter(|_| !entry.is_for_one_group())
@@ -267,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_severity_passes_no_floor() {
+    fn unknown_severity_passes_no_minimum() {
         let unknown = tags(&[], r#"{"severity":"urgent"}"#);
         assert!(!Filter::min_severity(Severity::Info).matches(&unknown));
         assert!(Filter::default().matches(&unknown));
@@ -309,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn what_tells_soonest_is_asked_first() {
+    fn cheap_nodes_are_tested_first() {
         let parse = |text: &str| Filter::parse(text).expect("a filter");
         let slow = r#"{"key":"title","cmp":"contains","val":"x"}"#;
         let fast = r#"{"key":"severity","cmp":"gte","val":"high"}"#;
@@ -358,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn a_payload_that_is_no_json_has_only_its_fields() {
+    fn payload_that_is_not_json_has_only_its_fields() {
         assert!(Filter::min_severity(Severity::High).matches(&tags(&[("severity", "high")], "not json")));
     }
 }

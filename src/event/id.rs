@@ -1,38 +1,37 @@
-//! Entry ids and positions: where an entry stands in its stream.
+//! Entry ids, epochs and positions.
 
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-/// The id of an entry: milliseconds since 1970 and a sequence number within them.
+/// The id of an entry: milliseconds since 1970 and a sequence number.
 ///
-/// Ids of one stream only ever grow. They have gaps: nothing may be computed from their distance.
-/// Text form: `<ms>-<seq>`.
+/// Ids of one stream only grow, and have gaps: their distance has no meaning. Text form: `<ms>-<seq>`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct EntryId {
     /// Milliseconds since 1970-01-01T00:00:00Z.
     pub ms: u64,
-    /// Sequence number of the entry within its millisecond.
+    /// Sequence number within the millisecond.
     pub seq: u64,
 }
 
-/// The text is no entry id.
+/// A text that is not an entry id.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("an entry id has the form <milliseconds>-<sequence>, such as 1741076109120-0, not {0:?}")]
 pub struct InvalidEntryId(String);
 
 impl EntryId {
-    /// Before every entry.
+    /// The position before every entry.
     pub const MIN: Self = Self { ms: 0, seq: 0 };
-    /// After every entry.
+    /// The position after every entry.
     pub const MAX: Self = Self { ms: u64::MAX, seq: u64::MAX };
 
-    /// An id from its two parts.
+    /// Creates an id from its two parts.
     pub const fn new(ms: u64, seq: u64) -> Self {
         Self { ms, seq }
     }
 
-    /// The smallest id after this one; [`EntryId::MAX`] has none and stays.
+    /// Returns the next greater id. [`EntryId::MAX`] returns itself.
     #[must_use]
     pub const fn next(self) -> Self {
         match (self.seq.checked_add(1), self.ms.checked_add(1)) {
@@ -42,7 +41,7 @@ impl EntryId {
         }
     }
 
-    /// The greatest id before this one; [`EntryId::MIN`] has none and stays.
+    /// Returns the next smaller id. [`EntryId::MIN`] returns itself.
     #[must_use]
     pub const fn previous(self) -> Self {
         match (self.seq.checked_sub(1), self.ms.checked_sub(1)) {
@@ -73,13 +72,13 @@ impl FromStr for EntryId {
     }
 }
 
-/// Which life of a stream an id belongs to: a random text stored beside the stream, new when the stream was found
-/// re-created, so that ids of an earlier life are told apart.
+/// One existence of a stream: a random text, stored beside the stream. It changes if the stream is lost or created
+/// again, so that ids of an earlier epoch are recognized.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Epoch(Arc<str>);
 
 impl Epoch {
-    /// A fresh one.
+    /// Creates a new epoch.
     #[must_use]
     pub fn random() -> Self {
         let bytes = uuid::Uuid::new_v4().into_bytes();
@@ -91,7 +90,7 @@ impl Epoch {
         Self(text.into())
     }
 
-    /// The epoch as text: 1 to 32 letters and digits.
+    /// Returns the text: 1 to 32 letters and digits.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -112,16 +111,16 @@ impl fmt::Display for Epoch {
     }
 }
 
-/// Where a reader stands: an entry id within an [`Epoch`]. Text form: `<epoch>:<ms>-<seq>`.
+/// The position of a reader: an entry id within an [`Epoch`]. Text form: `<epoch>:<ms>-<seq>`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Position {
-    /// The life of the stream that `id` belongs to.
+    /// The epoch that `id` belongs to.
     pub epoch: Epoch,
-    /// The last entry seen.
+    /// The last entry that the reader has seen.
     pub id: EntryId,
 }
 
-/// The text is no position.
+/// A text that is not a position.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("a position has the form <epoch>:<milliseconds>-<sequence>, not {0:?}")]
 pub struct InvalidPosition(String);
@@ -150,14 +149,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_two_numbers_and_a_dash_make_an_id() {
+    fn id_is_two_numbers_and_a_dash() {
         for text in ["", "1", "1-", "-1", "+1-0", "1-0-0", "1 -0", "a-b", "18446744073709551616-0"] {
             assert!(text.parse::<EntryId>().is_err(), "{text:?} was accepted");
         }
     }
 
     #[test]
-    fn a_position_names_its_epoch() {
+    fn position_has_its_epoch() {
         let position: Position = "9f3c:12-4".parse().expect("a valid position");
         assert_eq!(position.epoch.as_str(), "9f3c");
         assert_eq!(position.id, EntryId::new(12, 4));
@@ -168,7 +167,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn ids_survive_their_text_form(ms: u64, seq: u64) {
+        fn ids_round_trip_through_text(ms: u64, seq: u64) {
             let id = EntryId::new(ms, seq);
             prop_assert_eq!(id.to_string().parse::<EntryId>(), Ok(id));
         }

@@ -1,4 +1,4 @@
-//! Names of streams, groups and consumers, checked once where they enter.
+//! Names of streams, groups and consumers, validated at the boundary.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,20 +6,20 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-/// The longest name accepted, in bytes.
+/// Maximum length of a name, in bytes.
 const MAX_BYTES: usize = 200;
 
-/// Why a text is no name.
+/// The reason why a text is not a name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidName {
     /// The text is empty.
     #[error("a name must not be empty")]
     Empty,
     /// The text is longer than 200 bytes.
-    #[error("a name must not be longer than {MAX_BYTES} bytes, this one has {0}")]
+    #[error("a name must have at most {MAX_BYTES} bytes, not {0}")]
     TooLong(usize),
-    /// The text has a character that would break keys, labels or paths.
-    #[error("a name may hold letters, digits and `:_.~-`, not {0:?}")]
+    /// The text has a character that is not allowed in keys, labels or paths.
+    #[error("a name must have letters, digits and `:_.~-` only, not {0:?}")]
     Character(char),
 }
 
@@ -45,7 +45,7 @@ macro_rules! name {
         pub struct $name(Arc<str>);
 
         impl $name {
-            /// The name as text.
+            /// Returns the name as text.
             pub fn as_str(&self) -> &str {
                 &self.0
             }
@@ -102,7 +102,7 @@ name! {
 }
 
 impl ConsumerName {
-    /// Another name like this one: `soc-a-0~2`.
+    /// Returns a numbered variant of the name: `soc-a-0~2`.
     #[must_use]
     pub fn numbered(&self, number: u32) -> Self {
         Self(format!("{self}~{number}").into())
@@ -110,8 +110,8 @@ impl ConsumerName {
 }
 
 impl StreamName {
-    /// Where entries of this stream go that can't be handled, unless the configuration says otherwise:
-    /// `<stream>:dead_letter`, and one shared stream for the two agent streams of a SOC.
+    /// Returns the default stream for dead letters of this stream: `<stream>:dead_letter`, and one shared stream for
+    /// the two agent streams of a SOC.
     #[must_use]
     pub fn default_dead_letter(&self) -> Self {
         match self.as_str() {
@@ -126,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_checked_where_they_enter() {
+    fn invalid_names_are_refused() {
         assert!("aurora:cps:alerts".parse::<StreamName>().is_ok());
         assert_eq!("".parse::<StreamName>(), Err(InvalidName::Empty));
         assert_eq!("a b".parse::<GroupName>(), Err(InvalidName::Character(' ')));

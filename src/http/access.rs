@@ -17,7 +17,7 @@ use crate::auth::{
     Action, AuthConfig, AuthError, Issuers, KEY_PREFIX, Keys, MetricsAccess, PageOrigin, Principal, Tickets,
 };
 use crate::http::middleware::credentials::{Credential, PresentedCredentials};
-use crate::relay::{Admission, NotRenewed, Renewal};
+use crate::relay::{Admission, Renewal, RenewalError};
 
 /// Who is let in, and to what. Cheap to clone.
 #[derive(Clone)]
@@ -112,7 +112,7 @@ impl Access {
             principal: principal.shared_id(),
             expires_at: principal.expires_at(),
             renewal: self.inner.is_required.then(renewer),
-            errands: None,
+            commands: None,
         })
     }
 }
@@ -131,23 +131,25 @@ impl fmt::Debug for Renewer {
 }
 
 impl Renewal for Renewer {
-    fn renew(&self, token: String) -> BoxFuture<'static, Result<Option<SystemTime>, NotRenewed>> {
+    fn renew(&self, token: String) -> BoxFuture<'static, Result<Option<SystemTime>, RenewalError>> {
         let (access, principal, channel) = (self.access.clone(), self.principal.clone(), self.channel.clone());
         async move {
             let renewed = access.of_token(&token).await.map_err(|denied| match denied {
-                AuthError::Unavailable => NotRenewed::Unavailable(denied.to_string()),
-                _ => NotRenewed::Unauthenticated(denied.to_string()),
+                AuthError::Unavailable => RenewalError::Unavailable(denied.to_string()),
+                _ => RenewalError::Unauthenticated(denied.to_string()),
             })?;
             if !renewed.is_same(&principal) {
                 let text = "the token is another principal's or tenant's, or has another filter: connect anew with it";
-                return Err(NotRenewed::Forbidden(text.to_owned()));
+                return Err(RenewalError::Forbidden(text.to_owned()));
             }
             if !renewed.may_all_of(&principal) {
                 let text = "the token allows less than the one before: connect anew with it";
-                return Err(NotRenewed::Forbidden(text.to_owned()));
+                return Err(RenewalError::Forbidden(text.to_owned()));
             }
             let admission = access.admission(&renewed, &channel);
-            admission.map(|admission| admission.expires_at).map_err(|denied| NotRenewed::Forbidden(denied.to_string()))
+            admission
+                .map(|admission| admission.expires_at)
+                .map_err(|denied| RenewalError::Forbidden(denied.to_string()))
         }
         .boxed()
     }

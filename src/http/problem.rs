@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::auth::AuthError;
 use crate::bus::PublishError;
-use crate::pull::{PullError, Refused};
+use crate::pull::{PullError, SettleError};
 use crate::store::{StoreError, StoreErrorKind};
 
 /// An answer that is no success.
@@ -290,11 +290,11 @@ impl From<&PullError> for ApiError {
     }
 }
 
-impl From<&Refused> for ApiError {
-    fn from(refused: &Refused) -> Self {
+impl From<&SettleError> for ApiError {
+    fn from(refused: &SettleError) -> Self {
         match refused {
-            Refused::NotLeased => Self::new(StatusCode::CONFLICT, "not_leased", refused.to_string()),
-            Refused::Store(error) => error.as_ref().into(),
+            SettleError::NotLeased => Self::new(StatusCode::CONFLICT, "not_leased", refused.to_string()),
+            SettleError::Store(error) => error.as_ref().into(),
         }
     }
 }

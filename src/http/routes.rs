@@ -171,14 +171,14 @@ fn check(api: &Api, principal: &Principal, need: Need, stream: &str) -> Result<(
 
 /// Who is bound to a tenant has to do with this tenant's streams alone, whatever the scopes say.
 pub(super) fn keep_to_tenant(api: &Api, principal: &Principal, stream: &StreamName) -> Result<(), AuthError> {
-    match (principal.tenant(), api.inner.bus.catalogue().binding(stream)) {
+    match (principal.tenant(), api.inner.bus.catalog().binding(stream)) {
         (Some(tenant), Some((TENANT, key))) if key != tenant => Err(AuthError::OtherTenant(tenant.to_owned())),
         _ => Ok(()),
     }
 }
 
 fn is_declared(api: &Api, stream: &str) -> bool {
-    let catalogue = api.inner.bus.catalogue();
+    let catalogue = api.inner.bus.catalog();
     let is_stream = stream.parse::<StreamName>().is_ok_and(|stream| catalogue.contains(&stream));
     is_stream || catalogue.families().named(stream).is_some()
 }

@@ -1,39 +1,39 @@
-//! The figures of a stream and its groups, or of all streams of a family together, as they go into the metrics.
+//! Gauges of a stream and its groups, or their sums for all members of a family.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::clock::now_ms;
 use crate::event::{EntryId, GroupName};
-use crate::maintenance::retention::StreamSpec;
+use crate::maintenance::StreamSpec;
 use crate::metrics::Metrics;
-use crate::store::{Account, Balance, Consumption, LostReason, StreamStatus};
+use crate::store::{Account, Balance, Consumption, GroupStatus, LostReason, StreamStatus};
 
-/// The figures of one stream, or the sum of those of many.
+/// Gauge values of one stream, or sums for many.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Figures {
+pub(super) struct StreamGauges {
     length: u64,
     removed_by_others: Option<u64>,
-    groups: BTreeMap<GroupName, GroupFigures>,
+    groups: BTreeMap<GroupName, GroupGauges>,
 }
 
 #[derive(Debug, Clone)]
-struct GroupFigures {
+struct GroupGauges {
     lag: Option<u64>,
     pending: u64,
     oldest_pending: Option<EntryId>,
     account: Account,
     balance: Balance,
-    /// Whether the group is declared here: the accounts of others are not shown.
+    /// Whether the group is declared. Accounts of other groups are not shown.
     is_declared: bool,
 }
 
-impl Figures {
-    pub(crate) fn of(spec: &StreamSpec, status: &StreamStatus) -> Self {
-        let group = |group: &crate::store::GroupStatus| {
+impl StreamGauges {
+    pub(super) fn new(spec: &StreamSpec, status: &StreamStatus) -> Self {
+        let group = |group: &GroupStatus| {
             let declared = spec.groups.iter().find(|config| config.name == group.name);
             let consumption = declared.map_or(Consumption::Outside, crate::delivery::GroupConfig::consumption);
-            let figures = GroupFigures {
+            let gauges = GroupGauges {
                 lag: group.undelivered.or(group.lag),
                 pending: group.pending,
                 oldest_pending: group.oldest_pending,
@@ -41,33 +41,34 @@ impl Figures {
                 balance: Balance::of(status, group, consumption),
                 is_declared: declared.is_some(),
             };
-            (group.name.clone(), figures)
+            (group.name.clone(), gauges)
         };
         let groups = status.groups.iter().map(group).collect();
         Self { length: status.length, removed_by_others: status.removed_by_others, groups }
     }
 
-    /// Whether any group has something to do, so that the figures will change.
-    pub(crate) fn is_busy(&self) -> bool {
+    /// Returns whether any group has undelivered or pending entries.
+    pub(super) fn has_unsettled(&self) -> bool {
         self.groups.values().any(|group| group.pending > 0 || group.lag.is_none_or(|lag| lag > 0))
     }
 
-    pub(crate) fn add(&mut self, other: &Self) {
+    /// Adds the values of another stream.
+    pub(super) fn add(&mut self, other: &Self) {
         self.length += other.length;
         self.removed_by_others = match (self.removed_by_others, other.removed_by_others) {
-            (Some(ours), Some(theirs)) => Some(ours + theirs),
-            (ours, theirs) => ours.or(theirs),
+            (Some(sum), Some(value)) => Some(sum + value),
+            (sum, value) => sum.or(value),
         };
-        for (name, theirs) in &other.groups {
+        for (name, group) in &other.groups {
             match self.groups.get_mut(name) {
-                Some(ours) => ours.add(theirs),
-                None => drop(self.groups.insert(name.clone(), theirs.clone())),
+                Some(sum) => sum.add(group),
+                None => drop(self.groups.insert(name.clone(), group.clone())),
             }
         }
     }
 
-    /// Shows the figures under that label.
-    pub(crate) fn show(&self, metrics: &Metrics, label: &str) {
+    /// Sets the metrics under a label.
+    pub(super) fn show(&self, metrics: &Metrics, label: &str) {
         metrics.stream_length.with_label_values(&[label]).set(gauge(self.length));
         if let Some(removed) = self.removed_by_others {
             metrics.removed_by_others.with_label_values(&[label]).set(gauge(removed));
@@ -78,9 +79,9 @@ impl Figures {
     }
 }
 
-impl GroupFigures {
+impl GroupGauges {
     fn add(&mut self, other: &Self) {
-        let both = |ours: Option<u64>, theirs: Option<u64>| ours.zip(theirs).map(|(ours, theirs)| ours + theirs);
+        let both = |a: Option<u64>, b: Option<u64>| a.zip(b).map(|(a, b)| a + b);
         self.lag = both(self.lag, other.lag);
         self.pending += other.pending;
         self.oldest_pending = [self.oldest_pending, other.oldest_pending].into_iter().flatten().min();
@@ -90,21 +91,21 @@ impl GroupFigures {
         for reason in LostReason::ALL {
             *self.account.lost_mut(reason) += other.account.lost(reason);
         }
-        let (ours, theirs) = (&mut self.balance, &other.balance);
-        ours.published = both(ours.published, theirs.published);
-        ours.acknowledged += theirs.acknowledged;
-        ours.undelivered = both(ours.undelivered, theirs.undelivered);
-        // One that has too much does not make up for another that has too little.
-        ours.difference = ours
+        let (sum, added) = (&mut self.balance, &other.balance);
+        sum.published = both(sum.published, added.published);
+        sum.acknowledged += added.acknowledged;
+        sum.undelivered = both(sum.undelivered, added.undelivered);
+        // Differences with opposite signs must not cancel each other.
+        sum.difference = sum
             .difference
-            .zip(theirs.difference)
+            .zip(added.difference)
             .map(|(a, b)| if a.signum() * b.signum() < 0 { a.abs() + b.abs() } else { a + b });
     }
 
     fn show(&self, metrics: &Metrics, labels: [&str; 2]) {
         match self.lag {
             Some(lag) => metrics.group_lag.with_label_values(&labels).set(gauge(lag)),
-            // Where there is no such gauge, it is absent already.
+            // Fails if the gauge does not exist, which is as good.
             None => drop(metrics.group_lag.remove_label_values(&labels)),
         }
         metrics.group_pending.with_label_values(&labels).set(gauge(self.pending));
@@ -121,7 +122,7 @@ impl GroupFigures {
             let labels = [labels[0], labels[1], term];
             match value {
                 Some(value) => metrics.account_entries.with_label_values(&labels).set(gauge(value)),
-                // Where there is no such gauge, it is absent already.
+                // Fails if the gauge does not exist, which is as good.
                 None => drop(metrics.account_entries.remove_label_values(&labels)),
             }
         };
@@ -145,7 +146,7 @@ fn gauge(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
-/// How long ago the entry was stored.
+/// Returns the age of an entry.
 fn age_seconds(id: EntryId) -> f64 {
     Duration::from_millis(now_ms().saturating_sub(id.ms)).as_secs_f64()
 }

@@ -1,185 +1,193 @@
-//! The desk of one group: whoever waits for entries is served here, in turn, by one reader for all.
+//! Pull consumer of one group: leases entries to external consumers and settles them.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use prometheus::{IntCounter, IntGauge};
+use prometheus::{IntCounter, IntCounterVec, IntGauge};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 use tracing::debug;
 
 use crate::event::{ConsumerName, DeadLetter, DeadLetterReason, Delivery, Entry, EntryId, GroupName, StreamName};
 use crate::metrics::Metrics;
-use crate::pull::leases::Ledger;
+use crate::pull::leases::LeaseTable;
 use crate::pull::{Config, MIN_LEASE, PullGroup, Token};
 use crate::store::{Cursor, Order, Outcome, Range, Receipt, Redemption, Settlement, Store, StoreError, StoreErrorKind};
 
-/// How long a pull waits for an answer that is being made for it.
-const ANSWER_TIME: Duration = Duration::from_secs(15);
+/// The time that a pull waits for a reply after its own deadline, while the reader serves it.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// What a worker wants.
+/// A request for entries.
 #[derive(Debug, Clone)]
-pub struct Wanted {
-    /// Under which name it holds what it is given.
+pub struct PullRequest {
+    /// The consumer that holds the leases.
     pub consumer: ConsumerName,
-    /// The most entries, at least 1.
+    /// The maximum number of entries, at least 1.
     pub max: usize,
-    /// For how long, from [`MIN_LEASE`] to [`Desk::max_lease`].
+    /// The lease, from [`MIN_LEASE`] to [`PullConsumer::max_lease`].
     pub lease: Duration,
-    /// How long it waits where there are none.
+    /// The time to wait if there are no entries.
     pub wait: Duration,
 }
 
-/// An entry that a worker has leased.
+/// An entry with a lease.
 #[derive(Debug)]
-pub struct Task {
-    /// What settles it.
+pub struct LeasedEntry {
+    /// The token that settles the entry.
     pub token: Token,
     /// The entry.
     pub entry: Entry,
-    /// For how long it is leased.
+    /// The duration of the lease.
     pub lease: Duration,
 }
 
-/// How something is given back.
+/// Options of a nack.
 #[derive(Debug, Clone, Default)]
-pub struct GiveBack {
-    /// After what time others may have it, at most [`Desk::max_lease`].
+pub struct Nack {
+    /// The time until the entry is redelivered, at most [`PullConsumer::max_lease`].
     pub delay: Duration,
-    /// Why, in words, for the dead letter if it becomes one.
+    /// The reason in words, for the dead letter.
     pub reason: Option<String>,
-    /// Whether it would fail again: then it is given up at once.
+    /// Whether the entry would fail again. It is then dead-lettered at once.
     pub is_permanent: bool,
 }
 
-/// Why a pull is given nothing.
+/// The reason why a pull or an extension failed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum PullError {
-    /// The consumer has as many leases as it may have.
-    #[error("this consumer has {0} entries leased, and may have no more at a time (pull.max_leases)")]
+    /// The consumer has the maximum number of leases.
+    #[error("the consumer has {0} leases, which is the limit (pull.max_leases); settle entries first")]
     TooManyLeases(usize),
-    /// A lease is too short or too long.
-    #[error("a lease must be from {} to {} ms, as long as others leave the group's entries alone (claim_idle): extend it while you work", MIN_LEASE.as_millis(), .0.as_millis())]
+    /// The lease is too short or too long.
+    #[error(
+        "the lease must be from {} to {} ms (claim_idle of the group); extend it for longer work",
+        MIN_LEASE.as_millis(),
+        .0.as_millis()
+    )]
     Lease(Duration),
     /// This instance is stopping.
     #[error("this instance is stopping")]
     Stopping,
-    /// The group is gone, and is being made again.
-    #[error("the group is being made")]
+    /// The group was removed and is about to be created again.
+    #[error("the group is being created")]
     NoGroup,
-    /// The store has failed, or does not answer.
+    /// The store failed or timed out.
     #[error("{0}")]
     Store(Arc<StoreError>),
 }
 
-/// Why something was not settled.
+/// The reason why an entry was not settled.
 #[derive(Debug, Clone, thiserror::Error)]
-pub enum Refused {
-    /// It is not with whoever shows the token: the lease has ended, or it was settled before.
-    #[error("the lease has ended, or it was settled before: another worker may have it")]
+pub enum SettleError {
+    /// The token does not prove a lease: the lease has expired, or the entry was settled before.
+    #[error("the lease has expired or the entry is settled already; another consumer may have it")]
     NotLeased,
-    /// The store has failed.
+    /// The store failed.
     #[error("{0}")]
     Store(Arc<StoreError>),
 }
 
-/// Someone who waits.
+/// A pull that waits for entries.
 #[derive(Debug)]
-pub(super) struct Waiter {
+pub(super) struct PendingPull {
     pub(super) number: u64,
-    pub(super) wanted: Wanted,
+    pub(super) request: PullRequest,
     pub(super) deadline: Instant,
-    pub(super) answer: oneshot::Sender<Answer>,
+    pub(super) reply: oneshot::Sender<Reply>,
 }
 
-type Answer = Result<Vec<Task>, PullError>;
+type Reply = Result<Vec<LeasedEntry>, PullError>;
 
-/// What someone who waits has in hand. What was answered and is not taken out when this is dropped goes to others.
-struct Place<'a> {
-    desk: &'a Desk,
-    answered: oneshot::Receiver<Answer>,
+/// The receiving end of a pending pull. Returns unreceived entries to the reader if it is dropped.
+struct ReplyGuard<'a> {
+    consumer: &'a PullConsumer,
+    reply: oneshot::Receiver<Reply>,
 }
 
-impl Drop for Place<'_> {
+impl Drop for ReplyGuard<'_> {
     fn drop(&mut self) {
-        self.answered.close();
-        if let Ok(Ok(tasks)) = self.answered.try_recv() {
-            self.desk.take_back(tasks);
+        self.reply.close();
+        if let Ok(Ok(entries)) = self.reply.try_recv() {
+            self.consumer.take_back(entries);
         }
     }
 }
 
 #[derive(Debug, Default)]
-pub(super) struct State {
-    pub(super) waiters: VecDeque<Waiter>,
+pub(super) struct PullState {
+    pub(super) pending: VecDeque<PendingPull>,
     pub(super) next_number: u64,
-    /// Whether the reader has found nothing and waits for what comes.
+    /// Whether the reader has found no entries and waits for new ones.
     pub(super) is_reading: bool,
     pub(super) is_closed: bool,
-    /// What was leased to those who had gone before they saw it.
-    pub(super) unseen: Vec<Receipt>,
-    pub(super) ledger: Ledger,
+    /// Receipts of entries that were leased to clients which disconnected before they received them.
+    pub(super) unreceived: Vec<Receipt>,
+    pub(super) leases: LeaseTable,
 }
 
 #[derive(Debug)]
-pub(super) struct Meters {
+pub(super) struct PullMetrics {
     pub(super) pulls: IntCounter,
     pub(super) delivered: IntCounter,
     pub(super) waiting: IntGauge,
     pub(super) leases: IntGauge,
     pub(super) expired: IntCounter,
     pub(super) acknowledged: IntCounter,
-    pub(super) given_back: IntCounter,
+    pub(super) nacked: IntCounter,
     pub(super) extended: IntCounter,
     pub(super) dead: IntCounter,
-    pub(super) refused: IntCounter,
+    pub(super) rejected: IntCounter,
     pub(super) filtered: IntCounter,
-    pub(super) letters: prometheus::IntCounterVec,
+    pub(super) dead_letters: IntCounterVec,
 }
 
-/// Gives the entries of one group to workers outside, and takes them back.
-#[derive(Debug)]
-pub struct Desk {
-    pub(super) store: Arc<dyn Store>,
-    pub(super) group: PullGroup,
-    pub(super) reader: Cursor,
-    pub(super) guard: ConsumerName,
-    pub(super) max_leases: usize,
-    pub(super) state: Mutex<State>,
-    /// Told of those who begin to wait, and of what is unseen.
-    pub(super) changed: Notify,
-    /// Told of a lease that ends sooner than all others.
-    pub(super) sooner: Notify,
-    pub(super) meters: Meters,
-}
-
-impl Desk {
-    pub(super) fn new(
-        store: Arc<dyn Store>,
-        group: PullGroup,
-        config: &Config,
-        reader: ConsumerName,
-        guard: ConsumerName,
-        metrics: &Metrics,
-    ) -> Self {
-        let labels = [group.label.as_str(), group.group.as_str()];
+impl PullMetrics {
+    fn new(metrics: &Metrics, labels: [&str; 2]) -> Self {
         let settled = |result| metrics.pull_settled.with_label_values(&[labels[0], labels[1], result]);
-        let meters = Meters {
+        Self {
             pulls: metrics.pulls.with_label_values(&labels),
             delivered: metrics.pull_deliveries.with_label_values(&labels),
             waiting: metrics.pull_waiting.with_label_values(&labels),
             leases: metrics.pull_leases.with_label_values(&labels),
             expired: metrics.pull_expired.with_label_values(&labels),
             acknowledged: settled("acknowledged"),
-            given_back: settled("given_back"),
+            nacked: settled("given_back"),
             extended: settled("extended"),
             dead: settled("dead"),
-            refused: settled("refused"),
+            rejected: settled("refused"),
             filtered: metrics.filtered.with_label_values(&labels),
-            letters: metrics.dead_letters.clone(),
-        };
+            dead_letters: metrics.dead_letters.clone(),
+        }
+    }
+}
+
+/// Leases the entries of one group to external consumers.
+#[derive(Debug)]
+pub struct PullConsumer {
+    pub(super) store: Arc<dyn Store>,
+    pub(super) group: PullGroup,
+    pub(super) reader: Cursor,
+    pub(super) redeliverer: ConsumerName,
+    pub(super) max_leases: usize,
+    pub(super) state: Mutex<PullState>,
+    /// Notified of new pending pulls and of unreceived entries.
+    pub(super) changed: Notify,
+    /// Notified of a lease that expires before all others.
+    pub(super) next_expiry_changed: Notify,
+    pub(super) metrics: PullMetrics,
+}
+
+impl PullConsumer {
+    pub(super) fn new(
+        store: Arc<dyn Store>,
+        group: PullGroup,
+        config: &Config,
+        reader: ConsumerName,
+        redeliverer: ConsumerName,
+        metrics: &Metrics,
+    ) -> Self {
         let reader = Cursor {
             stream: group.stream.clone(),
             group: group.group.clone(),
@@ -190,53 +198,53 @@ impl Desk {
         Self {
             store,
             reader,
-            guard,
+            redeliverer,
             max_leases: config.max_leases,
             state: Mutex::default(),
             changed: Notify::new(),
-            sooner: Notify::new(),
-            meters,
+            next_expiry_changed: Notify::new(),
+            metrics: PullMetrics::new(metrics, [group.label.as_str(), group.group.as_str()]),
             group,
         }
     }
 
-    /// The longest lease: others take over what is idle for longer.
+    /// Returns the maximum lease: entries that are idle for longer are redelivered.
     pub fn max_lease(&self) -> Duration {
         self.group.claim_idle
     }
 
-    /// The stream.
+    /// Returns the stream of the group.
     pub fn stream(&self) -> &StreamName {
         &self.group.stream
     }
 
-    /// The group.
+    /// Returns the name of the group.
     pub fn group(&self) -> &GroupName {
         &self.group.group
     }
 
-    /// Whether a token is of this group.
-    pub fn is_of(&self, token: &Token) -> bool {
-        token.is_of(&self.group.stream, &self.group.group)
+    /// Returns whether a token was issued for this group.
+    pub fn has_issued(&self, token: &Token) -> bool {
+        token.belongs_to(&self.group.stream, &self.group.group)
     }
 
-    /// The next entries for a worker; none where there are none, also after the time it waits.
+    /// Leases the next entries. Returns an empty list if there are none within the requested time.
     ///
-    /// Those who wait are served in the order in which they came. Cancel-safe: what was to be given to someone who has
-    /// gone is given to others.
-    pub async fn pull(&self, wanted: Wanted) -> Result<Vec<Task>, PullError> {
-        self.check_lease(wanted.lease)?;
-        self.meters.pulls.inc();
-        let deadline = Instant::now() + wanted.wait;
-        let is_waiting = !wanted.wait.is_zero();
-        let (answer, answered) = oneshot::channel();
-        let mut place = Place { desk: self, answered };
+    /// Serves pending pulls in order of arrival. Cancel-safe: entries that were leased for a cancelled pull go to other
+    /// consumers.
+    pub async fn pull(&self, request: PullRequest) -> Result<Vec<LeasedEntry>, PullError> {
+        self.check_lease(request.lease)?;
+        self.metrics.pulls.inc();
+        let deadline = Instant::now() + request.wait;
+        let is_waiting = !request.wait.is_zero();
+        let (sender, receiver) = oneshot::channel();
+        let mut guard = ReplyGuard { consumer: self, reply: receiver };
         let number = {
             let mut state = self.lock();
             if state.is_closed {
                 return Err(PullError::Stopping);
             }
-            if state.ledger.held_by(&wanted.consumer) >= self.max_leases {
+            if state.leases.count_of(&request.consumer) >= self.max_leases {
                 return Err(PullError::TooManyLeases(self.max_leases));
             }
             if state.is_reading && !is_waiting {
@@ -244,79 +252,79 @@ impl Desk {
             }
             state.next_number += 1;
             let number = state.next_number;
-            state.waiters.push_back(Waiter { number, wanted, deadline, answer });
+            state.pending.push_back(PendingPull { number, request, deadline, reply: sender });
             number
         };
         self.changed.notify_one();
-        let _waiting = is_waiting.then(|| Waiting::begin(&self.meters.waiting));
-        let first = if is_waiting { deadline } else { deadline + ANSWER_TIME };
-        if let Ok(answer) = tokio::time::timeout_at(first, &mut place.answered).await {
-            return answer.unwrap_or(Ok(Vec::new()));
+        let _waiting = is_waiting.then(|| GaugeGuard::new(&self.metrics.waiting));
+        let first = if is_waiting { deadline } else { deadline + REPLY_TIMEOUT };
+        if let Ok(reply) = tokio::time::timeout_at(first, &mut guard.reply).await {
+            return reply.unwrap_or(Ok(Vec::new()));
         }
         {
             let mut state = self.lock();
-            if let Some(turn) = state.waiters.iter().position(|waiter| waiter.number == number) {
-                state.waiters.remove(turn);
+            if let Some(index) = state.pending.iter().position(|pending| pending.number == number) {
+                state.pending.remove(index);
                 return Ok(Vec::new());
             }
         }
-        // It is being served.
-        let answer = tokio::time::timeout(ANSWER_TIME, &mut place.answered).await;
-        answer.map_or(Ok(Vec::new()), |answer| answer.unwrap_or(Ok(Vec::new())))
+        // The reader has taken the pull and is about to reply.
+        let reply = tokio::time::timeout(REPLY_TIMEOUT, &mut guard.reply).await;
+        reply.map_or(Ok(Vec::new()), |reply| reply.unwrap_or(Ok(Vec::new())))
     }
 
-    /// Acknowledges; says for each what became of it.
-    pub async fn acknowledge(&self, tokens: &[Token]) -> Vec<Result<(), Refused>> {
+    /// Acknowledges entries. Returns one result per token.
+    pub async fn acknowledge(&self, tokens: &[Token]) -> Vec<Result<(), SettleError>> {
         let items = tokens.iter().map(|token| (token.receipt.clone(), Redemption::Acknowledge)).collect();
-        let results = self.redeem(items).await;
-        self.change(|ledger| {
+        let results = self.settle_receipts(items).await;
+        self.update_leases(|leases| {
             for (token, _) in tokens.iter().zip(&results).filter(|(_, result)| result.is_ok()) {
-                ledger.remove(token.receipt.id);
-                self.meters.acknowledged.inc();
+                leases.remove(token.receipt.id);
+                self.metrics.acknowledged.inc();
             }
         });
         results
     }
 
-    /// Leases for longer: for `lease` from now on; says for each what became of it.
-    pub async fn extend(&self, tokens: &[Token], lease: Duration) -> Result<Vec<Result<(), Refused>>, PullError> {
+    /// Extends leases: they expire `lease` from now. Returns one result per token.
+    pub async fn extend(&self, tokens: &[Token], lease: Duration) -> Result<Vec<Result<(), SettleError>>, PullError> {
         self.check_lease(lease)?;
         let hold = |token: &Token| {
             let receipt = token.receipt.clone();
             let by = receipt.consumer.clone();
             (receipt, Redemption::Hold { by, lease })
         };
-        let results = self.redeem(tokens.iter().map(hold).collect()).await;
+        let results = self.settle_receipts(tokens.iter().map(hold).collect()).await;
         for (token, _) in tokens.iter().zip(&results).filter(|(_, result)| result.is_ok()) {
             let consumer = Some(token.receipt.consumer.clone());
-            self.note(token.receipt.id, consumer, lease);
-            self.meters.extended.inc();
+            self.record_lease(token.receipt.id, consumer, lease);
+            self.metrics.extended.inc();
         }
         Ok(results)
     }
 
-    /// Gives back, for others to have after a time, or to be given up; says for each what became of it.
+    /// Returns entries to the group after a delay, or dead-letters them. Returns one result per token.
     ///
-    /// What was delivered as often as it may be is given up.
-    pub async fn give_back(&self, tokens: &[Token], how: &GiveBack) -> Vec<Result<(), Refused>> {
-        let is_given_up = |token: &Token| how.is_permanent || token.attempt() >= self.group.max_deliveries;
+    /// Dead-letters an entry if the nack is permanent or the entry has no deliveries left.
+    pub async fn nack(&self, tokens: &[Token], nack: &Nack) -> Vec<Result<(), SettleError>> {
+        let is_dead = |token: &Token| nack.is_permanent || token.attempt() >= self.group.max_deliveries;
         let hold = |token: &Token| {
-            let lease = if is_given_up(token) { self.group.claim_idle } else { how.delay };
-            (token.receipt.clone(), Redemption::Hold { by: self.guard.clone(), lease })
+            let lease = if is_dead(token) { self.group.claim_idle } else { nack.delay };
+            (token.receipt.clone(), Redemption::Hold { by: self.redeliverer.clone(), lease })
         };
-        let mut results = self.redeem(tokens.iter().map(hold).collect()).await;
-        let taken = || tokens.iter().enumerate();
-        for (place, token) in taken() {
-            if results[place].is_err() {
+        let mut results = self.settle_receipts(tokens.iter().map(hold).collect()).await;
+        for (index, token) in tokens.iter().enumerate() {
+            if results[index].is_err() {
                 continue;
             }
-            if is_given_up(token) {
-                self.forget(token.receipt.id);
-                // Where that fails, the entry is with the guard, and comes back once it is idle.
-                results[place] = self.give_up(token, how).await.map_err(|error| Refused::Store(Arc::new(error)));
+            if is_dead(token) {
+                self.forget_lease(token.receipt.id);
+                // If this fails, the entry stays pending on the redeliverer, which finds it after `claim_idle`.
+                let result = self.dead_letter_nacked(token, nack).await;
+                results[index] = result.map_err(|error| SettleError::Store(Arc::new(error)));
             } else {
-                self.note(token.receipt.id, None, how.delay);
-                self.meters.given_back.inc();
+                self.record_lease(token.receipt.id, None, nack.delay);
+                self.metrics.nacked.inc();
             }
         }
         results
@@ -326,37 +334,37 @@ impl Desk {
         if lease < MIN_LEASE || lease > self.max_lease() { Err(PullError::Lease(self.max_lease())) } else { Ok(()) }
     }
 
-    async fn redeem(&self, items: Vec<(Receipt, Redemption)>) -> Vec<Result<(), Refused>> {
-        let redeemed = match self.store.redeem(&self.reader, &items).await {
-            // All leases have gone with the group.
+    async fn settle_receipts(&self, items: Vec<(Receipt, Redemption)>) -> Vec<Result<(), SettleError>> {
+        let settled = match self.store.redeem(&self.reader, &items).await {
+            // All leases are gone with the group.
             Err(error) if error.kind() == StoreErrorKind::NoGroup => Ok(vec![false; items.len()]),
-            redeemed => redeemed,
+            settled => settled,
         };
-        match redeemed {
-            Ok(good) => {
-                let refused = good.iter().filter(|is_good| !**is_good).count() as u64;
-                self.meters.refused.inc_by(refused);
-                good.into_iter().map(|is_good| if is_good { Ok(()) } else { Err(Refused::NotLeased) }).collect()
+        match settled {
+            Ok(valid) => {
+                let rejected = valid.iter().filter(|is_valid| !**is_valid).count() as u64;
+                self.metrics.rejected.inc_by(rejected);
+                valid.into_iter().map(|is_valid| if is_valid { Ok(()) } else { Err(SettleError::NotLeased) }).collect()
             }
             Err(error) => {
                 let error = Arc::new(error);
-                items.iter().map(|_| Err(Refused::Store(Arc::clone(&error)))).collect()
+                items.iter().map(|_| Err(SettleError::Store(Arc::clone(&error)))).collect()
             }
         }
     }
 
-    /// Moves an entry that the guard's name holds to the dead letters.
-    async fn give_up(&self, token: &Token, how: &GiveBack) -> Result<(), StoreError> {
+    /// Dead-letters a nacked entry, which is pending on the redeliverer.
+    async fn dead_letter_nacked(&self, token: &Token, nack: &Nack) -> Result<(), StoreError> {
         let id = token.receipt.id;
         let range = Range { from: id, to: id, order: Order::Forward };
         let Some(entry) = self.store.range(&self.group.stream, range, 1).await?.pop() else { return Ok(()) };
-        let reason = if how.is_permanent { DeadLetterReason::Rejected } else { DeadLetterReason::Exhausted };
-        let error = how.reason.clone().unwrap_or_else(|| "given back by its worker without a reason".to_owned());
-        let cursor = Cursor { consumer: self.guard.clone(), ..self.reader.clone() };
-        self.bury(&cursor, entry, token.attempt(), reason, error).await
+        let reason = if nack.is_permanent { DeadLetterReason::Rejected } else { DeadLetterReason::Exhausted };
+        let error = nack.reason.clone().unwrap_or_else(|| "nacked by its consumer without a reason".to_owned());
+        let cursor = Cursor { consumer: self.redeliverer.clone(), ..self.reader.clone() };
+        self.dead_letter(&cursor, entry, token.attempt(), reason, error).await
     }
 
-    pub(super) async fn bury(
+    pub(super) async fn dead_letter(
         &self,
         cursor: &Cursor,
         entry: Entry,
@@ -370,72 +378,72 @@ impl Desk {
         let delivery = Delivery { entry, attempt: attempts, delivered_at: std::time::Instant::now() };
         let settled = self.store.settle(cursor, &[Settlement { delivery, outcome }]).await?;
         if settled.settled > 0 {
-            self.meters.dead.inc();
+            self.metrics.dead.inc();
             let labels = [self.group.label.as_str(), group.as_str(), reason.as_str()];
-            self.meters.letters.with_label_values(&labels).inc();
-            debug!(%stream, %group, entry.id = %letter.id, %reason, attempts, "an entry goes to the dead letters");
+            self.metrics.dead_letters.with_label_values(&labels).inc();
+            debug!(%stream, %group, entry.id = %letter.id, %reason, attempts, "entry dead-lettered");
         }
         Ok(())
     }
 
-    /// Notes that an entry is leased, or will be due, from now on for so long.
-    pub(super) fn note(&self, id: EntryId, consumer: Option<ConsumerName>, time: Duration) {
-        if self.change(|ledger| ledger.put(id, consumer, Instant::now() + time)) {
-            self.sooner.notify_one();
+    /// Records the lease of an entry, or the delay of a nacked one, from now on.
+    pub(super) fn record_lease(&self, id: EntryId, consumer: Option<ConsumerName>, time: Duration) {
+        if self.update_leases(|leases| leases.insert(id, consumer, Instant::now() + time)) {
+            self.next_expiry_changed.notify_one();
         }
     }
 
-    /// Has the reader give to others what was leased and never seen.
-    pub(super) fn take_back(&self, tasks: Vec<Task>) {
-        self.lock().unseen.extend(tasks.into_iter().map(|task| task.token.receipt));
+    /// Hands unreceived entries to the reader, which releases them to other consumers.
+    pub(super) fn take_back(&self, entries: Vec<LeasedEntry>) {
+        self.lock().unreceived.extend(entries.into_iter().map(|leased| leased.token.receipt));
         self.changed.notify_one();
     }
 
-    pub(super) fn forget(&self, id: EntryId) {
-        self.change(|ledger| ledger.remove(id));
+    pub(super) fn forget_lease(&self, id: EntryId) {
+        self.update_leases(|leases| leases.remove(id));
     }
 
-    /// Changes what is noted of leases, and counts them: beside those of other desks, where those have the same labels.
-    pub(super) fn change<T>(&self, change: impl FnOnce(&mut Ledger) -> T) -> T {
+    /// Changes the lease table and adds the difference to the gauge, which several consumers may share.
+    pub(super) fn update_leases<T>(&self, update: impl FnOnce(&mut LeaseTable) -> T) -> T {
         let mut state = self.lock();
-        let before = state.ledger.leases();
-        let changed = change(&mut state.ledger);
-        self.meters.leases.add(count(state.ledger.leases()) - count(before));
-        changed
+        let before = state.leases.count();
+        let result = update(&mut state.leases);
+        self.metrics.leases.add(to_i64(state.leases.count()) - to_i64(before));
+        result
     }
 
-    /// Lets those who wait go, and serves no one from now on.
+    /// Ends all pending pulls with no entries, and refuses new ones.
     pub(super) fn close(&self) {
-        let waiters = {
+        let pending = {
             let mut state = self.lock();
             state.is_closed = true;
-            std::mem::take(&mut state.waiters)
+            std::mem::take(&mut state.pending)
         };
-        drop(waiters);
+        drop(pending);
         self.changed.notify_one();
     }
 
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, PullState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Counts someone who waits for as long as it lives.
-struct Waiting<'a>(&'a IntGauge);
+/// Increments a gauge while it exists.
+struct GaugeGuard<'a>(&'a IntGauge);
 
-impl<'a> Waiting<'a> {
-    fn begin(gauge: &'a IntGauge) -> Self {
+impl<'a> GaugeGuard<'a> {
+    fn new(gauge: &'a IntGauge) -> Self {
         gauge.inc();
         Self(gauge)
     }
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for GaugeGuard<'_> {
     fn drop(&mut self) {
         self.0.dec();
     }
 }
 
-fn count(number: usize) -> i64 {
+fn to_i64(number: usize) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }

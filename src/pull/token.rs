@@ -1,4 +1,4 @@
-//! What a worker shows to settle what it was given.
+//! Lease tokens: the proof of a lease that settles an entry.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,37 +6,37 @@ use std::str::FromStr;
 use crate::event::{EntryId, GroupName, StreamName};
 use crate::store::Receipt;
 
-/// One delivery of one group, as text such as `1741076109120-0.1.0.1f8a3c5e.worker-1`; to workers it is opaque.
+/// A delivery of a group as text, such as `1741076109120-0.1.0.1f8a3c5e.worker-1`. Opaque to external consumers.
 ///
-/// It proves nothing by itself: the store is asked whether the entry is still with that consumer, by that delivery. The
-/// check digits tell a token of another group or a mangled one.
+/// The store decides whether the consumer still has the entry by this delivery. The check digits only detect damaged
+/// tokens and tokens of another group.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Token {
-    /// The delivery.
+    /// The receipt of the delivery.
     pub receipt: Receipt,
-    /// How many times the entry had been delivered under earlier ids.
+    /// The number of deliveries of the entry under earlier ids.
     pub earlier: u32,
     check: u32,
 }
 
-/// The text is no token.
+/// The text is not a lease token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("this is no token that was given with a delivery")]
+#[error("the token is invalid: it must be the `token` of a delivery")]
 pub struct InvalidToken;
 
 impl Token {
-    /// The token of a delivery of that group.
+    /// Creates the token of a delivery of a group.
     pub fn new(stream: &StreamName, group: &GroupName, receipt: Receipt, earlier: u32) -> Self {
         let check = check(stream, group, &receipt, earlier);
         Self { receipt, earlier, check }
     }
 
-    /// Whether it is of that group.
-    pub fn is_of(&self, stream: &StreamName, group: &GroupName) -> bool {
+    /// Returns whether the token was issued for this group.
+    pub fn belongs_to(&self, stream: &StreamName, group: &GroupName) -> bool {
         self.check == check(stream, group, &self.receipt, self.earlier)
     }
 
-    /// How many times the entry was delivered, with this delivery.
+    /// Returns the number of deliveries of the entry, including this one.
     pub fn attempt(&self) -> u32 {
         self.earlier.saturating_add(self.receipt.attempt)
     }
@@ -87,7 +87,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn tokens_survive_their_text_form_and_know_their_group(
+        fn token_survives_its_text_form_and_knows_its_group(
             ms: u64, seq: u64, attempt: u32, earlier: u32, consumer in "[a-zA-Z0-9:_.~-]{1,200}",
         ) {
             let (stream, group) = (stream("aurora:agent:tasks"), group("aurora-agents"));
@@ -95,19 +95,19 @@ mod tests {
             let token = Token::new(&stream, &group, receipt, earlier);
             let read: Token = token.to_string().parse().expect("a token");
             prop_assert_eq!(&read, &token);
-            prop_assert!(read.is_of(&stream, &group));
-            prop_assert!(!read.is_of(&self::stream("aurora:agent:results"), &group));
-            prop_assert!(!read.is_of(&stream, &self::group("aurora-agents2")));
+            prop_assert!(read.belongs_to(&stream, &group));
+            prop_assert!(!read.belongs_to(&self::stream("aurora:agent:results"), &group));
+            prop_assert!(!read.belongs_to(&stream, &self::group("aurora-agents2")));
         }
 
         #[test]
-        fn no_text_makes_it_panic(text in ".{0,60}") {
+        fn parsing_never_panics(text in ".{0,60}") {
             std::hint::black_box(text.parse::<Token>().is_ok());
         }
     }
 
     #[test]
-    fn what_is_no_token_is_refused() {
+    fn invalid_tokens_are_rejected() {
         for text in
             ["", "1-0", "1-0.1.0.zz.w", "1-0.1.0.00000000.", "x.1.0.00000000.w", "1-0.-1.0.00000000.w", "1-0.1.0.0 .w"]
         {

@@ -1,4 +1,4 @@
-//! The relay's part of the configuration.
+//! The configuration of the relay.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -7,44 +7,45 @@ use bytesize::ByteSize;
 use serde::{Deserialize, Serialize};
 
 use crate::event::StreamPattern;
+use crate::validate::{Problems, Validate};
 
-/// How the relay serves its clients. Every limit is per instance.
+/// The limits and channels of the relay. Every limit is per instance.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Framed alerts kept in memory per stream, in bytes. The variant with positions comes on top where it is used, and at
-    /// most half as much for pages of older alerts, while clients catch up.
+    /// The size of framed alerts in memory per stream, in bytes. The variant with positions, if a client uses it, adds
+    /// to this. So do pages of older alerts while clients catch up, by at most half.
     pub ring_bytes: ByteSize,
-    /// Alerts kept in memory per stream.
+    /// The number of alerts in memory per stream.
     pub ring_entries: usize,
-    /// The same as `ring_bytes` for a stream of a family, of which only those that someone watches are in memory.
+    /// The same as `ring_bytes` for a member of a family. Only members that a client watches are in memory.
     pub member_ring_bytes: ByteSize,
-    /// A client that was live and has fallen further behind than this is closed with 4001.
+    /// The maximum lag of a client that was live. Beyond it the client is closed with 4001.
     pub max_lag_bytes: ByteSize,
-    /// The same by the age of the alert it would get next.
+    /// The same limit by the age of the client's next alert.
     #[serde(with = "humantime_serde")]
     pub max_lag_age: Duration,
-    /// How often each client is pinged.
+    /// The interval between pings to each client.
     #[serde(with = "humantime_serde")]
     pub ping_interval: Duration,
-    /// How long a client has to answer a ping.
+    /// The time in which a client must answer a ping.
     #[serde(with = "humantime_serde")]
     pub pong_timeout: Duration,
-    /// How long a socket may take no bytes while there are some for it.
+    /// The maximum time for which a socket accepts no bytes while some wait to be written.
     #[serde(with = "humantime_serde")]
     pub write_timeout: Duration,
-    /// The longest message a client may send.
+    /// The maximum length of a client's message.
     pub max_message_bytes: ByteSize,
-    /// Clients at a time; 0 means without limit.
+    /// The maximum number of clients; 0 means no limit.
     pub max_connections: usize,
-    /// Clients at a time from one address (for IPv6: one /64 network); 0 means without limit.
+    /// The maximum number of clients per address (for IPv6: per /64 network); 0 means no limit.
     pub max_connections_per_address: usize,
-    /// Clients at a time that show the same key, or tokens of the same user; 0 means without limit.
+    /// The maximum number of clients per API key or subject of tokens; 0 means no limit.
     pub max_connections_per_principal: usize,
-    /// When this instance stops, its clients are closed spread over this time.
+    /// The time over which the clients are closed when this instance stops.
     #[serde(with = "humantime_serde")]
     pub drain_window: Duration,
-    /// The streams of each channel: `/api/v1/ws/{channel}`. Of a family a client is given the stream of its key.
+    /// The streams of each channel, `/api/v1/ws/{channel}`. Of a family, a client receives the stream of its key.
     pub channels: BTreeMap<String, Vec<StreamPattern>>,
 }
 
@@ -73,11 +74,8 @@ impl Default for Config {
     }
 }
 
-impl Config {
-    /// What is wrong with it, each with the key below `relay`. `relayed` are the streams declared with `relay = true`.
-    pub fn problems(&self, relayed: &[StreamPattern]) -> Vec<(String, String)> {
-        let mut problems = Vec::new();
-        let mut problem = |key: &str, text: String| problems.push((key.to_owned(), text));
+impl Validate for Config {
+    fn validate(&self, problems: &mut Problems) {
         let sizes = [
             ("ring_bytes", self.ring_bytes, ByteSize::kib(64), ByteSize::gib(4)),
             ("member_ring_bytes", self.member_ring_bytes, ByteSize::kib(64), ByteSize::gib(4)),
@@ -85,9 +83,8 @@ impl Config {
             ("max_message_bytes", self.max_message_bytes, ByteSize::b(125), ByteSize::mib(1)),
         ];
         for (key, size, min, max) in sizes {
-            if !(min..=max).contains(&size) {
-                problem(key, format!("must be from {min} to {max}, is {size}"));
-            }
+            let is_valid = (min..=max).contains(&size);
+            problems.require(is_valid, key, format_args!("must be from {min} to {max}, not {size}"));
         }
         let times = [
             ("max_lag_age", self.max_lag_age),
@@ -96,32 +93,21 @@ impl Config {
             ("write_timeout", self.write_timeout),
         ];
         for (key, time) in times {
-            if time < Duration::from_millis(100) {
-                problem(key, "must be 100ms or more".to_owned());
-            }
+            problems.require(time >= Duration::from_millis(100), key, "must be at least 100ms");
         }
-        if self.ring_entries == 0 {
-            problem("ring_entries", "must be 1 or more".to_owned());
-        }
+        problems.require(self.ring_entries > 0, "ring_entries", "must be at least 1");
         for (name, streams) in &self.channels {
             let key = format!("channels.{name}");
-            let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-            if name.is_empty() || !name.chars().all(is_name) {
-                problem(&key, "a channel's name may hold letters, digits and `-_.`".to_owned());
-            }
-            if streams.is_empty() {
-                problem(&key, "has no streams; name one or leave the channel out".to_owned());
-            }
+            let is_allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+            let is_name = !name.is_empty() && name.chars().all(is_allowed);
+            problems.require(is_name, &key, "the name of a channel must have letters, digits and `-_.` only");
+            problems.require(!streams.is_empty(), &key, "has no streams; name one or remove the channel");
             for (index, stream) in streams.iter().enumerate() {
-                if !relayed.contains(stream) {
-                    problem(&key, format!("stream `{stream}` is not declared with `relay = true`"));
-                }
                 if streams.iter().take(index).any(|earlier| earlier == stream) {
-                    problem(&key, format!("stream `{stream}` is listed twice"));
+                    problems.add(&key, format_args!("stream `{stream}` is listed twice"));
                 }
             }
         }
-        problems
     }
 }
 
@@ -129,14 +115,10 @@ impl Config {
 mod tests {
     use super::*;
 
-    fn relayed() -> Vec<StreamPattern> {
-        Config::default().channels.into_values().flatten().collect()
-    }
-
     #[test]
     fn the_default_has_no_problems_and_survives_its_text_form() {
         let config = Config::default();
-        assert_eq!(config.problems(&relayed()), []);
+        assert_eq!(config.problems(), []);
         let text = toml::to_string(&config).expect("plain values");
         assert_eq!(toml::from_str::<Config>(&text).expect("its own text"), config);
     }
@@ -155,19 +137,12 @@ mod tests {
             ping_interval = '1ms'
             [channels]
             'a b' = []
-            alerts = ['aurora:alerts', 'aurora:alerts', 'elsewhere']
+            alerts = ['aurora:alerts', 'aurora:alerts']
         ";
         let config: Config = toml::from_str(text).expect("well-formed");
-        let keys: Vec<String> = config.problems(&relayed()).into_iter().map(|(key, _)| key).collect();
-        let expected = [
-            "ring_bytes",
-            "ping_interval",
-            "ring_entries",
-            "channels.a b",
-            "channels.a b",
-            "channels.alerts",
-            "channels.alerts",
-        ];
+        let keys: Vec<String> = config.problems().into_iter().map(|problem| problem.path).collect();
+        let expected =
+            ["ring_bytes", "ping_interval", "ring_entries", "channels.a b", "channels.a b", "channels.alerts"];
         assert_eq!(keys, expected);
     }
 }

@@ -1,4 +1,4 @@
-//! What is counted of every delivery.
+//! The counters of deliveries to clients.
 
 use std::time::Duration;
 
@@ -8,24 +8,24 @@ use prometheus::{Histogram, IntCounter};
 use crate::clock::now_ms;
 use crate::metrics::Metrics;
 
-/// What was written to one client.
+/// The numbers of one or more writes to one client.
 #[derive(Debug, Default)]
-pub(super) struct Written {
+pub(super) struct WriteStats {
     pub(super) writes: u64,
     pub(super) alerts: u64,
-    /// The oldest entry in it that was appended while the client was connected, in ms since 1970.
+    /// The oldest entry that was appended while the client was connected, in ms since 1970.
     pub(super) oldest_ms: Option<u64>,
 }
 
-/// The counters of a channel. Cheap to clone.
+/// The metrics of a channel. Cheap to clone.
 #[derive(Debug, Clone)]
-pub(super) struct Meter {
+pub(super) struct ChannelMetrics {
     writes: IntCounter,
     deliveries: IntCounter,
     latency: Histogram,
 }
 
-impl Meter {
+impl ChannelMetrics {
     pub(super) fn new(metrics: &Metrics, channel: &str) -> Self {
         Self {
             writes: metrics.relay_writes.with_label_values(&[channel]),
@@ -34,20 +34,20 @@ impl Meter {
         }
     }
 
-    /// Counts what one client was given.
-    pub(super) fn count(&self, written: &Written) {
-        self.writes.inc_by(written.writes);
-        if written.alerts > 0 {
-            self.deliveries.inc_by(written.alerts);
+    /// Counts writes to one client.
+    pub(super) fn count(&self, stats: &WriteStats) {
+        self.writes.inc_by(stats.writes);
+        if stats.alerts > 0 {
+            self.deliveries.inc_by(stats.alerts);
         }
-        if let Some(ms) = written.oldest_ms {
+        if let Some(ms) = stats.oldest_ms {
             self.latency.observe(seconds_since(ms, now_ms()));
         }
     }
 
-    /// For whoever counts what many are given.
-    pub(super) fn tally(&self) -> Tally {
-        Tally {
+    /// Creates a local copy for a task that writes to many clients.
+    pub(super) fn local(&self) -> LocalMetrics {
+        LocalMetrics {
             writes: self.writes.local(),
             deliveries: self.deliveries.local(),
             latency: self.latency.local(),
@@ -56,23 +56,24 @@ impl Meter {
     }
 }
 
-/// What many clients were given, which is added to the counters at once: they are everybody's, and each touch of them
-/// takes them from another thread.
-pub(super) struct Tally {
+/// Collects the numbers of many writes and adds them to the shared counters at once.
+///
+/// Each access to a shared counter takes its cache line from another thread.
+pub(super) struct LocalMetrics {
     writes: LocalIntCounter,
     deliveries: LocalIntCounter,
     latency: LocalHistogram,
     oldest_ms: Vec<u64>,
 }
 
-impl Tally {
-    pub(super) fn add(&mut self, written: &Written) {
-        self.writes.inc_by(written.writes);
-        self.deliveries.inc_by(written.alerts);
-        self.oldest_ms.extend(written.oldest_ms);
+impl LocalMetrics {
+    pub(super) fn add(&mut self, stats: &WriteStats) {
+        self.writes.inc_by(stats.writes);
+        self.deliveries.inc_by(stats.alerts);
+        self.oldest_ms.extend(stats.oldest_ms);
     }
 
-    /// Adds all of it to the counters. Latencies are those until now: this belongs soon after what it counts.
+    /// Adds all numbers to the shared counters. Latencies end now, so call this soon after the writes.
     pub(super) fn flush(&mut self) {
         let now = now_ms();
         for ms in self.oldest_ms.drain(..) {

@@ -1,4 +1,8 @@
-//! One client's socket, driven by a task of its own, and written to by those who bring news.
+//! The session of one WebSocket client.
+//!
+//! A task of its own drives the session. While the session waits for new entries only, the tasks of the fan-out write
+//! to the client in its place: both share the session through a mutex. The session's own task is woken for all other
+//! work: a full socket, requests, reads of the store, deadlines and the end.
 
 pub(super) mod admission;
 pub(super) mod broadcast;
@@ -20,121 +24,124 @@ use futures_util::task::AtomicWaker;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::subscription::Subscription;
-use super::{Admission, Channel, CloseCode, Ending, Hub, Refused, Runner};
 use crate::backoff::full_jitter;
-use crate::relay::metrics::Tally;
+use crate::relay::hub::{Channel, Hub};
+use crate::relay::metrics::LocalMetrics;
+use crate::relay::session::admission::{Admission, ConnectError};
 use crate::relay::session::broadcast::Recipient;
-use crate::relay::session::connection::Link;
-use crate::relay::session::limits::Slot;
-use crate::relay::session::notify::Listener;
-use crate::relay::subscription::set::Subscriptions;
+use crate::relay::session::close::{CloseCode, SessionEnd};
+use crate::relay::session::commands::CommandHandler;
+use crate::relay::session::connection::ClientConnection;
+use crate::relay::session::limits::ConnectionPermit;
+use crate::relay::session::notify::Subscriber;
+use crate::relay::subscription::Subscription;
+use crate::relay::subscription::set::SubscriptionSet;
 
-/// A client that was let in: what it asked for, from the moment of [`super::Relay::connect`] on.
+/// An admitted client with its subscriptions, from the moment of `Relay::connect` on.
 ///
-/// Holds the client's place among the connections until it is dropped.
+/// Holds the client's connection permit until it is dropped.
 #[derive(Debug)]
 pub struct Session {
-    /// Boxed, or every future on its way would have the room for it.
-    client: Box<Client>,
+    /// Boxed, so that futures that hold a session stay small.
+    parts: Box<SessionParts>,
 }
 
 #[derive(Debug)]
-struct Client {
+struct SessionParts {
     hub: Arc<Hub>,
     channel: Arc<Channel>,
-    subscriptions: Subscriptions,
+    subscriptions: SubscriptionSet,
     is_rich: bool,
     admission: Admission,
-    slot: Slot,
+    permit: ConnectionPermit,
 }
 
 impl Session {
-    /// A client that has one subscription, and nothing to say.
+    /// Creates the session of a client in plain mode, with one subscription.
     pub(super) fn plain(
         hub: Arc<Hub>,
         channel: Arc<Channel>,
         subscription: Subscription,
         admission: Admission,
-        slot: Slot,
+        permit: ConnectionPermit,
     ) -> Self {
-        let mut subscriptions = Subscriptions::default();
+        let mut subscriptions = SubscriptionSet::default();
         subscriptions.add(subscription);
-        Self { client: Box::new(Client { hub, channel, subscriptions, is_rich: false, admission, slot }) }
+        Self { parts: Box::new(SessionParts { hub, channel, subscriptions, is_rich: false, admission, permit }) }
     }
 
-    /// A client that will say what it wants.
-    pub(super) fn rich(hub: Arc<Hub>, channel: Arc<Channel>, admission: Admission, slot: Slot) -> Self {
-        let subscriptions = Subscriptions::default();
-        Self { client: Box::new(Client { hub, channel, subscriptions, is_rich: true, admission, slot }) }
+    /// Creates the session of a client in rich mode, which subscribes by requests.
+    pub(super) fn rich(hub: Arc<Hub>, channel: Arc<Channel>, admission: Admission, permit: ConnectionPermit) -> Self {
+        let subscriptions = SubscriptionSet::default();
+        Self { parts: Box::new(SessionParts { hub, channel, subscriptions, is_rich: true, admission, permit }) }
     }
 
     /// Serves the client on `io`, whose WebSocket handshake is done, until one side closes.
     ///
-    /// When the relay drains, the client is closed at a random moment within the configured window, and served until then.
-    /// Returns within that window and a few seconds. Dropping the future breaks the connection off. To be called within
-    /// a runtime.
-    pub fn run<S>(self, io: S) -> impl Future<Output = Ending> + Send
+    /// When the relay drains, the client is closed at a random moment within the configured window, and served until
+    /// then. Returns within that window and a few seconds. Dropping the future breaks the connection. Must be called
+    /// within a runtime.
+    pub fn run<S>(self, io: S) -> impl Future<Output = SessionEnd> + Send
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        // Shared and polled by hand: a future of all this would keep its parts wherever it likes, and some of them twice.
-        let driver = Mutex::new(Some(Driver::new(*self.client, io)));
-        let served = Served(Arc::new(Shared { driver, task: AtomicWaker::new() }));
+        // Shared and polled by hand: an `async fn` would lay out its parts in any order, and some of them twice.
+        let state = Mutex::new(Some(SessionState::new(*self.parts, io)));
+        let future = SessionFuture(Arc::new(SharedSession { state, task: AtomicWaker::new() }));
         async move {
-            let ending = poll_fn(|cx| served.poll(cx)).await;
-            match served.take_out() {
-                Some(driver) => driver.end(ending).await,
-                None => ending,
+            let end = poll_fn(|cx| future.poll(cx)).await;
+            match future.take_state() {
+                Some(state) => state.end(end).await,
+                None => end,
             }
         }
     }
 }
 
-/// A client as its own task has it: when that is dropped, nobody else may keep the socket.
-struct Served<S: Socket>(Arc<Shared<S>>);
+/// The session as its own task holds it. When that task drops it, no other task keeps the socket.
+struct SessionFuture<S: ClientSocket>(Arc<SharedSession<S>>);
 
-/// What its task and those who bring news share.
+/// The state that the session's task and the fan-out share.
 #[repr(C)]
-struct Shared<S> {
-    /// Nothing once the session is over.
-    driver: Mutex<Option<Driver<S>>>,
-    /// Its task, for those who leave it something to do.
+struct SharedSession<S> {
+    /// `None` when the session is over.
+    state: Mutex<Option<SessionState<S>>>,
+    /// The session's task, for the fan-out to wake.
     task: AtomicWaker,
 }
 
-impl<S: Socket> Served<S> {
-    fn poll(&self, cx: &mut Context<'_>) -> Poll<Ending> {
+impl<S: ClientSocket> SessionFuture<S> {
+    fn poll(&self, cx: &mut Context<'_>) -> Poll<SessionEnd> {
         self.0.task.register(cx.waker());
-        match self.0.driver.lock().map(|mut driver| driver.as_mut().map(|driver| driver.poll(cx, &self.0))) {
+        match self.0.state.lock().map(|mut state| state.as_mut().map(|state| state.poll(cx, &self.0))) {
             Ok(Some(outcome)) => outcome,
-            // Whoever brought it news has panicked.
-            Ok(None) | Err(_) => Poll::Ready(Ending::Lost),
+            // A task of the fan-out has panicked.
+            Ok(None) | Err(_) => Poll::Ready(SessionEnd::Lost),
         }
     }
 
-    /// Nobody writes to the client any more.
-    fn take_out(&self) -> Option<Box<Driver<S>>> {
-        let mut driver = self.0.driver.lock().unwrap_or_else(PoisonError::into_inner).take()?;
-        driver.leave();
-        Some(Box::new(driver))
+    /// Takes the state, so that the fan-out writes to the client no more.
+    fn take_state(&self) -> Option<Box<SessionState<S>>> {
+        let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        state.leave_fanout();
+        Some(Box::new(state))
     }
 }
 
-impl<S: Socket> Drop for Served<S> {
+impl<S: ClientSocket> Drop for SessionFuture<S> {
     fn drop(&mut self) {
-        self.take_out();
+        self.take_state();
     }
 }
 
-impl<S: Socket> Recipient for Shared<S> {
-    fn give(&self, tally: &mut Tally) {
-        let is_given = match self.driver.try_lock() {
-            Ok(mut driver) => driver.as_mut().is_none_or(|driver| driver.give(tally)),
-            // Someone is at it, and may have looked for news before there was this.
+impl<S: ClientSocket> Recipient for SharedSession<S> {
+    fn deliver(&self, local: &mut LocalMetrics) {
+        let is_done = match self.state.try_lock() {
+            Ok(mut state) => state.as_mut().is_none_or(|state| state.deliver(local)),
+            // The session's task holds the lock, and may have looked for entries before these came.
             Err(_) => false,
         };
-        if !is_given {
+        if !is_done {
             self.wake();
         }
     }
@@ -144,221 +151,224 @@ impl<S: Socket> Recipient for Shared<S> {
     }
 }
 
-/// What serves one client.
+/// The state of one session.
 ///
-/// In this order: what every alert touches is together, for with many clients none of it is in the processor's cache.
+/// Keep this order of fields, and `repr(C)`: every alert touches the first ones. With many clients none of them is in
+/// the processor's cache, so they must be close together.
 #[repr(C)]
-struct Driver<S> {
+struct SessionState<S> {
     hub: Arc<Hub>,
     channel: Arc<Channel>,
-    /// Its place among those who wait for news, if it does.
-    place: Option<usize>,
+    /// The key in the fan-out while the session waits there.
+    fanout_key: Option<usize>,
     is_rich: bool,
-    subscriptions: Subscriptions,
-    link: Link<S>,
+    subscriptions: SubscriptionSet,
+    connection: ClientConnection<S>,
     timer: Pin<Box<Sleep>>,
-    drain: Listener,
+    drain: Subscriber,
     is_drained: bool,
-    renewing: Option<protocol::Renewing>,
-    runner: Option<Box<dyn Runner>>,
+    token_refresh: Option<protocol::TokenRefresh>,
+    handler: Option<Box<dyn CommandHandler>>,
     admission: Admission,
-    _slot: Slot,
+    _permit: ConnectionPermit,
 }
 
-impl<S: Socket> Driver<S> {
-    fn new(client: Client, io: S) -> Self {
-        let Client { hub, channel, subscriptions, is_rich, admission, slot } = client;
-        let mut link = Link::new(io, &hub.config);
+impl<S: ClientSocket> SessionState<S> {
+    fn new(parts: SessionParts, io: S) -> Self {
+        let SessionParts { hub, channel, subscriptions, is_rich, admission, permit } = parts;
+        let mut connection = ClientConnection::new(io, &hub.config);
         if is_rich {
-            link.converse();
-            link.answer(&protocol::welcome(&hub, &channel, admission.expires_at));
+            connection.enable_requests();
+            connection.reply(&protocol::welcome_frame(&hub, &channel, admission.expires_at));
         }
-        link.expires_at(admission.deadline(), is_rich);
+        connection.set_expires_at(admission.deadline(), is_rich);
         Self {
-            place: None,
+            fanout_key: None,
             is_rich,
             subscriptions,
-            timer: Box::pin(sleep_until(link.next_deadline())),
-            link,
-            drain: Listener::new(hub.draining.clone()),
+            timer: Box::pin(sleep_until(connection.next_deadline())),
+            connection,
+            drain: Subscriber::new(hub.draining.clone()),
             is_drained: false,
-            renewing: None,
-            runner: None,
+            token_refresh: None,
+            handler: None,
             hub,
             channel,
             admission,
-            _slot: slot,
+            _permit: permit,
         }
     }
 
-    /// Serves the client; ready when its session is over.
-    fn poll(&mut self, cx: &mut Context<'_>, shared: &Arc<Shared<S>>) -> Poll<Ending> {
-        let Self { hub, channel, subscriptions, link, renewing, runner, .. } = self;
+    /// Drives the session. Ready when the session is over.
+    fn poll(&mut self, cx: &mut Context<'_>, shared: &Arc<SharedSession<S>>) -> Poll<SessionEnd> {
+        let Self { hub, channel, subscriptions, connection, token_refresh, handler, .. } = self;
         loop {
-            // Only what changes after this line needs to wake us.
-            let heard = channel.bell.rings();
+            // Only changes after this line need to wake us.
+            let generation = channel.broadcast.generation();
             while self.is_rich
-                && let Some(request) = link.next_request()
+                && let Some(request) = connection.next_request()
             {
-                let mut asker = protocol::Asker { subscriptions, admission: &self.admission, renewing, runner };
-                if let Some(answer) = protocol::handle(&request, &mut asker, hub, channel) {
-                    link.answer(&answer);
+                let mut context =
+                    protocol::RequestContext { subscriptions, admission: &self.admission, token_refresh, handler };
+                if let Some(reply) = protocol::handle(&request, &mut context, hub, channel) {
+                    connection.reply(&reply);
                 }
             }
-            if link.is_hungry()
-                && let Err(code) = subscriptions.fill(hub, channel, &mut link.outgoing)
+            if connection.can_accept()
+                && let Err(code) = subscriptions.fill(hub, channel, &mut connection.output)
             {
-                link.close(code);
+                connection.close(code);
             }
             if self.is_rich {
-                link.gathered_at(subscriptions.due());
+                connection.set_batch_flush(subscriptions.next_flush());
             }
-            if let Some(ending) = link.ending() {
-                return Poll::Ready(ending);
+            if let Some(end) = connection.session_end() {
+                return Poll::Ready(end);
             }
-            if link.poll_write(cx).is_ready() {
-                channel.meter.count(&link.take_written());
+            if connection.poll_write(cx).is_ready() {
+                channel.metrics.count(&connection.take_stats());
                 continue;
             }
-            if self.place.is_none() && link.is_hungry() {
-                self.place = channel.fanout.join(heard, || shared.clone());
-                if self.place.is_none() {
+            if self.fanout_key.is_none() && connection.can_accept() {
+                self.fanout_key = channel.fanout.join(generation, || shared.clone());
+                if self.fanout_key.is_none() {
                     continue;
                 }
             }
-            // Before the clock, so that a pong which has come is not called late.
-            if let Poll::Ready(outcome) = link.poll_read(cx) {
-                link.hear(outcome);
+            // Before the deadlines, so that a pong which has arrived is not called late.
+            if let Poll::Ready(outcome) = connection.poll_read(cx) {
+                connection.on_inbound(outcome);
                 continue;
             }
-            if let Poll::Ready((index, fetched)) = subscriptions.poll_work(cx) {
-                if let Err(code) = subscriptions.apply(index, fetched, hub, channel) {
-                    link.close(code);
+            if let Poll::Ready((index, outcome)) = subscriptions.poll_reads(cx) {
+                if let Err(code) = subscriptions.apply(index, outcome, hub, channel) {
+                    connection.close(code);
                 }
                 continue;
             }
-            if !self.is_drained && self.drain.poll_ring(cx).is_ready() {
+            if !self.is_drained && self.drain.poll_notified(cx).is_ready() {
                 self.is_drained = true;
                 let after = full_jitter(hub.config.drain_window);
                 if self.is_rich {
-                    link.answer(&format!(r#"{{"t":"drain","after_ms":{}}}"#, after.as_millis()));
+                    connection.reply(&format!(r#"{{"t":"drain","after_ms":{}}}"#, after.as_millis()));
                 }
-                link.drain_at(Instant::now() + after);
+                connection.set_drain_at(Instant::now() + after);
                 continue;
             }
-            // The timer is set anew only where it would be late.
-            if let Some(deadline) = link.take_hurry()
+            // The timer is reset only if it would fire too late.
+            if let Some(deadline) = connection.take_changed_deadline()
                 && deadline < self.timer.deadline()
             {
                 self.timer.as_mut().reset(deadline);
             }
             if self.timer.as_mut().poll(cx).is_ready() {
-                link.look_at_the_clock(self.timer.deadline().elapsed());
-                if link.take_mark() {
-                    subscriptions.mark(&mut link.outgoing);
+                connection.check_deadlines(self.timer.deadline().elapsed());
+                if connection.take_due_mark() {
+                    subscriptions.add_marks(&mut connection.output);
                 }
-                self.timer.as_mut().reset(link.next_deadline());
+                self.timer.as_mut().reset(connection.next_deadline());
                 continue;
             }
-            if let Some(Poll::Ready(renewed)) = renewing.as_mut().map(|renewal| Pin::new(renewal).poll(cx)) {
-                *renewing = None;
+            if let Some(Poll::Ready(renewed)) = token_refresh.as_mut().map(|refresh| Pin::new(refresh).poll(cx)) {
+                *token_refresh = None;
                 match renewed {
-                    protocol::Renewed::Good { answer, expires_at } => {
-                        link.expires_at(expires_at, true);
-                        link.answer(&answer);
+                    protocol::RefreshResult::Accepted { reply, expires_at } => {
+                        connection.set_expires_at(expires_at, true);
+                        connection.reply(&reply);
                     }
-                    protocol::Renewed::Bad { answer } => link.answer(&answer),
+                    protocol::RefreshResult::Rejected { reply } => connection.reply(&reply),
                 }
                 continue;
             }
-            match runner {
-                Some(runner) if link.has_room() => link.answer(&ready!(runner.poll_frame(cx))),
+            match handler {
+                Some(handler) if connection.can_reply() => connection.reply(&ready!(handler.poll_frame(cx))),
                 _ => return Poll::Pending,
             }
         }
     }
 
-    /// Gives the client what is new, and says whether that is all there is to do: if not, it waits for news no more, and its
-    /// task has to look.
-    fn give(&mut self, tally: &mut Tally) -> bool {
-        let is_given = self.give_all(tally);
-        if !is_given {
-            self.leave();
+    /// Writes new entries. Returns whether no other work is left.
+    ///
+    /// If there is some, the session has left the fan-out and its task must be woken.
+    fn deliver(&mut self, local: &mut LocalMetrics) -> bool {
+        let is_done = self.write_new_entries(local);
+        if !is_done {
+            self.leave_fanout();
         }
-        is_given
+        is_done
     }
 
-    fn give_all(&mut self, tally: &mut Tally) -> bool {
-        let Self { hub, channel, subscriptions, link, .. } = self;
-        if !link.is_hungry() || subscriptions.is_lagging() {
+    fn write_new_entries(&mut self, local: &mut LocalMetrics) -> bool {
+        let Self { hub, channel, subscriptions, connection, .. } = self;
+        if !connection.can_accept() || subscriptions.is_lagging() {
             return false;
         }
-        if let Err(code) = subscriptions.fill(hub, channel, &mut link.outgoing) {
-            link.close(code);
+        if let Err(code) = subscriptions.fill(hub, channel, &mut connection.output) {
+            connection.close(code);
             return false;
         }
         if self.is_rich {
-            link.gathered_at(subscriptions.due());
+            connection.set_batch_flush(subscriptions.next_flush());
         }
-        if !link.outgoing.is_empty() {
-            // Where the socket takes no more, our task is woken at once, and waits for it.
-            if link.poll_write(&mut Context::from_waker(Waker::noop())).is_pending() {
+        if !connection.output.is_empty() {
+            // If the socket is full, our task is woken at once and waits for it.
+            if connection.poll_write(&mut Context::from_waker(Waker::noop())).is_pending() {
                 return false;
             }
-            tally.add(&link.take_written());
+            local.add(&connection.take_stats());
         }
-        link.is_hungry() && !link.is_hurried() && !subscriptions.is_lagging()
+        connection.can_accept() && !connection.deadline_changed() && !subscriptions.is_lagging()
     }
 
-    /// Waits for news no more.
-    fn leave(&mut self) {
-        if let Some(place) = self.place.take() {
-            self.channel.fanout.leave(place);
+    /// Leaves the fan-out.
+    fn leave_fanout(&mut self) {
+        if let Some(fanout_key) = self.fanout_key.take() {
+            self.channel.fanout.leave(fanout_key);
         }
     }
 
-    /// Ends the connection, and gives back what the client had in hand.
-    async fn end(mut self: Box<Self>, ending: Ending) -> Ending {
-        if let Some(runner) = self.runner.take() {
-            // Whoever was told to come again goes on with what it has.
-            let is_sent_away = matches!(ending, Ending::Closed(CloseCode::GoingAway | CloseCode::Expired));
-            tokio::join!(self.link.shut_down(), runner.end(is_sent_away));
+    /// Ends the connection, and returns the entries that the client had pulled.
+    async fn end(mut self: Box<Self>, end: SessionEnd) -> SessionEnd {
+        if let Some(handler) = self.handler.take() {
+            // A client that was asked to reconnect keeps its leases.
+            let will_reconnect = matches!(end, SessionEnd::Closed(CloseCode::GoingAway | CloseCode::Expired));
+            tokio::join!(self.connection.shut_down(), handler.end(will_reconnect));
         } else {
-            self.link.shut_down().await;
+            self.connection.shut_down().await;
         }
-        self.hub.metrics.relay_closes.with_label_values(&[&ending.label()]).inc();
-        tracing::debug!(channel = %self.channel.name, close = %ending.label(), "session ended");
-        ending
+        self.hub.metrics.relay_closes.with_label_values(&[&end.label()]).inc();
+        tracing::debug!(channel = %self.channel.name, close = %end.label(), "session ended");
+        end
     }
 }
 
-/// What a client is served on.
-trait Socket: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
+/// A socket that a session is served on.
+trait ClientSocket: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
 
-impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Socket for S {}
+impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> ClientSocket for S {}
 
-/// Tells a client whose handshake is done why it is not let in, by the close code: browsers can't see more.
-pub(super) async fn refuse<S>(io: S, refused: &Refused, hub: &Hub)
+/// Reports the reason of a refusal by the close code, after the handshake. Browsers show nothing else to pages.
+pub(super) async fn refuse<S>(io: S, refused: &ConnectError, hub: &Hub)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
-    let mut link = Link::new(io, &hub.config);
-    link.close_with(refused.close_code(), &refused.close_reason());
-    let mut timer = pin!(sleep_until(link.next_deadline()));
+    let mut connection = ClientConnection::new(io, &hub.config);
+    connection.close_with(refused.close_code(), &refused.close_reason());
+    let mut timer = pin!(sleep_until(connection.next_deadline()));
     poll_fn(|cx| {
-        while link.ending().is_none() {
-            if link.poll_write(cx).is_ready() {
+        while connection.session_end().is_none() {
+            if connection.poll_write(cx).is_ready() {
                 continue;
             }
-            match link.poll_read(cx) {
-                Poll::Ready(outcome) => link.hear(outcome),
+            match connection.poll_read(cx) {
+                Poll::Ready(outcome) => connection.on_inbound(outcome),
                 Poll::Pending => ready!(timer.as_mut().poll(cx)),
             }
         }
         Poll::Ready(())
     })
     .await;
-    link.shut_down().await;
+    connection.shut_down().await;
     hub.metrics.relay_closes.with_label_values(&[&refused.close_code().to_string()]).inc();
 }
 
@@ -368,36 +378,36 @@ mod tests {
 
     use super::*;
     use crate::metrics::Metrics;
-    use crate::relay::metrics::Meter;
+    use crate::relay::metrics::ChannelMetrics;
 
-    /// Whether the task is woken where there is news.
-    fn is_woken(shared: &Shared<DuplexStream>) -> bool {
+    /// Returns whether the task is woken when there are new entries.
+    fn is_woken(shared: &SharedSession<DuplexStream>) -> bool {
         shared.task.register(Waker::noop());
-        shared.give(&mut Meter::new(&Metrics::new(), "alerts").tally());
-        // Whoever wakes it takes the waker.
+        shared.deliver(&mut ChannelMetrics::new(&Metrics::new(), "alerts").local());
+        // A wake takes the waker.
         shared.task.take().is_none()
     }
 
     #[test]
-    fn a_task_that_is_at_work_when_news_comes_is_woken_to_look_again() {
-        let shared = Shared { driver: Mutex::new(None), task: AtomicWaker::new() };
-        let taken = shared.driver.lock();
+    fn deliver_while_the_task_is_busy_wakes_it() {
+        let shared = SharedSession { state: Mutex::new(None), task: AtomicWaker::new() };
+        let taken = shared.state.lock();
         assert!(is_woken(&shared));
         drop(taken);
-        assert!(!is_woken(&shared), "it is over");
+        assert!(!is_woken(&shared), "the session is over");
     }
 
     #[test]
-    fn a_task_whose_client_could_not_be_given_news_ends_it() {
-        let shared = Arc::new(Shared::<DuplexStream> { driver: Mutex::new(None), task: AtomicWaker::new() });
-        let giving = shared.clone();
+    fn panic_during_delivery_ends_the_session() {
+        let shared = Arc::new(SharedSession::<DuplexStream> { state: Mutex::new(None), task: AtomicWaker::new() });
+        let other = shared.clone();
         let failed = std::thread::spawn(move || {
-            let _taken = giving.driver.lock();
-            panic!("as a bug would");
+            let _taken = other.state.lock();
+            panic!("simulated bug");
         });
         assert!(failed.join().is_err());
         assert!(is_woken(&shared));
-        let served = Served(shared);
-        assert_eq!(served.poll(&mut Context::from_waker(Waker::noop())), Poll::Ready(Ending::Lost));
+        let future = SessionFuture(shared);
+        assert_eq!(future.poll(&mut Context::from_waker(Waker::noop())), Poll::Ready(SessionEnd::Lost));
     }
 }

@@ -1,4 +1,4 @@
-//! What one client still has to be given: a cursor per stream, and how it moves.
+//! A subscription: a cursor per stream, merged into the client's write buffer.
 
 pub(super) mod batching;
 pub(super) mod cursor;
@@ -13,62 +13,65 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::{Channel, CloseCode, Hub, Since, SubscribeParams};
 use crate::clock::now_ms;
 use crate::event::{EntryId, Filter, Position, StreamName};
-use crate::relay::log::page_cache::Outcome;
+use crate::relay::hub::{Channel, Hub};
+use crate::relay::log::page_cache::PageResult;
 use crate::relay::log::page_reader;
-use crate::relay::log::page_reader::Newest;
-use crate::relay::log::ring::{Mark, Ring};
-use crate::relay::subscription::cursor::{Cursor, Next, Stage, Teller};
-use crate::relay::subscription::start::{Begin, oldest_of_newest, resolve};
-use crate::relay::wire::encoding::{Form, Notice, Reason, text_message};
-use crate::relay::wire::write_buffer::Outgoing;
+use crate::relay::log::page_reader::NewestResult;
+use crate::relay::log::ring::{Ring, RingSnapshot};
+use crate::relay::session::close::CloseCode;
+use crate::relay::subscription::cursor::{CursorStage, GapReporter, NextStep, StreamCursor};
+use crate::relay::subscription::params::{Since, SubscribeParams};
+use crate::relay::subscription::start::{ResolvedStart, oldest_of_newest, resolve};
+use crate::relay::wire::encoding::{ControlMessage, Encoding, GapReason, text_message};
+use crate::relay::wire::write_buffer::WriteBuffer;
 
-/// How far ahead of what there is a position may be, in ms: other instances may have read more, and clocks differ.
-const AHEAD_MS: u64 = 60_000;
+/// The time in ms by which a valid position may be ahead of this relay: other instances may have read more, and clocks
+/// differ.
+const MAX_CLOCK_AHEAD_MS: u64 = 60_000;
 
-/// What a client asked for and how far it is.
+/// The subscription of one client to one or more streams.
 #[derive(Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(crate) struct Subscription {
-    /// Most have one, and it is at hand with the rest.
-    cursors: SmallVec<[Cursor; 1]>,
+    /// Most subscriptions have one cursor, which lies in place.
+    cursors: SmallVec<[StreamCursor; 1]>,
     filter: Filter,
-    form: Form,
-    /// Whether what a live client is too slow for is left out.
+    encoding: Encoding,
+    /// Whether entries that leave the ring while the client is live are skipped.
     is_latest: bool,
-    /// Whether critical alerts come before their turn where the client is far behind.
+    /// Whether critical alerts are sent early when the client is far behind.
     has_lane: bool,
-    /// Whether it was behind, or had more than could be written at once, when it was looked at last.
+    /// Whether the last pass left work: the client was behind, or had more than the buffer takes.
     is_lagging: bool,
-    /// Whether the client would rather be closed than go on after a gap.
+    /// Whether the client is closed after a gap.
     is_strict: bool,
-    /// The request that is answered once it is known where this begins.
-    unanswered: Option<Box<Unanswered>>,
-    /// How many gaps were told.
+    /// The subscribe request, until its reply is sent.
+    pending_reply: Option<Box<PendingReply>>,
+    /// The number of gaps that were reported.
     gaps: usize,
-    /// What is to be told before the next alert.
-    notices: Vec<Notice>,
-    /// Where to begin, as long as there is a cursor that has not begun.
-    start: Option<Box<Start>>,
-    /// Whether it was at the head once: from then on, what a stream has is given at once. On the way there, streams
-    /// are merged by the time of their entries.
+    /// Control messages to write before the next alert.
+    controls: Vec<ControlMessage>,
+    /// The requested start, until all cursors have started.
+    start: Option<Box<StartRequest>>,
+    /// Whether the client was at the head once. From then on entries of each stream are sent at once. Before, the
+    /// streams are merged by the time of their entries.
     is_live: bool,
-    began_ms: u64,
+    created_ms: u64,
 }
 
-/// A request that is still to be answered.
+/// A subscribe request without its reply.
 #[derive(Debug)]
-struct Unanswered {
+struct PendingReply {
     id: u64,
-    /// Whether it asked for what comes after something.
-    is_resumed: bool,
+    /// Whether the request gave positions to resume from.
+    is_resumption: bool,
 }
 
-/// Where to begin.
+/// The requested start.
 #[derive(Debug, Clone)]
-enum Start {
+enum StartRequest {
     Now,
     Earliest,
     At(u64),
@@ -76,119 +79,131 @@ enum Start {
     Snapshot(usize),
 }
 
-/// A read of the store on a client's behalf.
-pub(super) type Work = Pin<Box<dyn Future<Output = Fetched> + Send>>;
+/// A read of the store for a client.
+pub(super) type StoreRead = Pin<Box<dyn Future<Output = ReadOutcome> + Send>>;
 
-/// What was read.
+/// The result of a read.
 #[derive(Debug)]
-pub(super) enum Fetched {
+pub(super) enum ReadOutcome {
     /// The next entries of the cursor with this index.
-    Page(usize, Outcome),
-    /// For each cursor with these indices, the newest entries that pass this filter, newest first.
-    Newest(Filter, Vec<(usize, Newest)>),
+    Page(usize, PageResult),
+    /// For each cursor, by index, the newest entries that pass this filter, newest first.
+    Newest(Filter, Vec<(usize, NewestResult)>),
 }
 
 impl Subscription {
-    /// A subscription to some streams, whose rings are given, that begins at this moment.
+    /// Creates a subscription to the streams of these rings that starts now.
     pub(super) fn new(
         rings: Vec<Arc<Ring>>,
         params: SubscribeParams,
-        form: Form,
-        answers: Option<u64>,
+        encoding: Encoding,
+        reply_id: Option<u64>,
         hub: &Hub,
         channel: &Channel,
     ) -> Self {
-        let began_ms = now_ms();
+        let created_ms = now_ms();
         let start = match params.since {
-            None if params.snapshot > 0 => Start::Snapshot(params.snapshot),
-            None => Start::Now,
-            Some(Since::Earliest) => Start::Earliest,
-            Some(Since::Ago(ago)) => Start::At(began_ms.saturating_sub(ago.as_millis().try_into().unwrap_or(u64::MAX))),
-            Some(Since::Time(time)) => Start::At(time.as_millisecond().try_into().unwrap_or(0)),
-            Some(Since::Positions(positions)) => Start::Positions(positions),
+            None if params.snapshot > 0 => StartRequest::Snapshot(params.snapshot),
+            None => StartRequest::Now,
+            Some(Since::Earliest) => StartRequest::Earliest,
+            Some(Since::Ago(ago)) => {
+                StartRequest::At(created_ms.saturating_sub(ago.as_millis().try_into().unwrap_or(u64::MAX)))
+            }
+            Some(Since::Time(time)) => StartRequest::At(time.as_millisecond().try_into().unwrap_or(0)),
+            Some(Since::Positions(positions)) => StartRequest::Positions(positions),
         };
         let mut subscription = Self {
-            cursors: rings.into_iter().map(Cursor::new).collect(),
+            cursors: rings.into_iter().map(StreamCursor::new).collect(),
             filter: params.filter,
-            form,
+            encoding,
             is_latest: params.is_latest,
             has_lane: params.has_lane,
             is_lagging: false,
             is_strict: params.is_strict,
-            unanswered: answers.map(|id| Box::new(Unanswered { id, is_resumed: matches!(start, Start::Positions(_)) })),
+            pending_reply: reply_id
+                .map(|id| Box::new(PendingReply { id, is_resumption: matches!(start, StartRequest::Positions(_)) })),
             gaps: 0,
-            notices: Vec::new(),
+            controls: Vec::new(),
             start: Some(Box::new(start)),
             is_live: false,
-            began_ms,
+            created_ms,
         };
-        subscription.begin(hub, channel);
+        subscription.resolve_start(hub, channel);
         subscription
     }
 
-    /// Resolves where to begin in the streams that can be read. Those that can't be are not waited for, and begin later.
-    fn begin(&mut self, hub: &Hub, channel: &Channel) {
+    /// Resolves the start in all streams that can be read. The others start later, and nothing waits for them.
+    fn resolve_start(&mut self, hub: &Hub, channel: &Channel) {
         let Some(start) = &self.start else { return };
-        let waiting = || self.cursors.iter().enumerate().filter(|(_, cursor)| cursor.stage == Stage::Waiting);
+        let waiting = || self.cursors.iter().enumerate().filter(|(_, cursor)| cursor.stage == CursorStage::Waiting);
         if waiting().any(|(_, cursor)| cursor.ring.is_starting()) {
             return;
         }
-        let marks: Vec<(usize, Mark)> =
-            waiting().filter_map(|(index, cursor)| cursor.ring.mark().map(|mark| (index, mark))).collect();
+        let snapshots: Vec<(usize, RingSnapshot)> =
+            waiting().filter_map(|(index, cursor)| cursor.ring.snapshot().map(|snapshot| (index, snapshot))).collect();
         let known = match &**start {
-            Start::Positions(_) => hub.epochs(self.cursors.iter().map(|cursor| &cursor.ring)),
+            StartRequest::Positions(_) => hub.known_epochs(self.cursors.iter().map(|cursor| &cursor.ring)),
             _ => None,
         };
-        for (index, mark) in marks {
+        for (index, snapshot) in snapshots {
             let cursor = &mut self.cursors[index];
-            // A cursor that was made before its ring began is given all that came since.
-            let head = if cursor.generation == mark.generation { cursor.after } else { mark.start };
-            let begin = match &**start {
-                Start::Now | Start::Snapshot(_) => Begin::after(head),
-                Start::Earliest => Begin::at(EntryId::MIN),
-                Start::At(ms) => Begin::at(EntryId::new(*ms, 0).previous().min(head)),
-                Start::Positions(positions) => {
-                    let latest_ms = mark.last.ms.max(self.began_ms).saturating_add(AHEAD_MS);
-                    let begin = resolve(positions, &mark.epoch, known.as_deref(), latest_ms);
-                    if begin.is_owed { begin } else { Begin { after: begin.after.min(head), ..begin } }
+            // A cursor that is older than its ring's generation starts with all entries since.
+            let head = if cursor.generation == snapshot.generation { cursor.after } else { snapshot.start };
+            let resolved = match &**start {
+                StartRequest::Now | StartRequest::Snapshot(_) => ResolvedStart::exactly_after(head),
+                StartRequest::Earliest => ResolvedStart::available_after(EntryId::MIN),
+                StartRequest::At(ms) => ResolvedStart::available_after(EntryId::new(*ms, 0).previous().min(head)),
+                StartRequest::Positions(positions) => {
+                    let latest_ms = snapshot.last.ms.max(self.created_ms).saturating_add(MAX_CLOCK_AHEAD_MS);
+                    let resolved = resolve(positions, &snapshot.epoch, known.as_deref(), latest_ms);
+                    if resolved.reports_gaps {
+                        resolved
+                    } else {
+                        ResolvedStart { after: resolved.after.min(head), ..resolved }
+                    }
                 }
             };
-            if begin.is_gap {
+            if resolved.has_gap {
                 let stream = cursor.ring.stream();
-                Teller { channel, notices: &mut self.notices }.gap(stream, None, None, Reason::Epoch);
+                GapReporter { channel, controls: &mut self.controls }.report(stream, None, None, GapReason::Epoch);
             }
-            (cursor.generation, cursor.epoch) = (mark.generation, Some(mark.epoch));
-            cursor.after = begin.after;
-            if begin.is_owed {
-                cursor.owe();
+            (cursor.generation, cursor.epoch) = (snapshot.generation, Some(snapshot.epoch));
+            cursor.after = resolved.after;
+            if resolved.reports_gaps {
+                cursor.report_gaps_from_here();
             }
-            cursor.stage = if matches!(**start, Start::Snapshot(_)) { Stage::Locating } else { Stage::InRing };
+            cursor.stage = if matches!(**start, StartRequest::Snapshot(_)) {
+                CursorStage::LocatingSnapshot
+            } else {
+                CursorStage::InRing
+            };
         }
-        let is_over = |cursor: &Cursor| !matches!(cursor.stage, Stage::Waiting | Stage::Locating);
-        if self.cursors.iter().all(is_over) {
+        let has_started =
+            |cursor: &StreamCursor| !matches!(cursor.stage, CursorStage::Waiting | CursorStage::LocatingSnapshot);
+        if self.cursors.iter().all(has_started) {
             self.start = None;
         }
     }
 
-    /// Adds what can be written now.
-    pub(super) fn fill(&mut self, hub: &Hub, channel: &Channel, out: &mut Outgoing) {
-        self.begin(hub, channel);
+    /// Adds as much as can be written now.
+    pub(super) fn fill(&mut self, hub: &Hub, channel: &Channel, out: &mut WriteBuffer) {
+        self.resolve_start(hub, channel);
         let was_lagging = self.is_lagging;
         if was_lagging {
-            self.overtake(hub, channel, out);
+            self.deliver_early(hub, channel, out);
         }
         self.is_lagging = true;
         while !out.is_full() {
             let mut next: Option<(usize, EntryId)> = None;
             let mut bound = EntryId::MAX;
             let mut is_behind = false;
-            let mut teller = Teller { channel, notices: &mut self.notices };
-            let skips = self.is_latest && self.is_live;
+            let mut gap_reporter = GapReporter { channel, controls: &mut self.controls };
+            let skips_to_newest = self.is_latest && self.is_live;
             for (index, cursor) in self.cursors.iter_mut().enumerate() {
-                match cursor.next(&self.filter, skips, &mut teller) {
-                    Next::Head => {}
-                    Next::Behind => is_behind = true,
-                    Next::Entry(id) => match next {
+                match cursor.next(&self.filter, skips_to_newest, &mut gap_reporter) {
+                    NextStep::Head => {}
+                    NextStep::Behind => is_behind = true,
+                    NextStep::Entry(id) => match next {
                         Some((_, oldest)) if oldest <= id => bound = bound.min(id),
                         Some((_, oldest)) => {
                             bound = oldest;
@@ -198,151 +213,151 @@ impl Subscription {
                     },
                 }
             }
-            self.answer(out);
-            self.tell(out);
+            self.reply_if_started(out);
+            self.write_controls(out);
             self.is_lagging = is_behind;
-            if is_behind && !self.is_live || self.is_lost() {
+            if is_behind && !self.is_live || self.is_ended_by_gap() {
                 break;
             }
             let Some((index, first)) = next else {
-                if !is_behind && !self.cursors.iter().any(Cursor::is_beginning) {
+                if !is_behind && !self.cursors.iter().any(StreamCursor::is_starting) {
                     self.is_live = true;
-                    self.cursors.iter_mut().for_each(|cursor| cursor.reach_head(&mut self.notices));
-                    if !self.notices.is_empty() {
-                        // Whoever breaks off before there is an alert comes back to this place.
+                    self.cursors.iter_mut().for_each(|cursor| cursor.report_live(&mut self.controls));
+                    if !self.controls.is_empty() {
+                        // A client that disconnects before the first alert resumes from here.
                         self.push_ids(out);
                     }
-                    self.tell(out);
+                    self.write_controls(out);
                 }
                 break;
             };
-            // Two streams may give the same id.
+            // Two streams may have the same id.
             let mut bound = bound.max(first.next());
-            if matches!(self.form, Form::EventStream { ids: false, .. }) {
-                // What tells where a client stands in several streams can't be shared with others.
+            if matches!(self.encoding, Encoding::EventStream { ids: false, .. }) {
+                // The id has the positions in all streams, so this client's frame cannot be shared.
                 bound = first.next();
-                out.push(self.id_at(index, first).into());
+                out.push(self.event_id_line(index, first).into());
             }
-            self.cursors[index].take(bound, &self.filter, self.form, self.began_ms, out);
+            self.cursors[index].write_run(bound, &self.filter, self.encoding, self.created_ms, out);
             self.is_lagging = true;
         }
         if self.is_lagging && !was_lagging {
-            self.overtake(hub, channel, out);
+            self.deliver_early(hub, channel, out);
         }
     }
 
-    /// Gives what is critical before its turn, where the client is far behind.
-    fn overtake(&mut self, hub: &Hub, channel: &Channel, out: &mut Outgoing) {
-        if !self.has_lane || self.unanswered.is_some() || self.is_lost() {
+    /// Adds critical alerts ahead of their order if the client is far behind.
+    fn deliver_early(&mut self, hub: &Hub, channel: &Channel, out: &mut WriteBuffer) {
+        if !self.has_lane || self.pending_reply.is_some() || self.is_ended_by_gap() {
             return;
         }
         let before = out.alerts;
-        let is_held_up = !self.is_live && self.cursors.iter().any(Cursor::is_behind);
+        let is_held_up = !self.is_live && self.cursors.iter().any(StreamCursor::is_behind);
         for cursor in &mut self.cursors {
-            self.notices.extend(cursor.overtake(is_held_up, &self.filter, self.form, self.began_ms, out));
+            self.controls.extend(cursor.deliver_early(is_held_up, &self.filter, self.encoding, self.created_ms, out));
         }
         if out.alerts > before {
             hub.metrics.relay_early.with_label_values(&[&channel.name]).inc_by(out.alerts - before);
-            self.tell(out);
+            self.write_controls(out);
         }
     }
 
-    /// Whether it was behind, or had more than could be written at once, when it was looked at last.
+    /// Returns whether the last pass left work: the client was behind, or had more than the buffer takes.
     pub(super) fn is_lagging(&self) -> bool {
         self.is_lagging
     }
 
-    /// Whether the client asked to be closed after what could not be given.
-    pub(super) fn is_lost(&self) -> bool {
+    /// Returns whether the client must be closed because of a gap.
+    pub(super) fn is_ended_by_gap(&self) -> bool {
         self.is_strict && self.gaps > 0
     }
 
-    /// Whether it is to this stream.
-    pub(super) fn is_to(&self, stream: &StreamName) -> bool {
+    /// Returns whether the subscription has this stream.
+    pub(super) fn contains(&self, stream: &StreamName) -> bool {
         self.ring_of(stream).is_some()
     }
 
-    /// The ring of the stream, if it is one that this is to.
+    /// Returns the ring of the stream, or `None` if the subscription does not have it.
     pub(super) fn ring_of(&self, stream: &StreamName) -> Option<&Arc<Ring>> {
         self.cursors.iter().map(|cursor| &cursor.ring).find(|ring| ring.stream() == stream)
     }
 
-    /// Where the client stands in each stream, as it is passed for `since`.
+    /// Returns the client's position in each stream, in the form of `since`.
     pub(super) fn positions(&self) -> String {
-        joined(self.cursors.iter().filter_map(Cursor::position))
+        joined(self.cursors.iter().filter_map(StreamCursor::position))
     }
 
-    /// Lets something else pass from where the client stands.
+    /// Replaces the filter from the client's position on.
     pub(super) fn replace_filter(&mut self, filter: Filter) {
         self.filter = filter;
     }
 
-    /// Tells where the client stands in streams of which nothing passed since it was told last.
-    pub(super) fn mark(&mut self, out: &mut Outgoing) {
-        if self.unanswered.is_some() {
+    /// Adds the positions of streams in which only filtered entries came since the last report.
+    pub(super) fn add_marks(&mut self, out: &mut WriteBuffer) {
+        if self.pending_reply.is_some() {
             return;
         }
         for cursor in &mut self.cursors {
-            cursor.mark(&mut self.notices);
+            cursor.report_position(&mut self.controls);
         }
-        if !self.notices.is_empty() {
-            self.tell(out);
+        if !self.controls.is_empty() {
+            self.write_controls(out);
         }
     }
 
-    /// Tells a reader of an event stream where it stands in all streams.
-    fn push_ids(&self, out: &mut Outgoing) {
-        if matches!(self.form, Form::EventStream { .. }) {
+    /// Adds the positions in all streams as an event id.
+    fn push_ids(&self, out: &mut WriteBuffer) {
+        if matches!(self.encoding, Encoding::EventStream { .. }) {
             out.push(format!("id: {}\n\n", self.positions()).into());
         }
     }
 
-    /// The line of an event that tells where its reader stands in all streams once it has it: `id`, of the cursor with
-    /// this index.
-    fn id_at(&self, index: usize, id: EntryId) -> String {
-        let at = |(i, cursor): (usize, &Cursor)| {
+    /// Returns the id line of an event: `id` for the cursor with this index, and the positions in all other streams.
+    fn event_id_line(&self, index: usize, id: EntryId) -> String {
+        let at = |(i, cursor): (usize, &StreamCursor)| {
             let position = cursor.position()?;
             Some(if i == index { Position { id, ..position } } else { position })
         };
         format!("id: {}\n", joined(self.cursors.iter().enumerate().filter_map(at)))
     }
 
-    /// Answers the request that made this, once it is known where it begins, and whether that can be given.
-    fn answer(&mut self, out: &mut Outgoing) {
-        if self.unanswered.is_none() {
+    /// Replies to the subscribe request when the start is known, and whether all entries from there are available.
+    fn reply_if_started(&mut self, out: &mut WriteBuffer) {
+        if self.pending_reply.is_none() {
             return;
         }
-        let is_behind = self.cursors.iter().any(|cursor| cursor.stage == Stage::Behind);
-        let is_answerable = |unanswered: &mut Box<Unanswered>| !(unanswered.is_resumed && is_behind);
-        if self.cursors.iter().any(Cursor::is_beginning) {
+        let is_behind = self.cursors.iter().any(|cursor| cursor.stage == CursorStage::AwaitingPage);
+        let is_answerable = |pending_reply: &mut Box<PendingReply>| !(pending_reply.is_resumption && is_behind);
+        if self.cursors.iter().any(StreamCursor::is_starting) {
             return;
         }
-        let Some(unanswered) = self.unanswered.take_if(is_answerable) else { return };
+        let Some(pending_reply) = self.pending_reply.take_if(is_answerable) else { return };
         let streams: Vec<&str> = self.cursors.iter().map(|cursor| cursor.ring.stream().as_str()).collect();
-        let gaps = self.notices.iter().filter(|notice| matches!(notice, Notice::Gap { .. })).count();
-        let answer = serde_json::json!({
+        let gaps = self.controls.iter().filter(|control| matches!(control, ControlMessage::Gap { .. })).count();
+        let reply = serde_json::json!({
             "t": "subscribed",
-            "id": unanswered.id,
+            "id": pending_reply.id,
             "stream": streams.join(","),
-            "from": joined(self.cursors.iter().filter_map(|cursor| cursor.began.clone())),
-            "recovered": unanswered.is_resumed && gaps == 0,
+            "from": joined(self.cursors.iter().filter_map(|cursor| cursor.start.clone())),
+            "recovered": pending_reply.is_resumption && gaps == 0,
         });
-        out.push(text_message(&answer.to_string()).into());
+        out.push(text_message(&reply.to_string()).into());
     }
 
-    /// Writes what is to be told: nothing comes before the answer.
-    fn tell(&mut self, out: &mut Outgoing) {
-        if self.unanswered.is_some() {
+    /// Writes control messages, but nothing before the reply.
+    fn write_controls(&mut self, out: &mut WriteBuffer) {
+        if self.pending_reply.is_some() {
             return;
         }
         let mut is_marked = false;
-        for notice in self.notices.drain(..) {
-            if matches!(notice, Notice::Mark { .. }) {
+        for control in self.controls.drain(..) {
+            if matches!(control, ControlMessage::Mark { .. }) {
                 is_marked = true;
             }
-            self.gaps += usize::from(matches!(&notice, Notice::Gap { reason, .. } if *reason != Reason::Lossy));
-            if let Some(words) = self.form.tell(&notice) {
-                out.push(words.into());
+            self.gaps +=
+                usize::from(matches!(&control, ControlMessage::Gap { reason, .. } if *reason != GapReason::Lossy));
+            if let Some(bytes) = self.encoding.encode_control(&control) {
+                out.push(bytes.into());
             }
         }
         if is_marked {
@@ -350,57 +365,61 @@ impl Subscription {
         }
     }
 
-    /// The read of the store that has to come next, if any.
-    pub(super) fn work(&self, hub: &Arc<Hub>) -> Option<Work> {
+    /// Returns the next read of the store, if one is needed.
+    pub(super) fn next_read(&self, hub: &Arc<Hub>) -> Option<StoreRead> {
         let at_stage = |stage| self.cursors.iter().enumerate().filter(move |(_, cursor)| cursor.stage == stage);
-        if let Some(&Start::Snapshot(count)) = self.start.as_deref()
-            && at_stage(Stage::Locating).next().is_some()
+        if let Some(&StartRequest::Snapshot(count)) = self.start.as_deref()
+            && at_stage(CursorStage::LocatingSnapshot).next().is_some()
         {
             let (hub, filter) = (hub.clone(), self.filter.clone());
-            let cut = |(index, cursor): (usize, &Cursor)| (index, cursor.ring.clone(), cursor.generation, cursor.after);
-            let cuts: Vec<_> = at_stage(Stage::Locating).map(cut).collect();
+            let cut =
+                |(index, cursor): (usize, &StreamCursor)| (index, cursor.ring.clone(), cursor.generation, cursor.after);
+            let cuts: Vec<_> = at_stage(CursorStage::LocatingSnapshot).map(cut).collect();
             return Some(Box::pin(async move {
                 let mut newest = Vec::with_capacity(cuts.len());
                 for (index, ring, generation, cut) in cuts {
-                    newest.push((index, page_reader::newest(&hub, &ring, generation, &filter, count, cut).await));
+                    newest.push((
+                        index,
+                        page_reader::newest_matching(&hub, &ring, generation, &filter, count, cut).await,
+                    ));
                 }
-                Fetched::Newest(filter, newest)
+                ReadOutcome::Newest(filter, newest)
             }));
         }
-        let (index, cursor) = at_stage(Stage::Behind).next()?;
-        let page = page_reader::after(hub.clone(), cursor.ring.clone(), cursor.generation, cursor.after);
-        Some(Box::pin(async move { Fetched::Page(index, page.await) }))
+        let (index, cursor) = at_stage(CursorStage::AwaitingPage).next()?;
+        let page = page_reader::page_after(hub.clone(), cursor.ring.clone(), cursor.generation, cursor.after);
+        Some(Box::pin(async move { ReadOutcome::Page(index, page.await) }))
     }
 
-    /// Takes in what was read. An error is how the session must end.
-    pub(super) fn apply(&mut self, fetched: Fetched, hub: &Hub, channel: &Channel) -> Result<(), CloseCode> {
-        match fetched {
-            // Where the filter was replaced meanwhile, it is another snapshot that is asked for.
-            Fetched::Newest(filter, _) if filter != self.filter => Ok(()),
-            Fetched::Newest(_, newest) => {
-                let Some(&Start::Snapshot(count)) = self.start.as_deref() else { return Ok(()) };
+    /// Applies the result of a read. An error is the close code that ends the session.
+    pub(super) fn apply(&mut self, outcome: ReadOutcome, hub: &Hub, channel: &Channel) -> Result<(), CloseCode> {
+        match outcome {
+            // The filter was replaced during the read, so another snapshot is needed.
+            ReadOutcome::Newest(filter, _) if filter != self.filter => Ok(()),
+            ReadOutcome::Newest(_, newest) => {
+                let Some(&StartRequest::Snapshot(count)) = self.start.as_deref() else { return Ok(()) };
                 let found: Vec<&[EntryId]> = newest.iter().map(|(_, ids)| ids.as_deref().unwrap_or_default()).collect();
                 let firsts = oldest_of_newest(&found, count);
                 for ((index, ids), first) in newest.iter().zip(firsts) {
                     let cursor = &mut self.cursors[*index];
                     if let Err(error) = ids {
-                        cursor.unreadable(error, &mut Teller { channel, notices: &mut self.notices });
+                        cursor.report_unreadable(error, &mut GapReporter { channel, controls: &mut self.controls });
                     }
-                    cursor.stage = Stage::InRing;
+                    cursor.stage = CursorStage::InRing;
                     if let Some(first) = first {
-                        (cursor.after, cursor.began) = (first.previous(), None);
+                        (cursor.after, cursor.start) = (first.previous(), None);
                     }
                 }
-                self.begin(hub, channel);
+                self.resolve_start(hub, channel);
                 Ok(())
             }
-            Fetched::Page(index, page) => {
+            ReadOutcome::Page(index, page) => {
                 let cursor = &mut self.cursors[index];
-                let mut teller = Teller { channel, notices: &mut self.notices };
+                let mut gap_reporter = GapReporter { channel, controls: &mut self.controls };
                 match page {
-                    Ok(page) => cursor.turn(page.as_deref(), hub, &mut teller),
+                    Ok(page) => cursor.apply_page(page.as_deref(), hub, &mut gap_reporter),
                     Err(error) => {
-                        cursor.unreadable(&error, &mut teller);
+                        cursor.report_unreadable(&error, &mut gap_reporter);
                         cursor.skip_to_ring();
                         Ok(())
                     }
@@ -410,7 +429,7 @@ impl Subscription {
     }
 }
 
-/// Positions as they are passed for `since`.
+/// Formats positions in the form of `since`.
 fn joined(positions: impl Iterator<Item = Position>) -> String {
     positions.map(|position| position.to_string()).collect::<Vec<_>>().join(",")
 }

@@ -1,4 +1,4 @@
-//! The bytes that clients receive: encodings, WebSocket frames, and the write buffer.
+//! The bytes for clients: encodings, WebSocket frames, and the write buffer.
 
 pub(super) mod encoding;
 pub(super) mod frames;

@@ -1,5 +1,4 @@
-//! Asking sinks at start whether they can take anything, so that a receiver that is missing or misconfigured shows before
-//! the first entry does.
+//! Checks of sinks at start, so that a missing or misconfigured receiver shows before the first entry.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,13 +11,13 @@ use super::Sink;
 use crate::readiness::Part;
 use crate::telemetry::chain;
 
-/// How long one check may take.
+/// Timeout of one check.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(10);
-/// The first pause between two checks, and the longest.
+/// The first and the longest pause between two checks.
 const PAUSE: Duration = Duration::from_secs(1);
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+const MAX_PAUSE: Duration = Duration::from_secs(30);
 
-/// One sink that is asked until it can take entries.
+/// Checks one sink until it can take entries.
 #[derive(Debug)]
 pub struct StartCheck {
     name: String,
@@ -27,41 +26,41 @@ pub struct StartCheck {
 }
 
 impl StartCheck {
-    /// The check of a sink of that name. Its part is ready at once and stays so: entries wait for a sink that is down.
+    /// Creates the check of a sink. Its part is ready from the start, because entries wait for a sink that is down.
     pub fn new(name: String, sink: Arc<dyn Sink>, part: Part) -> Self {
         part.ready();
         Self { name, sink, part }
     }
 
-    /// Asks the sink again and again until it can take entries; from then on its workers tell. Returns when `stop` is
+    /// Repeats the check until the sink can take entries. From then on its workers report. Returns when `stop` is
     /// cancelled.
     pub async fn run(self, stop: CancellationToken) {
         tokio::select! {
             () = stop.cancelled() => return,
-            () = self.ask() => {}
+            () = self.check_until_ready() => {}
         }
         stop.cancelled().await;
     }
 
-    async fn ask(&self) {
-        let (mut pause, mut told) = (PAUSE, None::<String>);
+    async fn check_until_ready(&self) {
+        let (mut pause, mut reported) = (PAUSE, None::<String>);
         loop {
             let reason = match timeout(CHECK_TIMEOUT, self.sink.check()).await {
                 Ok(Ok(())) => break,
                 Ok(Err(error)) => chain(&error),
-                Err(_elapsed) => format!("its check took more than {CHECK_TIMEOUT:?}"),
+                Err(_elapsed) => format!("the check took more than {CHECK_TIMEOUT:?}"),
             };
-            if told.as_ref() != Some(&reason) {
-                warn!(sink = self.name, error = reason, "the sink can't take entries yet; trying again");
-                self.part.ready_but(format!("the sink can't take entries yet: {reason}"));
-                told = Some(reason);
+            if reported.as_ref() != Some(&reason) {
+                warn!(sink = self.name, error = reason, "sink cannot take entries yet, trying again");
+                self.part.ready_but(format!("the sink cannot take entries yet: {reason}"));
+                reported = Some(reason);
             }
             sleep(pause).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            pause = (pause * 2).min(MAX_PAUSE);
         }
         self.part.ready();
-        if told.is_some() {
-            info!(sink = self.name, "the sink can take entries now");
+        if reported.is_some() {
+            info!(sink = self.name, "sink can take entries now");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What tasks for agents and their results have in common: the keys that say what belongs together.
+//! Correlation keys, which tasks for agents and their results have in common.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -6,7 +6,7 @@ use std::fmt;
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-/// The correlation keys of a payload, as they stand in it.
+/// The correlation keys of a payload, as JSON values.
 #[derive(Debug, Default)]
 pub(super) struct Envelope<'a> {
     pub(super) task_id: Option<&'a RawValue>,
@@ -18,7 +18,7 @@ pub(super) struct Envelope<'a> {
 }
 
 impl<'a> Envelope<'a> {
-    /// Reads JSON text. Of what is no object only the syntax is checked.
+    /// Reads JSON text. Values that are not objects are only checked for syntax.
     pub(super) fn parse(text: &'a str) -> Result<Self, serde_json::Error> {
         if text.trim_start().starts_with('{') {
             serde_json::from_str(text)
@@ -28,7 +28,7 @@ impl<'a> Envelope<'a> {
     }
 }
 
-/// A key's value as text, where it is a text or a number that says anything.
+/// Returns a value as text if it is a number or a text that is not empty.
 pub(super) fn plain(value: Option<&RawValue>) -> Option<Cow<'_, str>> {
     let raw = value?.get();
     let text = if raw.starts_with('"') {
@@ -40,7 +40,7 @@ pub(super) fn plain(value: Option<&RawValue>) -> Option<Cow<'_, str>> {
     (!text.is_empty()).then_some(text)
 }
 
-/// A text, borrowed where it has no escapes.
+/// A text, borrowed if it has no escapes.
 #[derive(serde::Deserialize)]
 struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
@@ -85,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keys_are_read_as_text_whether_they_are_texts_or_numbers() {
+    fn keys_are_read_from_texts_and_numbers() {
         let text = r#" {"task_id":"t\u0031","case_id":7,"alert_id":["x"],"agent_type":"","x":{"task_id":"no"}}"#;
         let envelope = Envelope::parse(text).expect("JSON");
         assert_eq!(plain(envelope.task_id).as_deref(), Some("t1"));
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn any_json_passes_and_nothing_else() {
+    fn only_json_is_accepted() {
         for json in ["[1,2]", "7", "null", "\"x\"", " {} "] {
             assert!(Envelope::parse(json).is_ok(), "{json}");
         }

@@ -1,7 +1,7 @@
-//! The sink that writes one line per entry to the daemon's own log.
+//! The log sink: writes one line per entry to the log of the daemon.
 //!
-//! Owns what such a line says. It never holds the payload; of it, only what [`AlertView`] reads as one line for
-//! people. While its level is switched off it costs nothing per entry.
+//! Owns the content of the line. The line never has the payload, only the parts of it that [`AlertView`] reads as one
+//! line for people. Entries cost nothing while the level is off.
 
 use std::fmt;
 
@@ -12,10 +12,10 @@ use tracing::{debug, enabled, error, info, trace, warn};
 use super::{Origin, Sink, SinkError};
 use crate::event::{AlertView, Delivery, Entry, field};
 
-/// Titles come from outside; a line stays a line.
+/// Maximum length of a title, in characters. Titles come from producers, and a line must stay a line.
 const TITLE_CHARS: usize = 200;
 
-/// How to log entries.
+/// The configuration of a log sink.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LogConfig {
@@ -27,20 +27,20 @@ pub struct LogConfig {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LogLevel {
-    /// Finer than debugging.
+    /// Finer than debug.
     Trace,
     /// For debugging.
     Debug,
-    /// As the daemon's own state changes.
+    /// Like changes of the daemon's own state.
     #[default]
     Info,
-    /// As the daemon's own recovered troubles.
+    /// Like faults that the daemon recovers from.
     Warn,
-    /// As what someone must act on.
+    /// Like faults that need an operator.
     Error,
 }
 
-/// Logs entries.
+/// Writes entries to the log.
 #[derive(Debug)]
 pub struct LogSink {
     name: String,
@@ -48,7 +48,7 @@ pub struct LogSink {
 }
 
 impl LogSink {
-    /// A sink of that name.
+    /// Creates a sink with this name.
     pub fn new(name: &str, config: &LogConfig) -> Self {
         Self { name: name.to_owned(), level: config.level }
     }
@@ -65,8 +65,8 @@ impl LogSink {
 
     fn log(&self, origin: &Origin, delivery: &Delivery) {
         let entry = &delivery.entry;
-        let line = Line::of(entry);
-        // The macros need their level as a constant.
+        let line = LogLine::of(entry);
+        // The macros need the level as a constant.
         macro_rules! line {
             ($level:ident) => {
                 $level!(
@@ -112,15 +112,15 @@ impl Sink for LogSink {
     }
 }
 
-/// What a line says of an entry, safe to print.
+/// The printable parts of an entry.
 #[derive(Debug, PartialEq, Eq)]
-struct Line {
+struct LogLine {
     severity: &'static str,
     source: Option<String>,
     title: Option<String>,
 }
 
-impl Line {
+impl LogLine {
     fn of(entry: &Entry) -> Self {
         let view = entry.data().and_then(|data| AlertView::parse(data).ok()).unwrap_or_default();
         let severity = entry.fields.text(field::SEVERITY).and_then(|text| text.parse().ok()).or(view.severity);
@@ -133,7 +133,7 @@ impl Line {
     }
 }
 
-impl fmt::Display for Line {
+impl fmt::Display for LogLine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "entry of severity {}", self.severity)?;
         if let Some(source) = &self.source {
@@ -146,7 +146,7 @@ impl fmt::Display for Line {
     }
 }
 
-/// Without control characters, which could forge lines or drive a terminal, and not too long.
+/// Replaces control characters, which could forge lines or drive a terminal, and limits the length.
 fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).take(TITLE_CHARS).collect()
 }
@@ -170,11 +170,11 @@ mod tests {
     }
 
     #[test]
-    fn a_line_reads_alone_and_cannot_forge_another() {
+    fn control_characters_cannot_forge_a_line() {
         let forged = delivery(&[("data", r#"{"severity":"high","source":"zeek","title":"a\nERROR b\u001b[2J"}"#)]);
-        let line = Line::of(&forged.entry).to_string();
+        let line = LogLine::of(&forged.entry).to_string();
         assert_eq!(line, "entry of severity high from zeek: a\u{fffd}ERROR b\u{fffd}[2J");
-        assert_eq!(Line::of(&delivery(&[("data", "[]")]).entry).to_string(), "entry of severity unknown");
+        assert_eq!(LogLine::of(&delivery(&[("data", "[]")]).entry).to_string(), "entry of severity unknown");
     }
 
     #[derive(Clone, Default)]
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn every_entry_is_one_line_without_its_payload_and_none_below_the_level() {
+    fn entries_are_one_line_each_without_payload() {
         let captured = Captured::default();
         let writer = captured.clone();
         let subscriber =

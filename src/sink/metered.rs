@@ -1,4 +1,4 @@
-//! A sink that times and counts the deliveries of another.
+//! Metrics of sink calls.
 
 use std::sync::Arc;
 
@@ -9,16 +9,15 @@ use super::{Origin, Sink, SinkError};
 use crate::event::Delivery;
 use crate::metrics::Metrics;
 
-/// Passes everything on, and measures it by the sink's name. What a sink refuses is counted where it is judged, with
-/// what did not end in time.
+/// Wraps a sink and measures its calls. Refused entries are counted by the caller, which also counts timeouts.
 #[derive(Debug)]
-pub struct Metered {
+pub struct MeteredSink {
     inner: Arc<dyn Sink>,
     taken: IntCounter,
     seconds: Histogram,
 }
 
-impl Metered {
+impl MeteredSink {
     /// Measures `inner`.
     pub fn new(name: &str, inner: Arc<dyn Sink>, metrics: &Metrics) -> Self {
         Self {
@@ -30,7 +29,7 @@ impl Metered {
 }
 
 #[async_trait]
-impl Sink for Metered {
+impl Sink for MeteredSink {
     fn max_batch(&self) -> usize {
         self.inner.max_batch()
     }
@@ -40,7 +39,7 @@ impl Sink for Metered {
     }
 
     async fn deliver(&self, origin: &Origin, batch: &[Delivery]) -> Result<(), SinkError> {
-        // Observes when it is dropped, so that a call that was given up counts as well.
+        // Observes on drop, so that a cancelled call counts too.
         let _timer = self.seconds.start_timer();
         self.inner.deliver(origin, batch).await?;
         self.taken.inc_by(batch.len() as u64);

@@ -1,8 +1,8 @@
-//! The sink that forwards entries to another stream of the same store.
+//! The stream sink: forwards entries to another stream of the same store.
 //!
-//! Owns the filter and the two shapes in which entries go on: as they are, or as tasks for agents. It promises that an
-//! entry has one successor, however often it is delivered while its key is remembered, and that the successor's id is
-//! the same each time even after that. Does not know how a stream is written: that is [`Forward`]'s.
+//! Owns the filter and the two forms of forwarded entries: unchanged, or as a task for agents. Promises that an entry
+//! has one successor, however often it is delivered while its key is remembered. The id of the successor is the same
+//! even after that. Does not know how streams are written, which is the task of [`Forward`].
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -17,87 +17,83 @@ use uuid::Uuid;
 use super::envelope::{Envelope, plain};
 use super::{Forward, Origin, Sink, SinkError, SinkErrorClass};
 use crate::event::{AlertView, Delivery, Entry, EntryId, Fields, NewEntry, Severity, StreamName, field};
+use crate::validate::{Problems, Validate};
 
 /// The highest priority of a task.
 const MAX_PRIORITY: u8 = 10;
-/// Fields that concern an entry's own stream only begin so.
+/// The prefix of fields that concern only the entry's own stream.
 const REPLAY_PREFIX: &[u8] = b"replay.";
-/// The field that says where a forwarded entry comes from: `<stream>/<entry id>`.
+/// The field with the origin of a forwarded entry: `<stream>/<entry id>`.
 const FORWARDED_FROM: &str = "forwarded.from";
 
-/// Where entries go on to, which of them, and as what.
+/// The target stream, the filter, and the form of forwarded entries.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct StreamSinkConfig {
-    /// The stream to append to: a declared one.
+    /// The declared stream to append to.
     pub stream: StreamName,
-    /// As what entries go on.
+    /// The form of forwarded entries.
     #[serde(default, rename = "as")]
     pub form: ForwardAs,
-    /// Entries of lower severity don't go on. Those of unknown severity do: one alert too many is better than one
-    /// missed.
+    /// Minimum severity of forwarded entries. Entries of unknown severity are forwarded: a surplus alert is better than
+    /// a missing one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_severity: Option<Severity>,
-    /// Only entries of these sources go on; of all, where it is empty.
+    /// Sources of forwarded entries; all if empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub sources: Vec<String>,
-    /// Only entries of these categories go on; of all, where it is empty.
+    /// Categories of forwarded entries; all if empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub categories: Vec<String>,
-    /// Only entries of these tenants go on; of all, where it is empty.
+    /// Tenants of forwarded entries; all if empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tenants: Vec<String>,
-    /// The kind of agent that tasks are for; with `as = "task"` only, and required there.
+    /// The kind of agent that tasks are for; required with `as = "task"`, not allowed otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent_type: Option<String>,
-    /// The priority of tasks, 0 to 10, 10 being the most urgent; with `as = "task"` only. By severity where it is
-    /// absent: critical 10, high 8, medium 5, low 3, info 1, unknown 5.
+    /// Priority of tasks, 0 to 10, with 10 the most urgent; only with `as = "task"`. By default it follows the
+    /// severity: critical 10, high 8, medium 5, low 3, info 1, unknown 5.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub priority: Option<u8>,
 }
 
-/// As what entries go on.
+/// The form of forwarded entries.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ForwardAs {
-    /// As they are, with every field, and one more, `forwarded.from`, that says where it comes from.
+    /// Unchanged, with all fields and the additional field `forwarded.from`, which has the origin.
     #[default]
     Event,
-    /// As a task for an agent, with the entry's payload as its `alert`.
+    /// A task for an agent, with the payload of the entry as its `alert`.
     Task,
 }
 
-impl StreamSinkConfig {
-    /// Every key that makes no sense, with the reason.
-    pub fn problems(&self) -> Vec<(&'static str, String)> {
-        let mut problems = Vec::new();
+impl Validate for StreamSinkConfig {
+    fn validate(&self, problems: &mut Problems) {
         let agent_type = self.agent_type.as_deref().map(str::trim);
         match (self.form, agent_type) {
-            (ForwardAs::Task, None) => problems.push(("agent_type", "is missing: as = \"task\" needs it".to_owned())),
-            (ForwardAs::Task, Some("")) => problems.push(("agent_type", "must not be empty".to_owned())),
-            (ForwardAs::Event, Some(_)) => {
-                problems.push(("agent_type", "has no effect without as = \"task\"".to_owned()));
-            }
+            (ForwardAs::Task, None) => problems.add("agent_type", "is missing: as = \"task\" needs it"),
+            (ForwardAs::Task, Some("")) => problems.add("agent_type", "must not be empty"),
+            (ForwardAs::Event, Some(_)) => problems.add("agent_type", "has no effect without as = \"task\""),
             _ => {}
         }
         match (self.form, self.priority) {
-            (ForwardAs::Event, Some(_)) => {
-                problems.push(("priority", "has no effect without as = \"task\"".to_owned()));
-            }
+            (ForwardAs::Event, Some(_)) => problems.add("priority", "has no effect without as = \"task\""),
             (ForwardAs::Task, Some(priority)) if priority > MAX_PRIORITY => {
-                problems.push(("priority", format!("must be 0 to {MAX_PRIORITY}, not {priority}")));
+                problems.add("priority", format_args!("must be from 0 to {MAX_PRIORITY}, not {priority}"));
             }
             _ => {}
         }
-        problems
     }
+}
 
+impl StreamSinkConfig {
     fn has_filter(&self) -> bool {
         self.min_severity.is_some_and(|severity| severity > Severity::Info)
             || [&self.sources, &self.categories, &self.tenants].iter().any(|words| !words.is_empty())
     }
 
-    fn lets_through(&self, alert: &Alert<'_>) -> bool {
+    fn lets_through(&self, alert: &AlertProperties<'_>) -> bool {
         let is_severe = match (self.min_severity, alert.severity) {
             (Some(least), Some(severity)) => severity >= least,
             _ => true,
@@ -120,23 +116,23 @@ pub struct StreamSink {
 }
 
 impl StreamSink {
-    /// A sink that appends by `forward`.
+    /// Creates a sink that appends with `forward`.
     pub fn new(config: StreamSinkConfig, forward: Arc<dyn Forward>) -> Self {
         Self { config, forward }
     }
 
-    /// The entry's successor, unless the filter keeps it back.
+    /// Returns the successor of an entry, or `None` if the filter excludes it.
     fn successor(&self, origin: &Origin, entry: &Entry) -> Result<Option<(String, Fields)>, SinkError> {
         let id = entry.first_id();
         let data = entry.data().ok_or_else(|| undecodable(id, "has no field `data`"))?;
-        let key = Key::of(origin, id);
+        let key = SuccessorKey::of(origin, id);
         let from = format!("{}/{id}", origin.stream);
         if self.config.form == ForwardAs::Event && !self.config.has_filter() {
             return Ok(Some((key.text, unchanged(entry, from))));
         }
         let json = std::str::from_utf8(data).map_err(|error| undecodable(id, "is not UTF-8").with_source(error))?;
-        let alert =
-            Alert::read(entry, json).map_err(|error| undecodable(id, "is not one JSON object").with_source(error))?;
+        let alert = AlertProperties::read(entry, json)
+            .map_err(|error| undecodable(id, "is not one JSON object").with_source(error))?;
         if !self.config.lets_through(&alert) {
             return Ok(None);
         }
@@ -147,9 +143,15 @@ impl StreamSink {
         Ok(Some((key.text, fields)))
     }
 
-    fn task(&self, key: &Key, alert: &Alert<'_>, json: &str, from: String) -> Result<Fields, SinkError> {
+    fn task(
+        &self,
+        key: &SuccessorKey,
+        alert: &AlertProperties<'_>,
+        json: &str,
+        from: String,
+    ) -> Result<Fields, SinkError> {
         let failed = |error: serde_json::Error| {
-            SinkError::new(SinkErrorClass::Undecodable, "cannot make a task of the entry").with_source(error)
+            SinkError::new(SinkErrorClass::Undecodable, "cannot convert the entry to a task").with_source(error)
         };
         let envelope = Envelope::parse(json).map_err(failed)?;
         let alert_id = match (plain(envelope.alert_id), envelope.alert_id) {
@@ -220,7 +222,7 @@ fn undecodable(id: EntryId, what: &str) -> SinkError {
     SinkError::new(SinkErrorClass::Undecodable, format!("entry {id} {what}"))
 }
 
-/// Every field as it is, but for those that say how the entry came to be where it is.
+/// Returns all fields except those that concern only the entry's own stream.
 fn unchanged(entry: &Entry, from: String) -> Fields {
     let is_kept = |name: &Bytes| !name.starts_with(REPLAY_PREFIX) && name != FORWARDED_FROM.as_bytes();
     let kept = entry.fields.iter().filter(|(name, _)| is_kept(name)).map(|(name, value)| (name.clone(), value.clone()));
@@ -237,29 +239,29 @@ const fn priority(severity: Option<Severity>) -> u8 {
     }
 }
 
-/// What stands for one entry in one group.
-struct Key {
+/// The identity of one entry in one group.
+struct SuccessorKey {
     /// The idempotency key.
     text: String,
-    /// An id made of it, the same each time.
+    /// A task id derived from the key, always the same.
     task_id: String,
 }
 
-impl Key {
+impl SuccessorKey {
     fn of(origin: &Origin, id: EntryId) -> Self {
         let text = format!("{}/{id}/{}", origin.stream, origin.group);
         let digest = Sha256::digest(text.as_bytes());
         let mut bytes = [0; 16];
         bytes.iter_mut().zip(digest).for_each(|(byte, hashed)| *byte = hashed);
         let task_id = uuid::Builder::from_custom_bytes(bytes).into_uuid();
-        // Names may be longer than a key.
+        // Long names may exceed the limit of a key.
         let text = if text.len() <= 256 { text } else { format!("{task_id}/{id}") };
         Self { text, task_id: task_id.hyphenated().encode_lower(&mut Uuid::encode_buffer()).to_owned() }
     }
 }
 
-/// What is known of an entry, by its fields or else by its payload.
-struct Alert<'a> {
+/// The properties of an entry, from its fields or else from its payload.
+struct AlertProperties<'a> {
     id: Option<Cow<'a, str>>,
     severity: Option<Severity>,
     source: Option<Cow<'a, str>>,
@@ -268,7 +270,7 @@ struct Alert<'a> {
     traceparent: Option<Cow<'a, str>>,
 }
 
-impl<'a> Alert<'a> {
+impl<'a> AlertProperties<'a> {
     fn read(entry: &'a Entry, json: &'a str) -> Result<Self, serde_json::Error> {
         let view = AlertView::parse(json.as_bytes())?;
         let named = |name: &str| entry.fields.text(name).filter(|text| !text.is_empty()).map(Cow::Borrowed);
@@ -284,7 +286,7 @@ impl<'a> Alert<'a> {
     }
 }
 
-/// A task as agents read it.
+/// A task in the format of the agents.
 #[derive(Serialize)]
 struct NewTask<'a> {
     task_id: &'a str,
@@ -321,7 +323,7 @@ mod tests {
 
     use super::*;
 
-    /// Remembers what was forwarded.
+    /// Records forwarded entries.
     #[derive(Debug, Default)]
     struct Recorder(Mutex<Vec<(String, Fields)>>);
 
@@ -357,7 +359,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_event_goes_on_with_every_field_but_those_of_its_replay() {
+    async fn event_is_forwarded_without_replay_fields() {
         let batch =
             [delivery(&[("id", "e"), ("data", "not JSON"), ("x", "y"), ("replay.of", "3-0"), ("replay.group", "g")])];
         let sent = forwarded("", &batch).await.expect("forwarded");
@@ -368,7 +370,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_task_carries_what_belongs_together_and_the_payload() {
+    async fn task_has_correlation_keys_and_payload() {
         let data = r#"{"id":"a-1","severity":"critical","title":"t","case_id":5,"tenant":"acme"}"#;
         let batch = [delivery(&[("data", data), ("source", "zeek"), ("traceparent", "00-ab-cd-01")])];
         let text = "as = 'task'\nagent_type = 'triage'";
@@ -392,7 +394,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_the_filter_keeps_back_counts_as_delivered() {
+    async fn filtered_entry_counts_as_delivered() {
         let low = [delivery(&[("data", r#"{"severity":"low","source":"zeek","category":"cps","tenant":"acme"}"#)])];
         let cases = [
             ("min_severity = 'low'", 1),
@@ -411,7 +413,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_cannot_be_read_is_told_as_such() {
+    async fn unreadable_entry_is_undecodable() {
         let class = async |text: &str, fields: &[(&'static str, &'static str)]| {
             forwarded(text, &[delivery(fields)]).await.err().map(|error| error.class())
         };
@@ -421,8 +423,8 @@ mod tests {
     }
 
     #[test]
-    fn every_senseless_value_is_told_with_its_key() {
-        let keys = |text: &str| config(text).problems().into_iter().map(|(key, _)| key).collect::<Vec<_>>();
+    fn invalid_values_are_reported_with_their_keys() {
+        let keys = |text: &str| config(text).problems().into_iter().map(|problem| problem.path).collect::<Vec<_>>();
         assert_eq!(keys(""), [""; 0]);
         assert_eq!(keys("agent_type = 'x'\npriority = 1"), ["agent_type", "priority"]);
         assert_eq!(keys("as = 'task'"), ["agent_type"]);
@@ -431,9 +433,9 @@ mod tests {
     }
 
     #[test]
-    fn a_key_fits_whatever_the_names() {
+    fn key_fits_with_the_longest_names() {
         let long = "x".repeat(200);
         let origin = Origin { stream: long.parse().expect("a name"), group: long.parse().expect("a name") };
-        assert!(Key::of(&origin, EntryId::MAX).text.len() <= 256);
+        assert!(SuccessorKey::of(&origin, EntryId::MAX).text.len() <= 256);
     }
 }

@@ -1,16 +1,16 @@
-//! The sink that posts entries to an HTTP receiver.
+//! The webhook sink: posts entries to an HTTP receiver.
 //!
-//! Owns what a request looks like, how it is signed, where it may go, and what each answer means. An entry has had its
-//! effect when the receiver answers 2xx. Deliveries repeat, so every request says by `webhook-id` what it carries: a
-//! receiver that passes over ids it knows handles every entry once.
+//! Owns the format of requests, their signatures, the allowed addresses, and the meaning of responses. An entry is
+//! delivered when the receiver responds with 2xx. Deliveries repeat, and `webhook-id` identifies the content of a
+//! request. A receiver that skips known ids handles every entry once.
 //!
-//! Redirects are never followed, proxies of the environment never used, and addresses are checked after they were
-//! resolved: nothing but the configuration says where alerts go.
+//! Redirects are never followed, and proxies of the environment are never used. Addresses are checked after their
+//! resolution. So only the configuration decides where alerts go.
 
-mod answer;
 mod config;
 mod guard;
-mod message;
+mod request;
+mod response;
 mod sign;
 
 use std::error::Error;
@@ -30,38 +30,38 @@ use tokio_rustls::TlsConnector;
 
 pub use config::WebhookConfig;
 
-use self::answer::Mask;
-use self::config::Settings;
-use self::guard::Guard;
-use self::message::Message;
+use self::config::WebhookSettings;
+use self::guard::AddressGuard;
+use self::request::WebhookRequest;
+use self::response::SecretMask;
 use self::sign::Signer;
 use super::{Origin, Sink, SinkError, SinkErrorClass};
 use crate::event::Delivery;
 use crate::telemetry::innermost;
 
-/// How much of an answer's body is read: after any usual one the connection can be used again.
-const ANSWER_BYTES: usize = 16 * 1024;
-/// How long that may take: the status, which is what counts, is known by then.
-const ANSWER_TIME: Duration = Duration::from_secs(1);
-/// How long a connection is kept that has nothing to do. Most receivers close theirs later than that.
-const IDLE_TIME: Duration = Duration::from_secs(30);
+/// Maximum number of bytes read from a response body. After a fully read body the connection can be reused.
+const MAX_BODY_BYTES: usize = 16 * 1024;
+/// Time limit for reading the body. The status is known by then.
+const BODY_TIMEOUT: Duration = Duration::from_secs(1);
+/// Time after which an idle connection is closed, before most receivers close theirs.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Posts entries.
 pub struct WebhookSink {
     client: Client,
     url: Url,
-    /// Scheme, host and port: the part of the URL that may be told.
+    /// Scheme, host and port: the part of the URL that is safe to log.
     receiver: String,
-    guard: Guard,
+    guard: AddressGuard,
     tls: Option<Arc<ClientConfig>>,
     signer: Signer,
-    mask: Mask,
+    mask: SecretMask,
     batch: usize,
     timeout: Duration,
     connect_timeout: Duration,
 }
 
-/// Without anything that may be a secret.
+/// Omits everything that may be a secret.
 impl fmt::Debug for WebhookSink {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("WebhookSink").field("receiver", &self.receiver).finish_non_exhaustive()
@@ -69,11 +69,11 @@ impl fmt::Debug for WebhookSink {
 }
 
 impl WebhookSink {
-    /// A sink of that name. Reads the files that its configuration names, and connects to nothing.
+    /// Creates a sink with this name. Reads the files that its configuration names, and connects to nothing.
     pub fn open(name: &str, config: &WebhookConfig) -> Result<Self, SinkError> {
-        let unusable = || SinkError::new(SinkErrorClass::Permanent, format!("the webhook sink `{name}` can't be used"));
+        let unusable = || SinkError::new(SinkErrorClass::Permanent, format!("the webhook sink `{name}` is not usable"));
         let settings = config.settings().map_err(|problem| unusable().with_source(problem))?;
-        let Settings { url, guard, tls, signer, headers, mask } = settings;
+        let WebhookSettings { url, guard, tls, signer, headers, mask } = settings;
         let client_tls = tls.as_deref().cloned().unwrap_or_else(crate::tls::trusting_none);
         let client = Client::builder()
             .default_headers(headers)
@@ -83,7 +83,7 @@ impl WebhookSink {
             .referer(false)
             .timeout(config.timeout)
             .connect_timeout(config.connect_timeout)
-            .pool_idle_timeout(IDLE_TIME)
+            .pool_idle_timeout(IDLE_TIMEOUT)
             .tls_backend_preconfigured(client_tls)
             .build()
             .map_err(|error| unusable().with_source(innermost(&error)))?;
@@ -101,47 +101,47 @@ impl WebhookSink {
         })
     }
 
-    async fn send(&self, message: Message) -> Result<(), SinkError> {
-        let Message { id, mut headers, body } = message;
+    async fn send(&self, request: WebhookRequest) -> Result<(), SinkError> {
+        let WebhookRequest { id, mut headers, body } = request;
         let now = SystemTime::now();
         let seconds = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-        headers.insert(message::TIMESTAMP, HeaderValue::from(seconds));
+        headers.insert(request::TIMESTAMP, HeaderValue::from(seconds));
         if let Some(signature) = self.signer.sign(&id, seconds, &body) {
-            headers.insert(message::SIGNATURE, signature);
+            headers.insert(request::SIGNATURE, signature);
         }
         let request = self.client.post(self.url.clone()).headers(headers).body(body);
-        let response = request.send().await.map_err(|error| self.no_answer(&error))?;
+        let response = request.send().await.map_err(|error| self.request_failed(&error))?;
         let status = response.status();
         let header = |name| response.headers().get(name).cloned();
         let (retry_after, location) = (header(RETRY_AFTER), header(LOCATION));
-        let mut said = beginning_of(response).await;
+        let mut said = read_beginning(response).await;
         if let Some(location) = location.filter(|_| status.is_redirection()) {
             said = location.as_bytes().to_vec();
         }
-        answer::judge(status, retry_after.as_ref(), now, || self.mask.excerpt(&said))
+        response::result_of(status, retry_after.as_ref(), now, || self.mask.excerpt(&said))
     }
 
-    /// Says why no answer came, without the URL.
-    fn no_answer(&self, error: &reqwest::Error) -> SinkError {
+    /// Converts a failed request to an error that does not have the URL.
+    fn request_failed(&self, error: &reqwest::Error) -> SinkError {
         let receiver = &self.receiver;
         let message = match (error.is_connect(), error.is_timeout()) {
             (true, true) => format!("cannot connect to {receiver} within {:?}", self.connect_timeout),
             (true, false) => format!("cannot connect to {receiver}"),
-            (false, true) => format!("{receiver} did not answer within {:?}", self.timeout),
-            (false, false) => format!("{receiver} did not answer"),
+            (false, true) => format!("{receiver} did not respond within {:?}", self.timeout),
+            (false, false) => format!("{receiver} did not respond"),
         };
         SinkError::new(SinkErrorClass::Transient, message).with_source(innermost(error))
     }
 
-    /// Connects as a delivery would, with a TLS handshake where there is one, and lets go.
+    /// Connects like a delivery, with a TLS handshake for `https`, and closes the connection.
     async fn connect(&self) -> Result<(), Box<dyn Error + Send + Sync>> {
         let addresses = self.guard.addresses(&self.url).await?;
-        // An address that does not answer leaves time for the others.
+        // An address that does not respond must leave time for the others.
         let share = self.connect_timeout / u32::try_from(addresses.len()).unwrap_or(u32::MAX).max(1);
-        let mut failure: Box<dyn Error + Send + Sync> = "it has no address".into();
+        let mut failure: Box<dyn Error + Send + Sync> = "the host has no address".into();
         for address in addresses {
             match timeout(share, TcpStream::connect(address)).await {
-                Ok(Ok(stream)) => return self.shake_hands(stream).await,
+                Ok(Ok(stream)) => return self.tls_handshake(stream).await,
                 Ok(Err(error)) => failure = error.into(),
                 Err(elapsed) => failure = elapsed.into(),
             }
@@ -149,7 +149,7 @@ impl WebhookSink {
         Err(failure)
     }
 
-    async fn shake_hands(&self, stream: TcpStream) -> Result<(), Box<dyn Error + Send + Sync>> {
+    async fn tls_handshake(&self, stream: TcpStream) -> Result<(), Box<dyn Error + Send + Sync>> {
         if let Some(tls) = &self.tls {
             let host = self.url.host_str().unwrap_or_default().trim_matches(['[', ']']);
             let name = ServerName::try_from(host.to_owned())?;
@@ -159,19 +159,19 @@ impl WebhookSink {
     }
 }
 
-/// What came first of an answer's body; as much as there is of one that breaks off.
-async fn beginning_of(mut response: Response) -> Vec<u8> {
+/// Returns the beginning of a response body, up to its limit or until the connection is lost.
+async fn read_beginning(mut response: Response) -> Vec<u8> {
     let mut bytes = Vec::new();
     let reading = async {
         while let Ok(Some(chunk)) = response.chunk().await {
             bytes.extend_from_slice(&chunk);
-            if bytes.len() >= ANSWER_BYTES {
+            if bytes.len() >= MAX_BODY_BYTES {
                 break;
             }
         }
     };
-    // An answer that is slow to end has been given all the same.
-    drop(timeout(ANSWER_TIME, reading).await);
+    // A response counts even if its body is slow.
+    drop(timeout(BODY_TIMEOUT, reading).await);
     bytes
 }
 
@@ -181,8 +181,8 @@ impl Sink for WebhookSink {
         self.batch
     }
 
-    /// Connects to the receiver, and with `https` does the TLS handshake; sends no request, so that the receiver sees
-    /// no event that is none. What the receiver would answer is not known by that.
+    /// Connects to the receiver, with a TLS handshake for `https`. Sends no request, so that the receiver sees no
+    /// artificial event. The response to a real event remains unknown.
     async fn check(&self) -> Result<(), SinkError> {
         let failed = |text: String| SinkError::new(SinkErrorClass::Transient, text);
         match timeout(self.connect_timeout, self.connect()).await {
@@ -198,11 +198,11 @@ impl Sink for WebhookSink {
 
     async fn deliver(&self, origin: &Origin, batch: &[Delivery]) -> Result<(), SinkError> {
         for part in batch.chunks(self.batch) {
-            let message = match part {
-                [delivery] if self.batch == 1 => Message::of_entry(origin, delivery)?,
-                deliveries => Message::of_batch(origin, deliveries)?,
+            let request = match part {
+                [delivery] if self.batch == 1 => WebhookRequest::of_entry(origin, delivery)?,
+                deliveries => WebhookRequest::of_batch(origin, deliveries)?,
             };
-            self.send(message).await?;
+            self.send(request).await?;
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Pages in a real browser: on the bare WebSocket, with the client module, and of other origins.
+//! Pages in a real browser: with a bare WebSocket, with the client module, and of other origins.
 
 mod chromium;
 mod client;
@@ -20,7 +20,7 @@ use crate::support::app::{BOUND, Home};
 use crate::support::until;
 use chromium::Chromium;
 
-/// Reports every text message to the server that the page came from, in order.
+/// A page that reports every text message to its server, in order.
 const PAGE: &str = r#"<!doctype html>
 <meta charset="utf-8">
 <title>dashboard</title>
@@ -43,10 +43,10 @@ const PAGE: &str = r#"<!doctype html>
 </script>
 "#;
 
-/// What pages have reported so far.
+/// The reports of pages so far.
 type Reports = Arc<Mutex<Vec<String>>>;
 
-/// A web server with the page, on a free port, for as long as this lives.
+/// A web server with the page, on a free port. Stops when dropped.
 struct PageServer {
     origin: String,
     reports: Reports,
@@ -85,7 +85,7 @@ async fn report(State(reports): State<Reports>, body: String) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_page_receives_every_alert_byte_for_byte_in_order() {
+async fn page_receives_every_alert_unchanged_in_order() {
     let home = Home::new("");
     let daemon = home.start().await;
     let server = PageServer::start().await;
@@ -111,13 +111,13 @@ async fn a_page_receives_every_alert_byte_for_byte_in_order() {
         assert_eq!(received, sent);
     }
 
-    // The page is told when the daemon goes, in a way that lets it come back.
+    // The close code of a stopping daemon lets the page reconnect.
     daemon.stop().await;
     let reports = server.has_reported(1002).await;
     assert_eq!(reports.last().map(String::as_str), Some("close 4000"));
 }
 
-/// Payloads that a careless relay would change: order of keys, spaces, numbers, escapes, many scripts, line ends.
+/// Returns payloads that a careless relay would change: order of keys, spaces, numbers, escapes, scripts, line ends.
 fn payload(number: u64) -> String {
     let title = ["plain", "Überfall auf Gerät", "警報 \u{1F6A8}", r"\u00e9scaped \/ \\ \t", "a\u{2028}b"]
         .get(usize::try_from(number % 5).expect("small"))

@@ -1,4 +1,4 @@
-//! Dashboards that speak `aurora.v1`, and those that read an HTTP answer, on the real binary.
+//! Dashboards that speak `aurora.v1` or read a feed, on the real binary.
 
 use futures_util::{SinkExt as _, StreamExt as _};
 use reqwest::StatusCode;
@@ -33,7 +33,7 @@ async fn publish(daemon: &Daemon, stream: &str, numbers: impl IntoIterator<Item 
     daemon.publish(stream, &numbered(numbers)).await.expect("accepted");
 }
 
-/// Waits until the relay has read alerts of these numbers: the past is what was read of the stream by then.
+/// Waits until the relay has read alerts of these numbers: they are past for clients that connect now.
 async fn relayed(daemon: &Daemon, stream: &str, numbers: impl IntoIterator<Item = usize>) {
     let mut socket = daemon.watch(&format!("/api/v1/ws/alerts?since=earliest&stream={stream}")).await;
     for payload in numbered(numbers) {
@@ -61,14 +61,14 @@ impl Rich {
         serde_json::from_str(&next_text(&mut self.0).await).expect("a JSON frame")
     }
 
-    /// The next frame, which must be of that type.
+    /// Returns the next frame, which must have that type.
     async fn expect(&mut self, kind: &str) -> Value {
         let frame = self.frame().await;
         assert_eq!(frame["t"], kind, "{frame}");
         frame
     }
 
-    /// The next frame that is no mark, which must be of that type.
+    /// Returns the next frame that is not a mark, which must have that type.
     async fn expect_past_marks(&mut self, kind: &str) -> Value {
         loop {
             let frame = self.frame().await;
@@ -79,7 +79,7 @@ impl Rich {
         }
     }
 
-    /// The numbers of the next events, and the last one's position.
+    /// Returns the numbers of the next events, and the position of the last one.
     async fn events(&mut self, stream: &str, count: usize) -> (Vec<u64>, String) {
         let (mut numbers, mut position) = (Vec::new(), String::new());
         while numbers.len() < count {
@@ -97,7 +97,7 @@ impl Rich {
 }
 
 #[tokio::test]
-async fn a_rich_client_subscribes_stream_by_stream_and_resumes_without_hole_or_duplicate() {
+async fn rich_client_subscribes_per_stream_and_resumes() {
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     publish(&daemon, ALERTS, 0..300).await;
@@ -112,7 +112,7 @@ async fn a_rich_client_subscribes_stream_by_stream_and_resumes_without_hole_or_d
     publish(&daemon, CPS, 0..5).await;
     publish(&daemon, ALERTS, 300..303).await;
     let (numbers, position) = rich.events(ALERTS, 3).await;
-    assert_eq!(numbers, [300, 301, 302], "the other stream was not asked for");
+    assert_eq!(numbers, [300, 301, 302], "no entries of the other stream");
     relayed(&daemon, CPS, 0..5).await;
     rich.send(json!({"op": "subscribe", "id": 2, "stream": CPS, "snapshot": 2})).await;
     rich.expect("subscribed").await;
@@ -138,7 +138,7 @@ async fn a_rich_client_subscribes_stream_by_stream_and_resumes_without_hole_or_d
 }
 
 #[tokio::test]
-async fn a_position_of_another_life_is_told_as_a_gap() {
+async fn position_of_another_epoch_is_reported_as_a_gap() {
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     publish(&daemon, ALERTS, 0..3).await;
@@ -149,7 +149,7 @@ async fn a_position_of_another_life_is_told_as_a_gap() {
     assert_eq!(subscribed["recovered"], json!(false));
     let gap = rich.expect("gap").await;
     assert_eq!((&gap["s"], &gap["reason"]), (&json!(ALERTS), &json!("epoch")));
-    assert_eq!(rich.events(ALERTS, 3).await.0, [0, 1, 2], "what there is, is given");
+    assert_eq!(rich.events(ALERTS, 3).await.0, [0, 1, 2], "the entries that exist are sent");
 
     let url = daemon.url("/api/v1/ws/alerts?stream=aurora:alerts&since=0123abcd:5-0&strict=1").replace("http", "ws");
     let (mut strict, _) = tokio_tungstenite::connect_async(url).await.expect("a handshake");
@@ -159,7 +159,7 @@ async fn a_position_of_another_life_is_told_as_a_gap() {
 }
 
 #[tokio::test]
-async fn a_filter_is_replaced_in_place_and_the_position_moves_on_without_alerts() {
+async fn filter_is_replaced_and_marks_move_the_position() {
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     let high = json!({"key": "severity", "cmp": "gte", "val": "high"});
@@ -172,12 +172,12 @@ async fn a_filter_is_replaced_in_place_and_the_position_moves_on_without_alerts(
     publish(&daemon, ALERTS, (0..1500).map(|n| 2 * n + 1)).await;
     let mark = rich.expect("mark").await;
     assert_eq!((&mark["s"], mark["p"].is_string()), (&json!(ALERTS), true), "{mark}");
-    // What passes comes when all before it was left out, for which there may be more marks.
+    // Filtered entries come before it, for which there may be more marks.
     publish(&daemon, ALERTS, [4]).await;
     let passes = rich.expect_past_marks("event").await;
     assert_eq!(passes["d"]["n"], 4);
     rich.send(json!({"op": "filter", "id": 4, "stream": ALERTS})).await;
-    // Whatever came before the answer is filtered as before.
+    // Entries before the reply pass the old filter.
     let holds_from = rich.expect("ok").await;
     assert_eq!(holds_from["p"], passes["p"]);
     publish(&daemon, ALERTS, [5, 7]).await;
@@ -186,7 +186,7 @@ async fn a_filter_is_replaced_in_place_and_the_position_moves_on_without_alerts(
 }
 
 #[tokio::test]
-async fn what_a_rich_client_gets_wrong_is_told_and_it_goes_on() {
+async fn invalid_request_is_answered_and_the_session_continues() {
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     let mut rich = Rich::connect(&daemon).await;
@@ -217,7 +217,7 @@ async fn what_a_rich_client_gets_wrong_is_told_and_it_goes_on() {
         );
         assert!(error["msg"].as_str().is_some_and(|message| message.contains(words)), "{request}: {error}");
     }
-    rich.send(json!({"op": "not known, and nobody waits"})).await;
+    rich.send(json!({"op": "unknown, without an id"})).await;
     rich.send(subscribe(json!({}))).await;
     rich.expect("subscribed").await;
     rich.expect("live").await;
@@ -232,7 +232,7 @@ async fn what_a_rich_client_gets_wrong_is_told_and_it_goes_on() {
 }
 
 #[tokio::test]
-async fn a_version_that_is_not_spoken_here_is_refused() {
+async fn unsupported_protocol_version_is_rejected() {
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     let connect = |query: &str, offer: Option<&'static str>, origin: Option<&'static str>| {
@@ -254,9 +254,9 @@ async fn a_version_that_is_not_spoken_here_is_refused() {
     for (query, offer, confirmed) in cases {
         let refused = connect(query, offer, None).await.expect_err("no version in common");
         assert!(matches!(refused, Error::Http(response) if response.status() == 400), "{query} {offer:?}");
-        // A page sees the code only where a subprotocol that it has offered is confirmed.
+        // A page sees the code only if one of its subprotocols is confirmed.
         let page = connect(query, offer, Some("http://127.0.0.1")).await;
-        let (mut socket, response) = page.expect("a page is let in to be told");
+        let (mut socket, response) = page.expect("the handshake of a page is accepted");
         let protocol = response.headers().get("sec-websocket-protocol");
         assert_eq!(protocol.and_then(|protocol| protocol.to_str().ok()), confirmed, "{query} {offer:?}");
         let close = timeout(BOUND, socket.next()).await.expect("in time");
@@ -265,7 +265,7 @@ async fn a_version_that_is_not_spoken_here_is_refused() {
     daemon.stop().await;
 }
 
-/// The answer of a feed, piece by piece.
+/// The response of a feed, piece by piece.
 struct Feed {
     response: reqwest::Response,
     text: String,
@@ -280,7 +280,7 @@ impl Feed {
         Self { response, text: String::new() }
     }
 
-    /// Everything up to and with the `count`-th `end`.
+    /// Returns the text up to the `count`-th `end`.
     async fn until(&mut self, end: &str, count: usize) -> String {
         loop {
             if let Some((at, _)) = self.text.match_indices(end).nth(count - 1) {
@@ -296,7 +296,7 @@ impl Feed {
 const EVENTS: (&str, &str) = ("accept", "text/event-stream");
 
 #[tokio::test]
-async fn an_event_source_resumes_by_its_last_event_id() {
+async fn event_source_resumes_by_its_last_event_id() {
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     publish(&daemon, ALERTS, 0..250).await;
@@ -312,7 +312,7 @@ async fn an_event_source_resumes_by_its_last_event_id() {
     drop(feed);
     publish(&daemon, ALERTS, 250..260).await;
     relayed(&daemon, ALERTS, 0..260).await;
-    // What it asked for at first is older than what it has seen.
+    // The `since` of the first request is older than the last event id.
     let query = "?stream=aurora:alerts&since=earliest";
     let mut feed = Feed::open(&daemon, query, &[EVENTS, ("last-event-id", &last_id)]).await;
     let missed = feed.until("\n\n", 10).await;
@@ -321,7 +321,7 @@ async fn an_event_source_resumes_by_its_last_event_id() {
 }
 
 #[tokio::test]
-async fn an_event_source_of_two_streams_has_one_id_for_both() {
+async fn event_source_of_two_streams_has_one_id_for_both() {
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     let mut feed = Feed::open(&daemon, "", &[EVENTS]).await;
@@ -347,7 +347,7 @@ async fn an_event_source_of_two_streams_has_one_id_for_both() {
 }
 
 #[tokio::test]
-async fn lines_of_json_come_as_they_are_stored_and_end_with_the_daemon() {
+async fn json_lines_are_unchanged_and_end_with_the_daemon() {
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     publish(&daemon, ALERTS, 0..20).await;
@@ -367,7 +367,7 @@ async fn lines_of_json_come_as_they_are_stored_and_end_with_the_daemon() {
 }
 
 #[tokio::test]
-async fn a_feed_refuses_what_the_websocket_refuses() {
+async fn feed_rejects_the_same_requests_as_the_websocket() {
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     let cases = [

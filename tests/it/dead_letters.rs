@@ -1,4 +1,4 @@
-//! Dead letters as operators meet them, on the real binary: listed, replayed, discarded, and kept within limits.
+//! Dead letters of a real daemon: listed, replayed, discarded, and kept within limits.
 //!
 //! Every case of [`on_both_stores`] runs on the embedded store and on Redis.
 
@@ -48,7 +48,7 @@ const ALERTS: &str = "aurora:alerts";
 const DEAD: &str = "aurora:alerts:dead_letter";
 const AGENTS_DEAD: &str = "aurora:agent:dead_letter";
 
-/// Where a test keeps its streams.
+/// The store of a test.
 #[derive(Debug)]
 struct Site {
     server: Option<RedisServer>,
@@ -63,7 +63,7 @@ impl Site {
         Self { server: Some(RedisServer::start(Product::Redis, &[]).await) }
     }
 
-    /// A folder with the streams above and some more configuration.
+    /// Creates a folder with a configuration of the streams above and more.
     fn home(&self, config: &str) -> Home {
         let store = self
             .server
@@ -72,7 +72,7 @@ impl Site {
         Home::new(&format!("{STREAMS}\n{config}\n{}", store.unwrap_or_default()))
     }
 
-    /// The store itself, while no daemon has it.
+    /// Opens the store while no daemon uses it.
     async fn store(&self, home: &Home) -> Arc<dyn Store> {
         match &self.server {
             None => {
@@ -86,7 +86,7 @@ impl Site {
         }
     }
 
-    /// Puts entries into a stream of dead letters; their ids there.
+    /// Appends entries to a stream of dead letters. Returns their ids.
     async fn bury(&self, home: &Home, dead_letter: &str, entries: Vec<Fields>) -> Vec<String> {
         let store = self.store(home).await;
         let stream = dead_letter.parse().expect("a name");
@@ -101,7 +101,7 @@ impl Site {
     }
 }
 
-/// A dead letter of an alert.
+/// Creates a dead letter of an alert.
 fn letter(n: u64, group: &str, reason: DeadLetterReason) -> DeadLetter {
     let mut fields = Fields::default();
     fields.push("id", format!("event-{n}"));
@@ -152,7 +152,7 @@ async fn post(daemon: &Daemon, path: &str, body: Value) -> Value {
     answer
 }
 
-/// Status and code of a refusal.
+/// Returns status and code of an error response.
 async fn refused(daemon: &Daemon, method: Method, path: &str, body: Option<Value>) -> (u16, String) {
     let (status, problem) = ask(daemon, method, path, body).await;
     (status.as_u16(), problem["code"].as_str().unwrap_or_default().to_owned())
@@ -163,7 +163,7 @@ fn ids(page: &Value) -> Vec<String> {
     letters.iter().map(|letter| letter["id"].as_str().expect("an id").to_owned()).collect()
 }
 
-/// Every entry of a stream as JSON.
+/// Returns every entry of a stream as JSON.
 async fn entries(daemon: &Daemon, stream: &str) -> Vec<Value> {
     let body = daemon.get(&format!("/api/v1/streams/{stream}/events?limit=1000")).await;
     let body: Value = serde_json::from_str(&body).expect("JSON");
@@ -174,7 +174,7 @@ fn fields(entry: &Value) -> BTreeMap<String, String> {
     serde_json::from_value::<Vec<(String, String)>>(entry["fields"].clone()).expect("pairs").into_iter().collect()
 }
 
-/// The audit entries of one action, oldest first.
+/// Returns the audit entries of one action, oldest first.
 async fn audited(daemon: &Daemon, action: &str) -> Vec<Value> {
     let events = daemon.events("aurora:audit").await;
     let events = events.into_values().map(|text| serde_json::from_str::<Value>(&text).expect("JSON"));
@@ -193,7 +193,7 @@ async fn metric_is(daemon: &Daemon, name: &str, value: f64) {
     .await;
 }
 
-async fn letters_are_listed_by_filters_and_pages(site: Site) {
+async fn dead_letters_are_listed_by_filter_and_page(site: Site) {
     use DeadLetterReason::{Exhausted, Rejected};
     let home = site.home("");
     let dead = vec![
@@ -245,7 +245,7 @@ async fn letters_are_listed_by_filters_and_pages(site: Site) {
     assert_eq!(refused(&daemon, Method::GET, "/aurora:alarms", None).await, (404, "no_such_stream".to_owned()));
 }
 
-async fn a_position_of_the_dead_letters_is_where_a_listing_begins(site: Site) {
+async fn list_begins_at_a_position(site: Site) {
     let home = site.home("");
     let all = site.bury(&home, DEAD, (0..3).map(rejected).collect()).await;
     let store = site.store(&home).await;
@@ -258,7 +258,7 @@ async fn a_position_of_the_dead_letters_is_where_a_listing_begins(site: Site) {
     assert_eq!(refused(&daemon, Method::GET, &other_life, None).await, (400, "bad_parameter".to_owned()));
 }
 
-async fn a_letter_is_shown_with_its_entry_as_it_was(site: Site) {
+async fn dead_letter_is_shown_with_its_original_entry(site: Site) {
     let home = site.home("");
     let mut odd = letter(1, "siem", DeadLetterReason::Undecodable);
     odd.fields = [("data".into(), "{\"n\":".into())].into_iter().collect();
@@ -289,7 +289,7 @@ async fn a_letter_is_shown_with_its_entry_as_it_was(site: Site) {
     assert_eq!(nonsense, (400, "bad_parameter".to_owned()));
 }
 
-async fn a_replay_is_for_the_group_that_failed_and_no_one_else(site: Site) {
+async fn replay_is_for_the_failed_group_only(site: Site) {
     let home = site.home("");
     let all = site.bury(&home, DEAD, vec![rejected(7), rejected(8)]).await;
     let daemon = home.start().await;
@@ -310,7 +310,7 @@ async fn a_replay_is_for_the_group_that_failed_and_no_one_else(site: Site) {
     assert_eq!(fields(&stored[0]), expected.map(|(n, v)| (n.to_owned(), v.to_owned())).into());
     assert_eq!(ids(&get(&daemon, &format!("/{ALERTS}")).await), all[1..]);
 
-    // To one group by name, and then an alert for all: the first that the dashboard sees.
+    // First to one group by name, then an alert for all, which is the first that the dashboard sees.
     post(&daemon, &format!("/{ALERTS}/{}/replay", all[1]), json!({ "to": "group:soar" })).await;
     daemon.publish(ALERTS, &["{\"n\":99,\"severity\":\"high\"}".to_owned()]).await.expect("accepted");
     assert_eq!(next_text(&mut dashboard).await, "{\"n\":99,\"severity\":\"high\"}");
@@ -324,7 +324,7 @@ async fn a_replay_is_for_the_group_that_failed_and_no_one_else(site: Site) {
     assert_eq!(again, (404, "no_such_dead_letter".to_owned()));
 }
 
-async fn a_replay_to_the_stream_is_for_every_group_and_dashboard(site: Site) {
+async fn replay_to_the_stream_reaches_all_groups_and_dashboards(site: Site) {
     let home = site.home("");
     let all = site.bury(&home, DEAD, vec![rejected(7)]).await;
     let daemon = home.start().await;
@@ -339,7 +339,7 @@ async fn a_replay_to_the_stream_is_for_every_group_and_dashboard(site: Site) {
     assert!(!fields(&stored[0]).contains_key("replay.group"), "{stored:?}");
 }
 
-async fn an_entry_that_dies_again_and_again_is_replayed_a_limited_number_of_times(site: Site) {
+async fn replays_of_one_entry_are_limited(site: Site) {
     let home = site.home("[dead_letters]\nmax_replays = 2\n");
     let mut hopeless = letter(7, "siem", DeadLetterReason::Undecodable);
     hopeless.fields = [("data".into(), "no json".into())].into_iter().collect();
@@ -373,7 +373,7 @@ async fn an_entry_that_dies_again_and_again_is_replayed_a_limited_number_of_time
     assert_eq!(first_id.get("replay.of").map(String::as_str), Some("1007-0"), "it names the very first entry");
 }
 
-async fn a_dry_run_counts_and_changes_nothing(site: Site) {
+async fn dry_run_counts_and_changes_nothing(site: Site) {
     use DeadLetterReason::{Exhausted, Rejected};
     let home = site.home("");
     let dead = vec![
@@ -400,7 +400,7 @@ async fn a_dry_run_counts_and_changes_nothing(site: Site) {
     assert!(entries(&daemon, ALERTS).await.is_empty() && entries(&daemon, "aurora:audit").await.is_empty());
 }
 
-async fn what_is_not_narrowed_or_not_understood_is_refused(site: Site) {
+async fn request_without_or_with_unknown_conditions_is_refused(site: Site) {
     let home = site.home("");
     let all = site.bury(&home, DEAD, vec![rejected(1)]).await;
     let daemon = home.start().await;
@@ -425,7 +425,7 @@ async fn what_is_not_narrowed_or_not_understood_is_refused(site: Site) {
     assert_eq!(ids(&get(&daemon, &format!("/{ALERTS}")).await), all);
 }
 
-async fn what_the_bus_did_not_write_can_be_discarded_but_not_replayed(site: Site) {
+async fn foreign_entry_can_be_discarded_but_not_replayed(site: Site) {
     let home = site.home("");
     let all = site.bury(&home, DEAD, vec![foreign(), rejected(1), foreign()]).await;
     let daemon = home.start().await;
@@ -440,7 +440,7 @@ async fn what_the_bus_did_not_write_can_be_discarded_but_not_replayed(site: Site
     assert_eq!(ids(&get(&daemon, &format!("/{ALERTS}")).await), all[1..2]);
 }
 
-async fn streams_that_share_their_dead_letters_keep_to_their_own(site: Site) {
+async fn streams_with_shared_dead_letters_see_only_their_own(site: Site) {
     let home = site.home("");
     let of = |stream: &str, n| {
         let letter = letter(n, "agents", DeadLetterReason::Rejected);
@@ -456,7 +456,7 @@ async fn streams_that_share_their_dead_letters_keep_to_their_own(site: Site) {
     assert_eq!(not_its_own, (404, "no_such_dead_letter".to_owned()));
     let discarded = post(&daemon, &format!("/{tasks}/discard"), json!({ "all": true })).await;
     assert_eq!(discarded["discarded"], json!(2));
-    // Each goes back to where it came from.
+    // Each returns to its own stream.
     let replayed = post(&daemon, &format!("/{AGENTS_DEAD}/replay"), json!({ "all": true, "to": "stream" })).await;
     let refused = json!({ "not_a_dead_letter": 1, "no_such_stream": 1 });
     assert_eq!((&replayed["replayed"], &replayed["refused"]), (&json!(1), &refused));
@@ -464,7 +464,7 @@ async fn streams_that_share_their_dead_letters_keep_to_their_own(site: Site) {
     assert!(entries(&daemon, tasks).await.is_empty());
 }
 
-async fn a_bulk_replay_goes_on_where_it_stopped_and_every_action_is_audited(site: Site) {
+async fn bulk_replay_continues_and_every_action_is_audited(site: Site) {
     let home = site.home("");
     let count: usize = 1_300;
     let all = site.bury(&home, DEAD, (0..count as u64).map(rejected).collect()).await;
@@ -531,15 +531,15 @@ macro_rules! on_both_stores {
 use on_both_stores;
 
 on_both_stores!(
-    letters_are_listed_by_filters_and_pages,
-    a_position_of_the_dead_letters_is_where_a_listing_begins,
-    a_letter_is_shown_with_its_entry_as_it_was,
-    a_replay_is_for_the_group_that_failed_and_no_one_else,
-    a_replay_to_the_stream_is_for_every_group_and_dashboard,
-    an_entry_that_dies_again_and_again_is_replayed_a_limited_number_of_times,
-    a_dry_run_counts_and_changes_nothing,
-    what_is_not_narrowed_or_not_understood_is_refused,
-    what_the_bus_did_not_write_can_be_discarded_but_not_replayed,
-    streams_that_share_their_dead_letters_keep_to_their_own,
-    a_bulk_replay_goes_on_where_it_stopped_and_every_action_is_audited,
+    dead_letters_are_listed_by_filter_and_page,
+    list_begins_at_a_position,
+    dead_letter_is_shown_with_its_original_entry,
+    replay_is_for_the_failed_group_only,
+    replay_to_the_stream_reaches_all_groups_and_dashboards,
+    replays_of_one_entry_are_limited,
+    dry_run_counts_and_changes_nothing,
+    request_without_or_with_unknown_conditions_is_refused,
+    foreign_entry_can_be_discarded_but_not_replayed,
+    streams_with_shared_dead_letters_see_only_their_own,
+    bulk_replay_continues_and_every_action_is_audited,
 );

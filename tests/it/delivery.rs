@@ -13,11 +13,11 @@ use aurora_bus::delivery::{GroupConfig, GroupSpec, Quarantine, RetryPolicy, Work
 use aurora_bus::event::{
     DeadLetter, DeadLetterReason, Delivery, Entry, EntryId, Fields, NewEntry, Severity, StreamName, field,
 };
-use aurora_bus::maintenance::{Retention, Sampler, StreamSpec};
+use aurora_bus::maintenance::{Retention, Scheduler, StreamSpec};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
 use aurora_bus::sink::{Origin, Sink, SinkError, SinkErrorClass};
-use aurora_bus::store::{Cursor, GroupStatus, MAX_APPEND, Order, Range, Start, Store};
+use aurora_bus::store::{Cursor, GroupStatus, Limits, MAX_APPEND, Order, Range, Start, Store};
 use bytes::Bytes;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -505,8 +505,9 @@ async fn a_sampler_keeps_the_gauges_and_stops(store: Arc<dyn Store>) {
         retention: Retention::default(),
         groups: vec![group()],
     });
-    let sampler = Sampler::new(bus.store.clone(), specs.to_vec(), bus.metrics.clone(), &Readiness::default());
-    bus.workers.spawn(sampler.run(stop.clone()));
+    let (store, readiness) = (bus.store.clone(), Readiness::default());
+    let scheduler = Scheduler::new(store, specs.to_vec(), Limits::default(), bus.metrics.clone(), &readiness);
+    bus.workers.spawn(scheduler.run(stop.clone()));
     bus.counts("aurora_bus_group_pending{", 4).await;
     bus.counts("aurora_bus_group_lag{", 6).await;
     bus.counts("aurora_bus_stream_length{", 10).await;

@@ -1,4 +1,4 @@
-//! The files of `deploy/` agree with the daemon and with the tools that read them.
+//! Checks that the files of `deploy/` agree with the daemon and with the tools that read them.
 
 use std::collections::BTreeSet;
 use std::io::Write as _;
@@ -38,12 +38,12 @@ fn prometheus_accepts_the_alert_rules() {
 }
 
 #[test]
-fn alerts_go_off_when_they_should() {
+fn alert_rules_fire_as_expected() {
     promtool_accepts("test", "rules", "prometheus/aurora-bus.rules.test.yml");
 }
 
 #[test]
-fn the_composed_daemon_is_the_default_one_with_results_in_postgresql() {
+fn composed_daemon_is_the_default_with_postgresql() {
     let layers = Layers { file: Some(deployed("compose/aurora-bus.toml")), ..Layers::default() };
     let mut composed = load(&layers).expect("a valid configuration");
     assert!(matches!(composed.sinks.remove("results"), Some(SinkConfig::Postgres(_))));
@@ -58,7 +58,7 @@ fn the_composed_daemon_is_the_default_one_with_results_in_postgresql() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn prometheus_finds_nothing_to_complain_about_in_the_metrics() {
+async fn prometheus_accepts_the_metrics() {
     let daemon = Home::new("").start().await;
     daemon.publish("aurora:alerts", &[r#"{"severity":"high"}"#.to_owned()]).await.expect("accepted");
     daemon.handled("aurora:alerts", "alert-processor").await;

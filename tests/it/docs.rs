@@ -1,4 +1,4 @@
-//! What the documentation claims, compared with the program.
+//! Checks of the documentation against the program.
 
 use std::fs;
 use std::path::Path;
@@ -7,28 +7,34 @@ use aurora_bus::auth::{AuthConfig, IssuerConfig};
 use aurora_bus::http::TlsConfig;
 use aurora_bus::metrics::Metrics;
 use aurora_bus::sink::{SinkConfig, WebhookConfig};
+use aurora_bus::validate::Validate as _;
 
 fn page(path: &str) -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path))
         .unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-/// README.md, ARCHITECTURE.md and whatever is in docs/.
-fn pages() -> Vec<String> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
-    let names = fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").file_name());
-    let pages = names.map(|name| format!("docs/{}", name.to_str().expect("UTF-8")));
-    pages.chain(["README.md".to_owned(), "ARCHITECTURE.md".to_owned()]).collect()
+/// Returns the Markdown files of a folder, with their paths from the root.
+fn pages_in(folder: &str) -> Vec<String> {
+    let entries = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(folder)).expect("a folder");
+    let names = entries.map(|entry| format!("{folder}/{}", entry.expect("an entry").file_name().display()));
+    names.filter(|name| name.ends_with(".md")).collect()
 }
 
-/// A heading as links name it.
+/// Returns README.md, ARCHITECTURE.md and all pages in docs/.
+fn pages() -> Vec<String> {
+    let root = ["README.md".to_owned(), "ARCHITECTURE.md".to_owned()];
+    pages_in("docs").into_iter().chain(pages_in("docs/design")).chain(root).collect()
+}
+
+/// Returns the anchor of a heading in links.
 fn anchor(heading: &str) -> String {
     let kept = heading.trim_start_matches('#').trim().to_lowercase();
     kept.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c)).map(|c| if c == ' ' { '-' } else { c }).collect()
 }
 
 #[test]
-fn links_between_pages_lead_somewhere() {
+fn links_between_pages_resolve() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut seen = 0;
     for from in pages() {
@@ -53,15 +59,19 @@ fn links_between_pages_lead_somewhere() {
 }
 
 #[test]
-fn the_readme_leads_to_every_page() {
+fn readme_links_to_every_page() {
     let readme = page("README.md");
-    for name in pages().iter().filter(|name| *name != "README.md") {
+    for name in pages_in("docs").into_iter().chain(["ARCHITECTURE.md".to_owned()]) {
         assert!(readme.contains(&format!("]({name})")), "README.md does not mention {name}");
+    }
+    let architecture = page("ARCHITECTURE.md");
+    for name in pages_in("docs/design") {
+        assert!(architecture.contains(&format!("]({name})")), "ARCHITECTURE.md does not mention {name}");
     }
 }
 
 #[test]
-fn the_operations_page_lists_every_metric() {
+fn operations_page_lists_every_metric() {
     let operations = page("docs/operations.md");
     let (_, rest) = operations.split_once("<!-- metrics -->\n").expect("the table begins");
     let (table, _) = rest.split_once("<!-- /metrics -->").expect("the table ends");
@@ -73,7 +83,7 @@ fn the_operations_page_lists_every_metric() {
     assert_eq!(table, expected, "the table in docs/operations.md should be:\n{expected}");
 }
 
-/// A table as the configuration file shows it, in comments.
+/// Parses a table of the configuration file that is shown as a comment.
 fn commented_table(table: &str) -> toml::Table {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(aurora_bus::config::DEFAULT_FILE);
     let text = fs::read_to_string(file).expect("the documented configuration");

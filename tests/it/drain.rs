@@ -1,4 +1,4 @@
-//! How the daemon takes leave of hundreds of dashboards.
+//! The drain of a daemon with hundreds of dashboards.
 
 use std::time::{Duration, Instant};
 
@@ -27,16 +27,16 @@ name = "aurora:cps:alerts"
 relay = true
 "#;
 
-/// When a socket was closed with 4000, and after how long the `drain` frame had said it would be, if there was one.
+/// Returns the time at which a socket was closed with 4000, and the delay in its `drain` frame, if there was one.
 async fn close(mut socket: Socket) -> (Instant, Option<Duration>) {
-    let mut told = None;
+    let mut planned = None;
     let closed = async {
         loop {
             match socket.next().await.expect("a close").expect("no broken connection") {
                 Message::Text(text) => {
                     let frame: Value = serde_json::from_str(&text).expect("a frame");
                     if frame["t"] == "drain" {
-                        told = frame["after_ms"].as_u64().map(Duration::from_millis);
+                        planned = frame["after_ms"].as_u64().map(Duration::from_millis);
                     }
                 }
                 Message::Close(frame) => {
@@ -48,10 +48,10 @@ async fn close(mut socket: Socket) -> (Instant, Option<Duration>) {
         }
     };
     let at = timeout(BOUND, closed).await.expect("closed in time");
-    (at, told)
+    (at, planned)
 }
 
-/// How many fall into each tenth of the window; those beyond it into the last.
+/// Counts the times in each tenth of the window. Later ones count in the last.
 fn histogram(times: impl Iterator<Item = Duration>) -> [usize; BUCKETS] {
     let mut buckets = [0; BUCKETS];
     for time in times {
@@ -62,7 +62,7 @@ fn histogram(times: impl Iterator<Item = Duration>) -> [usize; BUCKETS] {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn dashboards_are_closed_evenly_over_the_window_after_readiness_has_said_no() {
+async fn drain_closes_dashboards_evenly_over_the_window() {
     let home = Home::new(CONFIG);
     let daemon = home.start().await;
     let mut sockets = Vec::new();
@@ -82,7 +82,7 @@ async fn dashboards_are_closed_evenly_over_the_window_after_readiness_has_said_n
     daemon.signal("TERM");
     daemon.ready(StatusCode::SERVICE_UNAVAILABLE).await;
     let refused = Instant::now();
-    // Whoever comes now is sent elsewhere, by a status that programs see.
+    // A new client receives a status that programs can see.
     let url = daemon.url("/api/v1/ws/alerts").replacen("http", "ws", 1);
     match tokio_tungstenite::connect_async(&url).await {
         Err(Error::Http(response)) => assert_eq!(response.status().as_u16(), 503),
@@ -95,24 +95,27 @@ async fn dashboards_are_closed_evenly_over_the_window_after_readiness_has_said_n
     let ended = daemon.ended().await;
     assert_eq!(ended.status.code(), Some(0), "{}", ended.log);
 
-    // What was decided is even, whatever this machine makes of it.
-    let told: Vec<Duration> = ends.iter().filter_map(|(_, told)| *told).collect();
-    assert_eq!(told.len(), SOCKETS / 2, "whoever can be told is told");
-    assert!(told.iter().all(|after| *after <= WINDOW));
+    // The planned times are even, even on a busy machine.
+    let planned: Vec<Duration> = ends.iter().filter_map(|(_, planned)| *planned).collect();
+    assert_eq!(planned.len(), SOCKETS / 2, "every rich client receives the delay");
+    assert!(planned.iter().all(|after| *after <= WINDOW));
     let share = SOCKETS / 2 / BUCKETS;
-    let decided = histogram(told.into_iter());
-    assert!(decided.iter().all(|count| (1..=share * 5 / 2).contains(count)), "{decided:?} of {share} each");
-    // What happened is nearly so: a busy machine is late by some buckets.
+    let planned_counts = histogram(planned.into_iter());
+    assert!(
+        planned_counts.iter().all(|count| (1..=share * 5 / 2).contains(count)),
+        "{planned_counts:?} of {share} each"
+    );
+    // The actual times are nearly even: a busy machine delays them by some buckets.
     let share = SOCKETS / BUCKETS;
-    let happened = histogram(ends.iter().map(|(at, _)| at.duration_since(began)));
-    assert!(happened.iter().all(|count| *count <= share * 4), "{happened:?} of {share} each");
+    let actual_counts = histogram(ends.iter().map(|(at, _)| at.duration_since(began)));
+    assert!(actual_counts.iter().all(|count| *count <= share * 4), "{actual_counts:?} of {share} each");
     let late = ends.iter().filter(|(at, _)| *at > refused).count();
-    assert!(late > SOCKETS / 4, "only {late} were still there when readiness had said no");
+    assert!(late > SOCKETS / 4, "only {late} were connected when readiness failed");
     assert!(began.elapsed() < WINDOW + Duration::from_secs(10));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_signal_does_not_wait_for_dashboards() {
+async fn second_signal_does_not_wait_for_dashboards() {
     let home = Home::new(&CONFIG.replace("\"3s\"", "\"20s\""));
     let daemon = home.start().await;
     let mut sockets = Vec::new();
@@ -129,9 +132,9 @@ async fn a_second_signal_does_not_wait_for_dashboards() {
 }
 
 #[test]
-fn a_window_longer_than_the_grace_is_refused() {
+fn drain_window_longer_than_the_grace_is_rejected() {
     let home = Home::new(&format!("{CONFIG}\n[shutdown]\ngrace = \"3s\"\n"));
     let output = home.run(&["check", "--config", "aurora-bus.toml"]);
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(!output.status.success() && told.contains("relay.drain_window: must be shorter"), "{told}");
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && stderr.contains("relay.drain_window: must be shorter"), "{stderr}");
 }

@@ -18,18 +18,18 @@
 //! | 10 | a server that cannot save | `redis_states::every_server_state_is_reported_and_recovers` |
 //! | 11 | a paused server | `network::paused_server_loses_and_duplicates_nothing`, `crash::redis_hanging_under_load_loses_no_accepted_event` |
 //! | 12 | black holes: the connections of a reader, of control and of appends | `network::each_black_hole_connection_is_replaced_in_time` |
-//! | 13 | lost replies: append, fetch, acknowledgement, dead letter, replay | `network::lost_replies_lose_and_duplicate_nothing`, `dead_letters::a_crash_between_append_and_removal_is_mended_by_a_second_replay` |
+//! | 13 | lost replies: append, fetch, acknowledgement, dead letter, replay | `network::lost_replies_lose_and_duplicate_nothing`, `dead_letters::second_replay_repairs_crash_between_append_and_removal` |
 //! | 14 | publishing while readers wait | `network::waiting_readers_do_not_delay_producers` |
-//! | 15 | pending and undelivered entries that another program trims | `ledger::what_others_trim_is_counted_once_by_two_daemons_on_redis`, `ledger::a_worker_finds_what_was_lost_while_it_was_away_on_redis` |
-//! | 16 | a handler that kills its process | `poison::entry_that_kills_its_handler_is_dead_lettered`, `guard::a_task_that_kills_every_worker_ends_in_the_dead_letters` |
+//! | 15 | pending and undelivered entries that another program trims | `accounts::foreign_trim_is_counted_once_by_two_daemons_on_redis`, `accounts::worker_counts_losses_of_its_downtime_on_redis` |
+//! | 16 | a handler that kills its process | `poison::entry_that_kills_its_handler_is_dead_lettered`, `redelivery::entry_that_kills_every_consumer_is_dead_lettered` |
 //! | 17 | entries in hand for longer than the claim idle, a paused daemon that resumes late | `delivery::entries_in_hand_are_not_taken_over_however_long_they_wait`, `fleet::entries_of_a_frozen_daemon_are_handled_once_elsewhere`, `fleet::late_result_of_a_frozen_daemon_is_ignored` |
 //! | 18 | a dead letter that is written twice, or cannot be written | `store_contract::dead_letter_is_moved_atomically_and_once`, `redis_faults::lost_dead_letter_reply_writes_it_once`, `redis_faults::failed_dead_letter_leaves_its_entry_pending`, `redis_faults::full_server_refuses_appends_and_serves_the_rest` |
-//! | 19 | kills between commit and acknowledgement | `postgres::ten_kills_between_commit_and_acknowledgement_leave_each_row_once`, `postgres::fifty_kills_between_commit_and_acknowledgement_leave_each_row_once` |
+//! | 19 | kills between commit and acknowledgement | `postgres::ten_kills_between_commit_and_ack_keep_each_row_once`, `postgres::fifty_kills_between_commit_and_ack_keep_each_row_once` |
 //! | 20 | two daemons with one name, rolling restarts and kills | `fleet::two_daemons_of_one_name_deliver_each_entry_once`, `fleet::ten_rolling_restarts_lose_no_entry_and_leave_no_consumer`, `fleet::two_hundred_rolling_restarts_lose_no_entry` |
 //! | 21 | a clock that steps | `clock::server_clock_step_claims_nothing_and_keeps_order`, `clock::daemon_clock_step_keeps_ids_growing_and_repeats_none` |
 //! | 22 | undecodable entries | `poison::undecodable_entries_are_dead_lettered_unchanged` |
 //! | 23 | a server at its client limit, or absent | `redis_states::reconnects_to_full_or_absent_server_are_limited` |
-//! | 24 | dashboards: a slow one, trims, flushes, restarts | `dashboards::dashboards_survive_trims_flushes_and_restarts`, `relay::a_client_that_never_reads_is_closed_and_costs_no_one_anything`, `relay::a_lagging_client_catches_up_from_the_store`, `relay::what_was_trimmed_away_is_counted_and_the_rest_is_given` |
+//! | 24 | dashboards: a slow one, trims, flushes, restarts | `dashboards::dashboards_survive_trims_flushes_and_restarts`, `relay::client_that_never_reads_is_closed_at_no_cost_to_others`, `relay::lagging_client_catches_up_from_the_store`, `relay::trimmed_entries_are_counted_and_the_rest_is_sent` |
 //! | 25 | all faults for half an hour | `soak::soak_of_two_minutes`, `soak::soak_of_half_an_hour` |
 
 mod clock;

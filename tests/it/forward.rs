@@ -1,9 +1,9 @@
-//! Entries that go on to another stream: once each, on every store, and never in a circle.
+//! Forwarding to another stream: each entry once, on every store, and never in a circle.
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use aurora_bus::bus::{Bus, Catalogue, Config, Dedup, Promise, Terms};
+use aurora_bus::bus::{Bus, Config, Dedup, PublishOptions, StreamCatalog, StreamSettings};
 use aurora_bus::event::{Delivery, Entry, EntryId, NewEvent, StreamName};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::sink::{Origin, Sink as _, SinkErrorClass, StreamSink};
@@ -19,7 +19,7 @@ const ALERTS: &str = "it:alerts";
 const TASKS: &str = "it:tasks";
 const GROUP: &str = "triage";
 
-/// A daemon that makes tasks of critical alerts.
+/// A daemon that creates tasks for critical alerts.
 fn home(more: &str) -> Home {
     Home::new(&format!(
         r#"
@@ -59,7 +59,7 @@ async fn tasks(daemon: &Daemon) -> Vec<Value> {
     events.values().map(|task| serde_json::from_str(task).expect("JSON")).collect()
 }
 
-async fn one_critical_alert_becomes_one_task(home: &Home) {
+async fn critical_alert_becomes_one_task(home: &Home) {
     let daemon = home.start().await;
     let other = json!({ "severity": "critical", "source": "suricata" }).to_string();
     daemon.publish(ALERTS, &[alert(1, "low"), alert(2, "critical"), other]).await.expect("accepted");
@@ -77,7 +77,7 @@ async fn one_critical_alert_becomes_one_task(home: &Home) {
     daemon.stop().await;
 }
 
-async fn kills_make_no_second_task(home: &Home) {
+async fn kills_create_no_second_task(home: &Home) {
     let mut published = 0;
     for _ in 0..5 {
         let daemon = home.start().await;
@@ -99,13 +99,13 @@ async fn kills_make_no_second_task(home: &Home) {
     daemon.stop().await;
 }
 
-/// What is delivered again after its first successor was stored has no second one, and what can't be told is no loss.
-async fn an_entry_has_one_successor(store: Arc<dyn Store>) {
+/// An entry delivered again has no second successor, and an undecodable one is not lost.
+async fn entry_has_one_successor(store: Arc<dyn Store>) {
     let name = |text: &str| text.parse::<StreamName>().expect("a name");
     let bus = |declared: &str| {
-        let streams = Catalogue::new(
+        let streams = StreamCatalog::new(
             Families::default(),
-            [(name(declared).into(), Terms::new(name(declared).default_dead_letter()))],
+            [(name(declared).into(), StreamSettings::new(name(declared).default_dead_letter()))],
         );
         Arc::new(Bus::new(Arc::clone(&store), Config::default(), streams, Limits::default(), Metrics::new()))
     };
@@ -122,10 +122,10 @@ async fn an_entry_has_one_successor(store: Arc<dyn Store>) {
     let origin = Origin { stream: name(ALERTS), group: GROUP.parse().expect("a name") };
     let forwarding = sink(bus(TASKS));
     forwarding.check().await.expect("the stream is declared");
-    // Whoever publishes to the stream can't have an entry taken for forwarded, by whatever key.
+    // No key of a publisher can make an event look like a forwarded entry.
     let key = Dedup::Key(format!("{ALERTS}/1-0/{GROUP}"));
     let event = NewEvent::parse(Bytes::from_static(b"{}")).expect("an event");
-    let published = bus(TASKS).publish(&name(TASKS), vec![(key, event)], Promise::default()).await;
+    let published = bus(TASKS).publish(&name(TASKS), vec![(key, event)], PublishOptions::default()).await;
     assert!(matches!(published[..], [Ok(_)]), "{published:?}");
     forwarding.deliver(&origin, &batch[..300]).await.expect("stored");
     forwarding.deliver(&origin, &batch).await.expect("stored");
@@ -140,17 +140,17 @@ async fn an_entry_has_one_successor(store: Arc<dyn Store>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_entry_has_one_successor_on_the_embedded_store() {
+async fn entry_has_one_successor_on_the_embedded_store() {
     let folder = tempfile::TempDir::new().expect("a temporary folder");
     let config = embedded::Config { path: folder.path().to_owned(), ..embedded::Config::default() };
-    an_entry_has_one_successor(Arc::new(config.open().await.expect("a fresh folder"))).await;
+    entry_has_one_successor(Arc::new(config.open().await.expect("a fresh folder"))).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_entry_has_one_successor_on_redis() {
+async fn entry_has_one_successor_on_redis() {
     let server = RedisServer::start(Product::Redis, &[]).await;
     let config = redis::Config { url: server.url().into(), ..redis::Config::default() };
-    an_entry_has_one_successor(Arc::new(config.connect().await.expect("a valid configuration"))).await;
+    entry_has_one_successor(Arc::new(config.connect().await.expect("a valid configuration"))).await;
 }
 
 fn on_redis(server: &RedisServer) -> Home {
@@ -158,29 +158,29 @@ fn on_redis(server: &RedisServer) -> Home {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_critical_alert_becomes_one_task_on_the_embedded_store() {
-    one_critical_alert_becomes_one_task(&home("")).await;
+async fn critical_alert_becomes_one_task_on_the_embedded_store() {
+    critical_alert_becomes_one_task(&home("")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_critical_alert_becomes_one_task_on_redis() {
+async fn critical_alert_becomes_one_task_on_redis() {
     let server = RedisServer::start(Product::Redis, &[]).await;
-    one_critical_alert_becomes_one_task(&on_redis(&server)).await;
+    critical_alert_becomes_one_task(&on_redis(&server)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn kills_make_no_second_task_on_the_embedded_store() {
-    kills_make_no_second_task(&home("")).await;
+async fn kills_create_no_second_task_on_the_embedded_store() {
+    kills_create_no_second_task(&home("")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn kills_make_no_second_task_on_redis() {
+async fn kills_create_no_second_task_on_redis() {
     let server = RedisServer::start(Product::Redis, &[]).await;
-    kills_make_no_second_task(&on_redis(&server)).await;
+    kills_create_no_second_task(&on_redis(&server)).await;
 }
 
 #[test]
-fn forwarding_in_a_circle_or_to_nowhere_is_refused() {
+fn forwarding_in_a_circle_or_to_no_stream_is_refused() {
     let circle = Home::new(
         "[[streams]]\nname = \"a\"\n[[streams.groups]]\nname = \"g\"\nsink = \"to-b\"\n\
          [[streams]]\nname = \"b\"\n[[streams.groups]]\nname = \"g\"\nsink = \"to-a\"\n\
@@ -191,6 +191,6 @@ fn forwarding_in_a_circle_or_to_nowhere_is_refused() {
     let refused = circle.run(&["check", "--config", config.to_str().expect("UTF-8")]);
     let told = String::from_utf8_lossy(&[refused.stdout, refused.stderr].concat()).into_owned();
     assert_eq!(refused.status.code(), Some(2), "{told}");
-    assert!(told.contains("in a circle: a → b → a"), "{told}");
+    assert!(told.contains("entries would circulate: a → b → a"), "{told}");
     assert!(told.contains("`nowhere` is not a declared stream"), "{told}");
 }

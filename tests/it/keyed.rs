@@ -1,4 +1,4 @@
-//! Families of streams on the real binary: made when they are used first, bounded, and each for its key alone.
+//! Families of streams on the real binary: members are created on first use, limited, and separate by key.
 
 mod groups;
 mod instances;
@@ -19,7 +19,7 @@ const FAMILY: &str = "aurora:tenant:{tenant}:alerts";
 /// The family's name in a path.
 const FAMILY_PATH: &str = "/api/v1/streams/aurora:tenant:%7Btenant%7D:alerts";
 
-/// A family that is relayed, with some more keys of its stream, and other parts of the configuration.
+/// Returns the configuration of a relayed family, with more keys of its stream and other sections.
 fn config(stream: &str, rest: &str) -> String {
     format!(
         "[relay]\ndrain_window = \"200ms\"\nmax_connections_per_address = 0\n[relay.channels]\ntenant-alerts = \
@@ -44,14 +44,14 @@ async fn publish(daemon: &Daemon, key: &str, n: usize) {
     assert!(accepted.is_ok(), "{key} {n}: {accepted:?}");
 }
 
-/// The status and body of a publish to whatever stream.
+/// Publishes to any stream, and returns the status and body.
 async fn try_publish(daemon: &Daemon, stream: &str) -> (StatusCode, Value) {
     let url = daemon.url(&format!("/api/v1/streams/{stream}/events"));
     let response = client().post(url).body(event(0)).send().await.expect("an answer");
     (response.status(), response.json().await.unwrap_or(Value::Null))
 }
 
-/// The members that the daemon knows.
+/// Returns the members that the daemon knows.
 async fn members(daemon: &Daemon) -> Vec<String> {
     let page: Value = serde_json::from_str(&daemon.get(FAMILY_PATH).await).expect("JSON");
     let streams = page["family"]["streams"].as_array().expect("a list");
@@ -95,7 +95,7 @@ async fn two_tenants(store: &str) {
         home.run(&["tail", &acme, "--config", config, "--url", &url, "--since", "earliest", "--no-follow", "--data"]);
     assert_eq!(String::from_utf8_lossy(&tailed.stdout), format!("{}\n{}\n", event(0), event(3)), "{tailed:?}");
 
-    // Keys are no labels.
+    // Keys must not become labels.
     let metrics = until("figures of the family", BOUND, async || {
         let metrics = daemon.get("/metrics").await;
         let is_sampled = metrics.contains(&format!("aurora_bus_stream_length{{stream=\"{FAMILY}\"}} 4"));
@@ -109,18 +109,18 @@ async fn two_tenants(store: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_tenants_publish_and_watch_each_by_its_key() {
+async fn tenants_publish_and_watch_by_key_embedded() {
     two_tenants("").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_tenants_publish_and_watch_each_by_its_key_on_redis() {
+async fn tenants_publish_and_watch_by_key_redis() {
     let server = RedisServer::start(Product::Redis, &[]).await;
     two_tenants(&on_redis(&server)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_hundred_keys_are_read_on_one_connection() {
+async fn two_hundred_keys_share_one_connection_to_redis() {
     const KEYS: usize = 200;
     let server = RedisServer::start(Product::Redis, &[]).await;
     let groups = "[[streams.groups]]\nname = \"siem\"\nsink = \"log\"";
@@ -141,7 +141,7 @@ async fn two_hundred_keys_are_read_on_one_connection() {
             assert_eq!(next_text(socket).await, event(round * KEYS + n));
             most = most.max(if n % 50 == 0 { connections() } else { 0 });
         }
-        // Neither sockets nor keys nor their groups have connections of their own.
+        // Sockets, keys and groups have no connections of their own.
         assert!(most <= before + 2, "{most} connections, {before} before:\n{}", server.cli(&["CLIENT", "LIST"]));
     }
     let (taken, all) = ("aurora_bus_acknowledged_total", 2 * KEYS as u64 + 1);
@@ -154,7 +154,7 @@ async fn two_hundred_keys_are_read_on_one_connection() {
 }
 
 #[tokio::test]
-async fn a_family_has_no_more_keys_than_it_may() {
+async fn family_at_max_keys_rejects_new_keys() {
     let home = Home::new(&config("max_keys = 2", ""));
     let daemon = home.start().await;
     publish(&daemon, "a", 0).await;
@@ -184,7 +184,7 @@ async fn a_family_has_no_more_keys_than_it_may() {
 }
 
 #[tokio::test]
-async fn no_key_reaches_another_stream() {
+async fn hostile_key_reaches_no_other_stream() {
     let server = RedisServer::start(Product::Redis, &[]).await;
     let other = "[[streams]]\nname = \"aurora:alerts\"\n";
     let home = Home::new(&config("", &format!("{other}{}", on_redis(&server))));
@@ -223,19 +223,19 @@ async fn no_key_reaches_another_stream() {
         }
     }
     let missing = daemon.status("/api/v1/feeds/tenant-alerts").await;
-    assert_eq!(missing, Some(StatusCode::BAD_REQUEST), "a key is needed");
+    assert_eq!(missing, Some(StatusCode::BAD_REQUEST), "a key is required");
     assert_eq!(members(&daemon).await, [""; 0]);
-    assert_eq!(server.cli(&["KEYS", "*tenant*"]), before, "nothing was made");
-    // The register is nobody's to write or to read, and a stream that was never used reads as an empty one.
-    let register = "aurora:tenant:~keys:alerts";
-    assert_eq!(daemon.status(&format!("/api/v1/streams/{register}/events")).await, Some(StatusCode::NOT_FOUND));
+    assert_eq!(server.cli(&["KEYS", "*tenant*"]), before, "no stream was created");
+    // Clients cannot read or write the key index. A stream that was never used reads as an empty one.
+    let key_index = "aurora:tenant:~keys:alerts";
+    assert_eq!(daemon.status(&format!("/api/v1/streams/{key_index}/events")).await, Some(StatusCode::NOT_FOUND));
     assert_eq!(daemon.events(&member("nobody")).await, BTreeMap::new());
     assert_eq!(members(&daemon).await, [""; 0]);
     daemon.stop().await;
 }
 
 #[tokio::test]
-async fn members_are_trimmed_to_the_retention_of_their_family() {
+async fn members_are_trimmed_by_the_retention_of_their_family() {
     let retention = "retention = { max_len = 20 }\n[[streams.groups]]\nname = \"siem\"\nsink = \"log\"";
     let home = Home::new(&config(retention, ""));
     let daemon = home.start().await;

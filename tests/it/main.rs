@@ -1,9 +1,9 @@
-//! The tests that need servers, sockets or files: one binary for all of them.
+//! The tests that need servers, sockets or files, in one binary.
 
+mod accounts;
 mod agents;
 mod api;
 mod auth;
-mod bench;
 mod browser;
 mod crash;
 mod daemon_cluster;
@@ -18,14 +18,12 @@ mod drain;
 mod faults;
 mod fleet;
 mod forward;
-mod guard;
 mod keyed;
-mod ledger;
 mod limits;
-mod patrol;
 mod postgres;
 mod pull;
 mod quarantine;
+mod redelivery;
 mod redis_durability;
 mod redis_faults;
 mod redis_sentinel;

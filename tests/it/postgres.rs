@@ -1,7 +1,7 @@
-//! Rows in a real `PostgreSQL`: each entry once, whatever is killed, and every refusal told.
+//! Rows in a real `PostgreSQL`: each entry once, whatever is killed, and a clear message for every error.
 //!
-//! Ten kills of a daemon are part of every test run, and fifty of
-//! `cargo test --release --test it -- --ignored --nocapture fifty_kills`.
+//! Every test run kills a daemon ten times. `cargo test --release --test it -- --ignored --nocapture fifty_kills` kills
+//! it fifty times.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -28,7 +28,7 @@ fn config(url: &str, more: &str) -> PostgresConfig {
 }
 
 fn open(url: &str, table: &str, more: &str) -> PostgresSink {
-    // A second installation in this process changes nothing.
+    // A second installation in this process has no effect.
     drop(rustls::crypto::aws_lc_rs::default_provider().install_default());
     PostgresSink::open("results", &config(url, &format!("table = \"{table}\"\n{more}")))
         .expect("a usable configuration")
@@ -59,7 +59,7 @@ fn full_text(error: &SinkError) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_batch_becomes_rows_with_what_analysts_ask_for() {
+async fn batch_becomes_rows_with_all_columns() {
     let (server, table) = (PostgresServer::shared().await, new_table());
     let sink = open(&server.url(), &table, "");
     sink.check().await.expect("it could make the table");
@@ -81,12 +81,12 @@ async fn a_batch_becomes_rows_with_what_analysts_ask_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_delivered_again_stays_one_row() {
+async fn redelivered_entry_stays_one_row() {
     let (server, table) = (PostgresServer::shared().await, new_table());
     let sink = open(&server.url(), &table, "");
     sink.deliver(&origin(), &batch(1..=10)).await.expect("written");
     sink.deliver(&origin(), &batch(5..=15)).await.expect("written");
-    // One that is appended again out of the dead letters, and one that is in the batch twice.
+    // A replayed entry, and an entry that is in the batch twice.
     let again = [delivery_with(99, "{}", &[("replay.of", "3-0")]), delivery(100, "{}"), delivery(100, "{}")];
     sink.deliver(&origin(), &again).await.expect("written");
     let counts = server.sql(&format!("SELECT count(*), count(DISTINCT entry_id), count(task_id) FROM {table}"));
@@ -94,7 +94,7 @@ async fn what_is_delivered_again_stays_one_row() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn batches_that_overlap_at_the_same_time_neither_deadlock_nor_double() {
+async fn concurrent_overlapping_batches_write_rows_once() {
     let (server, table) = (PostgresServer::shared().await, new_table());
     let sink = Arc::new(open(&server.url(), &table, "connections = 3"));
     let mut calls = JoinSet::new();
@@ -119,7 +119,7 @@ async fn batches_that_overlap_at_the_same_time_neither_deadlock_nor_double() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_password_is_told_and_never_shown() {
+async fn wrong_password_is_reported_and_never_shown() {
     let server = PostgresServer::shared().await;
     let url = server.url().replace("open-sesame", "hunter2");
     let sink = open(&url, &new_table(), "");
@@ -133,7 +133,7 @@ async fn a_wrong_password_is_told_and_never_shown() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_password_is_read_anew_from_its_file_for_each_connection() {
+async fn password_file_is_read_for_each_connection() {
     let (server, table) = (PostgresServer::shared().await, new_table());
     let file = TempDir::new().expect("a temporary folder");
     let path = file.path().join("password");
@@ -146,15 +146,15 @@ async fn a_password_is_read_anew_from_its_file_for_each_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_missing_table_is_told_where_it_is_not_to_be_made_and_costs_no_entry_its_place() {
+async fn missing_table_is_reported_and_loses_no_entry() {
     let (server, table) = (PostgresServer::shared().await, new_table());
     let sink = open(&server.url(), &table, "create_table = false");
     let error = full_text(&sink.check().await.expect_err("there is no table"));
-    assert!(error.contains(&format!("no table `{table}`")), "{error}");
+    assert!(error.contains(&format!("table `{table}` does not exist")), "{error}");
     let refused = sink.deliver(&origin(), &batch([1])).await.expect_err("there is no table");
     assert_eq!(refused.class(), SinkErrorClass::Transient);
 
-    // What the message says makes it work.
+    // The statement in the message makes it work.
     let (_, statement) = error.split_once("create it: ").expect("the way out");
     server.sql(statement);
     sink.check().await.expect("the table is there");
@@ -162,7 +162,7 @@ async fn a_missing_table_is_told_where_it_is_not_to_be_made_and_costs_no_entry_i
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_table_that_is_dropped_is_made_again() {
+async fn dropped_table_is_created_again() {
     let (server, table) = (PostgresServer::shared().await, new_table());
     let sink = open(&server.url(), &table, "");
     sink.deliver(&origin(), &batch([1])).await.expect("written");
@@ -175,7 +175,7 @@ async fn a_table_that_is_dropped_is_made_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_table_with_a_wrong_column_is_told_with_the_statement_that_mends_it() {
+async fn wrong_column_is_reported_with_its_repair() {
     let server = PostgresServer::shared().await;
     let flaws = [
         ("DROP COLUMN task_id", "task_id"),
@@ -206,7 +206,7 @@ async fn a_table_with_a_wrong_column_is_told_with_the_statement_that_mends_it() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_table_without_its_key_or_a_user_without_rights_is_told() {
+async fn missing_key_and_missing_rights_are_reported() {
     let (server, table) = (PostgresServer::shared().await, new_table());
     open(&server.url(), &table, "").deliver(&origin(), &batch([1])).await.expect("written");
     server.sql(&format!("ALTER TABLE {table} DROP CONSTRAINT {table}_pkey"));
@@ -225,7 +225,7 @@ async fn a_table_without_its_key_or_a_user_without_rights_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_only_the_server_can_refuse_is_the_entry_s_own_fault() {
+async fn value_refused_by_the_server_is_permanent() {
     let (server, table) = (PostgresServer::shared().await, new_table());
     let sink = open(&server.url(), &table, "");
     let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
@@ -242,7 +242,7 @@ async fn what_only_the_server_can_refuse_is_the_entry_s_own_fault() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tls_is_used_where_it_is_required_and_the_server_is_verified() {
+async fn required_tls_verifies_the_server() {
     let server = PostgresServer::with_tls().await;
     let ca = format!("ca_file = \"{}\"", server.ca_file().display());
     let url = |mode: &str| format!("{}?sslmode={mode}", server.url());
@@ -256,7 +256,7 @@ async fn tls_is_used_where_it_is_required_and_the_server_is_verified() {
     let disabled = open(&url("disable"), "agent_results", "").check().await.expect_err("the server wants TLS");
     assert!(full_text(&disabled).contains("no encryption"), "{}", full_text(&disabled));
 
-    // Another authority, and a name that the certificate is not for.
+    // Another authority, and a host name that the certificate does not have.
     let other = PostgresServer::with_tls().await;
     let stranger = format!("ca_file = \"{}\"", other.ca_file().display());
     let error = open(&url("require"), "agent_results", &stranger).check().await.expect_err("an unknown authority");
@@ -267,7 +267,7 @@ async fn tls_is_used_where_it_is_required_and_the_server_is_verified() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_without_tls_is_refused_where_tls_is_required() {
+async fn server_without_required_tls_is_refused() {
     let server = PostgresServer::shared().await;
     let other = PostgresServer::with_tls().await;
     let ca = format!("ca_file = \"{}\"", other.ca_file().display());
@@ -276,7 +276,7 @@ async fn a_server_without_tls_is_refused_where_tls_is_required() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_locked_table_is_waited_for_no_longer_than_the_time_out() {
+async fn locked_table_is_waited_for_until_the_timeout() {
     let (server, table) = (PostgresServer::shared().await, new_table());
     let sink = open(&server.url(), &table, "timeout = \"3s\"");
     sink.deliver(&origin(), &batch([1])).await.expect("written");
@@ -304,14 +304,14 @@ async fn a_locked_table_is_waited_for_no_longer_than_the_time_out() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn connections_that_were_cut_while_idle_cost_nothing() {
+async fn connections_cut_while_idle_lose_nothing() {
     let (server, table) = (PostgresServer::shared().await, new_table());
     let proxy = Proxy::start(server.port()).await;
     let sink = open(&url_by(proxy.port()), &table, "");
     sink.deliver(&origin(), &batch([1])).await.expect("written");
     proxy.reset();
     sink.deliver(&origin(), &batch([2])).await.expect("written on another connection");
-    // The answer to a commit is lost: it is asked again, and the rows are there once.
+    // The response to a commit is lost. The write is repeated, and each row is there once.
     proxy.drop_reply_to(b"t3");
     sink.deliver(&origin(), &batch([3])).await.expect("written on another connection");
     assert_eq!(proxy.dropped(), 1);
@@ -319,7 +319,7 @@ async fn connections_that_were_cut_while_idle_cost_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_that_swallows_everything_is_given_up_in_time() {
+async fn silent_connection_is_given_up_in_time() {
     let (server, table) = (PostgresServer::shared().await, new_table());
     let proxy = Proxy::start(server.port()).await;
     let sink = open(&url_by(proxy.port()), &table, "timeout = \"3s\"");
@@ -332,7 +332,7 @@ async fn a_connection_that_swallows_everything_is_given_up_in_time() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_disk_makes_the_sink_wait_and_room_makes_it_go_on() {
+async fn full_disk_pauses_the_sink_until_there_is_room() {
     let disk = SmallDisk::new(8);
     hand_over(disk.path());
     let server = PostgresServer::start().await;
@@ -341,7 +341,7 @@ async fn a_full_disk_makes_the_sink_wait_and_room_makes_it_go_on() {
     server.sql("CREATE TABLE ballast AS SELECT repeat(md5(n::text), 20) FROM generate_series(1, 4000) n");
     let sink = open(&server.url(), "agent_results", "");
     let large = |from: u64| -> Vec<Delivery> {
-        // Texts that can't be compressed, or the server would.
+        // Texts that cannot be compressed, or the server would compress them.
         let text = || (0..40).map(|_| uuid::Uuid::new_v4().simple().to_string()).collect::<String>();
         (from..from + 200).map(|ms| delivery(ms, &json!({ "text": text() }).to_string())).collect()
     };
@@ -365,7 +365,7 @@ async fn a_full_disk_makes_the_sink_wait_and_room_makes_it_go_on() {
     drop(server);
 }
 
-/// A daemon whose agent results go into a table.
+/// A daemon with a group that writes agent results to a table.
 fn home(url: &str, table: &str, more: &str) -> Home {
     Home::new(&format!(
         r#"
@@ -389,7 +389,7 @@ timeout = "2s"
     ))
 }
 
-/// Publishes results numbered from `first` on until told to stop; returns how many were accepted.
+/// Publishes results numbered from `first` until stopped. Returns the number of accepted ones.
 async fn publish(daemon: &Daemon, first: u64, count: u64) -> u64 {
     let payload = |n: u64| json!({ "task_id": format!("t{n}"), "n": n, "pad": "x".repeat(300) }).to_string();
     let events: Vec<String> = (first..first + count).map(payload).collect();
@@ -410,7 +410,7 @@ async fn every_row_is_there_once(server: &PostgresServer, table: &str, daemon: &
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_entry_that_no_jsonb_can_hold_is_dead_lettered_alone() {
+async fn entry_invalid_for_jsonb_is_dead_lettered_alone() {
     let (server, table) = (PostgresServer::shared().await, new_table());
     let home = home(&server.url(), &table, "");
     let daemon = home.start().await;
@@ -429,7 +429,7 @@ async fn an_entry_that_no_jsonb_can_hold_is_dead_lettered_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_is_killed_under_load_costs_and_doubles_nothing() {
+async fn server_killed_under_load_keeps_each_row_once() {
     let mut server = PostgresServer::start().await;
     let home = home(&server.url(), "agent_results", "concurrency = 2");
     let daemon = home.start().await;
@@ -455,7 +455,7 @@ async fn a_server_that_is_killed_under_load_costs_and_doubles_nothing() {
     daemon.stop().await;
 }
 
-/// Kills a daemon again and again when its rows are committed and it may not have heard of it.
+/// Kills a daemon repeatedly, after commits that it may not have been notified of.
 async fn survives_kills_after_commits(kills: u64) {
     let (server, table) = (PostgresServer::shared().await, new_table());
     let proxy = Proxy::start(server.port()).await;
@@ -464,18 +464,18 @@ async fn survives_kills_after_commits(kills: u64) {
     let mut daemon = home.start().await;
     let mut published = publish(&daemon, 0, 50).await;
     daemon.handled(STREAM, GROUP).await;
-    // Triggers see every row that is brought, also those that are there already.
+    // Triggers see every inserted row, even if it conflicts with an existing one.
     server.sql(&format!(
         "CREATE SEQUENCE {table}_brought; CREATE FUNCTION {table}_count() RETURNS trigger LANGUAGE plpgsql AS \
          $$BEGIN PERFORM nextval('{table}_brought'); RETURN NEW; END$$; CREATE TRIGGER count BEFORE INSERT ON {table} \
          FOR EACH ROW EXECUTE FUNCTION {table}_count()"
     ));
     for kill in 1..=kills {
-        // To connect by many slow answers would take longer than the sink waits.
-        let is_connected = |line: &String| line.contains("the table is there");
+        // To connect through many slow responses would exceed the timeout of the sink.
+        let is_connected = |line: &String| line.contains("table ready");
         until("connection", BOUND, async || daemon.take_log().iter().any(is_connected).then_some(())).await;
         let before = count();
-        // Asked for within the server: to start a client now and then might take longer than the daemon's wait.
+        // The server itself waits, because starting a client repeatedly could exceed the timeout of the daemon.
         let wait = format!(
             "DO $$BEGIN FOR n IN 1..20000 LOOP IF (SELECT count(*) FROM {table}) > {before} THEN RETURN; END IF; \
              PERFORM pg_sleep(0.003); END LOOP; RAISE 'no row'; END$$"
@@ -484,7 +484,7 @@ async fn survives_kills_after_commits(kills: u64) {
             let server = Arc::clone(&server);
             move || server.sql(&wait)
         });
-        // Rows are there a while before the daemon hears of it.
+        // Rows are committed some time before the daemon receives the response.
         proxy.delay(Duration::from_millis(150));
         published += publish(&daemon, published, 20 + random_below(80)).await;
         brought.await.expect("a row");
@@ -510,12 +510,12 @@ fn tell(text: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ten_kills_between_commit_and_acknowledgement_leave_each_row_once() {
+async fn ten_kills_between_commit_and_ack_keep_each_row_once() {
     survives_kills_after_commits(10).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "takes minutes: cargo test --release --test it -- --ignored --nocapture fifty_kills"]
-async fn fifty_kills_between_commit_and_acknowledgement_leave_each_row_once() {
+async fn fifty_kills_between_commit_and_ack_keep_each_row_once() {
     survives_kills_after_commits(50).await;
 }

@@ -1,6 +1,6 @@
-//! Pulling over HTTP: workers that die, are late, give back, or wait, on every kind of store, with real clients.
+//! Pulling over HTTP: consumers that die, are late, nack, or wait, on every kind of store, with real clients.
 
-mod gone;
+mod disconnected;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ name = "logged"
 sink = "log"
 "#;
 
-/// Where the entries are kept.
+/// The store of a test.
 struct Site {
     server: Option<RedisServer>,
 }
@@ -56,8 +56,8 @@ impl Site {
         Home::named(instance, &format!("{config}\n{STREAMS}\n{}", store.unwrap_or_default()))
     }
 
-    /// The same where the guard makes a round every quarter of that time.
-    fn patient(&self, claim_idle: &str) -> Home {
+    /// Returns a home with another `claim_idle`. The redeliverer searches at a quarter of it.
+    fn with_claim_idle(&self, claim_idle: &str) -> Home {
         let home = self.home("");
         let file = home.path("aurora-bus.toml");
         let config = std::fs::read_to_string(&file).expect("the configuration");
@@ -70,7 +70,7 @@ async fn post(daemon: &Daemon, what: &str, body: &Value) -> (StatusCode, Value) 
     daemon.post(&format!("/api/v1/streams/{STREAM}/groups/agents/{what}"), body).await
 }
 
-/// What a worker is given, waiting for it for a while.
+/// Pulls entries, waiting for them for a while.
 async fn pull(daemon: &Daemon, consumer: &str, max: usize, lease_ms: u64, wait_ms: u64) -> Vec<Value> {
     let body = json!({"consumer": consumer, "max": max, "lease_ms": lease_ms, "wait_ms": wait_ms});
     let (status, answer) = post(daemon, "pull", &body).await;
@@ -78,14 +78,14 @@ async fn pull(daemon: &Daemon, consumer: &str, max: usize, lease_ms: u64, wait_m
     answer["deliveries"].as_array().expect("a list").clone()
 }
 
-/// The one task that a worker is given.
+/// Pulls one entry.
 async fn pull_one(daemon: &Daemon, consumer: &str, lease_ms: u64) -> Value {
     let mut tasks = pull(daemon, consumer, 1, lease_ms, 10_000).await;
     assert_eq!(tasks.len(), 1, "a task for {consumer}");
     tasks.remove(0)
 }
 
-/// The status of each token's result.
+/// Settles entries and returns the status of each result.
 async fn settle(daemon: &Daemon, what: &str, tasks: &[&Value], more: Value) -> Vec<u64> {
     let tokens: Vec<&Value> = tasks.iter().map(|task| &task["token"]).collect();
     let mut body = json!({"tokens": tokens});
@@ -121,7 +121,7 @@ async fn dead_letters(daemon: &Daemon, count: usize) -> Vec<Value> {
     .await
 }
 
-async fn a_task_is_leased_to_one_worker_until_it_is_acknowledged(site: Site) {
+async fn entry_is_leased_to_one_consumer_until_its_ack(site: Site) {
     let home = site.home("");
     let daemon = home.start().await;
     publish(&daemon, 2).await;
@@ -146,16 +146,16 @@ async fn a_task_is_leased_to_one_worker_until_it_is_acknowledged(site: Site) {
     daemon.stop().await;
 }
 
-async fn a_late_worker_is_told_and_the_next_one_is_not_disturbed(site: Site) {
-    // No round of the guard comes between: it is the end of the lease that hands on.
-    let home = site.patient("60s");
+async fn late_consumer_is_rejected_and_the_next_undisturbed(site: Site) {
+    // No regular search of the redeliverer comes in time: the end of the lease triggers the redelivery.
+    let home = site.with_claim_idle("60s");
     let daemon = home.start().await;
     publish(&daemon, 1).await;
     let late = pull_one(&daemon, "agent-1", 300).await;
     let again = pull_one(&daemon, "agent-2", 30_000).await;
     assert_eq!((task_id(&again), &again["attempt"]), (task_id(&late), &json!(2)));
     assert_eq!(again["id"], late["id"], "it is the same task");
-    assert_eq!(again.get("fields"), None, "how it came back is not its worker's business");
+    assert_eq!(again.get("fields"), None, "internal fields are not shown to consumers");
     for what in ["ack", "nack", "extend"] {
         assert_eq!(settle(&daemon, what, &[&late], json!({})).await, [409], "{what}");
     }
@@ -165,8 +165,8 @@ async fn a_late_worker_is_told_and_the_next_one_is_not_disturbed(site: Site) {
     daemon.stop().await;
 }
 
-async fn a_task_that_is_extended_stays_with_its_worker(site: Site) {
-    let home = site.patient("12s");
+async fn extended_entry_stays_with_its_consumer(site: Site) {
+    let home = site.with_claim_idle("12s");
     let daemon = home.start().await;
     publish(&daemon, 1).await;
     let task = pull_one(&daemon, "agent-1", 3_000).await;
@@ -177,14 +177,14 @@ async fn a_task_that_is_extended_stays_with_its_worker(site: Site) {
     daemon.stop().await;
 }
 
-async fn what_is_given_back_comes_back_after_its_delay(site: Site) {
+async fn nacked_entry_returns_after_its_delay(site: Site) {
     let home = site.home("");
     let daemon = home.start().await;
     publish(&daemon, 1).await;
     let task = pull_one(&daemon, "agent-1", 3_000).await;
     let began = Instant::now();
     assert_eq!(settle(&daemon, "nack", &[&task], json!({"delay_ms": 700})).await, [200]);
-    assert_eq!(ack(&daemon, &task).await, 409, "it is not its worker's any more");
+    assert_eq!(ack(&daemon, &task).await, 409, "its lease has ended");
     let again = pull_one(&daemon, "agent-1", 3_000).await;
     assert!(began.elapsed() >= Duration::from_millis(700), "after {:?}", began.elapsed());
     assert_eq!(again["attempt"], 2);
@@ -199,7 +199,7 @@ async fn what_is_given_back_comes_back_after_its_delay(site: Site) {
     daemon.stop().await;
 }
 
-async fn what_would_fail_again_is_given_up_at_once(site: Site) {
+async fn permanent_nack_dead_letters_the_entry_at_once(site: Site) {
     let home = site.home("");
     let daemon = home.start().await;
     publish(&daemon, 1).await;
@@ -212,7 +212,7 @@ async fn what_would_fail_again_is_given_up_at_once(site: Site) {
     daemon.stop().await;
 }
 
-async fn a_task_that_kills_every_worker_ends_in_the_dead_letters(site: Site) {
+async fn entry_that_kills_every_consumer_is_dead_lettered(site: Site) {
     let home = site.home("");
     let daemon = home.start().await;
     publish(&daemon, 1).await;
@@ -227,7 +227,7 @@ async fn a_task_that_kills_every_worker_ends_in_the_dead_letters(site: Site) {
     daemon.stop().await;
 }
 
-/// A worker as they are written everywhere. By its mode it works, or dies of what it gets.
+/// A typical consumer. By its mode it works, or dies of an entry.
 const WORKER: &str = r#"
 import json, os, sys, urllib.request
 base, name, mode = sys.argv[1:]
@@ -246,7 +246,7 @@ while True:
         print("done", task["data"]["task_id"], result, flush=True)
 "#;
 
-async fn the_task_of_a_killed_worker_reaches_another_after_its_lease(site: Site) {
+async fn entry_of_a_killed_consumer_returns_after_its_lease(site: Site) {
     let home = site.home("");
     let daemon = home.start().await;
     publish(&daemon, 1).await;
@@ -261,8 +261,8 @@ async fn the_task_of_a_killed_worker_reaches_another_after_its_lease(site: Site)
     daemon.stop().await;
 }
 
-async fn leases_and_tokens_survive_the_daemon(site: Site) {
-    let home = site.patient("12s");
+async fn leases_and_tokens_survive_a_crash_of_the_daemon(site: Site) {
+    let home = site.with_claim_idle("12s");
     let daemon = home.start().await;
     publish(&daemon, 2).await;
     let kept = pull_one(&daemon, "agent-1", 12_000).await;
@@ -278,7 +278,7 @@ async fn leases_and_tokens_survive_the_daemon(site: Site) {
     daemon.stop().await;
 }
 
-async fn those_who_wait_are_served_in_turn_and_let_go_when_the_daemon_stops(site: Site) {
+async fn waiting_pulls_are_served_in_order_and_end_at_the_stop(site: Site) {
     let home = site.home("");
     let daemon = Arc::new(home.start().await);
     let mut polls = JoinSet::new();
@@ -291,7 +291,7 @@ async fn those_who_wait_are_served_in_turn_and_let_go_when_the_daemon_stops(site
     if let Some(server) = &site.server {
         let clients = server.cli(&["CLIENT", "LIST"]);
         let blocked = clients.lines().filter(|line| line.contains("cmd=xreadgroup")).count();
-        assert!(blocked <= 3, "one reader for all who wait, not {blocked}:\n{clients}");
+        assert!(blocked <= 3, "one reader for all waiting pulls, not {blocked}:\n{clients}");
     }
     publish(&daemon, 20).await;
     let mut given: BTreeMap<String, usize> = BTreeMap::new();
@@ -307,12 +307,12 @@ async fn those_who_wait_are_served_in_turn_and_let_go_when_the_daemon_stops(site
     while let Some(tasks) = polls.join_next().await {
         assert_eq!(tasks.expect("no panic"), Vec::<Value>::new());
     }
-    assert!(began.elapsed() < Duration::from_secs(5), "let go after {:?}", began.elapsed());
-    let daemon = Arc::into_inner(daemon).expect("nobody polls");
+    assert!(began.elapsed() < Duration::from_secs(5), "ended after {:?}", began.elapsed());
+    let daemon = Arc::into_inner(daemon).expect("no poll is left");
     assert_eq!(daemon.ended().await.status.code(), Some(0));
 }
 
-async fn what_nobody_waited_for_any_more_is_given_to_others(site: Site) {
+async fn entries_for_a_closed_poll_go_to_others(site: Site) {
     let home = site.home("");
     let daemon = Arc::new(home.start().await);
     let polling = Arc::clone(&daemon);
@@ -329,12 +329,12 @@ async fn what_nobody_waited_for_any_more_is_given_to_others(site: Site) {
     let mut ids: Vec<_> = given.iter().map(task_id).collect();
     ids.sort();
     assert_eq!(ids, ["t0", "t1", "t2", "t3", "t4"]);
-    assert!(given.iter().all(|task| task["attempt"] == 1), "it was nobody's attempt: {given:?}");
-    let daemon = Arc::into_inner(daemon).expect("nobody polls");
+    assert!(given.iter().all(|task| task["attempt"] == 1), "a released delivery is not an attempt: {given:?}");
+    let daemon = Arc::into_inner(daemon).expect("no poll is left");
     daemon.stop().await;
 }
 
-async fn limits_are_told_with_their_names(site: Site) {
+async fn exceeded_limits_are_reported_with_their_names(site: Site) {
     let home = site.home("[pull]\nmax_batch = 10\nmax_leases = 2\nmax_wait = \"20s\"\nmax_waiting = 1");
     let daemon = Arc::new(home.start().await);
     let cases = [
@@ -377,7 +377,7 @@ async fn limits_are_told_with_their_names(site: Site) {
     let (status, problem) = post(&daemon, "pull", &json!({"consumer": "second", "wait_ms": 1_000})).await;
     assert_eq!((status, &problem["code"]), (StatusCode::TOO_MANY_REQUESTS, &json!("too_many_waiting")));
     polls.shutdown().await;
-    Arc::into_inner(daemon).expect("nobody polls").stop().await;
+    Arc::into_inner(daemon).expect("no poll is left").stop().await;
 }
 
 macro_rules! cases {
@@ -410,23 +410,23 @@ macro_rules! cases {
 }
 
 cases!(
-    a_task_is_leased_to_one_worker_until_it_is_acknowledged,
-    a_late_worker_is_told_and_the_next_one_is_not_disturbed,
-    a_task_that_is_extended_stays_with_its_worker,
-    what_is_given_back_comes_back_after_its_delay,
-    what_would_fail_again_is_given_up_at_once,
-    a_task_that_kills_every_worker_ends_in_the_dead_letters,
-    the_task_of_a_killed_worker_reaches_another_after_its_lease,
-    leases_and_tokens_survive_the_daemon,
-    those_who_wait_are_served_in_turn_and_let_go_when_the_daemon_stops,
-    what_nobody_waited_for_any_more_is_given_to_others,
-    limits_are_told_with_their_names,
+    entry_is_leased_to_one_consumer_until_its_ack,
+    late_consumer_is_rejected_and_the_next_undisturbed,
+    extended_entry_stays_with_its_consumer,
+    nacked_entry_returns_after_its_delay,
+    permanent_nack_dead_letters_the_entry_at_once,
+    entry_that_kills_every_consumer_is_dead_lettered,
+    entry_of_a_killed_consumer_returns_after_its_lease,
+    leases_and_tokens_survive_a_crash_of_the_daemon,
+    waiting_pulls_are_served_in_order_and_end_at_the_stop,
+    entries_for_a_closed_poll_go_to_others,
+    exceeded_limits_are_reported_with_their_names,
 );
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_the_store_is_not_there_to_settle_is_asked_for_again() {
+async fn settling_without_the_store_is_503_and_can_be_repeated() {
     let mut site = Site { server: Some(RedisServer::durable().await) };
-    let home = site.patient("10m");
+    let home = site.with_claim_idle("10m");
     let daemon = home.start().await;
     publish(&daemon, 2).await;
     let (task, other) = (pull_one(&daemon, "agent-1", 600_000).await, pull_one(&daemon, "agent-1", 600_000).await);
@@ -446,7 +446,7 @@ async fn what_the_store_is_not_there_to_settle_is_asked_for_again() {
     daemon.stop().await;
 }
 
-/// A worker that reads the group straight from Redis.
+/// A consumer that reads the group directly from Redis.
 const REDIS_WORKER: &str = r#"
 import json, sys, redis
 port, stream, group, name = sys.argv[1:]
@@ -460,7 +460,7 @@ while True:
 "#;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_daemons_and_workers_of_redis_share_one_group_and_handle_each_task_once() {
+async fn http_and_redis_consumers_share_a_group_of_two_daemons() {
     let site = Site::redis().await;
     let (home_a, home_b) = (site.named("soc-a", ""), site.named("soc-b", ""));
     let (a, b) = (home_a.start().await, home_b.start().await);
@@ -497,7 +497,7 @@ async fn two_daemons_and_workers_of_redis_share_one_group_and_handle_each_task_o
     a.stop().await;
 }
 
-/// The first block of that language in the page for those who write workers.
+/// Returns the first code block of a language in `docs/agents.md`.
 fn example(language: &str) -> String {
     let page = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/agents.md");
     let page = std::fs::read_to_string(page).expect("the page");
@@ -505,14 +505,14 @@ fn example(language: &str) -> String {
     rest.split_once("```").expect("its end").0.to_owned()
 }
 
-/// A daemon as it is shipped, but that gives back sooner.
+/// Returns a daemon with the default configuration, but a shorter `claim_idle`.
 fn shipped() -> Home {
     let groups = "[[streams.groups]]\nname = \"aurora-agents\"\nclaim_idle = \"30s\"\n";
     Home::new(&format!("[[streams]]\nname = \"aurora:agent:tasks\"\n{groups}"))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_example_with_curl_does_what_it_says() {
+async fn curl_example_settles_its_entries() {
     let home = shipped();
     let daemon = home.start().await;
     let mut command = std::process::Command::new("sh");
@@ -526,7 +526,7 @@ async fn the_example_with_curl_does_what_it_says() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_example_in_python_works_gives_back_and_gives_up() {
+async fn python_example_acknowledges_nacks_and_dead_letters() {
     let home = shipped();
     let daemon = home.start().await;
     let told = "def handle(task):\n    print(\"handles\", task[\"task_id\"], flush=True)\n";
@@ -536,7 +536,7 @@ async fn the_example_in_python_works_gives_back_and_gives_up() {
                    seen.add(\"t2\"); raise OSError(\"not now\")\n    \
                    print(\"done\", task[\"task_id\"], flush=True)\n";
     let example = example("python");
-    assert!(example.contains(told), "the example has a place for the work");
+    assert!(example.contains(told), "the example has a handler");
     let program =
         format!("import os\nos.environ[\"BUS\"] = \"{}\"\n{}", daemon.url(""), example.replace(told, handler));
     let worker = Python::start(&program, &["agent-1"]);
@@ -555,7 +555,7 @@ async fn the_example_in_python_works_gives_back_and_gives_up() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_example_in_python_settles_what_it_did_while_the_daemon_was_away() {
+async fn python_example_settles_after_an_outage_of_the_daemon() {
     let mut home = shipped();
     let daemon = home.start().await;
     let base = daemon.url("");

@@ -137,7 +137,7 @@ impl Process {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn workers_of_one_process_have_one_entry_in_hand_that_must_be_alone() {
     let test = stores::embedded().await;
-    let mut process = Process::new(&test.store, Quarantine::with_turns_of(LONG));
+    let mut process = Process::new(&test.store, Quarantine::with_max_hold(LONG));
     let company = Arc::<Company>::default();
     let sink = Arc::new(SlowSink::new(Duration::from_millis(50), true, &company));
     // Left by an earlier life, and by others.
@@ -152,7 +152,7 @@ async fn workers_of_one_process_have_one_entry_in_hand_that_must_be_alone() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sink_that_hangs_does_not_hold_up_what_other_groups_recover() {
     let test = stores::embedded().await;
-    let mut process = Process::new(&test.store, Quarantine::with_turns_of(Duration::from_millis(100)));
+    let mut process = Process::new(&test.store, Quarantine::with_max_hold(Duration::from_millis(100)));
     let company = Arc::<Company>::default();
     let hanging = Arc::new(SlowSink::new(Duration::ZERO, false, &company));
     process.start(&suspicious(&*test.store, "soc-a-0", 3).await, LONG, &hanging);
@@ -170,7 +170,7 @@ async fn a_sink_that_hangs_does_not_hold_up_what_other_groups_recover() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_waits_for_its_own_sink_does_not_spend_its_turn_on_that() {
     let test = stores::embedded().await;
-    let mut process = Process::new(&test.store, Quarantine::with_turns_of(Duration::from_millis(100)));
+    let mut process = Process::new(&test.store, Quarantine::with_max_hold(Duration::from_millis(100)));
     let company = Arc::<Company>::default();
     let hanging = Arc::new(SlowSink::new(Duration::ZERO, false, &company));
     let left = suspicious(&*test.store, "soc-b-0", 1).await;

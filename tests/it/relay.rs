@@ -1,4 +1,4 @@
-//! The relay behind real sockets.
+//! The relay with real sockets.
 
 mod feeds;
 mod filters;
@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use aurora_bus::event::{Fields, NewEntry};
-use aurora_bus::relay::{CloseCode, Config, Ending};
+use aurora_bus::relay::{CloseCode, Config, SessionEnd};
 use aurora_bus::store::Trim;
 use bytes::Bytes;
 use bytesize::ByteSize;
@@ -25,14 +25,14 @@ use tokio::time::{Instant, timeout};
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 
-use server::{PATIENCE, Server, alerts, cps_alerts, publish};
-use store::Fragile;
+use server::{Server, TEST_TIMEOUT, alerts, cps_alerts, publish};
+use store::FaultyStore;
 
 fn config() -> Config {
     Config { drain_window: Duration::from_millis(200), ..Config::default() }
 }
 
-/// A ring that holds next to nothing: whoever isn't at the head is served from the store.
+/// A ring for one entry: clients that are not at the head are served from the store.
 fn tiny_ring() -> Config {
     Config { ring_entries: 1, ..config() }
 }
@@ -41,7 +41,7 @@ fn numbered(numbers: impl IntoIterator<Item = usize>) -> impl Iterator<Item = St
     numbers.into_iter().map(|n| format!(r#"{{"n":{n}}}"#))
 }
 
-/// Whether the alert of that number passes a filter.
+/// Returns whether the alert with that number passes a filter.
 type Passes = fn(usize) -> bool;
 
 fn number(text: &str) -> usize {
@@ -49,15 +49,15 @@ fn number(text: &str) -> usize {
     digits.parse().expect("a numbered alert")
 }
 
-/// The value of a text member, for alerts without escapes.
+/// Returns the value of a text property, for alerts without escapes.
 fn member(text: &str, name: &str) -> String {
     let (_, rest) = text.split_once(&format!(r#""{name}":""#)).unwrap_or_else(|| panic!("no {name} in {text}"));
     rest.split('"').next().expect("a text").to_owned()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_client_is_given_every_alert_once_and_in_order_byte_for_byte() {
-    let server = Server::start(Fragile::open().await, config()).await;
+async fn every_client_receives_every_alert_once_in_order() {
+    let server = Server::start(FaultyStore::open().await, config()).await;
     let mut clients = JoinSet::new();
     for _ in 0..10 {
         let mut client = server.connect("alerts").await;
@@ -76,17 +76,17 @@ async fn every_client_is_given_every_alert_once_and_in_order_byte_for_byte() {
     }
     let delivered = 60_000;
     let counter = server.metrics.relay_deliveries.with_label_values(&["alerts"]);
-    // Each write is counted after it.
+    // Writes are counted after they are done.
     server.until("all are counted", || counter.get() >= delivered).await;
     assert_eq!(counter.get(), delivered);
     let writes = server.metrics.relay_writes.with_label_values(&["alerts"]).get();
-    assert!(writes < delivered / 2, "many alerts travel in one write: {writes} writes");
+    assert!(writes < delivered / 2, "one write carries many alerts: {writes} writes");
 }
 
 #[tokio::test]
-async fn a_lagging_client_catches_up_from_the_store() {
+async fn lagging_client_catches_up_from_the_store() {
     let config = Config { ring_bytes: ByteSize::kib(64), ..config() };
-    let server = Server::start(Fragile::open().await, config).await;
+    let server = Server::start(FaultyStore::open().await, config).await;
     let mut slow = server.connect_slow("alerts").await;
     let mut fast = server.connect("alerts").await;
     let padded = |n: usize| format!(r#"{{"n":{n:05},"pad":"{}"}}"#, "x".repeat(1000));
@@ -96,16 +96,16 @@ async fn a_lagging_client_catches_up_from_the_store() {
     }
     let expected: Vec<String> = (0..2000).map(padded).collect();
     assert_eq!(slow.texts(2000).await, expected);
-    assert!(server.catchups() > 0, "2 MB don't fit into the sockets and a ring of 64 KiB");
+    assert!(server.catchups() > 0, "2 MB do not fit into the sockets and a ring of 64 KiB");
     assert_eq!(server.gaps("trimmed"), 0);
     server.publish(&alerts(), [padded(2000)]).await;
     assert_eq!(slow.text().await, padded(2000), "it is live again");
 }
 
 #[tokio::test]
-async fn a_client_that_wants_the_latest_skips_what_it_was_too_slow_for() {
+async fn slow_client_in_mode_latest_skips_entries() {
     let config = Config { ring_bytes: ByteSize::kib(64), ..config() };
-    let server = Server::start(Fragile::open().await, config).await;
+    let server = Server::start(FaultyStore::open().await, config).await;
     let mut slow = server.connect_slow("alerts?mode=latest").await;
     let mut fast = server.connect("alerts").await;
     let padded = |n: usize| format!(r#"{{"n":{n:05},"pad":"{}"}}"#, "x".repeat(1000));
@@ -122,13 +122,13 @@ async fn a_client_that_wants_the_latest_skips_what_it_was_too_slow_for() {
         seen.push(slow.text().await);
     }
     assert!(seen.len() < 2001, "nothing was skipped");
-    assert!(seen.is_sorted(), "what is given is in order");
+    assert!(seen.is_sorted(), "the alerts are in order");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_snapshot_and_what_follows_have_no_seam() {
+async fn snapshot_and_live_entries_join_without_a_gap() {
     for config in [config(), tiny_ring()] {
-        let server = Server::start(Fragile::open().await, config).await;
+        let server = Server::start(FaultyStore::open().await, config).await;
         let published = server.publish(&alerts(), numbered(0..500)).await;
         server.until_relayed(&alerts(), &published).await;
         let store = server.store.clone();
@@ -146,27 +146,27 @@ async fn a_snapshot_and_what_follows_have_no_seam() {
                 clients.spawn(async move {
                     let first = number(&client.text().await);
                     let rest: Vec<usize> = client.texts(8000 - first - 1).await.iter().map(|t| number(t)).collect();
-                    assert!(rest.into_iter().eq(first + 1..8000), "hole or duplicate after {first}");
+                    assert!(rest.into_iter().eq(first + 1..8000), "gap or duplicate after {first}");
                     first
                 });
             }
         }
         while let Some(first) = clients.join_next().await {
-            assert!(first.expect("a client without holes") >= 100, "it began within its snapshot");
+            assert!(first.expect("a client without gaps") >= 100, "it starts within its snapshot");
         }
         publisher.join_all().await;
     }
 }
 
 #[tokio::test]
-async fn a_snapshot_is_the_newest_of_all_streams_in_the_order_of_time() {
+async fn snapshot_merges_all_streams_by_time() {
     for config in [config(), tiny_ring()] {
-        let server = Server::start(Fragile::open().await, config).await;
+        let server = Server::start(FaultyStore::open().await, config).await;
         let mut last = Vec::new();
         for n in 0..30 {
             let stream = if n % 3 == 0 { cps_alerts() } else { alerts() };
             last = server.publish(&stream, numbered([n])).await;
-            // Ids are times: the next one shall be later.
+            // Ids are times: the next one must be later.
             let published = last[0].id.ms;
             server
                 .until("the clock has moved", || jiff::Timestamp::now().as_millisecond().cast_unsigned() > published)
@@ -183,9 +183,9 @@ async fn a_snapshot_is_the_newest_of_all_streams_in_the_order_of_time() {
 }
 
 #[tokio::test]
-async fn a_client_resumes_after_its_positions() {
+async fn client_resumes_after_its_positions() {
     for config in [config(), tiny_ring()] {
-        let server = Server::start(Fragile::open().await, config).await;
+        let server = Server::start(FaultyStore::open().await, config).await;
         let mut client = server.connect("alerts?meta=1").await;
         server.publish(&alerts(), numbered(0..10)).await;
         server.publish(&cps_alerts(), numbered(100..110)).await;
@@ -210,8 +210,8 @@ async fn a_client_resumes_after_its_positions() {
 }
 
 #[tokio::test]
-async fn times_and_earliest_begin_in_the_past() {
-    let server = Server::start(Fragile::open().await, tiny_ring()).await;
+async fn since_time_or_earliest_starts_in_the_past() {
+    let server = Server::start(FaultyStore::open().await, tiny_ring()).await;
     server.publish(&alerts(), numbered(0..50)).await;
     let published = server.publish(&alerts(), numbered([50])).await;
     server.until_relayed(&alerts(), &published).await;
@@ -221,11 +221,11 @@ async fn times_and_earliest_begin_in_the_past() {
     }
     let mut client = server.connect("alerts?since=2999-01-01T00:00:00Z").await;
     server.publish(&alerts(), numbered([51])).await;
-    assert_eq!(client.text().await, r#"{"n":51}"#, "a time to come is now");
+    assert_eq!(client.text().await, r#"{"n":51}"#, "a time in the future means now");
 }
 
 #[tokio::test]
-async fn a_filter_passes_the_same_live_from_the_ring_and_from_the_store() {
+async fn filter_passes_the_same_entries_live_and_from_the_store() {
     let alert = |n: usize| {
         let severity = ["info", "low", "medium", "high", "critical", "odd"][n % 6];
         let (source, tenant) = (["zeek", "suricata"][n % 2], ["a", "b", "c"][n % 3]);
@@ -246,7 +246,7 @@ async fn a_filter_passes_the_same_live_from_the_ring_and_from_the_store() {
         (&tree, |n| n % 2 == 0 && (n % 6 == 4 || n % 3 != 0 && n / 2 % 2 == 1)),
     ];
     for config in [config(), tiny_ring()] {
-        let server = Server::start(Fragile::open().await, config).await;
+        let server = Server::start(FaultyStore::open().await, config).await;
         let mut live = Vec::new();
         for (query, passes) in filters {
             live.push((server.connect(&format!("alerts?{query}")).await, passes));
@@ -269,8 +269,8 @@ async fn a_filter_passes_the_same_live_from_the_ring_and_from_the_store() {
 }
 
 #[tokio::test]
-async fn entries_without_text_are_left_out_and_counted() {
-    let server = Server::start(Fragile::open().await, config()).await;
+async fn undecodable_entries_are_skipped_and_counted() {
+    let server = Server::start(FaultyStore::open().await, config()).await;
     let mut client = server.connect("alerts").await;
     let entry = |name: &'static str, value: &'static [u8]| {
         let fields: Fields = [(Bytes::from(name), Bytes::from_static(value))].into_iter().collect();
@@ -283,8 +283,8 @@ async fn entries_without_text_are_left_out_and_counted() {
 }
 
 #[tokio::test]
-async fn what_was_trimmed_away_is_counted_and_the_rest_is_given() {
-    let server = Server::start(Fragile::open().await, tiny_ring()).await;
+async fn trimmed_entries_are_counted_and_the_rest_is_sent() {
+    let server = Server::start(FaultyStore::open().await, tiny_ring()).await;
     let mut client = server.connect("alerts?meta=1").await;
     server.publish(&alerts(), numbered(0..100)).await;
     let position = member(&client.texts(10).await[9], "_pos");
@@ -294,7 +294,7 @@ async fn what_was_trimmed_away_is_counted_and_the_rest_is_given() {
     let newest_hundred = published[100].id;
     server.store.trim(&alerts(), Trim::Before(newest_hundred)).await.expect("trimmed");
     let first = server.store.describe(&alerts()).await.expect("described").expect("it exists").first_id;
-    assert!(first.is_some_and(|first| first > published[0].id), "trimming has removed something unseen");
+    assert!(first.is_some_and(|first| first > published[0].id), "the trim removed entries that no client has seen");
     let mut client = server.connect(&format!("alerts?since={position}")).await;
     let first = number(&client.text().await);
     let rest: Vec<usize> = client.texts(299 - first).await.iter().map(|text| number(text)).collect();
@@ -303,10 +303,10 @@ async fn what_was_trimmed_away_is_counted_and_the_rest_is_given() {
 }
 
 #[tokio::test]
-async fn a_client_that_never_reads_is_closed_and_costs_no_one_anything() {
+async fn client_that_never_reads_is_closed_at_no_cost_to_others() {
     let config = Config { write_timeout: Duration::from_secs(1), ring_bytes: ByteSize::kib(256), ..config() };
     let limit = usize::try_from(config.ring_bytes.as_u64()).expect("small");
-    let server = Server::start(Fragile::open().await, config).await;
+    let server = Server::start(FaultyStore::open().await, config).await;
     let _stuck = server.connect_slow("alerts").await;
     let mut reader = server.connect("alerts").await;
     let padded = |n: usize| format!(r#"{{"n":{n:05},"pad":"{}"}}"#, "x".repeat(4000));
@@ -317,15 +317,15 @@ async fn a_client_that_never_reads_is_closed_and_costs_no_one_anything() {
         let held: usize = server.relay.status().streams.iter().map(|stream| stream.ring_bytes).max().expect("streams");
         assert!(held <= limit, "the ring holds {held} bytes");
     }
-    assert_eq!(server.endings(1).await, [Ending::Closed(CloseCode::WriteTimeout)]);
+    assert_eq!(server.ends(1).await, [SessionEnd::Closed(CloseCode::WriteTimeout)]);
     assert_eq!(server.metrics.relay_closes.with_label_values(&["4008"]).get(), 1);
     assert_eq!(server.relay.status().connections, 1);
 }
 
 #[tokio::test]
-async fn a_client_too_far_behind_is_closed() {
+async fn client_too_far_behind_is_closed() {
     let config = Config { ring_bytes: ByteSize::kib(64), max_lag_bytes: ByteSize::kib(512), ..config() };
-    let server = Server::start(Fragile::open().await, config).await;
+    let server = Server::start(FaultyStore::open().await, config).await;
     let mut slow = server.connect_slow("alerts").await;
     let padded = |n: usize| format!(r#"{{"n":{n:05},"pad":"{}"}}"#, "x".repeat(4000));
     server.publish(&alerts(), [padded(0)]).await;
@@ -344,13 +344,13 @@ fn texts_len(server: &Server) -> usize {
 }
 
 #[tokio::test]
-async fn what_makes_no_sense_is_closed_with_its_code() {
-    let server = Server::start(Fragile::open().await, config()).await;
+async fn invalid_input_is_closed_with_its_code() {
+    let server = Server::start(FaultyStore::open().await, config()).await;
     let garbage = server.connect("alerts").await;
     let mut socket = garbage.socket.into_inner();
     socket.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.expect("written");
     let mut answer = Vec::new();
-    timeout(PATIENCE, socket.read_to_end(&mut answer)).await.expect("it ends").expect("a clean end");
+    timeout(TEST_TIMEOUT, socket.read_to_end(&mut answer)).await.expect("it ends").expect("a clean end");
     assert_eq!(answer.get(..4), Some(&[0x88, answer[1], 0x11, 0x94][..]), "a close frame with 4500");
 
     let mut big = server.connect("alerts").await;
@@ -368,8 +368,8 @@ async fn what_makes_no_sense_is_closed_with_its_code() {
 }
 
 #[tokio::test]
-async fn what_a_client_says_is_ignored_and_its_pings_are_answered_between_alerts() {
-    let server = Server::start(Fragile::open().await, config()).await;
+async fn messages_are_ignored_and_pings_answered_in_plain_mode() {
+    let server = Server::start(FaultyStore::open().await, config()).await;
     let mut client = server.connect("alerts").await;
     client.socket.send(Message::text("subscribe me to everything")).await.expect("sent");
     client.socket.send(Message::binary(vec![0; 60_000])).await.expect("sent");
@@ -392,12 +392,12 @@ async fn what_a_client_says_is_ignored_and_its_pings_are_answered_between_alerts
 }
 
 #[tokio::test]
-async fn a_client_that_answers_pings_stays_and_one_that_does_not_is_closed() {
+async fn client_without_pong_is_closed_and_others_stay() {
     let (ping_interval, pong_timeout) = (Duration::from_millis(100), Duration::from_secs(1));
-    let server = Server::start(Fragile::open().await, Config { ping_interval, pong_timeout, ..config() }).await;
+    let server = Server::start(FaultyStore::open().await, Config { ping_interval, pong_timeout, ..config() }).await;
     let mut alive = server.connect("alerts").await;
     let dead = server.connect("alerts").await;
-    // Reading the bare socket answers nothing.
+    // A bare socket answers no pings.
     let mut dead = dead.socket.into_inner();
     let mut killed = JoinSet::new();
     killed.spawn(async move {
@@ -413,30 +413,30 @@ async fn a_client_that_answers_pings_stays_and_one_that_does_not_is_closed() {
     }
     let bytes = killed.join_next().await.expect("one task").expect("it was closed");
     assert_eq!(bytes.get(..2), Some(&[0x89, 0][..]), "it was pinged first");
-    assert_eq!(server.endings(1).await, [Ending::Closed(CloseCode::NoPong)]);
+    assert_eq!(server.ends(1).await, [SessionEnd::Closed(CloseCode::NoPong)]);
     server.publish(&alerts(), numbered([1])).await;
     assert_eq!(alive.text().await, r#"{"n":1}"#);
 }
 
 #[tokio::test]
-async fn a_client_that_closes_is_answered() {
-    let server = Server::start(Fragile::open().await, config()).await;
+async fn close_of_a_client_is_answered() {
+    let server = Server::start(FaultyStore::open().await, config()).await;
     let mut client = server.connect("alerts").await;
     let frame = CloseFrame { code: 1000.into(), reason: "done".into() };
     client.socket.close(Some(frame)).await.expect("sent");
     assert_eq!(client.close().await.1, 1000);
     assert!(client.message().await.is_none(), "the connection ends");
     drop(server.connect("alerts").await);
-    let endings = server.endings(2).await;
-    assert!(endings.contains(&Ending::ByPeer(Some(1000))) && endings.contains(&Ending::Lost), "{endings:?}");
-    server.until("all places are free", || server.relay.status().connections == 0).await;
+    let ends = server.ends(2).await;
+    assert!(ends.contains(&SessionEnd::ByPeer(Some(1000))) && ends.contains(&SessionEnd::Lost), "{ends:?}");
+    server.until("all connections are closed", || server.relay.status().connections == 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn draining_closes_every_client_within_its_window_and_serves_them_until_then() {
+async fn draining_closes_every_client_within_the_window() {
     let config = Config { drain_window: Duration::from_millis(1500), ..config() };
     let window = config.drain_window;
-    let server = Server::start(Fragile::open().await, config).await;
+    let server = Server::start(FaultyStore::open().await, config).await;
     let mut clients = JoinSet::new();
     let began = Instant::now();
     for _ in 0..40 {
@@ -445,7 +445,7 @@ async fn draining_closes_every_client_within_its_window_and_serves_them_until_th
             let (texts, code, reason) = client.close().await;
             assert_eq!(code, 4000);
             assert!(reason.starts_with("going_away"), "{reason}");
-            assert!(texts.iter().map(|text| number(text)).eq(0..texts.len()), "no holes");
+            assert!(texts.iter().map(|text| number(text)).eq(0..texts.len()), "no gaps");
             (Instant::now(), texts.len())
         });
     }
@@ -465,52 +465,52 @@ async fn draining_closes_every_client_within_its_window_and_serves_them_until_th
         ends.iter().map(|(at, _)| *at).max().expect("clients") - ends.iter().map(|(at, _)| *at).min().expect("clients");
     assert!(spread > window / 3, "closes are spread: {spread:?}");
     assert!(began.elapsed() < window + Duration::from_secs(5));
-    assert!(ends.iter().any(|(_, texts)| *texts > 20), "those closed late were served meanwhile");
-    let endings = server.stop().await;
-    assert_eq!(endings, [Ending::Closed(CloseCode::GoingAway); 40]);
+    assert!(ends.iter().any(|(_, texts)| *texts > 20), "clients that are closed late were served until then");
+    let ends = server.stop().await;
+    assert_eq!(ends, [SessionEnd::Closed(CloseCode::GoingAway); 40]);
 }
 
 #[tokio::test]
-async fn an_absent_store_is_waited_for_and_told_to_readiness() {
-    let store = Fragile::open().await;
-    store.set_away(true);
+async fn unavailable_store_is_retried_and_reported_to_readiness() {
+    let store = FaultyStore::open().await;
+    store.set_unavailable(true);
     let server = Server::start_cold(store.clone(), config());
     let reasons = |server: &Server| -> Vec<Option<String>> {
         server.readiness.report().into_iter().map(|part| part.reason).collect()
     };
     server
-        .until("readiness says why", || {
+        .until("readiness has the reason", || {
             let reasons = reasons(&server);
             reasons.len() == 3 && reasons.iter().all(|r| r.as_ref().is_some_and(|r| r.contains("the store is away")))
         })
         .await;
     let mut early = server.connect("alerts").await;
     let mut snapshot = server.connect("alerts?snapshot=5").await;
-    store.set_away(false);
+    store.set_unavailable(false);
     server.until("it is ready", || reasons(&server).iter().all(Option::is_none)).await;
     server.publish(&alerts(), numbered(0..10)).await;
     assert_eq!(early.texts(10).await, numbered(0..10).collect::<Vec<_>>());
     assert_eq!(snapshot.texts(10).await, numbered(0..10).collect::<Vec<_>>());
 
-    store.set_away(true);
+    store.set_unavailable(true);
     server.until("it is not ready", || reasons(&server).iter().all(Option::is_some)).await;
-    store.set_away(false);
+    store.set_unavailable(false);
     server.publish(&alerts(), numbered(10..20)).await;
-    assert_eq!(early.texts(10).await, numbered(10..20).collect::<Vec<_>>(), "an outage makes no hole");
+    assert_eq!(early.texts(10).await, numbered(10..20).collect::<Vec<_>>(), "an outage causes no gap");
     server.until("it is ready again", || reasons(&server).iter().all(Option::is_none)).await;
 }
 
 #[tokio::test]
-async fn a_stream_that_cannot_be_read_concerns_that_stream_only() {
-    let store = Fragile::open().await;
-    store.spoil(Some(cps_alerts()));
+async fn unreadable_stream_does_not_affect_other_streams() {
+    let store = FaultyStore::open().await;
+    store.set_unreadable(Some(cps_alerts()));
     let server = Server::start_cold(store.clone(), tiny_ring());
     let reason_of = |part: &str| {
         let report = server.readiness.report();
         report.into_iter().find(|p| p.name == part).expect("the part is declared").reason
     };
-    let is_told = || reason_of("relay aurora:cps:alerts").is_some_and(|reason| reason.contains("taken by a list"));
-    server.until("readiness says which", is_told).await;
+    let is_reported = || reason_of("relay aurora:cps:alerts").is_some_and(|reason| reason.contains("taken by a list"));
+    server.until("readiness has the stream", is_reported).await;
     server.until("the other is ready", || reason_of("relay aurora:alerts").is_none()).await;
     let mut clients = [server.connect("alerts").await, server.connect("alerts?snapshot=3").await];
     for numbers in [0..19, 19..20] {
@@ -519,41 +519,41 @@ async fn a_stream_that_cannot_be_read_concerns_that_stream_only() {
             assert_eq!(client.texts(numbers.len()).await, numbered(numbers.clone()).collect::<Vec<_>>());
         }
     }
-    store.spoil(None);
+    store.set_unreadable(None);
     server.until("all is ready", || reason_of("relay aurora:cps:alerts").is_none()).await;
     server.publish(&cps_alerts(), numbered([20])).await;
     for client in &mut clients {
         assert_eq!(client.text().await, r#"{"n":20}"#);
     }
 
-    store.spoil(Some(alerts()));
-    server.until("it is told again", || reason_of("relay aurora:alerts").is_some()).await;
+    store.set_unreadable(Some(alerts()));
+    server.until("readiness has it again", || reason_of("relay aurora:alerts").is_some()).await;
     let mut past = server.connect("alerts?since=earliest").await;
-    assert_eq!(past.text().await, r#"{"n":19}"#, "what is in memory is given");
-    assert_eq!(past.text().await, r#"{"n":20}"#, "and the other stream");
+    assert_eq!(past.text().await, r#"{"n":19}"#, "entries in memory are sent");
+    assert_eq!(past.text().await, r#"{"n":20}"#, "and those of the other stream");
     assert_eq!(server.gaps("unreadable"), 1);
 }
 
 #[tokio::test]
-async fn a_stream_that_begins_anew_is_followed_from_its_beginning() {
-    let store = Fragile::open().await;
+async fn lost_stream_is_followed_from_its_new_beginning() {
+    let store = FaultyStore::open().await;
     let server = Server::start(store.clone(), config()).await;
     let mut client = server.connect("alerts?meta=1&stream=aurora:alerts").await;
     server.publish(&alerts(), numbered(0..5)).await;
     let old_position = member(&client.texts(5).await[4], "_pos");
-    // An outage brings the comparison with the store forward.
-    store.set_away(true);
+    // After an outage the tail compares the stream with the store at once.
+    store.set_unavailable(true);
     let is_out = || server.readiness.report().iter().all(|part| part.reason.is_some());
     server.until("the outage is noticed", is_out).await;
-    store.lose_everything().await;
-    store.set_away(false);
+    store.lose_all_data().await;
+    store.set_unavailable(false);
     server.until("the loss is noticed", || server.gaps("state_lost") > 0).await;
     server.publish(&alerts(), numbered(100..105)).await;
     let texts = client.texts(5).await;
     let numbers = texts.iter().map(|text| number(text.split(',').next().expect("n comes first")));
     assert!(numbers.eq(100..105), "{texts:?}");
     let new_position = member(&texts[4], "_pos");
-    assert_ne!(old_position.split(':').next(), new_position.split(':').next(), "the epoch is another");
+    assert_ne!(old_position.split(':').next(), new_position.split(':').next(), "the epoch has changed");
 
     let mut resumed = server.connect(&format!("alerts?stream=aurora:alerts&since={old_position}")).await;
     assert_eq!(resumed.texts(5).await, numbered(100..105).collect::<Vec<_>>());
@@ -561,9 +561,9 @@ async fn a_stream_that_begins_anew_is_followed_from_its_beginning() {
 }
 
 #[tokio::test]
-async fn clients_that_are_not_let_in_are_told_why() {
+async fn refused_client_receives_the_reason() {
     let config = Config { max_connections: 3, max_connections_per_address: 2, ..config() };
-    let server = Server::start(Fragile::open().await, config).await;
+    let server = Server::start(FaultyStore::open().await, config).await;
     let cases = [
         ("nothing", 4500, "unknown_channel: there is no channel `nothing`"),
         ("alerts?since=yesterday", 4500, "bad_parameter: `since` must be a position"),
@@ -579,7 +579,7 @@ async fn clients_that_are_not_let_in_are_told_why() {
     server.until("two are in", || server.relay.status().connections == 2).await;
     assert_eq!(server.connect("alerts").await.close().await.1, 4503);
     drop(first);
-    server.until("one has gone", || server.relay.status().connections == 1).await;
+    server.until("one client has left", || server.relay.status().connections == 1).await;
     let mut third = server.connect("alerts").await;
     server.until("there is room again", || server.relay.status().connections == 2).await;
     server.publish(&alerts(), numbered([1])).await;

@@ -50,7 +50,7 @@ table = "results"
         .await;
         let note = told["note"].as_str().expect("a note");
         assert!(
-            told["ready"] == json!(true) && note.contains("can't take entries yet") && note.contains(words),
+            told["ready"] == json!(true) && note.contains("cannot take entries yet") && note.contains(words),
             "{told}"
         );
     }
@@ -61,9 +61,9 @@ table = "results"
     daemon.signal("TERM");
     let log = daemon.ended().await.log;
     let told =
-        |name: &str| log.lines().filter(|line| line.contains(name) && line.contains("can't take entries yet")).count();
+        |name: &str| log.lines().filter(|line| line.contains(name) && line.contains("cannot take entries yet")).count();
     assert_eq!((told("siem"), told("results")), (1, 1), "{log}");
-    assert!(log.contains("the sink can take entries now"), "{log}");
+    assert!(log.contains("sink can take entries now"), "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

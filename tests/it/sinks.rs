@@ -1,4 +1,4 @@
-//! What every sink promises, and what only some do: one suite, run for each kind in a [`World`] of its own.
+//! The promises of all sinks and of single kinds: one suite, run for each kind in its own [`World`].
 
 mod audit;
 mod daemon;
@@ -13,56 +13,57 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use aurora_bus::event::{Delivery, Entry, EntryId, Fields, StreamName, field};
 use aurora_bus::metrics::Metrics;
-use aurora_bus::sink::{Forward, Metered, Origin, Sink, SinkConfig, SinkError, SinkErrorClass};
+use aurora_bus::sink::{Forward, MeteredSink, Origin, Sink, SinkConfig, SinkError, SinkErrorClass};
+use aurora_bus::validate::Validate as _;
 use bytes::Bytes;
 use tokio::task::JoinSet;
 
 use crate::support::until;
 
-/// The longest a test waits for a state.
+/// Limit of a wait for a state.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// A sink's receiver, and how to find out what arrived there.
+/// The receiver of a sink, with access to its effects.
 #[async_trait]
 trait World: Sized + Send + Sync + 'static {
     /// The `type` of the sink.
     const TYPE: &str;
-    /// Whether a delivery that is repeated has no second effect.
+    /// Whether a repeated delivery has no second effect.
     const REFUSES_DUPLICATES: bool;
 
-    /// A fresh receiver.
+    /// Creates a fresh receiver.
     async fn open() -> Self;
 
-    /// How to reach it.
+    /// Returns a configuration that reaches it.
     fn config(&self) -> SinkConfig;
 
-    /// A sink that reaches it.
+    /// Creates a sink that reaches it.
     async fn sink(&self) -> Arc<dyn Sink> {
         build(self.config()).await.expect("a valid configuration")
     }
 
-    /// Every effect, as `stream/entry id`, in any order, by the receiver's own means. The sink is closed by now.
+    /// Returns every effect as `stream/entry id`, in any order, read by the receiver. The sink is closed.
     async fn effects(&self) -> Vec<String>;
 
-    /// Secrets in the configuration.
+    /// Returns the secrets in the configuration.
     fn secrets(&self) -> Vec<String> {
         Vec::new()
     }
 
-    /// Configurations that can't work, and a part of what must be told of them when the sink is made or checked.
+    /// Returns configurations that cannot work, each with a part of the expected error.
     fn misconfigured(&self) -> Vec<(SinkConfig, &'static str)> {
         Vec::new()
     }
 }
 
-/// A receiver that can be away.
+/// A receiver that can be unavailable.
 #[async_trait]
 trait Outage: World {
     async fn go_down(&mut self);
     async fn come_up(&mut self);
 }
 
-/// A store without streams, for sinks that forward to none.
+/// A store without streams, for sinks that do not forward.
 #[derive(Debug)]
 struct Nowhere;
 
@@ -77,12 +78,12 @@ impl Forward for Nowhere {
     }
 }
 
-/// Makes a sink as the daemon does.
+/// Creates a sink like the daemon.
 async fn build(config: SinkConfig) -> Result<Arc<dyn Sink>, SinkError> {
     config.build("it", Arc::new(Nowhere)).await
 }
 
-/// An entry's delivery: number `n` of its stream.
+/// Creates the delivery of entry number `n` of its stream.
 fn delivery(n: u64, attempt: u32) -> Delivery {
     let data = format!(r#"{{ "title": "event {n}", "severity": "high", "pad": "{}" }}"#, "x".repeat(300));
     let event_id = format!("0195e2a0-0000-7000-8000-{n:012}");
@@ -104,7 +105,7 @@ fn origin(stream: &str) -> Origin {
 
 const STREAM: &str = "aurora:test.alerts";
 
-/// Delivers as a worker does: in batches that the sink takes, up to the first failure.
+/// Delivers like a worker: in batches of the size that the sink takes, up to the first error.
 async fn deliver(sink: &dyn Sink, stream: &str, batch: &[Delivery]) -> Result<(), SinkError> {
     for part in batch.chunks(sink.max_batch()) {
         sink.deliver(&origin(stream), part).await?;
@@ -112,7 +113,7 @@ async fn deliver(sink: &dyn Sink, stream: &str, batch: &[Delivery]) -> Result<()
     Ok(())
 }
 
-/// What the receiver has once the sink is closed, in order.
+/// Returns the effects in order, after closing the sink.
 async fn outcome<W: World>(world: &W, sink: Arc<dyn Sink>) -> Vec<String> {
     sink.close().await;
     drop(sink);
@@ -131,7 +132,7 @@ fn expected(stream: &str, numbers: impl IntoIterator<Item = u64>) -> Vec<String>
     numbers.into_iter().map(|n| format!("{stream}/{n}-0")).collect()
 }
 
-/// An error with all its causes, and how it is shown in traces.
+/// Formats an error with all its causes.
 fn told(error: &SinkError) -> String {
     let mut text = error.to_string();
     let mut source = std::error::Error::source(error);
@@ -142,7 +143,7 @@ fn told(error: &SinkError) -> String {
     format!("{text} {error:?}")
 }
 
-/// What making or checking the sink says of a configuration that can't work.
+/// Returns the error of creating or checking a sink with a configuration that cannot work.
 async fn complaint(config: SinkConfig) -> String {
     match build(config).await {
         Err(error) => told(&error),
@@ -157,7 +158,7 @@ async fn every_entry_has_its_effect_once<W: World>() {
     assert_eq!(outcome(&world, sink).await, expected(STREAM, 1..=40));
 }
 
-async fn the_largest_batch_is_taken_whole<W: World>() {
+async fn largest_batch_is_delivered_whole<W: World>() {
     let world = W::open().await;
     let sink = world.sink().await;
     let most = sink.max_batch() as u64;
@@ -165,7 +166,7 @@ async fn the_largest_batch_is_taken_whole<W: World>() {
     assert_eq!(outcome(&world, sink).await, expected(STREAM, 1..=most));
 }
 
-async fn a_repeated_delivery_has_no_second_effect_where_that_is_promised<W: World>() {
+async fn repeated_delivery_has_no_second_effect_if_promised<W: World>() {
     let world = W::open().await;
     let sink = world.sink().await;
     for attempt in 1..=3 {
@@ -173,13 +174,13 @@ async fn a_repeated_delivery_has_no_second_effect_where_that_is_promised<W: Worl
     }
     sink.close().await;
     drop(sink);
-    // A daemon that was started again doesn't know what the one before it has delivered.
+    // A restarted daemon does not know the deliveries of the one before.
     let sink = world.sink().await;
     deliver(&*sink, STREAM, &deliveries(1..=10, 4)).await.expect("taken");
     assert_eq!(outcome(&world, sink).await, expected(STREAM, 1..=10));
 }
 
-async fn entries_of_two_streams_with_one_id_are_two<W: World>() {
+async fn same_id_in_two_streams_has_two_effects<W: World>() {
     let world = W::open().await;
     let sink = world.sink().await;
     for stream in ["a.b", "a:b"] {
@@ -204,19 +205,19 @@ async fn workers_share_a_sink<W: World>() {
     assert_eq!(outcome(&world, sink).await, expected(STREAM, 1..=80));
 }
 
-async fn a_delivery_that_is_given_up_does_no_harm<W: World>() {
+async fn cancelled_delivery_does_no_harm<W: World>() {
     let world = W::open().await;
     let sink = world.sink().await;
     let batch = deliveries(1..=20, 1);
     for micros in [0, 20, 100, 500, 1000, 2000, 5000] {
-        // Whether it came to its end in that time or not is all the same.
+        // The delivery may or may not have finished in that time.
         drop(tokio::time::timeout(Duration::from_micros(micros), deliver(&*sink, STREAM, &batch)).await);
     }
     deliver(&*sink, STREAM, &deliveries(1..=20, 2)).await.expect("taken");
     assert_eq!(outcome(&world, sink).await, expected(STREAM, 1..=20));
 }
 
-async fn a_check_has_no_effect<W: World>() {
+async fn check_has_no_effect<W: World>() {
     let world = W::open().await;
     let sink = world.sink().await;
     for _ in 0..3 {
@@ -225,7 +226,7 @@ async fn a_check_has_no_effect<W: World>() {
     assert_eq!(outcome(&world, sink).await, [""; 0]);
 }
 
-async fn what_cannot_work_is_told<W: World>() {
+async fn invalid_configuration_is_reported<W: World>() {
     let world = W::open().await;
     for (config, part) in world.misconfigured() {
         let complaint = complaint(config).await;
@@ -233,7 +234,7 @@ async fn what_cannot_work_is_told<W: World>() {
     }
 }
 
-async fn nothing_that_is_shown_holds_a_secret<W: World>() {
+async fn secrets_are_never_shown<W: World>() {
     let world = W::open().await;
     let config = world.config();
     let mut shown = vec![format!("{config:?}"), toml::to_string(&config).expect("TOML")];
@@ -249,11 +250,11 @@ async fn nothing_that_is_shown_holds_a_secret<W: World>() {
     }
 }
 
-async fn every_sink_has_the_same_metrics<W: World>() {
+async fn all_sinks_have_the_same_metrics<W: World>() {
     let world = W::open().await;
     let metrics = Metrics::new();
     let inner = world.sink().await;
-    let sink = Metered::new("the-sink", Arc::clone(&inner), &metrics);
+    let sink = MeteredSink::new("the-sink", Arc::clone(&inner), &metrics);
     assert_eq!(sink.max_batch(), inner.max_batch());
     let calls = 30_usize.div_ceil(sink.max_batch());
     deliver(&sink, STREAM, &deliveries(1..=30, 1)).await.expect("taken");
@@ -267,7 +268,7 @@ async fn every_sink_has_the_same_metrics<W: World>() {
     sink.check().await.expect("it can work");
 }
 
-async fn an_outage_is_told_and_loses_nothing<W: Outage>() {
+async fn outage_is_reported_and_loses_nothing<W: Outage>() {
     let mut world = W::open().await;
     let sink = world.sink().await;
     deliver(&*sink, STREAM, &deliveries(1..=5, 1)).await.expect("taken");
@@ -286,7 +287,7 @@ async fn an_outage_is_told_and_loses_nothing<W: Outage>() {
     assert_eq!(outcome(&world, sink).await, expected(STREAM, 1..=45));
 }
 
-/// Entries that hold no JSON.
+/// Returns entries without JSON.
 fn unreadable() -> Vec<Delivery> {
     [
         &[(field::SEVERITY, &b"high"[..])][..],
@@ -301,7 +302,7 @@ fn unreadable() -> Vec<Delivery> {
     .collect()
 }
 
-async fn what_is_no_json_is_given_up_at_once<W: World>() {
+async fn entry_without_json_is_given_up_at_once<W: World>() {
     let world = W::open().await;
     let sink = world.sink().await;
     for bad in unreadable() {
@@ -316,27 +317,27 @@ async fn what_is_no_json_is_given_up_at_once<W: World>() {
     assert_eq!(outcome(&world, sink).await, expected(STREAM, 1..=2));
 }
 
-async fn any_bytes_are_taken<W: World>() {
+async fn any_bytes_are_delivered<W: World>() {
     let world = W::open().await;
     let sink = world.sink().await;
     deliver(&*sink, STREAM, &unreadable()).await.expect("taken");
     assert_eq!(outcome(&world, sink).await, expected(STREAM, 100..=104));
 }
 
-/// Runs the suite for a world: what every sink promises, and after it what this one does.
+/// Runs the suite for a world: the promises of every sink, then those of this one.
 macro_rules! sink_tests {
     ($world:ident: $($promise:ident)*) => {
         $crate::sinks::sink_tests!(@ $world;
             every_entry_has_its_effect_once
-            the_largest_batch_is_taken_whole
-            a_repeated_delivery_has_no_second_effect_where_that_is_promised
-            entries_of_two_streams_with_one_id_are_two
+            largest_batch_is_delivered_whole
+            repeated_delivery_has_no_second_effect_if_promised
+            same_id_in_two_streams_has_two_effects
             workers_share_a_sink
-            a_delivery_that_is_given_up_does_no_harm
-            a_check_has_no_effect
-            what_cannot_work_is_told
-            nothing_that_is_shown_holds_a_secret
-            every_sink_has_the_same_metrics
+            cancelled_delivery_does_no_harm
+            check_has_no_effect
+            invalid_configuration_is_reported
+            secrets_are_never_shown
+            all_sinks_have_the_same_metrics
             $($promise)*
         );
     };

@@ -1,18 +1,18 @@
-//! The structure of the source tree, as ARCHITECTURE.md tells it.
+//! The structure of the source tree, as described in ARCHITECTURE.md.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The longest a file of the source may be, in lines.
+/// Maximum length of a source file, in lines.
 const MAX_LINES: usize = 700;
 
-/// Small modules without a domain that any module above them may name.
+/// Small modules without a domain, which all modules above them may name.
 const GROUND: &[&str] =
-    &["backoff", "clock", "limiter", "log_throttle", "metrics", "readiness", "secret", "tls", "telemetry"];
+    &["backoff", "clock", "limiter", "log_throttle", "metrics", "readiness", "secret", "tls", "telemetry", "validate"];
 
-/// The modules of the crate that each module may name, from the bottom to the top: `_` for the ground modules, `^` for
-/// all modules before it in this list, `*` for any.
+/// The modules that each module may name, from the bottom to the top. `_` stands for the ground modules, `^` for all
+/// modules before it in this list, `*` for all modules.
 const MAY_NAME: &[(&str, &[&str])] = &[
     ("backoff", &[]),
     ("clock", &[]),
@@ -22,8 +22,9 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("readiness", &[]),
     ("secret", &[]),
     ("tls", &[]),
+    ("validate", &[]),
     ("event", &[]),
-    ("telemetry", &["metrics"]),
+    ("telemetry", &["metrics", "validate"]),
     ("store", &["_", "event"]),
     ("sink", &["_", "event"]),
     ("auth", &["_", "event"]),
@@ -36,13 +37,33 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ("http", &["^"]),
     ("config", &["^"]),
     ("app", &["^"]),
-    ("bench", &["*"]),
     ("cli", &["*"]),
     ("lib", &["*"]),
     ("main", &["*"]),
 ];
 
-/// One file of the source, without its comments.
+/// The modules of `aurora-bus-bench`, from the bottom to the top; each may name those before it.
+const BENCH_ORDER: &[&str] = &[
+    "stats",
+    "clock",
+    "procfs",
+    "http",
+    "websocket",
+    "resp",
+    "payload",
+    "process",
+    "report",
+    "generator",
+    "workspace",
+    "servers",
+    "args",
+    "bench",
+    "scenarios",
+    "run",
+    "main",
+];
+
+/// A source file, with and without its comments.
 struct Source {
     path: PathBuf,
     /// Its top module: `store` for `src/store/redis/reader.rs`.
@@ -58,7 +79,7 @@ impl Source {
         self.name == format!("{module}.rs") || self.name.starts_with(&format!("{module}/"))
     }
 
-    /// The modules of this crate that the code names.
+    /// Returns the modules of this crate that the code names.
     fn named_modules(&self) -> BTreeSet<String> {
         let mut named = BTreeSet::new();
         for prefix in ["crate::", "aurora_bus::"] {
@@ -87,7 +108,7 @@ fn first_word(text: &str) -> Option<String> {
     (!word.is_empty()).then_some(word)
 }
 
-/// The first words of the paths in a `use` list, up to its closing brace.
+/// Returns the first words of the paths in a `use` list, up to its closing brace.
 fn first_names(list: &str) -> Vec<String> {
     let mut names = Vec::new();
     let mut depth = 1;
@@ -119,8 +140,20 @@ fn without_comments(text: &str) -> String {
     })
 }
 
+/// The files of the product.
 fn sources() -> Vec<Source> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    sources_in("src")
+}
+
+/// The files of both packages.
+fn all_sources() -> Vec<Source> {
+    let mut all = sources();
+    all.extend(sources_in("bench/src"));
+    all
+}
+
+fn sources_in(folder: &str) -> Vec<Source> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
     let mut found = Vec::new();
     let mut folders = vec![root.clone()];
     while let Some(folder) = folders.pop() {
@@ -137,12 +170,12 @@ fn sources() -> Vec<Source> {
             }
         }
     }
-    assert!(found.iter().any(|s| s.name == "lib.rs"), "no source in {}", root.display());
+    assert!(found.iter().any(|s| s.name == "main.rs"), "no source in {}", root.display());
     found.sort_by(|a, b| a.name.cmp(&b.name));
     found
 }
 
-/// Whether the code has the text at the start of a word.
+/// Returns whether the code has the text at the start of a word.
 fn names(code: &str, what: &str) -> bool {
     code.match_indices(what).any(|(at, _)| !code.split_at(at).0.ends_with(is_word))
 }
@@ -176,7 +209,7 @@ fn only_http_names_axum() {
 }
 
 #[test]
-fn no_module_below_http_decides_on_http_statuses() {
+fn http_statuses_are_named_in_http_only() {
     let below = ["event", "metrics", "readiness", "store", "bus", "delivery", "relay", "pull", "dead_letters"];
     let is_below = |source: &Source| below.iter().any(|module| source.is_within(module));
     let offenders: Vec<_> =
@@ -185,7 +218,7 @@ fn no_module_below_http_decides_on_http_statuses() {
 }
 
 #[test]
-fn events_know_neither_the_runtime_nor_json_trees() {
+fn events_name_neither_the_runtime_nor_json_trees() {
     let offenders: Vec<_> = sources()
         .into_iter()
         .filter(|s| s.is_within("event"))
@@ -201,7 +234,7 @@ fn only_config_and_main_read_the_environment() {
 }
 
 #[test]
-fn arrows_between_modules_point_downwards_only() {
+fn modules_name_only_modules_below_them() {
     let mut offences = Vec::new();
     for source in sources() {
         let Some((_, allowed)) = MAY_NAME.iter().find(|(module, _)| *module == source.top) else {
@@ -222,7 +255,24 @@ fn arrows_between_modules_point_downwards_only() {
 }
 
 #[test]
-fn delivery_and_relay_never_see_each_other() {
+fn bench_modules_name_lower_modules_only() {
+    let place_of = |module: &str| BENCH_ORDER.iter().position(|m| *m == module);
+    let mut offences = Vec::new();
+    for source in sources_in("bench/src") {
+        let Some(place) = place_of(&source.top) else {
+            offences.push(format!("{}: the module `{}` has no place in the order", source.path.display(), source.top));
+            continue;
+        };
+        let named = source.named_modules();
+        let upward = named.iter().filter(|name| place_of(name).is_some_and(|other| other > place));
+        offences
+            .extend(upward.map(|name| format!("{}: `{}` may not name `{name}`", source.path.display(), source.top)));
+    }
+    assert!(offences.is_empty(), "{}", offences.join("\n"));
+}
+
+#[test]
+fn delivery_and_relay_do_not_name_each_other() {
     for source in sources() {
         let named = source.named_modules();
         let is_crossing = source.is_within("delivery") && named.contains("relay")
@@ -232,8 +282,8 @@ fn delivery_and_relay_never_see_each_other() {
 }
 
 #[test]
-fn no_file_is_too_long_to_be_read() {
-    let long: Vec<String> = sources()
+fn files_are_not_too_long() {
+    let long: Vec<String> = all_sources()
         .iter()
         .map(|s| (s.text.lines().count(), s))
         .filter(|(lines, _)| *lines > MAX_LINES)
@@ -243,14 +293,14 @@ fn no_file_is_too_long_to_be_read() {
 }
 
 #[test]
-fn modules_have_files_of_their_own_name() {
-    let mod_files: Vec<_> = sources().into_iter().filter(|s| s.name.ends_with("mod.rs")).map(|s| s.path).collect();
+fn module_files_are_not_named_mod() {
+    let mod_files: Vec<_> = all_sources().into_iter().filter(|s| s.name.ends_with("mod.rs")).map(|s| s.path).collect();
     assert!(mod_files.is_empty(), "foo.rs and foo/, not foo/mod.rs: {mod_files:?}");
 }
 
 #[test]
-fn every_file_says_first_what_it_is() {
-    let silent: Vec<_> = sources()
+fn every_file_begins_with_module_documentation() {
+    let silent: Vec<_> = all_sources()
         .into_iter()
         .filter(|s| !s.text.starts_with("//!") && !s.name.ends_with("/tests.rs"))
         .map(|s| s.path)
@@ -259,8 +309,10 @@ fn every_file_says_first_what_it_is() {
 }
 
 #[test]
-fn nothing_is_left_for_later() {
-    only_in(&[], &["todo!", "unimplemented!"]);
+fn no_code_is_left_unfinished() {
+    let is_unfinished = |source: &Source| ["todo!", "unimplemented!"].iter().any(|word| names(&source.code, word));
+    let offenders: Vec<_> = all_sources().into_iter().filter(is_unfinished).map(|s| s.path).collect();
+    assert!(offenders.is_empty(), "{offenders:?}");
 }
 
 /// LLVM 22, as rustc 1.95 has it, makes `flag |= condition` come out as `flag = true` in some functions that it optimizes: a

@@ -161,13 +161,13 @@ async fn a_filter_in_a_token_bounds_what_it_lets_see_and_one_that_makes_no_sense
     }
     assert!(!issuers.verify(&by_secret(&claims())).await.expect("a good token").is_bounded());
     let cases = [
-        (Value::Null, "is no filter: "),
-        (json!(""), "is no filter: "),
-        (json!("null"), "is no filter: "),
-        (json!(true), "is no filter: "),
+        (Value::Null, "is not a filter: "),
+        (json!(""), "is not a filter: "),
+        (json!("null"), "is not a filter: "),
+        (json!(true), "is not a filter: "),
         (json!({}), "must have either op and nodes, or key, cmp and val or vals"),
         (json!({"key": "sauce", "cmp": "exists"}), "key must be severity or one of "),
-        (json!([severe()]), "is no filter: "),
+        (json!([severe()]), "is not a filter: "),
     ];
     for (filter, problem) in cases {
         let denied =

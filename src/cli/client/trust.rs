@@ -1,4 +1,4 @@
-//! Whom the sub-commands trust when they speak TLS, and what they show.
+//! Trusted certificates and client certificates of the subcommands.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,24 +12,24 @@ use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, Signa
 
 use crate::tls;
 
-/// Who may answer.
+/// The servers to trust.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Trust<'a> {
-    /// Whoever an authority vouches for: one in this file, or one of the system.
+    /// Servers with a certificate of an authority, in this file or in the system.
     Authorities(Option<&'a Path>),
-    /// A daemon on this machine that shows the certificate in this file, whatever name that is for.
+    /// A daemon on this machine with the certificate in this file, for any host name.
     Own(&'a Path),
-    /// Anyone on this machine: for questions that hold no secret.
+    /// Any server on this machine, for requests without secrets.
     Anyone,
 }
 
-/// A configuration for that, showing the certificate and key in these files where they are given.
+/// Creates a TLS configuration, with a client certificate and key if these are given.
 pub(super) fn config(trust: Trust<'_>, identity: Option<(&Path, &Path)>) -> anyhow::Result<ClientConfig> {
     let provider = tls::provider();
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
-        .context("the cryptography knows no version of TLS")?;
-    let own = |only| Arc::new(Own { only, provider });
+        .context("the cryptography supports no version of TLS")?;
+    let own = |only| Arc::new(PinnedCertificate { only, provider });
     let builder = match trust {
         Trust::Authorities(file) => {
             let roots = tls::trusted(file).map_err(|error| anyhow!("--ca-file: {error}"))?;
@@ -44,11 +44,11 @@ pub(super) fn config(trust: Trust<'_>, identity: Option<(&Path, &Path)>) -> anyh
     let Some((certificate, key)) = identity else { return Ok(builder.with_no_client_auth()) };
     let chain = certificates(certificate).context("--client-cert-file")?;
     let key = PrivateKeyDer::from_pem_file(key)
-        .map_err(|error| anyhow!("--client-key-file: no private key in PEM in {}: {error}", key.display()))?;
+        .map_err(|error| anyhow!("--client-key-file: {} has no private key in PEM: {error}", key.display()))?;
     builder.with_client_auth_cert(chain, key).map_err(|error| match error {
         Error::InvalidCertificate(error) => {
             anyhow!(
-                "--client-cert-file: {} holds no certificate of version 3 that can be used: {error}",
+                "--client-cert-file: {} holds no usable X.509 version 3 certificate: {error}",
                 certificate.display()
             )
         }
@@ -61,14 +61,14 @@ fn certificates(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
     Ok(tls::certificates(path, &text)?)
 }
 
-/// Takes the one certificate, or any. Whoever shows it must have its key.
+/// Accepts one certificate, or any. The server must have its private key.
 #[derive(Debug)]
-struct Own {
+struct PinnedCertificate {
     only: Option<CertificateDer<'static>>,
     provider: Arc<CryptoProvider>,
 }
 
-impl ServerCertVerifier for Own {
+impl ServerCertVerifier for PinnedCertificate {
     fn verify_server_cert(
         &self,
         certificate: &CertificateDer<'_>,

@@ -1,4 +1,4 @@
-//! Replaying and discarding many: request after request until all is done.
+//! Bulk replay and discard: sends requests until all dead letters are handled.
 
 use std::collections::BTreeMap;
 
@@ -9,15 +9,15 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{BulkArgs, Remote};
-use crate::cli::{ConfigArgs, say, tell};
+use crate::cli::{ConfigArgs, eprint_text, print_line};
 
-/// The most ids in one request.
+/// Maximum number of ids in one request.
 const IDS_AT_A_TIME: usize = 500;
 
-/// What one request did, or all of them together.
+/// The result of one request, or the sum of all.
 #[derive(Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
-struct Counts {
+struct BulkCounts {
     dry_run: bool,
     matched: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -37,7 +37,7 @@ struct Counts {
     next: Option<String>,
 }
 
-impl Counts {
+impl BulkCounts {
     fn add(&mut self, other: Self) {
         let sum = |all: &mut Option<u64>, more: Option<u64>| {
             if let Some(more) = more {
@@ -69,8 +69,8 @@ impl Counts {
     }
 }
 
-/// The whole work: where to, with what, and what it is called.
-struct Work<'a> {
+/// A bulk action: the daemon, the URL and the body of its requests.
+struct BulkRun<'a> {
     remote: &'a Remote,
     args: &'a BulkArgs,
     url: Url,
@@ -84,7 +84,7 @@ pub(super) async fn run(config: &ConfigArgs, args: BulkArgs, replay: Option<(Str
         "group": filters.group, "reason": filters.reason, "since": filters.since, "all": true,
     });
     if let Some(filter) = &filters.filter {
-        body["filter"] = serde_json::from_str(filter).context("--filter is no JSON")?;
+        body["filter"] = serde_json::from_str(filter).context("--filter is not JSON")?;
     }
     let verb = if let Some((to, force)) = &replay {
         (body["to"], body["force"]) = (json!(to), json!(force));
@@ -92,25 +92,25 @@ pub(super) async fn run(config: &ConfigArgs, args: BulkArgs, replay: Option<(Str
     } else {
         "discard"
     };
-    let work = Work { remote: &remote, args: &args, url: remote.url(&[&args.stream, verb])?, body };
+    let bulk_run = BulkRun { remote: &remote, args: &args, url: remote.url(&[&args.stream, verb])?, body };
     if args.dry_run {
-        let counts = work.count().await?;
+        let counts = bulk_run.count().await?;
         return report(&counts, args.json);
     }
     if !args.ids.is_empty() {
-        let counts = work.by_ids(false).await?;
+        let counts = bulk_run.by_ids(false).await?;
         report(&counts, args.json)?;
-        return judge(&counts);
+        return check_counts(&counts);
     }
-    let planned = work.count().await?;
+    let planned = bulk_run.count().await?;
     if !args.yes {
         report(&planned, args.json)?;
-        bail!("nothing was done: add --yes to {verb} these, or name ids");
+        bail!("nothing was done: add --yes to {verb} these dead letters, or give ids");
     }
     let bar = ProgressBar::new(planned.matched);
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} {per_sec} {eta}");
     bar.set_style(style.unwrap_or_else(|_error| ProgressStyle::default_bar()));
-    let (counts, ended) = work.matching(false, &bar).await;
+    let (counts, ended) = bulk_run.matching(false, &bar).await;
     if ended.is_ok() {
         bar.finish_and_clear();
     } else {
@@ -118,12 +118,12 @@ pub(super) async fn run(config: &ConfigArgs, args: BulkArgs, replay: Option<(Str
     }
     report(&counts, args.json)?;
     ended?;
-    judge(&counts)
+    check_counts(&counts)
 }
 
-impl Work<'_> {
-    /// Counts what is meant, and changes nothing.
-    async fn count(&self) -> anyhow::Result<Counts> {
+impl BulkRun<'_> {
+    /// BulkCounts the matching dead letters, and changes nothing.
+    async fn count(&self) -> anyhow::Result<BulkCounts> {
         if !self.args.ids.is_empty() {
             return self.by_ids(true).await;
         }
@@ -133,26 +133,26 @@ impl Work<'_> {
         ended.map(|()| counts)
     }
 
-    async fn by_ids(&self, dry_run: bool) -> anyhow::Result<Counts> {
-        let mut all = Counts { dry_run, ..Counts::default() };
+    async fn by_ids(&self, dry_run: bool) -> anyhow::Result<BulkCounts> {
+        let mut all = BulkCounts { dry_run, ..BulkCounts::default() };
         for ids in self.args.ids.chunks(IDS_AT_A_TIME) {
             let mut body = self.body.clone();
             (body["ids"], body["dry_run"]) = (json!(ids), json!(dry_run));
-            self.to_the_end(body, &mut all, &ProgressBar::hidden()).await?;
+            self.send_all(body, &mut all, &ProgressBar::hidden()).await?;
         }
         Ok(all)
     }
 
-    /// Request after request; what was done before a failure is told with it.
-    async fn matching(&self, dry_run: bool, bar: &ProgressBar) -> (Counts, anyhow::Result<()>) {
-        let mut all = Counts { dry_run, ..Counts::default() };
+    /// Handles all matching dead letters. Returns the counts up to a failure together with it.
+    async fn matching(&self, dry_run: bool, bar: &ProgressBar) -> (BulkCounts, anyhow::Result<()>) {
+        let mut all = BulkCounts { dry_run, ..BulkCounts::default() };
         let mut body = self.body.clone();
         body["dry_run"] = json!(dry_run);
-        let ended = self.to_the_end(body, &mut all, bar).await;
+        let ended = self.send_all(body, &mut all, bar).await;
         (all, ended)
     }
 
-    async fn to_the_end(&self, mut body: Value, all: &mut Counts, bar: &ProgressBar) -> anyhow::Result<()> {
+    async fn send_all(&self, mut body: Value, all: &mut BulkCounts, bar: &ProgressBar) -> anyhow::Result<()> {
         loop {
             all.add(self.remote.send(&self.url, &body, self.args.retries).await?);
             bar.set_position(all.matched);
@@ -164,43 +164,43 @@ impl Work<'_> {
     }
 }
 
-fn report(counts: &Counts, json: bool) -> anyhow::Result<()> {
+fn report(counts: &BulkCounts, json: bool) -> anyhow::Result<()> {
     if json {
-        return Ok(say(&serde_json::to_string(counts)?)?);
+        return Ok(print_line(&serde_json::to_string(counts)?)?);
     }
-    let Counts { matched, replayed, repeated, discarded, gone, .. } = counts;
+    let BulkCounts { matched, replayed, repeated, discarded, gone, .. } = counts;
     let would = if counts.dry_run { "would be " } else { "" };
     let mut parts = vec![format!("{matched} matched")];
     parts.extend(replayed.map(|count| format!("{count} {would}replayed")));
     parts.extend(discarded.map(|count| format!("{count} {would}discarded")));
-    parts.extend(repeated.filter(|count| *count > 0).map(|count| format!("{count} had been replayed before")));
+    parts.extend(repeated.filter(|count| *count > 0).map(|count| format!("{count} already replayed")));
     parts.extend(Some(counts.refused()).filter(|count| *count > 0).map(|count| format!("{count} refused")));
     parts.extend(Some(gone).filter(|count| **count > 0).map(|count| format!("{count} gone")));
-    say(&parts.join(", "))?;
+    print_line(&parts.join(", "))?;
     if counts.dry_run {
         for (what, by) in [("group", &counts.by_group), ("reason", &counts.by_reason)] {
             for (name, count) in by {
                 let name = if name.is_empty() { "none: foreign" } else { name };
-                say(&format!("  {what} {name}: {count}"))?;
+                print_line(&format!("  {what} {name}: {count}"))?;
             }
         }
     }
     if let (Some(first), Some(last)) = (&counts.first_id, &counts.last_id) {
-        say(&format!("  from {first} to {last}"))?;
+        print_line(&format!("  from {first} to {last}"))?;
     }
     for (code, count) in &counts.refused {
-        tell(&format!("{count} refused: {code}\n"));
+        eprint_text(&format!("{count} refused: {code}\n"));
     }
     if let Some(refusal) = &counts.refusal {
-        tell(&format!("the first one: {refusal}\n"));
+        eprint_text(&format!("first refusal: {refusal}\n"));
     }
     Ok(())
 }
 
-fn judge(counts: &Counts) -> anyhow::Result<()> {
+fn check_counts(counts: &BulkCounts) -> anyhow::Result<()> {
     match (counts.refused(), counts.gone) {
         (0, 0) => Ok(()),
-        (0, gone) => bail!("{gone} dead letters are not there any more"),
+        (0, gone) => bail!("{gone} dead letters are gone"),
         (refused, _) => bail!("{refused} of {} dead letters were refused", counts.matched),
     }
 }

@@ -1,8 +1,10 @@
-//! The circuit breaker: whether a sink is worth calling. Pure: time and chance are arguments.
+//! The circuit breaker: decides whether the sink is worth calling. Pure: time and random numbers are arguments.
 //!
-//! Closed, every call may be made. After so many calls in a row that failed it opens: no calls for a while, then one
-//! entry at a time is tried, after longer and longer pauses, until one is taken. It also knows of each entry that
-//! failed whether the sink has taken others since: only then is the failure the entry's own.
+//! The breaker is closed at first, and every call may be made. After a number of failed calls in a row it opens. Then
+//! no call is made for a pause, and after it one entry is tried, as a probe. The pause grows until a probe succeeds.
+//!
+//! The breaker also remembers, for each entry that failed, whether the sink has taken other entries since. Only then is
+//! the entry itself at fault.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -12,16 +14,16 @@ use tokio::time::Instant;
 
 use crate::event::EntryId;
 
-/// Failed entries that are remembered. Beyond it all are forgotten: they are then blamed a little later.
+/// Failed entries that are remembered. Beyond the limit all are forgotten, and found at fault a little later.
 const REMEMBERED: usize = 10_000;
 
-/// When a worker stops calling a sink that is down, and how often it tries again.
+/// When a worker stops calling a sink that is down, and how often it probes it.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct BreakerPolicy {
-    /// After how many calls in a row that failed. 0: never, and entries are given up during an outage.
+    /// Failed calls in a row after which the worker pauses. 0 turns the breaker off: outages then use up attempts.
     pub failures: u32,
-    /// The first pause before one entry is tried; doubled each time it fails.
+    /// The first pause before one entry is tried. It doubles each time that fails.
     #[serde(with = "humantime_serde")]
     pub pause: Duration,
     /// The longest pause.
@@ -35,44 +37,44 @@ impl Default for BreakerPolicy {
     }
 }
 
-/// Which calls may be made now.
+/// The calls that may be made now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Allowance {
-    /// Any.
+    /// Any call.
     All,
-    /// One, with one entry.
+    /// One call with one entry.
     One,
-    /// None.
+    /// No call.
     Nothing,
 }
 
-/// See the module.
+/// The state of one sink, as one worker sees it.
 #[derive(Debug)]
 pub(crate) struct Breaker {
     policy: BreakerPolicy,
-    /// Calls in a row that failed.
+    /// Failed calls in a row.
     failures: u32,
-    /// Calls that succeeded.
+    /// Successful calls.
     successes: u64,
-    open: Option<Open>,
-    /// Entries that failed, with the successes there were before.
-    accused: HashMap<EntryId, u64>,
+    open: Option<OpenBreaker>,
+    /// Entries that failed, each with the number of successes before.
+    failed_entries: HashMap<EntryId, u64>,
 }
 
 #[derive(Debug)]
-struct Open {
+struct OpenBreaker {
     since: Instant,
-    /// When the next call may be made.
+    /// When the next probe may begin.
     until: Instant,
     pauses: u32,
     is_probing: bool,
-    /// Entries that the sink was tried with, in vain.
+    /// Entries with which a probe failed.
     tried: HashSet<EntryId>,
 }
 
 impl Breaker {
     pub(crate) fn new(policy: BreakerPolicy) -> Self {
-        Self { policy, failures: 0, successes: 0, open: None, accused: HashMap::new() }
+        Self { policy, failures: 0, successes: 0, open: None, failed_entries: HashMap::new() }
     }
 
     pub(crate) fn is_open(&self) -> bool {
@@ -87,111 +89,114 @@ impl Breaker {
         }
     }
 
-    /// When one call may be made again, if none may be made now.
-    pub(crate) fn due(&self) -> Option<Instant> {
-        self.open.as_ref().filter(|open| !open.is_probing).map(|open| open.until)
+    /// Returns when the next call may be made: `now` if the breaker is closed, `None` during a probe.
+    pub(crate) fn next_call(&self, now: Instant) -> Option<Instant> {
+        match &self.open {
+            None => Some(now),
+            Some(open) => (!open.is_probing).then_some(open.until),
+        }
     }
 
-    /// The one call is being made.
-    pub(crate) fn probe(&mut self) {
+    /// Begins a probe.
+    pub(crate) fn begin_probe(&mut self) {
         if let Some(open) = &mut self.open {
             open.is_probing = true;
         }
     }
 
-    /// The one call has ended without telling anything: another one may be made at once.
-    pub(crate) fn told_nothing(&mut self) {
+    /// Ends a probe. If its call showed nothing, another one may begin at once.
+    pub(crate) fn end_probe(&mut self) {
         if let Some(open) = &mut self.open {
             open.is_probing = false;
         }
     }
 
-    /// The sink took something, or said no for good. If it was taken for down, says for how long.
+    /// Closes the breaker: the sink took an entry, or refused one for good. Returns how long it was open, if it was.
     pub(crate) fn succeeded(&mut self, now: Instant) -> Option<Duration> {
         self.failures = 0;
         self.successes += 1;
         self.open.take().map(|open| now.duration_since(open.since))
     }
 
-    /// A call failed for a reason that may pass. Says whether that has opened the breaker.
-    pub(crate) fn failed(&mut self, now: Instant, draw: f64) -> bool {
+    /// Counts a call that failed, though another may succeed. Returns whether that opened the breaker.
+    pub(crate) fn failed(&mut self, now: Instant, random: f64) -> bool {
         self.failures = self.failures.saturating_add(1);
         if self.open.is_none() && self.failures < self.policy.failures {
             return false;
         }
-        self.trip(now, draw)
+        self.trip(now, random)
     }
 
-    /// The sink is known to be down. Says whether that has opened the breaker.
-    pub(crate) fn trip(&mut self, now: Instant, draw: f64) -> bool {
+    /// Opens the breaker, because the sink is known to be down. Returns whether it was closed.
+    pub(crate) fn trip(&mut self, now: Instant, random: f64) -> bool {
         if self.policy.failures == 0 {
             return false;
         }
         let has_opened = self.open.is_none();
-        let fresh = Open { since: now, until: now, pauses: 0, is_probing: false, tried: HashSet::new() };
+        let fresh = OpenBreaker { since: now, until: now, pauses: 0, is_probing: false, tried: HashSet::new() };
         let open = self.open.get_or_insert(fresh);
         if !has_opened {
             if !open.is_probing {
-                // What ends now began before it opened, and tells nothing new.
+                // The call began before the breaker opened, so it shows nothing new.
                 return false;
             }
             open.is_probing = false;
             open.pauses = open.pauses.saturating_add(1);
         }
         let longest = self.policy.pause.saturating_mul(1 << open.pauses.min(31)).min(self.policy.max_pause);
-        open.until = now + longest.mul_f64(0.5 + 0.5 * draw);
+        open.until = now + longest.mul_f64(0.5 + 0.5 * random);
         has_opened
     }
 
-    /// The sink asked to be left alone until then, if it is taken for down.
+    /// Makes no probe before `until`, if the breaker is open. The sink requested that pause.
     pub(crate) fn postpone(&mut self, until: Instant) {
         if let Some(open) = &mut self.open {
             open.until = open.until.max(until);
         }
     }
 
-    /// The entry failed. Says whether that is its own fault, as far as can be told: the sink took others after it had
-    /// failed first; or it worked right before, where the entry has not failed here yet.
+    /// Remembers a failed entry. Returns whether the entry itself is at fault, as far as that is known.
     ///
-    /// Is to be asked after [`Breaker::failed`].
-    pub(crate) fn accuse(&mut self, id: EntryId) -> bool {
-        if let Some(before) = self.accused.get(&id) {
+    /// It is at fault if the sink took others after its first failure. An entry that fails for the first time is at
+    /// fault if the sink worked right before. [`Breaker::failed`] must be called first.
+    pub(crate) fn record_failed_entry(&mut self, id: EntryId) -> bool {
+        if let Some(before) = self.failed_entries.get(&id) {
             return self.successes > *before;
         }
-        if self.accused.len() >= REMEMBERED {
-            self.accused.clear();
+        if self.failed_entries.len() >= REMEMBERED {
+            self.failed_entries.clear();
         }
-        self.accused.insert(id, self.successes);
+        self.failed_entries.insert(id, self.successes);
         self.open.is_none() && self.successes > 0 && self.failures <= 1
     }
 
-    /// The sink was tried with the entry, in vain.
-    pub(crate) fn tried(&mut self, id: EntryId) {
+    /// Remembers that a probe with the entry failed.
+    pub(crate) fn record_tried(&mut self, id: EntryId) {
         if let Some(open) = &mut self.open {
             open.tried.insert(id);
         }
     }
 
-    /// Whether the sink was tried with the entry since the breaker opened, in vain.
+    /// Returns whether a probe with the entry has failed since the breaker opened.
     pub(crate) fn was_tried(&self, id: EntryId) -> bool {
         self.open.as_ref().is_some_and(|open| open.tried.contains(&id))
     }
 
-    /// The sink was tried with every entry there is: another round begins.
-    pub(crate) fn try_all_again(&mut self) {
+    /// Allows probes with all entries again, after each one was tried.
+    pub(crate) fn clear_tried(&mut self) {
         if let Some(open) = &mut self.open {
             open.tried.clear();
         }
     }
 
-    /// Whether any entry has failed here that is not settled.
-    pub(crate) fn has_accused(&self) -> bool {
-        !self.accused.is_empty()
+    /// Returns whether any failed entry is remembered.
+    pub(crate) fn has_failed_entries(&self) -> bool {
+        !self.failed_entries.is_empty()
     }
 
-    /// The entry was settled for good.
-    pub(crate) fn acquit(&mut self, id: EntryId) {
-        self.accused.remove(&id);
+    /// Forgets an entry that was settled for good.
+    pub(crate) fn forget_failed_entry(&mut self, id: EntryId) {
+        self.failed_entries.remove(&id);
     }
 }
 
@@ -212,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn it_opens_after_failures_in_a_row_only() {
+    fn breaker_opens_only_after_failures_in_a_row() {
         let (mut breaker, now) = (breaker(3), Instant::now());
         for _ in 0..10 {
             assert_eq!([breaker.failed(now, 0.5), breaker.failed(now, 0.5)], [false, false]);
@@ -220,54 +225,58 @@ mod tests {
         }
         assert_eq!(breaker.allows(now), Allowance::All);
         let opened: Vec<_> = (0..4).map(|_| breaker.failed(now, 0.5)).collect();
-        assert_eq!(opened, [false, false, true, false], "what began before it opened tells nothing new");
+        assert_eq!(opened, [false, false, true, false], "calls that began before it opened show nothing new");
         assert_eq!(breaker.allows(now), Allowance::Nothing);
     }
 
     #[test]
-    fn one_entry_is_tried_after_pauses_that_grow_to_a_limit() {
+    fn probes_follow_pauses_that_grow_to_a_limit() {
         let (mut breaker, mut now) = (breaker(1), Instant::now());
         let opened_at = now;
         assert!(breaker.failed(now, 1.0));
         for pause in [1, 2, 4, 5, 5].map(|factor| SECOND * factor) {
-            assert_eq!(breaker.due(), Some(now + pause));
+            assert_eq!(breaker.next_call(now), Some(now + pause));
             assert_eq!(breaker.allows(now + pause - Duration::from_millis(1)), Allowance::Nothing);
             now += pause;
             assert_eq!(breaker.allows(now), Allowance::One);
-            breaker.probe();
-            assert_eq!((breaker.allows(now), breaker.due()), (Allowance::Nothing, None));
-            assert!(!breaker.failed(now, 1.0), "it was open");
+            breaker.begin_probe();
+            assert_eq!((breaker.allows(now), breaker.next_call(now)), (Allowance::Nothing, None));
+            assert!(!breaker.failed(now, 1.0), "it was open already");
         }
         now += SECOND * 5;
-        breaker.probe();
+        breaker.begin_probe();
         assert_eq!(breaker.succeeded(now), Some(now - opened_at));
-        assert_eq!((breaker.allows(now), breaker.due()), (Allowance::All, None));
+        assert_eq!((breaker.allows(now), breaker.next_call(now)), (Allowance::All, Some(now)));
         assert!(breaker.failed(now, 0.0));
-        assert_eq!(breaker.due(), Some(now + SECOND / 2), "half of a pause is by chance; it begins anew");
+        assert_eq!(
+            breaker.next_call(now),
+            Some(now + SECOND / 2),
+            "half of the pause is random, and the growth starts again"
+        );
     }
 
     #[test]
-    fn a_sink_that_asks_for_time_gets_it() {
+    fn postponed_probe_waits_for_the_requested_pause() {
         let (mut breaker, now) = (breaker(1), Instant::now());
         breaker.postpone(now + SECOND);
         assert_eq!(breaker.allows(now), Allowance::All);
         breaker.trip(now, 0.0);
         breaker.postpone(now + SECOND * 9);
         breaker.postpone(now + SECOND);
-        assert_eq!(breaker.due(), Some(now + SECOND * 9));
+        assert_eq!(breaker.next_call(now), Some(now + SECOND * 9));
     }
 
     #[test]
-    fn a_probe_that_tells_nothing_is_made_again() {
+    fn inconclusive_probe_is_repeated() {
         let (mut breaker, now) = (breaker(1), Instant::now());
         breaker.trip(now, 0.0);
-        breaker.probe();
-        breaker.told_nothing();
+        breaker.begin_probe();
+        breaker.end_probe();
         assert_eq!(breaker.allows(now + SECOND), Allowance::One);
     }
 
     #[test]
-    fn zero_failures_switch_it_off() {
+    fn zero_failures_turn_the_breaker_off() {
         let (mut breaker, now) = (breaker(0), Instant::now());
         assert!((0..100).all(|_| !breaker.failed(now, 0.5)));
         assert!(!breaker.trip(now, 0.5));
@@ -275,43 +284,43 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_is_to_blame_only_if_the_sink_took_others_since() {
+    fn entry_is_at_fault_only_if_the_sink_took_others_since() {
         let (mut breaker, now) = (breaker(5), Instant::now());
         breaker.failed(now, 0.5);
-        assert!(!breaker.accuse(id(1)), "nothing is known of this sink yet");
+        assert!(!breaker.record_failed_entry(id(1)), "nothing is known of this sink yet");
         breaker.failed(now, 0.5);
-        assert!(!breaker.accuse(id(1)));
+        assert!(!breaker.record_failed_entry(id(1)));
         breaker.succeeded(now);
         breaker.failed(now, 0.5);
-        assert!(breaker.accuse(id(1)), "the sink took another one");
-        assert!(breaker.accuse(id(2)), "the sink worked right before");
+        assert!(breaker.record_failed_entry(id(1)), "the sink took another entry");
+        assert!(breaker.record_failed_entry(id(2)), "the sink worked right before");
         breaker.failed(now, 0.5);
-        assert!(!breaker.accuse(id(3)), "two in a row may be an outage");
-        breaker.acquit(id(1));
+        assert!(!breaker.record_failed_entry(id(3)), "two in a row may be an outage");
+        breaker.forget_failed_entry(id(1));
         breaker.trip(now, 0.5);
-        assert!(!breaker.accuse(id(1)), "it is forgotten, and the sink is down");
+        assert!(!breaker.record_failed_entry(id(1)), "the entry is forgotten, and the sink is down");
     }
 
     #[test]
-    fn entries_tried_in_vain_are_known_until_the_next_round() {
+    fn tried_entries_are_known_until_they_are_cleared() {
         let (mut breaker, now) = (breaker(1), Instant::now());
         breaker.trip(now, 0.5);
-        breaker.probe();
-        breaker.tried(id(1));
+        breaker.begin_probe();
+        breaker.record_tried(id(1));
         breaker.failed(now, 0.5);
         assert!(breaker.was_tried(id(1)) && !breaker.was_tried(id(2)));
-        breaker.try_all_again();
+        breaker.clear_tried();
         assert!(!breaker.was_tried(id(1)));
-        breaker.tried(id(2));
+        breaker.record_tried(id(2));
         breaker.succeeded(now);
         breaker.trip(now, 0.5);
         assert!(!breaker.was_tried(id(2)));
     }
 
     proptest! {
-        /// Whatever happens in whatever order: one call at most while it is open, and never a pause beyond the limit.
+        /// In any order of events an open breaker allows one call at a time, after a pause within the limit.
         #[test]
-        fn it_never_gets_stuck_and_never_lets_two_through(steps in prop::collection::vec((0_u8..5, 0_u64..3000), 1..200)) {
+        fn open_breaker_allows_one_probe_within_the_longest_pause(steps in prop::collection::vec((0_u8..5, 0_u64..3000), 1..200)) {
             let (mut breaker, mut now) = (breaker(3), Instant::now());
             let mut probes = 0;
             for (step, ms) in steps {
@@ -321,17 +330,17 @@ mod tests {
                     0 => { breaker.succeeded(now); probes = 0; }
                     1 | 2 => { breaker.failed(now, 0.5); probes = 0; }
                     3 => { breaker.trip(now, 0.9); probes = 0; }
-                    _ if breaker.allows(now) == Allowance::One => { breaker.probe(); probes += 1; }
+                    _ if breaker.allows(now) == Allowance::One => { breaker.begin_probe(); probes += 1; }
                     _ => {}
                 }
                 prop_assert!(probes <= 1);
                 prop_assert!(!(step == 0 && breaker.is_open()));
                 prop_assert!(was_open || step != 4 || !breaker.is_open());
-                if let Some(due) = breaker.due() {
+                if let Some(due) = breaker.next_call(now) {
                     prop_assert!(due <= now + SECOND * 5);
                 }
-                if breaker.is_open() && breaker.due().is_none() {
-                    prop_assert_eq!(probes, 1, "it waits for a probe that is under way");
+                if breaker.is_open() && breaker.next_call(now).is_none() {
+                    prop_assert_eq!(probes, 1, "a probe is under way");
                 }
             }
         }

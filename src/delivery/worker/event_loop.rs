@@ -1,513 +1,415 @@
-//! The worker's loop: what is in hand, what is under way, and what is due next.
+//! The worker's loop: fetches entries, passes them to the sink, and settles the outcome.
 //!
-//! Every store call and every call of the sink is a task of its own, so that none waits for another, and none is ever
-//! dropped half-way while the worker lives: a fetch that is dropped leaves entries pending that nobody holds.
+//! Every call of the store or the sink is a [task](tasks), so that none waits for another. The loop consists
+//! of parts. Each part owns one kind of task, and has two methods side by side: `start` begins the next task if it is
+//! due, and `next_due` returns when that is. Both read the same [`Conditions`], so they cannot disagree. The loop
+//! starts every part, then sleeps until the earliest `next_due` or the end of a task.
+//!
+//! # The life of a worker
+//!
+//! 1. [`Intake`] makes sure that the group exists, recovers entries that are pending on this consumer, then fetches new
+//!    ones. An error leads back to recovery, and a missing group back to the first step.
+//! 2. `arrivals` queues entries for the sink, and settles entries that the sink must not see.
+//! 3. [`InFlight`] passes batches from its queue to the sink, up to `concurrency` at a time.
+//! 4. `outcomes` decides about each delivery: acknowledge, retry, requeue, dead-letter or halt.
+//! 5. [`Settler`] sends these settlements to the store.
+//! 6. [`Claims`] claims failed entries again when their next attempt is due, and leads back to step 2.
+//!
+//! Beside this path, [`Search`] claims entries that other consumers left, [`Ownership`] extends the entries in flight,
+//! [`SinkHealth`] pauses the calls during an outage, and [`SuspectTracker`] limits the entries beside a suspect.
+//!
+//! [`Lifecycle`] has the [state](WorkerState) of the loop:
+//!
+//! - `Running`: all parts work. It becomes `Halted` at an entry that is given up (`on_poison = "halt"`). It becomes
+//!   `Draining` if the worker is stopped, or if it works for an idle member of a family.
+//! - `Halted`: nothing is taken in or delivered. Settling and extending go on, until the worker is stopped.
+//! - `Draining`: queued entries are released, and calls of the sink may end. It becomes `Aborting` after the grace
+//!   time.
+//! - `Aborting`: calls of the sink are cancelled. Their entries are settled for a retry.
+//! - `LeaseLost`: another worker has the group lease. The loop ends at once, from any other state.
+//!
+//! `Draining` and `Aborting` end when everything is settled, at the latest after the time for settling.
 
-mod claims;
-mod intake;
-mod outage;
-mod outcomes;
-mod poison;
+#[cfg(test)]
+mod tests;
 
-use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
-use std::time::{Duration, Instant as WallInstant};
+use std::collections::HashSet;
 
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use crate::backoff::{Backoff, jittered};
+use crate::delivery::Worker;
 use crate::delivery::ordering::Ordering;
-use crate::delivery::worker::breaker::Breaker;
-use crate::delivery::worker::event_loop::intake::Done;
-pub(crate) use crate::delivery::worker::event_loop::intake::{Floor, ensure, floor};
-use crate::delivery::worker::event_loop::outage::Outage;
-pub use crate::delivery::worker::event_loop::poison::Quarantine;
-use crate::delivery::worker::event_loop::poison::Suspects;
-use crate::delivery::worker::leases::{Permit, Tenure};
-use crate::delivery::worker::metrics::Meters;
-use crate::delivery::worker::queue::{LaneId, Queue};
-use crate::delivery::worker::retries::Retries;
-use crate::delivery::worker::settlements::Outbox;
-use crate::delivery::worker::sink_call::Caller;
-use crate::delivery::{GroupSpec, Stay, Worker};
-use crate::event::{DeadLetterReason, EntryId};
+use crate::delivery::worker::claims::Claims;
+use crate::delivery::worker::context::{Conditions, WorkerContext};
+use crate::delivery::worker::in_flight::{Dispatch, InFlight};
+use crate::delivery::worker::intake::Intake;
+use crate::delivery::worker::leases::WorkerLeases;
+use crate::delivery::worker::lifecycle::{FLUSH_TIME, Lifecycle, WorkerState};
+use crate::delivery::worker::metrics::GroupMetrics;
+use crate::delivery::worker::ownership::Ownership;
+use crate::delivery::worker::poison::SuspectTracker;
+use crate::delivery::worker::search::Search;
+use crate::delivery::worker::settler::Settler;
+use crate::delivery::worker::sink_call::SinkCaller;
+use crate::delivery::worker::sink_health::SinkHealth;
+use crate::delivery::worker::tasks::{Task, TaskResult};
+use crate::event::EntryId;
 use crate::log_throttle::ThrottledWarning;
-use crate::readiness::Part;
 use crate::sink::Origin;
-use crate::store::{Cursor, Outcome, Store};
+use crate::store::{Cursor, Outcome};
 
-/// How long a fetch waits for entries.
-const FETCH_WAIT: Duration = Duration::from_secs(1);
-/// A store that takes this much longer is not taken for working.
-const FETCH_STUCK: Duration = Duration::from_secs(5);
-/// The most ids in one claim.
-const CLAIM_LIMIT: usize = 100;
-/// The most ids in one extension.
-const EXTEND_LIMIT: usize = 500;
-/// Bytes of payload that one fetch should bring at most, as far as can be foreseen.
-const FETCH_BYTES: usize = 8 * 1024 * 1024;
-/// Bytes of payload that a worker should hold at most, as far as can be foreseen.
-const HELD_BYTES: usize = 4 * FETCH_BYTES;
-/// What an entry is taken to hold before any was seen.
-const FIRST_GUESS_BYTES: usize = 64 * 1024;
-/// Failed entries that a worker remembers.
-const REMEMBERED_FAILURES: usize = 10_000;
-/// How often readiness hears of a worker at least.
-const PULSE: Duration = Duration::from_secs(1);
-/// How long settling may go on after the grace time.
-const FLUSH_TIME: Duration = Duration::from_secs(5);
-
-/// What a worker does next to get entries.
+/// The end of a worker's loop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Intake {
-    /// Make sure that the group exists.
-    Ensure,
-    /// Take what is pending on this consumer and not in hand, from that id on.
-    Sweep(EntryId),
-    /// Fetch new entries.
-    Read,
-}
-
-/// Why a pump has ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum End {
-    /// It was told to stop, and has handed back what it had.
+pub(crate) enum LoopEnd {
+    /// The worker was stopped, and has released its entries.
     Stopped,
-    /// The store says that the group's lease is not held any more.
+    /// The store reports that the group lease is lost.
     LeaseLost,
 }
 
-/// A batch that the sink has now.
+/// The parts of one worker, and the tasks under way.
 #[derive(Debug)]
-struct Running {
-    slot: u64,
-    ids: Vec<EntryId>,
-    lanes: Vec<LaneId>,
-    oldest: WallInstant,
-    /// Whether it is to tell if the sink is up again.
-    is_probe: bool,
-}
-
-#[derive(Debug)]
-#[expect(clippy::struct_excessive_bools, reason = "independent steps, each under way or not")]
-pub(crate) struct Pump {
-    store: Arc<dyn Store>,
-    cursor: Cursor,
-    group: GroupSpec,
-    caller: Arc<Caller>,
-    max_batch: usize,
-    meters: Meters,
-    part: Part,
-    grace: Duration,
-    tasks: JoinSet<Done>,
-
-    permit: Permit,
-    /// The permit's life that is known.
-    life: u64,
-    /// Whether an order is kept: everything pending in the group is then this worker's.
-    is_ordered: bool,
-    is_lease_lost: bool,
-    /// What an operator should know while all is well.
+pub(crate) struct WorkerLoop {
+    pub(crate) context: WorkerContext,
+    pub(crate) intake: Intake,
+    pub(crate) in_flight: InFlight,
+    pub(crate) settler: Settler,
+    pub(crate) claims: Claims,
+    pub(crate) search: Search,
+    pub(crate) ownership: Ownership,
+    pub(crate) sink_health: SinkHealth,
+    pub(crate) suspects: SuspectTracker,
+    pub(crate) lifecycle: Lifecycle,
+    pub(crate) step_warning: ThrottledWarning,
+    /// A note for operators while all is well.
     note: Option<String>,
-
-    intake: Intake,
-    intake_under_way: bool,
-    intake_not_before: Instant,
-    intake_backoff: Backoff,
-    intake_trouble: ThrottledWarning,
-    intake_error: Option<String>,
-    /// A call whose answer was lost may have left entries pending that are not in hand.
-    sweep_due: bool,
-    was_ensured: bool,
-    /// Whether the last read brought nothing.
-    is_at_end: bool,
-    floor: Option<Floor>,
-    fetch_began: Option<Instant>,
-    /// Entries that calls under way may bring.
-    expected: usize,
-    entry_bytes: usize,
-
-    ready: Queue,
-    /// Entries among `ready` that no sink is to see, and why, where the group stops at such an entry.
-    unfit: HashMap<EntryId, (DeadLetterReason, String)>,
-    /// Why the group has stopped, if it has.
-    halted: Option<String>,
-    running: Vec<Running>,
-    next_slot: u64,
-    settlements: Outbox,
-    dead_letters: Outbox,
-    /// Why entries in `dead_letters` are there.
-    burials: HashMap<EntryId, DeadLetterReason>,
-    breaker: Breaker,
-    /// While the breaker is open.
-    outage: Option<Outage>,
-    /// Whether an entry was given up and the sink has taken nothing since: where an order is kept, no other entry can
-    /// show that the sink works.
-    gave_up_in_vain: bool,
-    sink_trouble: ThrottledWarning,
-    dead_letter_trouble: ThrottledWarning,
-    failure_trouble: ThrottledWarning,
-    step_trouble: ThrottledWarning,
-
-    suspects: Suspects,
-
-    retries: Retries,
-    claiming: Vec<EntryId>,
-    claim_not_before: Instant,
-    claim_backoff: Backoff,
-
-    search_from: EntryId,
-    search_at: Instant,
-    is_searching: bool,
-
-    extend_at: Instant,
-    is_extending: bool,
-    /// Whether this process stood still for so long that others may have what it has in hand: nothing goes to the sink
-    /// until the store has said what is still this worker's.
-    is_in_doubt: bool,
-    /// When the loop was to look at what is due, at the latest.
-    wake_at: Instant,
-    pulse_at: Instant,
-
-    /// How long the worker stays where there is nothing to do, if it is not for ever.
-    stay: Option<Stay>,
-    /// When there was something to do last.
-    busy_at: Instant,
     stop: CancellationToken,
-    /// When calls of the sink are broken off, and when settling ends, once the worker stops.
-    deadlines: Option<(Instant, Instant)>,
+    tasks: JoinSet<TaskResult>,
 }
 
-impl Pump {
-    pub(crate) fn new(worker: &Worker, tenure: &Tenure, stop: CancellationToken) -> Self {
-        let group = worker.group.clone();
+impl WorkerLoop {
+    pub(crate) fn new(worker: &Worker, leases: &WorkerLeases, stop: CancellationToken) -> Self {
+        let (group, now) = (worker.group.clone(), Instant::now());
         let (stream, config) = (&group.stream, &group.config);
         let sink_name = config.sink.clone().unwrap_or_default();
-        let label = worker.family.as_ref().map_or(stream.as_str(), |stay| &stay.label);
-        let meters = Meters::new(&worker.metrics, label, &config.name, &sink_name);
-        let permit = tenure.permit.clone();
-        let caller = Caller {
+        let label = worker.idle_policy.as_ref().map_or(stream.as_str(), |policy| &policy.label);
+        let metrics = GroupMetrics::new(&worker.metrics, label, &config.name, &sink_name);
+        let caller = SinkCaller {
             sink: worker.sink.clone(),
             name: sink_name,
             origin: Origin { stream: stream.clone(), group: config.name.clone() },
             timeout: config.handler_timeout,
-            deliveries: meters.deliveries.clone(),
-            handler_seconds: meters.handler_seconds.clone(),
+            deliveries: metrics.deliveries.clone(),
+            handler_seconds: metrics.handler_seconds.clone(),
             abort: CancellationToken::new(),
-            permit: permit.clone(),
+            leases: leases.watch.clone(),
         };
         let cursor = Cursor {
             stream: stream.clone(),
             group: config.name.clone(),
-            consumer: tenure.consumer.clone(),
+            consumer: leases.consumer.clone(),
             claim_idle: config.claim_idle,
-            lease: tenure.turn.clone(),
+            lease: leases.group.clone(),
         };
-        let is_ordered = config.ordering != Ordering::None;
-        // Where an order is kept, no search would find again what was forgotten.
-        let remembered = if is_ordered { config.max_in_flight.max(REMEMBERED_FAILURES) } else { REMEMBERED_FAILURES };
-        let has_other_name = tenure.consumer != worker.consumer;
-        let note = has_other_name
-            .then(|| format!("works as {}: another daemon has the name {}", tenure.consumer, worker.consumer));
-        let now = Instant::now();
-        Self {
+        let note = (leases.consumer != worker.consumer)
+            .then(|| format!("works as {}: another daemon has the name {}", leases.consumer, worker.consumer));
+        let claim_idle = config.claim_idle;
+        let suspects = SuspectTracker::new(config, worker.quarantine.clone(), now);
+        let context = WorkerContext {
             store: worker.store.clone(),
             cursor,
+            caller: caller.into(),
             max_batch: worker.sink.max_batch().max(1),
-            caller: Arc::new(caller),
-            meters,
+            leases: leases.watch.clone(),
             part: worker.readiness.clone(),
-            grace: worker.grace,
-            tasks: JoinSet::new(),
-            life: permit.life(),
-            permit,
-            is_ordered,
-            is_lease_lost: false,
-            note,
-            intake: Intake::Ensure,
-            intake_under_way: false,
-            intake_not_before: now,
-            intake_backoff: Backoff::default(),
-            intake_trouble: ThrottledWarning::default(),
-            intake_error: None,
-            sweep_due: false,
-            was_ensured: false,
-            is_at_end: false,
-            floor: None,
-            fetch_began: None,
-            expected: 0,
-            entry_bytes: FIRST_GUESS_BYTES,
-            ready: Queue::new(config),
-            unfit: HashMap::new(),
-            halted: None,
-            running: Vec::new(),
-            next_slot: 0,
-            settlements: Outbox::new(),
-            dead_letters: Outbox::new(),
-            burials: HashMap::new(),
-            breaker: Breaker::new(config.breaker.clone()),
-            outage: None,
-            gave_up_in_vain: false,
-            sink_trouble: ThrottledWarning::default(),
-            dead_letter_trouble: ThrottledWarning::default(),
-            failure_trouble: ThrottledWarning::default(),
-            step_trouble: ThrottledWarning::default(),
-            suspects: Suspects::new(config, worker.quarantine.clone(), now),
-            retries: Retries::new(remembered),
-            claiming: Vec::new(),
-            claim_not_before: now,
-            claim_backoff: Backoff::default(),
-            search_from: EntryId::MIN,
-            search_at: now,
-            is_searching: false,
-            extend_at: now + group.config.claim_idle / 3,
-            is_extending: false,
-            is_in_doubt: false,
-            wake_at: now,
-            pulse_at: now + PULSE,
-            stay: worker.family.clone(),
-            busy_at: now,
-            stop,
-            deadlines: None,
+            metrics,
+            is_ordered: config.ordering != Ordering::None,
             group,
+        };
+        Self {
+            intake: Intake::new(now),
+            in_flight: InFlight::new(&context),
+            settler: Settler::new(now),
+            claims: Claims::new(&context, now),
+            search: Search::new(claim_idle, now),
+            ownership: Ownership::new(context.leases.generation(), claim_idle, now),
+            sink_health: SinkHealth::new(&context),
+            suspects,
+            lifecycle: Lifecycle::new(worker.grace, worker.idle_policy.clone(), now),
+            step_warning: ThrottledWarning::default(),
+            note,
+            stop,
+            tasks: JoinSet::new(),
+            context,
         }
     }
 
-    pub(crate) async fn run(mut self) -> End {
+    pub(crate) async fn run(mut self) -> LoopEnd {
         loop {
-            self.start_what_is_due();
-            if self.is_lease_lost {
-                return End::LeaseLost;
+            let now = Instant::now();
+            self.start_due_tasks(now);
+            if self.lifecycle.state() == WorkerState::LeaseLost {
+                return LoopEnd::LeaseLost;
             }
-            if self.is_finished() {
+            if self.is_finished(now) {
                 break;
             }
-            self.wake_at = self.next_wake();
+            let wake_at = self.next_due(now);
+            self.ownership.sleep_until(wake_at);
             tokio::select! {
                 biased;
-                () = self.stop.cancelled(), if self.deadlines.is_none() => self.begin_stop(),
-                Some(done) = self.tasks.join_next() => {
-                    self.finish(done);
-                    while let Some(done) = self.tasks.try_join_next() {
-                        self.finish(done);
+                () = self.stop.cancelled(), if !self.lifecycle.is_stopping() => self.begin_stop(Instant::now()),
+                Some(ended) = self.tasks.join_next() => {
+                    let now = Instant::now();
+                    self.on_task_ended(ended, now);
+                    while let Some(ended) = self.tasks.try_join_next() {
+                        self.on_task_ended(ended, now);
                     }
                 }
-                () = self.permit.changed() => {}
-                () = sleep_until(self.wake_at) => {}
+                () = self.context.leases.changed() => {}
+                () = sleep_until(wake_at) => {}
             }
         }
         self.leave().await;
-        End::Stopped
+        LoopEnd::Stopped
     }
 
-    /// A search and a sweep never run beside each other: the sweep would take what the search has just taken for left
-    /// over, and count one more attempt.
-    fn may_search(&self) -> bool {
-        self.intake == Intake::Read && !self.is_searching
-    }
-
-    fn may_take_in(&self) -> bool {
-        let has_to_wait = match self.intake {
-            Intake::Ensure => false,
-            Intake::Sweep(_) => self.is_searching,
-            // An outage is a time for one entry after the other anyway.
-            Intake::Read => self.suspects.awaits_turn() && !self.breaker.is_open(),
+    /// Starts every task that is due. The order of the parts is fixed: earlier ones make room, or take it first.
+    fn start_due_tasks(&mut self, now: Instant) {
+        if self.ownership.has_new_lease(self.context.leases.generation()) {
+            // While the name was lost, another worker may have left entries pending on it.
+            self.intake.request_recovery();
+        }
+        self.ownership.check_clock(now);
+        self.dispatch(now);
+        while let Some(task) = self.settler.start(now, &self.context) {
+            self.spawn(task);
+        }
+        let (is_claiming, is_sink_down) = (self.is_claiming(), self.sink_health.is_down());
+        self.suspects.start(now, is_claiming, is_sink_down, || self.in_flight.ids());
+        let old_entries = |age| {
+            let held = self.in_flight.older_than(age).chain(self.settler.older_than(age));
+            let retries = &self.claims.retries;
+            if is_sink_down {
+                held.chain(retries.waiting()).collect()
+            } else {
+                held.chain(retries.waiting_long()).collect()
+            }
         };
-        !(self.intake_under_way || has_to_wait)
-    }
-
-    /// Whether anything may be taken in hand now.
-    fn is_open(&self) -> bool {
-        !self.is_stopping() && self.halted.is_none() && self.permit.may_take_in()
-    }
-
-    fn is_stopping(&self) -> bool {
-        self.deadlines.is_some()
-    }
-
-    /// How many entries may still come in.
-    fn free_slots(&self) -> usize {
-        if self.breaker.is_open() {
-            return 0;
+        let task = self.ownership.start(now, old_entries, &self.context);
+        self.spawn(task);
+        let task = self.claims.start(now, &self.conditions(), &self.context);
+        self.spawn(task);
+        let task = self.search.start(now, &self.conditions(), &mut self.suspects, &self.context);
+        self.spawn(task);
+        let task = self.intake.start(now, &self.conditions(), &self.context);
+        self.spawn(task);
+        let timeouts = self.lifecycle.start(now);
+        if timeouts.is_heartbeat_due {
+            self.report(false, now);
         }
-        let fit = (HELD_BYTES / self.entry_bytes).max(1);
-        // What holds a lane back is not in hand, but what comes behind it has to wait here.
-        let taken = self.in_hand() + self.ready.held() + self.expected;
-        let room = self.group.config.max_in_flight.min(fit).saturating_sub(taken);
-        room.min(self.suspects.most_in_hand().saturating_sub(self.at_risk()))
-    }
-
-    fn in_hand(&self) -> usize {
-        let running: usize = self.running.iter().map(|running| running.ids.len()).sum();
-        self.ready.len() + running + self.settlements.len() + self.dead_letters.len()
-    }
-
-    fn in_hand_ids(&self) -> HashSet<EntryId> {
-        let ready = self.ready.iter().map(|delivery| delivery.entry.id);
-        let running = self.running.iter().flat_map(|running| running.ids.iter().copied());
-        let outboxes = self.settlements.ids().chain(self.dead_letters.ids());
-        ready.chain(running).chain(outboxes).collect()
-    }
-
-    /// Starts every step that can be taken now.
-    fn start_what_is_due(&mut self) {
-        let now = Instant::now();
-        let life = self.permit.life();
-        if std::mem::replace(&mut self.life, life) != life {
-            self.doubt();
-        }
-        if now > self.wake_at + self.group.config.claim_idle / 2 {
-            self.is_in_doubt = true;
-            self.extend_at = now;
-        }
-        self.start_sink_calls(now);
-        self.start_settling(now);
-        self.review_suspects(now);
-        if now >= self.extend_at && !self.is_extending {
-            self.start_extending();
-        }
-        if self.is_open() {
-            self.start_retries(now);
-            self.start_search(now);
-            self.start_intake(now);
-        }
-        if now >= self.pulse_at {
-            self.pulse_at = now + PULSE;
-            self.report(false);
-        }
-        self.meters.in_flight.set(self.in_hand());
-        if let Some((abort_at, _)) = self.deadlines
-            && now >= abort_at
-        {
-            self.caller.abort.cancel();
+        self.in_flight.set_gauge(self.held());
+        if timeouts.is_abort_due {
+            self.context.caller.abort.cancel();
         }
     }
 
-    /// When something is due that no task's end will tell.
-    fn next_wake(&mut self) -> Instant {
-        let now = Instant::now();
-        let mut wake = self.pulse_at;
-        let mut at = |due: Instant| wake = wake.min(due);
-        if !self.is_extending {
-            at(self.extend_at);
-        }
-        for outbox in [&self.settlements, &self.dead_letters] {
-            outbox.due().into_iter().for_each(&mut at);
-        }
-        if let Some((abort_at, end)) = self.deadlines {
-            at(if now < abort_at { abort_at } else { end });
-        } else if self.breaker.is_open() && self.is_open() {
-            self.next_wake_in_outage().into_iter().for_each(at);
-        } else if self.is_open() {
-            let has_room = self.free_slots() > 0;
-            if let (true, Some(due)) = (self.claiming.is_empty(), self.retries.next_due())
-                && (has_room || self.is_ordered)
-            {
-                at(due.max(self.claim_not_before));
-            }
-            if has_room && self.may_search() {
-                at(self.search_at);
-            }
-            if has_room && self.may_take_in() {
-                at(self.intake_not_before);
+    /// Passes queued entries to the sink until it has enough, or the group halts.
+    fn dispatch(&mut self, now: Instant) {
+        loop {
+            let may_deliver = self.may_deliver();
+            match self.in_flight.start(now, may_deliver, &mut self.sink_health, &self.context) {
+                Some(Dispatch::Call(task)) => self.spawn(task),
+                Some(Dispatch::Undeliverable { delivery, error }) => self.halt(delivery, &error),
+                None => return,
             }
         }
-        wake
     }
 
-    fn finish(&mut self, done: Result<Done, JoinError>) {
-        match done {
-            Ok(done) => self.take(done),
-            // Panics of store and sink are caught where they are called: this is a defect of the worker itself.
+    /// Returns when the next task is due of its own. The end of a task may make others due earlier.
+    fn next_due(&self, now: Instant) -> Instant {
+        let facts = self.conditions();
+        let due = [
+            self.in_flight.next_due(now, self.may_deliver(), &self.sink_health, &self.context),
+            self.settler.next_due(),
+            self.suspects.next_due(now, self.is_claiming(), facts.is_sink_down),
+            self.ownership.next_due(),
+            self.claims.next_due(&facts, &self.context),
+            self.search.next_due(&facts),
+            self.intake.next_due(&facts, &self.context),
+        ];
+        due.into_iter().flatten().fold(self.lifecycle.next_due(), Instant::min)
+    }
+
+    pub(crate) fn spawn(&mut self, task: impl Into<Option<Task>>) {
+        if let Some(task) = task.into() {
+            self.in_flight.expect(task.expected);
+            self.tasks.spawn(task.future);
+        }
+    }
+
+    fn on_task_ended(&mut self, ended: Result<TaskResult, JoinError>, now: Instant) {
+        match ended {
+            Ok(result) => self.on_result(result, now),
+            // The callers catch panics of the store and of the sink. So this is a defect of the worker itself.
             Err(error) => match error.try_into_panic() {
                 Ok(panic) => std::panic::resume_unwind(panic),
-                Err(cancelled) => debug!(error = %cancelled, "a step was cancelled"),
+                Err(cancelled) => debug!(error = %cancelled, "task cancelled"),
             },
         }
     }
 
-    /// Tells readiness how the worker is; `has_progressed` where a call that reads has just succeeded.
-    fn report(&mut self, has_progressed: bool) {
-        if let Some(reason) = &self.halted {
-            self.part.not_ready(reason.clone());
-        } else if let Some(error) = &self.intake_error {
-            self.part.not_ready(error.clone());
-        } else if let Some(error) = self.settlements.error.as_ref().or(self.dead_letters.error.as_ref()) {
-            self.part.not_ready(error.clone());
-        } else if !self.permit.may_take_in() {
-            let reason = self.permit.trouble().unwrap_or_else(|| "its lease has run out".to_owned());
-            self.part.not_ready(reason);
-        } else if let Some(Outage { since, reason }) = &self.outage {
-            self.part.ready_but(format!("the sink `{}` is down since {since:.0}: {reason}", self.caller.name));
+    fn on_result(&mut self, result: TaskResult, now: Instant) {
+        match result {
+            TaskResult::GroupEnsured(result) => self.on_group_ensured(result, now),
+            TaskResult::PendingListed { limit, result } => self.on_pending_listed(limit, result, now),
+            TaskResult::Fetched { limit, result } => self.on_fetched(limit, result, now),
+            TaskResult::Claimed { reason, ids, result } => self.on_claimed(reason, &ids, result, now),
+            TaskResult::Searched { limit, result } => self.on_searched(limit, result, now),
+            TaskResult::Extended { was_uncertain, result } => self.on_extended(was_uncertain, result, now),
+            TaskResult::SinkCalled { call, result } => self.on_sink_called(call, result, now),
+            TaskResult::Settled { is_dead_letters, batch, result } => {
+                self.on_settled(is_dead_letters, batch, result, now);
+            }
+        }
+    }
+
+    /// Returns the facts that decide whether the parts may start their next tasks.
+    fn conditions(&self) -> Conditions {
+        Conditions {
+            is_open: self.lifecycle.state() == WorkerState::Running && self.context.leases.may_take_in(),
+            is_sink_down: self.sink_health.is_down(),
+            is_fetching: self.intake.is_fetching(),
+            is_searching: self.search.is_busy(),
+            awaits_isolation: self.suspects.awaits_isolation(),
+            is_crowded: self.lifecycle.is_crowded(),
+            free_slots: self.free_slots(),
+            probe_slots: self.probe_slots(),
+            retry_slots: self.retry_slots(),
+            unsettled: self.unsettled(),
+        }
+    }
+
+    fn may_deliver(&self) -> bool {
+        self.lifecycle.halt_reason().is_none() && !self.ownership.is_uncertain() && self.context.leases.may_deliver()
+    }
+
+    fn is_claiming(&self) -> bool {
+        self.search.is_busy() || self.intake.is_busy()
+    }
+
+    /// Returns how many entries may still come in.
+    fn free_slots(&self) -> usize {
+        if self.sink_health.is_down() {
+            return 0;
+        }
+        // A blocked entry is not in flight, but the entries behind it are queued here.
+        let taken = self.held() + self.in_flight.queue.blocked() + self.in_flight.expected();
+        let room = self.max_held().saturating_sub(taken);
+        room.min(self.suspects.max_in_flight().saturating_sub(self.unsettled()))
+    }
+
+    /// Returns how many entries may come in as probes during an outage: one, if the sink was tried with all others.
+    fn probe_slots(&self) -> usize {
+        let may_need_probe =
+            self.sink_health.is_down() && self.in_flight.expected() == 0 && self.held() < self.max_held();
+        let was_tried = |id: EntryId| self.sink_health.breaker.was_tried(id);
+        usize::from(may_need_probe && self.in_flight.queue.iter().all(|delivery| was_tried(delivery.entry.id)))
+    }
+
+    /// Returns how many retries may come in as probes during an outage: one, if there is no other entry to try.
+    fn retry_slots(&self) -> usize {
+        let is_queue_empty = self.in_flight.queue.len() == 0;
+        if self.context.is_ordered {
+            usize::from(self.in_flight.queue.first().is_none() && !self.in_flight.is_calling())
+        } else if is_queue_empty || self.intake.is_at_end() {
+            self.probe_slots()
         } else {
-            let is_reading = self.fetch_began.is_some_and(|began| began.elapsed() < FETCH_STUCK);
-            let is_busy = !self.intake_under_way && !self.running.is_empty();
-            let waits = self.ready.held() > 0 || self.suspects.awaits_turn();
-            if has_progressed || is_reading || is_busy || waits {
+            0
+        }
+    }
+
+    fn max_held(&self) -> usize {
+        self.context.group.config.max_in_flight.min(self.intake.held_limit())
+    }
+
+    /// Returns how many entries the worker holds: in flight, or not settled yet.
+    fn held(&self) -> usize {
+        self.in_flight.len() + self.settler.len()
+    }
+
+    pub(crate) fn held_ids(&self) -> HashSet<EntryId> {
+        self.in_flight.ids().into_iter().chain(self.settler.ids()).collect()
+    }
+
+    /// Returns how many entries a crash would deliver once more. Dead letters are given up already.
+    pub(crate) fn unsettled(&self) -> usize {
+        self.in_flight.len() + self.settler.settlements.len() + self.in_flight.expected()
+    }
+
+    /// Reports to readiness. `has_progressed` is true if a call has just read from the stream.
+    pub(crate) fn report(&self, has_progressed: bool, now: Instant) {
+        let part = &self.context.part;
+        let error = self.lifecycle.halt_reason().or(self.intake.error()).or(self.settler.error());
+        if let Some(error) = error {
+            part.not_ready(error);
+        } else if !self.context.leases.may_take_in() {
+            part.not_ready(self.context.leases.error().unwrap_or_else(|| "the lease has run out".to_owned()));
+        } else if let Some(note) = self.sink_health.note(&self.context) {
+            part.ready_but(note);
+        } else {
+            let is_busy = !self.intake.is_busy() && self.in_flight.is_calling();
+            let waits = self.in_flight.queue.blocked() > 0 || self.suspects.awaits_isolation();
+            if has_progressed || self.intake.is_reading(now) || is_busy || waits {
                 match &self.note {
-                    Some(note) => self.part.ready_but(note.clone()),
-                    None => self.part.ready(),
+                    Some(note) => part.ready_but(note.clone()),
+                    None => part.ready(),
                 }
             }
         }
     }
 
-    fn begin_stop(&mut self) {
-        debug!(in_hand = self.in_hand(), "the worker stops");
-        let abort_at = Instant::now() + self.grace;
-        self.deadlines = Some((abort_at, abort_at + FLUSH_TIME));
-        for delivery in self.ready.drain() {
-            self.settlements.push(delivery, Outcome::Release);
-        }
+    fn begin_stop(&mut self, now: Instant) {
+        debug!(in_hand = self.held(), "worker stopping");
+        self.lifecycle.begin_drain(now);
+        let queued = self.in_flight.queue.drain();
+        self.settler.push_all(queued, &Outcome::Release);
     }
 
-    /// Ends where nothing was to be done for so long that whoever watches the stream may begin again when there is.
-    fn leave_if_idle(&mut self) {
-        let is_idle = self.in_hand() + self.ready.held() == 0
-            && self.retries.is_empty()
-            && self.claiming.is_empty()
-            && !self.breaker.is_open()
-            && self.halted.is_none()
-            && !self.sweep_due
-            && !self.is_stopping();
+    /// Stops a worker of a family member that was idle for long. New entries of the member start another one.
+    pub(crate) fn leave_if_idle(&mut self, now: Instant) {
+        let is_idle = self.held() + self.in_flight.queue.blocked() == 0
+            && self.claims.retries.is_empty()
+            && self.claims.is_idle()
+            && !self.sink_health.is_down()
+            && !self.intake.needs_recovery()
+            && self.lifecycle.state() == WorkerState::Running;
         if !is_idle {
-            self.busy_at = Instant::now();
-        } else if self.stay.as_ref().is_some_and(|stay| self.busy_at.elapsed() >= stay.leave_after) || self.is_crowded()
-        {
-            self.begin_stop();
+            self.lifecycle.stay_busy(now);
+        } else if self.lifecycle.is_idle_too_long(now) {
+            self.begin_stop(now);
         }
     }
 
-    /// Whether others wait for the room that this worker takes.
-    fn is_crowded(&self) -> bool {
-        self.stay.as_ref().is_some_and(|stay| stay.is_crowded.load(std::sync::atomic::Ordering::Relaxed))
+    fn is_finished(&self, now: Instant) -> bool {
+        let is_done = self.lifecycle.is_stopping() && self.tasks.is_empty() && self.settler.len() == 0;
+        is_done || self.lifecycle.is_out_of_time(now)
     }
 
-    fn is_finished(&self) -> bool {
-        let Some((_, end)) = self.deadlines else { return false };
-        let is_done = self.tasks.is_empty() && self.settlements.len() + self.dead_letters.len() == 0;
-        is_done || Instant::now() >= end
-    }
-
-    /// Gives up the consumer, if nothing is pending on it.
+    /// Removes the consumer from the group if nothing is pending on it.
     async fn leave(mut self) {
-        let left = self.in_hand();
+        let left = self.held();
         if left > 0 {
-            warn!(entries = left, "the worker ends with entries unsettled: they will be delivered again");
+            warn!(entries = left, "worker ended with unsettled entries, they will be delivered again");
         }
-        self.meters.in_flight.set(0);
-        match timeout(FLUSH_TIME, self.store.remove_consumer(&self.cursor)).await {
-            Ok(Ok(is_removed)) => debug!(is_removed, "the worker has ended"),
-            Ok(Err(error)) => debug!(error = %error, "the consumer stays in its group"),
-            Err(_elapsed) => debug!("the consumer stays in its group: the store does not answer"),
+        self.in_flight.set_gauge(0);
+        match timeout(FLUSH_TIME, self.context.store.remove_consumer(&self.context.cursor)).await {
+            Ok(Ok(is_removed)) => debug!(is_removed, "worker ended"),
+            Ok(Err(error)) => debug!(error = %error, "consumer not removed"),
+            Err(_elapsed) => debug!("consumer not removed: the store does not respond"),
         }
-    }
-
-    /// When to search for idle entries again.
-    fn next_search(&self) -> Instant {
-        Instant::now() + jittered(self.group.config.claim_idle / 4)
     }
 }

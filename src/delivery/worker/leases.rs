@@ -1,8 +1,8 @@
-//! A worker's turn: the leases under which it works, taken, renewed, and given up in time.
+//! The leases of a worker: taken, renewed, and given up before another worker can have them.
 //!
-//! Every worker has the lease on its consumer's name, so that two daemons with one name don't take each other's
-//! deliveries for left over. Where an order is kept, the one worker that holds the group's lease works. By its own
-//! clock a worker stops before anyone else can have taken its lease.
+//! Each worker holds the lease on its consumer's name. Without it, two daemons with one name would claim each other's
+//! deliveries. In an ordered group only the worker with the group lease works. A worker stops by its own clock before
+//! its lease can have passed to another worker.
 
 use std::time::Duration;
 
@@ -21,85 +21,99 @@ use crate::readiness::Part;
 use crate::store::{Lease, Leased, Store, StoreError, StoreErrorKind};
 use crate::telemetry::chain;
 
-/// How long a group's turn lasts without a sign of life, at most.
-const TURN_TTL: Duration = Duration::from_secs(10);
-/// How often a worker that waits asks again.
-const ASK_EVERY: Duration = Duration::from_millis(500);
-/// How long giving up a lease may take.
+/// The longest time that a group lease lasts without a renewal.
+const GROUP_LEASE_TTL: Duration = Duration::from_secs(10);
+/// Between two requests of a worker that waits for the group lease.
+const RETRY_INTERVAL: Duration = Duration::from_millis(500);
+/// How long releasing a lease may take.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
-/// The most names like its own that a worker tries.
-const NAMES: u32 = 100;
+/// The most numbered names that a worker tries.
+const MAX_NAMES: u32 = 100;
 
-/// What a worker holds while it works.
+/// The leases that a worker holds while it works.
 #[derive(Debug)]
-pub(crate) struct Tenure {
+pub(crate) struct WorkerLeases {
     pub(crate) consumer: ConsumerName,
-    /// The group's lease, where an order is kept.
-    pub(crate) turn: Option<Lease>,
-    pub(crate) permit: Permit,
+    /// The group lease, in an ordered group.
+    pub(crate) group: Option<Lease>,
+    pub(crate) watch: LeaseWatch,
     name: Lease,
-    name_standing: watch::Sender<Standing>,
-    turn_standing: watch::Sender<Standing>,
+    name_state: watch::Sender<LeaseState>,
+    group_state: watch::Sender<LeaseState>,
 }
 
-/// How a lease stands, as far as its holder knows.
+#[cfg(test)]
+impl WorkerLeases {
+    /// Returns leases that never end.
+    pub(crate) fn unbounded(consumer: ConsumerName) -> Self {
+        let state = || watch::Sender::new(LeaseState { until: None, fence: 0, error: None });
+        let (name_state, group_state) = (state(), state());
+        let watch = LeaseWatch { name: name_state.subscribe(), group: group_state.subscribe() };
+        let name = Lease { name: "consumer".to_owned(), holder: "test".to_owned(), fence: 0 };
+        Self { consumer, group: None, watch, name, name_state, group_state }
+    }
+}
+
+/// The state of a lease, as its holder knows it.
 #[derive(Debug, Clone)]
-struct Standing {
-    /// When it may be over; nothing where there is no end.
+struct LeaseState {
+    /// When the lease may end. `None` if it does not.
     until: Option<Instant>,
     fence: u64,
-    /// Why it could not be renewed, if that failed last.
-    trouble: Option<String>,
+    /// The error of the last renewal, if it failed.
+    error: Option<String>,
 }
 
-impl Standing {
+impl LeaseState {
     fn is_valid(&self) -> bool {
         self.until.is_none_or(|until| Instant::now() < until)
     }
 }
 
-/// Tells what a worker may do now.
+/// Returns what a worker may do under its leases now.
 #[derive(Debug, Clone)]
-pub(crate) struct Permit {
-    name: watch::Receiver<Standing>,
-    turn: watch::Receiver<Standing>,
+pub(crate) struct LeaseWatch {
+    name: watch::Receiver<LeaseState>,
+    group: watch::Receiver<LeaseState>,
 }
 
-impl Permit {
-    /// One that never ends.
+impl LeaseWatch {
+    /// Returns the watch of leases that never end.
     #[cfg(test)]
     pub(crate) fn unbounded() -> Self {
-        let standing = watch::Sender::new(Standing { until: None, fence: 0, trouble: None });
-        Self { name: standing.subscribe(), turn: standing.subscribe() }
+        let state = watch::Sender::new(LeaseState { until: None, fence: 0, error: None });
+        Self { name: state.subscribe(), group: state.subscribe() }
     }
 
-    /// Whether entries may be taken in: no one else has this consumer's name.
+    /// Returns whether entries may be taken in: no other worker has this consumer's name or its group.
     pub(crate) fn may_take_in(&self) -> bool {
         self.name.borrow().is_valid() && self.may_deliver()
     }
 
-    /// Whether entries may go to the sink: where an order is kept, no one else has the group.
+    /// Returns whether entries may go to the sink: no other worker has this ordered group.
     pub(crate) fn may_deliver(&self) -> bool {
-        self.turn.borrow().is_valid()
+        self.group.borrow().is_valid()
     }
 
-    /// Changes when the name was lost for a while: others may have taken what was pending on it, or left something.
-    pub(crate) fn life(&self) -> u64 {
+    /// Returns a number that changes if the name was lost for a while.
+    ///
+    /// Another worker may have claimed the entries pending on the name, or left some.
+    pub(crate) fn generation(&self) -> u64 {
         self.name.borrow().fence
     }
 
-    /// Why a lease could not be renewed, if that failed last.
-    pub(crate) fn trouble(&self) -> Option<String> {
-        let name = self.name.borrow().trouble.clone();
-        name.or_else(|| self.turn.borrow().trouble.clone())
+    /// Returns the error of the last renewal, if it failed.
+    pub(crate) fn error(&self) -> Option<String> {
+        let name = self.name.borrow().error.clone();
+        name.or_else(|| self.group.borrow().error.clone())
     }
 
-    /// Waits until there is news. Cancel-safe.
+    /// Waits until a lease changes. Cancel-safe.
     pub(crate) async fn changed(&mut self) {
-        let (name, turn) = (&mut self.name, &mut self.turn);
+        let (name, group) = (&mut self.name, &mut self.group);
         let is_over = tokio::select! {
             changed = name.changed() => changed.is_err(),
-            changed = turn.changed() => changed.is_err(),
+            changed = group.changed() => changed.is_err(),
         };
         if is_over {
             std::future::pending::<()>().await;
@@ -107,29 +121,29 @@ impl Permit {
     }
 }
 
-/// Why a tenure ended.
+/// The lease that a worker has lost.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Lost {
-    /// Another daemon has the consumer's name now.
+pub(crate) enum LostLease {
+    /// Another daemon has the consumer's name.
     Name,
-    /// Another daemon may have the group's turn now.
-    Turn,
+    /// Another daemon may have the group.
+    Group,
 }
 
-/// Takes leases for one worker.
+/// Takes and renews the leases of one worker.
 #[derive(Debug)]
-pub(crate) struct Applicant<'a> {
+pub(crate) struct LeaseManager<'a> {
     store: &'a dyn Store,
     group: &'a GroupSpec,
     consumer: &'a ConsumerName,
     part: &'a Part,
-    /// This worker and no other, also not its own earlier life.
+    /// Identifies this run of this worker.
     holder: String,
     name_ttl: Duration,
     stop: &'a CancellationToken,
 }
 
-impl<'a> Applicant<'a> {
+impl<'a> LeaseManager<'a> {
     pub(crate) fn new(worker: &'a Worker, stop: &'a CancellationToken) -> Self {
         Self {
             store: &*worker.store,
@@ -142,91 +156,92 @@ impl<'a> Applicant<'a> {
         }
     }
 
-    /// Waits until this worker may work; nothing when it is stopped before.
-    pub(crate) async fn begin(&self) -> Option<Tenure> {
-        let (consumer, name, standing) = self.take_name().await?;
-        let name_standing = watch::Sender::new(standing);
-        let turn_standing = watch::Sender::new(Standing { until: None, fence: 0, trouble: None });
-        let permit = Permit { name: name_standing.subscribe(), turn: turn_standing.subscribe() };
-        let mut tenure = Tenure { consumer, turn: None, permit, name, name_standing, turn_standing };
+    /// Waits until this worker has its leases. Returns `None` if the worker is stopped before.
+    pub(crate) async fn acquire(&self) -> Option<WorkerLeases> {
+        let (consumer, name, state) = self.take_name().await?;
+        let name_state = watch::Sender::new(state);
+        let group_state = watch::Sender::new(LeaseState { until: None, fence: 0, error: None });
+        let watch = LeaseWatch { name: name_state.subscribe(), group: group_state.subscribe() };
+        let mut leases = WorkerLeases { consumer, group: None, watch, name, name_state, group_state };
         if self.group.config.ordering == Ordering::None {
-            return Some(tenure);
+            return Some(leases);
         }
         let taken = tokio::select! {
             biased;
-            taken = self.take_turn() => taken,
-            _lost = self.keep_name(&tenure) => return Box::pin(self.begin()).await,
+            taken = self.take_group() => taken,
+            _lost = self.renew_name(&leases) => return Box::pin(self.acquire()).await,
         };
-        let Some((lease, standing)) = taken else {
-            self.end(&tenure).await;
+        let Some((lease, state)) = taken else {
+            self.release(&leases).await;
             return None;
         };
-        tenure.turn = Some(lease);
-        tenure.turn_standing.send_replace(standing);
-        Some(tenure)
+        leases.group = Some(lease);
+        leases.group_state.send_replace(state);
+        Some(leases)
     }
 
-    /// Keeps a tenure until it is lost. Cancel-safe.
-    pub(crate) async fn keep(&self, tenure: &Tenure) -> Lost {
-        let turn = async {
-            match &tenure.turn {
-                Some(turn) => self.keep_turn(turn, &tenure.turn_standing).await,
+    /// Renews the leases until one is lost. Cancel-safe.
+    pub(crate) async fn renew(&self, leases: &WorkerLeases) -> LostLease {
+        let group = async {
+            match &leases.group {
+                Some(lease) => self.renew_group(lease, &leases.group_state).await,
                 None => std::future::pending().await,
             }
         };
         tokio::select! {
-            lost = turn => lost,
-            lost = self.keep_name(tenure) => lost,
+            lost = group => lost,
+            lost = self.renew_name(leases) => lost,
         }
     }
 
-    /// Gives the leases up, so that others need not wait for them to run out.
-    pub(crate) async fn end(&self, tenure: &Tenure) {
-        for lease in tenure.turn.iter().chain([&tenure.name]) {
-            // Without an answer it runs out by itself.
+    /// Releases the leases, so that other workers need not wait for their end.
+    pub(crate) async fn release(&self, leases: &WorkerLeases) {
+        for lease in leases.group.iter().chain([&leases.name]) {
+            // Without a reply the lease runs out.
             drop(timeout(RELEASE_TIMEOUT, self.store.release_lease(&self.group.stream, lease)).await);
         }
     }
 
-    async fn ask_for_name(&self, consumer: &ConsumerName) -> Result<Leased, StoreError> {
+    async fn request_name(&self, consumer: &ConsumerName) -> Result<Leased, StoreError> {
         let name = format!("consumer/{}/{consumer}", self.group.config.name);
-        match self.ask(&name, &self.holder, self.name_ttl).await {
-            // A store without room has looked that no one has it before it tells so; deliveries must go on, they make
-            // room.
+        match self.request(&name, &self.holder, self.name_ttl).await {
+            // A full store checks that the name is free before it fails. Deliveries must go on, because they make room.
             Err(error) if error.kind() == StoreErrorKind::Full => {
                 Ok(Leased::Held(Lease { name, holder: self.holder.clone(), fence: 0 }))
             }
-            answer => answer,
+            result => result,
         }
     }
 
-    fn turn_ttl(&self) -> Duration {
-        TURN_TTL.min(self.group.config.claim_idle)
+    fn group_ttl(&self) -> Duration {
+        GROUP_LEASE_TTL.min(self.group.config.claim_idle)
     }
 
-    /// Takes the consumer's name. A lease that nobody renews is of a life that has ended, and runs out; where it is
-    /// renewed, another daemon has this name, and the next free one like it is taken.
-    async fn take_name(&self) -> Option<(ConsumerName, Lease, Standing)> {
+    /// Takes the consumer's name, or the next free numbered one if another daemon has it.
+    ///
+    /// A lease that is not renewed belongs to an earlier run of this worker. It is waited for. A lease that is renewed
+    /// belongs to another daemon.
+    async fn take_name(&self) -> Option<(ConsumerName, Lease, LeaseState)> {
         let mut backoff = Backoff::default();
-        let mut trouble = ThrottledWarning::default();
-        // Who had the name at first, and until when at the latest if that was not renewed. Stores round.
+        let mut warning = ThrottledWarning::default();
+        // The first holder, and the latest end of its lease without a renewal. Stores round the time.
         let mut first_seen: Option<(String, Instant)> = None;
         let mut consumer = self.consumer.clone();
         let mut number = 1;
         loop {
-            let asked_at = Instant::now();
-            let wait = match self.ask_for_name(&consumer).await {
+            let requested_at = Instant::now();
+            let wait = match self.request_name(&consumer).await {
                 Ok(Leased::Held(lease)) => {
-                    self.tell_name(&consumer);
-                    let standing = held(asked_at, self.name_ttl, &lease);
-                    return Some((consumer, lease, standing));
+                    self.log_other_name(&consumer);
+                    let state = held(requested_at, self.name_ttl, &lease);
+                    return Some((consumer, lease, state));
                 }
                 Ok(Leased::Taken { by, expires_in }) => {
-                    trouble.ended();
+                    warning.ended();
                     let (first, ends) = first_seen.get_or_insert_with(|| (by.clone(), Instant::now() + expires_in));
-                    let is_renewed = *first != by || asked_at + expires_in > *ends + self.name_ttl / 20;
+                    let is_renewed = *first != by || requested_at + expires_in > *ends + self.name_ttl / 20;
                     if number > 1 || is_renewed {
-                        number = number % NAMES + 1;
+                        number = number % MAX_NAMES + 1;
                         consumer = self.numbered(number);
                         first_seen = if number == 1 { None } else { first_seen };
                         Duration::ZERO
@@ -237,7 +252,7 @@ impl<'a> Applicant<'a> {
                     }
                 }
                 Err(error) => {
-                    self.tell_failure(&error, &mut trouble);
+                    self.report_failure(&error, &mut warning);
                     backoff.next_delay()
                 }
             };
@@ -251,48 +266,48 @@ impl<'a> Applicant<'a> {
         if number == 1 { self.consumer.clone() } else { self.consumer.numbered(number) }
     }
 
-    fn tell_name(&self, consumer: &ConsumerName) {
+    fn log_other_name(&self, consumer: &ConsumerName) {
         if consumer != self.consumer {
             warn!(
                 stream = %self.group.stream, group = %self.group.config.name, consumer = %consumer,
-                "another daemon has the name {}; give each daemon an instance of its own", self.consumer
+                "another daemon has the name {}; give each daemon its own `instance`", self.consumer
             );
         }
     }
 
-    /// Takes the group's turn; nothing when the worker is stopped before.
-    async fn take_turn(&self) -> Option<(Lease, Standing)> {
+    /// Takes the group lease. Returns `None` if the worker is stopped before.
+    async fn take_group(&self) -> Option<(Lease, LeaseState)> {
         let mut backoff = Backoff::default();
-        let mut trouble = ThrottledWarning::default();
+        let mut warning = ThrottledWarning::default();
         let name = format!("group/{}", self.group.config.name);
-        // Calls that are still under way from an earlier turn must not pass for calls of this one.
+        // A new holder each time: calls that are still under way from an earlier lease must not count for this one.
         let holder = new_holder(self.consumer);
         let mut has_waited = false;
         loop {
-            let asked_at = Instant::now();
-            let wait = match self.ask(&name, &holder, self.turn_ttl()).await {
+            let requested_at = Instant::now();
+            let wait = match self.request(&name, &holder, self.group_ttl()).await {
                 Ok(Leased::Held(lease)) => {
                     if has_waited {
-                        info!(stream = %self.group.stream, group = %self.group.config.name, "it is this worker's turn");
+                        info!(stream = %self.group.stream, group = %self.group.config.name, "group lease taken");
                     }
-                    let standing = held(asked_at, self.turn_ttl(), &lease);
-                    return Some((lease, standing));
+                    let state = held(requested_at, self.group_ttl(), &lease);
+                    return Some((lease, state));
                 }
                 Ok(Leased::Taken { by, expires_in }) => {
-                    trouble.ended();
+                    warning.ended();
                     let by = by.split(' ').next().unwrap_or_default();
                     if !has_waited {
                         info!(
                             stream = %self.group.stream, group = %self.group.config.name, consumer = %self.consumer,
-                            "waiting: {by} works, and one at a time keeps the order"
+                            "group lease held by {by}, waiting: one worker at a time keeps the order"
                         );
                     }
                     has_waited = true;
                     self.part.ready_but(format!("waiting: {by} works"));
-                    expires_in.min(ASK_EVERY) + Duration::from_millis(10)
+                    expires_in.min(RETRY_INTERVAL) + Duration::from_millis(10)
                 }
                 Err(error) => {
-                    self.tell_failure(&error, &mut trouble);
+                    self.report_failure(&error, &mut warning);
                     backoff.next_delay()
                 }
             };
@@ -302,74 +317,75 @@ impl<'a> Applicant<'a> {
         }
     }
 
-    /// Renews the consumer's name until another has it.
-    async fn keep_name(&self, tenure: &Tenure) -> Lost {
+    /// Renews the consumer's name until another worker has it.
+    async fn renew_name(&self, leases: &WorkerLeases) -> LostLease {
         let mut wait = self.name_ttl / 3;
         loop {
             sleep(wait).await;
-            let asked_at = Instant::now();
+            let requested_at = Instant::now();
             wait = self.name_ttl / 3;
-            match self.ask_for_name(&tenure.consumer).await {
+            match self.request_name(&leases.consumer).await {
                 Ok(Leased::Held(lease)) => {
-                    tenure.name_standing.send_replace(held(asked_at, self.name_ttl, &lease));
+                    leases.name_state.send_replace(held(requested_at, self.name_ttl, &lease));
                 }
-                Ok(Leased::Taken { .. }) => return Lost::Name,
+                Ok(Leased::Taken { .. }) => return LostLease::Name,
                 Err(error) => {
                     wait = self.name_ttl / 10;
-                    tenure.name_standing.send_modify(|standing| standing.trouble = Some(chain(&error)));
+                    leases.name_state.send_modify(|state| state.error = Some(chain(&error)));
                 }
             }
         }
     }
 
-    /// Renews the group's turn until it may be another's.
-    async fn keep_turn(&self, turn: &Lease, standing: &watch::Sender<Standing>) -> Lost {
-        let ttl = self.turn_ttl();
+    /// Renews the group lease until another worker may have it.
+    async fn renew_group(&self, current: &Lease, state: &watch::Sender<LeaseState>) -> LostLease {
+        let ttl = self.group_ttl();
         let mut wait = ttl / 3;
         loop {
-            let until = standing.borrow().until.unwrap_or_else(Instant::now);
+            let until = state.borrow().until.unwrap_or_else(Instant::now);
             let renewed = async {
                 sleep(wait).await;
-                let asked_at = Instant::now();
-                (asked_at, self.ask(&turn.name, &turn.holder, ttl).await)
+                let requested_at = Instant::now();
+                (requested_at, self.request(&current.name, &current.holder, ttl).await)
             };
-            let (asked_at, answer) = tokio::select! {
+            let (requested_at, result) = tokio::select! {
                 biased;
-                () = sleep_until(until) => return Lost::Turn,
+                () = sleep_until(until) => return LostLease::Group,
                 renewed = renewed => renewed,
             };
-            match answer {
-                Ok(Leased::Held(lease)) if lease == *turn => {
-                    standing.send_replace(held(asked_at, ttl, &lease));
+            match result {
+                Ok(Leased::Held(lease)) if lease == *current => {
+                    state.send_replace(held(requested_at, ttl, &lease));
                     wait = ttl / 3;
                 }
-                Ok(Leased::Held(_) | Leased::Taken { .. }) => return Lost::Turn,
+                Ok(Leased::Held(_) | Leased::Taken { .. }) => return LostLease::Group,
                 Err(error) => {
-                    standing.send_modify(|standing| standing.trouble = Some(chain(&error)));
+                    state.send_modify(|state| state.error = Some(chain(&error)));
                     wait = ttl / 20;
                 }
             }
         }
     }
 
-    /// Asks for a lease. An answer that takes long is no use: by then the lease has partly run out.
-    async fn ask(&self, name: &str, holder: &str, ttl: Duration) -> Result<Leased, StoreError> {
-        let asked = timeout(ttl / 3, self.store.lease(&self.group.stream, name, holder, ttl)).await;
-        asked.unwrap_or_else(|_elapsed| Err(StoreError::new(StoreErrorKind::Unavailable, "the store does not answer")))
+    /// Requests a lease. A late reply is useless, because the lease has partly run out by then.
+    async fn request(&self, name: &str, holder: &str, ttl: Duration) -> Result<Leased, StoreError> {
+        let requested = timeout(ttl / 3, self.store.lease(&self.group.stream, name, holder, ttl)).await;
+        requested
+            .unwrap_or_else(|_elapsed| Err(StoreError::new(StoreErrorKind::Unavailable, "the store does not answer")))
     }
 
-    fn tell_failure(&self, error: &StoreError, trouble: &mut ThrottledWarning) {
+    fn report_failure(&self, error: &StoreError, warning: &mut ThrottledWarning) {
         let text = chain(error);
-        if let Some(times) = trouble.occurred() {
+        if let Some(times) = warning.occurred() {
             warn!(
                 stream = %self.group.stream, group = %self.group.config.name, consumer = %self.consumer, error = text,
-                kind = error.kind().as_str(), times, "the worker cannot begin"
+                kind = error.kind().as_str(), times, "worker cannot take its lease, trying again"
             );
         }
         self.part.not_ready(text);
     }
 
-    /// Waits for that long; false when the worker is stopped meanwhile.
+    /// Waits for this time. Returns false if the worker is stopped meanwhile.
     async fn waits(&self, time: Duration) -> bool {
         tokio::select! {
             biased;
@@ -379,13 +395,15 @@ impl<'a> Applicant<'a> {
     }
 }
 
-/// Whose lease it is, told apart from all others, also from this worker's earlier ones.
+/// Returns the name of a holder, different from all others, also from earlier ones of this worker.
 fn new_holder(consumer: &ConsumerName) -> String {
     format!("{consumer} {}", Uuid::new_v4().simple())
 }
 
-/// How a lease stands that was asked for at that instant. Its holder gives it up a third earlier than anyone else can
-/// have it: for clocks that don't agree, and for a read that is still under way at the store.
-fn held(asked_at: Instant, ttl: Duration, lease: &Lease) -> Standing {
-    Standing { until: Some(asked_at + ttl - ttl / 3), fence: lease.fence, trouble: None }
+/// Returns the state of a lease that was requested at this instant.
+///
+/// Its holder gives it up after two thirds of its time. The rest is for clocks that differ, and for a read that is
+/// still under way in the store.
+fn held(requested_at: Instant, ttl: Duration, lease: &Lease) -> LeaseState {
+    LeaseState { until: Some(requested_at + ttl - ttl / 3), fence: lease.fence, error: None }
 }

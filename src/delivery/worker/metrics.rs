@@ -6,8 +6,9 @@ use crate::event::{DeadLetterReason, GroupName};
 use crate::metrics::Metrics;
 use crate::sink::SinkErrorClass;
 
+/// Counters of one group, shared by its workers.
 #[derive(Debug)]
-pub(crate) struct Meters {
+pub(crate) struct GroupMetrics {
     pub(crate) deliveries: IntCounter,
     pub(crate) acknowledged: IntCounter,
     pub(crate) filtered: IntCounter,
@@ -17,8 +18,8 @@ pub(crate) struct Meters {
     pub(crate) groups_recreated: IntCounter,
     pub(crate) trimmed_pending: IntCounter,
     pub(crate) handler_seconds: Histogram,
-    pub(crate) in_flight: Share,
-    pub(crate) breaker_open: Share,
+    pub(crate) in_flight: IntGauge,
+    pub(crate) breaker_open: IntGauge,
     pub(crate) breaker_opened: IntCounter,
     dead_letters: [IntCounter; DeadLetterReason::ALL.len()],
     sink_errors: [IntCounter; SINK_ERRORS.len()],
@@ -27,7 +28,7 @@ pub(crate) struct Meters {
 const SINK_ERRORS: [SinkErrorClass; 3] =
     [SinkErrorClass::Transient, SinkErrorClass::Permanent, SinkErrorClass::Undecodable];
 
-impl Meters {
+impl GroupMetrics {
     pub(crate) fn new(metrics: &Metrics, stream: &str, group: &GroupName, sink: &str) -> Self {
         let labels = [stream, group.as_str()];
         let of_group = |counters: &prometheus::IntCounterVec| counters.with_label_values(&labels);
@@ -44,42 +45,49 @@ impl Meters {
             groups_recreated: of_group(&metrics.groups_recreated),
             trimmed_pending: with_reason(&metrics.lost, "trimmed_pending"),
             handler_seconds: metrics.handler_seconds.with_label_values(&labels),
-            in_flight: Share { gauge: metrics.in_flight.with_label_values(&labels), ours: 0 },
-            breaker_open: Share { gauge: metrics.breaker_open.with_label_values(&labels), ours: 0 },
+            in_flight: metrics.in_flight.with_label_values(&labels),
+            breaker_open: metrics.breaker_open.with_label_values(&labels),
             breaker_opened: of_group(&metrics.breaker_opened),
             dead_letters: DeadLetterReason::ALL.map(|reason| with_reason(&metrics.dead_letters, reason.as_str())),
             sink_errors: SINK_ERRORS.map(|class| metrics.sink_errors.with_label_values(&[sink, class.as_str()])),
         }
     }
 
+    /// Returns the counter of dead letters with this reason.
     pub(crate) fn dead_letters(&self, reason: DeadLetterReason) -> &IntCounter {
-        let place = DeadLetterReason::ALL.iter().position(|known| *known == reason);
-        &self.dead_letters[place.expect("ALL has every reason")]
+        let index = DeadLetterReason::ALL.iter().position(|known| *known == reason);
+        &self.dead_letters[index.expect("ALL has every reason")]
     }
 
+    /// Returns the counter of sink errors of this class.
     pub(crate) fn sink_errors(&self, class: SinkErrorClass) -> &IntCounter {
-        let place = SINK_ERRORS.iter().position(|known| *known == class);
-        &self.sink_errors[place.expect("the list has every class")]
+        let index = SINK_ERRORS.iter().position(|known| *known == class);
+        &self.sink_errors[index.expect("the list has every class")]
     }
 }
 
-/// One worker's share of a gauge that all workers of the group add to; nothing is left of it when the worker ends.
+/// One worker's share of a gauge that all workers of the group add to. It ends with the worker.
 #[derive(Debug)]
-pub(crate) struct Share {
+pub(crate) struct GaugeShare {
     gauge: IntGauge,
-    ours: i64,
+    share: i64,
 }
 
-impl Share {
+impl GaugeShare {
+    pub(crate) fn new(gauge: &IntGauge) -> Self {
+        Self { gauge: gauge.clone(), share: 0 }
+    }
+
+    /// Changes the share to `value`.
     pub(crate) fn set(&mut self, value: usize) {
         let value = i64::try_from(value).unwrap_or(i64::MAX);
-        self.gauge.add(value - self.ours);
-        self.ours = value;
+        self.gauge.add(value - self.share);
+        self.share = value;
     }
 }
 
-impl Drop for Share {
+impl Drop for GaugeShare {
     fn drop(&mut self) {
-        self.gauge.sub(self.ours);
+        self.gauge.sub(self.share);
     }
 }

@@ -1,220 +1,221 @@
-//! What is in hand and not with the sink yet, in the order in which it may go there.
+//! The dispatch queue: entries that wait for the sink, in the order in which they may go there.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use crate::delivery::config::GroupConfig;
-use crate::delivery::ordering::{Key, OrderBy, Ordering};
+use crate::delivery::ordering::{KeyHash, OrderBy, Ordering};
 use crate::event::{Delivery, Entry, EntryId};
 
-/// Entries of one lane go to the sink one after the other.
+/// The key of an entry. Entries with the same key go to the sink one after another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum LaneId {
+pub(crate) enum OrderingKey {
     /// All entries of the group.
     Stream,
-    /// The entries of one key.
-    Key(Key),
+    /// The entries with one value of the key.
+    Key(KeyHash),
     /// An entry without a key.
-    Alone(EntryId),
+    Entry(EntryId),
 }
 
 /// Entries that wait for the sink.
 #[derive(Debug)]
-pub(crate) enum Queue {
-    /// Any entry may go, the first to come first.
-    Any(VecDeque<Delivery>),
-    /// Lanes are kept in order, each for itself.
-    Lanes(Lanes),
+pub(crate) enum DispatchQueue {
+    /// First in, first out.
+    Fifo(VecDeque<Delivery>),
+    /// In order per key.
+    Keyed(KeyedQueues),
 }
 
-/// One call's entries, taken out of the queue. Where there are lanes, the one of each entry.
+/// The entries of one call of the sink, with the key of each if the queue is keyed.
 #[derive(Debug, Default)]
-pub(crate) struct Batch {
+pub(crate) struct SinkBatch {
     pub(crate) deliveries: Vec<Delivery>,
-    pub(crate) lanes: Vec<LaneId>,
+    pub(crate) keys: Vec<OrderingKey>,
 }
 
+/// One queue per key.
 #[derive(Debug)]
-pub(crate) struct Lanes {
-    /// What the key is; nothing where the whole stream is one lane.
+pub(crate) struct KeyedQueues {
+    /// The key, or `None` if the whole stream has one queue.
     order_by: Option<OrderBy>,
-    all: HashMap<LaneId, Lane>,
-    /// Lanes whose first entry may go now, the one that waited longest first.
-    free: VecDeque<LaneId>,
-    /// The lane of every entry that is in one: waiting, with the sink, or held back.
-    of: HashMap<EntryId, LaneId>,
+    queues: HashMap<OrderingKey, KeyQueue>,
+    /// Keys whose first entry may go now. The first one has waited longest.
+    ready: VecDeque<OrderingKey>,
+    /// The key of every entry that waits, is with the sink, or blocks its key.
+    keys: HashMap<EntryId, OrderingKey>,
     waiting: usize,
-    held: usize,
+    blocked: usize,
 }
 
-/// A lane with at least one entry.
+/// The entries of one key.
 #[derive(Debug, Default)]
-struct Lane {
+struct KeyQueue {
     /// Oldest first.
     waiting: VecDeque<Delivery>,
     is_with_sink: bool,
-    /// An entry that has failed and comes again, or goes to the dead letters: until then no other may go.
-    held_by: Option<EntryId>,
+    /// An entry that failed, and waits for its next attempt or its dead letter. Until then no other entry may go.
+    blocked_by: Option<EntryId>,
 }
 
-impl Queue {
+impl DispatchQueue {
     pub(crate) fn new(config: &GroupConfig) -> Self {
         let order_by = match config.ordering {
-            Ordering::None => return Self::Any(VecDeque::new()),
+            Ordering::None => return Self::Fifo(VecDeque::new()),
             Ordering::Key => config.order_by.clone(),
             Ordering::Stream => None,
         };
-        Self::Lanes(Lanes {
+        Self::Keyed(KeyedQueues {
             order_by,
-            all: HashMap::new(),
-            free: VecDeque::new(),
-            of: HashMap::new(),
+            queues: HashMap::new(),
+            ready: VecDeque::new(),
+            keys: HashMap::new(),
             waiting: 0,
-            held: 0,
+            blocked: 0,
         })
     }
 
-    /// Adds an entry behind those of its lane that are older.
+    /// Adds an entry after the older ones of its key.
     pub(crate) fn push(&mut self, delivery: Delivery) {
         match self {
-            Self::Any(queue) => queue.push_back(delivery),
-            Self::Lanes(lanes) => lanes.push(delivery),
+            Self::Fifo(queue) => queue.push_back(delivery),
+            Self::Keyed(keyed) => keyed.push(delivery),
         }
     }
 
-    /// How many entries wait.
+    /// Returns the number of entries that wait.
     pub(crate) fn len(&self) -> usize {
         match self {
-            Self::Any(queue) => queue.len(),
-            Self::Lanes(lanes) => lanes.waiting,
+            Self::Fifo(queue) => queue.len(),
+            Self::Keyed(keyed) => keyed.waiting,
         }
     }
 
-    /// How many lanes are held back.
-    pub(crate) fn held(&self) -> usize {
+    /// Returns the number of keys that a failed entry blocks.
+    pub(crate) fn blocked(&self) -> usize {
         match self {
-            Self::Any(_) => 0,
-            Self::Lanes(lanes) => lanes.held,
+            Self::Fifo(_) => 0,
+            Self::Keyed(keyed) => keyed.blocked,
         }
     }
 
-    /// All entries that wait.
+    /// Returns all entries that wait.
     pub(crate) fn iter(&self) -> Box<dyn Iterator<Item = &Delivery> + '_> {
         match self {
-            Self::Any(queue) => Box::new(queue.iter()),
-            Self::Lanes(lanes) => Box::new(lanes.all.values().flat_map(|lane| lane.waiting.iter())),
+            Self::Fifo(queue) => Box::new(queue.iter()),
+            Self::Keyed(keyed) => Box::new(keyed.queues.values().flat_map(|queue| queue.waiting.iter())),
         }
     }
 
-    /// The entry that goes next, if one may.
+    /// Returns the next entry, or `None` if none may go now.
     pub(crate) fn first(&self) -> Option<&Delivery> {
         match self {
-            Self::Any(queue) => queue.front(),
-            Self::Lanes(lanes) => lanes.free.front().and_then(|id| lanes.all.get(id)?.waiting.front()),
+            Self::Fifo(queue) => queue.front(),
+            Self::Keyed(keyed) => keyed.ready.front().and_then(|key| keyed.queues.get(key)?.waiting.front()),
         }
     }
 
-    /// Entries that may go now, of each lane the first.
-    pub(crate) fn may_go(&self) -> Box<dyn Iterator<Item = &Delivery> + '_> {
+    /// Returns the entries that may go now: the first of each key.
+    pub(crate) fn ready(&self) -> Box<dyn Iterator<Item = &Delivery> + '_> {
         match self {
-            Self::Any(queue) => Box::new(queue.iter()),
-            Self::Lanes(lanes) => Box::new(lanes.free.iter().filter_map(|id| lanes.all.get(id)?.waiting.front())),
+            Self::Fifo(queue) => Box::new(queue.iter()),
+            Self::Keyed(keyed) => Box::new(keyed.ready.iter().filter_map(|key| keyed.queues.get(key)?.waiting.front())),
         }
     }
 
-    /// Has that one of [`Self::may_go`] go next.
-    pub(crate) fn prefer(&mut self, id: EntryId) {
+    /// Makes this entry of [`Self::ready`] the next one.
+    pub(crate) fn move_to_front(&mut self, id: EntryId) {
         match self {
-            Self::Any(queue) => {
-                let place = queue.iter().position(|delivery| delivery.entry.id == id);
-                if let Some(delivery) = place.and_then(|place| queue.remove(place)) {
+            Self::Fifo(queue) => {
+                let index = queue.iter().position(|delivery| delivery.entry.id == id);
+                if let Some(delivery) = index.and_then(|index| queue.remove(index)) {
                     queue.push_front(delivery);
                 }
             }
-            Self::Lanes(lanes) => {
-                let lane = lanes.of.get(&id);
-                if let Some(place) = lanes.free.iter().position(|free| Some(free) == lane) {
-                    lanes.free.rotate_left(place);
+            Self::Keyed(keyed) => {
+                let key = keyed.keys.get(&id);
+                if let Some(index) = keyed.ready.iter().position(|ready| Some(ready) == key) {
+                    keyed.ready.rotate_left(index);
                 }
             }
         }
     }
 
-    /// Takes entries back that the sink did not take, in their order; they go first.
-    pub(crate) fn put_back(&mut self, deliveries: Vec<Delivery>) {
+    /// Returns entries to the front, in their order, because the sink did not take them.
+    pub(crate) fn requeue(&mut self, deliveries: Vec<Delivery>) {
         match self {
-            Self::Any(queue) => deliveries.into_iter().rev().for_each(|delivery| queue.push_front(delivery)),
-            Self::Lanes(lanes) => deliveries.into_iter().for_each(|delivery| lanes.push(delivery)),
+            Self::Fifo(queue) => deliveries.into_iter().rev().for_each(|delivery| queue.push_front(delivery)),
+            Self::Keyed(keyed) => deliveries.into_iter().for_each(|delivery| keyed.push(delivery)),
         }
     }
 
-    /// Brings all into the order of the stream, after some were preferred.
+    /// Sorts all entries by their ids, after some were moved to the front.
     pub(crate) fn sort(&mut self) {
-        if let Self::Any(queue) = self {
+        if let Self::Fifo(queue) = self {
             queue.make_contiguous().sort_by_key(|delivery| delivery.entry.id);
         }
     }
 
-    /// Takes entries that may go now for as long as they `fit`. Their lanes are busy until [`Self::returned`].
-    pub(crate) fn take(&mut self, mut fits: impl FnMut(&Delivery) -> bool) -> Batch {
+    /// Takes entries that may go now while they `fit`. Their keys are busy until [`Self::call_ended`].
+    pub(crate) fn take(&mut self, mut fits: impl FnMut(&Delivery) -> bool) -> SinkBatch {
         match self {
-            Self::Any(queue) => {
+            Self::Fifo(queue) => {
                 let fitting = queue.iter().take_while(|delivery| fits(delivery)).count();
-                Batch { deliveries: queue.drain(..fitting).collect(), lanes: Vec::new() }
+                SinkBatch { deliveries: queue.drain(..fitting).collect(), keys: Vec::new() }
             }
-            Self::Lanes(lanes) => lanes.take(fits),
+            Self::Keyed(keyed) => keyed.take(fits),
         }
     }
 
-    /// These lanes' entries are back from the sink; what became of each was said before.
-    pub(crate) fn returned(&mut self, ids: &[LaneId]) {
-        if let Self::Lanes(lanes) = self {
-            for id in ids {
-                lanes.change(*id, |lane| lane.is_with_sink = false);
+    /// Frees the keys of a call that has ended. The outcome of each entry is noted before.
+    pub(crate) fn call_ended(&mut self, keys: &[OrderingKey]) {
+        if let Self::Keyed(keyed) = self {
+            for key in keys {
+                keyed.change(*key, |queue| queue.is_with_sink = false);
             }
         }
     }
 
-    /// The entry has failed: its lane waits until it is pushed again, or done.
-    pub(crate) fn hold(&mut self, id: EntryId) {
-        if let Self::Lanes(lanes) = self
-            && let Some(lane) = lanes.of.get(&id).copied()
+    /// Blocks the key of a failed entry until the entry is pushed again or done.
+    pub(crate) fn block(&mut self, id: EntryId) {
+        if let Self::Keyed(keyed) = self
+            && let Some(key) = keyed.keys.get(&id).copied()
         {
-            lanes.change(lane, |lane| lane.held_by = Some(id));
+            keyed.change(key, |queue| queue.blocked_by = Some(id));
         }
     }
 
-    /// Whether the entry's lane is held back by another one.
-    pub(crate) fn is_held_back(&self, id: EntryId) -> bool {
+    /// Returns whether another entry blocks the key of this one.
+    pub(crate) fn is_blocked(&self, id: EntryId) -> bool {
         match self {
-            Self::Any(_) => false,
-            Self::Lanes(lanes) => {
-                let lane = lanes.of.get(&id).and_then(|lane| lanes.all.get(lane));
-                lane.and_then(|lane| lane.held_by).is_some_and(|holding| holding != id)
+            Self::Fifo(_) => false,
+            Self::Keyed(keyed) => {
+                let queue = keyed.keys.get(&id).and_then(|key| keyed.queues.get(key));
+                queue.and_then(|queue| queue.blocked_by).is_some_and(|blocking| blocking != id)
             }
         }
     }
 
-    /// The entry is out of hand for good: those after it go on.
+    /// Drops an entry for good. Later entries of its key go on.
     pub(crate) fn done(&mut self, id: EntryId) {
-        if let Self::Lanes(lanes) = self
-            && let Some(lane) = lanes.of.remove(&id)
+        if let Self::Keyed(keyed) = self
+            && let Some(key) = keyed.keys.remove(&id)
         {
-            lanes.change(lane, |lane| {
-                lane.waiting.retain(|delivery| delivery.entry.id != id);
-                lane.held_by = lane.held_by.filter(|holding| *holding != id);
+            keyed.change(key, |queue| {
+                queue.waiting.retain(|delivery| delivery.entry.id != id);
+                queue.blocked_by = queue.blocked_by.filter(|blocking| *blocking != id);
             });
         }
     }
 
-    /// Drops those of the waiting entries; says how many there were.
+    /// Drops waiting entries. Returns how many there were.
     pub(crate) fn remove(&mut self, ids: &[EntryId]) -> usize {
         let before = self.len();
         match self {
-            Self::Any(queue) => {
+            Self::Fifo(queue) => {
                 let ids: HashSet<EntryId> = ids.iter().copied().collect();
                 queue.retain(|delivery| !ids.contains(&delivery.entry.id));
             }
-            Self::Lanes(_) => {
+            Self::Keyed(_) => {
                 let waiting: HashSet<EntryId> = self.iter().map(|delivery| delivery.entry.id).collect();
                 for id in ids.iter().filter(|id| waiting.contains(id)) {
                     self.done(*id);
@@ -224,80 +225,80 @@ impl Queue {
         before - self.len()
     }
 
-    /// Takes all that wait.
+    /// Takes all entries that wait.
     pub(crate) fn drain(&mut self) -> Vec<Delivery> {
         match self {
-            Self::Any(queue) => queue.drain(..).collect(),
-            Self::Lanes(lanes) => {
-                lanes.free.clear();
-                lanes.waiting = 0;
-                lanes.all.values_mut().flat_map(|lane| lane.waiting.drain(..)).collect()
+            Self::Fifo(queue) => queue.drain(..).collect(),
+            Self::Keyed(keyed) => {
+                keyed.ready.clear();
+                keyed.waiting = 0;
+                keyed.queues.values_mut().flat_map(|queue| queue.waiting.drain(..)).collect()
             }
         }
     }
 }
 
-impl Lanes {
-    fn lane_of(&self, entry: &Entry) -> LaneId {
+impl KeyedQueues {
+    fn key_of(&self, entry: &Entry) -> OrderingKey {
         match &self.order_by {
-            None => LaneId::Stream,
-            Some(order_by) => order_by.key(entry).map_or(LaneId::Alone(entry.id), LaneId::Key),
+            None => OrderingKey::Stream,
+            Some(order_by) => order_by.key(entry).map_or(OrderingKey::Entry(entry.id), OrderingKey::Key),
         }
     }
 
     fn push(&mut self, delivery: Delivery) {
         let id = delivery.entry.id;
-        let lane = self.of.get(&id).copied().unwrap_or_else(|| self.lane_of(&delivery.entry));
-        self.of.insert(id, lane);
-        self.change(lane, |lane| {
-            lane.held_by = lane.held_by.filter(|holding| *holding != id);
-            let place = lane.waiting.partition_point(|other| other.entry.id < id);
-            lane.waiting.insert(place, delivery);
+        let key = self.keys.get(&id).copied().unwrap_or_else(|| self.key_of(&delivery.entry));
+        self.keys.insert(id, key);
+        self.change(key, |queue| {
+            queue.blocked_by = queue.blocked_by.filter(|blocking| *blocking != id);
+            let index = queue.waiting.partition_point(|other| other.entry.id < id);
+            queue.waiting.insert(index, delivery);
         });
     }
 
-    fn take(&mut self, mut fits: impl FnMut(&Delivery) -> bool) -> Batch {
-        let mut batch = Batch::default();
-        while let Some(id) = self.free.front().copied() {
-            let lane = self.all.get_mut(&id).expect("a free lane has entries");
-            let fitting = lane.waiting.iter().take_while(|delivery| fits(delivery)).count();
+    fn take(&mut self, mut fits: impl FnMut(&Delivery) -> bool) -> SinkBatch {
+        let mut batch = SinkBatch::default();
+        while let Some(key) = self.ready.front().copied() {
+            let queue = self.queues.get_mut(&key).expect("a ready key has entries");
+            let fitting = queue.waiting.iter().take_while(|delivery| fits(delivery)).count();
             if fitting == 0 {
                 break;
             }
-            self.free.pop_front();
+            self.ready.pop_front();
             self.waiting -= fitting;
-            lane.is_with_sink = true;
-            batch.deliveries.extend(lane.waiting.drain(..fitting));
-            batch.lanes.extend(std::iter::repeat_n(id, fitting));
+            queue.is_with_sink = true;
+            batch.deliveries.extend(queue.waiting.drain(..fitting));
+            batch.keys.extend(std::iter::repeat_n(key, fitting));
         }
         batch
     }
 
-    /// Changes a lane, and keeps the books about it.
-    fn change(&mut self, id: LaneId, change: impl FnOnce(&mut Lane)) {
-        let lane = self.all.entry(id).or_default();
-        let (was_waiting, was_held, was_free) = (lane.waiting.len(), lane.held_by.is_some(), lane.is_free());
-        change(lane);
-        self.waiting = self.waiting + lane.waiting.len() - was_waiting;
-        self.held = self.held + usize::from(lane.held_by.is_some()) - usize::from(was_held);
-        match (was_free, lane.is_free()) {
-            (false, true) => self.free.push_back(id),
-            (true, false) => self.free.retain(|free| *free != id),
+    /// Changes the queue of a key, and updates the counters and the ready keys.
+    fn change(&mut self, key: OrderingKey, change: impl FnOnce(&mut KeyQueue)) {
+        let queue = self.queues.entry(key).or_default();
+        let (waiting, was_blocked, was_ready) = (queue.waiting.len(), queue.blocked_by.is_some(), queue.is_ready());
+        change(queue);
+        self.waiting = self.waiting + queue.waiting.len() - waiting;
+        self.blocked = self.blocked + usize::from(queue.blocked_by.is_some()) - usize::from(was_blocked);
+        match (was_ready, queue.is_ready()) {
+            (false, true) => self.ready.push_back(key),
+            (true, false) => self.ready.retain(|ready| *ready != key),
             _ => {}
         }
-        if lane.is_over() {
-            self.all.remove(&id);
+        if queue.is_unused() {
+            self.queues.remove(&key);
         }
     }
 }
 
-impl Lane {
-    fn is_free(&self) -> bool {
-        !self.is_with_sink && self.held_by.is_none() && !self.waiting.is_empty()
+impl KeyQueue {
+    fn is_ready(&self) -> bool {
+        !self.is_with_sink && self.blocked_by.is_none() && !self.waiting.is_empty()
     }
 
-    fn is_over(&self) -> bool {
-        !self.is_with_sink && self.held_by.is_none() && self.waiting.is_empty()
+    fn is_unused(&self) -> bool {
+        !self.is_with_sink && self.blocked_by.is_none() && self.waiting.is_empty()
     }
 }
 
@@ -310,11 +311,11 @@ mod tests {
     use super::*;
     use crate::event::Fields;
 
-    fn queue(ordering: Ordering) -> Queue {
+    fn queue(ordering: Ordering) -> DispatchQueue {
         let mut config = GroupConfig::new("siem".parse().unwrap());
         config.ordering = ordering;
         config.order_by = Some(OrderBy::Field("source".to_owned()));
-        Queue::new(&config)
+        DispatchQueue::new(&config)
     }
 
     fn id(ms: u64) -> EntryId {
@@ -326,102 +327,102 @@ mod tests {
         Delivery { entry: Entry { id: id(ms), fields }, attempt: 1, delivered_at: Instant::now() }
     }
 
-    fn take(queue: &mut Queue, limit: usize) -> (Vec<u64>, Vec<LaneId>) {
+    fn take(queue: &mut DispatchQueue, limit: usize) -> (Vec<u64>, Vec<OrderingKey>) {
         let mut left = limit;
         let batch = queue.take(|_| {
             let fits = left > 0;
             left = left.saturating_sub(1);
             fits
         });
-        (batch.deliveries.iter().map(|delivery| delivery.entry.id.ms).collect(), batch.lanes)
+        (batch.deliveries.iter().map(|delivery| delivery.entry.id.ms).collect(), batch.keys)
     }
 
     #[test]
-    fn without_an_order_the_first_to_come_goes_first() {
+    fn unordered_queue_is_first_in_first_out() {
         let mut queue = queue(Ordering::None);
         for ms in [3, 1, 2] {
             queue.push(delivery(ms, "a"));
         }
         assert_eq!(queue.first().map(|delivery| delivery.entry.id), Some(id(3)));
         assert_eq!(take(&mut queue, 2).0, [3, 1]);
-        queue.hold(id(3));
-        assert_eq!((take(&mut queue, 2).0, queue.held(), queue.len()), (vec![2], 0, 0));
+        queue.block(id(3));
+        assert_eq!((take(&mut queue, 2).0, queue.blocked(), queue.len()), (vec![2], 0, 0));
     }
 
     #[test]
-    fn a_lane_that_is_with_the_sink_lets_only_others_pass() {
+    fn key_with_the_sink_lets_only_other_keys_pass() {
         let mut queue = queue(Ordering::Key);
         for (ms, source) in [(1, "a"), (2, "b"), (3, "a"), (4, ""), (5, ""), (6, "b")] {
             queue.push(delivery(ms, source));
         }
-        let (taken, lanes) = take(&mut queue, 1);
+        let (taken, keys) = take(&mut queue, 1);
         assert_eq!(taken, [1]);
-        assert_eq!(take(&mut queue, 9).0, [2, 6, 4, 5], "each entry without a key goes for itself");
+        assert_eq!(take(&mut queue, 9).0, [2, 6, 4, 5], "entries without a key go independently");
         assert_eq!(take(&mut queue, 9).0, Vec::<u64>::new());
         assert_eq!(queue.len(), 1);
         queue.done(id(1));
-        queue.returned(&lanes);
+        queue.call_ended(&keys);
         assert_eq!(take(&mut queue, 9).0, [3]);
     }
 
     #[test]
-    fn a_lane_waits_for_its_failed_entry_however_it_ends() {
-        for comes_again in [true, false] {
+    fn key_waits_until_its_failed_entry_is_retried_or_done() {
+        for is_retried in [true, false] {
             let mut queue = queue(Ordering::Key);
             for (ms, source) in [(1, "a"), (2, "a"), (3, "b"), (4, "a")] {
                 queue.push(delivery(ms, source));
             }
-            let (taken, lanes) = take(&mut queue, 3);
+            let (taken, keys) = take(&mut queue, 3);
             assert_eq!(taken, [1, 2, 4]);
-            queue.hold(id(1));
-            assert!(queue.is_held_back(id(2)) && !queue.is_held_back(id(1)));
+            queue.block(id(1));
+            assert!(queue.is_blocked(id(2)) && !queue.is_blocked(id(1)));
             queue.push(delivery(2, "a"));
             queue.push(delivery(4, "a"));
-            queue.returned(&lanes);
-            assert_eq!((take(&mut queue, 9).0, queue.held(), queue.len()), (vec![3], 1, 2));
-            if comes_again {
+            queue.call_ended(&keys);
+            assert_eq!((take(&mut queue, 9).0, queue.blocked(), queue.len()), (vec![3], 1, 2));
+            if is_retried {
                 queue.push(delivery(1, "a"));
                 assert_eq!(take(&mut queue, 9).0, [1, 2, 4]);
             } else {
                 queue.done(id(1));
                 assert_eq!(take(&mut queue, 9).0, [2, 4]);
             }
-            assert_eq!((queue.held(), queue.len()), (0, 0));
+            assert_eq!((queue.blocked(), queue.len()), (0, 0));
         }
     }
 
     #[test]
-    fn a_stream_is_one_lane() {
+    fn stream_order_has_one_queue() {
         let mut queue = queue(Ordering::Stream);
         for ms in [2, 1, 3] {
             queue.push(delivery(ms, "a"));
         }
-        let (taken, lanes) = take(&mut queue, 2);
+        let (taken, keys) = take(&mut queue, 2);
         assert_eq!(taken, [1, 2]);
         assert_eq!(take(&mut queue, 2).0, Vec::<u64>::new());
         for ms in [1, 2] {
             queue.done(id(ms));
         }
-        queue.returned(&lanes);
+        queue.call_ended(&keys);
         assert_eq!(queue.iter().count(), 1);
         assert_eq!(queue.remove(&[id(3), id(9)]), 1);
         assert!(queue.first().is_none() && queue.len() == 0);
     }
 
     #[test]
-    fn nothing_is_left_of_a_lane_that_is_over() {
+    fn unused_keys_are_removed() {
         let mut queue = queue(Ordering::Key);
-        for round in 0..3 {
+        for pass in 0..3 {
             for (ms, source) in [(1, "a"), (2, ""), (3, "b")] {
-                queue.push(delivery(round * 10 + ms, source));
+                queue.push(delivery(pass * 10 + ms, source));
             }
-            let (taken, lanes) = take(&mut queue, 9);
+            let (taken, keys) = take(&mut queue, 9);
             for ms in taken {
                 queue.done(id(ms));
             }
-            queue.returned(&lanes);
+            queue.call_ended(&keys);
         }
-        let Queue::Lanes(lanes) = &queue else { panic!("lanes") };
-        assert!(lanes.all.is_empty() && lanes.of.is_empty() && lanes.free.is_empty());
+        let DispatchQueue::Keyed(keyed) = &queue else { panic!("a keyed queue") };
+        assert!(keyed.queues.is_empty() && keyed.keys.is_empty() && keyed.ready.is_empty());
     }
 }

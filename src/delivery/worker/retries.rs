@@ -1,4 +1,4 @@
-//! Failed entries: when each is due again, and when it failed first.
+//! Failed entries: when the next attempt of each is due, and when it failed first.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -8,22 +8,23 @@ use tokio::time::Instant;
 
 use crate::event::EntryId;
 
-/// Entries that failed and were not settled for good, up to a limit. One beyond it is found again by the search for
-/// idle entries, only a little later.
+/// Entries that failed and are not settled for good, up to a limit.
+///
+/// The search finds entries beyond the limit when they are idle for long enough, only a little later.
 #[derive(Debug)]
 pub(crate) struct Retries {
     capacity: usize,
-    entries: HashMap<EntryId, Failed>,
-    /// May hold instants that `entries` does not have any more.
+    entries: HashMap<EntryId, FailedEntry>,
+    /// By time. The first one is always in `entries`; later ones may be outdated.
     due: BinaryHeap<Reverse<(Instant, EntryId)>>,
 }
 
 #[derive(Debug)]
-struct Failed {
+struct FailedEntry {
     first_failure: Timestamp,
-    /// Nothing while it is being tried again.
+    /// `None` while the entry is in flight.
     due: Option<Instant>,
-    /// Whether it waits for longer than it stays ours without a sign of life.
+    /// Whether the wait is longer than `claim_idle`, so that the entry needs extensions.
     is_long: bool,
 }
 
@@ -32,73 +33,82 @@ impl Retries {
         Self { capacity, entries: HashMap::new(), due: BinaryHeap::new() }
     }
 
-    /// The entry has failed just now; says when it failed first.
+    /// Remembers that the entry failed now. Returns when it failed first.
     pub(crate) fn failed(&mut self, id: EntryId, now: Timestamp) -> Timestamp {
         if let Some(failed) = self.entries.get(&id) {
             return failed.first_failure;
         }
         if self.entries.len() < self.capacity {
-            self.entries.insert(id, Failed { first_failure: now, due: None, is_long: false });
+            self.entries.insert(id, FailedEntry { first_failure: now, due: None, is_long: false });
         }
         now
     }
 
-    /// The entry is to be tried again at `due`.
-    pub(crate) fn wait(&mut self, id: EntryId, due: Instant, is_long: bool) {
+    /// Schedules the next attempt of a remembered entry.
+    pub(crate) fn schedule(&mut self, id: EntryId, due: Instant, is_long: bool) {
         if let Some(failed) = self.entries.get_mut(&id) {
             failed.due = Some(due);
             failed.is_long = is_long;
             self.due.push(Reverse((due, id)));
+            self.drop_outdated();
         }
     }
 
-    /// The entry is in hand again.
+    /// Takes note that the entry is in flight again.
     pub(crate) fn taken(&mut self, id: EntryId) {
         if let Some(failed) = self.entries.get_mut(&id) {
             failed.due = None;
+            self.drop_outdated();
         }
     }
 
-    /// The entry is settled for good, or not ours any more; says whether it was waiting.
+    /// Forgets an entry that is settled or belongs to another consumer. Returns whether it was waiting.
     pub(crate) fn forget(&mut self, id: EntryId) -> bool {
-        self.entries.remove(&id).is_some_and(|failed| failed.due.is_some())
+        let was_waiting = self.entries.remove(&id).is_some_and(|failed| failed.due.is_some());
+        if was_waiting {
+            self.drop_outdated();
+        }
+        was_waiting
     }
 
     pub(crate) fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// When the next one is due.
-    pub(crate) fn next_due(&mut self) -> Option<Instant> {
-        while let Some(Reverse((due, id))) = self.due.peek().copied() {
-            if self.entries.get(&id).is_some_and(|failed| failed.due == Some(due)) {
-                return Some(due);
-            }
-            self.due.pop();
-        }
-        None
+    /// Returns when the next attempt is due.
+    pub(crate) fn next_due(&self) -> Option<Instant> {
+        self.due.peek().map(|Reverse((due, _))| *due)
     }
 
-    /// Takes those that are due, at most `limit`.
+    /// Takes up to `limit` entries that are due.
     pub(crate) fn take_due(&mut self, now: Instant, limit: usize) -> Vec<EntryId> {
         let mut ids = Vec::new();
-        while ids.len() < limit && self.next_due().is_some_and(|due| due <= now) {
-            if let Some(Reverse((_, id))) = self.due.pop() {
-                self.taken(id);
-                ids.push(id);
-            }
+        while ids.len() < limit
+            && let Some(Reverse((due, id))) = self.due.peek().copied()
+            && due <= now
+        {
+            self.taken(id);
+            ids.push(id);
         }
         ids
     }
 
-    /// Those that wait.
+    /// Returns the entries that wait for their next attempt.
     pub(crate) fn waiting(&self) -> impl Iterator<Item = EntryId> {
         self.entries.iter().filter(|(_, failed)| failed.due.is_some()).map(|(id, _)| *id)
     }
 
-    /// Those that wait for so long that others would take them over meanwhile.
+    /// Returns the entries that wait for longer than `claim_idle`.
     pub(crate) fn waiting_long(&self) -> impl Iterator<Item = EntryId> {
         self.entries.iter().filter(|(_, failed)| failed.due.is_some() && failed.is_long).map(|(id, _)| *id)
+    }
+
+    fn drop_outdated(&mut self) {
+        while let Some(Reverse((due, id))) = self.due.peek()
+            && self.entries.get(id).is_none_or(|failed| failed.due != Some(*due))
+        {
+            self.due.pop();
+        }
     }
 }
 
@@ -109,17 +119,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn entries_come_back_when_due_and_remember_their_first_failure() {
+    fn entries_are_due_in_order_and_keep_their_first_failure() {
         let mut retries = Retries::new(2);
         let now = Instant::now();
         let at = |ms| Timestamp::from_millisecond(ms).expect("in range");
         let [a, b, c] = [1, 2, 3].map(|ms| EntryId::new(ms, 0));
         assert_eq!(retries.failed(a, at(10)), at(10));
-        retries.wait(a, now + Duration::from_secs(2), false);
+        retries.schedule(a, now + Duration::from_secs(2), false);
         retries.failed(b, at(20));
-        retries.wait(b, now + Duration::from_secs(1), true);
+        retries.schedule(b, now + Duration::from_secs(1), true);
         assert_eq!(retries.failed(c, at(30)), at(30));
-        retries.wait(c, now, false);
+        retries.schedule(c, now, false);
         assert_eq!(retries.next_due(), Some(now + Duration::from_secs(1)), "the third is beyond the limit");
         assert_eq!(retries.waiting_long().collect::<Vec<_>>(), [b]);
         assert_eq!(retries.take_due(now + Duration::from_secs(1), 10), [b]);
@@ -128,5 +138,23 @@ mod tests {
         assert!(retries.forget(a) && !retries.forget(b));
         assert_eq!(retries.next_due(), None);
         assert!(retries.is_empty());
+    }
+
+    #[test]
+    fn next_due_skips_entries_that_were_rescheduled_or_forgotten() {
+        let mut retries = Retries::new(9);
+        let now = Instant::now();
+        let [a, b] = [1, 2].map(|ms| EntryId::new(ms, 0));
+        for id in [a, b] {
+            retries.failed(id, Timestamp::UNIX_EPOCH);
+        }
+        retries.schedule(a, now, false);
+        retries.schedule(b, now + Duration::from_secs(1), false);
+        retries.schedule(a, now + Duration::from_secs(2), false);
+        assert_eq!(retries.next_due(), Some(now + Duration::from_secs(1)));
+        retries.forget(b);
+        assert_eq!(retries.next_due(), Some(now + Duration::from_secs(2)));
+        assert_eq!(retries.take_due(now + Duration::from_secs(2), 9), [a]);
+        assert_eq!(retries.next_due(), None);
     }
 }

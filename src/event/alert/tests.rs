@@ -5,7 +5,7 @@ fn view(json: &str) -> AlertView<'_> {
 }
 
 #[test]
-fn every_known_shape_reads_alike() {
+fn every_known_format_has_the_same_view() {
     let cases = [
         (r#"{"severity":"high","source":"wazuh","title":"t"}"#, Some(Severity::High), Some("wazuh"), Some("t")),
         (
@@ -42,8 +42,8 @@ fn every_known_shape_reads_alike() {
     }
 }
 
-/// Severity, title, source, category, tenant, kind, techniques: `-` for what is absent.
-fn told(json: &str) -> String {
+/// Returns severity, title, source, category, tenant, kind and techniques, with `-` for absent ones.
+fn summary_of(json: &str) -> String {
     let view = view(json);
     let texts = [&view.title, &view.source, &view.category, &view.tenant, &view.kind];
     let texts = texts.map(|text| text.as_deref().unwrap_or("-")).join("|");
@@ -51,7 +51,7 @@ fn told(json: &str) -> String {
 }
 
 #[test]
-fn alerts_as_products_send_them_tell_what_filters_ask() {
+fn alerts_of_products_have_the_filter_attributes() {
     let cases = [
         // OCSF 1.1 and later.
         (
@@ -97,12 +97,12 @@ fn alerts_as_products_send_them_tell_what_filters_ask() {
         ),
     ];
     for (json, expected) in cases {
-        assert_eq!(told(json), expected, "{json}");
+        assert_eq!(summary_of(json), expected, "{json}");
     }
 }
 
 #[test]
-fn what_an_alert_says_itself_comes_before_what_is_inside_of_it() {
+fn outer_properties_win_over_nested_ones() {
     let findings = [r#""finding":{"title":"old"}"#, r#""finding_info":{"title":"new"}"#];
     for [one, other] in [findings, [findings[1], findings[0]]] {
         assert_eq!(view(&format!(r#"{{{one},"class_uid":2004,{other}}}"#)).title.as_deref(), Some("new"));
@@ -112,11 +112,11 @@ fn what_an_alert_says_itself_comes_before_what_is_inside_of_it() {
         "alert":{"severity":1,"signature":"n","category":"n","metadata":{"mitre_technique_id":["T2"]}},
         "metadata":{"tenant_uid":"n","product":{"name":"n"}},"attacks":[{"technique":{"uid":"T3"}}],
         "finding_info":{"title":"n","attacks":[{"technique":{"uid":"T4"}}]}}"#;
-    assert_eq!(told(all), "low|t|s|c|t1|k|T1,T2,T3,T4");
+    assert_eq!(summary_of(all), "low|t|s|c|t1|k|T1,T2,T3,T4");
 }
 
 #[test]
-fn odd_members_inside_an_alert_are_absent_and_take_nothing_with_them() {
+fn invalid_nested_properties_are_absent() {
     let deep = "[".repeat(100_000) + &"]".repeat(100_000);
     let odd = ["7", "1e999", "null", "true", "[]", "{}", "[[1],{}]", r#""\ud800""#, r#"{"\ud800":1}"#, &deep];
     for odd in odd {
@@ -138,14 +138,14 @@ fn odd_members_inside_an_alert_are_absent_and_take_nothing_with_them() {
 }
 
 #[test]
-fn techniques_and_times_are_read_where_they_are_plain() {
+fn plain_techniques_and_times_are_read() {
     let view = view(r#"{"mitre_techniques":["T1071.001",5,"T1059"],"time":1700239437000}"#);
     assert_eq!(view.techniques, ["T1071.001", "T1059"]);
     assert_eq!(view.time_ms, Some(1_700_239_437_000));
 }
 
 #[test]
-fn an_escaped_text_is_unescaped() {
+fn escaped_text_is_unescaped() {
     assert_eq!(view(r#"{"title":"a\"b\u0041"}"#).title.as_deref(), Some("a\"bA"));
 }
 

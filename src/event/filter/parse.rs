@@ -1,34 +1,34 @@
-//! Filters as JSON, and what can be wrong with them.
+//! The JSON form of filters, and its errors.
 
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::event::Severity;
-use crate::event::filter::{Attribute, Filter, Node, Severities, Test};
+use crate::event::filter::{Attribute, Filter, FilterNode, Severities, TextTest};
 
-/// The most levels of a tree.
+/// Maximum number of levels of a tree.
 const MAX_DEPTH: usize = 4;
-/// The most nodes of a tree.
+/// Maximum number of nodes of a tree.
 const MAX_NODES: usize = 32;
-/// The most values of one comparison.
+/// Maximum number of values of one comparison.
 const MAX_VALUES: usize = 64;
-/// The longest value, in bytes.
+/// Maximum length of a value, in bytes.
 const MAX_TEXT: usize = 256;
 
-/// A filter that makes no sense.
+/// An invalid filter.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}{problem}", if path.is_empty() { String::new() } else { format!("{path} ") })]
 pub struct InvalidFilter {
-    /// Where in the tree, such as `nodes[1].cmp`; empty for the filter as a whole.
+    /// The place in the tree, such as `nodes[1].cmp`; empty for the whole filter.
     pub path: String,
-    /// What is wrong there, and what would be right.
+    /// The fault and the allowed values.
     pub problem: String,
 }
 
-/// A node as it is written. Unknown members are refused: a condition that is not understood must not be passed over.
+/// A node in JSON. Unknown properties are errors, because an unknown condition must not be ignored.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Written {
+struct JsonNode {
     op: Option<String>,
     nodes: Option<Vec<Self>>,
     key: Option<String>,
@@ -38,28 +38,28 @@ struct Written {
 }
 
 impl Filter {
-    /// Reads a filter from its JSON form.
+    /// Parses a filter from its JSON form.
     ///
-    /// | node | passes |
+    /// | node | passes if |
     /// |---|---|
-    /// | `{"op":"and","nodes":[…]}` | what every node passes |
-    /// | `{"op":"or","nodes":[…]}` | what one of the nodes passes |
-    /// | `{"op":"not","nodes":[…]}` | what its one node does not pass |
+    /// | `{"op":"and","nodes":[…]}` | every node passes |
+    /// | `{"op":"or","nodes":[…]}` | at least one node passes |
+    /// | `{"op":"not","nodes":[…]}` | its one node does not pass |
     /// | `{"key":K,"cmp":"eq","val":V}`, `neq` | `K` is `V`, is not |
-    /// | `{"key":K,"cmp":"in","vals":[…]}`, `nin` | `K` is one of these, is none |
+    /// | `{"key":K,"cmp":"in","vals":[…]}`, `nin` | `K` is one of these, is none of these |
     /// | `{"key":K,"cmp":"exists"}` | there is a `K` |
-    /// | `{"key":K,"cmp":"prefix","val":V}`, `contains` | `K` begins with `V`, has it somewhere; not for `severity` |
-    /// | `{"key":"severity","cmp":"gte","val":V}`, `lte` | at least, at most that severe |
+    /// | `{"key":K,"cmp":"prefix","val":V}`, `contains` | `K` begins with `V`, contains it; not for `severity` |
+    /// | `{"key":"severity","cmp":"gte","val":V}`, `lte` | the severity is at least, at most `V` |
     ///
-    /// `K` is `severity`, `source`, `category`, `tenant`, `type`, `title` or `technique`. What an alert does not have
-    /// is equal to nothing. At most 4 levels, 32 nodes, 64 values of a comparison, and 256 bytes of a value.
+    /// `K` is `severity`, `source`, `category`, `tenant`, `type`, `title` or `technique`. A missing attribute equals
+    /// nothing. At most 4 levels, 32 nodes, 64 values of a comparison, and 256 bytes of a value.
     pub fn parse(json: &str) -> Result<Self, InvalidFilter> {
-        let written = serde_json::from_str(json).map_err(|error| invalid("", format!("is no filter: {error}")))?;
+        let node = serde_json::from_str(json).map_err(|error| invalid("", format!("is not a filter: {error}")))?;
         let mut budget = MAX_NODES;
-        compile(written, "", 1, &mut budget).map(Self::new)
+        compile(node, "", 1, &mut budget).map(Self::new)
     }
 
-    /// The same of a tree that was read already, or is a text in other JSON.
+    /// Parses a tree that is a JSON value already, or a text that contains it.
     pub fn from_value(value: &Value) -> Result<Self, InvalidFilter> {
         match value {
             Value::String(text) => Self::parse(text),
@@ -72,29 +72,29 @@ fn invalid(path: &str, problem: impl Into<String>) -> InvalidFilter {
     InvalidFilter { path: path.to_owned(), problem: problem.into() }
 }
 
-fn member(path: &str, name: &str) -> String {
+fn join(path: &str, name: &str) -> String {
     if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") }
 }
 
-fn compile(written: Written, path: &str, depth: usize, budget: &mut usize) -> Result<Node, InvalidFilter> {
+fn compile(node: JsonNode, path: &str, depth: usize, budget: &mut usize) -> Result<FilterNode, InvalidFilter> {
     if depth > MAX_DEPTH {
-        return Err(invalid(path, format!("is deeper than the {MAX_DEPTH} levels of a filter")));
+        return Err(invalid(path, format!("must have at most {MAX_DEPTH} levels")));
     }
-    *budget = budget.checked_sub(1).ok_or_else(|| invalid("", format!("has more than {MAX_NODES} nodes")))?;
-    match written {
-        Written { op: Some(op), nodes: Some(nodes), key: None, cmp: None, val: None, vals: None } => {
-            let inner = |(index, node)| compile(node, &member(path, &format!("nodes[{index}]")), depth + 1, budget);
-            let mut nodes = nodes.into_iter().enumerate().map(inner).collect::<Result<Vec<Node>, _>>()?;
+    *budget = budget.checked_sub(1).ok_or_else(|| invalid("", format!("must have at most {MAX_NODES} nodes")))?;
+    match node {
+        JsonNode { op: Some(op), nodes: Some(nodes), key: None, cmp: None, val: None, vals: None } => {
+            let inner = |(index, node)| compile(node, &join(path, &format!("nodes[{index}]")), depth + 1, budget);
+            let mut nodes = nodes.into_iter().enumerate().map(inner).collect::<Result<Vec<FilterNode>, _>>()?;
             match (op.as_str(), nodes.len()) {
-                ("and" | "or", 0) => Err(invalid(&member(path, "nodes"), "must not be empty")),
-                ("and", _) => Ok(Node::all(nodes)),
-                ("or", _) => Ok(Node::any(nodes)),
-                ("not", 1) => Ok(Node::Not(Box::new(nodes.remove(0)))),
-                ("not", _) => Err(invalid(&member(path, "nodes"), "of `not` must have one node")),
-                _ => Err(invalid(&member(path, "op"), "must be and, or or not")),
+                ("and" | "or", 0) => Err(invalid(&join(path, "nodes"), "must not be empty")),
+                ("and", _) => Ok(FilterNode::all(nodes)),
+                ("or", _) => Ok(FilterNode::any(nodes)),
+                ("not", 1) => Ok(FilterNode::Not(Box::new(nodes.remove(0)))),
+                ("not", _) => Err(invalid(&join(path, "nodes"), "of `not` must have one node")),
+                _ => Err(invalid(&join(path, "op"), "must be and, or or not")),
             }
         }
-        Written { op: None, nodes: None, key: Some(key), cmp: Some(cmp), val, vals } => {
+        JsonNode { op: None, nodes: None, key: Some(key), cmp: Some(cmp), val, vals } => {
             let operand = Operand { path, val, vals };
             if key == "severity" { severity(&cmp, operand) } else { text(&key, &cmp, operand) }
         }
@@ -102,7 +102,7 @@ fn compile(written: Written, path: &str, depth: usize, budget: &mut usize) -> Re
     }
 }
 
-/// What a comparison compares with.
+/// The values of a comparison.
 struct Operand<'a> {
     path: &'a str,
     val: Option<String>,
@@ -113,22 +113,22 @@ impl Operand<'_> {
     fn none(self) -> Result<(), InvalidFilter> {
         match (self.val, self.vals) {
             (None, None) => Ok(()),
-            _ => Err(invalid(self.path, "takes no value with this cmp")),
+            _ => Err(invalid(self.path, "must have neither val nor vals with this cmp")),
         }
     }
 
     fn one(self) -> Result<String, InvalidFilter> {
         match (self.val, self.vals) {
-            (Some(val), None) => sized(val, &member(self.path, "val")),
-            _ => Err(invalid(self.path, "must have val, and no vals, with this cmp")),
+            (Some(val), None) => sized(val, &join(self.path, "val")),
+            _ => Err(invalid(self.path, "must have val and not vals with this cmp")),
         }
     }
 
     fn many(self) -> Result<Vec<String>, InvalidFilter> {
         let (None, Some(vals)) = (self.val, self.vals) else {
-            return Err(invalid(self.path, "must have vals, and no val, with this cmp"));
+            return Err(invalid(self.path, "must have vals and not val with this cmp"));
         };
-        let path = member(self.path, "vals");
+        let path = join(self.path, "vals");
         if !(1..=MAX_VALUES).contains(&vals.len()) {
             return Err(invalid(&path, format!("must have 1 to {MAX_VALUES} values")));
         }
@@ -136,7 +136,7 @@ impl Operand<'_> {
     }
 
     fn cmp(&self) -> String {
-        member(self.path, "cmp")
+        join(self.path, "cmp")
     }
 }
 
@@ -145,7 +145,7 @@ fn sized(value: String, path: &str) -> Result<String, InvalidFilter> {
     if is_sized { Ok(value) } else { Err(invalid(path, format!("must have 1 to {MAX_TEXT} bytes"))) }
 }
 
-fn severity(cmp: &str, operand: Operand<'_>) -> Result<Node, InvalidFilter> {
+fn severity(cmp: &str, operand: Operand<'_>) -> Result<FilterNode, InvalidFilter> {
     let path = operand.path;
     let word = |val: String| val.parse::<Severity>().map_err(|error| invalid(path, error.to_string()));
     let one = |operand: Operand<'_>| word(operand.one()?);
@@ -154,42 +154,42 @@ fn severity(cmp: &str, operand: Operand<'_>) -> Result<Node, InvalidFilter> {
         each.try_fold(0, |all, one| Ok(all | one?)).map(Severities)
     };
     Ok(match cmp {
-        "eq" => Node::Severity(Severities::only(Some(one(operand)?))),
-        "neq" => Node::Severity(Severities(!Severities::only(Some(one(operand)?)).0)),
-        "in" => Node::Severity(union(operand)?),
-        "nin" => Node::Severity(Severities(!union(operand)?.0)),
-        "gte" => Node::Severity(Severities::at_least(one(operand)?)),
-        "lte" => Node::Severity(Severities::at_most(one(operand)?)),
+        "eq" => FilterNode::Severity(Severities::only(Some(one(operand)?))),
+        "neq" => FilterNode::Severity(Severities(!Severities::only(Some(one(operand)?)).0)),
+        "in" => FilterNode::Severity(union(operand)?),
+        "nin" => FilterNode::Severity(Severities(!union(operand)?.0)),
+        "gte" => FilterNode::Severity(Severities::at_least(one(operand)?)),
+        "lte" => FilterNode::Severity(Severities::at_most(one(operand)?)),
         "exists" => {
             operand.none()?;
-            Node::Severity(Severities(!Severities::only(None).0))
+            FilterNode::Severity(Severities(!Severities::only(None).0))
         }
         _ => return Err(invalid(&operand.cmp(), "of severity must be eq, neq, in, nin, gte, lte or exists")),
     })
 }
 
-fn text(key: &str, cmp: &str, operand: Operand<'_>) -> Result<Node, InvalidFilter> {
+fn text(key: &str, cmp: &str, operand: Operand<'_>) -> Result<FilterNode, InvalidFilter> {
     let Some((_, attribute)) = Attribute::NAMES.into_iter().find(|(name, _)| *name == key) else {
         let names = Attribute::NAMES.map(|(name, _)| name).join(", ");
-        return Err(invalid(&member(operand.path, "key"), format!("must be severity or one of {names}")));
+        return Err(invalid(&join(operand.path, "key"), format!("must be severity or one of {names}")));
     };
     let one_of = |mut texts: Vec<String>| {
         texts.sort_unstable();
-        Test::OneOf(texts.into_iter().map(Into::into).collect())
+        TextTest::OneOf(texts.into_iter().map(Into::into).collect())
     };
     let (test, is_negated) = match cmp {
         "eq" | "neq" => (one_of(vec![operand.one()?]), cmp == "neq"),
         "in" | "nin" => (one_of(operand.many()?), cmp == "nin"),
-        "prefix" => (Test::StartsWith(operand.one()?.into()), false),
-        "contains" => (Test::Contains(operand.one()?.into()), false),
+        "prefix" => (TextTest::StartsWith(operand.one()?.into()), false),
+        "contains" => (TextTest::Contains(operand.one()?.into()), false),
         "exists" => {
             operand.none()?;
-            (Test::Exists, false)
+            (TextTest::Exists, false)
         }
         _ => return Err(invalid(&operand.cmp(), "must be eq, neq, in, nin, exists, prefix or contains")),
     };
-    let node = Node::Text(attribute, test);
-    Ok(if is_negated { Node::Not(Box::new(node)) } else { node })
+    let node = FilterNode::Text(attribute, test);
+    Ok(if is_negated { FilterNode::Not(Box::new(node)) } else { node })
 }
 
 #[cfg(test)]
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn every_comparison_means_what_it_says() {
+    fn every_comparison_matches_as_documented() {
         let alert = r#"{"severity":"high","source":"zeek","title":"Odd modbus write","mitre_techniques":["T0855"]}"#;
         let cases = [
             (r#"{"key":"severity","cmp":"eq","val":"high"}"#, true),
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_severity_is_no_severity() {
+    fn unknown_severity_matches_no_comparison() {
         let alert = r#"{"severity":"urgent"}"#;
         assert!(!passes(r#"{"key":"severity","cmp":"exists"}"#, alert));
         assert!(!passes(r#"{"key":"severity","cmp":"lte","val":"critical"}"#, alert));
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_no_sense_is_told_with_its_place() {
+    fn invalid_filters_are_refused_with_their_place() {
         let deep = r#"{"op":"not","nodes":[{"op":"not","nodes":[{"op":"not","nodes":[{"op":"not","nodes":[]}]}]}]}"#;
         let wide = format!(r#"{{"op":"or","nodes":[{}]}}"#, [r#"{"key":"source","cmp":"exists"}"#; 32].join(","));
         let cases = [
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_is_the_same_as_its_text() {
+    fn tree_and_its_text_are_the_same_filter() {
         let text = r#"{"op":"not","nodes":[{"key":"source","cmp":"in","vals":["a","b"]}]}"#;
         let (tree, filter) = (serde_json::from_str(text).expect("JSON"), Filter::parse(text));
         assert!(filter.is_ok());
@@ -291,7 +291,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_makes_it_panic(text in any::<String>()) {
+        fn parsing_never_panics(text in any::<String>()) {
             prop_assert!(Filter::parse(&text).is_err());
         }
     }

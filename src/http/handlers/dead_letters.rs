@@ -17,7 +17,8 @@ use serde::{Deserialize, Serialize};
 use crate::auth::{AuthError, Principal};
 use crate::clock::since_epoch;
 use crate::dead_letters::{
-    Alerts, Bulk, Cursor, Done, FOREIGN, Failure, Found, Level, Replay, Scope, Selection, Sight, Target,
+    BulkRequest, BulkResult, DeadLetterCursor, DeadLetterEntry, DeadLetterScope, FOREIGN, FillLevel, ReplayOptions,
+    ReplayTarget, RequestedFilter, Selection, SharedStoreError,
 };
 use crate::event::Filter;
 use crate::event::{Entry, EntryId, StreamName};
@@ -214,9 +215,9 @@ pub(crate) async fn level_of(api: &Api, stream: &StreamName) -> Option<LevelView
 }
 
 async fn level(api: &Api, stream: &StreamName) -> LevelView {
-    let found = api.inner.dead_letters.level(stream).await;
+    let found = api.inner.dead_letters.fill_level(stream).await;
     let error = found.as_ref().err().map(ToString::to_string);
-    let level = found.unwrap_or(Level { length: 0, max_len: 0, first_id: None, last_id: None, alarm: None });
+    let level = found.unwrap_or(FillLevel { length: 0, max_len: 0, first_id: None, last_id: None, alarm: None });
     LevelView {
         stream: stream.to_string(),
         of: Vec::new(),
@@ -271,10 +272,10 @@ pub(crate) async fn replay_one(
     let (head, body) = request.into_parts();
     let body: ReplayBody = json(&api, &head, body).await?;
     let scope = scope(&api, &name, &principal)?;
-    let how = Replay { to: target(body.to.as_deref())?, force: body.force };
+    let how = ReplayOptions { to: target(body.to.as_deref())?, force: body.force };
     let place = entry_id(&id)?;
     let found = api.inner.dead_letters.get(&scope, place).await.map_err(|error| ApiError::from(&error))?;
-    let stream = found.and_then(|found| found.letter).map(|letter| letter.stream.to_string());
+    let stream = found.and_then(|found| found.dead_letter).map(|letter| letter.stream.to_string());
     let actor = actor(&principal, peer, &head.headers);
     let done =
         api.inner.dead_letters.replay(&scope, &one(place), &how, &actor).await.map_err(|failure| failed(&failure))?;
@@ -323,7 +324,7 @@ pub(crate) async fn replay(
     let (head, body) = request.into_parts();
     let body: BulkBody = json(&api, &head, body).await?;
     let scope = scope(&api, &name, &principal)?;
-    let how = Replay { to: target(body.to.as_deref())?, force: body.force.unwrap_or(false) };
+    let how = ReplayOptions { to: target(body.to.as_deref())?, force: body.force.unwrap_or(false) };
     let bulk = bulk(&api, &scope, body).await?;
     let _reading = api.inner.reads.acquire().await;
     let done = api.inner.dead_letters.replay(&scope, &bulk, &how, &actor(&principal, peer, &head.headers)).await;
@@ -381,14 +382,14 @@ async fn discard_bulk(
     Ok(Json(DoneView { discarded, ..view(done, bulk.is_dry_run) }))
 }
 
-fn view(done: Done, dry_run: bool) -> DoneView {
+fn view(done: BulkResult, dry_run: bool) -> DoneView {
     DoneView {
         dry_run,
         matched: done.matched,
         replayed: None,
         repeated: None,
         discarded: None,
-        gone: done.gone,
+        gone: done.missing,
         refused: done.refused,
         refusal: done.refusal,
         by_group: done.by_group,
@@ -400,10 +401,10 @@ fn view(done: Done, dry_run: bool) -> DoneView {
     }
 }
 
-fn letter(found: Found) -> LetterView {
-    let Found { entry, letter } = found;
+fn letter(found: DeadLetterEntry) -> LetterView {
+    let DeadLetterEntry { entry, dead_letter } = found;
     let id = entry.id.to_string();
-    let Some(letter) = letter else {
+    let Some(letter) = dead_letter else {
         return LetterView { id, foreign: true, record: None, entry: event(&entry) };
     };
     let record = RecordView {
@@ -420,19 +421,21 @@ fn letter(found: Found) -> LetterView {
     LetterView { id, foreign: false, record: Some(record), entry }
 }
 
-fn one(id: EntryId) -> Bulk {
-    Bulk { selection: Selection { ids: Some(vec![id]), ..Selection::default() }, limit: 1, ..Bulk::default() }
+fn one(id: EntryId) -> BulkRequest {
+    BulkRequest {
+        selection: Selection { ids: Some(vec![id]), ..Selection::default() },
+        limit: 1,
+        ..BulkRequest::default()
+    }
 }
 
-fn scope(api: &Api, name: &str, principal: &Principal) -> Result<Scope, ApiError> {
-    let known = || api.inner.bus.catalogue().names();
+fn scope(api: &Api, name: &str, principal: &Principal) -> Result<DeadLetterScope, ApiError> {
+    let known = || api.inner.bus.catalog().names();
     let scope = api.inner.dead_letters.scope(name).ok_or_else(|| ApiError::no_such_stream(name, known()))?;
-    let principal = principal.clone();
-    let sight = if principal.is_bounded() { Sight::only(move |entry| principal.sees(entry)) } else { Sight::default() };
-    Ok(Scope { sight, ..scope })
+    Ok(DeadLetterScope { visible: principal.sight().clone(), ..scope })
 }
 
-async fn bulk(api: &Api, scope: &Scope, body: BulkBody) -> Result<Bulk, ApiError> {
+async fn bulk(api: &Api, scope: &DeadLetterScope, body: BulkBody) -> Result<BulkRequest, ApiError> {
     let (group, reason, since) = (body.group.as_deref(), body.reason.as_deref(), body.since.as_deref());
     let filter = body.filter.map(|tree| tree.to_string());
     let mut selection = selection(api, scope, group, reason, since, filter).await?;
@@ -454,12 +457,12 @@ async fn bulk(api: &Api, scope: &Scope, body: BulkBody) -> Result<Bulk, ApiError
         return Err(ApiError::bad_parameter("all", detail));
     }
     let limit = body.limit.unwrap_or(DEFAULT_BULK).clamp(1, MAX_BULK);
-    Ok(Bulk { selection, cursor: cursor(body.cursor.as_deref())?, limit, is_dry_run: body.dry_run })
+    Ok(BulkRequest { selection, cursor: cursor(body.cursor.as_deref())?, limit, is_dry_run: body.dry_run })
 }
 
 async fn selection(
     api: &Api,
-    scope: &Scope,
+    scope: &DeadLetterScope,
     group: Option<&str>,
     reason: Option<&str>,
     since: Option<&str>,
@@ -475,19 +478,19 @@ async fn selection(
         group: group.map_err(|error| ApiError::bad_parameter("group", format!("is no group name: {error}")))?,
         reason: reason.map_err(|error: String| ApiError::bad_parameter("reason", error))?,
         after,
-        alerts: filter.map(alerts).transpose()?,
+        filter: filter.map(requested_filter).transpose()?,
         ids: None,
     })
 }
 
-fn alerts(text: String) -> Result<Alerts, ApiError> {
+fn requested_filter(text: String) -> Result<RequestedFilter, ApiError> {
     let filter = Filter::parse(&text)
         .map_err(|error| ApiError::bad_parameter("filter", format!("`filter` is refused: {error}")))?;
-    Ok(Alerts { filter: text, sight: Sight::only(move |entry| filter.passes(entry)) })
+    Ok(RequestedFilter { text, filter })
 }
 
 /// After which dead letter to begin.
-async fn after(api: &Api, scope: &Scope, since: &str) -> Result<EntryId, ApiError> {
+async fn after(api: &Api, scope: &DeadLetterScope, since: &str) -> Result<EntryId, ApiError> {
     let bad = |detail: String| ApiError::bad_parameter("since", detail);
     let at = |ms: u64| EntryId::new(ms, 0).previous();
     match since.parse::<Since>().map_err(bad)? {
@@ -507,12 +510,12 @@ async fn after(api: &Api, scope: &Scope, since: &str) -> Result<EntryId, ApiErro
     }
 }
 
-fn cursor(text: Option<&str>) -> Result<Cursor, ApiError> {
+fn cursor(text: Option<&str>) -> Result<DeadLetterCursor, ApiError> {
     let cursor = text.map(str::parse).transpose();
     Ok(cursor.map_err(|error: String| ApiError::bad_parameter("cursor", error))?.unwrap_or_default())
 }
 
-fn target(text: Option<&str>) -> Result<Target, ApiError> {
+fn target(text: Option<&str>) -> Result<ReplayTarget, ApiError> {
     let target = text.map(str::parse).transpose();
     Ok(target.map_err(|error: String| ApiError::bad_parameter("to", error))?.unwrap_or_default())
 }
@@ -530,7 +533,7 @@ async fn json<T: Default + serde::de::DeserializeOwned>(api: &Api, head: &Parts,
     serde_json::from_slice(&body).map_err(|error| ApiError::bad_parameter("body", error.to_string()))
 }
 
-fn failed(failure: &Failure) -> ApiError {
+fn failed(failure: &SharedStoreError) -> ApiError {
     ApiError::from(&**failure)
 }
 

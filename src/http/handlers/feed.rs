@@ -13,7 +13,7 @@ use crate::http::extract::Segment;
 use crate::http::handlers::websocket::admission;
 use crate::http::middleware::origin::is_allowed;
 use crate::http::{Api, ApiError, Peer};
-use crate::relay::{BadParameter, FeedForm, Refused, SubscribeParams};
+use crate::relay::{BadParameter, ConnectError, FeedEncoding, SubscribeParams};
 
 /// What `EventSource` sends when it connects again: the last `id` it has seen.
 const LAST_EVENT_ID: &str = "last-event-id";
@@ -29,15 +29,15 @@ pub(crate) async fn open(
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     if api.is_draining() {
-        return Err(ApiError::from(&Refused::Draining));
+        return Err(ApiError::from(&ConnectError::Draining));
     }
     if !is_allowed(&headers, &api.inner.config.origins) {
-        return Err(ApiError::from(&Refused::Origin));
+        return Err(ApiError::from(&ConnectError::Origin));
     }
     let form = form(&headers);
     let admission = admission(&api, &channel, query.as_deref(), &headers).await;
     let admission = admission.map_err(|refused| ApiError::from(&refused))?;
-    let params = params(query.as_deref(), &headers).map_err(|bad| ApiError::from(&Refused::BadParameter(bad)))?;
+    let params = params(query.as_deref(), &headers).map_err(|bad| ApiError::from(&ConnectError::BadParameter(bad)))?;
     let feed = api.inner.relay.feed(&channel, params, form, peer.0.ip(), admission);
     let feed = feed.map_err(|refused| ApiError::from(&refused))?;
     let pieces = stream::unfold(feed, |mut feed| async {
@@ -46,8 +46,8 @@ pub(crate) async fn open(
     });
     let mut response = Response::new(Body::from_stream(pieces));
     let content_type = match form {
-        FeedForm::EventStream => "text/event-stream",
-        FeedForm::Lines => "application/x-ndjson",
+        FeedEncoding::EventStream => "text/event-stream",
+        FeedEncoding::Lines => "application/x-ndjson",
     };
     let answered = response.headers_mut();
     answered.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
@@ -66,9 +66,9 @@ fn params(query: Option<&str>, headers: &HeaderMap) -> Result<SubscribeParams, B
     Ok(params)
 }
 
-fn form(headers: &HeaderMap) -> FeedForm {
+fn form(headers: &HeaderMap) -> FeedEncoding {
     let accepted = headers.get_all(ACCEPT).into_iter().filter_map(|value| value.to_str().ok());
     let is_event_stream = |kind: &str| kind.trim().to_ascii_lowercase().starts_with("text/event-stream");
     let wants_events = accepted.flat_map(|value| value.split(',')).any(is_event_stream);
-    if wants_events { FeedForm::EventStream } else { FeedForm::Lines }
+    if wants_events { FeedEncoding::EventStream } else { FeedEncoding::Lines }
 }

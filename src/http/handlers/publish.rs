@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::auth::{Action, AuthError, Principal, TENANT};
-use crate::bus::{Dedup, Promise, PublishError};
+use crate::bus::{Dedup, PublishError, PublishOptions};
 use crate::event::{NewEvent, StreamName};
 use crate::http::extract::{Query, Segment};
 use crate::http::problem::ItemError;
@@ -64,11 +64,11 @@ pub(crate) async fn to_stream(
     principal: Principal,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let known = || api.inner.bus.catalogue().names();
+    let known = || api.inner.bus.catalog().names();
     let stream = stream
         .parse()
         .ok()
-        .filter(|stream| api.inner.bus.catalogue().contains(stream))
+        .filter(|stream| api.inner.bus.catalog().contains(stream))
         .ok_or_else(|| ApiError::no_such_stream(&stream, known()));
     let answer = match stream {
         Ok(stream) => publish(&api, &params, &principal, request, |_| &stream).await,
@@ -86,7 +86,7 @@ pub(crate) async fn alerts(
 ) -> Result<Response, ApiError> {
     let alerts: StreamName = "aurora:alerts".parse().expect("a valid name");
     let cps_alerts: StreamName = "aurora:cps:alerts".parse().expect("a valid name");
-    let catalogue = api.inner.bus.catalogue();
+    let catalogue = api.inner.bus.catalog();
     let missing = [&alerts, &cps_alerts].into_iter().find(|stream| !catalogue.contains(stream));
     let answer = if let Some(stream) = missing {
         Err(ApiError::no_such_stream(stream.as_str(), catalogue.names()))
@@ -110,7 +110,7 @@ async fn publish<'a>(
 ) -> Result<Response, ApiError> {
     let _slot = api.inner.publishes.try_acquire().map_err(|_error| ApiError::too_many_in_flight())?;
     let (head, body) = request.into_parts();
-    let promise = Promise { window: dedup_window(params)?, durability: durability(params)? };
+    let promise = PublishOptions { window: dedup_window(params)?, durability: durability(params)? };
     let dedup = dedup(params, &head.headers)?;
     let traceparent = head.headers.get("traceparent").and_then(|value| value.to_str().ok());
     let body = read(api, &head, body).await?;
@@ -289,7 +289,7 @@ async fn store<'a>(
     batch: Batch,
     principal: &Principal,
     dedup: &Dedup,
-    promise: Promise,
+    promise: PublishOptions,
     route: impl Fn(&NewEvent) -> &'a StreamName,
 ) -> Result<Response, ApiError> {
     let is_single = batch.is_single;
@@ -352,7 +352,7 @@ pub(crate) fn admit<'a>(
     }
     keep_to_tenant(api, principal, stream).map_err(|denied| ApiError::from(&denied))?;
     principal.claim(&mut event).map_err(ApiError::forbidden_tenant)?;
-    if let Some((TENANT, tenant)) = api.inner.bus.catalogue().binding(stream) {
+    if let Some((TENANT, tenant)) = api.inner.bus.catalog().binding(stream) {
         event.set_tenant(tenant);
         if event.tenant() != Some(tenant) {
             return Err(ApiError::foreign_tenant(tenant));

@@ -20,7 +20,7 @@ use crate::http::handlers::streams::{EventView, event};
 use crate::http::limit_key;
 use crate::http::problem::ItemError;
 use crate::http::{Api, ApiError, Peer};
-use crate::pull::{Desk, GiveBack, Refused, Task, Token, Wanted};
+use crate::pull::{LeasedEntry, Nack, PullConsumer, PullRequest, SettleError, Token};
 
 /// The most tokens in one request.
 const MAX_TOKENS: usize = 1_000;
@@ -125,7 +125,7 @@ pub(crate) async fn pull(
     };
     let desk = open_desk(&api, &stream, &group).await?;
     let lease = body.lease_ms.map_or(desk.max_lease(), Duration::from_millis);
-    let tasks = desk.pull(Wanted { consumer, max, lease, wait }).await.map_err(|error| ApiError::from(&error))?;
+    let tasks = desk.pull(PullRequest { consumer, max, lease, wait }).await.map_err(|error| ApiError::from(&error))?;
     Ok(Json(DeliveriesView { deliveries: tasks.iter().map(view).collect() }))
 }
 
@@ -152,7 +152,7 @@ pub(crate) async fn give_back(
     let NackBody { tokens, delay_ms, reason, permanent } = json(&api, request).await?;
     let how = back(&desk, delay_ms, reason, permanent)?;
     let shown = PresentedCredentials::read(&desk, tokens)?;
-    let results = desk.give_back(&shown.good, &how).await;
+    let results = desk.nack(&shown.good, &how).await;
     shown.answer(results, None)
 }
 
@@ -172,11 +172,11 @@ pub(crate) async fn extend(
 
 /// How something is to be given back, within bounds.
 pub(crate) fn back(
-    desk: &Desk,
+    desk: &PullConsumer,
     delay_ms: u64,
     reason: Option<String>,
     is_permanent: bool,
-) -> Result<GiveBack, ApiError> {
+) -> Result<Nack, ApiError> {
     let delay = Duration::from_millis(delay_ms);
     if delay > desk.max_lease() {
         let detail = format!("must be at most {} (claim_idle of the group)", desk.max_lease().as_millis());
@@ -186,32 +186,32 @@ pub(crate) fn back(
         reason.truncate(reason.floor_char_boundary(MAX_REASON_BYTES));
         reason
     });
-    Ok(GiveBack { delay, reason, is_permanent })
+    Ok(Nack { delay, reason, is_permanent })
 }
 
 /// The desk of a group that is declared without a sink, for someone who shows what was leased there.
-async fn desk_of(api: &Api, stream: &str, group: &str) -> Result<Arc<Desk>, ApiError> {
+async fn desk_of(api: &Api, stream: &str, group: &str) -> Result<Arc<PullConsumer>, ApiError> {
     let (stream, group) = pulled_from(api, stream, group)?;
-    let catalogue = api.inner.bus.catalogue();
+    let catalogue = api.inner.bus.catalog();
     if let Some(roster) = catalogue.families().of(&stream) {
         roster.finds(&*api.inner.store, &stream).await.map_err(|error| ApiError::from(&error))?;
     }
-    api.inner.pull.desk(&stream, &group).ok_or_else(|| ApiError::no_such_stream(stream.as_str(), catalogue.names()))
+    api.inner.pull.consumer(&stream, &group).ok_or_else(|| ApiError::no_such_stream(stream.as_str(), catalogue.names()))
 }
 
 /// The same for someone who pulls. A stream of a family becomes a member by that.
-pub(crate) async fn open_desk(api: &Api, stream: &str, group: &str) -> Result<Arc<Desk>, ApiError> {
+pub(crate) async fn open_desk(api: &Api, stream: &str, group: &str) -> Result<Arc<PullConsumer>, ApiError> {
     let (stream, group) = pulled_from(api, stream, group)?;
-    if let Some(roster) = api.inner.bus.catalogue().families().of(&stream) {
+    if let Some(roster) = api.inner.bus.catalog().families().of(&stream) {
         let joined = roster.join(&*api.inner.store, &stream).await;
         joined.map_err(|error| ApiError::from(&PublishError::from(error)))?;
     }
-    api.inner.pull.desk(&stream, &group).ok_or_else(ApiError::internal)
+    api.inner.pull.consumer(&stream, &group).ok_or_else(ApiError::internal)
 }
 
 /// What a path or a request names, where that can be pulled from.
 fn pulled_from(api: &Api, stream: &str, group: &str) -> Result<(StreamName, GroupName), ApiError> {
-    let catalogue = api.inner.bus.catalogue();
+    let catalogue = api.inner.bus.catalog();
     let known = stream.parse::<StreamName>().ok().filter(|stream| catalogue.contains(stream));
     let known = known.ok_or_else(|| ApiError::no_such_stream(stream, catalogue.names()))?;
     let named = group.parse().ok().filter(|group| api.inner.pull.groups(&known).any(|known| known == group));
@@ -226,7 +226,7 @@ async fn json<T: DeserializeOwned>(api: &Api, request: Request) -> Result<T, Api
     serde_json::from_slice(&body).map_err(|error| ApiError::bad_parameter("body", error.to_string()))
 }
 
-pub(crate) fn view(task: &Task) -> DeliveryView {
+pub(crate) fn view(task: &LeasedEntry) -> DeliveryView {
     let mut entry = event(&task.entry);
     if task.entry.is_for_one_group() {
         entry.id = task.entry.first_id().to_string();
@@ -256,13 +256,13 @@ struct PresentedCredentials {
 }
 
 impl PresentedCredentials {
-    fn read(desk: &Desk, texts: Vec<String>) -> Result<Self, ApiError> {
+    fn read(desk: &PullConsumer, texts: Vec<String>) -> Result<Self, ApiError> {
         if !(1..=MAX_TOKENS).contains(&texts.len()) {
             return Err(ApiError::bad_parameter("tokens", format!("must be from 1 to {MAX_TOKENS} tokens")));
         }
         let (mut places, mut good) = (Vec::with_capacity(texts.len()), Vec::with_capacity(texts.len()));
         for (place, text) in texts.iter().enumerate() {
-            if let Some(token) = text.parse().ok().filter(|token| desk.is_of(token)) {
+            if let Some(token) = text.parse().ok().filter(|token| desk.has_issued(token)) {
                 places.push(place);
                 good.push(token);
             }
@@ -272,14 +272,14 @@ impl PresentedCredentials {
 
     /// A result for each token, in order; 200 where all are good, else 207. Where the store has failed for all of them, so
     /// has the request: whoever looks at its status alone must not take them for settled.
-    fn answer(self, results: Vec<Result<(), Refused>>, expires: Option<&str>) -> Result<Response, ApiError> {
-        let has_failed = |result: &Result<(), Refused>| matches!(result, Err(Refused::Store(_)));
+    fn answer(self, results: Vec<Result<(), SettleError>>, expires: Option<&str>) -> Result<Response, ApiError> {
+        let has_failed = |result: &Result<(), SettleError>| matches!(result, Err(SettleError::Store(_)));
         if let Some(Err(failure)) = results.first()
             && results.iter().all(has_failed)
         {
             return Err(ApiError::from(failure));
         }
-        let foreign = || Err(ApiError::from(&Refused::NotLeased));
+        let foreign = || Err(ApiError::from(&SettleError::NotLeased));
         let mut all: Vec<Result<(), ApiError>> = self.texts.iter().map(|_| foreign()).collect();
         for (place, result) in self.places.into_iter().zip(results) {
             all[place] = result.map_err(|refused| ApiError::from(&refused));

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::auth::{Action, Principal, TENANT};
-use crate::bus::Catalogue;
+use crate::bus::StreamCatalog;
 use crate::clock::now_ms;
 use crate::event::Filter;
 use crate::event::{Entry, EntryId, StreamName, field};
@@ -155,7 +155,7 @@ pub(crate) struct EventView {
 /// place.
 pub(crate) async fn list(State(api): State<Api>, principal: Principal) -> Json<StreamsView> {
     let mut streams = Vec::new();
-    let catalogue = api.inner.bus.catalogue();
+    let catalogue = api.inner.bus.catalog();
     for name in catalogue.streams().filter(|name| principal.may(Action::Read(name.as_str()))) {
         let mut stream = match api.inner.store.describe(name).await {
             Ok(status) => view(catalogue, name, status),
@@ -176,13 +176,13 @@ pub(crate) async fn show(
     Segment(name): Segment,
     principal: Principal,
 ) -> Result<Json<StreamView>, ApiError> {
-    if let Some(roster) = api.inner.bus.catalogue().families().named(&name) {
+    if let Some(roster) = api.inner.bus.catalog().families().named(&name) {
         return Ok(Json(family(roster, &principal, true)));
     }
     let name = readable(&api, &name)?;
     let status = api.inner.store.describe(&name).await.map_err(|error| ApiError::from(&error))?;
     let dead_letters = crate::http::handlers::dead_letters::level_of(&api, &name).await;
-    let view = view(api.inner.bus.catalogue(), &name, status);
+    let view = view(api.inner.bus.catalog(), &name, status);
     Ok(Json(StreamView { dead_letters, ..view }.for_eyes_of(&principal)))
 }
 
@@ -317,7 +317,7 @@ impl<'a> Answer<'a> {
 
 /// A stream that may be read, by its name in the path.
 fn readable(api: &Api, name: &str) -> Result<StreamName, ApiError> {
-    let catalogue = api.inner.bus.catalogue();
+    let catalogue = api.inner.bus.catalog();
     let stream: Option<StreamName> = name.parse().ok();
     stream
         .filter(|stream| catalogue.is_readable(stream))
@@ -352,7 +352,7 @@ fn number(text: Option<&str>, name: &str, default: u64) -> Result<u64, ApiError>
     text.parse().map_err(|_error| ApiError::bad_parameter(name, format!("must be a number, not `{text}`")))
 }
 
-fn view(catalogue: &Catalogue, stream: &StreamName, status: Option<StreamStatus>) -> StreamView {
+fn view(catalogue: &StreamCatalog, stream: &StreamName, status: Option<StreamStatus>) -> StreamView {
     let name = stream.to_string();
     let Some(status) = status else {
         return StreamView {
@@ -417,11 +417,11 @@ impl StreamView {
     }
 }
 
-fn failed(catalogue: &Catalogue, name: &StreamName, error: &StoreError) -> StreamView {
+fn failed(catalogue: &StreamCatalog, name: &StreamName, error: &StoreError) -> StreamView {
     StreamView { error: Some(error.to_string()), ..view(catalogue, name, None) }
 }
 
-fn group(catalogue: &Catalogue, name: &StreamName, stream: &StreamStatus, group: &GroupStatus) -> GroupView {
+fn group(catalogue: &StreamCatalog, name: &StreamName, stream: &StreamStatus, group: &GroupStatus) -> GroupView {
     let declared = catalogue.consumption(name, &group.name);
     let is_abandoned = |after| group.is_abandoned(stream, after, now_ms());
     let abandoned = declared.is_none() && catalogue.abandoned_after(name).is_some_and(is_abandoned);

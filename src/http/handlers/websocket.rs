@@ -23,7 +23,7 @@ use crate::http::middleware::credentials::PresentedCredentials;
 use crate::http::middleware::origin::is_allowed;
 use crate::http::server::maybe_tls::Socket;
 use crate::http::{Api, ApiError, Peer};
-use crate::relay::{Admission, Errands, PROTOCOL, Refused, Session, SubscribeParams};
+use crate::relay::{Admission, CommandHandlerFactory, ConnectError, PROTOCOL, Session, SubscribeParams};
 
 /// `GET /api/v1/ws/{channel}`
 ///
@@ -69,7 +69,7 @@ pub(crate) async fn connect(
 }
 
 /// Serves a client that was refused, or has sent something before it was answered.
-async fn converse(api: Api, session: Result<Session, Refused>, socket: (Socket, Bytes)) {
+async fn converse(api: Api, session: Result<Session, ConnectError>, socket: (Socket, Bytes)) {
     let (socket, sent_early) = socket;
     let (read, write) = tokio::io::split(socket);
     let socket = tokio::io::join(Cursor::new(sent_early).chain(read), write);
@@ -125,22 +125,22 @@ async fn admit(
     protocol: Protocol,
     peer: Peer,
     headers: &HeaderMap,
-) -> Result<Session, Refused> {
+) -> Result<Session, ConnectError> {
     if api.is_draining() {
-        return Err(Refused::Draining);
+        return Err(ConnectError::Draining);
     }
     if !is_allowed(headers, &api.inner.config.origins) {
-        return Err(Refused::Origin);
+        return Err(ConnectError::Origin);
     }
     let (principal, admission) = principal_and_admission(api, channel, query, headers).await?;
     match protocol {
         Protocol::Rich => {
             let key = key_of(query.unwrap_or_default());
-            let errands: Option<Arc<dyn Errands>> = Some(Arc::new(Agents::new(api.clone(), principal)));
-            let admission = Admission { errands, ..admission };
+            let commands: Option<Arc<dyn CommandHandlerFactory>> = Some(Arc::new(Agents::new(api.clone(), principal)));
+            let admission = Admission { commands, ..admission };
             api.inner.relay.connect_rich(channel, key.as_deref(), peer.0.ip(), admission)
         }
-        Protocol::Unknown => Err(Refused::Version),
+        Protocol::Unknown => Err(ConnectError::Version),
         Protocol::Plain => {
             let params = SubscribeParams::parse(query.unwrap_or_default())?;
             api.inner.relay.connect(channel, params, peer.0.ip(), admission)
@@ -160,7 +160,7 @@ pub(crate) async fn admission(
     channel: &str,
     query: Option<&str>,
     headers: &HeaderMap,
-) -> Result<Admission, Refused> {
+) -> Result<Admission, ConnectError> {
     principal_and_admission(api, channel, query, headers).await.map(|(_, admission)| admission)
 }
 
@@ -169,7 +169,7 @@ async fn principal_and_admission(
     channel: &str,
     query: Option<&str>,
     headers: &HeaderMap,
-) -> Result<(Principal, Admission), Refused> {
+) -> Result<(Principal, Admission), ConnectError> {
     let access = &api.inner.access;
     let principal = access.principal(PresentedCredentials { headers, query, origins: &api.inner.config.origins }).await;
     let admitted = principal.and_then(|principal| {
@@ -180,9 +180,9 @@ async fn principal_and_admission(
         crate::http::routes::refuse(api, &denied);
         let text = denied.to_string();
         match denied {
-            AuthError::Scope(_) | AuthError::AllEntries | AuthError::OtherTenant(_) => Refused::Forbidden(text),
-            AuthError::Unavailable => Refused::Unavailable(text),
-            _ => Refused::Unauthenticated(text),
+            AuthError::Scope(_) | AuthError::AllEntries | AuthError::OtherTenant(_) => ConnectError::Forbidden(text),
+            AuthError::Unavailable => ConnectError::Unavailable(text),
+            _ => ConnectError::Unauthenticated(text),
         }
     })
 }
@@ -224,19 +224,19 @@ fn into_socket(upgraded: Upgraded) -> Option<(Socket, Bytes)> {
     Some((parts.io.into_inner().without_limit(), Bytes::copy_from_slice(&parts.read_buf)))
 }
 
-impl From<&Refused> for ApiError {
-    fn from(refused: &Refused) -> Self {
+impl From<&ConnectError> for ApiError {
+    fn from(refused: &ConnectError) -> Self {
         match refused {
-            Refused::UnknownChannel(_) => Self::no_such_channel(refused.to_string()),
-            Refused::BadParameter(parameter) => Self::bad_parameter(parameter.name, refused.to_string()),
-            Refused::ConnectionLimit => Self::connection_limit(refused.to_string()),
-            Refused::Unauthenticated(detail) => Self::unauthenticated(detail),
-            Refused::Forbidden(detail) => Self::forbidden(detail),
-            Refused::Unavailable(detail) => Self::auth_unavailable(detail),
-            Refused::TooManyKeys(detail) => Self::too_many_keys(detail),
-            Refused::Draining => Self::draining(),
-            Refused::Origin => Self::forbidden_origin(refused.to_string()),
-            Refused::Version => Self::bad_handshake(refused.to_string()),
+            ConnectError::UnknownChannel(_) => Self::no_such_channel(refused.to_string()),
+            ConnectError::BadParameter(parameter) => Self::bad_parameter(parameter.name, refused.to_string()),
+            ConnectError::ConnectionLimit => Self::connection_limit(refused.to_string()),
+            ConnectError::Unauthenticated(detail) => Self::unauthenticated(detail),
+            ConnectError::Forbidden(detail) => Self::forbidden(detail),
+            ConnectError::Unavailable(detail) => Self::auth_unavailable(detail),
+            ConnectError::TooManyKeys(detail) => Self::too_many_keys(detail),
+            ConnectError::Draining => Self::draining(),
+            ConnectError::Origin => Self::forbidden_origin(refused.to_string()),
+            ConnectError::Version => Self::bad_handshake(refused.to_string()),
         }
     }
 }

@@ -18,13 +18,13 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::auth::{Action, AuthError, Principal};
-use crate::bus::{Dedup, Promise};
+use crate::bus::{Dedup, PublishOptions};
 use crate::event::{ConsumerName, NewEvent, StreamName};
 use crate::http::handlers::publish;
 use crate::http::handlers::pull::{back, open_desk, view};
 use crate::http::{Api, ApiError};
-use crate::pull::{Desk, GiveBack, PullError, Refused, Task, Token, Wanted};
-use crate::relay::{Errands, Runner};
+use crate::pull::{LeasedEntry, Nack, PullConsumer, PullError, PullRequest, SettleError, Token};
+use crate::relay::{CommandHandler, CommandHandlerFactory};
 
 /// The most requests of one client that are under way, those that wait for entries among them.
 const MAX_UNDER_WAY: usize = 16;
@@ -51,8 +51,8 @@ impl fmt::Debug for Agents {
     }
 }
 
-impl Errands for Agents {
-    fn runner(&self) -> Box<dyn Runner> {
+impl CommandHandlerFactory for Agents {
+    fn handler(&self) -> Box<dyn CommandHandler> {
         let name = format!("ws-{}", Uuid::new_v4().simple()).parse().expect("a valid name");
         Box::new(Agent {
             api: self.api.clone(),
@@ -81,7 +81,7 @@ struct Agent {
 }
 
 /// The desk of a lease, and the lease's end.
-type Held = (Arc<Desk>, Instant);
+type Held = (Arc<PullConsumer>, Instant);
 
 #[derive(Debug, Deserialize)]
 struct Request {
@@ -109,7 +109,7 @@ enum Step {
     /// It waits for entries from now on.
     Opened(Pulling),
     /// It has got some, and may get more.
-    Tasks(Pulling, Vec<Task>),
+    Tasks(Pulling, Vec<LeasedEntry>),
     /// Something was settled, or leased for longer.
     Settled { answer: Option<String>, gone: Vec<Token>, extended: Vec<Token>, lease: Duration },
 }
@@ -117,12 +117,12 @@ enum Step {
 /// A client that takes entries as they come.
 struct Pulling {
     id: Option<u64>,
-    desk: Arc<Desk>,
-    wanted: Wanted,
+    desk: Arc<PullConsumer>,
+    wanted: PullRequest,
 }
 
-impl Runner for Agent {
-    fn take(&mut self, request: &str) {
+impl CommandHandler for Agent {
+    fn handle(&mut self, request: &str) {
         match serde_json::from_str::<Request>(request) {
             Ok(request) => {
                 let id = request.id;
@@ -153,9 +153,9 @@ impl Runner for Agent {
         }
     }
 
-    fn end(self: Box<Self>, is_sent_away: bool) -> BoxFuture<'static, ()> {
+    fn end(self: Box<Self>, will_reconnect: bool) -> BoxFuture<'static, ()> {
         let Self { mut held, unsent, mut under_way, .. } = *self;
-        if is_sent_away {
+        if will_reconnect {
             held.clear();
         }
         held.extend(unsent.into_iter().map(|(token, held, _)| (token, held)));
@@ -168,7 +168,7 @@ impl Runner for Agent {
         }
         drop(under_way);
         Box::pin(async move {
-            let mut by_desk: Vec<(Arc<Desk>, Vec<Token>)> = Vec::new();
+            let mut by_desk: Vec<(Arc<PullConsumer>, Vec<Token>)> = Vec::new();
             for (token, (desk, _)) in held {
                 match by_desk.iter_mut().find(|(known, _)| Arc::ptr_eq(known, &desk)) {
                     Some((_, tokens)) => tokens.push(token),
@@ -176,10 +176,10 @@ impl Runner for Agent {
                 }
             }
             let reason = Some("the connection of its worker has closed".to_owned());
-            let how = GiveBack { reason, ..GiveBack::default() };
+            let how = Nack { reason, ..Nack::default() };
             let giving_back = async {
                 for (desk, tokens) in by_desk {
-                    desk.give_back(&tokens, &how).await;
+                    desk.nack(&tokens, &how).await;
                 }
             };
             // What is not given back in time comes back with the end of its lease.
@@ -229,7 +229,7 @@ impl Agent {
             match open_desk(&api, &stream, &group).await {
                 Ok(desk) => {
                     let lease = lease.unwrap_or(desk.max_lease());
-                    Step::Opened(Pulling { id, wanted: Wanted { consumer, max, lease, wait }, desk })
+                    Step::Opened(Pulling { id, wanted: PullRequest { consumer, max, lease, wait }, desk })
                 }
                 Err(error) => Step::Answer(Some(refusal(id, &error, &[]))),
             }
@@ -270,13 +270,13 @@ impl Agent {
             _ => texts.iter().find_map(|text| self.desk_of(&text.parse().ok()?)),
         };
         let Some(desk) = desk else {
-            self.frames.push_back(refusal(request.id, &ApiError::from(&Refused::NotLeased), &texts));
+            self.frames.push_back(refusal(request.id, &ApiError::from(&SettleError::NotLeased), &texts));
             return Ok(());
         };
         self.permit(Action::Consume(desk.stream().as_str()))?;
         let (mut tokens, mut strange) = (Vec::with_capacity(texts.len()), Vec::new());
         for text in texts {
-            match text.parse::<Token>().ok().filter(|token| desk.is_of(token)) {
+            match text.parse::<Token>().ok().filter(|token| desk.has_issued(token)) {
                 Some(token) => tokens.push(token),
                 None => strange.push(text),
             }
@@ -290,14 +290,14 @@ impl Agent {
             let is_extension = op == "extend";
             let results = match op.as_str() {
                 "done" => Ok(desk.acknowledge(&tokens).await),
-                "nack" => Ok(desk.give_back(&tokens, &how).await),
+                "nack" => Ok(desk.nack(&tokens, &how).await),
                 _ => desk.extend(&tokens, lease).await,
             };
             let results = match results {
                 Ok(results) => results,
                 Err(error) => return Step::Answer(Some(refusal(id, &ApiError::from(&error), &[]))),
             };
-            let mut worst = (!strange.is_empty()).then_some(Refused::NotLeased);
+            let mut worst = (!strange.is_empty()).then_some(SettleError::NotLeased);
             let (mut gone, mut extended, mut refused) = (Vec::new(), Vec::new(), strange);
             for (token, result) in tokens.into_iter().zip(results) {
                 match result {
@@ -305,7 +305,7 @@ impl Agent {
                     Ok(()) => gone.push(token),
                     Err(error) => {
                         refused.push(token.to_string());
-                        if matches!(error, Refused::NotLeased) {
+                        if matches!(error, SettleError::NotLeased) {
                             gone.push(token);
                         }
                         worst = Some(error);
@@ -325,7 +325,7 @@ impl Agent {
         let missing = |name: &str| ApiError::bad_parameter(name, format!("`{name}` is missing"));
         let name = request.stream.ok_or_else(|| missing("stream"))?;
         self.permit(Action::Publish(&name))?;
-        let catalogue = self.api.inner.bus.catalogue();
+        let catalogue = self.api.inner.bus.catalog();
         let stream: Option<StreamName> = name.parse().ok().filter(|stream| catalogue.contains(stream));
         let unknown = || ApiError::no_such_stream(&name, catalogue.names());
         let stream = stream.ok_or_else(unknown)?;
@@ -337,7 +337,7 @@ impl Agent {
         let dedup = publish::within_tenant(dedup, &event, &self.principal);
         let (bus, id) = (self.api.inner.bus.clone(), request.id);
         self.under_way.push(Box::pin(async move {
-            let result = bus.publish(&stream, vec![(dedup, event)], Promise::default()).await.pop();
+            let result = bus.publish(&stream, vec![(dedup, event)], PublishOptions::default()).await.pop();
             Step::Answer(match result {
                 Some(Ok(appended)) => id.map(|id| {
                     let event_id = String::from_utf8_lossy(&appended.event_id);
@@ -357,13 +357,13 @@ impl Agent {
     }
 
     /// The desk that gave a token: of a member of a family, where it was given on this socket.
-    fn desk_of(&self, token: &Token) -> Option<Arc<Desk>> {
+    fn desk_of(&self, token: &Token) -> Option<Arc<PullConsumer>> {
         let held = self.held.get(token).map(|(desk, _)| Arc::clone(desk));
-        held.or_else(|| self.api.inner.pull.desk_of(token))
+        held.or_else(|| self.api.inner.pull.consumer_of(token))
     }
 
-    fn named_desk(&self, stream: &str, group: &str) -> Option<Arc<Desk>> {
-        self.api.inner.pull.desk(&stream.parse().ok()?, &group.parse().ok()?)
+    fn named_desk(&self, stream: &str, group: &str) -> Option<Arc<PullConsumer>> {
+        self.api.inner.pull.consumer(&stream.parse().ok()?, &group.parse().ok()?)
     }
 
     /// The group of a stream that can be pulled from, where there is one only.
@@ -408,7 +408,7 @@ impl Agent {
     }
 }
 
-fn frame(id: Option<u64>, desk: &Desk, task: &Task) -> String {
+fn frame(id: Option<u64>, desk: &PullConsumer, task: &LeasedEntry) -> String {
     #[derive(serde::Serialize)]
     struct Frame<'a> {
         t: &'static str,

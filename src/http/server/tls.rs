@@ -19,6 +19,7 @@ pub use crate::http::server::tls::files::Validity;
 
 use crate::http::server::tls::files::{Files, Read};
 use crate::limiter::KeyedLimiter;
+use crate::validate::{Problems, Validate};
 
 /// What is shown to those who connect, and asked of them.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
@@ -81,29 +82,34 @@ pub enum TlsVersion {
 /// What is wrong with a key of the configuration, below `http.tls`.
 pub type Unusable = (&'static str, String);
 
-impl TlsConfig {
-    /// Every key that makes no sense, with the reason. The files that are named are not read.
-    pub fn problems(&self) -> Vec<Unusable> {
-        let mut problems = Vec::new();
+impl Validate for TlsConfig {
+    /// Checks the keys. The named files are not read.
+    fn validate(&self, problems: &mut Problems) {
         match (self.client_certificates, &self.client_ca_file) {
             (ClientCertificates::Off, Some(_)) => {
-                let text = "has no use: client_certificates is neither \"optional\" nor \"required\"";
-                problems.push(("client_ca_file", text.to_owned()));
+                let message = "has no effect: client_certificates is neither \"optional\" nor \"required\"";
+                problems.add("client_ca_file", message);
             }
             (ClientCertificates::Optional | ClientCertificates::Required, None) => {
-                problems.push(("client_ca_file", "is missing: whose certificates are asked for?".to_owned()));
+                problems.add("client_ca_file", "is missing: client_certificates needs a certificate authority");
             }
             _ => {}
         }
-        if !(Duration::from_millis(100)..=Duration::from_mins(1)).contains(&self.handshake_timeout) {
-            problems.push(("handshake_timeout", "must be 100ms to 1m".to_owned()));
-        }
-        if !(1..=crate::http::MAX_COUNT).contains(&self.max_handshakes_per_address) {
-            problems.push(("max_handshakes_per_address", format!("must be from 1 to {}", crate::http::MAX_COUNT)));
-        }
-        problems
+        let handshake_times = Duration::from_millis(100)..=Duration::from_mins(1);
+        problems.require(
+            handshake_times.contains(&self.handshake_timeout),
+            "handshake_timeout",
+            "must be from 100ms to 1m",
+        );
+        problems.require(
+            (1..=crate::http::MAX_COUNT).contains(&self.max_handshakes_per_address),
+            "max_handshakes_per_address",
+            format_args!("must be from 1 to {}", crate::http::MAX_COUNT),
+        );
     }
+}
 
+impl TlsConfig {
     /// Reads the files and checks that they fit each other. Fails with the key to blame. A certificate that has
     /// expired, or is not valid yet, is told by its validity alone.
     pub fn check(&self) -> Result<Validity, Unusable> {

@@ -1,4 +1,4 @@
-//! A run of entries, framed once for every client.
+//! A run of entries, framed once for all clients.
 
 use std::fmt;
 use std::ops::Range;
@@ -8,64 +8,64 @@ use bytes::Bytes;
 
 use crate::event::{Entry, EntryId, Epoch, Position, Severity, StreamName};
 use crate::event::{Filter, Tags, relayable};
-use crate::relay::wire::encoding::{Form, VARIANTS};
+use crate::relay::wire::encoding::{Encoding, VARIANTS};
 use crate::relay::wire::frames;
 
-/// Consecutive entries of one stream as ready-made frames, with what is needed to find and filter them.
+/// Consecutive entries of one stream as ready-made frames, with tags to filter them.
 ///
-/// Entries that can't be sent as text are left out; `last` still counts them as passed.
-pub(crate) struct Batch {
+/// Entries that cannot be sent as text are left out; `last` counts them too.
+pub(crate) struct FrameBatch {
     last: EntryId,
-    /// Whether entries right before the first one were gone before the relay had read them.
-    is_torn_off: bool,
+    /// Whether entries right before the first one were gone before the relay could read them.
+    has_gap_before: bool,
     stream: StreamName,
     epoch: Epoch,
     ids: Box<[EntryId]>,
-    plain: Frames,
+    plain: EncodedFrames,
     declared: Box<[Tags]>,
-    /// The other forms, each made when the first client asks for it.
-    variants: OnceLock<Box<[OnceLock<Frames>; VARIANTS]>>,
-    /// Made when the first client with a filter comes by: most of its cost is reading payloads.
+    /// The other encodings, each made for its first client.
+    variants: OnceLock<Box<[OnceLock<EncodedFrames>; VARIANTS]>>,
+    /// Made for the first client with a filter: most of the cost is reading payloads.
     completed: OnceLock<Box<[Tags]>>,
-    /// Made when the first client comes by that is far behind.
-    critical: OnceLock<Critical>,
+    /// Made for the first client that is far behind.
+    critical: OnceLock<CriticalFrames>,
 }
 
-/// The critical alerts of a batch, as they are written for those who are given them before their turn.
-struct Critical {
-    /// Their indices, in order.
+/// The critical alerts of a batch, framed for the priority lane.
+struct CriticalFrames {
+    /// The indices of these alerts, in order.
     indices: Box<[usize]>,
-    /// Of each form, their frames alone, made when the first client asks for it.
-    forms: OnceLock<Box<[OnceLock<Frames>; VARIANTS + 1]>>,
+    /// Their frames in each encoding, each made for its first client.
+    encodings: OnceLock<Box<[OnceLock<EncodedFrames>; VARIANTS + 1]>>,
 }
 
-/// Frames one after the other, and where each one ends.
-struct Frames {
+/// Consecutive frames, and the end of each.
+struct EncodedFrames {
     bytes: Bytes,
     ends: Box<[usize]>,
 }
 
-impl Frames {
-    fn of(&self, run: Range<usize>) -> Bytes {
+impl EncodedFrames {
+    fn slice(&self, run: Range<usize>) -> Bytes {
         let begin = run.start.checked_sub(1).map_or(0, |before| self.ends[before]);
         let end = run.end.checked_sub(1).map_or(0, |last| self.ends[last]);
         self.bytes.slice(begin..end)
     }
 }
 
-/// A batch made of the front of some entries.
+/// A batch of the first of some entries.
 #[derive(Debug)]
-pub(crate) struct Framed {
-    pub(crate) batch: Batch,
-    /// How many of the entries went into it, those left out included.
+pub(crate) struct FramedBatch {
+    pub(crate) batch: FrameBatch,
+    /// The number of entries used, with those left out.
     pub(crate) taken: usize,
-    /// How many were left out because they can't be sent as text.
+    /// The number of entries left out because they cannot be sent as text.
     pub(crate) undecodable: u64,
 }
 
-impl Batch {
-    /// Frames entries from the front of `entries` until `target_bytes` are reached; at least one entry is taken.
-    pub(crate) fn frame(stream: &StreamName, epoch: &Epoch, entries: &[Entry], target_bytes: usize) -> Framed {
+impl FrameBatch {
+    /// Frames entries from the start of `entries` until `target_bytes` are reached, but at least one.
+    pub(crate) fn frame(stream: &StreamName, epoch: &Epoch, entries: &[Entry], target_bytes: usize) -> FramedBatch {
         let mut size = 0;
         let mut taken = 0;
         let mut sendable = 0;
@@ -94,65 +94,65 @@ impl Batch {
         }
         let batch = Self {
             last: entries[..taken].last().map_or(EntryId::MIN, |entry| entry.id),
-            is_torn_off: false,
+            has_gap_before: false,
             stream: stream.clone(),
             epoch: epoch.clone(),
             ids: ids.into(),
-            plain: Frames { bytes: bytes.into(), ends: ends.into() },
+            plain: EncodedFrames { bytes: bytes.into(), ends: ends.into() },
             declared: declared.into(),
             variants: OnceLock::new(),
             completed: OnceLock::new(),
             critical: OnceLock::new(),
         };
-        Framed { batch, taken, undecodable }
+        FramedBatch { batch, taken, undecodable }
     }
 
-    /// How many entries it has.
+    /// Returns the number of entries.
     pub(crate) fn len(&self) -> usize {
         self.ids.len()
     }
 
-    /// How many bytes its plain frames have.
+    /// Returns the size of the plain frames in bytes.
     pub(crate) fn size_bytes(&self) -> usize {
         self.plain.bytes.len()
     }
 
-    /// How many bytes its plain frames have from an index on.
+    /// Returns the size of the plain frames from an index on.
     pub(crate) fn size_from(&self, index: usize) -> usize {
-        self.plain.of(index..self.len()).len()
+        self.plain.slice(index..self.len()).len()
     }
 
-    /// The last entry it stands for, whether that one could be sent or not.
+    /// Returns the last entry that the batch covers, even if it could not be sent.
     pub(crate) fn last(&self) -> EntryId {
         self.last
     }
 
-    /// Stands for everything up to `last` from now on.
+    /// Has the batch cover all entries up to `last`.
     pub(crate) fn extend_to(&mut self, last: EntryId) {
         self.last = self.last.max(last);
     }
 
-    /// Entries right before the first one are gone, and were never read.
-    pub(crate) fn tear_off(&mut self) {
-        self.is_torn_off = true;
+    /// Notes that the entries right before the first one are gone and were never read.
+    pub(crate) fn set_gap_before(&mut self) {
+        self.has_gap_before = true;
     }
 
-    /// Whether entries right before the first one are gone, and were never read.
-    pub(crate) fn is_torn_off(&self) -> bool {
-        self.is_torn_off
+    /// Returns whether the entries right before the first one are gone and were never read.
+    pub(crate) fn has_gap_before(&self) -> bool {
+        self.has_gap_before
     }
 
-    /// The id of an entry.
+    /// Returns the id of an entry.
     pub(crate) fn id(&self, index: usize) -> EntryId {
         self.ids[index]
     }
 
-    /// The index of the first entry after `id`.
+    /// Returns the index of the first entry after `id`.
     pub(crate) fn first_after(&self, id: EntryId) -> usize {
         self.ids.partition_point(|entry| *entry <= id)
     }
 
-    /// The index of the first entry from `index` on that passes; the batch's length if none does.
+    /// Returns the index of the first entry from `index` on that passes, or the batch's length if there is none.
     pub(crate) fn next_match(&self, index: usize, filter: &Filter) -> usize {
         if filter.is_empty() {
             return index;
@@ -161,7 +161,7 @@ impl Batch {
         (index..tags.len()).find(|i| filter.matches(&tags[*i])).unwrap_or(tags.len())
     }
 
-    /// The run of entries from `index` on that all pass and come before `bound`. The one at `index` must.
+    /// Returns the run of entries from `index` on that pass and come before `bound`. The entry at `index` must pass.
     pub(crate) fn run(&self, index: usize, bound: EntryId, filter: &Filter) -> Range<usize> {
         let before_bound = self.ids.partition_point(|entry| *entry < bound);
         if filter.is_empty() {
@@ -172,24 +172,24 @@ impl Batch {
         index..end
     }
 
-    /// The ids of the entries at or before `cut` that pass, newest first.
+    /// Returns the ids of the entries at or before `cut` that pass, newest first.
     pub(crate) fn newest(&self, cut: EntryId, filter: &Filter) -> impl Iterator<Item = EntryId> {
         let tags = if filter.is_empty() { None } else { Some(self.tags()) };
         let passes = move |index: &usize| tags.is_none_or(|tags| filter.matches(&tags[*index]));
         (0..self.first_after(cut)).rev().filter(passes).map(|index| self.ids[index])
     }
 
-    /// A run of entries in that form.
-    pub(crate) fn frames(&self, run: Range<usize>, form: Form) -> Bytes {
-        match form.variant() {
-            None => self.plain.of(run),
+    /// Returns a run of entries in an encoding.
+    pub(crate) fn frames(&self, run: Range<usize>, encoding: Encoding) -> Bytes {
+        match encoding.variant_index() {
+            None => self.plain.slice(run),
             Some(variant) => self.variants.get_or_init(Box::default)[variant]
-                .get_or_init(|| self.write(0..self.len(), form, false))
-                .of(run),
+                .get_or_init(|| self.encode(0..self.len(), encoding, false))
+                .slice(run),
         }
     }
 
-    /// The indices of the critical alerts from `index` on that pass.
+    /// Returns the indices of the critical alerts from `index` on that pass.
     pub(crate) fn critical_from(&self, index: usize, filter: &Filter) -> impl Iterator<Item = usize> {
         let indices = &self.critical().indices;
         let first = indices.partition_point(|critical| *critical < index);
@@ -198,32 +198,37 @@ impl Batch {
         indices[first..].iter().copied().filter(passes)
     }
 
-    /// A critical alert as it is given before its turn.
-    pub(crate) fn early_frame(&self, index: usize, form: Form) -> Bytes {
-        let Critical { indices, forms } = self.critical();
-        let frames = &forms.get_or_init(Box::default)[form.variant().map_or(0, |variant| variant + 1)];
+    /// Returns a critical alert, framed for the priority lane.
+    pub(crate) fn early_frame(&self, index: usize, encoding: Encoding) -> Bytes {
+        let CriticalFrames { indices, encodings } = self.critical();
+        let frames = &encodings.get_or_init(Box::default)[encoding.variant_index().map_or(0, |variant| variant + 1)];
         let place = indices.partition_point(|critical| *critical < index);
-        frames.get_or_init(|| self.write(indices.iter().copied(), form, true)).of(place..place + 1)
+        frames.get_or_init(|| self.encode(indices.iter().copied(), encoding, true)).slice(place..place + 1)
     }
 
-    fn critical(&self) -> &Critical {
+    fn critical(&self) -> &CriticalFrames {
         self.critical.get_or_init(|| {
             let is_critical =
                 |index: &usize| self.declared[*index].severity(self.payload(*index)) == Some(Severity::Critical);
-            Critical { indices: (0..self.len()).filter(is_critical).collect(), forms: OnceLock::new() }
+            CriticalFrames { indices: (0..self.len()).filter(is_critical).collect(), encodings: OnceLock::new() }
         })
     }
 
-    fn write(&self, indices: impl ExactSizeIterator<Item = usize>, form: Form, is_early: bool) -> Frames {
+    fn encode(
+        &self,
+        indices: impl ExactSizeIterator<Item = usize>,
+        encoding: Encoding,
+        is_early: bool,
+    ) -> EncodedFrames {
         let room = if is_early { 0 } else { self.size_bytes() + self.len() * 96 };
         let (mut bytes, mut ends) = (Vec::with_capacity(room), Vec::with_capacity(indices.len()));
         let mut position = Position { epoch: self.epoch.clone(), id: EntryId::MIN };
         for index in indices {
             position.id = self.ids[index];
-            form.push(&mut bytes, self.payload(index), &position, &self.stream, is_early);
+            encoding.append_event(&mut bytes, self.payload(index), &position, &self.stream, is_early);
             ends.push(bytes.len());
         }
-        Frames { bytes: bytes.into(), ends: ends.into() }
+        EncodedFrames { bytes: bytes.into(), ends: ends.into() }
     }
 
     fn tags(&self) -> &[Tags] {
@@ -237,7 +242,7 @@ impl Batch {
     }
 }
 
-impl fmt::Debug for Batch {
+impl fmt::Debug for FrameBatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Batch")
             .field("stream", &self.stream)
@@ -256,7 +261,7 @@ pub(crate) mod testing {
 
     use crate::event::{Entry, EntryId, Fields};
 
-    /// An entry of that number with some fields.
+    /// Creates an entry with this time as its id.
     pub(crate) fn entry(ms: u64, fields: &[(&'static str, &str)]) -> Entry {
         let fields: Fields =
             fields.iter().map(|(name, value)| (Bytes::from(*name), Bytes::copy_from_slice(value.as_bytes()))).collect();
@@ -271,8 +276,8 @@ mod tests {
     use crate::event::Attribute;
     use crate::event::Severity;
 
-    fn frame(entries: &[Entry], target: usize) -> Framed {
-        Batch::frame(&"s".parse().expect("a name"), &"e".parse().expect("an epoch"), entries, target)
+    fn frame(entries: &[Entry], target: usize) -> FramedBatch {
+        FrameBatch::frame(&"s".parse().expect("a name"), &"e".parse().expect("an epoch"), entries, target)
     }
 
     fn high() -> Filter {
@@ -280,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_that_are_no_text_are_left_out_and_passed() {
+    fn entries_without_text_are_left_out_but_covered() {
         let mut broken = entry(2, &[]);
         broken.fields.push("data", Bytes::from_static(b"\xff"));
         let framed = frame(&[entry(1, &[("data", "{}")]), broken, entry(3, &[("other", "x")])], 1000);
@@ -289,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_ends_at_its_target_size_but_takes_one_entry_at_least() {
+    fn batch_ends_at_its_target_size_after_one_entry() {
         let big = "x".repeat(100);
         let entries = [1, 2, 3].map(|ms| entry(ms, &[("data", &big)]));
         assert_eq!(frame(&entries, 1).taken, 1);
@@ -298,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn runs_are_slices_of_what_passes() {
+    fn run_is_a_slice_of_matching_entries() {
         let severities = ["high", "low", "critical", "high", "info"];
         let entries: Vec<Entry> =
             (1..).zip(severities).map(|(ms, s)| entry(ms, &[("data", "{}"), ("severity", s)])).collect();
@@ -308,21 +313,21 @@ mod tests {
         assert_eq!(batch.run(2, EntryId::new(4, 0), &high()), 2..3);
         assert_eq!(batch.next_match(4, &high()), 5);
         assert_eq!(batch.run(0, EntryId::MAX, &Filter::default()), 0..5);
-        assert_eq!(batch.frames(2..4, Form::Plain).as_ref(), b"\x81\x02{}\x81\x02{}");
+        assert_eq!(batch.frames(2..4, Encoding::Plain).as_ref(), b"\x81\x02{}\x81\x02{}");
         let newest: Vec<u64> = batch.newest(EntryId::new(3, 0), &high()).map(|id| id.ms).collect();
         assert_eq!(newest, [3, 1]);
     }
 
     #[test]
-    fn other_forms_are_made_on_request_only() {
+    fn other_encodings_are_made_on_request_only() {
         let batch = frame(&[entry(7, &[("data", r#"{"a":1}"#)]), entry(8, &[("data", "{}")])], 1000).batch;
         assert!(batch.variants.get().is_none());
-        let frames = batch.frames(1..2, Form::WithPosition);
+        let frames = batch.frames(1..2, Encoding::WithPosition);
         assert_eq!(frames::payload(&frames), br#"{"_pos":"e:8-0","_stream":"s"}"#);
     }
 
     #[test]
-    fn filters_read_payloads_where_fields_are_missing() {
+    fn filter_reads_the_payload_if_fields_are_missing() {
         let batch = frame(&[entry(1, &[("data", r#"{"severity":"critical","source":"zeek"}"#)])], 1000).batch;
         let zeek = high().and(Filter::is(Attribute::Source, "zeek"));
         assert_eq!(batch.next_match(0, &zeek), 0);

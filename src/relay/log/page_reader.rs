@@ -1,4 +1,4 @@
-//! What has left the ring, read from the store in pages that clients share.
+//! Reads entries that have left the ring from the store, in pages that clients share.
 
 use std::future::Future;
 use std::panic::resume_unwind;
@@ -13,218 +13,202 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::backoff::Backoff;
 use crate::event::Filter;
 use crate::event::{Entry, EntryId};
-use crate::relay::Hub;
-use crate::relay::log::frame_batch::Batch;
-use crate::relay::log::page_cache::{Ask, Asked, Front, Outcome, Page};
-use crate::relay::log::ring::{Mark, Ring};
+use crate::relay::hub::Hub;
+use crate::relay::log::frame_batch::FrameBatch;
+use crate::relay::log::page_cache::{CacheLookup, EntryPage, PageRequest, PageResult, StreamStart};
+use crate::relay::log::ring::{Ring, RingSnapshot};
 use crate::store::{Order, Range, Store, StoreError, StoreErrorKind};
 
-/// The most entries of one page, beside those before the place that it is read for.
-const MAX_PAGE: usize = 256;
-
-/// What a page should have about, in bytes: each connection that catches up holds one.
-const PAGE_BYTES: usize = 64 * 1024;
-
-/// How many entries a snapshot looks at in the store for those that match, per stream.
+/// The number of entries per stream that a snapshot may scan in the store for matches.
 const MAX_SCAN: usize = 50_000;
 
-/// How long one read of the store may take.
+/// The maximum time of one read of the store.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How many entries to ask for, so that about so many bytes come, learnt from what came before.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct PageSize {
-    limit: usize,
-    max: usize,
-    target_bytes: usize,
+/// The ids of the newest matching entries, newest first.
+pub(crate) type NewestResult = Result<Vec<EntryId>, Arc<StoreError>>;
+
+/// Returns the page with the entries after `id`, up to the ring's floor at most, or `None` if that generation is over.
+///
+/// Waits while the store is unavailable, and fails with other errors. Cancel-safe: yes.
+pub(crate) async fn page_after(hub: Arc<Hub>, ring: Arc<Ring>, generation: u64, id: EntryId) -> PageResult {
+    get_page(&hub, &ring, generation, PageRequest::After(id)).await
 }
 
-impl PageSize {
-    /// For reads of at most `max` entries and about `target_bytes`.
-    pub(crate) fn new(max: usize, target_bytes: usize) -> Self {
-        Self { limit: max.min(32), max, target_bytes }
-    }
-
-    /// How many entries to ask for next.
-    pub(crate) fn limit(self) -> usize {
-        self.limit
-    }
-
-    /// Learns from what came.
-    pub(crate) fn learn(&mut self, entries: &[Entry]) {
-        let bytes: usize = entries.iter().map(|entry| entry.fields.size_bytes()).sum();
-        if let Some(average) = bytes.checked_div(entries.len()) {
-            let fitting = self.target_bytes / average.max(1);
-            self.limit = fitting.clamp(1, self.max).min(self.limit * 4);
-        }
-    }
-}
-
-impl Default for PageSize {
-    fn default() -> Self {
-        Self::new(MAX_PAGE, PAGE_BYTES)
-    }
-}
-
-/// The newest entries that a client wants, newest first.
-pub(crate) type Newest = Result<Vec<EntryId>, Arc<StoreError>>;
-
-/// The page with the entries after `id`, up to the ring's floor at most; nothing where that life of the stream is over.
-/// Waits while the store is away; fails where waiting won't help. Cancel-safe.
-pub(crate) async fn after(hub: Arc<Hub>, ring: Arc<Ring>, generation: u64, id: EntryId) -> Outcome {
-    get(&hub, &ring, generation, Ask::After(id)).await
-}
-
-/// The ids of the newest entries at or before `cut` that pass and can be sent, newest first, at most `count`: from the
-/// ring as far as it goes, then from the store. Waits while the store is away. Cancel-safe.
-pub(crate) async fn newest(
+/// Returns the ids of the newest entries at or before `cut` that pass and can be sent, newest first, at most `count`.
+///
+/// Takes them from the ring first, then from the store. Waits while the store is unavailable. Cancel-safe: yes.
+pub(crate) async fn newest_matching(
     hub: &Arc<Hub>,
     ring: &Arc<Ring>,
     generation: u64,
     filter: &Filter,
     count: usize,
     cut: EntryId,
-) -> Newest {
+) -> NewestResult {
     let (mut found, floor) = ring.newest(cut, filter, count);
     let mut to = floor.min(cut);
     let mut scanned = 0;
     while found.len() < count && scanned < MAX_SCAN && to > EntryId::MIN {
-        let Some(page) = get(hub, ring, generation, Ask::UpTo(to)).await? else { break };
+        let Some(page) = get_page(hub, ring, generation, PageRequest::UpTo(to)).await? else { break };
         found.extend(page.batch.newest(to, filter).take(count - found.len()));
         (to, scanned) = (page.after, scanned + page.batch.len().max(1));
     }
     Ok(found)
 }
 
-async fn get(hub: &Arc<Hub>, ring: &Arc<Ring>, generation: u64, ask: Ask) -> Outcome {
-    let begin = || {
+async fn get_page(hub: &Arc<Hub>, ring: &Arc<Ring>, generation: u64, request: PageRequest) -> PageResult {
+    let start_read = || {
         let (of_hub, of_ring) = (hub.clone(), ring.clone());
-        // A task of its own: a client that waits is not always driven, because whoever reads from it is slow, and would
-        // keep its turn at the store from the others.
-        let task = AbortOnDropHandle::new(hub.reads.spawn(async move {
-            let read = || read(&of_hub, &of_ring, generation, ask);
-            patiently(&of_hub.pages, read).await.map_err(Arc::new)
+        // A task of its own: the future of a slow client is not always polled, and would keep its permit from the
+        // others.
+        let task = AbortOnDropHandle::new(hub.page_reads.spawn(async move {
+            let read = || read(&of_hub, &of_ring, generation, request);
+            retry_while_unavailable(&of_hub.page_permits, read).await.map_err(Arc::new)
         }));
         task.map(|ended| match ended.map_err(JoinError::try_into_panic) {
             Ok(outcome) => outcome,
             Err(Ok(panic)) => resume_unwind(panic),
-            // The runtime ends, and all who wait with it.
+            // The runtime ends, and all waiting clients with it.
             Err(Err(_cancelled)) => Ok(None),
         })
         .boxed()
     };
-    let (is_shared, reading) = match ring.shelf().ask(generation, ask, begin) {
-        Asked::Page(page) => {
+    let (is_shared, read) = match ring.page_cache().lookup(generation, request, start_read) {
+        CacheLookup::Hit(page) => {
             hub.metrics.relay_shared_pages.inc();
             return Ok(Some(page));
         }
-        Asked::UnderWay(reading) => (true, reading),
-        Asked::Begun(reading) => (false, reading),
+        CacheLookup::InProgress(read) => (true, read),
+        CacheLookup::Started(read) => (false, read),
     };
-    let outcome = reading.await;
+    let outcome = read.await;
     if is_shared {
         hub.metrics.relay_shared_pages.inc();
     }
     outcome
 }
 
-async fn read(hub: &Hub, ring: &Ring, generation: u64, ask: Ask) -> Result<Option<Arc<Page>>, StoreError> {
-    let shelf = ring.shelf();
-    // While this one waited for its turn, another may have brought it.
-    if let Some(page) = shelf.find(generation, ask) {
+async fn read(
+    hub: &Hub,
+    ring: &Ring,
+    generation: u64,
+    request: PageRequest,
+) -> Result<Option<Arc<EntryPage>>, StoreError> {
+    let page_cache = ring.page_cache();
+    // Another read may have brought the page while this one waited for its permit.
+    if let Some(page) = page_cache.find(generation, request) {
         return Ok(Some(page));
     }
-    let of_this_life = || ring.mark().filter(|mark| mark.generation == generation);
-    let Some(mark) = of_this_life() else { return Ok(None) };
+    let snapshot_if_current = || ring.snapshot().filter(|snapshot| snapshot.generation == generation);
+    let Some(snapshot) = snapshot_if_current() else { return Ok(None) };
     hub.metrics.relay_store_reads.inc();
-    let page = match ask {
-        Ask::After(id) => read_after(&*hub.store, ring, &mark, id).await?,
-        Ask::UpTo(id) => read_up_to(&*hub.store, ring, &mark, id).await?,
+    let page = match request {
+        PageRequest::After(id) => read_after(&*hub.store, ring, &snapshot, id).await?,
+        PageRequest::UpTo(id) => read_up_to(&*hub.store, ring, &snapshot, id).await?,
     };
-    if of_this_life().is_none() {
+    if snapshot_if_current().is_none() {
         return Ok(None);
     }
     let page = Arc::new(page);
-    shelf.keep(generation, &page);
+    page_cache.insert(generation, &page);
     Ok(Some(page))
 }
 
-/// A page around `id`, up to where others begin. What is before `id` is for those who come from a little farther back.
-async fn read_after(store: &dyn Store, ring: &Ring, mark: &Mark, id: EntryId) -> Result<Page, StoreError> {
-    let (before, behind) = ring.shelf().around(mark.generation, id);
-    let to = mark.floor.min(behind).max(id);
-    let mut size = ring.shelf().page_size();
+/// Reads a page around `id`, up to the neighboring pages. The entries before `id` are for clients that are a little
+/// farther back.
+async fn read_after(
+    store: &dyn Store,
+    ring: &Ring,
+    snapshot: &RingSnapshot,
+    id: EntryId,
+) -> Result<EntryPage, StoreError> {
+    let (previous_end, next_start) = ring.page_cache().neighbors(snapshot.generation, id);
+    let to = snapshot.floor.min(next_start).max(id);
+    let mut size = ring.page_cache().page_size();
     let limit = size.limit() + 1;
     let forward = store.range(ring.stream(), Range { from: id, to, order: Order::Forward }, limit).await?;
-    size.learn(&forward);
-    ring.shelf().learn(size);
-    // While an entry is there, nothing between it and the next was trimmed.
+    size.adapt(&forward);
+    ring.page_cache().set_page_size(size);
+    // While an entry exists, nothing between it and the next one was trimmed.
     let is_anchored = forward.first().is_some_and(|entry| entry.id == id);
-    let is_joined = before == id && id > EntryId::MIN;
+    let is_joined = previous_end == id && id > EntryId::MIN;
     let wanted = match (is_joined, is_anchored) {
         (true, true) => 0,
         (true, false) => 1,
         (false, _) => size.limit().div_ceil(2),
     };
-    let is_at_front = id == EntryId::MIN;
-    let backward = if wanted == 0 || is_at_front {
+    let reaches_start = id == EntryId::MIN;
+    let backward = if wanted == 0 || reaches_start {
         Vec::new()
     } else {
         let range = Range { from: EntryId::MIN, to: id.previous(), order: Order::Backward };
         store.range(ring.stream(), range, wanted).await?
     };
-    let is_at_front = is_at_front || backward.len() < wanted;
+    let reaches_start = reaches_start || backward.len() < wanted;
     let oldest = backward.last().or(forward.first()).map(|entry| entry.id);
     let after = match (is_joined, oldest) {
         (true, _) => id,
-        (false, Some(oldest)) if !is_at_front => before.max(oldest.previous()),
-        (false, _) => before,
+        (false, Some(oldest)) if !reaches_start => previous_end.max(oldest.previous()),
+        (false, _) => previous_end,
     };
     let last = if forward.len() < limit { to } else { forward.last().map_or(to, |entry| entry.id) };
     let entries: Vec<Entry> = backward.into_iter().rev().chain(forward).filter(|entry| entry.id > after).collect();
-    let front = if is_at_front { Some(look_at_front(store, ring, after, oldest).await?) } else { None };
-    Ok(page(ring, mark, &entries, after, last, front))
+    let stream_start = if reaches_start { Some(find_stream_start(store, ring, after, oldest).await?) } else { None };
+    Ok(build_page(ring, snapshot, &entries, after, last, stream_start))
 }
 
-/// A page that ends with `id`, as far back as where another ends.
-async fn read_up_to(store: &dyn Store, ring: &Ring, mark: &Mark, id: EntryId) -> Result<Page, StoreError> {
-    let (before, _) = ring.shelf().around(mark.generation, id.previous());
-    let mut size = ring.shelf().page_size();
-    let range = Range { from: before.next(), to: id, order: Order::Backward };
+/// Reads a page that ends with `id`, back to the end of the page before.
+async fn read_up_to(
+    store: &dyn Store,
+    ring: &Ring,
+    snapshot: &RingSnapshot,
+    id: EntryId,
+) -> Result<EntryPage, StoreError> {
+    let (previous_end, _) = ring.page_cache().neighbors(snapshot.generation, id.previous());
+    let mut size = ring.page_cache().page_size();
+    let range = Range { from: previous_end.next(), to: id, order: Order::Backward };
     let mut entries = store.range(ring.stream(), range, size.limit()).await?;
     let is_complete = entries.len() < size.limit();
-    size.learn(&entries);
-    ring.shelf().learn(size);
+    size.adapt(&entries);
+    ring.page_cache().set_page_size(size);
     entries.reverse();
     let oldest = entries.first().map(|entry| entry.id);
-    let after = if is_complete { before } else { oldest.map_or(before, EntryId::previous) };
-    let is_at_front = is_complete && before == EntryId::MIN;
-    let front = if is_at_front { Some(look_at_front(store, ring, after, oldest).await?) } else { None };
-    Ok(page(ring, mark, &entries, after, id, front))
+    let after = if is_complete { previous_end } else { oldest.map_or(previous_end, EntryId::previous) };
+    let reaches_start = is_complete && previous_end == EntryId::MIN;
+    let stream_start = if reaches_start { Some(find_stream_start(store, ring, after, oldest).await?) } else { None };
+    Ok(build_page(ring, snapshot, &entries, after, id, stream_start))
 }
 
-fn page(ring: &Ring, mark: &Mark, entries: &[Entry], after: EntryId, last: EntryId, front: Option<Front>) -> Page {
-    let mut batch = Batch::frame(ring.stream(), &mark.epoch, entries, usize::MAX).batch;
+fn build_page(
+    ring: &Ring,
+    snapshot: &RingSnapshot,
+    entries: &[Entry],
+    after: EntryId,
+    last: EntryId,
+    stream_start: Option<StreamStart>,
+) -> EntryPage {
+    let mut batch = FrameBatch::frame(ring.stream(), &snapshot.epoch, entries, usize::MAX).batch;
     batch.extend_to(last);
-    Page { after, batch: Arc::new(batch), front }
+    EntryPage { after, batch: Arc::new(batch), stream_start }
 }
 
-async fn look_at_front(
+async fn find_stream_start(
     store: &dyn Store,
     ring: &Ring,
     after: EntryId,
     oldest: Option<EntryId>,
-) -> Result<Front, StoreError> {
-    // Who has seen nothing yet can't see by an id whether anything is gone. Something was there, or the ring would have
-    // begun with the stream.
-    let is_worn = after == EntryId::MIN
+) -> Result<StreamStart, StoreError> {
+    // At the minimal id only the counters show whether entries are gone. The stream had entries: otherwise the ring
+    // would have begun with the stream.
+    let has_lost_entries = after == EntryId::MIN
         && (oldest.is_none()
             || store.describe(ring.stream()).await?.is_none_or(|status| status.entries_added > status.length));
-    Ok(Front { oldest, is_worn })
+    Ok(StreamStart { oldest, has_lost_entries })
 }
 
-/// Repeats a read until the store answers, one of a few at a time: those that are live come first.
-async fn patiently<T, F, R>(permits: &Semaphore, mut read: F) -> Result<T, StoreError>
+/// Repeats a read until the store is available. Few reads run at a time: live clients come first.
+async fn retry_while_unavailable<T, F, R>(permits: &Semaphore, mut read: F) -> Result<T, StoreError>
 where
     F: FnMut() -> R,
     R: Future<Output = Result<T, StoreError>>,
@@ -233,7 +217,7 @@ where
     loop {
         let outcome = {
             let _permit = permits.acquire().await.expect("the semaphore is never closed");
-            bounded(READ_TIMEOUT, read()).await
+            with_timeout(READ_TIMEOUT, read()).await
         };
         match outcome {
             Err(error) if error.kind() == StoreErrorKind::Unavailable => tokio::time::sleep(backoff.next_delay()).await,
@@ -242,8 +226,8 @@ where
     }
 }
 
-/// A store operation with a bound on its time.
-pub(crate) async fn bounded<T>(
+/// Limits the time of a store operation.
+pub(crate) async fn with_timeout<T>(
     limit: Duration,
     operation: impl Future<Output = Result<T, StoreError>>,
 ) -> Result<T, StoreError> {
@@ -251,27 +235,4 @@ pub(crate) async fn bounded<T>(
         let message = format!("the store did not answer within {} s", limit.as_secs());
         Err(StoreError::new(StoreErrorKind::Unavailable, message))
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::relay::log::frame_batch::testing::entry;
-
-    #[test]
-    fn page_sizes_follow_the_size_of_entries() {
-        let mut size = PageSize::default();
-        assert_eq!(size.limit(), 32);
-        let entries_of = |bytes: usize| vec![entry(1, &[("data", "x".repeat(bytes - 4).as_str())]); 32];
-        size.learn(&entries_of(100));
-        assert_eq!(size.limit(), 128);
-        size.learn(&entries_of(100));
-        assert_eq!(size.limit(), 256);
-        size.learn(&entries_of(1 << 20));
-        assert_eq!(size.limit(), 1);
-        size.learn(&[]);
-        assert_eq!(size.limit(), 1);
-        size.learn(&entries_of(500));
-        assert_eq!(size.limit(), 4, "growth is careful");
-    }
 }

@@ -1,4 +1,4 @@
-//! The recent entries of one stream, framed once and shared by every client.
+//! The recent entries of one stream, framed once and shared by all clients.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -6,194 +6,204 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::event::Filter;
 use crate::event::{EntryId, Epoch, StreamName};
-use crate::relay::log::frame_batch::Batch;
-use crate::relay::log::page_cache::Shelf;
+use crate::relay::log::frame_batch::FrameBatch;
+use crate::relay::log::page_cache::PageCache;
 
-/// How much a ring keeps.
+/// The capacity of a ring.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Limits {
-    /// Bytes of plain frames. The variant with positions, where a client asks for it, comes on top.
+pub(crate) struct RingLimits {
+    /// The size of plain frames in bytes. Other encodings, if a client uses them, add to this.
     pub(crate) bytes: usize,
-    /// Entries.
+    /// The number of entries.
     pub(crate) entries: usize,
 }
 
-/// A bounded log of batches. It has every entry after its `floor` up to its `last`, or knows that it can't be sent, or
-/// that it was gone before it could be read.
+/// A bounded log of batches.
+///
+/// It has all entries after its `floor` up to its `last`, except for entries that cannot be sent and for gaps, which
+/// it knows.
 #[derive(Debug)]
 pub(crate) struct Ring {
     stream: StreamName,
-    limits: Limits,
-    state: RwLock<State>,
-    /// What was read of the store before the floor.
-    shelf: Shelf,
-    /// Whether the stream can't be read, for a reason that concerns it alone.
+    limits: RingLimits,
+    state: RwLock<RingState>,
+    /// Pages of the entries before the floor.
+    page_cache: PageCache,
+    /// Whether the stream cannot be read, for a reason that concerns only this stream.
     is_unreadable: AtomicBool,
-    /// Grows with every change, so that readers see without the lock whether there is news.
+    /// Grows with every change, so that readers find new entries without the lock.
     changes: AtomicU64,
 }
 
 #[derive(Debug, Default)]
-struct State {
-    /// Which life of the stream this is; 0 until the first has begun.
+struct RingState {
+    /// The number of times that the stream has begun; 0 before the first.
     generation: u64,
     epoch: Option<Epoch>,
     start: EntryId,
     floor: EntryId,
     last: EntryId,
-    batches: VecDeque<Held>,
+    batches: VecDeque<RingSlot>,
     bytes: usize,
     entries: usize,
     total_bytes: u64,
     /// Whether entries between `last` and the next one are gone.
-    is_torn: bool,
+    has_gap_after_last: bool,
 }
 
-impl State {
-    fn push(&mut self, mut batch: Batch) {
+impl RingState {
+    fn push(&mut self, mut batch: FrameBatch) {
         self.last = self.last.max(batch.last());
         if batch.len() > 0 {
-            if std::mem::take(&mut self.is_torn) {
-                batch.tear_off();
+            if std::mem::take(&mut self.has_gap_after_last) {
+                batch.set_gap_before();
             }
             self.bytes += batch.size_bytes();
             self.entries += batch.len();
             self.total_bytes += batch.size_bytes() as u64;
-            self.batches.push_back(Held { batch: Arc::new(batch), total_bytes: self.total_bytes });
+            self.batches.push_back(RingSlot { batch: Arc::new(batch), total_bytes: self.total_bytes });
         }
     }
 }
 
-/// What a ring begins with: everything after the floor.
+/// The entries that a ring begins with: all after the floor.
 #[derive(Debug, Default)]
-pub(crate) struct Past {
-    /// Nothing where there are no batches.
+pub(crate) struct Preload {
+    /// `None` if there are no batches.
     pub(crate) floor: Option<EntryId>,
     /// In the order of the stream.
-    pub(crate) batches: VecDeque<Batch>,
+    pub(crate) batches: VecDeque<FrameBatch>,
 }
 
 /// One batch, and the total of bytes up to its end.
 #[derive(Debug, Clone)]
-struct Held {
-    batch: Arc<Batch>,
+struct RingSlot {
+    batch: Arc<FrameBatch>,
     total_bytes: u64,
 }
 
-/// A ring as it was at one moment.
+/// The state of a ring at one moment.
 #[derive(Debug, Clone)]
-pub(crate) struct Mark {
-    /// Which life of the stream.
+pub(crate) struct RingSnapshot {
+    /// The number of times that the stream has begun.
     pub(crate) generation: u64,
-    /// The name of that life.
+    /// The epoch of this generation.
     pub(crate) epoch: Epoch,
-    /// After which entry this life begins for readers of an earlier one.
+    /// The entry after which this generation begins for readers of an earlier one.
     pub(crate) start: EntryId,
-    /// Everything after this entry was in the ring.
+    /// The ring has all entries after this one.
     pub(crate) floor: EntryId,
-    /// The newest entry passed.
+    /// The newest entry that was read.
     pub(crate) last: EntryId,
-    /// Bytes of plain frames that ever went in.
+    /// The size of all plain frames ever added, in bytes.
     pub(crate) total_bytes: u64,
-    /// Bytes of plain frames held.
+    /// The size of the plain frames in the ring, in bytes.
     pub(crate) bytes: usize,
-    /// Entries held.
+    /// The number of entries in the ring.
     pub(crate) entries: usize,
 }
 
-/// What a ring has for a reader.
+/// The result of a lookup in a ring.
 #[derive(Debug)]
 pub(crate) enum Lookup {
     /// The batch with the next entry, the total of bytes up to its end, and whether it is the newest.
-    Batch(Arc<Batch>, u64, bool),
-    /// Nothing yet.
+    Batch(Arc<FrameBatch>, u64, bool),
+    /// There is no newer entry.
     Head,
     /// The next entries have left the ring.
     Behind,
-    /// The stream has begun a new life.
+    /// The stream has begun again, in a new generation.
     Restarted,
 }
 
 impl Ring {
-    /// An empty ring that has not begun.
-    pub(crate) fn new(stream: StreamName, limits: Limits) -> Self {
+    /// Creates an empty ring that has not begun.
+    pub(crate) fn new(stream: StreamName, limits: RingLimits) -> Self {
         Self {
             stream,
             limits,
             state: RwLock::default(),
-            shelf: Shelf::new(limits.bytes / 2),
+            page_cache: PageCache::new(limits.bytes / 2),
             is_unreadable: AtomicBool::new(false),
             changes: AtomicU64::new(0),
         }
     }
 
-    /// The stream.
+    /// Returns the stream.
     pub(crate) fn stream(&self) -> &StreamName {
         &self.stream
     }
 
-    /// How much it keeps.
-    pub(crate) fn limits(&self) -> Limits {
+    /// Returns the capacity.
+    pub(crate) fn limits(&self) -> RingLimits {
         self.limits
     }
 
-    /// Pages of what has left it.
-    pub(crate) fn shelf(&self) -> &Shelf {
-        &self.shelf
+    /// Returns the pages of entries that have left the ring.
+    pub(crate) fn page_cache(&self) -> &PageCache {
+        &self.page_cache
     }
 
-    /// Begins a life of the stream: entries after `start` will come, and of those before it there are `past`.
-    pub(crate) fn begin(&self, epoch: Epoch, start: EntryId, past: Past) {
+    /// Begins a generation: entries after `start` will come, and `preload` has some before it.
+    pub(crate) fn begin(&self, epoch: Epoch, start: EntryId, preload: Preload) {
         let mut state = self.write();
         let (generation, total_bytes) = (state.generation + 1, state.total_bytes);
-        let floor = past.floor.unwrap_or(start);
-        *state = State { generation, epoch: Some(epoch), start, floor, last: start, total_bytes, ..State::default() };
-        for batch in past.batches {
+        let floor = preload.floor.unwrap_or(start);
+        *state = RingState {
+            generation,
+            epoch: Some(epoch),
+            start,
+            floor,
+            last: start,
+            total_bytes,
+            ..RingState::default()
+        };
+        for batch in preload.batches {
             state.push(batch);
         }
-        // Still under the lock: whoever has seen the change sees the number too.
+        // Under the lock, so that a reader which has seen the change sees the number too.
         self.changes.fetch_add(1, Ordering::Release);
     }
 
-    /// Tells that the stream can't be read, and that this may stay so.
+    /// Notes that the stream cannot be read, perhaps for long.
     pub(crate) fn set_unreadable(&self) {
         self.is_unreadable.store(true, Ordering::Release);
     }
 
-    /// Whether the ring has not begun, but will as soon as the store is there.
+    /// Returns whether the ring has not begun, but will when the store is available.
     pub(crate) fn is_starting(&self) -> bool {
         !self.is_unreadable.load(Ordering::Acquire) && self.read().epoch.is_none()
     }
 
-    /// Tells that entries which come next in the stream are gone, and were never read.
-    pub(crate) fn tear(&self) {
-        self.write().is_torn = true;
+    /// Notes that the next entries of the stream are gone and were never read.
+    pub(crate) fn mark_gap(&self) {
+        self.write().has_gap_after_last = true;
     }
 
-    /// Adds entries at the head, and lets go of the oldest ones that are too many now.
-    pub(crate) fn push(&self, batch: Batch) {
+    /// Adds entries at the head, and removes the oldest ones beyond the capacity.
+    pub(crate) fn push(&self, batch: FrameBatch) {
         let mut state = self.write();
         state.push(batch);
         while state.batches.len() > 1 && (state.bytes > self.limits.bytes || state.entries > self.limits.entries) {
-            let Some(Held { batch: oldest, .. }) = state.batches.pop_front() else { break };
+            let Some(RingSlot { batch: oldest, .. }) = state.batches.pop_front() else { break };
             state.bytes -= oldest.size_bytes();
             state.entries -= oldest.len();
             state.floor = oldest.last();
         }
-        // Still under the lock: whoever has seen the change sees the number too.
+        // Under the lock, so that a reader which has seen the change sees the number too.
         self.changes.fetch_add(1, Ordering::Release);
     }
 
-    /// A number that is different after every change.
+    /// Returns a number that grows with every change.
     pub(crate) fn changes(&self) -> u64 {
         self.changes.load(Ordering::Acquire)
     }
 
-    /// How the ring is now; nothing before it has begun.
-    pub(crate) fn mark(&self) -> Option<Mark> {
+    /// Returns the present state, or `None` before the ring has begun.
+    pub(crate) fn snapshot(&self) -> Option<RingSnapshot> {
         let state = self.read();
         let epoch = state.epoch.clone()?;
-        Some(Mark {
+        Some(RingSnapshot {
             generation: state.generation,
             epoch,
             start: state.start,
@@ -205,7 +215,7 @@ impl Ring {
         })
     }
 
-    /// The batch with the first entry after `id`.
+    /// Returns the batch with the first entry after `id`.
     pub(crate) fn after(&self, generation: u64, id: EntryId) -> Lookup {
         let state = self.read();
         if state.generation != generation {
@@ -215,37 +225,37 @@ impl Ring {
             return Lookup::Behind;
         }
         let newest = state.batches.len().wrapping_sub(1);
-        let is_passed = |index: usize| state.batches.get(index).is_none_or(|held| held.batch.last() <= id);
+        let is_passed = |index: usize| state.batches.get(index).is_none_or(|slot| slot.batch.last() <= id);
         if is_passed(newest) {
             return Lookup::Head;
         }
-        // Readers at the head are the rule: they need the newest batch and no search.
+        // Most readers are at the head: they need the newest batch and no search.
         let index = if is_passed(newest.wrapping_sub(1)) {
             newest
         } else {
-            state.batches.partition_point(|held| held.batch.last() <= id)
+            state.batches.partition_point(|slot| slot.batch.last() <= id)
         };
-        let Held { batch, total_bytes } = &state.batches[index];
+        let RingSlot { batch, total_bytes } = &state.batches[index];
         Lookup::Batch(batch.clone(), *total_bytes, index == newest)
     }
 
-    /// The ids of the newest entries at or before `cut` that pass, at most `count`, newest first, and the floor: older
-    /// ones are in the store.
+    /// Returns the ids of the newest entries at or before `cut` that pass, at most `count`, newest first, and the
+    /// floor: older entries are in the store.
     pub(crate) fn newest(&self, cut: EntryId, filter: &Filter, count: usize) -> (Vec<EntryId>, EntryId) {
-        // Reading payloads for a filter takes its time: not under the lock.
+        // Not under the lock: a filter may read payloads, which takes time.
         let (batches, floor) = {
             let state = self.read();
             (state.batches.clone(), state.floor)
         };
-        let found = batches.iter().rev().flat_map(|held| held.batch.newest(cut, filter)).take(count).collect();
+        let found = batches.iter().rev().flat_map(|slot| slot.batch.newest(cut, filter)).take(count).collect();
         (found, floor)
     }
 
-    fn read(&self) -> RwLockReadGuard<'_, State> {
+    fn read(&self) -> RwLockReadGuard<'_, RingState> {
         self.state.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self) -> RwLockWriteGuard<'_, State> {
+    fn write(&self) -> RwLockWriteGuard<'_, RingState> {
         self.state.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -259,12 +269,12 @@ mod tests {
     use crate::relay::log::frame_batch::testing::entry;
 
     fn ring(entries: usize) -> Ring {
-        Ring::new("s".parse().expect("a name"), Limits { bytes: usize::MAX, entries })
+        Ring::new("s".parse().expect("a name"), RingLimits { bytes: usize::MAX, entries })
     }
 
-    fn batch(entries: &[Entry]) -> Batch {
+    fn batch(entries: &[Entry]) -> FrameBatch {
         let (stream, epoch) = ("s".parse().expect("a name"), "e".parse().expect("an epoch"));
-        Batch::frame(&stream, &epoch, entries, usize::MAX).batch
+        FrameBatch::frame(&stream, &epoch, entries, usize::MAX).batch
     }
 
     fn id(ms: u64) -> EntryId {
@@ -272,19 +282,19 @@ mod tests {
     }
 
     fn begin(ring: &Ring, start: u64) {
-        ring.begin("e".parse().expect("an epoch"), id(start), Past::default());
+        ring.begin("e".parse().expect("an epoch"), id(start), Preload::default());
     }
 
     #[test]
-    fn a_ring_that_has_not_begun_has_no_mark() {
+    fn ring_without_generation_has_no_snapshot() {
         let ring = ring(10);
-        assert!(ring.mark().is_none());
+        assert!(ring.snapshot().is_none());
         begin(&ring, 5);
-        assert_eq!(ring.mark().map(|mark| (mark.floor, mark.last)), Some((id(5), id(5))));
+        assert_eq!(ring.snapshot().map(|snapshot| (snapshot.floor, snapshot.last)), Some((id(5), id(5))));
     }
 
     #[test]
-    fn a_new_life_is_told_to_readers_of_the_old_one() {
+    fn new_generation_restarts_readers_of_the_old_one() {
         let ring = ring(10);
         begin(&ring, 5);
         ring.push(batch(&[entry(6, &[("data", "{}")])]));
@@ -295,23 +305,23 @@ mod tests {
     }
 
     #[test]
-    fn the_byte_limit_holds_but_for_the_newest_batch() {
-        let ring = Ring::new("s".parse().expect("a name"), Limits { bytes: 250, entries: 100 });
+    fn byte_limit_spares_only_the_newest_batch() {
+        let ring = Ring::new("s".parse().expect("a name"), RingLimits { bytes: 250, entries: 100 });
         begin(&ring, 0);
         let big = "x".repeat(100);
         for ms in 1..=10 {
             ring.push(batch(&[entry(ms, &[("data", &big)])]));
         }
-        let mark = ring.mark().expect("begun");
-        assert_eq!((mark.entries, mark.bytes, mark.floor), (2, 204, id(8)));
+        let snapshot = ring.snapshot().expect("begun");
+        assert_eq!((snapshot.entries, snapshot.bytes, snapshot.floor), (2, 204, id(8)));
         ring.push(batch(&[entry(11, &[("data", &big.repeat(10))])]));
-        let mark = ring.mark().expect("begun");
-        assert_eq!((mark.entries, mark.floor), (1, id(10)));
-        assert_eq!(mark.total_bytes, 10 * 102 + 1004);
+        let snapshot = ring.snapshot().expect("begun");
+        assert_eq!((snapshot.entries, snapshot.floor), (1, id(10)));
+        assert_eq!(snapshot.total_bytes, 10 * 102 + 1004);
     }
 
     #[test]
-    fn the_newest_are_found_up_to_the_cut() {
+    fn newest_entries_are_found_up_to_the_cut() {
         let ring = ring(100);
         begin(&ring, 0);
         for first in [1, 4, 7] {
@@ -322,22 +332,22 @@ mod tests {
     }
 
     #[derive(Debug, Clone)]
-    enum Step {
+    enum RingStep {
         Push(Vec<bool>),
         Read(usize),
     }
 
-    fn step() -> impl Strategy<Value = Step> {
+    fn step() -> impl Strategy<Value = RingStep> {
         prop_oneof![
-            proptest::collection::vec(any::<bool>(), 1..6).prop_map(Step::Push),
-            (0_usize..4).prop_map(Step::Read),
+            proptest::collection::vec(any::<bool>(), 1..6).prop_map(RingStep::Push),
+            (0_usize..4).prop_map(RingStep::Read),
         ]
     }
 
     proptest! {
-        /// Readers at their own pace see every sendable entry once and in order, or are told exactly from where on.
+        /// Readers at any pace see every sendable entry once and in order, or learn the exact bounds of the gap.
         #[test]
-        fn readers_miss_nothing_that_the_ring_does_not_name(
+        fn readers_miss_no_entry_without_a_reported_gap(
             limit in 1_usize..20,
             steps in proptest::collection::vec(step(), 1..120),
         ) {
@@ -348,7 +358,7 @@ mod tests {
             let mut readers = [id(100); 4];
             for step in steps {
                 match step {
-                    Step::Push(kinds) => {
+                    RingStep::Push(kinds) => {
                         let entries: Vec<Entry> = kinds
                             .iter()
                             .map(|is_text| {
@@ -359,7 +369,7 @@ mod tests {
                         model.extend(entries.iter().zip(&kinds).filter(|(_, is_text)| **is_text).map(|(e, _)| e.id));
                         ring.push(batch(&entries));
                     }
-                    Step::Read(reader) => {
+                    RingStep::Read(reader) => {
                         let after = &mut readers[reader];
                         let expected = model.iter().find(|id| **id > *after);
                         match ring.after(1, *after) {
@@ -370,7 +380,7 @@ mod tests {
                                 *after = batch.last();
                             }
                             Lookup::Behind => {
-                                let floor = ring.mark().expect("begun").floor;
+                                let floor = ring.snapshot().expect("begun").floor;
                                 prop_assert!(*after < floor);
                                 *after = floor;
                             }
@@ -378,9 +388,9 @@ mod tests {
                         }
                     }
                 }
-                let mark = ring.mark().expect("begun");
-                let held = model.iter().filter(|id| **id > mark.floor).count();
-                prop_assert_eq!(held, mark.entries);
+                let snapshot = ring.snapshot().expect("begun");
+                let slot = model.iter().filter(|id| **id > snapshot.floor).count();
+                prop_assert_eq!(slot, snapshot.entries);
             }
         }
     }

@@ -1,8 +1,8 @@
-//! How news reaches the clients that wait for it: a few tasks go from one to the next and write to each.
+//! Delivers new entries to the clients that wait for them: a few tasks pass over all sessions and write to each.
 //!
-//! To wake a task per client for every alert costs a good part of what the write costs: the task is queued and taken up,
-//! and looks at all that could be the matter. So those who wait for nothing but news are given it in place; their own
-//! tasks do whatever takes longer.
+//! Waking one task per client for every alert costs a large part of the write itself: the task is queued, scheduled,
+//! and checks everything that could have woken it. So sessions that wait for new entries only are written to in place.
+//! Their own tasks do all work that takes longer.
 
 use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,134 +14,138 @@ use tokio::runtime::Handle;
 use tokio::task::coop::unconstrained;
 use tokio_util::task::TaskTracker;
 
-use crate::relay::metrics::{Meter, Tally};
-use crate::relay::session::notify::Bell;
+use crate::relay::metrics::{ChannelMetrics, LocalMetrics};
+use crate::relay::session::notify::Broadcast;
 
-/// How many are given news between two looks at what else there is to do: some 0.2 ms.
-const ROUND: usize = 32;
+/// The number of clients between two yields to the runtime: about 0.2 ms.
+const CLIENTS_PER_YIELD: usize = 32;
 
-/// How many one task gives news to before another one helps: some 3 ms. For fewer, waking another worker costs more than
-/// it saves: measured with 500 clients on two cores.
-const CROWD: usize = 512;
+/// The number of clients per task before another task helps: about 3 ms.
+///
+/// With fewer, waking another worker costs more than it saves: measured with 500 clients on two cores.
+const CLIENTS_PER_TASK: usize = 512;
 
-/// Someone who waits for news.
+/// A session that waits for new entries.
 pub(crate) trait Recipient: Send + Sync {
-    /// Is given what there is, as far as that can be done without waiting. What is left to do is done by its own task, which
-    /// is woken for that.
-    fn give(&self, tally: &mut Tally);
+    /// Writes the new entries, if that needs no waiting. Otherwise wakes the session's task to do the rest.
+    fn deliver(&self, local: &mut LocalMetrics);
 
-    /// Wakes its own task.
+    /// Wakes the session's own task.
     fn wake(&self);
 }
 
-/// Those who wait for the news of a channel.
+/// The sessions that wait for new entries of a channel.
 pub(crate) struct Fanout {
-    bell: Arc<Bell>,
-    meter: Meter,
-    waiting: Mutex<Waiting>,
+    broadcast: Arc<Broadcast>,
+    metrics: ChannelMetrics,
+    state: Mutex<FanoutState>,
     tasks: TaskTracker,
 }
 
 #[derive(Default)]
-struct Waiting {
+struct FanoutState {
     recipients: Slab<Arc<dyn Recipient>>,
-    /// Who is next: everyone before has been given what there was when this began.
+    /// The key of the next session. All before it have received the entries that there were when this pass began.
     next: usize,
-    /// Whether there was more news since.
-    is_behind: bool,
-    /// How many tasks go round.
-    going: usize,
+    /// Whether there are newer entries, so that another pass must follow.
+    has_new_entries: bool,
+    /// The number of tasks that run this pass.
+    running_tasks: usize,
 }
 
 impl Fanout {
-    pub(crate) fn new(bell: Arc<Bell>, meter: Meter) -> Arc<Self> {
-        Arc::new(Self { bell, meter, waiting: Mutex::default(), tasks: TaskTracker::new() })
+    pub(crate) fn new(broadcast: Arc<Broadcast>, metrics: ChannelMetrics) -> Arc<Self> {
+        Arc::new(Self { broadcast, metrics, state: Mutex::default(), tasks: TaskTracker::new() })
     }
 
-    /// Takes in someone who has seen all news until that ring of the bell; nothing where there is more. Whoever is in is
-    /// given all that comes until it leaves.
-    pub(crate) fn join(&self, heard: u64, recipient: impl FnOnce() -> Arc<dyn Recipient>) -> Option<usize> {
-        let mut waiting = self.waiting();
-        (self.bell.rings() == heard).then(|| waiting.recipients.insert(recipient()))
+    /// Adds a session that has seen all entries up to this generation of the broadcast.
+    ///
+    /// Returns `None` if there are newer ones. The session then receives all entries until it leaves.
+    pub(crate) fn join(&self, generation: u64, recipient: impl FnOnce() -> Arc<dyn Recipient>) -> Option<usize> {
+        let mut state = self.state();
+        (self.broadcast.generation() == generation).then(|| state.recipients.insert(recipient()))
     }
 
-    /// Lets go of whoever has that place.
-    pub(crate) fn leave(&self, place: usize) {
-        let left = self.waiting().recipients.remove(place);
-        // After the lock, which the end of a session would want.
-        drop(left);
+    /// Removes a session.
+    pub(crate) fn leave(&self, key: usize) {
+        let removed = self.state().recipients.remove(key);
+        // After the lock: the end of a session needs it too.
+        drop(removed);
     }
 
-    /// There is news: rings the bell, and begins to give it to all who are in. To be called within a runtime.
-    pub(crate) fn announce(self: &Arc<Self>) {
-        // First: whoever comes too late to be in has to hear that there is more.
-        self.bell.ring();
-        let mut waiting = self.waiting();
-        if waiting.recipients.is_empty() {
+    /// Notifies the broadcast of new entries, and starts to deliver them to all sessions here. Must be called within a
+    /// runtime.
+    pub(crate) fn notify_all(self: &Arc<Self>) {
+        // First, so that a session which joins too late sees the new generation.
+        self.broadcast.notify_all();
+        let mut state = self.state();
+        if state.recipients.is_empty() {
             return;
         }
-        if waiting.going == 0 {
-            waiting.next = 0;
-            if waiting.recipients.capacity() > 4 * waiting.recipients.len().max(ROUND) {
-                // All places are looked at, also those that a crowd has left.
-                waiting.recipients.shrink_to_fit();
+        if state.running_tasks == 0 {
+            state.next = 0;
+            if state.recipients.capacity() > 4 * state.recipients.len().max(CLIENTS_PER_YIELD) {
+                // A pass visits all slots, and also those of clients that have left.
+                state.recipients.shrink_to_fit();
             }
         } else {
-            waiting.is_behind = true;
+            state.has_new_entries = true;
         }
-        let wanted = waiting.recipients.len().div_ceil(CROWD).min(Handle::current().metrics().num_workers());
-        for _ in waiting.going..wanted {
-            waiting.going += 1;
-            self.tasks.spawn(unconstrained(self.clone().go_round()));
+        let wanted = state.recipients.len().div_ceil(CLIENTS_PER_TASK).min(Handle::current().metrics().num_workers());
+        for _ in state.running_tasks..wanted {
+            state.running_tasks += 1;
+            self.tasks.spawn(unconstrained(self.clone().run_pass()));
         }
     }
 
-    /// Gives to all what there is, together with the others that do.
-    async fn go_round(self: Arc<Self>) {
-        let (mut tally, mut round) = (self.meter.tally(), Vec::with_capacity(ROUND));
-        while self.take_round(&mut round) {
-            for recipient in round.drain(..) {
-                // What is the matter with one is not the matter of the others. Its own task ends where this has failed.
-                if catch_unwind(AssertUnwindSafe(|| recipient.give(&mut tally))).is_err() {
+    /// Delivers to all sessions, together with the other tasks of this pass.
+    async fn run_pass(self: Arc<Self>) {
+        let (mut local, mut clients) = (self.metrics.local(), Vec::with_capacity(CLIENTS_PER_YIELD));
+        while self.next_clients(&mut clients) {
+            for recipient in clients.drain(..) {
+                // A panic concerns one session only. Its own task then ends it.
+                if catch_unwind(AssertUnwindSafe(|| recipient.deliver(&mut local))).is_err() {
                     recipient.wake();
                 }
             }
-            tally.flush();
-            make_way().await;
+            local.flush();
+            yield_to_runtime().await;
         }
     }
 
-    /// Whose turn it is; nothing once all had theirs.
-    fn take_round(&self, round: &mut Vec<Arc<dyn Recipient>>) -> bool {
-        let mut waiting = self.waiting();
-        let Waiting { recipients, next, is_behind, going } = &mut *waiting;
+    /// Takes the next sessions of the pass. Returns false if none is left.
+    fn next_clients(&self, clients: &mut Vec<Arc<dyn Recipient>>) -> bool {
+        let mut state = self.state();
+        let FanoutState { recipients, next, has_new_entries, running_tasks } = &mut *state;
         loop {
-            while round.len() < ROUND && *next < recipients.capacity() {
-                round.extend(recipients.get(*next).cloned());
+            while clients.len() < CLIENTS_PER_YIELD && *next < recipients.capacity() {
+                clients.extend(recipients.get(*next).cloned());
                 *next += 1;
             }
-            if !round.is_empty() {
+            if !clients.is_empty() {
                 return true;
             }
-            if !std::mem::take(is_behind) {
-                *going -= 1;
+            if !std::mem::take(has_new_entries) {
+                *running_tasks -= 1;
                 return false;
             }
             *next = 0;
         }
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, FanoutState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Lets others have their turn. Unlike after tokio's own yielding, any worker may go on: the one that was at it may be busy
-/// for long with what comes next.
-async fn make_way() {
-    let mut has_made = false;
+/// Yields to the runtime.
+///
+/// Unlike tokio's own yield, any worker may continue this task: the present one may be busy for long with its next
+/// task.
+async fn yield_to_runtime() {
+    let mut has_yielded = false;
     poll_fn(|cx| {
-        if std::mem::replace(&mut has_made, true) {
+        if std::mem::replace(&mut has_yielded, true) {
             return Poll::Ready(());
         }
         cx.waker().wake_by_ref();
@@ -152,7 +156,7 @@ async fn make_way() {
 
 impl std::fmt::Debug for Fanout {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Fanout").field("waiting", &self.waiting().recipients.len()).finish_non_exhaustive()
+        f.debug_struct("Fanout").field("waiting", &self.state().recipients.len()).finish_non_exhaustive()
     }
 }
 
@@ -169,19 +173,19 @@ mod tests {
     use super::*;
     use crate::metrics::Metrics;
 
-    /// Someone who sees how much news there is.
+    /// A client that records how many entries it has seen.
     #[derive(Default)]
-    struct Reader {
-        news: Arc<AtomicU64>,
+    struct TestClient {
+        published: Arc<AtomicU64>,
         seen: AtomicU64,
         fails: bool,
         is_woken: AtomicBool,
     }
 
-    impl Recipient for Reader {
-        fn give(&self, _: &mut Tally) {
-            assert!(!self.fails, "this is what it is for");
-            self.seen.fetch_max(self.news.load(Ordering::SeqCst), Ordering::SeqCst);
+    impl Recipient for TestClient {
+        fn deliver(&self, _: &mut LocalMetrics) {
+            assert!(!self.fails, "this client fails");
+            self.seen.fetch_max(self.published.load(Ordering::SeqCst), Ordering::SeqCst);
         }
 
         fn wake(&self) {
@@ -189,41 +193,41 @@ mod tests {
         }
     }
 
-    struct Site {
-        bell: Arc<Bell>,
-        news: Arc<AtomicU64>,
+    struct TestFanout {
+        broadcast: Arc<Broadcast>,
+        published: Arc<AtomicU64>,
         fanout: Arc<Fanout>,
     }
 
-    impl Site {
+    impl TestFanout {
         fn new() -> Self {
-            let bell = Arc::<Bell>::default();
-            let fanout = Fanout::new(bell.clone(), Meter::new(&Metrics::new(), "alerts"));
-            Self { bell, news: Arc::default(), fanout }
+            let broadcast = Arc::<Broadcast>::default();
+            let fanout = Fanout::new(broadcast.clone(), ChannelMetrics::new(&Metrics::new(), "alerts"));
+            Self { broadcast, published: Arc::default(), fanout }
         }
 
-        fn reader(&self, fails: bool) -> Arc<Reader> {
-            Arc::new(Reader { news: self.news.clone(), fails, ..Reader::default() })
+        fn client(&self, fails: bool) -> Arc<TestClient> {
+            Arc::new(TestClient { published: self.published.clone(), fails, ..TestClient::default() })
         }
 
-        /// Lets someone in who looks as often as it takes.
-        fn let_in(&self, reader: &Arc<Reader>) -> usize {
+        /// Adds a client, which looks for entries until it has seen all.
+        fn join(&self, client: &Arc<TestClient>) -> usize {
             loop {
-                let heard = self.bell.rings();
-                reader.seen.fetch_max(self.news.load(Ordering::SeqCst), Ordering::SeqCst);
-                if let Some(place) = self.fanout.join(heard, || reader.clone()) {
-                    return place;
+                let generation = self.broadcast.generation();
+                client.seen.fetch_max(self.published.load(Ordering::SeqCst), Ordering::SeqCst);
+                if let Some(key) = self.fanout.join(generation, || client.clone()) {
+                    return key;
                 }
             }
         }
 
         fn publish(&self) {
-            self.news.fetch_add(1, Ordering::SeqCst);
-            self.fanout.announce();
+            self.published.fetch_add(1, Ordering::SeqCst);
+            self.fanout.notify_all();
         }
     }
 
-    async fn becomes(what: &str, is_so: impl Fn() -> bool) {
+    async fn wait_until(what: &str, is_so: impl Fn() -> bool) {
         let waited = timeout(Duration::from_mins(1), async {
             while !is_so() {
                 yield_now().await;
@@ -233,97 +237,97 @@ mod tests {
     }
 
     #[test]
-    fn who_has_not_seen_all_news_is_not_let_in() {
-        let site = Site::new();
-        let (heard, reader) = (site.bell.rings(), site.reader(false));
-        site.bell.ring();
-        assert_eq!(site.fanout.join(heard, || reader.clone()), None);
-        assert!(site.fanout.join(site.bell.rings(), || reader.clone()).is_some());
+    fn join_with_an_old_generation_is_refused() {
+        let test = TestFanout::new();
+        let (generation, client) = (test.broadcast.generation(), test.client(false));
+        test.broadcast.notify_all();
+        assert_eq!(test.fanout.join(generation, || client.clone()), None);
+        assert!(test.fanout.join(test.broadcast.generation(), || client.clone()).is_some());
     }
 
     #[test]
-    fn who_is_about_to_be_let_in_when_news_comes_is_not() {
+    fn join_during_a_notification_is_refused() {
         for _ in 0..1_000 {
-            let (site, start) = (Site::new(), Barrier::new(2));
-            let heard = site.bell.rings();
-            let place = thread::scope(|scope| {
-                let taken = site.fanout.waiting();
+            let (test, start) = (TestFanout::new(), Barrier::new(2));
+            let generation = test.broadcast.generation();
+            let key = thread::scope(|scope| {
+                let taken = test.fanout.state();
                 let joining = scope.spawn(|| {
                     start.wait();
-                    site.fanout.join(heard, || site.reader(false))
+                    test.fanout.join(generation, || test.client(false))
                 });
                 start.wait();
                 (0..1_000).for_each(|_| std::hint::spin_loop());
-                site.bell.ring();
+                test.broadcast.notify_all();
                 drop(taken);
                 joining.join()
             });
-            assert_eq!(place.expect("it does not panic"), None);
+            assert_eq!(key.expect("it does not panic"), None);
         }
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn no_news_is_missed_by_those_who_come_while_it_is_given() {
+    async fn join_during_delivery_misses_no_entry() {
         const BURSTS: usize = 1_000;
-        let site = Arc::new(Site::new());
-        let readers: Vec<_> = (0..2 * CROWD).map(|_| site.reader(false)).collect();
-        let mut places: Vec<_> = readers.iter().map(|reader| site.let_in(reader)).collect();
+        let test = Arc::new(TestFanout::new());
+        let clients: Vec<_> = (0..2 * CLIENTS_PER_TASK).map(|_| test.client(false)).collect();
+        let mut keys: Vec<_> = clients.iter().map(|client| test.join(client)).collect();
         for burst in 0..BURSTS {
             let mut publisher = JoinSet::new();
             publisher.spawn({
-                let site = site.clone();
-                async move { (0..3).for_each(|_| site.publish()) }
+                let test = test.clone();
+                async move { (0..3).for_each(|_| test.publish()) }
             });
-            let index = burst * 7 % readers.len();
-            site.fanout.leave(places[index]);
-            places[index] = site.let_in(&readers[index]);
+            let index = burst * 7 % clients.len();
+            test.fanout.leave(keys[index]);
+            keys[index] = test.join(&clients[index]);
             publisher.join_all().await;
-            becomes("all had their turn", || site.fanout.waiting().going == 0).await;
-            let news = site.news.load(Ordering::SeqCst);
-            let missed = readers.iter().position(|reader| reader.seen.load(Ordering::SeqCst) != news);
-            assert_eq!(missed, None, "whoever missed news would wait for ever, in burst {burst} in which {index} came");
+            wait_until("the pass is over", || test.fanout.state().running_tasks == 0).await;
+            let published = test.published.load(Ordering::SeqCst);
+            let missed = clients.iter().position(|client| client.seen.load(Ordering::SeqCst) != published);
+            assert_eq!(missed, None, "a missed entry is never delivered: burst {burst}, client {index} joined");
         }
     }
 
     #[tokio::test]
-    async fn places_that_a_crowd_has_left_are_not_looked_at_for_ever() {
-        let site = Site::new();
-        let reader = site.reader(false);
-        site.let_in(&reader);
-        let places: Vec<_> = (0..2 * CROWD).map(|_| site.let_in(&site.reader(false))).collect();
-        for place in places {
-            site.fanout.leave(place);
+    async fn slots_of_departed_clients_are_freed() {
+        let test = TestFanout::new();
+        let client = test.client(false);
+        test.join(&client);
+        let keys: Vec<_> = (0..2 * CLIENTS_PER_TASK).map(|_| test.join(&test.client(false))).collect();
+        for key in keys {
+            test.fanout.leave(key);
         }
-        site.publish();
-        becomes("all had their turn", || site.fanout.waiting().going == 0).await;
-        assert!(site.fanout.waiting().recipients.capacity() <= 4 * ROUND);
-        assert_eq!(reader.seen.load(Ordering::SeqCst), 1);
+        test.publish();
+        wait_until("the pass is over", || test.fanout.state().running_tasks == 0).await;
+        assert!(test.fanout.state().recipients.capacity() <= 4 * CLIENTS_PER_YIELD);
+        assert_eq!(client.seen.load(Ordering::SeqCst), 1);
     }
 
     #[tokio::test]
-    async fn where_one_fails_its_task_is_woken_and_the_others_have_their_news() {
-        let site = Site::new();
-        let readers = [false, true, false].map(|fails| site.reader(fails));
-        for reader in &readers {
-            site.let_in(reader);
+    async fn panic_of_one_client_concerns_no_other() {
+        let test = TestFanout::new();
+        let clients = [false, true, false].map(|fails| test.client(fails));
+        for client in &clients {
+            test.join(client);
         }
-        site.publish();
-        becomes("all had their turn", || site.fanout.waiting().going == 0).await;
-        let is_woken = readers.each_ref().map(|reader| reader.is_woken.load(Ordering::SeqCst));
-        let seen = readers.each_ref().map(|reader| reader.seen.load(Ordering::SeqCst));
+        test.publish();
+        wait_until("the pass is over", || test.fanout.state().running_tasks == 0).await;
+        let is_woken = clients.each_ref().map(|client| client.is_woken.load(Ordering::SeqCst));
+        let seen = clients.each_ref().map(|client| client.seen.load(Ordering::SeqCst));
         assert_eq!((is_woken, seen), ([false, true, false], [1, 0, 1]));
     }
 
     #[tokio::test]
-    async fn who_has_left_is_given_nothing_and_forgotten() {
-        let site = Site::new();
-        let (gone, here) = (site.reader(false), site.reader(false));
-        let place = site.let_in(&gone);
-        site.let_in(&here);
-        site.fanout.leave(place);
+    async fn departed_client_receives_nothing_and_is_dropped() {
+        let test = TestFanout::new();
+        let (gone, here) = (test.client(false), test.client(false));
+        let key = test.join(&gone);
+        test.join(&here);
+        test.fanout.leave(key);
         assert_eq!(Arc::strong_count(&gone), 1);
-        site.publish();
-        becomes("who is here is given it", || here.seen.load(Ordering::SeqCst) == 1).await;
+        test.publish();
+        wait_until("the client that is left receives it", || here.seen.load(Ordering::SeqCst) == 1).await;
         assert_eq!(gone.seen.load(Ordering::SeqCst), 0);
     }
 }

@@ -1,28 +1,29 @@
-//! What clients in rich mode ask for that is not the relay's to do: whoever lets them in knows how.
+//! Handlers for requests of rich mode that are not subscriptions. The caller that admits a client supplies them.
 
 use std::fmt;
 use std::task::{Context, Poll};
 
 use futures_util::future::BoxFuture;
 
-/// The requests that are errands.
+/// The requests that go to the handler.
 pub(crate) const OPS: [&str; 5] = ["pull", "done", "nack", "extend", "publish"];
 
-/// Runs the errands of clients.
-pub trait Errands: fmt::Debug + Send + Sync {
-    /// Someone who runs those of one client.
-    fn runner(&self) -> Box<dyn Runner>;
+/// Creates the command handlers of clients.
+pub trait CommandHandlerFactory: fmt::Debug + Send + Sync {
+    /// Creates the handler of one client.
+    fn handler(&self) -> Box<dyn CommandHandler>;
 }
 
-/// Runs the errands of one client: those of the requests `pull`, `done`, `nack`, `extend` and `publish`.
-pub trait Runner: Send {
-    /// Takes on a request, which is a JSON object. What it is answered comes later, and nothing at all where it says so.
-    fn take(&mut self, request: &str);
+/// Handles the requests `pull`, `done`, `nack`, `extend` and `publish` of one client.
+pub trait CommandHandler: Send {
+    /// Handles a request, which is a JSON object. Replies come later, or not at all if the request asks for none.
+    fn handle(&mut self, request: &str);
 
-    /// The next frame for the client, JSON text. Not ready as long as there is none; wakes the task when there is.
+    /// Returns the next frame for the client, as JSON text. Pending until there is one; then the task is woken.
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<String>;
 
-    /// The client has gone, or, where it `is_sent_away`, is asked to come again: what it has in hand is given to others,
-    /// or kept for it. What it was never sent is given to others in any case.
-    fn end(self: Box<Self>, is_sent_away: bool) -> BoxFuture<'static, ()>;
+    /// Ends the session: entries that the client has pulled are released for other consumers.
+    ///
+    /// If the client `will_reconnect`, it keeps them. Entries that were never sent to it are released in any case.
+    fn end(self: Box<Self>, will_reconnect: bool) -> BoxFuture<'static, ()>;
 }

@@ -1,4 +1,4 @@
-//! Alerts as the body of an HTTP answer: Server-Sent Events, or lines of JSON.
+//! A subscription as the body of an HTTP response: Server-Sent Events or JSON lines.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,41 +7,41 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use crate::backoff::full_jitter;
-use crate::relay::metrics::Written;
-use crate::relay::session::limits::Slot;
-use crate::relay::session::notify::Listener;
-use crate::relay::subscription::{Subscription, Work};
-use crate::relay::wire::encoding::Form;
-use crate::relay::wire::write_buffer::Outgoing;
-use crate::relay::{Channel, Hub};
+use crate::relay::hub::{Channel, Hub};
+use crate::relay::metrics::WriteStats;
+use crate::relay::session::limits::ConnectionPermit;
+use crate::relay::session::notify::Subscriber;
+use crate::relay::subscription::{StoreRead, Subscription};
+use crate::relay::wire::encoding::Encoding;
+use crate::relay::wire::write_buffer::WriteBuffer;
 
-/// How often something is sent where nothing comes, so that nobody on the way takes the connection for dead.
-const BEAT: Duration = Duration::from_secs(20);
+/// The interval of heartbeats in an idle feed, so that proxies do not close the connection.
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(20);
 
-/// How a feed is written.
+/// The encoding of a feed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FeedForm {
-    /// Server-Sent Events: `id` is where to resume from.
+pub enum FeedEncoding {
+    /// Server-Sent Events. `id` is the position to resume from.
     EventStream,
-    /// A line of JSON per alert.
+    /// JSON lines, one per alert.
     Lines,
 }
 
-/// A client that was let in and reads from an HTTP answer. Holds its place among the connections until it is dropped.
+/// An admitted client that reads from an HTTP response. Holds its connection permit until it is dropped.
 pub struct Feed {
     hub: Arc<Hub>,
     channel: Arc<Channel>,
     subscription: Subscription,
-    form: Form,
-    outgoing: Outgoing,
-    work: Option<Work>,
-    bell: Listener,
-    beat_at: Instant,
-    drain: Listener,
+    encoding: Encoding,
+    output: WriteBuffer,
+    read: Option<StoreRead>,
+    new_entries: Subscriber,
+    heartbeat_at: Instant,
+    drain: Subscriber,
     ends_at: Option<Instant>,
-    /// When what the client showed has expired.
+    /// The time at which the client's credentials expire.
     expires_at: Option<Instant>,
-    _slot: Slot,
+    _permit: ConnectionPermit,
 }
 
 impl Feed {
@@ -49,95 +49,95 @@ impl Feed {
         hub: Arc<Hub>,
         channel: Arc<Channel>,
         subscription: Subscription,
-        form: Form,
-        slot: Slot,
+        encoding: Encoding,
+        permit: ConnectionPermit,
     ) -> Self {
-        let (bell, drain) = (Listener::new(channel.bell.clone()), Listener::new(hub.draining.clone()));
-        let beat_at = Instant::now() + BEAT;
-        let outgoing = Outgoing::default();
+        let (new_entries, drain) = (Subscriber::new(channel.broadcast.clone()), Subscriber::new(hub.draining.clone()));
+        let heartbeat_at = Instant::now() + HEARTBEAT_INTERVAL;
+        let output = WriteBuffer::default();
         Self {
             hub,
             channel,
             subscription,
-            form,
-            outgoing,
-            work: None,
-            bell,
-            beat_at,
+            encoding,
+            output,
+            read: None,
+            new_entries,
+            heartbeat_at,
             drain,
             ends_at: None,
             expires_at: None,
-            _slot: slot,
+            _permit: permit,
         }
     }
 
-    /// The same feed, which ends then, if not before.
-    pub(crate) fn until(self, ends_at: Option<Instant>) -> Self {
+    /// Sets a time at which the feed ends, if not before.
+    pub(crate) fn ending_at(self, ends_at: Option<Instant>) -> Self {
         Self { expires_at: ends_at, ..self }
     }
 
-    /// The next piece of the body, whole alerts; nothing when the feed is over. Waits for it.
+    /// Returns the next piece of the body, which has whole alerts, or `None` at the end of the feed.
     ///
-    /// What is asked for next tells that what came before was taken: a reader that does not read is sent nothing, and
-    /// costs a few pieces. Cancel-safe.
+    /// Each call confirms that the piece before was read. A client that does not read receives nothing more and costs
+    /// a few pieces of memory. Cancel-safe: yes.
     pub async fn next(&mut self) -> Option<Bytes> {
         loop {
-            // Also a reader for whom there is always something ends in time.
-            if self.ends_at.is_none() && self.hub.draining.is_rung() {
+            // Here, so that a reader with unlimited data ends in time as well.
+            if self.ends_at.is_none() && self.hub.draining.was_notified() {
                 self.ends_at = Some(Instant::now() + full_jitter(self.hub.config.drain_window));
             }
             let ends_at = self.ends_at.into_iter().chain(self.expires_at).min();
             if ends_at.is_some_and(|at| Instant::now() >= at) {
                 return None;
             }
-            if let Some(piece) = self.outgoing.pop() {
-                self.beat_at = Instant::now() + BEAT;
+            if let Some(piece) = self.output.pop() {
+                self.heartbeat_at = Instant::now() + HEARTBEAT_INTERVAL;
                 return Some(piece);
             }
-            // Only what changes after this line needs to wake us.
-            self.bell.catch_up();
-            if self.subscription.is_lost() {
+            // Only changes after this line need to wake us.
+            self.new_entries.mark_seen();
+            if self.subscription.is_ended_by_gap() {
                 return None;
             }
-            self.subscription.fill(&self.hub, &self.channel, &mut self.outgoing);
-            self.count();
-            if !self.outgoing.is_empty() {
+            self.subscription.fill(&self.hub, &self.channel, &mut self.output);
+            self.count_written();
+            if !self.output.is_empty() {
                 continue;
             }
-            if self.work.is_none() {
-                self.work = self.subscription.work(&self.hub);
+            if self.read.is_none() {
+                self.read = self.subscription.next_read(&self.hub);
             }
             tokio::select! {
-                fetched = async { self.work.as_mut().expect("there is work").await }, if self.work.is_some() => {
-                    self.work = None;
-                    if self.subscription.apply(fetched, &self.hub, &self.channel).is_err() {
+                outcome = async { self.read.as_mut().expect("a read").await }, if self.read.is_some() => {
+                    self.read = None;
+                    if self.subscription.apply(outcome, &self.hub, &self.channel).is_err() {
                         return None;
                     }
                 }
-                () = self.bell.rung() => {}
-                () = tokio::time::sleep_until(self.beat_at) => self.beat(),
-                () = self.drain.rung(), if self.ends_at.is_none() => {}
-                () = tokio::time::sleep_until(ends_at.unwrap_or(self.beat_at)), if ends_at.is_some() => {}
+                () = self.new_entries.notified() => {}
+                () = tokio::time::sleep_until(self.heartbeat_at) => self.heartbeat(),
+                () = self.drain.notified(), if self.ends_at.is_none() => {}
+                () = tokio::time::sleep_until(ends_at.unwrap_or(self.heartbeat_at)), if ends_at.is_some() => {}
             }
         }
     }
 
-    /// Tells where the client stands, or at least that somebody is there.
-    fn beat(&mut self) {
-        self.beat_at = Instant::now() + BEAT;
-        self.subscription.mark(&mut self.outgoing);
-        if self.outgoing.is_empty() {
-            let nothing: &[u8] = match self.form {
-                Form::EventStream { .. } => b":\n\n",
+    /// Adds the position, or an empty line or comment if the client knows it.
+    fn heartbeat(&mut self) {
+        self.heartbeat_at = Instant::now() + HEARTBEAT_INTERVAL;
+        self.subscription.add_marks(&mut self.output);
+        if self.output.is_empty() {
+            let keep_alive: &[u8] = match self.encoding {
+                Encoding::EventStream { .. } => b":\n\n",
                 _ => b"\n",
             };
-            self.outgoing.push(Bytes::from_static(nothing));
+            self.output.push(Bytes::from_static(keep_alive));
         }
     }
 
-    fn count(&mut self) {
-        let written = self.outgoing.take_written();
-        self.channel.meter.count(&Written { writes: u64::from(written.alerts > 0), ..written });
+    fn count_written(&mut self) {
+        let stats = self.output.take_stats();
+        self.channel.metrics.count(&WriteStats { writes: u64::from(stats.alerts > 0), ..stats });
     }
 }
 

@@ -1,4 +1,4 @@
-//! What wakes those who wait for something that concerns all of them.
+//! A notification for all sessions of a channel, or of the relay.
 
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,110 +7,110 @@ use std::task::{Context, Poll, Waker};
 
 use slab::Slab;
 
-/// Rung for every change; wakes whoever listens.
+/// Wakes all subscribers, and counts its notifications as generations.
 ///
-/// Does what a `tokio::sync::watch` of nothing would, but for two things. Whether it was rung is told without a lock, which
-/// sessions ask each time they are polled. And those who wait are not linked through their own memory, which with many
-/// of them is in no cache: their wakers are side by side.
+/// Compared with `tokio::sync::watch`: sessions read the generation each time they are polled, and here that takes no
+/// lock. And waiters are not linked through their own memory, which with many of them is in no cache: their wakers lie
+/// side by side.
 #[derive(Debug, Default)]
-pub(crate) struct Bell {
-    /// How often it was rung. Changes only under the lock.
-    rings: AtomicU64,
-    /// Who has asked to be woken since.
-    waiting: Mutex<Slab<Waker>>,
+pub(crate) struct Broadcast {
+    /// The number of notifications. Changes only under the lock of `wakers`.
+    generation: AtomicU64,
+    /// The subscribers that wait for the next generation.
+    wakers: Mutex<Slab<Waker>>,
 }
 
-impl Bell {
-    /// Wakes everyone who listens.
-    pub(crate) fn ring(&self) {
-        let mut waiting = self.waiting();
-        self.rings.fetch_add(1, Ordering::Release);
-        // As many are likely to come back. Who is woken comes back at once, and should not find the lock taken.
-        let fresh = Slab::with_capacity(waiting.len());
-        let woken = std::mem::replace(&mut *waiting, fresh);
-        drop(waiting);
+impl Broadcast {
+    /// Starts a new generation and wakes all subscribers.
+    pub(crate) fn notify_all(&self) {
+        let mut wakers = self.wakers();
+        self.generation.fetch_add(1, Ordering::Release);
+        // As many are likely to wait again. Woken subscribers return at once, and should not find the lock taken.
+        let fresh = Slab::with_capacity(wakers.len());
+        let woken = std::mem::replace(&mut *wakers, fresh);
+        drop(wakers);
         woken.into_iter().for_each(|(_, waker)| waker.wake());
     }
 
-    /// Whether it was rung at all.
-    pub(crate) fn is_rung(&self) -> bool {
-        self.rings() > 0
+    /// Returns whether there was any notification.
+    pub(crate) fn was_notified(&self) -> bool {
+        self.generation() > 0
     }
 
-    /// How often it was rung.
-    pub(crate) fn rings(&self) -> u64 {
-        self.rings.load(Ordering::Acquire)
+    /// Returns the number of notifications.
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Slab<Waker>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    fn wakers(&self) -> MutexGuard<'_, Slab<Waker>> {
+        self.wakers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Hears a bell.
+/// Receives the notifications of a [`Broadcast`].
 #[derive(Debug)]
-pub(crate) struct Listener {
-    bell: Arc<Bell>,
-    /// Up to which ring it has heard.
-    heard: u64,
-    /// Whom it wakes, after which ring that one began to wait, and its place among those who do.
-    waits: Option<(Waker, u64, usize)>,
+pub(crate) struct Subscriber {
+    broadcast: Arc<Broadcast>,
+    /// The last generation that this subscriber has seen.
+    seen: u64,
+    /// The registered waker, the generation in which it was registered, and its key.
+    registration: Option<(Waker, u64, usize)>,
 }
 
-impl Listener {
-    /// Has heard nothing: where the bell was rung before, this is ready at once.
-    pub(crate) fn new(bell: Arc<Bell>) -> Self {
-        Self { bell, heard: 0, waits: None }
+impl Subscriber {
+    /// Creates a subscriber that has seen nothing: it is ready at once if there was a notification.
+    pub(crate) fn new(broadcast: Arc<Broadcast>) -> Self {
+        Self { broadcast, seen: 0, registration: None }
     }
 
-    /// Leaves alone every ring until now.
-    pub(crate) fn catch_up(&mut self) {
-        self.heard = self.bell.rings();
+    /// Marks all notifications until now as seen.
+    pub(crate) fn mark_seen(&mut self) {
+        self.seen = self.broadcast.generation();
     }
 
-    /// Ready if the bell was rung since this has caught up.
-    pub(crate) fn poll_ring(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.bell.rings() != self.heard {
+    /// Ready if there was a notification since [`Self::mark_seen`].
+    pub(crate) fn poll_notified(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.broadcast.generation() != self.seen {
             return Poll::Ready(());
         }
-        if matches!(&self.waits, Some((waker, since, _)) if *since == self.heard && waker.will_wake(cx.waker())) {
+        if matches!(&self.registration, Some((waker, since, _)) if *since == self.seen && waker.will_wake(cx.waker())) {
             return Poll::Pending;
         }
-        self.leave();
-        let mut waiting = self.bell.waiting();
-        if self.bell.rings() != self.heard {
+        self.deregister();
+        let mut wakers = self.broadcast.wakers();
+        if self.broadcast.generation() != self.seen {
             return Poll::Ready(());
         }
-        let place = waiting.insert(cx.waker().clone());
-        match &mut self.waits {
-            Some((waker, since, known)) if waker.will_wake(cx.waker()) => (*since, *known) = (self.heard, place),
-            waits => *waits = Some((cx.waker().clone(), self.heard, place)),
+        let key = wakers.insert(cx.waker().clone());
+        match &mut self.registration {
+            Some((waker, since, known)) if waker.will_wake(cx.waker()) => (*since, *known) = (self.seen, key),
+            registration => *registration = Some((cx.waker().clone(), self.seen, key)),
         }
         Poll::Pending
     }
 
-    /// Waits until the bell is rung, unless it was since this has caught up.
-    pub(crate) async fn rung(&mut self) {
-        poll_fn(|cx| self.poll_ring(cx)).await;
+    /// Waits for a notification, unless there was one since [`Self::mark_seen`]. Cancel-safe: yes.
+    pub(crate) async fn notified(&mut self) {
+        poll_fn(|cx| self.poll_notified(cx)).await;
     }
 
-    /// Waits no more.
-    fn leave(&self) {
-        // Whoever was woken has no place any more.
-        if let Some((_, since, place)) = &self.waits
-            && *since == self.bell.rings()
+    /// Removes the registered waker.
+    fn deregister(&self) {
+        // A woken subscriber is no longer registered.
+        if let Some((_, since, key)) = &self.registration
+            && *since == self.broadcast.generation()
         {
-            let mut waiting = self.bell.waiting();
-            if *since == self.bell.rings() {
-                waiting.remove(*place);
+            let mut wakers = self.broadcast.wakers();
+            if *since == self.broadcast.generation() {
+                wakers.remove(*key);
             }
         }
     }
 }
 
-impl Drop for Listener {
+impl Drop for Subscriber {
     fn drop(&mut self) {
-        self.leave();
+        self.deregister();
     }
 }
 
@@ -133,14 +133,14 @@ mod tests {
         }
     }
 
-    /// A bell, and someone who listens and counts how often it was woken.
-    fn one() -> (Arc<Bell>, Listener, Arc<Count>) {
-        let bell = Arc::new(Bell::default());
-        (bell.clone(), Listener::new(bell), Arc::new(Count::default()))
+    /// Returns a broadcast, a subscriber, and a counter of its wakes.
+    fn subscribed() -> (Arc<Broadcast>, Subscriber, Arc<Count>) {
+        let broadcast = Arc::new(Broadcast::default());
+        (broadcast.clone(), Subscriber::new(broadcast), Arc::new(Count::default()))
     }
 
-    fn hears(listener: &mut Listener, count: &Arc<Count>) -> bool {
-        listener.poll_ring(&mut Context::from_waker(&count.clone().into())).is_ready()
+    fn is_notified(subscriber: &mut Subscriber, count: &Arc<Count>) -> bool {
+        subscriber.poll_notified(&mut Context::from_waker(&count.clone().into())).is_ready()
     }
 
     fn woken(count: &Count) -> usize {
@@ -148,73 +148,73 @@ mod tests {
     }
 
     #[test]
-    fn a_ring_is_heard_until_the_listener_has_caught_up() {
-        let (bell, mut listener, count) = one();
-        bell.ring();
-        assert!(hears(&mut listener, &count) && hears(&mut listener, &count));
-        listener.catch_up();
-        assert!(!hears(&mut listener, &count));
+    fn notification_is_ready_until_marked_as_seen() {
+        let (broadcast, mut subscriber, count) = subscribed();
+        broadcast.notify_all();
+        assert!(is_notified(&mut subscriber, &count) && is_notified(&mut subscriber, &count));
+        subscriber.mark_seen();
+        assert!(!is_notified(&mut subscriber, &count));
         assert_eq!(woken(&count), 0);
     }
 
     #[test]
-    fn whoever_waits_is_woken_once_however_often_it_asked() {
-        let (bell, mut listener, count) = one();
-        assert!(!hears(&mut listener, &count) && !hears(&mut listener, &count));
-        bell.ring();
-        bell.ring();
+    fn waiting_subscriber_is_woken_once() {
+        let (broadcast, mut subscriber, count) = subscribed();
+        assert!(!is_notified(&mut subscriber, &count) && !is_notified(&mut subscriber, &count));
+        broadcast.notify_all();
+        broadcast.notify_all();
         assert_eq!(woken(&count), 1);
-        assert!(hears(&mut listener, &count));
-        listener.catch_up();
-        assert!(!hears(&mut listener, &count));
-        bell.ring();
+        assert!(is_notified(&mut subscriber, &count));
+        subscriber.mark_seen();
+        assert!(!is_notified(&mut subscriber, &count));
+        broadcast.notify_all();
         assert_eq!(woken(&count), 2);
     }
 
     #[test]
-    fn who_asked_last_is_woken() {
-        let (bell, mut listener, first) = one();
+    fn last_polled_task_is_woken() {
+        let (broadcast, mut subscriber, first) = subscribed();
         let second = Arc::new(Count::default());
-        assert!(!hears(&mut listener, &first) && !hears(&mut listener, &second));
-        bell.ring();
+        assert!(!is_notified(&mut subscriber, &first) && !is_notified(&mut subscriber, &second));
+        broadcast.notify_all();
         assert_eq!((woken(&first), woken(&second)), (0, 1));
     }
 
     #[test]
-    fn those_who_are_gone_are_forgotten() {
-        let (bell, mut listener, count) = one();
-        let (mut other, other_count) = (Listener::new(bell.clone()), Arc::new(Count::default()));
-        assert!(!hears(&mut listener, &count) && !hears(&mut other, &other_count));
-        drop(listener);
-        assert_eq!((bell.waiting().len(), Arc::strong_count(&count)), (1, 1));
-        bell.ring();
+    fn dropped_subscriber_is_removed() {
+        let (broadcast, mut subscriber, count) = subscribed();
+        let (mut other, other_count) = (Subscriber::new(broadcast.clone()), Arc::new(Count::default()));
+        assert!(!is_notified(&mut subscriber, &count) && !is_notified(&mut other, &other_count));
+        drop(subscriber);
+        assert_eq!((broadcast.wakers().len(), Arc::strong_count(&count)), (1, 1));
+        broadcast.notify_all();
         assert_eq!((woken(&count), woken(&other_count)), (0, 1));
         drop(other);
-        assert!(bell.waiting().is_empty());
+        assert!(broadcast.wakers().is_empty());
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn no_ring_is_missed_by_those_who_look_before_they_wait() {
+    async fn notification_between_check_and_wait_is_not_missed() {
         const RINGS: u64 = 20_000;
-        let (bell, news) = (Arc::new(Bell::default()), Arc::new(AtomicU64::new(0)));
-        let mut listeners = JoinSet::new();
+        let (broadcast, published) = (Arc::new(Broadcast::default()), Arc::new(AtomicU64::new(0)));
+        let mut subscribers = JoinSet::new();
         for _ in 0..8 {
-            let (mut listener, news) = (Listener::new(bell.clone()), news.clone());
-            listeners.spawn(async move {
+            let (mut subscriber, published) = (Subscriber::new(broadcast.clone()), published.clone());
+            subscribers.spawn(async move {
                 loop {
-                    listener.catch_up();
-                    if news.load(Ordering::Acquire) == RINGS {
+                    subscriber.mark_seen();
+                    if published.load(Ordering::Acquire) == RINGS {
                         return;
                     }
-                    listener.rung().await;
+                    subscriber.notified().await;
                 }
             });
         }
         for _ in 0..RINGS {
-            news.fetch_add(1, Ordering::Release);
-            bell.ring();
+            published.fetch_add(1, Ordering::Release);
+            broadcast.notify_all();
         }
-        let all = tokio::time::timeout(Duration::from_mins(1), listeners.join_all());
-        assert_eq!(all.await.map(|heard| heard.len()), Ok(8), "whoever missed the last ring would wait for ever");
+        let all = tokio::time::timeout(Duration::from_mins(1), subscribers.join_all());
+        assert_eq!(all.await.map(|seen| seen.len()), Ok(8), "a missed notification would wait for ever");
     }
 }

@@ -1,4 +1,4 @@
-//! What a client sends: control frames, mostly. Bytes in, protocol events and answers out; no I/O here.
+//! The reading side of a connection: bytes in, events and replies out. Does no I/O.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -9,45 +9,45 @@ use tokio_tungstenite::tungstenite::Error;
 use tokio_tungstenite::tungstenite::protocol::frame::{CloseFrame, Utf8Bytes};
 use tokio_tungstenite::tungstenite::protocol::{Message, Role, WebSocketConfig, WebSocketContext};
 
-use crate::relay::CloseCode;
+use crate::relay::session::close::CloseCode;
 use crate::relay::session::close::fitting_reason;
 
-/// Eagerly allocated for every connection. Pongs, all that most clients ever send, have 6 bytes.
+/// Allocated for every connection at once. Most clients send pongs only, of 6 bytes.
 const READ_BUFFER: usize = 512;
 
-/// What a client may send within [`WINDOW`].
+/// The limits on a client's messages within [`WINDOW`].
 const MAX_MESSAGES: u32 = 200;
 const MAX_BYTES: usize = 1 << 20;
 const WINDOW: Duration = Duration::from_secs(10);
 
 /// The reading side of one connection.
 #[derive(Debug)]
-pub(crate) struct Inbound {
+pub(crate) struct InboundReader {
     context: WebSocketContext,
-    /// After a violation nothing that follows can be read as frames.
-    is_garbled: bool,
-    /// Once our close frame is on its way, limits don't matter any more: only its answer does.
+    /// Set by a protocol violation: the bytes after it cannot be read as frames.
+    is_invalid: bool,
+    /// Set when our close frame is sent: limits do not apply any more, only the client's close frame counts.
     is_closing: bool,
     window_began: Instant,
     messages: u32,
     bytes: usize,
-    /// Texts that came and were not looked at yet, where anybody wants them.
+    /// Text messages that were not handled yet, in rich mode.
     requests: Option<VecDeque<Utf8Bytes>>,
 }
 
-/// What some bytes told.
+/// The result of reading some bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Heard {
-    /// Nothing yet.
+pub(crate) enum InboundEvent {
+    /// No whole frame yet.
     Nothing,
     /// The client is alive.
     Alive,
-    /// The client has closed, or answered our close. What is to be answered is in the output.
+    /// The client has closed, or answered our close frame. The reply is in the output.
     Closed(Option<u16>),
 }
 
-impl Inbound {
-    /// For a connection whose client must not send longer messages than `max_message_bytes`.
+impl InboundReader {
+    /// Creates a reader for messages of at most `max_message_bytes`.
     pub(crate) fn new(max_message_bytes: usize, now: Instant) -> Self {
         let config = WebSocketConfig::default()
             .read_buffer_size(READ_BUFFER)
@@ -56,75 +56,76 @@ impl Inbound {
             .max_message_size(Some(max_message_bytes))
             .max_frame_size(Some(max_message_bytes));
         let context = WebSocketContext::new(Role::Server, Some(config));
-        Self { context, is_garbled: false, is_closing: false, window_began: now, messages: 0, bytes: 0, requests: None }
+        Self { context, is_invalid: false, is_closing: false, window_began: now, messages: 0, bytes: 0, requests: None }
     }
 
-    /// From now on texts are kept, instead of being ignored.
+    /// Keeps text messages from now on, instead of ignoring them.
     pub(crate) fn keep_requests(&mut self) {
         self.requests.get_or_insert_default();
     }
 
-    /// The next text that was kept.
+    /// Returns the next text message that was kept.
     pub(crate) fn next_request(&mut self) -> Option<Utf8Bytes> {
         self.requests.as_mut()?.pop_front()
     }
 
-    /// Reads some bytes. Answers to control frames are appended to `output`. An error is how the session must end.
-    pub(crate) fn read(&mut self, input: &[u8], output: &mut Vec<u8>, now: Instant) -> Result<Heard, CloseCode> {
-        if self.is_garbled {
-            return Ok(Heard::Nothing);
+    /// Reads some bytes. Replies to control frames are appended to `output`. An error is the close code that ends the
+    /// session.
+    pub(crate) fn read(&mut self, input: &[u8], output: &mut Vec<u8>, now: Instant) -> Result<InboundEvent, CloseCode> {
+        if self.is_invalid {
+            return Ok(InboundEvent::Nothing);
         }
-        if self.is_too_much(input.len(), now) {
-            return Err(self.garbled(CloseCode::RateLimited));
+        if self.exceeds_byte_limit(input.len(), now) {
+            return Err(self.reject(CloseCode::RateLimited));
         }
-        let mut heard = Heard::Nothing;
-        let mut pipe = Pipe { input, output };
+        let mut event = InboundEvent::Nothing;
+        let mut input_output = BufferedInput { input, output };
         loop {
-            match self.context.read(&mut pipe) {
+            match self.context.read(&mut input_output) {
                 Ok(Message::Close(frame)) => {
-                    heard = Heard::Closed(frame.map(|frame| frame.code.into()));
+                    event = InboundEvent::Closed(frame.map(|frame| frame.code.into()));
                 }
-                // In plain mode a client has nothing to say: its messages are ignored, but not without limit.
+                // In plain mode messages are ignored, but their number is limited.
                 Ok(message) => {
                     self.messages += 1;
                     if self.messages > MAX_MESSAGES && !self.is_closing {
-                        return Err(self.garbled(CloseCode::RateLimited));
+                        return Err(self.reject(CloseCode::RateLimited));
                     }
                     if let (Message::Text(text), Some(requests)) = (message, &mut self.requests) {
                         requests.push_back(text);
                     }
-                    heard = Heard::Alive;
+                    event = InboundEvent::Alive;
                 }
-                Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => return Ok(heard),
+                Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => return Ok(event),
                 Err(Error::ConnectionClosed | Error::AlreadyClosed) => {
-                    let is_news = !matches!(heard, Heard::Closed(_));
-                    return Ok(if is_news { Heard::Closed(None) } else { heard });
+                    let is_first = !matches!(event, InboundEvent::Closed(_));
+                    return Ok(if is_first { InboundEvent::Closed(None) } else { event });
                 }
-                Err(Error::Capacity(_)) => return Err(self.garbled(CloseCode::TooBig)),
-                Err(_) => return Err(self.garbled(CloseCode::Protocol)),
+                Err(Error::Capacity(_)) => return Err(self.reject(CloseCode::TooBig)),
+                Err(_) => return Err(self.reject(CloseCode::Protocol)),
             }
         }
     }
 
-    /// Appends our close frame to `output`, unless one was sent already. Nothing may be sent after it.
+    /// Appends our close frame to `output`, unless one was sent before. Nothing may be sent after it.
     pub(crate) fn close(&mut self, code: CloseCode, reason: &str, output: &mut Vec<u8>) {
         self.is_closing = true;
-        // Nobody answers them any more, and nothing limits how many still come.
+        // Requests get no replies now, and no limit applies to further ones.
         self.requests = None;
         let reason = Utf8Bytes::from(fitting_reason(reason));
         let frame = CloseFrame { code: code.code().into(), reason };
-        // Fails only where the client's close was read before, and answered.
-        if let Err(error) = self.context.close(&mut Pipe { input: &[], output }, Some(frame)) {
+        // Fails only if the client's close frame was read and answered before.
+        if let Err(error) = self.context.close(&mut BufferedInput { input: &[], output }, Some(frame)) {
             tracing::trace!(%error, "both sides closed");
         }
     }
 
-    fn garbled(&mut self, code: CloseCode) -> CloseCode {
-        self.is_garbled = true;
+    fn reject(&mut self, code: CloseCode) -> CloseCode {
+        self.is_invalid = true;
         code
     }
 
-    fn is_too_much(&mut self, bytes: usize, now: Instant) -> bool {
+    fn exceeds_byte_limit(&mut self, bytes: usize, now: Instant) -> bool {
         if now.duration_since(self.window_began) >= WINDOW {
             (self.window_began, self.messages, self.bytes) = (now, 0, 0);
         }
@@ -133,13 +134,13 @@ impl Inbound {
     }
 }
 
-/// Stands for the socket: the protocol reads what has come and writes what is to go.
-struct Pipe<'a> {
+/// Stands for the socket: the protocol reads received bytes and writes replies.
+struct BufferedInput<'a> {
     input: &'a [u8],
     output: &'a mut Vec<u8>,
 }
 
-impl Read for Pipe<'_> {
+impl Read for BufferedInput<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.input.is_empty() {
             return Err(io::ErrorKind::WouldBlock.into());
@@ -148,7 +149,7 @@ impl Read for Pipe<'_> {
     }
 }
 
-impl Write for Pipe<'_> {
+impl Write for BufferedInput<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.output.extend_from_slice(bytes);
         Ok(bytes.len())
@@ -159,18 +160,18 @@ impl Write for Pipe<'_> {
     }
 }
 
-/// Whatever a client sends, in whatever pieces: no panic, and no more answered than it sent.
+/// Checks any input in pieces of any size: no panic, and replies no longer than the input.
 #[cfg(any(test, fuzzing))]
 pub fn fuzz(piece_bytes: usize, input: &[u8]) {
-    let (mut inbound, mut output) = (Inbound::new(65_536, Instant::now()), Vec::new());
-    inbound.keep_requests();
+    let (mut reader, mut output) = (InboundReader::new(65_536, Instant::now()), Vec::new());
+    reader.keep_requests();
     for piece in input.chunks(piece_bytes.max(1)) {
-        while inbound.next_request().is_some() {}
-        if let Err(code) = inbound.read(piece, &mut output, Instant::now()) {
-            inbound.close(code, code.reason(), &mut output);
+        while reader.next_request().is_some() {}
+        if let Err(code) = reader.read(piece, &mut output, Instant::now()) {
+            reader.close(code, code.reason(), &mut output);
         }
     }
-    // The longest a close frame may be, besides the pongs.
+    // The maximum length of a close frame, besides the pongs.
     assert!(output.len() <= input.len() + 127, "{} bytes for {}", output.len(), input.len());
 }
 
@@ -180,11 +181,11 @@ mod tests {
 
     use super::*;
 
-    fn inbound() -> Inbound {
-        Inbound::new(65_536, Instant::now())
+    fn reader() -> InboundReader {
+        InboundReader::new(65_536, Instant::now())
     }
 
-    /// A frame as a client sends it, masked with zeros.
+    /// Builds a client's frame, masked with zeros.
     fn masked(opcode: u8, payload: &[u8]) -> Vec<u8> {
         let mut frame = vec![0x80 | opcode];
         if let Ok(len @ 0..=125) = u8::try_from(payload.len()) {
@@ -199,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn the_seeds_of_the_fuzzer_do_no_harm() {
+    fn fuzz_seeds_do_not_panic() {
         let seeds = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus/frames")).expect("seeds");
         for seed in seeds {
             let seed = std::fs::read(seed.expect("a seed").path()).expect("a seed");
@@ -210,36 +211,36 @@ mod tests {
     }
 
     #[test]
-    fn a_ping_is_answered_and_a_pong_is_heard() {
-        let (mut inbound, mut output) = (inbound(), Vec::new());
+    fn ping_is_answered_and_pong_is_reported() {
+        let (mut reader, mut output) = (reader(), Vec::new());
         let bytes = [masked(0x9, b"hi"), masked(0xA, b"")].concat();
         let (front, back) = bytes.split_at(5);
-        assert_eq!(inbound.read(front, &mut output, Instant::now()), Ok(Heard::Nothing));
-        assert_eq!(inbound.read(back, &mut output, Instant::now()), Ok(Heard::Alive));
+        assert_eq!(reader.read(front, &mut output, Instant::now()), Ok(InboundEvent::Nothing));
+        assert_eq!(reader.read(back, &mut output, Instant::now()), Ok(InboundEvent::Alive));
         assert_eq!(output, b"\x8a\x02hi");
     }
 
     #[test]
-    fn a_close_is_answered_once() {
-        let (mut inbound, mut output) = (inbound(), Vec::new());
+    fn close_is_answered_once() {
+        let (mut reader, mut output) = (reader(), Vec::new());
         let close = masked(0x8, &1000_u16.to_be_bytes());
-        assert_eq!(inbound.read(&close, &mut output, Instant::now()), Ok(Heard::Closed(Some(1000))));
+        assert_eq!(reader.read(&close, &mut output, Instant::now()), Ok(InboundEvent::Closed(Some(1000))));
         assert_eq!(output, b"\x88\x02\x03\xe8");
-        inbound.close(CloseCode::GoingAway, "x", &mut output);
+        reader.close(CloseCode::GoingAway, "x", &mut output);
         assert_eq!(output.len(), 4);
     }
 
     #[test]
-    fn the_answer_to_our_close_is_heard() {
-        let (mut inbound, mut output) = (inbound(), Vec::new());
-        inbound.close(CloseCode::GoingAway, "going_away", &mut output);
+    fn answer_to_our_close_is_reported() {
+        let (mut reader, mut output) = (reader(), Vec::new());
+        reader.close(CloseCode::GoingAway, "going_away", &mut output);
         assert_eq!(output, b"\x88\x0c\x0f\xa0going_away");
         let answer = masked(0x8, &4000_u16.to_be_bytes());
-        assert_eq!(inbound.read(&answer, &mut output, Instant::now()), Ok(Heard::Closed(Some(4000))));
+        assert_eq!(reader.read(&answer, &mut output, Instant::now()), Ok(InboundEvent::Closed(Some(4000))));
     }
 
     #[test]
-    fn violations_end_the_session_with_their_code() {
+    fn violation_ends_the_session_with_its_code() {
         let unmasked = b"\x81\x01x".to_vec();
         let long = [vec![0x82, 0xff], 65_537_u64.to_be_bytes().to_vec(), vec![0; 4]].concat();
         let cases = [
@@ -250,56 +251,60 @@ mod tests {
             (long, CloseCode::TooBig),
         ];
         for (bytes, code) in cases {
-            let (mut inbound, mut output) = (inbound(), Vec::new());
-            assert_eq!(inbound.read(&bytes, &mut output, Instant::now()), Err(code), "{bytes:?}");
-            assert_eq!(inbound.read(b"more", &mut output, Instant::now()), Ok(Heard::Nothing));
-            inbound.close(code, "why", &mut output);
+            let (mut reader, mut output) = (reader(), Vec::new());
+            assert_eq!(reader.read(&bytes, &mut output, Instant::now()), Err(code), "{bytes:?}");
+            assert_eq!(reader.read(b"more", &mut output, Instant::now()), Ok(InboundEvent::Nothing));
+            reader.close(code, "why", &mut output);
             assert_eq!(output.first(), Some(&0x88), "the close frame can still be sent");
         }
     }
 
     #[test]
-    fn a_client_that_sends_too_much_within_a_window_is_stopped() {
+    fn too_many_messages_or_bytes_are_rate_limited() {
         let began = Instant::now();
-        let (mut inbound, mut output) = (Inbound::new(65_536, began), Vec::new());
+        let (mut reader, mut output) = (InboundReader::new(65_536, began), Vec::new());
         let text = masked(0x1, b"hello");
         for window in 0..2 {
             for _ in 0..MAX_MESSAGES {
-                assert_eq!(inbound.read(&text, &mut output, began + WINDOW * window), Ok(Heard::Alive));
+                assert_eq!(reader.read(&text, &mut output, began + WINDOW * window), Ok(InboundEvent::Alive));
             }
         }
-        assert_eq!(inbound.read(&text, &mut output, began + WINDOW), Err(CloseCode::RateLimited));
-        let (mut inbound, chunk) = (Inbound::new(65_536, began), masked(0x2, &vec![0; 60_000]));
-        let outcomes: Vec<_> = (0..18).map(|_| inbound.read(&chunk, &mut output, began)).collect();
+        assert_eq!(reader.read(&text, &mut output, began + WINDOW), Err(CloseCode::RateLimited));
+        let (mut reader, chunk) = (InboundReader::new(65_536, began), masked(0x2, &vec![0; 60_000]));
+        let outcomes: Vec<_> = (0..18).map(|_| reader.read(&chunk, &mut output, began)).collect();
         assert_eq!(outcomes.last(), Some(&Err(CloseCode::RateLimited)), "bytes count as well");
     }
 
     #[test]
-    fn nothing_is_kept_of_what_a_client_says_after_our_close() {
-        let (mut inbound, mut output) = (inbound(), Vec::new());
-        inbound.keep_requests();
+    fn requests_after_our_close_are_dropped() {
+        let (mut reader, mut output) = (reader(), Vec::new());
+        reader.keep_requests();
         let text = masked(0x1, &vec![b'x'; 60_000]);
-        assert_eq!(inbound.read(&text, &mut output, Instant::now()), Ok(Heard::Alive));
-        assert!(inbound.next_request().is_some());
-        assert_eq!(inbound.read(&text, &mut output, Instant::now()), Ok(Heard::Alive));
-        inbound.close(CloseCode::GoingAway, "going_away", &mut output);
+        assert_eq!(reader.read(&text, &mut output, Instant::now()), Ok(InboundEvent::Alive));
+        assert!(reader.next_request().is_some());
+        assert_eq!(reader.read(&text, &mut output, Instant::now()), Ok(InboundEvent::Alive));
+        reader.close(CloseCode::GoingAway, "going_away", &mut output);
         for _ in 0..100 {
-            assert_eq!(inbound.read(&text, &mut output, Instant::now()), Ok(Heard::Alive), "it may not have heard");
+            assert_eq!(
+                reader.read(&text, &mut output, Instant::now()),
+                Ok(InboundEvent::Alive),
+                "the client may not have read it yet"
+            );
         }
-        assert_eq!(inbound.next_request(), None);
+        assert_eq!(reader.next_request(), None);
     }
 
     proptest! {
         #[test]
-        fn no_bytes_make_it_panic_or_answer_without_bound(chunks in proptest::collection::vec(
+        fn any_bytes_are_read_without_panic_or_excess(chunks in proptest::collection::vec(
             proptest::collection::vec(any::<u8>(), 0..200), 1..20,
         )) {
-            let (mut inbound, mut output) = (inbound(), Vec::new());
+            let (mut reader, mut output) = (reader(), Vec::new());
             let mut sent = 0;
             for chunk in chunks {
                 sent += chunk.len();
-                if let Err(code) = inbound.read(&chunk, &mut output, Instant::now()) {
-                    inbound.close(code, code.reason(), &mut output);
+                if let Err(code) = reader.read(&chunk, &mut output, Instant::now()) {
+                    reader.close(code, code.reason(), &mut output);
                 }
             }
             prop_assert!(output.len() <= sent + 125);

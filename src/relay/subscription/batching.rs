@@ -1,4 +1,4 @@
-//! Events gathered into arrays, for clients in rich mode that ask for it: fewer messages for a while of waiting.
+//! Batches events into arrays, for clients in rich mode that ask for it: fewer messages for a short delay.
 
 use std::time::Duration;
 
@@ -8,51 +8,52 @@ use tokio::time::Instant;
 use crate::event::StreamName;
 use crate::relay::wire::encoding::text_message;
 use crate::relay::wire::frames;
-use crate::relay::wire::write_buffer::Outgoing;
+use crate::relay::wire::write_buffer::WriteBuffer;
 
-/// Bytes after which a message is not made longer.
+/// The size after which a message takes no more events, in bytes.
 const MAX_BYTES: usize = 64 * 1024;
 
-/// How a client wants its events gathered.
+/// The options of a client's batches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Batching {
-    /// The most events in one message.
+pub(crate) struct BatchOptions {
+    /// The maximum number of events in one message.
     pub(crate) max: usize,
-    /// How long the first of them may wait for others.
+    /// The maximum time that the first event waits for others.
     pub(crate) wait: Duration,
 }
 
-/// Events of one stream that wait for others, bounded by count, bytes and time.
+/// Events of one stream that wait for others, limited by count, bytes and time.
 #[derive(Debug)]
-pub(crate) struct Gathering {
-    batching: Batching,
+pub(crate) struct EventBatcher {
+    options: BatchOptions,
     stream: StreamName,
-    /// `["<position>",<event>]`, parted by commas.
+    /// `["<position>",<event>]` for each event, separated by commas.
     events: String,
     count: usize,
-    due: Instant,
-    /// Where the client stood before the first of them.
+    flush_at: Instant,
+    /// The client's position before the first of them.
     from: String,
-    /// Where it will stand after the last of them.
+    /// The client's position after the last of them.
     to: String,
 }
 
-impl Gathering {
-    pub(crate) fn new(batching: Batching, stream: StreamName) -> Self {
+impl EventBatcher {
+    pub(crate) fn new(options: BatchOptions, stream: StreamName) -> Self {
         Self {
-            batching,
+            options,
             stream,
             events: String::new(),
             count: 0,
-            due: Instant::now(),
+            flush_at: Instant::now(),
             from: String::new(),
             to: String::new(),
         }
     }
 
-    /// Takes over what a subscription has written, which stood at `from` before. Events wait for others; all else goes
-    /// out at once, and what waits before it.
-    pub(crate) fn add(&mut self, mut written: Outgoing, from: String, out: &mut Outgoing) {
+    /// Takes the frames that a subscription has written from the position `from` on.
+    ///
+    /// Events wait for others. Other frames go out at once, after all waiting events.
+    pub(crate) fn add(&mut self, mut written: WriteBuffer, from: String, out: &mut WriteBuffer) {
         if self.count == 0 {
             self.from = from;
         }
@@ -63,7 +64,7 @@ impl Gathering {
             while let Some((frame, after)) = frames::split(rest) {
                 rest = after;
                 match std::str::from_utf8(frames::payload(frame)) {
-                    Ok(event) if event.starts_with('[') => self.take(event, out),
+                    Ok(event) if event.starts_with('[') => self.push_event(event, out),
                     _ => {
                         self.flush(out);
                         out.push(slice.slice_ref(frame));
@@ -74,9 +75,9 @@ impl Gathering {
         self.flush_due(out);
     }
 
-    fn take(&mut self, event: &str, out: &mut Outgoing) {
+    fn push_event(&mut self, event: &str, out: &mut WriteBuffer) {
         if self.count == 0 {
-            self.due = Instant::now() + self.batching.wait;
+            self.flush_at = Instant::now() + self.options.wait;
         } else {
             self.events.push(',');
         }
@@ -84,35 +85,35 @@ impl Gathering {
         self.to.clear();
         self.to.push_str(event.split('"').nth(1).unwrap_or_default());
         self.count += 1;
-        if self.count >= self.batching.max || self.events.len() >= MAX_BYTES {
+        if self.count >= self.options.max || self.events.len() >= MAX_BYTES {
             self.flush(out);
         }
     }
 
-    /// Writes what has waited for long enough.
-    pub(crate) fn flush_due(&mut self, out: &mut Outgoing) {
-        if self.due <= Instant::now() {
+    /// Writes the waiting events if their time is over.
+    pub(crate) fn flush_due(&mut self, out: &mut WriteBuffer) {
+        if self.flush_at <= Instant::now() {
             self.flush(out);
         }
     }
 
-    /// Writes what waits.
-    pub(crate) fn flush(&mut self, out: &mut Outgoing) {
+    /// Writes the waiting events.
+    pub(crate) fn flush(&mut self, out: &mut WriteBuffer) {
         if self.count > 0 {
             let message = format!(r#"{{"t":"events","s":"{}","e":[{}]}}"#, self.stream, self.events);
             out.push(Bytes::from(text_message(&message)));
-            // What a large one needed is not kept by a client that may be idle from now on.
+            // Not kept: the client may be idle from now on, and the buffer may be large.
             (self.events, self.count) = (String::new(), 0);
             self.from = std::mem::take(&mut self.to);
         }
     }
 
-    /// When what waits is to be written.
-    pub(crate) fn due(&self) -> Option<Instant> {
-        (self.count > 0).then_some(self.due)
+    /// Returns the time at which the waiting events must be written.
+    pub(crate) fn flush_at(&self) -> Option<Instant> {
+        (self.count > 0).then_some(self.flush_at)
     }
 
-    /// Where the client stands, if something waits that it has not been given.
+    /// Returns the client's position before the waiting events, if there are some.
     pub(crate) fn position(&self) -> Option<&str> {
         (self.count > 0).then_some(&*self.from)
     }
@@ -122,8 +123,8 @@ impl Gathering {
 mod tests {
     use super::*;
 
-    fn written(payloads: &[&str]) -> Outgoing {
-        let mut out = Outgoing::default();
+    fn written(payloads: &[&str]) -> WriteBuffer {
+        let mut out = WriteBuffer::default();
         let mut run = Vec::new();
         for payload in payloads {
             frames::push_text(&mut run, payload.as_bytes());
@@ -132,33 +133,33 @@ mod tests {
         out
     }
 
-    fn texts(out: &mut Outgoing) -> Vec<String> {
+    fn texts(out: &mut WriteBuffer) -> Vec<String> {
         let slices = std::iter::from_fn(|| out.pop());
         slices.map(|slice| String::from_utf8_lossy(frames::payload(&slice)).into_owned()).collect()
     }
 
-    fn gathering(max: usize, wait: Duration) -> Gathering {
-        Gathering::new(Batching { max, wait }, "s".parse().expect("a valid name"))
+    fn batcher(max: usize, wait: Duration) -> EventBatcher {
+        EventBatcher::new(BatchOptions { max, wait }, "s".parse().expect("a valid name"))
     }
 
     #[tokio::test(start_paused = true)]
-    async fn events_wait_for_others_until_they_are_enough_or_their_time_has_come() {
+    async fn batch_is_written_when_full_or_due() {
         let wait = Duration::from_millis(50);
-        let (mut gathering, mut out) = (gathering(2, wait), Outgoing::default());
-        gathering.add(written(&[r#"["a",1]"#, r#"["b",2]"#, r#"["c",3]"#]), "z".to_owned(), &mut out);
+        let (mut batcher, mut out) = (batcher(2, wait), WriteBuffer::default());
+        batcher.add(written(&[r#"["a",1]"#, r#"["b",2]"#, r#"["c",3]"#]), "z".to_owned(), &mut out);
         assert_eq!(texts(&mut out), [r#"{"t":"events","s":"s","e":[["a",1],["b",2]]}"#]);
-        assert_eq!((gathering.position(), gathering.due()), (Some("b"), Some(Instant::now() + wait)));
+        assert_eq!((batcher.position(), batcher.flush_at()), (Some("b"), Some(Instant::now() + wait)));
         tokio::time::advance(wait).await;
-        gathering.flush_due(&mut out);
+        batcher.flush_due(&mut out);
         assert_eq!(texts(&mut out), [r#"{"t":"events","s":"s","e":[["c",3]]}"#]);
-        assert_eq!((gathering.position(), gathering.due()), (None, None));
+        assert_eq!((batcher.position(), batcher.flush_at()), (None, None));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_is_no_event_keeps_its_place_among_them() {
-        let (mut gathering, mut out) = (gathering(64, Duration::from_secs(1)), Outgoing::default());
-        gathering.add(written(&[r#"["a",1]"#, r#"{"t":"live"}"#, r#"["b",2]"#]), String::new(), &mut out);
+    async fn control_message_keeps_its_order_among_events() {
+        let (mut batcher, mut out) = (batcher(64, Duration::from_secs(1)), WriteBuffer::default());
+        batcher.add(written(&[r#"["a",1]"#, r#"{"t":"live"}"#, r#"["b",2]"#]), String::new(), &mut out);
         assert_eq!(texts(&mut out), [r#"{"t":"events","s":"s","e":[["a",1]]}"#, r#"{"t":"live"}"#]);
-        assert_eq!(gathering.count, 1);
+        assert_eq!(batcher.count, 1);
     }
 }

@@ -1,4 +1,7 @@
-//! The place of one client in one stream: through the ring, and behind it through pages of the store.
+//! The position of one client in one stream: in the ring, or behind it in pages of the store.
+//!
+//! A cursor waits until the tail has begun, then reads the ring. If its next entry has left the ring, it waits for a
+//! page of the store, reads that page, and looks into the ring again. A snapshot first locates its oldest entry.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,351 +9,373 @@ use std::time::Duration;
 use crate::clock::now_ms;
 use crate::event::Filter;
 use crate::event::{EntryId, Epoch, Position, StreamName};
-use crate::relay::log::frame_batch::Batch;
-use crate::relay::log::page_cache::Page;
+use crate::relay::hub::{Channel, Hub};
+use crate::relay::log::frame_batch::FrameBatch;
+use crate::relay::log::page_cache::EntryPage;
 use crate::relay::log::ring::{Lookup, Ring};
+use crate::relay::session::close::CloseCode;
 use crate::relay::subscription::priority;
-use crate::relay::subscription::priority::Lane;
-use crate::relay::wire::encoding::{Form, Notice, Reason};
-use crate::relay::wire::write_buffer::Outgoing;
-use crate::relay::{Channel, CloseCode, Hub};
+use crate::relay::subscription::priority::PriorityLane;
+use crate::relay::wire::encoding::{ControlMessage, Encoding, GapReason};
+use crate::relay::wire::write_buffer::WriteBuffer;
 use crate::store::StoreError;
 
-/// After so many entries that don't pass, a client is told where it stands.
+/// The number of filtered entries after which the client's position is reported.
 const MARK_ENTRIES: usize = 1000;
 
-/// The place in one stream.
+/// The position in one stream.
 #[derive(Debug)]
-pub(crate) struct Cursor {
+pub(crate) struct StreamCursor {
     pub(crate) ring: Arc<Ring>,
-    pub(crate) stage: Stage,
-    /// The life of the stream that it belongs to; 0 and nothing before that has begun.
+    pub(crate) stage: CursorStage,
+    /// The generation of the ring that the position belongs to; 0 and `None` until that has begun.
     pub(crate) generation: u64,
     pub(crate) epoch: Option<Epoch>,
-    /// Everything up to here is given or filtered out, but for what is left of `current`.
+    /// All entries up to this one are sent or filtered, except for the rest of `current`.
     pub(crate) after: EntryId,
-    /// Where the client began: everything after that is owed to it, so that it is told where something is gone. Nothing as
-    /// long as it is to begin with what there is, and that has not been seen.
-    pub(crate) began: Option<Position>,
-    /// Whether it was at the head once, and the client was told.
+    /// The start position. Gaps after it are reported. `None` until the first read, for starts such as `earliest`.
+    pub(crate) start: Option<Position>,
+    /// Whether the client has received the `live` message.
     is_live: bool,
-    /// A batch under way, from the ring or from the store, and the index of what is next in it.
-    current: Option<(Arc<Batch>, usize)>,
-    /// The ring's change at which there is nothing more than what is at hand.
-    head_seen: Option<u64>,
-    /// Bytes of the ring's log passed, once that is known.
+    /// The batch in progress, from the ring or from a page, and the index of its next entry.
+    current: Option<(Arc<FrameBatch>, usize)>,
+    /// The ring's change number at which `current` was the end of the stream.
+    head_at_change: Option<u64>,
+    /// The bytes of the ring's log up to this position, if known.
     passed_bytes: Option<u64>,
-    /// What was given before its turn; nothing for a client that is not far behind.
-    lane: Option<Box<Lane>>,
-    /// Entries that did not pass since the client last learnt where it stands.
-    unseen: usize,
-    /// Where that was.
-    told: EntryId,
+    /// The early alerts, for a client that is far behind.
+    lane: Option<Box<PriorityLane>>,
+    /// The number of filtered entries since the position was last reported.
+    filtered_since: usize,
+    /// The last position that the client knows, by an event or a mark.
+    last_reported: EntryId,
 }
 
-/// Counts what can't be given, and keeps it for the client.
-pub(crate) struct Teller<'a> {
+/// Counts gaps and keeps their messages for the client.
+pub(crate) struct GapReporter<'a> {
     pub(crate) channel: &'a Channel,
-    pub(crate) notices: &'a mut Vec<Notice>,
+    pub(crate) controls: &'a mut Vec<ControlMessage>,
 }
 
-impl Teller<'_> {
-    pub(crate) fn gap(
+impl GapReporter<'_> {
+    pub(crate) fn report(
         &mut self,
         stream: &StreamName,
         after: Option<Position>,
         before: Option<Position>,
-        reason: Reason,
+        reason: GapReason,
     ) {
-        self.channel.gap(reason.as_str());
-        self.notices.push(Notice::Gap { stream: stream.clone(), after, before, reason });
+        self.channel.count_gap(reason.as_str());
+        self.controls.push(ControlMessage::Gap { stream: stream.clone(), after, before, reason });
     }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Stage {
-    /// The tail has not begun, so it is unknown what "now" is.
+pub(crate) enum CursorStage {
+    /// The tail has not begun, so the present end of the stream is unknown.
     Waiting,
-    /// The first entry of a snapshot is being looked for.
-    Locating,
+    /// Waits for the first entry of a snapshot.
+    LocatingSnapshot,
     /// Reads the ring.
     InRing,
-    /// Is behind the ring, and has a page of the store or the ring's word to go on with.
-    InPages,
-    /// Is behind the ring and waits for a page of the store.
-    Behind,
+    /// Is behind the ring, and reads a page of the store or looks into the ring again.
+    InPage,
+    /// Is behind the ring, and waits for a page of the store.
+    AwaitingPage,
 }
 
-/// What a cursor has next.
-pub(crate) enum Next {
+/// The result of a step to the next entry.
+pub(crate) enum NextStep {
     Entry(EntryId),
     Head,
     Behind,
 }
 
-impl Cursor {
-    /// A cursor at the head of the ring as it is now, if it has begun.
+impl StreamCursor {
+    /// Creates a cursor at the present head of the ring, if it has begun.
     pub(crate) fn new(ring: Arc<Ring>) -> Self {
-        let mark = ring.mark();
+        let snapshot = ring.snapshot();
         Self {
             ring,
-            stage: Stage::Waiting,
-            generation: mark.as_ref().map_or(0, |mark| mark.generation),
-            epoch: mark.as_ref().map(|mark| mark.epoch.clone()),
-            after: mark.map_or(EntryId::MIN, |mark| mark.last),
-            began: None,
+            stage: CursorStage::Waiting,
+            generation: snapshot.as_ref().map_or(0, |snapshot| snapshot.generation),
+            epoch: snapshot.as_ref().map(|snapshot| snapshot.epoch.clone()),
+            after: snapshot.map_or(EntryId::MIN, |snapshot| snapshot.last),
+            start: None,
             is_live: false,
             current: None,
-            head_seen: None,
+            head_at_change: None,
             passed_bytes: None,
             lane: None,
-            unseen: 0,
-            told: EntryId::MIN,
+            filtered_since: 0,
+            last_reported: EntryId::MIN,
         }
     }
 
-    /// Everything up to here is given or did not pass; nothing before that is known.
+    /// Returns the position up to which all entries are sent or filtered, or `None` if it is not known yet.
     pub(crate) fn position(&self) -> Option<Position> {
         let id = match &self.current {
             Some((batch, index)) if *index > 0 => batch.id(*index - 1).max(self.after),
             _ => self.after,
         };
-        let epoch = self.epoch.clone().filter(|_| !matches!(self.stage, Stage::Waiting | Stage::Locating))?;
+        let epoch = self
+            .epoch
+            .clone()
+            .filter(|_| !matches!(self.stage, CursorStage::Waiting | CursorStage::LocatingSnapshot))?;
         Some(Position { epoch, id })
     }
 
-    /// Whether it is not known yet where the client begins, and will be.
-    pub(crate) fn is_beginning(&self) -> bool {
+    /// Returns whether the start is not known yet, but will be.
+    pub(crate) fn is_starting(&self) -> bool {
         match self.stage {
-            Stage::Waiting => self.ring.is_starting(),
-            Stage::Locating => true,
-            Stage::InRing | Stage::InPages | Stage::Behind => self.began.is_none(),
+            CursorStage::Waiting => self.ring.is_starting(),
+            CursorStage::LocatingSnapshot => true,
+            CursorStage::InRing | CursorStage::InPage | CursorStage::AwaitingPage => self.start.is_none(),
         }
     }
 
-    /// Tells that the past is told, if it is for the first time, and if there is one to tell.
-    pub(crate) fn reach_head(&mut self, notices: &mut Vec<Notice>) {
-        if !self.is_live && self.stage == Stage::InRing {
+    /// Reports that the client is live, if it is for the first time.
+    pub(crate) fn report_live(&mut self, controls: &mut Vec<ControlMessage>) {
+        if !self.is_live && self.stage == CursorStage::InRing {
             self.is_live = true;
-            notices.push(Notice::Live { stream: self.ring.stream().clone() });
+            controls.push(ControlMessage::Live { stream: self.ring.stream().clone() });
         }
     }
 
-    /// Tells where the client stands, if it does not know.
-    pub(crate) fn mark(&mut self, notices: &mut Vec<Notice>) {
-        if self.began.is_none() {
+    /// Reports the position, if the client does not know it.
+    pub(crate) fn report_position(&mut self, controls: &mut Vec<ControlMessage>) {
+        if self.start.is_none() {
             return;
         }
-        if let Some(position) = self.position().filter(|position| position.id > self.told) {
-            (self.told, self.unseen) = (position.id, 0);
-            notices.push(Notice::Mark { stream: self.ring.stream().clone(), position });
+        if let Some(position) = self.position().filter(|position| position.id > self.last_reported) {
+            (self.last_reported, self.filtered_since) = (position.id, 0);
+            controls.push(ControlMessage::Mark { stream: self.ring.stream().clone(), position });
         }
     }
 
-    /// A part of the past can't be read, and waiting won't help: that is a gap in this stream, and no reason to withhold
-    /// what comes.
-    pub(crate) fn unreadable(&self, error: &StoreError, teller: &mut Teller<'_>) {
-        tracing::warn!(%error, kind = error.kind().as_str(), "cannot read what a client has still to be given");
-        teller.gap(self.ring.stream(), self.position(), None, Reason::Unreadable);
+    /// Reports a gap where entries cannot be read and a retry would not help. Later entries are sent.
+    pub(crate) fn report_unreadable(&self, error: &StoreError, gap_reporter: &mut GapReporter<'_>) {
+        tracing::warn!(%error, kind = error.kind().as_str(), "cannot read entries for a client, reporting a gap");
+        gap_reporter.report(self.ring.stream(), self.position(), None, GapReason::Unreadable);
     }
 
     /// Moves to the next entry that passes.
     ///
-    /// With `skips`, what has left the ring is left out.
-    pub(crate) fn next(&mut self, filter: &Filter, skips: bool, teller: &mut Teller<'_>) -> Next {
+    /// With `skips_to_newest`, entries that have left the ring are skipped.
+    pub(crate) fn next(
+        &mut self,
+        filter: &Filter,
+        skips_to_newest: bool,
+        gap_reporter: &mut GapReporter<'_>,
+    ) -> NextStep {
         match self.stage {
-            Stage::Waiting => return Next::Head,
-            Stage::Locating | Stage::Behind => return Next::Behind,
-            Stage::InRing | Stage::InPages => {}
+            CursorStage::Waiting => return NextStep::Head,
+            CursorStage::LocatingSnapshot | CursorStage::AwaitingPage => return NextStep::Behind,
+            CursorStage::InRing | CursorStage::InPage => {}
         }
         loop {
             if let Some((batch, index)) = &mut self.current {
                 let next = batch.next_match(*index, filter);
-                self.unseen += next - *index;
+                self.filtered_since += next - *index;
                 *index = next;
                 let id = (next < batch.len()).then(|| batch.id(next));
                 if id.is_none() {
-                    self.pass_current();
+                    self.finish_batch();
                 }
-                if self.unseen >= MARK_ENTRIES {
-                    self.mark(teller.notices);
+                if self.filtered_since >= MARK_ENTRIES {
+                    self.report_position(gap_reporter.controls);
                 }
                 if let Some(id) = id {
-                    if !self.lane.as_mut().is_some_and(|lane| lane.has_given(id)) {
-                        return Next::Entry(id);
+                    if !self.lane.as_mut().is_some_and(|lane| lane.was_delivered(id)) {
+                        return NextStep::Entry(id);
                     }
-                    self.pass_given();
+                    self.skip_current();
                     continue;
                 }
             }
             let changes = self.ring.changes();
-            if self.head_seen == Some(changes) {
-                return Next::Head;
+            if self.head_at_change == Some(changes) {
+                return NextStep::Head;
             }
             match self.ring.after(self.generation, self.after) {
                 Lookup::Head => {
-                    (self.stage, self.head_seen, self.lane) = (Stage::InRing, Some(changes), None);
-                    self.owe();
+                    (self.stage, self.head_at_change, self.lane) = (CursorStage::InRing, Some(changes), None);
+                    self.report_gaps_from_here();
                 }
                 Lookup::Batch(batch, passed_bytes, is_newest) => {
-                    // A lane ends only where the ring itself says that there is nothing more.
-                    self.head_seen = (is_newest && self.lane.is_none()).then_some(changes);
+                    // Early alerts are forgotten only when the ring itself reports the head.
+                    self.head_at_change = (is_newest && self.lane.is_none()).then_some(changes);
                     let index = batch.first_after(self.after);
-                    (self.stage, self.passed_bytes) = (Stage::InRing, Some(passed_bytes));
-                    if batch.is_torn_off() && index == 0 && self.began.is_some() {
+                    (self.stage, self.passed_bytes) = (CursorStage::InRing, Some(passed_bytes));
+                    if batch.has_gap_before() && index == 0 && self.start.is_some() {
                         let before = self.epoch.clone().map(|epoch| Position { epoch, id: batch.id(0) });
-                        teller.gap(self.ring.stream(), self.position(), before, Reason::Trimmed);
+                        gap_reporter.report(self.ring.stream(), self.position(), before, GapReason::Trimmed);
                     }
-                    self.open(batch, index);
+                    self.start_batch(batch, index);
                 }
-                Lookup::Behind if skips => {
+                Lookup::Behind if skips_to_newest => {
                     let after = self.position();
-                    if let Some(mark) = self.ring.mark() {
-                        self.after = mark.last;
-                        self.owe();
+                    if let Some(snapshot) = self.ring.snapshot() {
+                        self.after = snapshot.last;
+                        self.report_gaps_from_here();
                     }
-                    teller.gap(self.ring.stream(), after, self.position(), Reason::Lossy);
+                    gap_reporter.report(self.ring.stream(), after, self.position(), GapReason::Lossy);
                 }
                 Lookup::Behind => {
-                    if self.stage == Stage::InRing {
-                        teller.channel.catchups.inc();
+                    if self.stage == CursorStage::InRing {
+                        gap_reporter.channel.catchups.inc();
                     }
-                    self.stage = Stage::Behind;
-                    return Next::Behind;
+                    self.stage = CursorStage::AwaitingPage;
+                    return NextStep::Behind;
                 }
                 Lookup::Restarted => {
-                    // The client goes on with the new life of the stream from its beginning; with what is left of the
-                    // same one from where it stands, or from its end.
-                    teller.gap(self.ring.stream(), self.position(), None, Reason::StateLost);
-                    let mark = self.ring.mark().expect("a ring that restarted has begun");
-                    let is_same = self.epoch.as_ref() == Some(&mark.epoch);
-                    self.after = if is_same { self.after.min(mark.start) } else { mark.start };
-                    (self.generation, self.epoch, self.passed_bytes) = (mark.generation, Some(mark.epoch), None);
-                    self.owe();
-                    (self.told, self.lane) = (EntryId::MIN, None);
+                    // A stream that was lost is read from its beginning. If only its end was lost, the client
+                    // continues from its position, or from the new end if that is before it.
+                    gap_reporter.report(self.ring.stream(), self.position(), None, GapReason::StateLost);
+                    let snapshot = self.ring.snapshot().expect("a ring with a new generation has a snapshot");
+                    let is_same_epoch = self.epoch.as_ref() == Some(&snapshot.epoch);
+                    self.after = if is_same_epoch { self.after.min(snapshot.start) } else { snapshot.start };
+                    (self.generation, self.epoch, self.passed_bytes) =
+                        (snapshot.generation, Some(snapshot.epoch), None);
+                    self.report_gaps_from_here();
+                    (self.last_reported, self.lane) = (EntryId::MIN, None);
                 }
             }
         }
     }
 
-    /// Takes the entries at hand that come before `bound`. The next one must be known to pass.
-    pub(crate) fn take(&mut self, bound: EntryId, filter: &Filter, form: Form, began_ms: u64, out: &mut Outgoing) {
+    /// Writes the entries of the current batch before `bound`. The next one must pass.
+    pub(crate) fn write_run(
+        &mut self,
+        bound: EntryId,
+        filter: &Filter,
+        encoding: Encoding,
+        created_ms: u64,
+        out: &mut WriteBuffer,
+    ) {
         let Some((batch, index)) = &mut self.current else { return };
-        let given = self.lane.as_ref().and_then(|lane| lane.next_given());
-        let run = batch.run(*index, given.map_or(bound, |given| bound.min(given)), filter);
+        let delivered = self.lane.as_ref().and_then(|lane| lane.next_delivered());
+        let run = batch.run(*index, delivered.map_or(bound, |id| bound.min(id)), filter);
         let (first, end) = (batch.id(*index), run.end);
         out.alerts += run.len() as u64;
-        if first.ms >= began_ms {
+        if first.ms >= created_ms {
             out.oldest_ms = Some(out.oldest_ms.map_or(first.ms, |oldest| oldest.min(first.ms)));
         }
-        out.push(batch.frames(run, form));
+        out.push(batch.frames(run, encoding));
         *index = end;
-        (self.told, self.unseen) = (batch.id(end - 1), 0);
+        (self.last_reported, self.filtered_since) = (batch.id(end - 1), 0);
         if end == batch.len() {
-            self.pass_current();
+            self.finish_batch();
         }
     }
 
-    /// Passes over what is at hand, for the client has been given it.
-    fn pass_given(&mut self) {
+    /// Skips the next entry, which the client received early.
+    fn skip_current(&mut self) {
         if let Some((batch, index)) = &mut self.current {
-            (*index, self.unseen) = (*index + 1, self.unseen + 1);
+            (*index, self.filtered_since) = (*index + 1, self.filtered_since + 1);
             if *index == batch.len() {
-                self.pass_current();
+                self.finish_batch();
             }
         }
     }
 
-    /// Whether it is behind the ring.
+    /// Returns whether the cursor is behind the ring.
     pub(crate) fn is_behind(&self) -> bool {
-        matches!(self.stage, Stage::Behind | Stage::InPages)
+        matches!(self.stage, CursorStage::AwaitingPage | CursorStage::InPage)
     }
 
-    /// Gives what is critical before its turn, if the client is far behind in this stream or `is_held_up` by another, and
-    /// then tells where it stands.
-    pub(crate) fn overtake(
+    /// Adds critical alerts ahead of their order, and returns a mark with the position.
+    ///
+    /// Does so only if the client is far behind in this stream, or `is_held_up` by another stream.
+    pub(crate) fn deliver_early(
         &mut self,
         is_held_up: bool,
         filter: &Filter,
-        form: Form,
-        began_ms: u64,
-        out: &mut Outgoing,
-    ) -> Option<Notice> {
-        let at_hand = self.current.as_ref().map(|(batch, _)| batch.last());
-        let turn = match self.stage {
-            Stage::Behind | Stage::InPages => self.after,
-            Stage::InRing if is_held_up => self.position()?.id,
-            // What is in the batch at hand is about to have its turn.
-            Stage::InRing if self.is_far_behind() => at_hand.unwrap_or(self.after),
+        encoding: Encoding,
+        created_ms: u64,
+        out: &mut WriteBuffer,
+    ) -> Option<ControlMessage> {
+        let batch_end = self.current.as_ref().map(|(batch, _)| batch.last());
+        let in_order_up_to = match self.stage {
+            CursorStage::AwaitingPage | CursorStage::InPage => self.after,
+            CursorStage::InRing if is_held_up => self.position()?.id,
+            // The rest of the current batch is sent in order next.
+            CursorStage::InRing if self.is_far_behind() => batch_end.unwrap_or(self.after),
             _ => return None,
         };
         let lane = self.lane.get_or_insert_default();
-        let count = lane.give(&self.ring, self.generation, turn, filter, form, out);
+        let count = lane.deliver(&self.ring, self.generation, in_order_up_to, filter, encoding, out);
         out.alerts += count as u64;
-        let oldest_ms = lane.newest(count).map(|id| id.ms).filter(|ms| *ms >= began_ms);
+        let oldest_ms = lane.oldest_of_last(count).map(|id| id.ms).filter(|ms| *ms >= created_ms);
         out.oldest_ms = out.oldest_ms.into_iter().chain(oldest_ms).min();
         let position = self.position().filter(|_| count > 0)?;
-        Some(Notice::Mark { stream: self.ring.stream().clone(), position })
+        Some(ControlMessage::Mark { stream: self.ring.stream().clone(), position })
     }
 
     fn is_far_behind(&self) -> bool {
         let passed = self.passed_bytes.unwrap_or_default();
-        self.ring.mark().is_some_and(|mark| mark.total_bytes.saturating_sub(passed) > priority::FAR_BYTES)
+        self.ring
+            .snapshot()
+            .is_some_and(|snapshot| snapshot.total_bytes.saturating_sub(passed) > priority::FAR_BEHIND_BYTES)
     }
 
-    fn pass_current(&mut self) {
+    fn finish_batch(&mut self) {
         if let Some((batch, _)) = self.current.take() {
             self.after = self.after.max(batch.last());
-            self.owe();
+            self.report_gaps_from_here();
         }
     }
 
-    /// Has a batch at hand, with what comes next at `index`.
-    fn open(&mut self, batch: Arc<Batch>, index: usize) {
-        if self.began.is_none() && index < batch.len() {
+    /// Starts a batch at `index`.
+    fn start_batch(&mut self, batch: Arc<FrameBatch>, index: usize) {
+        if self.start.is_none() && index < batch.len() {
             self.after = self.after.max(batch.id(index).previous());
-            self.owe();
+            self.report_gaps_from_here();
         }
         self.current = Some((batch, index));
     }
 
-    /// Whatever it has asked for of the past, from here on it is owed everything.
-    pub(crate) fn owe(&mut self) {
-        if self.began.is_none() {
-            self.began = self.epoch.clone().map(|epoch| Position { epoch, id: self.after });
+    /// Makes this position the start, if there is none yet: all later gaps are reported.
+    pub(crate) fn report_gaps_from_here(&mut self) {
+        if self.start.is_none() {
+            self.start = self.epoch.clone().map(|epoch| Position { epoch, id: self.after });
         }
     }
 
-    /// Turns to the page that has what comes next; to the ring where there is none, because the stream has begun a new
-    /// life.
-    pub(crate) fn turn(&mut self, page: Option<&Page>, hub: &Hub, teller: &mut Teller<'_>) -> Result<(), CloseCode> {
-        self.stage = Stage::InPages;
+    /// Starts the page with the next entry. Without a page, looks into the ring: the stream has a new generation.
+    pub(crate) fn apply_page(
+        &mut self,
+        page: Option<&EntryPage>,
+        hub: &Hub,
+        gap_reporter: &mut GapReporter<'_>,
+    ) -> Result<(), CloseCode> {
+        self.stage = CursorStage::InPage;
         let Some(page) = page else { return Ok(()) };
-        if self.began.is_some() && page.is_trimmed_after(self.after) {
-            let oldest = page.front.and_then(|front| front.oldest);
+        if self.start.is_some() && page.is_trimmed_after(self.after) {
+            let oldest = page.stream_start.and_then(|stream_start| stream_start.oldest);
             let before = oldest.zip(self.epoch.clone()).map(|(id, epoch)| Position { epoch, id });
-            teller.gap(self.ring.stream(), self.position(), before, Reason::Trimmed);
+            gap_reporter.report(self.ring.stream(), self.position(), before, GapReason::Trimmed);
         }
         let (batch, index) = (page.batch.clone(), page.batch.first_after(self.after));
         if let Some(passed) = &mut self.passed_bytes {
             *passed += batch.size_from(index) as u64;
-            let total = self.ring.mark().map_or(0, |mark| mark.total_bytes);
+            let total = self.ring.snapshot().map_or(0, |snapshot| snapshot.total_bytes);
             let next = (index < batch.len()).then(|| batch.id(index));
             let age = next.map_or(Duration::ZERO, |id| Duration::from_millis(now_ms().saturating_sub(id.ms)));
             if hub.is_too_far_behind(total.saturating_sub(*passed), age) {
                 return Err(CloseCode::TooSlow);
             }
         }
-        self.open(batch, index);
+        self.start_batch(batch, index);
         Ok(())
     }
 
-    /// Gives up what has left the ring.
+    /// Skips the entries that have left the ring.
     pub(crate) fn skip_to_ring(&mut self) {
-        self.stage = Stage::InRing;
-        if let Some(mark) = self.ring.mark() {
-            self.after = self.after.max(mark.floor);
-            self.owe();
+        self.stage = CursorStage::InRing;
+        if let Some(snapshot) = self.ring.snapshot() {
+            self.after = self.after.max(snapshot.floor);
+            self.report_gaps_from_here();
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What a client asks for in the query of its URL.
+//! The parameters of a subscription, in the query of its URL.
 
 use std::mem;
 use std::str::FromStr;
@@ -9,41 +9,41 @@ use jiff::{Span, SpanRelativeTo, Timestamp};
 use crate::event::{Attribute, Filter};
 use crate::event::{Position, StreamName};
 
-/// The most entries a snapshot has.
+/// The maximum number of entries of a snapshot.
 pub const MAX_SNAPSHOT: usize = 1000;
 
-/// The longest text that is asked for exactly, in bytes.
+/// The maximum length of a text to compare with, in bytes.
 const MAX_TEXT: usize = 256;
 
-/// The most positions in `since`: more streams than any channel has.
+/// The maximum number of positions in `since`: more streams than any channel has.
 const MAX_POSITIONS: usize = 64;
 
-/// Where a subscription begins, what passes it, and how it is written.
+/// The start, filter and encoding of a subscription.
 ///
 /// | parameter | value |
 /// |---|---|
-/// | `since` | positions (`<epoch>:<ms>-<seq>`, one per stream, comma between), an RFC 3339 time, `-15m`, or `earliest` |
-/// | `snapshot` | 0 to 1000: the newest so many that match, then live; not looked at where `since` is given |
+/// | `since` | positions (`<epoch>:<ms>-<seq>` per stream, comma-separated), an RFC 3339 time, `-15m`, or `earliest` |
+/// | `snapshot` | 0 to 1000: start with this number of newest matching entries, then live; ignored with `since` |
 /// | `min_severity` | `info`, `low`, `medium`, `high` or `critical` |
-/// | `source`, `category`, `tenant`, `type`, `technique` | exactly this text |
-/// | `filter` | a filter as JSON, see [`Filter::parse`]; it and all the conditions above must hold |
+/// | `source`, `category`, `tenant`, `type`, `technique` | this exact text |
+/// | `filter` | a filter as JSON, see [`Filter::parse`]; an entry must pass it and all conditions above |
 /// | `stream` | one of the channel's streams instead of all |
-/// | `key` | which streams of the channel's families: those of this key |
+/// | `key` | the key of the channel's families |
 /// | `meta` | `1`: each alert carries `_pos` and `_stream` |
-/// | `mode` | `lossless`, or `latest`: what a live client is too slow for is left out |
-/// | `lane` | `critical`: where the client is far behind, critical alerts come before their turn; `off` |
-/// | `strict` | `1`: the client is closed where something can't be given, instead of going on after it |
+/// | `mode` | `lossless`, or `latest`: entries that a live client is too slow for are skipped |
+/// | `lane` | `critical`: critical alerts are sent early when the client is far behind; or `off` |
+/// | `strict` | `1`: the client is closed after a gap |
 ///
-/// Names that are not in the table are ignored, so that tokens and cache busters can travel in the same query. Values
-/// that make no sense are refused, and so are names given twice.
+/// Unknown names are ignored, so that tokens and cache busters can be in the same query. Invalid values and repeated
+/// names are rejected.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a parameter of its own")]
 pub struct SubscribeParams {
-    /// Where to begin; with what comes next if absent.
+    /// The start. Without it the subscription starts with the next entry.
     pub since: Option<Since>,
-    /// How many of the newest matching alerts to begin with, where `since` is absent.
+    /// The number of newest matching alerts to start with, if `since` is absent.
     pub snapshot: usize,
-    /// What passes.
+    /// The filter of entries.
     pub filter: Filter,
     /// Whether each alert carries its position and stream.
     pub meta: bool,
@@ -51,34 +51,34 @@ pub struct SubscribeParams {
     pub stream: Option<StreamName>,
     /// The key of the channel's families.
     pub key: Option<String>,
-    /// Whether a live client that falls behind the ring goes on with the newest, instead of catching up.
+    /// Whether a live client that falls behind the ring continues with the newest entries, without catching up.
     pub is_latest: bool,
-    /// Whether critical alerts come before their turn where the client is far behind.
+    /// Whether critical alerts are sent early when the client is far behind.
     pub has_lane: bool,
-    /// Whether the client is closed where something can't be given.
+    /// Whether the client is closed after a gap.
     pub is_strict: bool,
 }
 
-/// A point to begin from.
+/// A start position.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Since {
-    /// The oldest entry there is.
+    /// The oldest entry of the stream.
     Earliest,
     /// This long before now.
     Ago(Duration),
     /// The first entry at or after this time.
     Time(Timestamp),
-    /// The first entry after each of these; one per stream.
+    /// The first entry after each of these positions, one per stream.
     Positions(Vec<Position>),
 }
 
-/// A parameter whose value makes no sense.
+/// A parameter whose value is not valid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{name}` {problem}")]
 pub struct BadParameter {
-    /// The parameter.
+    /// The name of the parameter.
     pub name: &'static str,
-    /// What is wrong with it and what would be right.
+    /// The fault, and the allowed values.
     pub problem: String,
 }
 
@@ -89,7 +89,7 @@ impl BadParameter {
 }
 
 impl SubscribeParams {
-    /// Reads the query of a URL, without its question mark.
+    /// Parses the query of a URL, without its question mark.
     pub fn parse(query: &str) -> Result<Self, BadParameter> {
         Self::read(query, &NAMES)
     }
@@ -100,7 +100,7 @@ impl SubscribeParams {
         for (name, value) in url::form_urlencoded::parse(query.as_bytes()) {
             let Some(name) = names.iter().copied().find(|known| *known == name) else { continue };
             if seen.contains(&name) {
-                return Err(BadParameter::new(name, "is given twice; give it once"));
+                return Err(BadParameter::new(name, "is given twice, must be given once"));
             }
             seen.push(name);
             params.set(name, &value).map_err(|problem| BadParameter { name, problem })?;
@@ -116,18 +116,18 @@ impl SubscribeParams {
                 self.snapshot = count.ok_or_else(|| format!("must be a number from 0 to {MAX_SNAPSHOT}"))?;
             }
             "min_severity" => {
-                let severity = value.parse().map_err(|error| format!("is not understood: {error}"))?;
+                let severity = value.parse().map_err(|error| format!("is not valid: {error}"))?;
                 self.narrow(Filter::min_severity(severity));
             }
-            "source" => self.narrow(Filter::is(Attribute::Source, exact(value)?)),
-            "category" => self.narrow(Filter::is(Attribute::Category, exact(value)?)),
-            "tenant" => self.narrow(Filter::is(Attribute::Tenant, exact(value)?)),
-            "type" => self.narrow(Filter::is(Attribute::Type, exact(value)?)),
-            "technique" => self.narrow(Filter::is(Attribute::Technique, exact(value)?)),
-            "filter" => self.narrow(Filter::parse(value).map_err(|invalid| format!("is refused: {invalid}"))?),
-            "meta" => self.meta = switch(value)?,
-            "lane" => self.has_lane = lane(value)?,
-            "strict" => self.is_strict = switch(value)?,
+            "source" => self.narrow(Filter::is(Attribute::Source, parse_text(value)?)),
+            "category" => self.narrow(Filter::is(Attribute::Category, parse_text(value)?)),
+            "tenant" => self.narrow(Filter::is(Attribute::Tenant, parse_text(value)?)),
+            "type" => self.narrow(Filter::is(Attribute::Type, parse_text(value)?)),
+            "technique" => self.narrow(Filter::is(Attribute::Technique, parse_text(value)?)),
+            "filter" => self.narrow(Filter::parse(value).map_err(|invalid| format!("is not valid: {invalid}"))?),
+            "meta" => self.meta = parse_switch(value)?,
+            "lane" => self.has_lane = parse_lane(value)?,
+            "strict" => self.is_strict = parse_switch(value)?,
             "mode" => {
                 self.is_latest = match value {
                     "latest" => true,
@@ -135,9 +135,9 @@ impl SubscribeParams {
                     _ => return Err("must be lossless or latest".to_owned()),
                 }
             }
-            "key" => self.key = Some(exact(value)?.to_owned()),
-            "stream" => self.stream = Some(value.parse().map_err(|error| format!("is no stream name: {error}"))?),
-            _ => unreachable!("only names of the table come here"),
+            "key" => self.key = Some(parse_text(value)?.to_owned()),
+            "stream" => self.stream = Some(value.parse().map_err(|error| format!("is not a stream name: {error}"))?),
+            _ => unreachable!("the caller passes known names only"),
         }
         Ok(())
     }
@@ -148,18 +148,18 @@ impl SubscribeParams {
 }
 
 impl Filter {
-    /// What the filtering parameters in the query of a URL let pass; other parameters are passed over.
+    /// Returns the filter of the filter parameters in the query of a URL, and ignores other parameters.
     ///
     /// # Errors
     ///
-    /// One of them makes no sense.
+    /// One of them is not valid.
     pub fn of_query(query: &str) -> Result<Self, BadParameter> {
-        SubscribeParams::read(query, &FILTERING).map(|params| params.filter)
+        SubscribeParams::read(query, &FILTER_NAMES).map(|params| params.filter)
     }
 }
 
-/// Those of the parameters that are filters.
-const FILTERING: [&str; 7] = ["min_severity", "source", "category", "tenant", "type", "technique", "filter"];
+/// The parameters that are filters.
+const FILTER_NAMES: [&str; 7] = ["min_severity", "source", "category", "tenant", "type", "technique", "filter"];
 
 const NAMES: [&str; 15] = [
     "since",
@@ -179,7 +179,7 @@ const NAMES: [&str; 15] = [
     "key",
 ];
 
-fn switch(value: &str) -> Result<bool, String> {
+fn parse_switch(value: &str) -> Result<bool, String> {
     match value {
         "1" | "true" => Ok(true),
         "0" | "false" => Ok(false),
@@ -187,8 +187,8 @@ fn switch(value: &str) -> Result<bool, String> {
     }
 }
 
-/// Whether a lane is asked for.
-pub(crate) fn lane(value: &str) -> Result<bool, String> {
+/// Returns whether the priority lane is requested.
+pub(crate) fn parse_lane(value: &str) -> Result<bool, String> {
     match value {
         "critical" => Ok(true),
         "off" => Ok(false),
@@ -196,9 +196,9 @@ pub(crate) fn lane(value: &str) -> Result<bool, String> {
     }
 }
 
-fn exact(value: &str) -> Result<&str, String> {
+fn parse_text(value: &str) -> Result<&str, String> {
     match value.len() {
-        0 => Err("must not be empty; leave the parameter out to see everything".to_owned()),
+        0 => Err("must not be empty; remove the parameter to match all entries".to_owned()),
         1..=MAX_TEXT => Ok(value),
         _ => Err(format!("must not be longer than {MAX_TEXT} bytes")),
     }
@@ -221,7 +221,7 @@ impl FromStr for Since {
             let duration = span.to_duration(SpanRelativeTo::days_are_24_hours()).map_err(|_error| expected())?;
             return Duration::try_from(duration).map(Self::Ago).map_err(|_error| expected());
         }
-        // In a query, the plus of a zone such as +02:00 reads as a space.
+        // In a query, the plus of a zone such as +02:00 is decoded as a space.
         if let Ok(time) = text.replace(' ', "+").parse() {
             return Ok(Self::Time(time));
         }
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn every_parameter_is_read() {
+    fn every_parameter_is_parsed() {
         let params = SubscribeParams::parse(
             "since=ab12:5-1,cd34:7-0&snapshot=50&min_severity=high&source=zeek&category=cps&tenant=a%20b&meta=1\
              &stream=aurora:alerts&token=secret&_=17",
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn times_come_in_three_forms() {
+    fn times_have_three_forms() {
         let time = |text: &str| Since::Time(text.parse().expect("a time"));
         assert_eq!(since("2026-01-31T08:00:00Z"), Ok(time("2026-01-31T08:00:00Z")));
         assert_eq!(since("2026-01-31T08:00:00+02:00"), Ok(time("2026-01-31T06:00:00Z")));
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_no_sense_is_refused_by_name() {
+    fn invalid_value_is_rejected_with_its_name() {
         let cases = [
             ("since=yesterday", "since"),
             ("since=", "since"),
@@ -309,7 +309,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_query_is_read_or_refused_by_name(name in "[a-z_&=]{0,10}", value in ".{0,60}") {
+        fn any_query_is_parsed_or_rejected_with_its_name(name in "[a-z_&=]{0,10}", value in ".{0,60}") {
             for name in NAMES.iter().copied().chain([name.as_str()]) {
                 if let Err(error) = SubscribeParams::parse(&format!("{name}={value}")) {
                     prop_assert!(NAMES.contains(&error.name));

@@ -1,4 +1,4 @@
-//! What one client is subscribed to, and who is next.
+//! The subscriptions of one session, served in turn.
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -8,135 +8,138 @@ use tokio::time::Instant;
 
 use crate::event::Filter;
 use crate::event::StreamName;
-use crate::relay::subscription::batching::Gathering;
-use crate::relay::subscription::{Fetched, Subscription, Work};
-use crate::relay::wire::write_buffer::Outgoing;
-use crate::relay::{Channel, CloseCode, Hub};
+use crate::relay::hub::{Channel, Hub};
+use crate::relay::session::close::CloseCode;
+use crate::relay::subscription::batching::EventBatcher;
+use crate::relay::subscription::{ReadOutcome, StoreRead, Subscription};
+use crate::relay::wire::write_buffer::WriteBuffer;
 
 /// The subscriptions of one session: one in plain mode, up to one per stream of the channel in rich mode.
 #[derive(Default)]
-pub(crate) struct Subscriptions {
-    held: SmallVec<[Held; 1]>,
-    /// Which of them is served first the next time.
-    first: usize,
+pub(crate) struct SubscriptionSet {
+    active: SmallVec<[ActiveSubscription; 1]>,
+    /// The index of the subscription to serve first in the next pass.
+    first_index: usize,
 }
 
-struct Held {
+struct ActiveSubscription {
     subscription: Subscription,
-    /// The read of the store that is under way for it.
-    work: Option<Work>,
-    /// Its events that wait for others, where the client wants that.
-    gathering: Option<Box<Gathering>>,
+    /// The read of the store in progress for it.
+    read: Option<StoreRead>,
+    /// Its batcher, if the client asked for batches.
+    batcher: Option<Box<EventBatcher>>,
 }
 
-impl Held {
-    /// Where the client stands: it has not been given what waits.
+impl ActiveSubscription {
+    /// Returns the client's position, which is before the events that wait in a batch.
     fn position(&self) -> String {
-        let waiting = self.gathering.as_ref().and_then(|gathering| gathering.position());
+        let waiting = self.batcher.as_ref().and_then(|batcher| batcher.position());
         waiting.map_or_else(|| self.subscription.positions(), str::to_owned)
     }
 }
 
-impl Subscriptions {
+impl SubscriptionSet {
     pub(crate) fn add(&mut self, subscription: Subscription) {
-        self.add_gathered(subscription, None);
+        self.add_batched(subscription, None);
     }
 
-    /// A subscription whose events are gathered.
-    pub(crate) fn add_gathered(&mut self, subscription: Subscription, gathering: Option<Box<Gathering>>) {
-        // Many have a few, and there are many clients.
-        self.held.reserve_exact(1);
-        self.held.push(Held { subscription, work: None, gathering });
+    /// Adds a subscription whose events are batched.
+    pub(crate) fn add_batched(&mut self, subscription: Subscription, batcher: Option<Box<EventBatcher>>) {
+        // Many sessions have a few subscriptions, so spare capacity adds up.
+        self.active.reserve_exact(1);
+        self.active.push(ActiveSubscription { subscription, read: None, batcher });
     }
 
-    /// Ends the subscription to a stream, if there is one, and says where it stood.
+    /// Ends the subscription to a stream. Returns its position, or `None` if there is none.
     pub(crate) fn remove(&mut self, stream: &StreamName) -> Option<String> {
-        let index = self.held.iter().position(|held| held.subscription.is_to(stream))?;
-        Some(self.held.swap_remove(index).position())
+        let index = self.active.iter().position(|held| held.subscription.contains(stream))?;
+        Some(self.active.swap_remove(index).position())
     }
 
-    /// Lets something else pass from where the client stands, and says where that is, if there is such a subscription.
+    /// Replaces the filter from the client's position on. Returns that position, or `None` if there is no such
+    /// subscription.
     pub(crate) fn replace_filter(&mut self, stream: &StreamName, filter: Filter) -> Option<String> {
-        let held = self.held.iter_mut().find(|held| held.subscription.is_to(stream))?;
+        let held = self.active.iter_mut().find(|held| held.subscription.contains(stream))?;
         held.subscription.replace_filter(filter);
         Some(held.position())
     }
 
-    /// The subscription to a stream.
-    pub(crate) fn of(&mut self, stream: &StreamName) -> Option<&mut Subscription> {
-        self.held.iter_mut().map(|held| &mut held.subscription).find(|subscription| subscription.is_to(stream))
+    /// Returns the subscription to a stream.
+    pub(crate) fn get(&mut self, stream: &StreamName) -> Option<&mut Subscription> {
+        self.active.iter_mut().map(|held| &mut held.subscription).find(|subscription| subscription.contains(stream))
     }
 
-    /// Adds what can be written now, and begins the reads of the store that come next. An error is how the session
-    /// must end.
-    pub(crate) fn fill(&mut self, hub: &Arc<Hub>, channel: &Channel, out: &mut Outgoing) -> Result<(), CloseCode> {
-        let count = self.held.len();
-        self.first = (self.first + 1).checked_rem(count).unwrap_or(0);
-        for turn in 0..count {
-            let Held { subscription, work, gathering } = &mut self.held[(self.first + turn) % count];
-            match gathering {
+    /// Adds as much as can be written now, and starts the next reads of the store. An error is the close code that
+    /// ends the session.
+    pub(crate) fn fill(&mut self, hub: &Arc<Hub>, channel: &Channel, out: &mut WriteBuffer) -> Result<(), CloseCode> {
+        let count = self.active.len();
+        self.first_index = (self.first_index + 1).checked_rem(count).unwrap_or(0);
+        for offset in 0..count {
+            let ActiveSubscription { subscription, read, batcher } =
+                &mut self.active[(self.first_index + offset) % count];
+            match batcher {
                 None => subscription.fill(hub, channel, out),
-                Some(gathering) => {
-                    let (mut written, from) = (Outgoing::default(), subscription.positions());
+                Some(batcher) => {
+                    let (mut written, from) = (WriteBuffer::default(), subscription.positions());
                     subscription.fill(hub, channel, &mut written);
-                    gathering.add(written, from, out);
+                    batcher.add(written, from, out);
                 }
             }
-            if subscription.is_lost() {
+            if subscription.is_ended_by_gap() {
                 return Err(CloseCode::StateLost);
             }
-            if work.is_none() {
-                *work = subscription.work(hub);
+            if read.is_none() {
+                *read = subscription.next_read(hub);
             }
         }
         Ok(())
     }
 
-    /// Whether there was more than could be given when this was filled last.
+    /// Returns whether the last pass left work.
     pub(crate) fn is_lagging(&self) -> bool {
-        self.held.iter().any(|held| held.subscription.is_lagging())
+        self.active.iter().any(|held| held.subscription.is_lagging())
     }
 
-    /// Ready when one of the reads is done, and then with the index of whose it is.
-    pub(crate) fn poll_work(&mut self, cx: &mut Context<'_>) -> Poll<(usize, Fetched)> {
-        for (index, held) in self.held.iter_mut().enumerate() {
-            if let Some(Poll::Ready(fetched)) = held.work.as_mut().map(|work| work.as_mut().poll(cx)) {
-                held.work = None;
-                return Poll::Ready((index, fetched));
+    /// Ready when a read is done, with the index of its subscription.
+    pub(crate) fn poll_reads(&mut self, cx: &mut Context<'_>) -> Poll<(usize, ReadOutcome)> {
+        for (index, held) in self.active.iter_mut().enumerate() {
+            if let Some(Poll::Ready(outcome)) = held.read.as_mut().map(|read| read.as_mut().poll(cx)) {
+                held.read = None;
+                return Poll::Ready((index, outcome));
             }
         }
         Poll::Pending
     }
 
-    /// Takes in what was read. An error is how the session must end.
+    /// Applies the result of a read. An error is the close code that ends the session.
     pub(crate) fn apply(
         &mut self,
         index: usize,
-        fetched: Fetched,
+        outcome: ReadOutcome,
         hub: &Hub,
         channel: &Channel,
     ) -> Result<(), CloseCode> {
-        self.held[index].subscription.apply(fetched, hub, channel)
+        self.active[index].subscription.apply(outcome, hub, channel)
     }
 
-    /// Tells where the client stands in streams of which nothing passed since it was told last.
-    pub(crate) fn mark(&mut self, out: &mut Outgoing) {
-        for held in &mut self.held {
-            if let Some(gathering) = &mut held.gathering {
-                gathering.flush(out);
+    /// Adds the positions of streams in which only filtered entries came since the last report.
+    pub(crate) fn add_marks(&mut self, out: &mut WriteBuffer) {
+        for held in &mut self.active {
+            if let Some(batcher) = &mut held.batcher {
+                batcher.flush(out);
             }
-            held.subscription.mark(out);
+            held.subscription.add_marks(out);
         }
     }
 
-    /// When the first of the events that wait for others are to be written.
-    pub(crate) fn due(&self) -> Option<Instant> {
-        self.held.iter().filter_map(|held| held.gathering.as_ref()?.due()).min()
+    /// Returns the time at which the first batch must be written.
+    pub(crate) fn next_flush(&self) -> Option<Instant> {
+        self.active.iter().filter_map(|held| held.batcher.as_ref()?.flush_at()).min()
     }
 }
 
-impl std::fmt::Debug for Subscriptions {
+impl std::fmt::Debug for SubscriptionSet {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_list().entries(self.held.iter().map(|held| &held.subscription)).finish()
+        f.debug_list().entries(self.active.iter().map(|held| &held.subscription)).finish()
     }
 }

@@ -1,46 +1,46 @@
-//! The forms in which alerts travel, and what is told beside them.
+//! The encodings of alerts and of control messages.
 
 use std::fmt::Write as _;
 
 use crate::event::{Position, StreamName};
 use crate::relay::wire::frames;
 
-/// How alerts are written for one client.
+/// The encoding of alerts for one client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Form {
+pub(crate) enum Encoding {
     /// WebSocket: one text message per alert, exactly the stored payload.
     Plain,
     /// The same with `_pos` and `_stream` in each object.
     WithPosition,
     /// WebSocket, `aurora.v1`: JSON frames with a type.
     Rich,
-    /// The same for events that are gathered into arrays: `["<position>",<event>]` each.
-    Item,
-    /// Server-Sent Events. With `ids` each one carries its position as its id, which says all where a client has one
-    /// stream; with `meta` its object has `_pos` and `_stream`.
+    /// The same for events in batches: `["<position>",<event>]` each.
+    BatchItem,
+    /// Server-Sent Events. With `ids` each event carries its position as its id, which is enough for a client of one
+    /// stream. With `meta` its object has `_pos` and `_stream`.
     EventStream { ids: bool, meta: bool },
-    /// A line of JSON per alert; with `meta` its object has `_pos` and `_stream`.
+    /// JSON lines, one per alert. With `meta` each object has `_pos` and `_stream`.
     Lines { meta: bool },
 }
 
-/// How many forms there are beside [`Form::Plain`].
+/// The number of encodings besides [`Encoding::Plain`].
 pub(crate) const VARIANTS: usize = 9;
 
-impl Form {
-    /// Its place among the forms that are made on request; nothing for the plain one, which is always there.
-    pub(crate) const fn variant(self) -> Option<usize> {
+impl Encoding {
+    /// Returns the index among the encodings made on request, or `None` for the plain one, which always exists.
+    pub(crate) const fn variant_index(self) -> Option<usize> {
         match self {
             Self::Plain => None,
             Self::WithPosition => Some(0),
             Self::Rich => Some(1),
             Self::EventStream { ids, meta } => Some(2 + 2 * ids as usize + meta as usize),
             Self::Lines { meta } => Some(6 + meta as usize),
-            Self::Item => Some(8),
+            Self::BatchItem => Some(8),
         }
     }
 
-    /// Appends one alert. One that is given before its turn says so, where it says more than its payload.
-    pub(crate) fn push(
+    /// Appends one alert. An early alert is labelled, if the encoding has more than the payload.
+    pub(crate) fn append_event(
         self,
         out: &mut Vec<u8>,
         payload: &[u8],
@@ -59,12 +59,12 @@ impl Form {
         };
         match self {
             Self::Plain | Self::WithPosition => frames::push_text(out, payload),
-            // What comes before its turn waits for nothing, so it is no part of an array.
-            Self::Item if is_early => frames::push_text(out, &rich_event(payload, position, stream, true)),
+            // An early alert does not wait, so it is not part of a batch.
+            Self::BatchItem if is_early => frames::push_text(out, &rich_event(payload, position, stream, true)),
             Self::Rich => frames::push_text(out, &rich_event(payload, position, stream, is_early)),
-            Self::Item => frames::push_text(out, &rich_item(payload, position)),
+            Self::BatchItem => frames::push_text(out, &batch_item(payload, position)),
             Self::EventStream { ids, .. } => {
-                // The id says where the client stands.
+                // The id is the client's position, which an early alert does not move.
                 if ids && !is_early {
                     out.extend_from_slice(format!("id: {position}\n").as_bytes());
                 }
@@ -78,64 +78,64 @@ impl Form {
                 out.push(b'\n');
             }
             Self::Lines { .. } => {
-                // In JSON a line break is only ever space between tokens.
+                // In JSON, a line break outside of strings is only white space.
                 out.extend(payload.iter().map(|byte| if matches!(byte, b'\n' | b'\r') { b' ' } else { *byte }));
                 out.push(b'\n');
             }
         }
     }
 
-    /// What a client of this form is told; nothing where the form has no words for it.
-    pub(crate) fn tell(self, notice: &Notice) -> Option<Vec<u8>> {
-        let body = notice.body();
-        match (self, notice) {
+    /// Encodes a control message. Returns `None` if the encoding cannot express it.
+    pub(crate) fn encode_control(self, control: &ControlMessage) -> Option<Vec<u8>> {
+        let body = control.body();
+        match (self, control) {
             (Self::Plain | Self::WithPosition | Self::Lines { meta: false }, _)
-            // The subscription tells where the client stands in all its streams at once.
-            | (Self::EventStream { .. }, Notice::Mark { .. }) => None,
-            (Self::Rich | Self::Item, _) => Some(text_message(&format!(r#"{{"t":"{}",{body}}}"#, notice.kind()))),
+            // The subscription writes one id with the positions in all streams.
+            | (Self::EventStream { .. }, ControlMessage::Mark { .. }) => None,
+            (Self::Rich | Self::BatchItem, _) => Some(text_message(&format!(r#"{{"t":"{}",{body}}}"#, control.kind()))),
             (Self::EventStream { .. }, _) => {
-                Some(format!("event: {}\ndata: {{{body}}}\n\n", notice.kind()).into_bytes())
+                Some(format!("event: {}\ndata: {{{body}}}\n\n", control.kind()).into_bytes())
             }
-            (Self::Lines { meta: true }, _) => Some(format!("{{\"_{}\":{{{body}}}}}\n", notice.kind()).into_bytes()),
+            (Self::Lines { meta: true }, _) => Some(format!("{{\"_{}\":{{{body}}}}}\n", control.kind()).into_bytes()),
         }
     }
 }
 
-/// What is told beside alerts.
+/// A message besides alerts.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Notice {
-    /// Something that was asked for can't be given.
+pub(crate) enum ControlMessage {
+    /// Requested entries are gone.
     Gap {
         stream: StreamName,
-        /// The last entry before it, where one is known.
+        /// The last entry before the gap, if known.
         after: Option<Position>,
-        /// The first entry after it, where one is known.
+        /// The first entry after the gap, if known.
         before: Option<Position>,
-        reason: Reason,
+        reason: GapReason,
     },
-    /// Everything up to here is given or does not pass.
+    /// All entries up to this position are sent or filtered.
     Mark { stream: StreamName, position: Position },
-    /// The past is told; what comes now is new.
+    /// The past is sent: all later entries are new.
     Live { stream: StreamName },
 }
 
-/// Why something can't be given.
+/// The reason of a gap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Reason {
-    /// It was trimmed away.
+pub(crate) enum GapReason {
+    /// The entries were trimmed.
     Trimmed,
-    /// The position is of a life of the stream that is over.
+    /// The position belongs to an epoch that is over.
     Epoch,
-    /// The stream was lost and has begun anew.
+    /// The stream was lost and has begun again.
     StateLost,
-    /// The store can't read it.
+    /// The store cannot read the entries.
     Unreadable,
-    /// The client asked for the latest only, and was behind.
+    /// The client asked for `mode=latest` and was behind.
     Lossy,
 }
 
-impl Reason {
-    /// The reason in one word, for clients and metrics.
+impl GapReason {
+    /// Returns the reason as one word, for clients and metrics.
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Self::Trimmed => "trimmed",
@@ -147,7 +147,7 @@ impl Reason {
     }
 }
 
-impl Notice {
+impl ControlMessage {
     const fn kind(&self) -> &'static str {
         match self {
             Self::Gap { .. } => "gap",
@@ -156,7 +156,7 @@ impl Notice {
         }
     }
 
-    /// Its members. Neither positions nor stream names have characters that JSON escapes.
+    /// Returns the properties of the JSON object. Positions and stream names need no escapes.
     fn body(&self) -> String {
         match self {
             Self::Gap { stream, after, before, reason } => {
@@ -175,14 +175,14 @@ impl Notice {
     }
 }
 
-/// One text message of a WebSocket.
+/// Builds one text message of a WebSocket.
 pub(crate) fn text_message(text: &str) -> Vec<u8> {
     let mut frame = Vec::with_capacity(text.len() + frames::MAX_HEADER);
     frames::push_text(&mut frame, text.as_bytes());
     frame
 }
 
-/// An alert in its envelope. A payload that is no JSON travels as a text in `x` instead of `d`.
+/// Builds the JSON frame of an alert. A payload that is not JSON becomes a string in `x` instead of `d`.
 fn rich_event(payload: &[u8], position: &Position, stream: &StreamName, is_early: bool) -> Vec<u8> {
     let mut event = Vec::with_capacity(payload.len() + 112);
     event.extend_from_slice(format!(r#"{{"t":"event","s":"{stream}","p":"{position}","#).as_bytes());
@@ -201,8 +201,8 @@ fn rich_event(payload: &[u8], position: &Position, stream: &StreamName, is_early
     event
 }
 
-/// An alert as one of an array. A payload that is no JSON travels as a text in a third place, after `null`.
-fn rich_item(payload: &[u8], position: &Position) -> Vec<u8> {
+/// Builds an alert of a batch. A payload that is not JSON becomes a string in third place, after `null`.
+fn batch_item(payload: &[u8], position: &Position) -> Vec<u8> {
     let mut item = Vec::with_capacity(payload.len() + 64);
     item.extend_from_slice(format!(r#"["{position}","#).as_bytes());
     if serde_json::from_slice::<serde::de::IgnoredAny>(payload).is_ok() {
@@ -228,73 +228,75 @@ mod tests {
         "aurora:alerts".parse().expect("a name")
     }
 
-    fn written(form: Form, payload: &str) -> String {
-        written_as(form, payload, false)
+    fn written(encoding: Encoding, payload: &str) -> String {
+        written_as(encoding, payload, false)
     }
 
-    fn written_as(form: Form, payload: &str, is_early: bool) -> String {
+    fn written_as(encoding: Encoding, payload: &str, is_early: bool) -> String {
         let mut out = Vec::new();
-        form.push(&mut out, payload.as_bytes(), &position(), &stream(), is_early);
-        let is_web_socket = matches!(form, Form::Plain | Form::WithPosition | Form::Rich | Form::Item);
+        encoding.append_event(&mut out, payload.as_bytes(), &position(), &stream(), is_early);
+        let is_web_socket =
+            matches!(encoding, Encoding::Plain | Encoding::WithPosition | Encoding::Rich | Encoding::BatchItem);
         let text = if is_web_socket { frames::payload(&out) } else { &out };
         String::from_utf8(text.to_vec()).expect("text")
     }
 
     #[test]
-    fn an_alert_has_its_shape_in_every_form() {
+    fn alert_has_its_shape_in_every_encoding() {
         let alert = "{\"a\":\r\n1}";
         let cases = [
-            (Form::Plain, "{\"a\":\r\n1}"),
-            (Form::WithPosition, "{\"a\":\r\n1,\"_pos\":\"e1:5-0\",\"_stream\":\"aurora:alerts\"}"),
-            (Form::Rich, "{\"t\":\"event\",\"s\":\"aurora:alerts\",\"p\":\"e1:5-0\",\"d\":{\"a\":\r\n1}}"),
-            (Form::Item, "[\"e1:5-0\",{\"a\":\r\n1}]"),
-            (Form::EventStream { ids: false, meta: false }, "data: {\"a\":\ndata: 1}\n\n"),
-            (Form::EventStream { ids: true, meta: false }, "id: e1:5-0\ndata: {\"a\":\ndata: 1}\n\n"),
-            (Form::Lines { meta: false }, "{\"a\":  1}\n"),
-            (Form::Lines { meta: true }, "{\"a\":  1,\"_pos\":\"e1:5-0\",\"_stream\":\"aurora:alerts\"}\n"),
+            (Encoding::Plain, "{\"a\":\r\n1}"),
+            (Encoding::WithPosition, "{\"a\":\r\n1,\"_pos\":\"e1:5-0\",\"_stream\":\"aurora:alerts\"}"),
+            (Encoding::Rich, "{\"t\":\"event\",\"s\":\"aurora:alerts\",\"p\":\"e1:5-0\",\"d\":{\"a\":\r\n1}}"),
+            (Encoding::BatchItem, "[\"e1:5-0\",{\"a\":\r\n1}]"),
+            (Encoding::EventStream { ids: false, meta: false }, "data: {\"a\":\ndata: 1}\n\n"),
+            (Encoding::EventStream { ids: true, meta: false }, "id: e1:5-0\ndata: {\"a\":\ndata: 1}\n\n"),
+            (Encoding::Lines { meta: false }, "{\"a\":  1}\n"),
+            (Encoding::Lines { meta: true }, "{\"a\":  1,\"_pos\":\"e1:5-0\",\"_stream\":\"aurora:alerts\"}\n"),
         ];
-        for (form, expected) in cases {
-            assert_eq!(written(form, alert), expected, "{form:?}");
+        for (encoding, expected) in cases {
+            assert_eq!(written(encoding, alert), expected, "{encoding:?}");
         }
         let early = [
-            (Form::Plain, "{}"),
-            (Form::WithPosition, r#"{"_pos":"e1:5-0","_stream":"aurora:alerts","_lane":"critical"}"#),
-            (Form::Rich, r#"{"t":"event","s":"aurora:alerts","p":"e1:5-0","lane":"critical","d":{}}"#),
-            (Form::Item, r#"{"t":"event","s":"aurora:alerts","p":"e1:5-0","lane":"critical","d":{}}"#),
-            (Form::EventStream { ids: true, meta: false }, "data: {}\n\n"),
+            (Encoding::Plain, "{}"),
+            (Encoding::WithPosition, r#"{"_pos":"e1:5-0","_stream":"aurora:alerts","_lane":"critical"}"#),
+            (Encoding::Rich, r#"{"t":"event","s":"aurora:alerts","p":"e1:5-0","lane":"critical","d":{}}"#),
+            (Encoding::BatchItem, r#"{"t":"event","s":"aurora:alerts","p":"e1:5-0","lane":"critical","d":{}}"#),
+            (Encoding::EventStream { ids: true, meta: false }, "data: {}\n\n"),
         ];
-        for (form, expected) in early {
-            assert_eq!(written_as(form, "{}", true), expected, "{form:?}");
+        for (encoding, expected) in early {
+            assert_eq!(written_as(encoding, "{}", true), expected, "{encoding:?}");
         }
-        let odd = written(Form::Rich, "no \"json\"");
+        let odd = written(Encoding::Rich, "no \"json\"");
         assert_eq!(odd, r#"{"t":"event","s":"aurora:alerts","p":"e1:5-0","x":"no \"json\""}"#);
-        assert_eq!(written(Form::Item, "no \"json\""), r#"["e1:5-0",null,"no \"json\""]"#);
+        assert_eq!(written(Encoding::BatchItem, "no \"json\""), r#"["e1:5-0",null,"no \"json\""]"#);
     }
 
     #[test]
-    fn every_form_has_its_own_variant() {
+    fn every_encoding_has_its_own_index() {
         let bools = [false, true];
-        let event_streams = bools.into_iter().flat_map(|ids| bools.map(|meta| Form::EventStream { ids, meta }));
-        let lines = bools.map(|meta| Form::Lines { meta });
-        let forms = [Form::WithPosition, Form::Rich, Form::Item].into_iter().chain(event_streams).chain(lines);
-        let mut variants: Vec<_> = forms.filter_map(Form::variant).collect();
+        let event_streams = bools.into_iter().flat_map(|ids| bools.map(|meta| Encoding::EventStream { ids, meta }));
+        let lines = bools.map(|meta| Encoding::Lines { meta });
+        let encodings =
+            [Encoding::WithPosition, Encoding::Rich, Encoding::BatchItem].into_iter().chain(event_streams).chain(lines);
+        let mut variants: Vec<_> = encodings.filter_map(Encoding::variant_index).collect();
         variants.sort_unstable();
         assert_eq!(variants, (0..VARIANTS).collect::<Vec<_>>());
     }
 
     #[test]
-    fn a_gap_names_its_bounds_as_far_as_they_are_known() {
+    fn gap_has_its_known_bounds() {
         let (after, stream) = (Some(position()), stream());
-        let gap = Notice::Gap { stream, after, before: None, reason: Reason::Trimmed };
+        let gap = ControlMessage::Gap { stream, after, before: None, reason: GapReason::Trimmed };
         let body = r#""s":"aurora:alerts","after":"e1:5-0","reason":"trimmed""#;
-        let rich = Form::Rich.tell(&gap).expect("told");
+        let rich = Encoding::Rich.encode_control(&gap).expect("encoded");
         assert_eq!(frames::payload(&rich), format!(r#"{{"t":"gap",{body}}}"#).as_bytes());
-        let events = Form::EventStream { ids: false, meta: false }.tell(&gap).expect("told");
+        let events = Encoding::EventStream { ids: false, meta: false }.encode_control(&gap).expect("encoded");
         assert_eq!(events, format!("event: gap\ndata: {{{body}}}\n\n").as_bytes());
         assert_eq!(
-            Form::Lines { meta: true }.tell(&gap).expect("told"),
+            Encoding::Lines { meta: true }.encode_control(&gap).expect("encoded"),
             format!("{{\"_gap\":{{{body}}}}}\n").as_bytes()
         );
-        assert_eq!(Form::Plain.tell(&gap), None);
+        assert_eq!(Encoding::Plain.encode_control(&gap), None);
     }
 }

@@ -1,19 +1,19 @@
 //! Server frames of the WebSocket protocol, ready for the wire.
 //!
-//! Frames from a server are not masked, so the same bytes serve every client. Only whole text messages and pings are
-//! made here; answers to a client's control frames come from the protocol's own state in `inbound`.
+//! Frames of a server are not masked, so the same bytes serve all clients. Only whole text messages and pings are made
+//! here. The protocol's own state in `session::reader` answers the control frames of clients.
 
 use std::borrow::Cow;
 use std::fmt::Display;
 use std::io::Write as _;
 
-/// First byte of a whole text message: final, opcode 1.
+/// The first byte of a whole text message: final, opcode 1.
 const TEXT: u8 = 0x81;
 
 /// A ping without payload.
 pub(crate) const PING: &[u8] = &[0x89, 0x00];
 
-/// The longest header of a server frame, in bytes.
+/// The maximum length of a server frame's header, in bytes.
 pub(crate) const MAX_HEADER: usize = 10;
 
 /// Appends one text message.
@@ -22,8 +22,9 @@ pub(crate) fn push_text(out: &mut Vec<u8>, payload: &[u8]) {
     out.extend_from_slice(payload);
 }
 
-/// The JSON object `payload` with members `_pos` and `_stream` added at its end, and `_lane` where the alert comes before
-/// its turn. There a parser that keeps the last of equal names takes ours. What is no object stays as it is.
+/// Returns the JSON object `payload` with `_pos` and `_stream` as its last properties, and `_lane` for an early alert.
+///
+/// Last, so that a parser which keeps the last of equal names takes ours. Other payloads stay as they are.
 pub(crate) fn with_position<'a>(
     payload: &'a [u8],
     position: impl Display,
@@ -33,16 +34,16 @@ pub(crate) fn with_position<'a>(
     let Some(open) = OpenObject::read(payload) else {
         return Cow::Borrowed(payload);
     };
-    // Neither positions nor stream names have characters that JSON escapes.
+    // Positions and stream names need no escapes.
     let mut object = Vec::with_capacity(open.text.len() + 96);
     object.extend_from_slice(open.text);
-    let comma = if open.has_members { "," } else { "" };
+    let comma = if open.has_properties { "," } else { "" };
     let lane = if is_early { r#","_lane":"critical""# } else { "" };
     write!(object, r#"{comma}"_pos":"{position}","_stream":"{stream}"{lane}}}"#).expect("writing to a Vec succeeds");
     Cow::Owned(object)
 }
 
-/// The payload of a frame made here.
+/// Returns the payload of a frame made here.
 pub(crate) fn payload(frame: &[u8]) -> &[u8] {
     let header = match frame.get(1) {
         Some(126) => 4,
@@ -52,7 +53,7 @@ pub(crate) fn payload(frame: &[u8]) -> &[u8] {
     frame.get(header..).unwrap_or_default()
 }
 
-/// The first of some frames made here, and the others; nothing at their end.
+/// Splits the first frame off some frames made here. Returns `None` at their end.
 pub(crate) fn split(frames: &[u8]) -> Option<(&[u8], &[u8])> {
     let length = match *frames.get(1)? {
         126 => 4 + usize::from(u16::from_be_bytes(frames.get(2..4)?.try_into().ok()?)),
@@ -78,7 +79,7 @@ fn push_header(out: &mut Vec<u8>, len: usize) {
 /// A JSON object without its closing brace.
 struct OpenObject<'a> {
     text: &'a [u8],
-    has_members: bool,
+    has_properties: bool,
 }
 
 impl<'a> OpenObject<'a> {
@@ -88,7 +89,7 @@ impl<'a> OpenObject<'a> {
         let end = payload.iter().rposition(|b| !is_space(b))?;
         let is_object = begin < end && payload[begin] == b'{' && payload[end] == b'}';
         let inner = is_object.then(|| &payload[begin + 1..end])?;
-        Some(Self { text: &payload[..end], has_members: !inner.iter().all(is_space) })
+        Some(Self { text: &payload[..end], has_properties: !inner.iter().all(is_space) })
     }
 }
 
@@ -99,7 +100,7 @@ mod tests {
 
     use super::*;
 
-    /// What a client's own protocol implementation reads from these bytes.
+    /// Reads bytes as a client's protocol implementation does.
     fn read_back(bytes: Vec<u8>, count: usize) -> Vec<String> {
         let mut client = WebSocket::from_partially_read(std::io::Cursor::new(Vec::new()), bytes, Role::Client, None);
         let mut texts = Vec::new();
@@ -113,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_of_every_length_class_are_read_back() {
+    fn frame_of_every_length_class_is_read_back() {
         let payloads: Vec<String> = [0, 1, 125, 126, 127, 65_535, 65_536, 70_000].map(|n| "x".repeat(n)).to_vec();
         let mut bytes = Vec::new();
         for text in &payloads {
@@ -132,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn position_and_stream_become_the_last_members_of_an_object() {
+    fn position_and_stream_are_the_last_properties() {
         let cases = [
             (r#"{"a":1}"#, r#"{"a":1,"_pos":"e:1-2","_stream":"s"}"#),
             ("{}", r#"{"_pos":"e:1-2","_stream":"s"}"#),
@@ -151,7 +152,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_texts_survive_framing(texts in proptest::collection::vec(".{0,300}", 1..20)) {
+        fn any_text_survives_framing(texts in proptest::collection::vec(".{0,300}", 1..20)) {
             let mut bytes = Vec::new();
             for text in &texts {
                 push_text(&mut bytes, text.as_bytes());

@@ -1,4 +1,4 @@
-//! The folder of audit files: their names, their lines, and the lock on all of them.
+//! The folder of the audit files: names, lines, and the lock.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, BufRead, BufReader};
@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 
 const LOCK: &str = ".lock";
 
-/// One file of a folder.
+/// One file of the folder.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct AuditFile {
-    /// Files are numbered from 1 in the order in which they were begun.
+    /// Its number, from 1, in the order of creation.
     pub(super) number: u64,
-    /// The day (UTC) on which it was begun, as `20260131`.
+    /// The day (UTC) of its creation, as `20260131`.
     pub(super) day: String,
     pub(super) path: PathBuf,
 }
@@ -33,7 +33,7 @@ impl AuditFile {
     }
 }
 
-/// All audit files of a folder, in order.
+/// Returns all audit files of a folder, in order.
 pub(super) fn list(folder: &Path) -> io::Result<Vec<AuditFile>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder)? {
@@ -43,35 +43,35 @@ pub(super) fn list(folder: &Path) -> io::Result<Vec<AuditFile>> {
     Ok(files)
 }
 
-/// Makes entries of the folder durable that were added or removed.
+/// Makes added and removed files of the folder durable.
 pub(super) fn sync_folder(folder: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
-/// Holds the folder for this process until it is dropped.
+/// Locks the folder for this process until dropped.
 #[derive(Debug)]
-pub(super) struct FolderLock(File);
+pub(super) struct AuditFolderLock(File);
 
-impl Drop for FolderLock {
+impl Drop for AuditFolderLock {
     fn drop(&mut self) {
-        // Closing alone would not do: a child process that is just being started shares the lock with us.
+        // Closing is not enough: a child process that is being started shares the lock.
         if let Err(error) = self.0.unlock() {
-            tracing::warn!(error = %error, "cannot let go of the audit folder");
+            tracing::warn!(error = %error, "cannot unlock the audit folder");
         }
     }
 }
 
-/// Takes the folder for this process; nothing where another one has it.
-pub(super) fn lock(folder: &Path) -> io::Result<Option<FolderLock>> {
+/// Locks the folder for this process. Returns `None` if another process has it.
+pub(super) fn lock(folder: &Path) -> io::Result<Option<AuditFolderLock>> {
     let file = OpenOptions::new().create(true).truncate(false).write(true).open(folder.join(LOCK))?;
     match file.try_lock() {
-        Ok(()) => Ok(Some(FolderLock(file))),
+        Ok(()) => Ok(Some(AuditFolderLock(file))),
         Err(TryLockError::WouldBlock) => Ok(None),
         Err(TryLockError::Error(error)) => Err(error),
     }
 }
 
-/// Whether a process is writing to the folder.
+/// Returns whether a process writes to the folder.
 pub(super) fn is_locked(folder: &Path) -> io::Result<bool> {
     let file = match File::open(folder.join(LOCK)) {
         Ok(file) => file,
@@ -87,7 +87,7 @@ pub(super) fn is_locked(folder: &Path) -> io::Result<bool> {
 
 /// Reads a file line by line into one buffer.
 #[derive(Debug)]
-pub(super) struct Lines {
+pub(super) struct FileLines {
     reader: BufReader<File>,
     buffer: Vec<u8>,
     next_offset: u64,
@@ -95,21 +95,21 @@ pub(super) struct Lines {
 
 /// One line, without its newline.
 #[derive(Debug)]
-pub(super) struct Line<'a> {
+pub(super) struct FileLine<'a> {
     pub(super) bytes: &'a [u8],
-    /// Where it begins in the file.
+    /// The position of its first byte in the file.
     pub(super) offset: u64,
-    /// Whether it ends with a newline; if not, it is the last one.
+    /// Whether it ends with a newline. Only the last line may lack it.
     pub(super) is_complete: bool,
 }
 
-impl Lines {
+impl FileLines {
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         let reader = BufReader::with_capacity(256 * 1024, File::open(path)?);
         Ok(Self { reader, buffer: Vec::new(), next_offset: 0 })
     }
 
-    pub(super) fn next(&mut self) -> io::Result<Option<Line<'_>>> {
+    pub(super) fn next(&mut self) -> io::Result<Option<FileLine<'_>>> {
         self.buffer.clear();
         let bytes = self.reader.read_until(b'\n', &mut self.buffer)?;
         if bytes == 0 {
@@ -121,7 +121,7 @@ impl Lines {
             Some(line) => (line, true),
             None => (self.buffer.as_slice(), false),
         };
-        Ok(Some(Line { bytes: line, offset, is_complete }))
+        Ok(Some(FileLine { bytes: line, offset, is_complete }))
     }
 }
 
@@ -130,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_is_free_at_once_though_a_child_process_inherited_the_lock() {
+    fn folder_is_free_although_a_child_inherited_the_lock() {
         let folder = tempfile::TempDir::new().expect("a temporary folder");
         let held = lock(folder.path()).expect("a readable folder").expect("a free folder");
         assert!(lock(folder.path()).expect("a readable folder").is_none());

@@ -1,22 +1,22 @@
-//! Which entries are in the audit files already.
+//! The index of recorded entries.
 //!
-//! Holds the ids of the file being written, and finds those of earlier files when asked for: each file says at its
-//! beginning how far every stream had come before it, so an id greater than that needs no earlier file. Entries
-//! come nearly in order, so earlier files are read only when a very late entry comes or a group is replayed.
+//! Holds the ids of the current file, and reads those of earlier files on demand. Each file begins with the greatest id
+//! of every stream in the files before it, so a greater id needs no earlier file. Entries arrive nearly in order. So
+//! earlier files are read only for a very late entry, or if a group is replayed.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 
 use tracing::warn;
 
-use super::files::{AuditFile, Lines};
-use super::record::{Content, Record};
+use super::files::{AuditFile, FileLines};
+use super::record::{ChainRecord, RecordContent};
 use crate::event::EntryId;
 
-/// Earlier files whose ids are kept in memory; a replay goes through files in order.
+/// Number of earlier files with ids in memory. A replay passes through the files in order.
 const EARLIER_FILES: usize = 2;
 
-/// The entries of one file.
+/// The recorded entries of one file.
 #[derive(Debug, Default)]
 pub(super) struct FileIndex {
     pub(super) number: u64,
@@ -31,7 +31,7 @@ impl FileIndex {
         Self { number, before, ids: HashMap::new() }
     }
 
-    /// Adds an id; it is not in the index yet.
+    /// Adds an id that is not in the index yet.
     pub(super) fn insert(&mut self, stream: &str, id: EntryId) {
         if let Some(ids) = self.ids.get_mut(stream) {
             let place = ids.partition_point(|known| *known < id);
@@ -45,12 +45,12 @@ impl FileIndex {
         self.ids.get(stream).is_some_and(|ids| ids.binary_search(&id).is_ok())
     }
 
-    /// Whether the id may be in a file before this one.
+    /// Returns whether a file before this one may have the id.
     fn may_be_before(&self, stream: &str, id: EntryId) -> bool {
         self.before.get(stream).is_some_and(|greatest| id <= *greatest)
     }
 
-    /// The greatest id of each stream in this file and those before.
+    /// Returns the greatest id of each stream in this file and the files before.
     pub(super) fn heads(&self) -> BTreeMap<String, EntryId> {
         let mut heads = self.before.clone();
         for (stream, ids) in &self.ids {
@@ -64,46 +64,46 @@ impl FileIndex {
 
     fn read(file: &AuditFile) -> io::Result<Self> {
         let mut index = Self::new(file.number, BTreeMap::new());
-        let mut lines = Lines::open(&file.path)?;
+        let mut lines = FileLines::open(&file.path)?;
         while let Some(line) = lines.next()? {
-            match Record::parse(line.bytes).map(|record| record.content) {
-                Ok(Content::File { heads, .. }) => index.before = heads,
-                Ok(Content::Entry { stream, id }) => index.insert(&stream, id),
-                Err(_) => warn!(file = %file.path.display(), offset = line.offset, "an audit record is damaged"),
+            match ChainRecord::parse(line.bytes).map(|record| record.content) {
+                Ok(RecordContent::File { heads, .. }) => index.before = heads,
+                Ok(RecordContent::Entry { stream, id }) => index.insert(&stream, id),
+                Err(_) => warn!(file = %file.path.display(), offset = line.offset, "audit record damaged, ignoring it"),
             }
         }
         Ok(index)
     }
 }
 
-/// What is known of an earlier file without reading it again.
+/// The known facts of an earlier file.
 #[derive(Debug)]
-struct Summary {
+struct FileSummary {
     before: BTreeMap<String, EntryId>,
     smallest: HashMap<String, EntryId>,
 }
 
-/// The entries of all files.
+/// The recorded entries of all files.
 #[derive(Debug)]
-pub(super) struct Index {
+pub(super) struct EntryIndex {
     pub(super) current: FileIndex,
     earlier: Vec<FileIndex>,
-    summaries: HashMap<u64, Summary>,
+    summaries: HashMap<u64, FileSummary>,
 }
 
-impl Index {
+impl EntryIndex {
     pub(super) fn new(current: FileIndex) -> Self {
         Self { current, earlier: Vec::new(), summaries: HashMap::new() }
     }
 
-    /// Begins the next file.
+    /// Starts the next file.
     pub(super) fn rotate(&mut self, number: u64) {
         let next = FileIndex::new(number, self.current.heads());
         let finished = std::mem::replace(&mut self.current, next);
         self.keep(finished);
     }
 
-    /// Whether the entry is recorded. `files` are all files, in order.
+    /// Returns whether the entry is recorded. `files` are all files, in order.
     pub(super) fn contains(&mut self, stream: &str, id: EntryId, files: &[AuditFile]) -> io::Result<bool> {
         if self.current.contains(stream, id) {
             return Ok(true);
@@ -114,7 +114,7 @@ impl Index {
             if !may_be_before {
                 return Ok(false);
             }
-            let is_out_of_range = |summary: &&Summary| summary.smallest.get(stream).is_none_or(|first| id < *first);
+            let is_out_of_range = |summary: &&FileSummary| summary.smallest.get(stream).is_none_or(|first| id < *first);
             if let Some(summary) = self.summaries.get(&file.number).filter(is_out_of_range) {
                 may_be_before = summary.before.get(stream).is_some_and(|greatest| id <= *greatest);
                 continue;
@@ -138,7 +138,7 @@ impl Index {
 
     fn keep(&mut self, index: FileIndex) -> &FileIndex {
         let smallest = index.ids.iter().filter_map(|(stream, ids)| Some((stream.clone(), *ids.first()?))).collect();
-        self.summaries.insert(index.number, Summary { before: index.before.clone(), smallest });
+        self.summaries.insert(index.number, FileSummary { before: index.before.clone(), smallest });
         if self.earlier.len() == EARLIER_FILES {
             self.earlier.remove(0);
         }

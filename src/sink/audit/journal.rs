@@ -1,6 +1,6 @@
-//! The audit files as their only writer sees them: opening after a crash, appending durably, rotating.
+//! The writer of the audit files: recovery after a crash, durable appends, rotation.
 //!
-//! Everything here blocks; it runs on the sink's own thread.
+//! All functions block. They run on the thread of the sink.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -11,37 +11,37 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use tracing::{info, warn};
 
-use super::files::{self, AuditFile, FolderLock, Lines};
-use super::index::{FileIndex, Index};
-use super::record::{self, Content, Head, Record};
+use super::files::{self, AuditFile, AuditFolderLock, FileLines};
+use super::index::{EntryIndex, FileIndex};
+use super::record::{self, ChainHead, ChainRecord, RecordContent};
 use crate::event::{EntryId, StreamName};
 
-/// Bytes of a record besides its body, at most.
+/// Maximum size of a record without its body, in bytes.
 const RECORD_OVERHEAD: u64 = 320;
 
-/// Entries of one stream, made ready to be recorded.
+/// Entries of one stream, encoded for the files.
 #[derive(Debug)]
-pub(super) struct Prepared {
+pub(super) struct PreparedBatch {
     pub(super) stream: StreamName,
     /// The bodies of all records, one after the other.
     pub(super) bodies: Vec<u8>,
-    /// Each entry, and where its body ends.
+    /// Each entry with the end of its body.
     pub(super) entries: Vec<(EntryId, usize)>,
 }
 
-impl Prepared {
-    /// Bytes that recording all of it takes, at most.
+impl PreparedBatch {
+    /// Returns the maximum number of bytes that the records take.
     pub(super) fn file_bytes(&self) -> u64 {
         self.bodies.len() as u64 + self.entries.len() as u64 * RECORD_OVERHEAD
     }
 }
 
-/// Why the files can't be opened or written.
+/// A failure to open or write the files.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum JournalError {
     #[error("cannot {action} `{path}`")]
     Io { action: &'static str, path: PathBuf, source: io::Error },
-    #[error("another process has the audit folder `{0}`")]
+    #[error("another process uses the audit folder `{0}`")]
     Locked(PathBuf),
     #[error(
         "the audit file `{file}` is damaged in line {line}: keep a copy for the investigation, then restore the \
@@ -54,12 +54,12 @@ fn failed<'a>(action: &'static str, path: &'a Path) -> impl Fn(io::Error) -> Jou
     move |source| JournalError::Io { action, path: path.to_owned(), source }
 }
 
-/// When to begin a new file.
+/// The conditions for a new file.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Rotation {
-    /// Before a file grows past so many bytes.
+pub(super) struct FileRotation {
+    /// The maximum size of a file.
     pub(super) max_bytes: u64,
-    /// With the first record of a day (UTC).
+    /// Whether each day (UTC) begins a new file.
     pub(super) daily: bool,
 }
 
@@ -67,34 +67,34 @@ pub(super) struct Rotation {
 #[derive(Debug)]
 pub(super) struct Journal {
     folder: PathBuf,
-    rotation: Rotation,
+    rotation: FileRotation,
     files: Vec<AuditFile>,
-    /// The last of `files`, once something was appended to it.
-    current: Option<Current>,
-    head: Head,
-    index: Index,
-    _lock: FolderLock,
+    /// The last of `files`, after the first append to it.
+    current: Option<CurrentFile>,
+    head: ChainHead,
+    index: EntryIndex,
+    _lock: AuditFolderLock,
 }
 
 #[derive(Debug)]
-struct Current {
+struct CurrentFile {
     file: File,
-    /// Bytes that are records, durable on disk.
+    /// Size of its records, which are durable.
     bytes: u64,
 }
 
-/// What a file was found to hold.
-struct Scanned {
-    head: Head,
+/// The content of a scanned file.
+struct ScannedFile {
+    head: ChainHead,
     index: FileIndex,
     bytes: u64,
 }
 
 impl Journal {
-    /// Opens the folder, makes it where there is none, and repairs what a crash left of the last record.
+    /// Opens or creates the folder, and repairs the last record after a crash.
     ///
-    /// Reads the last file as a whole and checks its chain.
-    pub(super) fn open(folder: &Path, rotation: Rotation) -> Result<Self, JournalError> {
+    /// Reads the whole last file and checks its chain.
+    pub(super) fn open(folder: &Path, rotation: FileRotation) -> Result<Self, JournalError> {
         fs::create_dir_all(folder).map_err(failed("create", folder))?;
         let lock = files::lock(folder).map_err(failed("lock", folder))?;
         let lock = lock.ok_or_else(|| JournalError::Locked(folder.to_owned()))?;
@@ -103,8 +103,8 @@ impl Journal {
             rotation,
             files: Vec::new(),
             current: None,
-            head: Head::default(),
-            index: Index::new(FileIndex::default()),
+            head: ChainHead::default(),
+            index: EntryIndex::new(FileIndex::default()),
             _lock: lock,
         };
         journal.load()?;
@@ -115,13 +115,13 @@ impl Journal {
     fn load(&mut self) -> Result<(), JournalError> {
         self.files = files::list(&self.folder).map_err(failed("read", &self.folder))?;
         let Some((last, earlier)) = self.files.split_last() else {
-            self.head = Head::default();
-            self.index = Index::new(FileIndex::default());
+            self.head = ChainHead::default();
+            self.index = EntryIndex::new(FileIndex::default());
             return Ok(());
         };
         let file = OpenOptions::new().append(true).open(&last.path).map_err(failed("open", &last.path))?;
         let mut scanned = scan(last, Some(&file))?;
-        // Complete records of a process that died may still be in memory only.
+        // Complete records of a process that was killed may not be on disk yet.
         file.sync_data().map_err(failed("sync", &last.path))?;
         if scanned.bytes == 0
             && let Some(previous) = earlier.last()
@@ -130,27 +130,27 @@ impl Journal {
             scanned.head = previous.head;
             scanned.index.before = previous.index.heads();
         }
-        self.current = Some(Current { file, bytes: scanned.bytes });
+        self.current = Some(CurrentFile { file, bytes: scanned.bytes });
         self.head = scanned.head;
-        self.index = Index::new(scanned.index);
+        self.index = EntryIndex::new(scanned.index);
         Ok(())
     }
 
-    /// Records the entries that are not recorded yet, durable on return; says how many they were.
+    /// Records the entries that are not recorded yet. Returns their number; they are durable.
     ///
-    /// After an error none, some or all are recorded, and the last file ends with a whole record.
-    pub(super) fn append(&mut self, batches: &[Prepared], now: Timestamp) -> Result<usize, JournalError> {
+    /// After an error none, some or all of them are recorded, and the last file ends with a whole record.
+    pub(super) fn append(&mut self, batches: &[PreparedBatch], now: Timestamp) -> Result<usize, JournalError> {
         if self.current.is_none() {
             self.load()?;
         }
         let result = self.try_append(batches, now);
         if result.is_err() {
-            self.retreat();
+            self.remove_failed_write();
         }
         result
     }
 
-    fn try_append(&mut self, batches: &[Prepared], now: Timestamp) -> Result<usize, JournalError> {
+    fn try_append(&mut self, batches: &[PreparedBatch], now: Timestamp) -> Result<usize, JournalError> {
         let recorded_at = record::recorded_at(now);
         let today = now.to_zoned(TimeZone::UTC).strftime("%Y%m%d").to_string();
         let mut appended = 0;
@@ -186,7 +186,7 @@ impl Journal {
     fn is_file_due(&self, buffered: usize, more: usize, today: &str) -> bool {
         let (Some(current), Some(file)) = (&self.current, self.files.last()) else { return true };
         let bytes = current.bytes + buffered as u64;
-        // A file without records is never left behind: the next one would have nothing to link to.
+        // A file without records is never left behind, because the next file could not link to it.
         let has_records = bytes > 0;
         let is_full = bytes + more as u64 + RECORD_OVERHEAD > self.rotation.max_bytes;
         let is_of_another_day = self.rotation.daily && file.day != today;
@@ -199,9 +199,9 @@ impl Journal {
         let created = OpenOptions::new().append(true).create_new(true).open(&file.path);
         let created = created.map_err(failed("create", &file.path))?;
         files::sync_folder(&self.folder).map_err(failed("sync", &self.folder))?;
-        info!(file = %file.path.display(), "began an audit file");
+        info!(file = %file.path.display(), "audit file created");
         self.files.push(file);
-        self.current = Some(Current { file: created, bytes: 0 });
+        self.current = Some(CurrentFile { file: created, bytes: 0 });
         self.index.rotate(number);
         Ok(())
     }
@@ -219,16 +219,16 @@ impl Journal {
         Ok(())
     }
 
-    /// Cuts off what a failed write left, and forgets what is only in memory: the next append reads it anew.
-    fn retreat(&mut self) {
+    /// Removes the rest of a failed write from the file and from memory. The next append reads the file again.
+    fn remove_failed_write(&mut self) {
         let Some(current) = self.current.take() else { return };
         let truncated = current.file.set_len(current.bytes).and_then(|()| current.file.sync_data());
         if let Err(error) = truncated {
-            warn!(folder = %self.folder.display(), error = %error, "cannot cut off a failed audit record");
+            warn!(folder = %self.folder.display(), error = %error, "cannot remove an incomplete audit record");
         }
     }
 
-    /// Whether so many bytes could be written now; leaves nothing behind.
+    /// Checks whether this number of bytes can be written now. Leaves no trace.
     pub(super) fn probe(&self, bytes: u64) -> Result<(), JournalError> {
         let path = self.folder.join(".probe");
         let write = || -> io::Result<()> {
@@ -244,27 +244,28 @@ impl Journal {
     }
 }
 
-/// Reads a file's records and checks their chain. With `repair`, the same file open for appending, an incomplete
-/// end is cut off.
-fn scan(file: &AuditFile, repair: Option<&File>) -> Result<Scanned, JournalError> {
-    let mut scanned = Scanned { head: Head::default(), index: FileIndex::new(file.number, BTreeMap::new()), bytes: 0 };
-    let mut lines = Lines::open(&file.path).map_err(failed("open", &file.path))?;
+/// Reads the records of a file and checks their chain. With `repair`, the same file open for appending, an incomplete
+/// end is removed.
+fn scan(file: &AuditFile, repair: Option<&File>) -> Result<ScannedFile, JournalError> {
+    let mut scanned =
+        ScannedFile { head: ChainHead::default(), index: FileIndex::new(file.number, BTreeMap::new()), bytes: 0 };
+    let mut lines = FileLines::open(&file.path).map_err(failed("open", &file.path))?;
     let damaged = |line| JournalError::Damaged { file: file.path.clone(), line };
     let mut number = 0;
     while let Some(line) = lines.next().map_err(failed("read", &file.path))? {
         number += 1;
-        let record = Record::parse(line.bytes).ok().filter(|record| match &record.content {
-            Content::File { number: named, .. } => number == 1 && *named == file.number,
-            Content::Entry { .. } => scanned.head.is_followed_by(record),
+        let record = ChainRecord::parse(line.bytes).ok().filter(|record| match &record.content {
+            RecordContent::File { number: named, .. } => number == 1 && *named == file.number,
+            RecordContent::Entry { .. } => scanned.head.is_followed_by(record),
         });
         let Some(record) = record else {
             let Some(end) = repair else { return Err(damaged(number)) };
             if !line.is_complete {
-                warn!(file = %file.path.display(), offset = line.offset, "cut off an incomplete audit record");
+                warn!(file = %file.path.display(), offset = line.offset, "incomplete audit record removed");
             } else if line.bytes.contains(&0) {
-                // Storage that lost power amid a write leaves zeros, which no record has.
+                // A power cut during a write can leave zeros, which no record has.
                 let copy = set_aside(file, line.offset).map_err(failed("set aside the end of", &file.path))?;
-                warn!(file = %file.path.display(), copy = %copy.display(), "set aside an end full of zeros");
+                warn!(file = %file.path.display(), copy = %copy.display(), "trailing zeros moved to a copy");
             } else {
                 return Err(damaged(number));
             }
@@ -273,8 +274,8 @@ fn scan(file: &AuditFile, repair: Option<&File>) -> Result<Scanned, JournalError
         };
         scanned.head = record.head();
         match record.content {
-            Content::File { heads, .. } => scanned.index.before = heads,
-            Content::Entry { stream, id } => scanned.index.insert(&stream, id),
+            RecordContent::File { heads, .. } => scanned.index.before = heads,
+            RecordContent::Entry { stream, id } => scanned.index.insert(&stream, id),
         }
         scanned.bytes = line.offset + line.bytes.len() as u64 + 1;
         if !line.is_complete {
@@ -286,7 +287,7 @@ fn scan(file: &AuditFile, repair: Option<&File>) -> Result<Scanned, JournalError
     Ok(scanned)
 }
 
-/// Copies what follows `offset` to a file beside it, for whoever wants to know what was there.
+/// Copies the bytes after `offset` to a file beside it, for an investigation.
 fn set_aside(file: &AuditFile, offset: u64) -> io::Result<PathBuf> {
     let copy = file.path.with_extension(format!("cut-at-{offset}"));
     let mut source = File::open(&file.path)?;

@@ -1,21 +1,20 @@
-//! The lines of the audit files: how one is made, read, and linked to the one before. Pure.
+//! The lines of the audit files: encoding, decoding and chaining. Pure.
 //!
-//! A line is one JSON object, closed by the hash of everything in it before the member `hash`:
+//! A line is one JSON object. Its last property `hash` is the hash of all bytes before it:
 //!
 //! ```text
 //! {"seq":8,"prev":"<hash of record 7>","recorded_at":"…","stream":"aurora:audit","id":"17-0","event_id":"…",
 //!  "fields":{"id":"…","data":"…"},"hash":"<SHA-256, hex>"}
 //! ```
 //!
-//! Every file begins with a record that says which file it is and the greatest entry id of each stream in the files
-//! before it:
+//! Every file begins with a record of its own number and of the greatest entry id per stream in the files before it:
 //!
 //! ```text
 //! {"seq":9,"prev":"…","recorded_at":"…","file":2,"heads":{"aurora:audit":"17-0"},"hash":"…"}
 //! ```
 //!
-//! Values of `fields` are the original bytes: a text where they are UTF-8, else `{"base64":"…"}`. Where the names of
-//! an entry's fields repeat or are not UTF-8, `fields` is an array of pairs instead of an object, in the original order.
+//! Values of `fields` are the original bytes: a text if they are UTF-8, else `{"base64":"…"}`. If names of fields
+//! repeat or are not UTF-8, `fields` is an array of pairs in the original order instead of an object.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -33,11 +32,11 @@ const HEX_BYTES: usize = 64;
 /// `,"hash":"…"}`
 const SUFFIX_BYTES: usize = HASH_MEMBER.len() + HEX_BYTES + 2;
 
-/// SHA-256 of a record.
+/// The SHA-256 hash of a record.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Hash([u8; 32]);
+pub(super) struct RecordHash([u8; 32]);
 
-impl Hash {
+impl RecordHash {
     fn of(bytes: &[u8]) -> Self {
         Self(Sha256::digest(bytes).into())
     }
@@ -66,29 +65,29 @@ impl Hash {
     }
 }
 
-impl fmt::Display for Hash {
+impl fmt::Display for RecordHash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
     }
 }
 
-impl fmt::Debug for Hash {
+impl fmt::Debug for RecordHash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
 }
 
-/// The end of a chain of records: where the next one is linked to.
+/// The end of a chain. The next record is linked to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Head {
+pub(super) struct ChainHead {
     /// Sequence number of the last record; 0 before the first.
     pub(super) seq: u64,
-    /// Its hash; zeros before the first.
-    pub(super) hash: Hash,
+    /// The hash of the last record; zeros before the first.
+    pub(super) hash: RecordHash,
 }
 
-impl Head {
-    /// Appends the next record's line to `out`; `body` is its members after `recorded_at`.
+impl ChainHead {
+    /// Appends the line of the next record to `out`. `body` has its properties after `recorded_at`.
     pub(super) fn seal(&mut self, recorded_at: &str, body: &[u8], out: &mut Vec<u8>) {
         let start = out.len();
         let seq = self.seq + 1;
@@ -98,25 +97,25 @@ impl Head {
         out.extend_from_slice(recorded_at.as_bytes());
         out.extend_from_slice(br#"","#);
         out.extend_from_slice(body);
-        let hash = Hash::of(&out[start..]);
+        let hash = RecordHash::of(&out[start..]);
         out.extend_from_slice(HASH_MEMBER);
         hash.push_hex(out);
         out.extend_from_slice(b"\"}\n");
         *self = Self { seq, hash };
     }
 
-    /// Whether a record is the next one.
-    pub(super) fn is_followed_by(self, record: &Record<'_>) -> bool {
+    /// Returns whether a record is the next one.
+    pub(super) fn is_followed_by(self, record: &ChainRecord<'_>) -> bool {
         record.seq == self.seq + 1 && record.prev == self.hash
     }
 }
 
-/// The time as records hold it: RFC 3339, UTC, milliseconds.
+/// Formats a time for records: RFC 3339, UTC, milliseconds.
 pub(super) fn recorded_at(now: Timestamp) -> String {
     format!("{now:.3}")
 }
 
-/// The members of an entry's record.
+/// Writes the properties of an entry's record.
 pub(super) fn entry_body(stream: &StreamName, entry: &Entry, out: &mut Vec<u8>) {
     out.extend_from_slice(br#""stream":"#);
     push_text(stream.as_str(), out);
@@ -129,7 +128,7 @@ pub(super) fn entry_body(stream: &StreamName, entry: &Entry, out: &mut Vec<u8>) 
     push_fields(&entry.fields, out);
 }
 
-/// The members of the record that begins a file.
+/// Writes the properties of the record that begins a file.
 pub(super) fn file_body(file: u64, heads: &BTreeMap<String, EntryId>, out: &mut Vec<u8>) {
     out.extend_from_slice(format!(r#""file":{file},"heads":{{"#).as_bytes());
     for (n, (stream, id)) in heads.iter().enumerate() {
@@ -179,36 +178,36 @@ fn push_text(text: &str, out: &mut Vec<u8>) {
     serde_json::to_writer(out, text).expect("writing to a Vec succeeds");
 }
 
-/// A record as read back.
+/// A decoded record.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Record<'a> {
+pub(super) struct ChainRecord<'a> {
     pub(super) seq: u64,
-    pub(super) prev: Hash,
-    pub(super) hash: Hash,
+    pub(super) prev: RecordHash,
+    pub(super) hash: RecordHash,
     pub(super) recorded_at: &'a str,
-    pub(super) content: Content,
+    pub(super) content: RecordContent,
 }
 
-/// What a record records.
+/// The content of a record.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Content {
+pub(super) enum RecordContent {
     /// The beginning of a file.
     File { number: u64, heads: BTreeMap<String, EntryId> },
     /// An entry of a stream.
     Entry { stream: String, id: EntryId },
 }
 
-/// Why a line is no record.
+/// The reason why a line is not a valid record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Unreadable {
-    /// It has not the form of one.
+    /// It does not have the form of a record.
     NotARecord,
-    /// It is one, but not the one its hash was made of.
+    /// Its content does not match its hash.
     Changed,
 }
 
-impl<'a> Record<'a> {
-    /// Reads a line (without its newline) and checks its hash.
+impl<'a> ChainRecord<'a> {
+    /// Decodes a line without its newline, and checks its hash.
     pub(super) fn parse(line: &'a [u8]) -> Result<Self, Unreadable> {
         #[derive(Deserialize)]
         struct Members<'a> {
@@ -224,28 +223,28 @@ impl<'a> Record<'a> {
         let body_bytes = line.len().checked_sub(SUFFIX_BYTES).ok_or(Unreadable::NotARecord)?;
         let (body, suffix) = line.split_at(body_bytes);
         let hex = suffix.strip_prefix(HASH_MEMBER).and_then(|rest| rest.strip_suffix(b"\"}"));
-        let hash = hex.and_then(Hash::from_hex).ok_or(Unreadable::NotARecord)?;
+        let hash = hex.and_then(RecordHash::from_hex).ok_or(Unreadable::NotARecord)?;
         let members: Members<'a> = serde_json::from_slice(line).map_err(|_not_json| Unreadable::NotARecord)?;
-        if Hash::of(body) != hash {
+        if RecordHash::of(body) != hash {
             return Err(Unreadable::Changed);
         }
-        let prev = Hash::from_hex(members.prev.as_bytes()).ok_or(Unreadable::NotARecord)?;
+        let prev = RecordHash::from_hex(members.prev.as_bytes()).ok_or(Unreadable::NotARecord)?;
         let content = match (members.file, members.heads, members.stream, members.id) {
             (Some(number), Some(heads), None, None) => {
                 let parsed = heads.into_iter().map(|(stream, id)| id.parse().ok().map(|id| (stream, id)));
-                Content::File { number, heads: parsed.collect::<Option<_>>().ok_or(Unreadable::NotARecord)? }
+                RecordContent::File { number, heads: parsed.collect::<Option<_>>().ok_or(Unreadable::NotARecord)? }
             }
             (None, None, Some(stream), Some(id)) => {
-                Content::Entry { stream, id: id.parse().map_err(|_no_id| Unreadable::NotARecord)? }
+                RecordContent::Entry { stream, id: id.parse().map_err(|_no_id| Unreadable::NotARecord)? }
             }
             _ => return Err(Unreadable::NotARecord),
         };
         Ok(Self { seq: members.seq, prev, hash, recorded_at: members.recorded_at, content })
     }
 
-    /// The chain's end when this is its last record.
-    pub(super) fn head(&self) -> Head {
-        Head { seq: self.seq, hash: self.hash }
+    /// Returns the end of the chain if this is its last record.
+    pub(super) fn head(&self) -> ChainHead {
+        ChainHead { seq: self.seq, hash: self.hash }
     }
 }
 
@@ -263,12 +262,12 @@ mod tests {
         let entry = Entry { id: EntryId::new(7, 1), fields };
         let (mut body, mut out) = (Vec::new(), Vec::new());
         entry_body(&"aurora:audit".parse().expect("a valid name"), &entry, &mut body);
-        Head::default().seal(NOW, &body, &mut out);
+        ChainHead::default().seal(NOW, &body, &mut out);
         assert_eq!(out.pop(), Some(b'\n'));
         out
     }
 
-    /// The original fields, read back from a line.
+    /// Returns the original fields of a line.
     fn fields_of(line: &[u8]) -> Fields {
         fn bytes(value: &Value) -> Bytes {
             match value {
@@ -285,33 +284,33 @@ mod tests {
     }
 
     #[test]
-    fn a_record_says_what_it_is() {
+    fn record_of_an_entry_round_trips() {
         let fields = [("id", "e-1"), ("data", "{\"a\":\"\n\"}")];
         let line = line_of(fields.iter().map(|(n, v)| (Bytes::from(*n), Bytes::from(*v))).collect());
         let text = String::from_utf8(line.clone()).expect("UTF-8");
         let expected = r#""stream":"aurora:audit","id":"7-1","event_id":"e-1","fields":{"id":"e-1","data":"#;
         assert!(text.starts_with(r#"{"seq":1,"prev":"0000"#) && text.contains(expected), "{text}");
-        let record = Record::parse(&line).expect("a record");
-        assert!(Head::default().is_followed_by(&record));
-        assert_eq!(record.content, Content::Entry { stream: "aurora:audit".to_owned(), id: EntryId::new(7, 1) });
+        let record = ChainRecord::parse(&line).expect("a record");
+        assert!(ChainHead::default().is_followed_by(&record));
+        assert_eq!(record.content, RecordContent::Entry { stream: "aurora:audit".to_owned(), id: EntryId::new(7, 1) });
     }
 
     #[test]
-    fn the_record_of_a_file_survives_its_line() {
+    fn record_of_a_file_round_trips() {
         let heads = BTreeMap::from([("a".to_owned(), EntryId::new(1, 2)), ("b".to_owned(), EntryId::MAX)]);
         let (mut body, mut line) = (Vec::new(), Vec::new());
         file_body(3, &heads, &mut body);
-        let mut head = Head::default();
+        let mut head = ChainHead::default();
         head.seal(NOW, &body, &mut line);
         line.pop();
-        let record = Record::parse(&line).expect("a record");
-        assert_eq!(record.content, Content::File { number: 3, heads });
+        let record = ChainRecord::parse(&line).expect("a record");
+        assert_eq!(record.content, RecordContent::File { number: 3, heads });
         assert_eq!(record.head(), head);
     }
 
     proptest! {
         #[test]
-        fn every_field_survives_byte_for_byte(
+        fn every_field_round_trips_byte_for_byte(
             pairs in prop::collection::vec(any::<(Vec<u8>, Vec<u8>)>(), 0..6)
         ) {
             let fields: Fields = pairs.into_iter().map(|(n, v)| (Bytes::from(n), Bytes::from(v))).collect();
@@ -321,21 +320,21 @@ mod tests {
                 pairs.sort();
                 pairs
             };
-            // A parsed JSON object has no order; the line itself has.
+            // A parsed JSON object has no order, the line has.
             prop_assert_eq!(sorted(&read), sorted(&fields));
         }
 
         #[test]
-        fn a_changed_byte_makes_a_line_unreadable(position: prop::sample::Index, change in 1_u8..) {
+        fn changed_byte_makes_a_line_unreadable(position: prop::sample::Index, change in 1_u8..) {
             let mut line = line_of([(Bytes::from("data"), Bytes::from("{\"title\":\"x\"}"))].into_iter().collect());
             let position = position.index(line.len());
             line[position] ^= change;
-            prop_assert!(Record::parse(&line).is_err());
+            prop_assert!(ChainRecord::parse(&line).is_err());
         }
 
         #[test]
-        fn no_bytes_make_parsing_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
-            prop_assert!(Record::parse(&bytes).is_err());
+        fn parsing_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            prop_assert!(ChainRecord::parse(&bytes).is_err());
         }
     }
 }

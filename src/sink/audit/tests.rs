@@ -30,10 +30,10 @@ fn config(folder: &TempDir) -> AuditConfig {
 }
 
 fn small_files(folder: &TempDir) -> AuditConfig {
-    AuditConfig { max_file_size: SMALLEST_FILE, ..config(folder) }
+    AuditConfig { max_file_size: MIN_FILE_SIZE, ..config(folder) }
 }
 
-/// Writes and closes, once per batch of ids.
+/// Writes and closes the sink once per batch of ids.
 async fn record(config: &AuditConfig, batches: &[&[u64]]) {
     for ids in batches {
         let sink = AuditSink::open("audit", config.clone()).await.unwrap();
@@ -42,7 +42,7 @@ async fn record(config: &AuditConfig, batches: &[&[u64]]) {
     }
 }
 
-/// The ids of all recorded entries, in the order of the files.
+/// Returns the ids of all recorded entries, in the order of the files.
 fn recorded(folder: &Path) -> Vec<u64> {
     let files = list(folder).unwrap();
     let lines = files.iter().map(|file| fs::read_to_string(&file.path).unwrap());
@@ -52,9 +52,9 @@ fn recorded(folder: &Path) -> Vec<u64> {
 }
 
 #[tokio::test]
-async fn an_entry_is_recorded_once_however_often_and_late_it_is_delivered() {
+async fn entry_delivered_again_or_late_is_recorded_once() {
     let folder = TempDir::new().unwrap();
-    // 12 entries do not fit into one file of the smallest size, so that earlier files are asked too.
+    // 12 entries do not fit into one file of the smallest size, so earlier files are read too.
     let batches: [&[u64]; 5] =
         [&[1, 2, 3, 3, 4], &[10, 11, 12, 13, 14, 15, 16, 17, 18, 19], &[4, 1, 18, 30], &[5, 5, 2, 29], &[29, 5]];
     record(&small_files(&folder), &batches).await;
@@ -65,7 +65,7 @@ async fn an_entry_is_recorded_once_however_often_and_late_it_is_delivered() {
 }
 
 #[tokio::test]
-async fn the_same_id_in_two_streams_is_two_entries() {
+async fn same_id_in_two_streams_is_two_entries() {
     let folder = TempDir::new().unwrap();
     let sink = AuditSink::open("audit", config(&folder)).await.unwrap();
     for stream in ["a", "b", "a"] {
@@ -76,7 +76,7 @@ async fn the_same_id_in_two_streams_is_two_entries() {
 }
 
 #[tokio::test]
-async fn workers_that_share_the_sink_write_one_chain() {
+async fn workers_of_one_sink_write_one_chain() {
     let folder = TempDir::new().unwrap();
     let sink = Arc::new(AuditSink::open("audit", small_files(&folder)).await.unwrap());
     let mut workers = tokio::task::JoinSet::new();
@@ -99,18 +99,18 @@ async fn workers_that_share_the_sink_write_one_chain() {
 }
 
 #[tokio::test]
-async fn a_second_process_on_the_same_folder_is_refused() {
+async fn second_process_on_the_folder_is_refused() {
     let folder = TempDir::new().unwrap();
     let first = AuditSink::open("audit", config(&folder)).await.unwrap();
     let error = AuditSink::open("audit", config(&folder)).await.unwrap_err();
-    assert!(chain(&error).contains("another process has the audit folder"), "{error:?}");
+    assert!(chain(&error).contains("another process uses the audit folder"), "{error:?}");
     assert!(verify(folder.path()).unwrap().is_in_use);
     first.close().await;
     AuditSink::open("audit", config(&folder)).await.unwrap();
 }
 
 #[tokio::test]
-async fn a_record_cut_short_by_a_crash_is_cut_off_and_recorded_again() {
+async fn record_cut_short_by_a_crash_is_recorded_again() {
     let folder = TempDir::new().unwrap();
     record(&config(&folder), &[&[1, 2, 3]]).await;
     let path = list(folder.path()).unwrap()[0].path.clone();
@@ -125,7 +125,7 @@ async fn a_record_cut_short_by_a_crash_is_cut_off_and_recorded_again() {
 }
 
 #[tokio::test]
-async fn a_file_whose_first_record_was_cut_short_is_begun_again() {
+async fn file_with_a_cut_first_record_is_begun_again() {
     let folder = TempDir::new().unwrap();
     record(&small_files(&folder), &[&(1..=10).collect::<Vec<_>>(), &(11..=20).collect::<Vec<_>>()]).await;
     let last = list(folder.path()).unwrap().pop().unwrap();
@@ -138,7 +138,7 @@ async fn a_file_whose_first_record_was_cut_short_is_begun_again() {
 }
 
 #[tokio::test]
-async fn zeros_left_by_a_power_cut_are_set_aside() {
+async fn zeros_left_by_a_power_cut_are_moved_to_a_copy() {
     let folder = TempDir::new().unwrap();
     record(&config(&folder), &[&[1, 2, 3]]).await;
     let path = list(folder.path()).unwrap()[0].path.clone();
@@ -158,7 +158,7 @@ async fn zeros_left_by_a_power_cut_are_set_aside() {
 }
 
 #[tokio::test]
-async fn a_changed_record_in_the_last_file_is_not_built_upon() {
+async fn changed_record_in_the_last_file_is_refused() {
     let folder = TempDir::new().unwrap();
     record(&config(&folder), &[&[1, 2, 3]]).await;
     let path = list(folder.path()).unwrap()[0].path.clone();
@@ -169,11 +169,11 @@ async fn a_changed_record_in_the_last_file_is_not_built_upon() {
 }
 
 #[tokio::test]
-async fn a_folder_that_cannot_be_written_is_a_transient_failure_that_heals() {
+async fn unwritable_folder_is_a_transient_failure() {
     let folder = TempDir::new().unwrap();
     let sink = AuditSink::open("audit", config(&folder)).await.unwrap();
     sink.deliver(&origin("aurora:audit"), &deliveries([1])).await.unwrap();
-    // What stands in the way of the next file also stands in the way of root, unlike missing rights.
+    // A folder in place of the next file stops even root, unlike missing permissions.
     let today = Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC).strftime("%Y%m%d").to_string();
     let obstacle = folder.path().join(format!("audit-00000002-{today}.jsonl"));
     let yesterday = folder.path().join("audit-00000001-20200101.jsonl");
@@ -192,7 +192,7 @@ async fn a_folder_that_cannot_be_written_is_a_transient_failure_that_heals() {
 }
 
 #[tokio::test]
-async fn files_moved_to_an_archive_leave_the_rest_verifiable() {
+async fn archived_files_leave_the_rest_verifiable() {
     let folder = TempDir::new().unwrap();
     record(&small_files(&folder), &[&(1..=30).collect::<Vec<_>>()]).await;
     let files = list(folder.path()).unwrap();
@@ -201,10 +201,10 @@ async fn files_moved_to_an_archive_leave_the_rest_verifiable() {
     assert!(report.is_intact() && report.first_seq > 1, "{report:?}");
     fs::remove_file(&files[2].path).unwrap();
     let report = verify(folder.path()).unwrap();
-    assert!(matches!(report.problems[0].flaw, Flaw::Missing { .. }), "{report:?}");
+    assert!(matches!(report.problems[0].flaw, AuditFlaw::Missing { .. }), "{report:?}");
 }
 
-/// Files with 30 entries, as they were written.
+/// Returns files with 30 entries, as they were written.
 fn written() -> Vec<(PathBuf, Vec<u8>)> {
     let folder = TempDir::new().unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -221,7 +221,7 @@ fn verify_files(files: &[(PathBuf, Vec<u8>)]) -> VerifyReport {
     verify(folder.path()).unwrap()
 }
 
-/// All lines with their newlines, and the file each is in.
+/// Returns all lines with their newlines, and the file of each.
 fn lines(files: &[(PathBuf, Vec<u8>)]) -> Vec<(usize, Vec<u8>)> {
     let of_file = |(n, (_, bytes)): (usize, &(PathBuf, Vec<u8>))| {
         bytes.split_inclusive(|b| *b == b'\n').map(|line| (n, line.to_vec())).collect::<Vec<_>>()
@@ -235,7 +235,7 @@ fn rebuilt(files: &[(PathBuf, Vec<u8>)], lines: &[(usize, Vec<u8>)]) -> Vec<(Pat
 }
 
 #[test]
-fn a_problem_names_its_file_line_and_record() {
+fn problem_names_file_line_and_record() {
     let files = written();
     let mut changed = files.clone();
     let text = String::from_utf8(changed[1].1.clone()).unwrap();
@@ -243,22 +243,22 @@ fn a_problem_names_its_file_line_and_record() {
     changed[1].1 = text.replace(line, &line.replace("event", "EVENT")).into_bytes();
     let report = verify_files(&changed);
     assert_eq!((report.problem_count, report.problems[0].line), (1, 3), "{report:?}");
-    assert_eq!(report.problems[0].flaw, Flaw::Changed);
+    assert_eq!(report.problems[0].flaw, AuditFlaw::Changed);
     assert!(report.problems[0].file.ends_with(&files[1].0), "{report:?}");
     assert!(line.starts_with(&format!("{{\"seq\":{},", report.problems[0].expected_seq)), "{line}");
 }
 
 #[test]
-fn a_record_rewritten_with_a_matching_hash_is_found_by_the_next_one() {
+fn rewritten_record_is_found_by_the_next_one() {
     let files = written();
     let mut all = lines(&files);
     let body = br#""stream":"aurora:audit","id":"9-9","event_id":null,"fields":{}"#;
     let before = all[3].1.clone();
-    let mut head = record::Record::parse(before.strip_suffix(b"\n").unwrap()).unwrap().head();
+    let mut head = record::ChainRecord::parse(before.strip_suffix(b"\n").unwrap()).unwrap().head();
     all[4].1.clear();
     head.seal("2026-01-01T00:00:00.000Z", body, &mut all[4].1);
     let report = verify_files(&rebuilt(&files, &all));
-    assert_eq!(report.problems[0].flaw, Flaw::NotLinked, "{report:?}");
+    assert_eq!(report.problems[0].flaw, AuditFlaw::NotLinked, "{report:?}");
 }
 
 proptest! {
@@ -277,7 +277,7 @@ proptest! {
                 let byte = to.index(all[place].1.len());
                 all[place].1[byte] ^= change;
             }
-            // That the last record is missing is what a chain cannot show, and a first file can be archived.
+            // A missing last record does not show in a chain, and a first file can be archived.
             1 => {
                 prop_assume!(place + 1 < all.len());
                 all.remove(place);

@@ -1,4 +1,4 @@
-//! How the server is reached, and what is written there.
+//! The configuration of a PostgreSQL sink.
 
 use std::io;
 use std::path::PathBuf;
@@ -13,35 +13,35 @@ use url::Url;
 use super::table::TableName;
 use crate::secret::MASK;
 use crate::tls::{self, NoTrust};
+use crate::validate::{Problems, Validate};
 
-/// Where rows are written, and how.
+/// The server, the table, and the size of transactions.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct PostgresConfig {
-    /// `postgres://[user[:password]@]host[:port][,…]/database[?sslmode=disable|prefer|require&…]`. Where TLS is used,
-    /// the server's certificate is verified; `prefer` (the default) goes without where the server has none.
+    /// URL: `postgres://[user[:password]@]host[:port][,…]/database[?sslmode=disable|prefer|require&…]`. With TLS the
+    /// server's certificate is verified. With `prefer` (the default) the connection is plain if the server has no TLS.
     #[serde(serialize_with = "masked_url")]
     pub url: SecretString,
-    /// A file that holds the password, instead of one in the URL. Read for each connection; a line end is ignored.
+    /// File with the password, instead of one in the URL. Read for each connection; a line end is ignored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub password_file: Option<PathBuf>,
-    /// The certificates to trust, in PEM; those of the system where it is absent.
+    /// File with trusted certificates, in PEM; by default those of the system.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca_file: Option<PathBuf>,
-    /// `table` or `schema.table`.
+    /// Name of the table: `table` or `schema.table`.
     #[serde(default = "default::table")]
     pub table: TableName,
-    /// Whether to create the table where it is missing.
+    /// Whether to create the table if it is missing.
     #[serde(default = "default::create_table")]
     pub create_table: bool,
-    /// The most rows in one transaction, 1 to 10,000.
+    /// Maximum number of rows per transaction, 1 to 10,000.
     #[serde(default = "default::batch")]
     pub batch: usize,
-    /// The most connections, 1 to 64. They are opened as they are needed: one for each call that a group makes at a
-    /// time.
+    /// Maximum number of connections, 1 to 64. They are opened on demand: one for each concurrent call of a group.
     #[serde(default = "default::connections")]
     pub connections: usize,
-    /// How long connecting may take, and then each transaction; 100 ms to 5 min.
+    /// Timeout of a connection attempt, and of each transaction; 100 ms to 5 min.
     #[serde(default = "default::timeout", with = "humantime_serde")]
     pub timeout: Duration,
 }
@@ -76,7 +76,7 @@ fn masked_url<S: Serializer>(url: &SecretString, serializer: S) -> Result<S::Ok,
     serializer.serialize_str(&masked(url.expose_secret()))
 }
 
-/// The URL without its password; no part of it where it can't be told what the password is.
+/// Returns the URL with a masked password. Masks all of it if the password cannot be located.
 fn masked(url: &str) -> String {
     let Ok(mut url) = Url::parse(url) else { return MASK.to_owned() };
     if url.password().is_some() && url.set_password(Some(MASK)).is_err() {
@@ -91,9 +91,9 @@ fn masked(url: &str) -> String {
     url.into()
 }
 
-/// Why the configuration can't be used. Never holds a password.
+/// A configuration error. Never contains a password.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum InvalidConfig {
+pub(super) enum InvalidPostgresConfig {
     #[error("url: {0}")]
     Url(String),
     #[error("password_file: cannot read {path}", path = path.display())]
@@ -102,53 +102,49 @@ pub(super) enum InvalidConfig {
     Trust(NoTrust),
 }
 
-/// Everything that opening a connection needs, checked.
+/// The checked settings of connections.
 #[derive(Clone)]
-pub(super) struct Settings {
+pub(super) struct PostgresSettings {
     pub(super) server: tokio_postgres::Config,
     pub(super) password_file: Option<PathBuf>,
     pub(super) tls: MakeRustlsConnect,
     pub(super) timeout: Duration,
-    /// Hosts, for messages.
+    /// The hosts, for messages.
     pub(super) address: String,
 }
 
-/// Without the credentials.
-impl std::fmt::Debug for Settings {
+/// Omits the credentials.
+impl std::fmt::Debug for PostgresSettings {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Settings").field("address", &self.address).finish_non_exhaustive()
+        f.debug_struct("PostgresSettings").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
+impl Validate for PostgresConfig {
+    fn validate(&self, problems: &mut Problems) {
+        if let Err(message) = self.server() {
+            problems.add("url", message);
+        }
+        let is_valid = (1..=10_000).contains(&self.batch);
+        problems.require(is_valid, "batch", format_args!("must be from 1 to 10000, not {}", self.batch));
+        let is_valid = (1..=64).contains(&self.connections);
+        problems.require(is_valid, "connections", format_args!("must be from 1 to 64, not {}", self.connections));
+        let is_valid = (Duration::from_millis(100)..=Duration::from_mins(5)).contains(&self.timeout);
+        let timeout = humantime_serde::re::humantime::format_duration(self.timeout);
+        problems.require(is_valid, "timeout", format_args!("must be from 100ms to 5min, not {timeout}"));
     }
 }
 
 impl PostgresConfig {
-    /// Every key that makes no sense, with the reason.
-    pub fn problems(&self) -> Vec<(&'static str, String)> {
-        let mut problems = Vec::new();
-        if let Err(error) = self.server() {
-            problems.push(("url", error));
-        }
-        if !(1..=10_000).contains(&self.batch) {
-            problems.push(("batch", format!("must be 1 to 10000, not {}", self.batch)));
-        }
-        if !(1..=64).contains(&self.connections) {
-            problems.push(("connections", format!("must be 1 to 64, not {}", self.connections)));
-        }
-        if !(Duration::from_millis(100)..=Duration::from_mins(5)).contains(&self.timeout) {
-            let timeout = humantime_serde::re::humantime::format_duration(self.timeout);
-            problems.push(("timeout", format!("must be 100ms to 5min, not {timeout}")));
-        }
-        problems
-    }
-
-    pub(super) fn settings(&self) -> Result<Settings, InvalidConfig> {
-        let mut server = self.server().map_err(InvalidConfig::Url)?;
+    pub(super) fn settings(&self) -> Result<PostgresSettings, InvalidPostgresConfig> {
+        let mut server = self.server().map_err(InvalidPostgresConfig::Url)?;
         if let Some(path) = &self.password_file {
-            std::fs::metadata(path).map_err(|source| InvalidConfig::File { path: path.clone(), source })?;
+            std::fs::metadata(path).map_err(|source| InvalidPostgresConfig::File { path: path.clone(), source })?;
         }
         if server.get_application_name().is_none() {
             server.application_name("aurora-bus");
         }
-        // One host that swallows packets must leave time for the others.
+        // A host that drops packets must leave time for the others.
         let hosts = u32::try_from(server.get_hosts().len().max(server.get_hostaddrs().len()).max(1)).unwrap_or(1);
         if server.get_connect_timeout().is_none() {
             server.connect_timeout(self.timeout / hosts);
@@ -163,23 +159,23 @@ impl PostgresConfig {
         let address = address(&server);
         let tls = match server.get_ssl_mode() {
             SslMode::Disable => tls::trusting_none(),
-            // Without a certificate to trust, a server that offers TLS is refused when it is met.
+            // Without a certificate to trust, a server that offers TLS is refused at the handshake.
             SslMode::Prefer if self.ca_file.is_none() => {
                 tls::client_config(None).unwrap_or_else(|_| tls::trusting_none())
             }
-            _ => tls::client_config(self.ca_file.as_deref()).map_err(InvalidConfig::Trust)?,
+            _ => tls::client_config(self.ca_file.as_deref()).map_err(InvalidPostgresConfig::Trust)?,
         };
         let tls = MakeRustlsConnect::new(tls);
-        Ok(Settings { server, password_file: self.password_file.clone(), tls, timeout: self.timeout, address })
+        Ok(PostgresSettings { server, password_file: self.password_file.clone(), tls, timeout: self.timeout, address })
     }
 
-    /// The server as the URL has it.
+    /// Returns the server of the URL.
     fn server(&self) -> Result<tokio_postgres::Config, String> {
         let url = self.url.expose_secret();
         if !["postgres://", "postgresql://"].iter().any(|scheme| url.starts_with(scheme)) {
             return Err("must begin with postgres:// or postgresql://".to_owned());
         }
-        // The library's words for its modes are fewer; verification is always on here.
+        // The library has fewer modes. Certificates are always verified here.
         let url = url.replace("sslmode=verify-full", "sslmode=require").replace("sslmode=verify-ca", "sslmode=require");
         let server: tokio_postgres::Config = url.parse().map_err(|error: tokio_postgres::Error| {
             let cause = std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
@@ -189,10 +185,10 @@ impl PostgresConfig {
             return Err("names no host".to_owned());
         }
         if server.get_ssl_mode() == SslMode::Disable && self.ca_file.is_some() {
-            return Err("has sslmode=disable, but ca_file is given".to_owned());
+            return Err("must not have sslmode=disable together with ca_file".to_owned());
         }
         if server.get_password().is_some() && self.password_file.is_some() {
-            return Err("has a password, but password_file is given too".to_owned());
+            return Err("must not have a password together with password_file".to_owned());
         }
         Ok(server)
     }
@@ -224,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn a_url_is_all_it_needs() {
+    fn url_is_the_only_required_key() {
         let config = config("url = 'postgres://aurora@localhost/aurora'");
         assert_eq!(config.problems(), []);
         assert_eq!((config.table.to_string().as_str(), config.create_table), ("agent_results", true));
@@ -232,24 +228,24 @@ mod tests {
     }
 
     #[test]
-    fn every_senseless_value_is_told_with_its_key() {
+    fn invalid_values_are_reported_with_their_keys() {
         let config = config("url = 'mysql://x'\nbatch = 0\nconnections = 65\ntimeout = '1h'");
-        let keys: Vec<_> = config.problems().into_iter().map(|(key, _)| key).collect();
+        let keys: Vec<_> = config.problems().into_iter().map(|problem| problem.path).collect();
         assert_eq!(keys, ["url", "batch", "connections", "timeout"]);
     }
 
     #[test]
-    fn urls_that_contradict_themselves_are_told() {
-        let told = |text: &str| config(text).problems().pop().map(|(_, problem)| problem).unwrap_or_default();
-        assert!(told("url = 'postgres://localhost/x?sslmode=maybe'").contains("sslmode"));
-        assert!(told("url = 'postgres://a:b@localhost/x'\npassword_file = 'p'").contains("password_file"));
-        assert!(told("url = 'postgres://localhost/x?sslmode=disable'\nca_file = 'p'").contains("ca_file"));
-        assert!(told("url = 'postgres:///x'").contains("host"));
-        assert_eq!(told("url = 'postgresql://h1:1,h2:2/x?sslmode=verify-full'"), "");
+    fn contradictory_urls_are_refused() {
+        let message_of = |text: &str| config(text).problems().pop().map(|problem| problem.message).unwrap_or_default();
+        assert!(message_of("url = 'postgres://localhost/x?sslmode=maybe'").contains("sslmode"));
+        assert!(message_of("url = 'postgres://a:b@localhost/x'\npassword_file = 'p'").contains("password_file"));
+        assert!(message_of("url = 'postgres://localhost/x?sslmode=disable'\nca_file = 'p'").contains("ca_file"));
+        assert!(message_of("url = 'postgres:///x'").contains("host"));
+        assert_eq!(message_of("url = 'postgresql://h1:1,h2:2/x?sslmode=verify-full'"), "");
     }
 
     #[test]
-    fn no_password_is_ever_printed() {
+    fn password_is_never_printed() {
         let urls = [
             "postgres://aurora:hunter2@localhost/aurora",
             "postgres://aurora@localhost/aurora?password=hunter2&sslmode=disable",

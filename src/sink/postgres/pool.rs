@@ -1,4 +1,4 @@
-//! Connections: opened as they are needed, kept, bounded in number, and thrown away after any doubt.
+//! The connections: opened on demand, limited in number, and closed after any doubt.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -9,52 +9,52 @@ use tokio::time::timeout;
 use tokio_postgres::{Client, Statement};
 use tracing::debug;
 
-use super::config::Settings;
-use super::failure::{Failure, Kind};
+use super::config::PostgresSettings;
+use super::error::{PostgresError, PostgresErrorKind};
 
-/// How long saying goodbye to the server may take.
-const CLOSE_TIME: Duration = Duration::from_secs(1);
-/// How much longer an answer may take than the server lets a statement run: who gives up first is the server.
+/// Timeout of an orderly disconnect.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Margin by which the client waits longer than the server lets a statement run, so that the server gives up first.
 const MARGIN: Duration = Duration::from_millis(500);
 
 /// The connections of one sink.
 #[derive(Debug)]
-pub(super) struct Pool {
-    pub(super) settings: Settings,
+pub(super) struct PostgresPool {
+    pub(super) settings: PostgresSettings,
     permits: Semaphore,
-    idle: Mutex<Vec<Connection>>,
+    idle: Mutex<Vec<PostgresConnection>>,
 }
 
-/// A connection in someone's hands. It is closed when this is dropped, and kept when it is given back.
+/// A connection in use. It is closed on drop, and kept by [`PooledSession::give_back`].
 #[derive(Debug)]
-pub(super) struct Session<'a> {
-    pool: &'a Pool,
-    connection: Connection,
-    /// Whether it was idle before, so that it may have been lost since.
+pub(super) struct PooledSession<'a> {
+    pool: &'a PostgresPool,
+    connection: PostgresConnection,
+    /// Whether it was idle before, and so may have been lost.
     pub(super) is_used: bool,
     _permit: SemaphorePermit<'a>,
 }
 
-struct Connection {
+struct PostgresConnection {
     client: Client,
     insert: Option<Statement>,
-    /// Reads and writes the socket; ends with this value.
+    /// Reads and writes the socket. Ends with this value.
     driver: JoinSet<()>,
 }
 
-impl std::fmt::Debug for Connection {
+impl std::fmt::Debug for PostgresConnection {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Connection").field("is_closed", &self.client.is_closed()).finish_non_exhaustive()
+        f.debug_struct("PostgresConnection").field("is_closed", &self.client.is_closed()).finish_non_exhaustive()
     }
 }
 
-impl Pool {
-    pub(super) fn new(settings: Settings, connections: usize) -> Self {
+impl PostgresPool {
+    pub(super) fn new(settings: PostgresSettings, connections: usize) -> Self {
         Self { settings, permits: Semaphore::new(connections), idle: Mutex::default() }
     }
 
-    /// A connection: an idle one, or else a new one. Waits while all are in use.
-    pub(super) async fn session(&self) -> Result<Session<'_>, Failure> {
+    /// Returns an idle connection, or else a new one. Waits while all are in use.
+    pub(super) async fn session(&self) -> Result<PooledSession<'_>, PostgresError> {
         let permit = self.permit().await?;
         let idle = {
             let mut idle = self.lock();
@@ -65,47 +65,53 @@ impl Pool {
             Some(connection) => (connection, true),
             None => (self.connect().await?, false),
         };
-        Ok(Session { pool: self, connection, is_used, _permit: permit })
+        Ok(PooledSession { pool: self, connection, is_used, _permit: permit })
     }
 
-    /// A connection that was made now.
-    pub(super) async fn fresh_session(&self) -> Result<Session<'_>, Failure> {
+    /// Opens a new connection.
+    pub(super) async fn fresh_session(&self) -> Result<PooledSession<'_>, PostgresError> {
         let permit = self.permit().await?;
-        // What was opened to a server that is gone is not worth a try each.
+        // The other idle connections lead to a server that is gone.
         self.lock().clear();
-        Ok(Session { pool: self, connection: self.connect().await?, is_used: false, _permit: permit })
+        Ok(PooledSession { pool: self, connection: self.connect().await?, is_used: false, _permit: permit })
     }
 
-    /// Ends idle connections; no session can be had any more.
+    /// Closes idle connections. From then on sessions fail.
     pub(super) async fn close(&self) {
         self.permits.close();
         let idle = std::mem::take(&mut *self.lock());
-        for Connection { client, insert, mut driver } in idle {
-            // The driver says goodbye once nobody can ask it for anything.
+        for PostgresConnection { client, insert, mut driver } in idle {
+            // The driver disconnects when it has no client left.
             drop((client, insert));
-            timeout(CLOSE_TIME, driver.join_next()).await.ok();
+            timeout(CLOSE_TIMEOUT, driver.join_next()).await.ok();
         }
     }
 
-    async fn permit(&self) -> Result<SemaphorePermit<'_>, Failure> {
-        self.permits.acquire().await.map_err(|_closed| Failure::new(Kind::Passing, "the sink is closed"))
+    async fn permit(&self) -> Result<SemaphorePermit<'_>, PostgresError> {
+        self.permits
+            .acquire()
+            .await
+            .map_err(|_closed| PostgresError::new(PostgresErrorKind::Temporary, "the sink is closed"))
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Connection>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<PostgresConnection>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn connect(&self) -> Result<Connection, Failure> {
+    async fn connect(&self) -> Result<PostgresConnection, PostgresError> {
         let bound = self.settings.timeout;
-        timeout(bound, self.try_to_connect()).await.unwrap_or_else(|_elapsed| Err(Failure::late(bound)))
+        timeout(bound, self.try_to_connect()).await.unwrap_or_else(|_elapsed| Err(PostgresError::late(bound)))
     }
 
-    async fn try_to_connect(&self) -> Result<Connection, Failure> {
-        let Settings { server, password_file, tls, timeout, .. } = &self.settings;
+    async fn try_to_connect(&self) -> Result<PostgresConnection, PostgresError> {
+        let PostgresSettings { server, password_file, tls, timeout, .. } = &self.settings;
         let mut server = server.clone();
         if let Some(path) = password_file {
             let password = tokio::fs::read_to_string(path).await.map_err(|error| {
-                Failure::new(Kind::Passing, format!("cannot read {} (password_file): {error}", path.display()))
+                PostgresError::new(
+                    PostgresErrorKind::Temporary,
+                    format!("cannot read {} (password_file): {error}", path.display()),
+                )
             })?;
             server.password(password.trim_end_matches(['\r', '\n']));
         }
@@ -113,48 +119,48 @@ impl Pool {
         let mut driver = JoinSet::new();
         driver.spawn(async move {
             if let Err(error) = connection.await {
-                debug!(error = %error, "a connection to PostgreSQL ended");
+                debug!(error = %error, "PostgreSQL connection ended");
             }
         });
-        // A statement that nobody waits for any more must not keep its locks. What is acknowledged must survive a
-        // crash of the server, whatever the user's defaults are.
+        // An abandoned statement must not keep its locks. Acknowledged rows must survive a crash of the server, whatever
+        // the defaults of the user are.
         let setup = format!(
             "SET statement_timeout = {}; SELECT set_config('synchronous_commit', 'on', false) WHERE \
              current_setting('synchronous_commit') = 'off'",
             timeout.as_millis()
         );
         client.batch_execute(&setup).await?;
-        Ok(Connection { client, insert: None, driver })
+        Ok(PostgresConnection { client, insert: None, driver })
     }
 }
 
-impl Session<'_> {
-    /// Asks the server something, within the sink's time-out.
-    pub(super) async fn ask<T>(
+impl PooledSession<'_> {
+    /// Runs an operation within the timeout of the sink.
+    pub(super) async fn run<T>(
         &self,
         question: impl AsyncFnOnce(&Client) -> Result<T, tokio_postgres::Error>,
-    ) -> Result<T, Failure> {
+    ) -> Result<T, PostgresError> {
         self.bounded(async { Ok(question(&self.connection.client).await?) }).await
     }
 
-    /// The statement, prepared once for each connection.
-    pub(super) async fn prepared(&mut self, sql: &str) -> Result<Statement, Failure> {
+    /// Returns the prepared statement. Each connection prepares it once.
+    pub(super) async fn prepared(&mut self, sql: &str) -> Result<Statement, PostgresError> {
         if let Some(statement) = &self.connection.insert {
             return Ok(statement.clone());
         }
-        let statement = self.ask(async |client| client.prepare(sql).await).await?;
+        let statement = self.run(async |client| client.prepare(sql).await).await?;
         self.connection.insert = Some(statement.clone());
         Ok(statement)
     }
 
-    /// Keeps the connection for the next one.
+    /// Returns the connection to the pool.
     pub(super) fn give_back(self) {
         let Self { pool, connection, .. } = self;
         pool.lock().push(connection);
     }
 
-    async fn bounded<T>(&self, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    async fn bounded<T>(&self, work: impl Future<Output = Result<T, PostgresError>>) -> Result<T, PostgresError> {
         let bound = self.pool.settings.timeout;
-        timeout(bound + MARGIN, work).await.unwrap_or_else(|_elapsed| Err(Failure::late(bound)))
+        timeout(bound + MARGIN, work).await.unwrap_or_else(|_elapsed| Err(PostgresError::late(bound)))
     }
 }

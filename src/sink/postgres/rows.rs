@@ -17,12 +17,11 @@ use crate::sink::{SinkError, SinkErrorClass};
 /// A text column of one row.
 type Text<'a> = Option<Cow<'a, str>>;
 
-/// The values of some rows, column by column, in the order of their keys.
+/// The values of several rows, column by column, ordered by key.
 ///
-/// All inserts take keys in the same order, so that two that hold the same ones wait for each other instead of
-/// deadlocking.
+/// All inserts take keys in the same order. So two inserts with common keys wait for each other instead of deadlocking.
 #[derive(Debug, Default)]
-pub(super) struct Rows<'a> {
+pub(super) struct InsertRows<'a> {
     stream: &'a str,
     entry_id: Vec<String>,
     event_id: Vec<Text<'a>>,
@@ -39,8 +38,8 @@ pub(super) struct Rows<'a> {
     data: Vec<Json<'a>>,
 }
 
-impl<'a> Rows<'a> {
-    /// Reads deliveries. Fails with the first entry that no row can be made of, before anything was sent.
+impl<'a> InsertRows<'a> {
+    /// Reads deliveries. Fails with the first entry that cannot be a row, before anything is sent.
     pub(super) fn read(stream: &'a StreamName, batch: &'a [Delivery]) -> Result<Self, SinkError> {
         let mut entries: Vec<(EntryId, &Entry)> =
             batch.iter().map(|delivery| (delivery.entry.first_id(), &delivery.entry)).collect();
@@ -57,8 +56,8 @@ impl<'a> Rows<'a> {
         let envelope = Envelope::parse(json).map_err(|error| {
             SinkError::new(SinkErrorClass::Undecodable, format!("`data` of entry {id} is not JSON: {error}"))
         })?;
-        if let Some(what) = refused_by_jsonb(json) {
-            let message = format!("`data` of entry {id} holds {what}, which PostgreSQL's jsonb can't");
+        if let Some(part) = refused_by_jsonb(json) {
+            let message = format!("`data` of entry {id} has {part}, which jsonb cannot hold");
             return Err(SinkError::new(SinkErrorClass::Permanent, message));
         }
         let view = AlertView::parse(json.as_bytes()).unwrap_or_default();
@@ -83,12 +82,12 @@ impl<'a> Rows<'a> {
         Ok(())
     }
 
-    /// Bytes of payload.
+    /// Returns the size of the payloads, in bytes.
     pub(super) fn bytes(&self) -> usize {
         self.data.iter().map(|json| json.0.len()).sum()
     }
 
-    /// What the insert of [`super::table::Table`] takes, in its order.
+    /// Returns the parameters of [`super::table::TableName::insert`], in order.
     pub(super) fn parameters(&self) -> [&(dyn ToSql + Sync); 14] {
         [
             &self.stream,
@@ -115,31 +114,31 @@ fn payload(entry: &Entry) -> Result<&str, SinkError> {
     std::str::from_utf8(data).map_err(|error| undecodable("is not UTF-8").with_source(error))
 }
 
-/// When the event was accepted: as its producer says, or else when the store got it.
+/// Returns the time of acceptance according to the producer, or else the time of the entry id.
 fn received_at(entry: &Entry, id: EntryId) -> SystemTime {
-    let told = entry.fields.text(field::TIMESTAMP).and_then(|text| {
+    let declared = entry.fields.text(field::TIMESTAMP).and_then(|text| {
         let zoned = text.parse::<Timestamp>();
         zoned.or_else(|_| text.parse::<DateTime>()?.to_zoned(TimeZone::UTC).map(|zoned| zoned.timestamp())).ok()
     });
-    // PostgreSQL knows no year before 4714 BC; nothing was accepted before computers were.
-    let told = told.filter(|time| *time >= Timestamp::UNIX_EPOCH);
+    // PostgreSQL has no year before 4714 BC, and real times are after 1970.
+    let declared = declared.filter(|time| *time >= Timestamp::UNIX_EPOCH);
     let stored = || i64::try_from(id.ms).ok().and_then(|ms| Timestamp::from_millisecond(ms).ok());
-    told.or_else(stored).unwrap_or_else(Timestamp::now).into()
+    declared.or_else(stored).unwrap_or_else(Timestamp::now).into()
 }
 
-/// The text without the one character that `PostgreSQL`'s texts can't hold.
+/// Removes NUL, which texts of `PostgreSQL` cannot hold.
 fn storable(text: Cow<'_, str>) -> Cow<'_, str> {
     if text.contains('\0') { text.replace('\0', "\u{fffd}").into() } else { text }
 }
 
-/// What the JSON text holds that is JSON but no `jsonb`: U+0000, or half of a surrogate pair.
+/// Returns the part of a JSON text that `jsonb` refuses: U+0000, or half of a surrogate pair.
 ///
-/// Other limits of `jsonb`, such as numbers of more digits than `numeric` has, are left to the server.
+/// Other limits of `jsonb`, such as numbers with more digits than `numeric` has, are left to the server.
 fn refused_by_jsonb(json: &str) -> Option<&'static str> {
     let unit = |rest: &str| rest.get(..4).and_then(|digits| u16::from_str_radix(digits, 16).ok());
     let mut rest = json;
     while let Some((_, after)) = rest.split_once('\\') {
-        // Whatever is escaped is one character of ASCII.
+        // An escaped character is always ASCII.
         rest = after.get(1..)?;
         if !after.starts_with('u') {
             continue;
@@ -160,7 +159,7 @@ fn refused_by_jsonb(json: &str) -> Option<&'static str> {
     None
 }
 
-/// JSON text as the server takes it for `jsonb`, without a copy of our own.
+/// JSON text as a `jsonb` parameter, without a copy.
 #[derive(Debug)]
 struct Json<'a>(&'a str);
 
@@ -197,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_has_what_fields_and_payload_say() {
+    fn row_has_values_of_fields_and_payload() {
         let (stream, batch) = (
             stream(),
             [
@@ -217,31 +216,31 @@ mod tests {
                 delivery(1_700_000_000_001, &[("data", "[1]")]),
             ],
         );
-        let rows = Rows::read(&stream, &batch).expect("two rows");
+        let rows = InsertRows::read(&stream, &batch).expect("two rows");
         assert_eq!(rows.entry_id, ["1700000000000-0", "1700000000001-0"]);
         assert_eq!(rows.event_id, [Some("e1".into()), None]);
         assert_eq!(rows.severity, [Some("high"), None]);
         assert_eq!(rows.source, [Some("a\u{fffd}b".into()), None]);
         assert_eq!(rows.tenant[0].as_deref(), Some("x"));
         assert_eq!([&rows.task_id[0], &rows.case_id[0]].map(|text| text.as_deref()), [Some("t1"), Some("9")]);
-        let told: Timestamp = "2026-01-02T03:04:05Z".parse().expect("a time");
+        let declared: Timestamp = "2026-01-02T03:04:05Z".parse().expect("a time");
         let stored = Timestamp::from_millisecond(1_700_000_000_001).expect("a time");
-        assert_eq!(rows.received_at, [told, stored].map(SystemTime::from));
+        assert_eq!(rows.received_at, [declared, stored].map(SystemTime::from));
     }
 
     #[test]
-    fn an_entry_appended_again_has_the_key_of_its_first_life_and_rows_are_in_the_order_of_keys() {
+    fn replayed_entry_keeps_its_key_and_rows_are_ordered() {
         let (stream, batch) =
             (stream(), [delivery(3, &[("data", "{}")]), delivery(9, &[("data", "{}"), ("replay.of", "2-0")])]);
-        assert_eq!(Rows::read(&stream, &batch).expect("two rows").entry_id, ["2-0", "3-0"]);
+        assert_eq!(InsertRows::read(&stream, &batch).expect("two rows").entry_id, ["2-0", "3-0"]);
     }
 
     #[test]
-    fn what_is_no_json_or_no_jsonb_is_told_with_its_class() {
+    fn invalid_json_and_jsonb_have_their_error_classes() {
         let (stream, class) = (stream(), |fields: &[(&'static str, &'static str)]| {
-            Rows::read(&stream(), &[delivery(1, fields)]).err().map(|error| error.class())
+            InsertRows::read(&stream(), &[delivery(1, fields)]).err().map(|error| error.class())
         });
-        assert!(Rows::read(&stream, &[]).is_ok());
+        assert!(InsertRows::read(&stream, &[]).is_ok());
         assert_eq!(class(&[]), Some(SinkErrorClass::Undecodable));
         assert_eq!(class(&[("data", "nope")]), Some(SinkErrorClass::Undecodable));
         assert_eq!(class(&[("data", r#"{"a":"x\u0000"}"#)]), Some(SinkErrorClass::Permanent));

@@ -1,53 +1,53 @@
-//! The table: its name, its columns, and the statements over it.
+//! The table: name, columns and SQL statements.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// The longest identifier that `PostgreSQL` keeps whole, in bytes.
+/// Maximum length of an identifier in `PostgreSQL`, in bytes.
 const MAX_IDENTIFIER: usize = 63;
 
-/// What is written of every entry, in the order of the insert. The first two are the key.
-pub(super) const COLUMNS: [Column; 14] = [
-    Column::new("stream", TEXT, true),
-    Column::new("entry_id", TEXT, true),
-    Column::new("event_id", TEXT, false),
-    Column::new("received_at", "timestamp with time zone", true),
-    Column::new("severity", TEXT, false),
-    Column::new("source", TEXT, false),
-    Column::new("category", TEXT, false),
-    Column::new("tenant", TEXT, false),
-    Column::new("traceparent", TEXT, false),
-    Column::new("task_id", TEXT, false),
-    Column::new("agent_type", TEXT, false),
-    Column::new("case_id", TEXT, false),
-    Column::new("alert_id", TEXT, false),
-    Column::new("data", "jsonb", true),
+/// The written columns, in the order of the insert. The first two are the key.
+pub(super) const COLUMNS: [RequiredColumn; 14] = [
+    RequiredColumn::new("stream", TEXT, true),
+    RequiredColumn::new("entry_id", TEXT, true),
+    RequiredColumn::new("event_id", TEXT, false),
+    RequiredColumn::new("received_at", "timestamp with time zone", true),
+    RequiredColumn::new("severity", TEXT, false),
+    RequiredColumn::new("source", TEXT, false),
+    RequiredColumn::new("category", TEXT, false),
+    RequiredColumn::new("tenant", TEXT, false),
+    RequiredColumn::new("traceparent", TEXT, false),
+    RequiredColumn::new("task_id", TEXT, false),
+    RequiredColumn::new("agent_type", TEXT, false),
+    RequiredColumn::new("case_id", TEXT, false),
+    RequiredColumn::new("alert_id", TEXT, false),
+    RequiredColumn::new("data", "jsonb", true),
 ];
 
 const TEXT: &str = "text";
 
-/// A column as it should be.
+/// A required column.
 #[derive(Debug)]
-pub(super) struct Column {
+pub(super) struct RequiredColumn {
     name: &'static str,
     kind: &'static str,
     is_required: bool,
 }
 
-/// A column as it is.
+/// A column of an existing table.
 #[derive(Debug)]
-pub(super) struct Found {
+pub(super) struct TableColumn {
     pub(super) name: String,
     pub(super) kind: String,
-    /// Whether an insert that leaves it out fails.
+    /// Whether an insert without a value for it fails.
     pub(super) needs_value: bool,
-    /// Whether it takes no nulls.
+    /// Whether it is `NOT NULL`.
     pub(super) is_not_null: bool,
 }
 
-impl Column {
+impl RequiredColumn {
     const fn new(name: &'static str, kind: &'static str, is_required: bool) -> Self {
         Self { name, kind, is_required }
     }
@@ -57,15 +57,15 @@ impl Column {
     }
 }
 
-/// `table` or `schema.table`, in lower-case letters, digits and `_`.
+/// The name of a table: `table` or `schema.table`, in lower-case letters, digits and `_`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct TableName(String);
 
-/// Why a text is no table name.
+/// A text that is not a table name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "`{0}` is no table: write `table` or `schema.table`, each of lower-case letters, digits and `_`, 1 to 63 bytes, no digit first"
+    "`{0}` is not a table name: allowed are `table` and `schema.table`, each of 1 to 63 lower-case letters, digits and `_`, without a leading digit"
 )]
 pub struct InvalidTableName(String);
 
@@ -104,13 +104,13 @@ impl fmt::Display for TableName {
 }
 
 impl TableName {
-    /// As SQL has it, words like `user` included.
+    /// Returns the name in quotes, so that words like `user` are allowed.
     pub(super) fn quoted(&self) -> String {
         let words: Vec<String> = self.0.split('.').map(|word| format!("\"{word}\"")).collect();
         words.join(".")
     }
 
-    /// The table as it is made where it is missing.
+    /// Returns the statement that creates the table.
     pub(super) fn create(&self) -> String {
         let columns: Vec<String> = COLUMNS
             .iter()
@@ -127,7 +127,7 @@ impl TableName {
         )
     }
 
-    /// Inserts rows from an array per column, the stream's name being the same for all.
+    /// Returns the statement that inserts rows from one array per column. All rows have the same stream name.
     pub(super) fn insert(&self) -> String {
         let names: Vec<&str> = COLUMNS.iter().map(|column| column.name).collect();
         let arrays: Vec<String> =
@@ -140,11 +140,11 @@ impl TableName {
         )
     }
 
-    /// What is wrong with a table of these columns, and how to put it right.
-    pub(super) fn flaw(&self, found: &[Found]) -> Option<String> {
+    /// Returns the fault of a table with these columns, with the statement that repairs it.
+    pub(super) fn fault(&self, found: &[TableColumn]) -> Option<String> {
         let table = self.quoted();
         for column in &COLUMNS {
-            let Column { name, kind, is_required } = column;
+            let RequiredColumn { name, kind, is_required } = column;
             let Some(found) = found.iter().find(|found| found.name == *name) else {
                 return Some(format!(
                     "the table `{self}` has no column `{name}`: ALTER TABLE {table} ADD COLUMN {name} {kind}"
@@ -159,15 +159,15 @@ impl TableName {
             }
             if found.is_not_null && !is_required {
                 return Some(format!(
-                    "the column `{name}` of the table `{self}` takes no nulls, but not every entry has a value for it: \
+                    "the column `{name}` of the table `{self}` is NOT NULL, but not every entry has a value for it: \
                      ALTER TABLE {table} ALTER COLUMN {name} DROP NOT NULL"
                 ));
             }
         }
-        let is_ours = |found: &&Found| COLUMNS.iter().any(|column| column.name == found.name);
+        let is_ours = |found: &&TableColumn| COLUMNS.iter().any(|column| column.name == found.name);
         let demanding = found.iter().find(|found| found.needs_value && !is_ours(found))?;
         Some(format!(
-            "the column `{name}` of the table `{self}` takes no nulls and has no default, and nothing is written to it: \
+            "the column `{name}` of the table `{self}` is NOT NULL without a default, and the sink does not write to it: \
              ALTER TABLE {table} ALTER COLUMN \"{name}\" DROP NOT NULL",
             name = demanding.name
         ))
@@ -182,8 +182,8 @@ mod tests {
         "soc.agent_results".parse().expect("a table name")
     }
 
-    fn found(change: impl Fn(&mut Vec<Found>)) -> Vec<Found> {
-        let as_it_should_be = |column: &Column| Found {
+    fn found(change: impl Fn(&mut Vec<TableColumn>)) -> Vec<TableColumn> {
+        let as_it_should_be = |column: &RequiredColumn| TableColumn {
             name: column.name.to_owned(),
             kind: column.kind.to_owned(),
             needs_value: column.is_required,
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_could_break_a_statement_are_refused() {
+    fn unsafe_table_names_are_refused() {
         for good in ["results", "soc.agent_results", "_x1", "user"] {
             assert_eq!(good.parse::<TableName>().map(String::from), Ok(good.to_owned()));
         }
@@ -207,26 +207,26 @@ mod tests {
     }
 
     #[test]
-    fn a_flaw_names_the_column_and_the_way_out() {
-        let flaw = |change: fn(&mut Vec<Found>)| table().flaw(&found(change)).unwrap_or_default();
-        assert_eq!(flaw(|_| {}), "");
-        assert_eq!(flaw(|columns| columns[4].kind = "character varying".to_owned()), "");
-        let missing = flaw(|columns| drop(columns.remove(9)));
+    fn fault_names_the_column_and_the_repair() {
+        let fault = |change: fn(&mut Vec<TableColumn>)| table().fault(&found(change)).unwrap_or_default();
+        assert_eq!(fault(|_| {}), "");
+        assert_eq!(fault(|columns| columns[4].kind = "character varying".to_owned()), "");
+        let missing = fault(|columns| drop(columns.remove(9)));
         assert!(missing.ends_with("ALTER TABLE \"soc\".\"agent_results\" ADD COLUMN task_id text"), "{missing}");
-        let wrong = flaw(|columns| columns[13].kind = "json".to_owned());
+        let wrong = fault(|columns| columns[13].kind = "json".to_owned());
         assert!(wrong.contains("`data`") && wrong.contains("TYPE jsonb"), "{wrong}");
-        let short = flaw(|columns| columns[4].kind = "character varying(4)".to_owned());
+        let short = fault(|columns| columns[4].kind = "character varying(4)".to_owned());
         assert!(short.contains("`severity`"), "{short}");
-        let strict = flaw(|columns| columns[8].is_not_null = true);
+        let strict = fault(|columns| columns[8].is_not_null = true);
         assert!(strict.contains("`traceparent`") && strict.contains("DROP NOT NULL"), "{strict}");
-        let mine = |name: &str, needs_value| Found {
+        let mine = |name: &str, needs_value| TableColumn {
             name: name.to_owned(),
             kind: "integer".to_owned(),
             needs_value,
             is_not_null: needs_value,
         };
-        assert_eq!(table().flaw(&found(|columns| columns.push(mine("note", false)))), None);
-        let demanding = table().flaw(&found(|columns| columns.push(mine("note", true)))).unwrap_or_default();
+        assert_eq!(table().fault(&found(|columns| columns.push(mine("note", false)))), None);
+        let demanding = table().fault(&found(|columns| columns.push(mine("note", true)))).unwrap_or_default();
         assert!(demanding.contains("`note`"), "{demanding}");
     }
 }

@@ -1,7 +1,7 @@
-//! Which addresses requests may go to.
+//! The addresses that requests may go to.
 //!
-//! A name is judged by the addresses it resolves to, by the resolver that connecting uses, so that it can't be one
-//! address when it is checked and another one when it is used.
+//! A name is judged by its resolved addresses. The check and the connection share one resolver, so that a name cannot
+//! change its address between them.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -10,26 +10,26 @@ use reqwest::Url;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use url::Host;
 
-/// Where an address leads.
+/// The zone of an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Zone {
-    /// Anywhere on the internet.
+    /// The internet.
     Public,
     /// This machine or its own network.
     Private,
-    /// Where no receiver is, but credentials of machines may be: link-local, metadata, multicast, reserved.
+    /// Zones without receivers, but possibly with machine credentials: link-local, metadata, multicast, reserved.
     Forbidden,
 }
 
-/// Networks by their first address and the bits that count; what is in none of them is public.
+/// Zones of IPv4 networks, by first address and prefix length. All other addresses are public.
 const V4: &[(Ipv4Addr, u32, Zone)] = &[
     (Ipv4Addr::UNSPECIFIED, 8, Zone::Forbidden),
     (Ipv4Addr::new(10, 0, 0, 0), 8, Zone::Private),
-    // Metadata of one cloud, within the addresses that providers share among customers.
+    // The metadata service of one cloud, in the shared address space of providers.
     (Ipv4Addr::new(100, 100, 100, 200), 32, Zone::Forbidden),
     (Ipv4Addr::new(100, 64, 0, 0), 10, Zone::Private),
     (Ipv4Addr::new(127, 0, 0, 0), 8, Zone::Private),
-    // Metadata of another, which looks public.
+    // The metadata service of another cloud, which looks public.
     (Ipv4Addr::new(168, 63, 129, 16), 32, Zone::Forbidden),
     (Ipv4Addr::new(169, 254, 0, 0), 16, Zone::Forbidden),
     (Ipv4Addr::new(172, 16, 0, 0), 12, Zone::Private),
@@ -43,7 +43,7 @@ const V4: &[(Ipv4Addr, u32, Zone)] = &[
     (Ipv4Addr::new(224, 0, 0, 0), 3, Zone::Forbidden),
 ];
 
-/// The same; what is in none of them is forbidden.
+/// Zones of IPv6 networks. All other addresses are forbidden.
 const V6: &[(Ipv6Addr, u32, Zone)] = &[
     (Ipv6Addr::LOCALHOST, 128, Zone::Private),
     (Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0), 32, Zone::Forbidden),
@@ -54,7 +54,7 @@ const V6: &[(Ipv6Addr, u32, Zone)] = &[
     (Ipv6Addr::new(0x2000, 0, 0, 0, 0, 0, 0, 0), 3, Zone::Public),
 ];
 
-/// IPv6 networks whose addresses stand for IPv4 ones: the bits that count, and how far right the IPv4 address is.
+/// IPv6 networks that contain IPv4 addresses: prefix length, and the shift of the IPv4 address.
 const V4_IN_V6: &[(Ipv6Addr, u32, u32)] = &[
     (Ipv6Addr::new(0, 0, 0, 0, 0, 0xffff, 0, 0), 96, 0),
     (Ipv6Addr::new(0x64, 0xff9b, 0, 0, 0, 0, 0, 0), 96, 0),
@@ -66,7 +66,7 @@ fn has_prefix(address: Ipv6Addr, network: Ipv6Addr, bits: u32) -> bool {
 }
 
 impl Zone {
-    /// Where an address leads.
+    /// Returns the zone of an address.
     pub(super) fn of(address: IpAddr) -> Self {
         match address {
             IpAddr::V4(address) => Self::of_v4(address),
@@ -90,74 +90,74 @@ impl Zone {
     }
 }
 
-/// Why there is nowhere to connect to.
+/// The reason why there is no address to connect to.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Unreachable {
+pub(super) enum NoAddress {
     #[error("cannot resolve `{0}`")]
     Unresolved(String, #[source] io::Error),
     #[error("`{0}` has no address")]
     NoAddress(String),
-    #[error("{0} is a private address, which only `allow_private = true` lets in")]
+    #[error("{0} is a private address: set `allow_private = true` to allow it")]
     Private(IpAddr),
-    #[error("{0} is link-local, reserved, multicast or a metadata service, where no receiver may be")]
+    #[error("{0} is not allowed: it is link-local, reserved, multicast or a metadata service")]
     Forbidden(IpAddr),
 }
 
-/// Lets through the addresses that requests may go to.
+/// Restricts connections to allowed addresses.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Guard {
+pub(super) struct AddressGuard {
     pub(super) allow_private: bool,
 }
 
-impl Guard {
-    /// Whether requests may go to that address.
-    pub(super) fn judge(self, address: IpAddr) -> Result<(), Unreachable> {
+impl AddressGuard {
+    /// Checks whether requests may go to an address.
+    pub(super) fn check(self, address: IpAddr) -> Result<(), NoAddress> {
         match Zone::of(address) {
             Zone::Public => Ok(()),
             Zone::Private if self.allow_private => Ok(()),
-            Zone::Private => Err(Unreachable::Private(address)),
-            Zone::Forbidden => Err(Unreachable::Forbidden(address)),
+            Zone::Private => Err(NoAddress::Private(address)),
+            Zone::Forbidden => Err(NoAddress::Forbidden(address)),
         }
     }
 
-    /// The addresses to connect to for a URL, at least one.
-    pub(super) async fn addresses(self, url: &Url) -> Result<Vec<SocketAddr>, Unreachable> {
+    /// Returns the allowed addresses of a URL, at least one.
+    pub(super) async fn addresses(self, url: &Url) -> Result<Vec<SocketAddr>, NoAddress> {
         let port = url.port_or_known_default().unwrap_or_default();
         match url.host() {
             Some(Host::Domain(name)) => self.resolve(name, port).await,
             Some(Host::Ipv4(address)) => self.among("", vec![SocketAddr::new(address.into(), port)]),
             Some(Host::Ipv6(address)) => self.among("", vec![SocketAddr::new(address.into(), port)]),
-            None => Err(Unreachable::NoAddress(String::new())),
+            None => Err(NoAddress::NoAddress(String::new())),
         }
     }
 
-    async fn resolve(self, name: &str, port: u16) -> Result<Vec<SocketAddr>, Unreachable> {
+    async fn resolve(self, name: &str, port: u16) -> Result<Vec<SocketAddr>, NoAddress> {
         let found = tokio::net::lookup_host((name, port)).await;
-        let found = found.map_err(|error| Unreachable::Unresolved(name.to_owned(), error))?;
+        let found = found.map_err(|error| NoAddress::Unresolved(name.to_owned(), error))?;
         self.among(name, found.collect())
     }
 
-    /// Those of a name's addresses that requests may go to.
-    fn among(self, name: &str, found: Vec<SocketAddr>) -> Result<Vec<SocketAddr>, Unreachable> {
+    /// Returns the allowed addresses of a name.
+    fn among(self, name: &str, found: Vec<SocketAddr>) -> Result<Vec<SocketAddr>, NoAddress> {
         let (mut admitted, mut refusal) = (Vec::new(), None);
         for address in found {
-            match self.judge(address.ip()) {
+            match self.check(address.ip()) {
                 Ok(()) => admitted.push(address),
                 Err(error) => refusal = Some(error),
             }
         }
         if admitted.is_empty() {
-            return Err(refusal.unwrap_or_else(|| Unreachable::NoAddress(name.to_owned())));
+            return Err(refusal.unwrap_or_else(|| NoAddress::NoAddress(name.to_owned())));
         }
         Ok(admitted)
     }
 }
 
-impl Resolve for Guard {
+impl Resolve for AddressGuard {
     fn resolve(&self, name: Name) -> Resolving {
         let guard = *self;
         Box::pin(async move {
-            // The port of the URL is put in by the caller.
+            // The caller sets the port of the URL.
             let addresses = Self::resolve(guard, name.as_str(), 0).await?;
             Ok(Box::new(addresses.into_iter()) as Addrs)
         })
@@ -257,10 +257,10 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_connected_to_by_its_admitted_addresses_alone() {
+    fn only_allowed_addresses_of_a_name_are_used() {
         let among = |allow_private, found: &[&str]| {
             let found = found.iter().map(|address| SocketAddr::new(address.parse().unwrap(), 443)).collect();
-            let admitted = Guard { allow_private }.among("siem", found).map_err(|error| error.to_string());
+            let admitted = AddressGuard { allow_private }.among("siem", found).map_err(|error| error.to_string());
             admitted.map(|addresses| addresses.iter().map(|a| a.ip().to_string()).collect::<Vec<_>>())
         };
         let mixed = ["169.254.169.254", "10.0.0.1", "1.1.1.1", "::1"];
@@ -268,9 +268,9 @@ mod tests {
         assert_eq!(among(true, &mixed).unwrap(), ["10.0.0.1", "1.1.1.1", "::1"]);
         assert_eq!(
             among(false, &["10.0.0.1"]).unwrap_err(),
-            "10.0.0.1 is a private address, which only `allow_private = true` lets in"
+            "10.0.0.1 is a private address: set `allow_private = true` to allow it"
         );
-        assert!(among(true, &["169.254.169.254"]).unwrap_err().contains("no receiver may be"));
+        assert!(among(true, &["169.254.169.254"]).unwrap_err().contains("is not allowed"));
         assert_eq!(among(true, &[]).unwrap_err(), "`siem` has no address");
     }
 }

@@ -1,4 +1,4 @@
-//! Signatures by which a receiver knows who sent a request, as [Standard Webhooks] has them. Pure.
+//! Signatures of requests according to [Standard Webhooks], so that a receiver can verify the sender. Pure.
 //!
 //! [Standard Webhooks]: https://www.standardwebhooks.com/
 
@@ -9,19 +9,19 @@ use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};
 use reqwest::header::HeaderValue;
 
-/// What begins a secret that is written in base64.
+/// The prefix of a secret in base64.
 const BASE64_PREFIX: &str = "whsec_";
 
-/// Why a text is no secret. Never holds it.
+/// The reason why a text is not a secret. Never contains the text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum InvalidSecret {
     #[error("is empty")]
     Empty,
-    #[error("begins with `whsec_`, but is not base64 after it")]
+    #[error("must be base64 after `whsec_`")]
     Base64,
 }
 
-/// The keys to sign with; none where requests are not signed.
+/// The signing keys. Without keys requests are not signed.
 #[derive(Clone, Default)]
 pub(super) struct Signer(Vec<hmac::Key>);
 
@@ -32,12 +32,12 @@ impl fmt::Debug for Signer {
 }
 
 impl Signer {
-    /// Signs with each of these secrets, so that receivers can change from one to the next.
+    /// Creates a signer with several secrets, so that receivers can change from one to the next.
     pub(super) fn new<'a>(secrets: impl IntoIterator<Item = &'a str>) -> Result<Self, InvalidSecret> {
         secrets.into_iter().map(key).collect::<Result<_, _>>().map(Self)
     }
 
-    /// The signatures of a request, with spaces between.
+    /// Returns the signatures of a request, separated by spaces.
     pub(super) fn sign(&self, id: &str, seconds: u64, body: &[u8]) -> Option<HeaderValue> {
         let head = format!("{id}.{seconds}.");
         let of_key = |key: &hmac::Key| {
@@ -76,14 +76,14 @@ mod tests {
     }
 
     #[test]
-    fn the_example_of_the_standard_is_signed_as_it_says() {
+    fn example_of_the_standard_has_its_signature() {
         let secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
         let signed = sign(&[secret], "msg_p5jXN8AQM9LWM0D4loKWxJek", 1_614_265_330, r#"{"test": 2432232314}"#);
         assert_eq!(signed.as_deref(), Some("v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="));
     }
 
     #[test]
-    fn every_secret_signs_and_none_signs_nothing() {
+    fn request_has_a_signature_per_secret() {
         let one = sign(&["a plain secret"], "s/1-0", 5, "{}").unwrap();
         let other = sign(&["whsec_AAECAwQFBgc="], "s/1-0", 5, "{}").unwrap();
         assert_eq!(sign(&["a plain secret", "whsec_AAECAwQFBgc="], "s/1-0", 5, "{}"), Some(format!("{one} {other}")));
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_secret_is_refused_without_telling_it() {
+    fn invalid_secret_is_refused_without_its_text() {
         let refused = |secret| Signer::new([secret]).unwrap_err();
         assert_eq!([refused(""), refused("whsec_")], [InvalidSecret::Empty; 2]);
         assert_eq!(refused("whsec_no base64"), InvalidSecret::Base64);

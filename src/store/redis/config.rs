@@ -16,6 +16,7 @@ use crate::secret::{MASK, masked};
 use crate::store::redis::net::address;
 use crate::store::redis::net::address::{Target, Topology};
 use crate::tls;
+use crate::validate::{Problems, Validate};
 
 /// The address of the server, and the settings of its connections.
 #[derive(Debug, Clone, Deserialize, Serialize)]
@@ -200,11 +201,6 @@ impl Config {
         Ok(RedisStore::start(self.settings()?).await)
     }
 
-    /// Checks the configuration, including the files that it names, without connecting.
-    pub fn validate(&self) -> Result<(), InvalidConfig> {
-        self.settings().map(|_| ())
-    }
-
     pub(super) fn settings(&self) -> Result<Settings, InvalidConfig> {
         let zeros = [
             ("command_timeout", self.command_timeout.is_zero()),
@@ -293,6 +289,15 @@ impl Config {
     fn tls(&self) -> Result<TlsConfig, InvalidConfig> {
         let client = tls::client_config(self.ca_file.as_deref()).map_err(InvalidConfig::Trust)?;
         Ok(TlsConfig { connector: TlsConnector::from(client), hostnames: TlsHostMapping::None })
+    }
+}
+
+impl Validate for Config {
+    /// Checks the keys and the named files, without connecting.
+    fn validate(&self, problems: &mut Problems) {
+        if let Err(error) = self.settings() {
+            problems.add("", error);
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! A headless Chromium that is told what to do, and asked what its pages hold, by the protocol of its developer tools.
+//! A headless Chromium, controlled by the protocol of its developer tools.
 
 use std::fs;
 use std::os::unix::process::CommandExt as _;
@@ -13,11 +13,11 @@ use tokio_tungstenite::tungstenite::Message;
 use crate::support::app::{BOUND, Socket, client};
 use crate::support::{install, until};
 
-/// A browser. It and its helpers are killed when this is dropped.
+/// A browser. It and its helper processes are killed on drop.
 pub(super) struct Chromium {
     child: Child,
     port: String,
-    /// Removed with it.
+    /// Removed on drop.
     profile: TempDir,
 }
 
@@ -40,16 +40,16 @@ impl Chromium {
             .spawn()
             .expect("chromium runs");
         let mut browser = Self { child, port: String::new(), profile };
-        let told = browser.profile.path().join("DevToolsActivePort");
+        let port_file = browser.profile.path().join("DevToolsActivePort");
         browser.port = until("port of the DevTools", BOUND, async || {
-            let text = fs::read_to_string(&told).ok()?;
+            let text = fs::read_to_string(&port_file).ok()?;
             text.lines().next().map(str::to_owned).filter(|_| text.contains('\n'))
         })
         .await;
         browser
     }
 
-    /// A new tab with this page.
+    /// Opens a new tab with this page.
     pub(super) async fn open(&self, url: &str) -> Tab {
         let target = format!("http://127.0.0.1:{}/json/new", self.port);
         let mut target = reqwest::Url::parse(&target).expect("a URL");
@@ -57,7 +57,7 @@ impl Chromium {
         let answer = client().put(target).send().await.expect("an answer").json::<Value>().await.expect("JSON");
         let socket = answer["webSocketDebuggerUrl"].as_str().expect("a URL of the tab");
         let (socket, _) = tokio_tungstenite::connect_async(socket).await.expect("a tab that listens");
-        let mut tab = Tab { socket, last: 0, told: Vec::new() };
+        let mut tab = Tab { socket, last: 0, events: Vec::new() };
         for domain in ["Runtime", "Log", "Page", "Network"] {
             tab.call(&format!("{domain}.enable"), json!({})).await;
         }
@@ -78,12 +78,12 @@ impl Drop for Chromium {
 pub(super) struct Tab {
     socket: Socket,
     last: u64,
-    /// What the tab has told by itself so far: exceptions, entries of its log.
-    told: Vec<Value>,
+    /// The events of the tab so far: exceptions and log entries.
+    events: Vec<Value>,
 }
 
 impl Tab {
-    /// Does what the protocol's method says, and what it answers.
+    /// Calls a method of the protocol, and returns its result.
     pub(super) async fn call(&mut self, method: &str, params: Value) -> Value {
         self.last += 1;
         let request = json!({"id": self.last, "method": method, "params": params}).to_string();
@@ -97,7 +97,7 @@ impl Tab {
                 if message["id"] == self.last {
                     return message;
                 }
-                self.told.push(message);
+                self.events.push(message);
             }
         };
         let mut answer = timeout(BOUND, answer).await.unwrap_or_else(|_| panic!("no answer to {method}"));
@@ -105,7 +105,7 @@ impl Tab {
         answer["result"].take()
     }
 
-    /// What an expression is, or what its promise comes to.
+    /// Evaluates an expression, and awaits its promise.
     pub(super) async fn get(&mut self, expression: &str) -> Value {
         let params = json!({"expression": expression, "awaitPromise": true, "returnByValue": true});
         let mut answer = self.call("Runtime.evaluate", params).await;
@@ -113,7 +113,7 @@ impl Tab {
         answer["result"]["value"].take()
     }
 
-    /// Waits until an expression holds; one that fails does not hold yet.
+    /// Waits until an expression is true. One that throws is not true yet.
     pub(super) async fn until(&mut self, condition: &str) {
         let expression = format!("(() => {{ try {{ return Boolean({condition}) }} catch {{ return false }} }})()");
         let begun = std::time::Instant::now();
@@ -126,7 +126,7 @@ impl Tab {
         }
     }
 
-    /// Exceptions nobody caught, and complaints of the browser about what a page is not allowed.
+    /// Returns uncaught exceptions, and the browser's reports of forbidden actions.
     pub(super) async fn complaints(&mut self) -> Vec<String> {
         self.get("1").await;
         let is_complaint = |message: &&Value| match message["method"].as_str() {
@@ -134,6 +134,6 @@ impl Tab {
             Some("Log.entryAdded") => message["params"]["entry"]["source"] == "security",
             _ => false,
         };
-        self.told.iter().filter(is_complaint).map(ToString::to_string).collect()
+        self.events.iter().filter(is_complaint).map(ToString::to_string).collect()
     }
 }

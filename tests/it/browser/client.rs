@@ -1,4 +1,4 @@
-//! The client module in real tabs: what they see through crashes, drains and broken networks.
+//! The client module in real tabs, through crashes, drains and network faults.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use crate::support::app::{Daemon, Home};
 use crate::support::proxy::Proxy;
 use crate::support::redis::free_port;
 
-/// Connects as its fragment says, a base and options, and keeps what it is told in `seen`.
+/// Connects as its fragment requests, with a base and options, and keeps all events in `seen`.
 pub(super) const PAGE: &str = r#"<!doctype html>
 <meta charset="utf-8">
 <title>client</title>
@@ -54,7 +54,7 @@ relay = true
 pub(super) const ALERTS: &str = "aurora:alerts";
 const CPS: &str = "aurora:cps:alerts";
 
-/// A tab with the module of the daemon at `base`.
+/// Opens a tab with the module of the daemon at `base`.
 pub(super) async fn open(browser: &Chromium, server: &PageServer, base: &str, options: &Value) -> Tab {
     let fragment: String =
         reqwest::Url::parse_with_params("x:", [("x", json!([base, options]).to_string())]).expect("a URL").to_string();
@@ -64,7 +64,7 @@ pub(super) async fn open(browser: &Chromium, server: &PageServer, base: &str, op
     tab
 }
 
-/// A home whose daemons all listen on the same port, so that those who come back find the next one.
+/// Returns a home whose daemons all listen on the same port, so that reconnecting clients find the next one.
 fn home_with_port(config: &str) -> (Home, u16) {
     let port = free_port();
     let mut home = Home::new(config);
@@ -85,7 +85,7 @@ async fn publish(daemon: &Daemon, numbers: std::ops::Range<usize>) {
     }
 }
 
-/// Everything that a stream has, as `tail` shows it: id and number, where the number is one of those.
+/// Returns all entries of a stream, as `tail` prints them: id and number, if the number passes.
 fn tail(home: &Home, daemon: &Daemon, stream: &str, passes: impl Fn(u64) -> bool) -> Vec<(String, u64)> {
     let url = daemon.url("");
     let output = home.run(&["tail", stream, "--since", "earliest", "--no-follow", "--url", &url]);
@@ -97,7 +97,7 @@ fn tail(home: &Home, daemon: &Daemon, stream: &str, passes: impl Fn(u64) -> bool
     entries.filter(|(_, n)| passes(*n)).collect()
 }
 
-/// What a tab has seen of each stream: id and number.
+/// Returns the entries of each stream that a tab has seen: id and number.
 async fn seen(tab: &mut Tab) -> BTreeMap<String, Vec<(String, u64)>> {
     let mut seen: BTreeMap<_, Vec<_>> = BTreeMap::new();
     for event in tab.get("seen.events").await.as_array().expect("a list") {
@@ -116,13 +116,13 @@ async fn is_live(tab: &mut Tab) {
     tab.until("bus.state === 'live'").await;
 }
 
-/// A severity at least, as a filter.
+/// Returns a filter for this severity or higher.
 pub(super) fn at_least(severity: &str) -> Value {
     json!({"key": "severity", "cmp": "gte", "val": severity})
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_tabs_see_what_passes_their_filters_once_through_every_loss() {
+async fn tabs_see_matching_alerts_once_through_every_fault() {
     let (home, port) = home_with_port(STREAMS);
     let mut daemon = home.start().await;
     let (server, browser, proxy) = (PageServer::start().await, Chromium::start().await, Proxy::start(port).await);
@@ -137,7 +137,7 @@ async fn two_tabs_see_what_passes_their_filters_once_through_every_loss() {
         has_seen(tab, 29).await;
     }
 
-    // Connections that are reset, with alerts on their way.
+    // Connections are reset while alerts are being sent.
     publish(&daemon, 30..60).await;
     proxy.reset();
     publish(&daemon, 60..90).await;
@@ -145,7 +145,7 @@ async fn two_tabs_see_what_passes_their_filters_once_through_every_loss() {
         has_seen(tab, 89).await;
         is_live(tab).await;
     }
-    // A network that passes nothing and says nothing: silence is noticed within twice the ping interval.
+    // A network that drops all packets: the silence is noticed within twice the ping interval.
     let before = proxy.connections();
     proxy.black_hole_existing();
     let begun = Instant::now();
@@ -155,7 +155,7 @@ async fn two_tabs_see_what_passes_their_filters_once_through_every_loss() {
         tab.until("seen.states.some(({ reason }) => reason === 'silence')").await;
     }
     assert!(proxy.connections() >= before + 2 && begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
-    // A network that is not there for a while.
+    // A network that is down for a while.
     proxy.refuse(true);
     proxy.reset();
     publish(&daemon, 120..150).await;
@@ -198,7 +198,7 @@ async fn two_tabs_see_what_passes_their_filters_once_through_every_loss() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_tab_comes_back_at_once_with_its_network_and_waits_longer_and_longer_without() {
+async fn tab_backs_off_offline_and_reconnects_when_online() {
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     let (server, browser) = (PageServer::start().await, Chromium::start().await);
@@ -215,7 +215,7 @@ async fn a_tab_comes_back_at_once_with_its_network_and_waits_longer_and_longer_w
     tab.until(&format!("{waits}.length >= 3")).await;
     let within = tab.get(&format!("{waits}.every((wait, turn) => wait <= Math.min(20000, 500 * 2 ** turn))")).await;
     assert_eq!(within, true, "{}", tab.get(waits).await);
-    // A wait of nearly 4 s, cut short by the network.
+    // A wait of nearly 4 s, ended early by the network.
     tab.until(&format!("{waits}.at(-1) > 3000 && bus.state === 'waiting'")).await;
     proxy.refuse(false);
     tab.get("dispatchEvent(new Event('online'))").await;
@@ -223,7 +223,7 @@ async fn a_tab_comes_back_at_once_with_its_network_and_waits_longer_and_longer_w
     is_live(&mut tab).await;
     publish(&daemon, 0..1).await;
     has_seen(&mut tab, 0).await;
-    // What is closed stays closed.
+    // A closed client stays closed.
     tab.get("bus.close()").await;
     tab.get("dispatchEvent(new Event('online'))").await;
     tab.get("bus.resume()").await;
@@ -236,8 +236,8 @@ async fn a_tab_comes_back_at_once_with_its_network_and_waits_longer_and_longer_w
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_page_that_has_said_too_much_waits_for_as_long_as_it_is_told() {
-    // On a busy machine, two short ping intervals may pass in silence before it is told.
+async fn rate_limited_page_waits_as_long_as_requested() {
+    // On a busy machine, two short ping intervals may pass in silence before the close arrives.
     let home = Home::new(&STREAMS.replace("ping_interval = \"1s\"\n", ""));
     let daemon = home.start().await;
     let (server, browser) = (PageServer::start().await, Chromium::start().await);
@@ -246,16 +246,16 @@ async fn a_page_that_has_said_too_much_waits_for_as_long_as_it_is_told() {
     tab.get("void Array.from({ length: 300 }, () => bus.filter())").await;
     tab.until("bus.state === 'waiting'").await;
     tab.get("dispatchEvent(new Event('online'))").await;
-    let told = tab.get("[bus.state, seen.states.at(-1).code, seen.states.at(-1).wait >= 10000]").await;
-    assert_eq!(told, json!(["waiting", 4005, true]));
-    // People may have it go on.
+    let state = tab.get("[bus.state, seen.states.at(-1).code, seen.states.at(-1).wait >= 10000]").await;
+    assert_eq!(state, json!(["waiting", 4005, true]));
+    // The page may continue.
     tab.get("bus.pause(), bus.resume()").await;
     is_live(&mut tab).await;
     daemon.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_filter_is_replaced_in_place_and_a_bad_one_changes_nothing() {
+async fn filter_is_replaced_and_an_invalid_one_is_rejected() {
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     let (server, browser) = (PageServer::start().await, Chromium::start().await);
@@ -274,14 +274,14 @@ async fn a_filter_is_replaced_in_place_and_a_bad_one_changes_nothing() {
     assert!(refused[1].as_str().is_some_and(|message| message.contains("`filter`")), "{refused}");
     daemon.publish(ALERTS, &numbers).await.expect("accepted");
     tab.until("seen.events.length === 10").await;
-    // The filter holds for the next connection too.
+    // The filter also applies to the next connection.
     tab.get("bus.pause()").await;
     daemon.publish(ALERTS, &numbers).await.expect("accepted");
     tab.get("bus.resume()").await;
     tab.until("seen.events.length === 14").await;
     let numbers: Vec<u64> = seen(&mut tab).await[ALERTS].iter().map(|(_, n)| *n).collect();
     assert_eq!(numbers, [4, 9, 3, 4, 8, 9, 3, 4, 8, 9, 3, 4, 8, 9]);
-    // Begun anew it has all of them, without those that were on their way before.
+    // After a restart it has all of them, without those that were in transit before.
     tab.get("bus.filter()").await;
     tab.get("seen.events.length = 0, bus.reload(), bus.reload()").await;
     daemon.publish(ALERTS, &[alert(77)]).await.expect("accepted");
@@ -292,7 +292,7 @@ async fn a_filter_is_replaced_in_place_and_a_bad_one_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_page_that_is_loaded_again_goes_on_where_it_was_and_begins_anew_where_that_is_lost() {
+async fn reloaded_page_resumes_or_starts_with_a_snapshot() {
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     let (server, browser) = (PageServer::start().await, Chromium::start().await);
@@ -307,19 +307,19 @@ async fn a_page_that_is_loaded_again_goes_on_where_it_was_and_begins_anew_where_
     assert_eq!(tab.get("seen.events.length").await, 0, "it has seen them");
     publish(&daemon, 31..32).await;
     has_seen(&mut tab, 31).await;
-    // A position of a stream that is no more: closed with 4002, and the snapshot instead.
+    // A position of a lost stream: closed with 4002, and then the snapshot.
     tab.get("bus.close()").await;
     tab.get("sessionStorage.setItem('aurora-bus tab', JSON.stringify({ 'aurora:alerts': '0123abcd:5-0' }))").await;
     tab.get("seen.isOld = true").await;
     tab.call("Page.reload", json!({})).await;
     tab.until("!seen.isOld && bus.state === 'live'").await;
-    let told = tab.get("[seen.resets, seen.events.length, seen.states.find(({ code }) => code).code]").await;
-    assert_eq!(told, json!([1, 5, 4002]));
+    let result = tab.get("[seen.resets, seen.events.length, seen.states.find(({ code }) => code).code]").await;
+    assert_eq!(result, json!([1, 5, 4002]));
     daemon.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_slow_loop_pauses_its_connection_and_misses_nothing() {
+async fn slow_loop_pauses_its_connection_and_misses_no_alert() {
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     let (server, browser) = (PageServer::start().await, Chromium::start().await);
@@ -342,8 +342,8 @@ async fn a_slow_loop_pauses_its_connection_and_misses_nothing() {
             return [pauses, numbers];
         }})()"
     );
-    let told = tab.get(&script).await;
-    assert_eq!(told[0], 2);
-    assert_eq!(told[1], json!((0..2500).collect::<Vec<_>>()));
+    let result = tab.get(&script).await;
+    assert_eq!(result[0], 2);
+    assert_eq!(result[1], json!((0..2500).collect::<Vec<_>>()));
     daemon.stop().await;
 }

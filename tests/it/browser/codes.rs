@@ -1,4 +1,4 @@
-//! What a page with a bare WebSocket or feed is told, and lets in, in a real browser.
+//! Close codes and permissions of a page with a bare WebSocket or feed, in a real browser.
 
 use serde_json::{Value, json};
 
@@ -7,7 +7,7 @@ use super::chromium::{Chromium, Tab};
 use crate::auth::Keys;
 use crate::support::app::Daemon;
 
-/// The code and reason that a page sees at the end of a socket to this target.
+/// Returns the code and reason that a page sees at the end of a socket to this target.
 async fn ended(tab: &mut Tab, daemon: &Daemon, target: &str, offer: &Value) -> Value {
     let url = daemon.url(&format!("/api/v1/ws/{target}")).replacen("http", "ws", 1);
     let socket = format!(
@@ -19,7 +19,7 @@ async fn ended(tab: &mut Tab, daemon: &Daemon, target: &str, offer: &Value) -> V
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_page_sees_why_it_was_refused_whatever_version_it_offers() {
+async fn refused_page_sees_the_code_with_any_version() {
     let mut keys = Keys::default();
     let key = keys.add("page", &["ws:alerts"], None);
     let home = keys.home();
@@ -38,22 +38,22 @@ async fn a_page_sees_why_it_was_refused_whatever_version_it_offers() {
         ("alerts", json!(["aurora.v2", "bearer.ab_guess"]), 4501),
         ("alerts", json!(["aurora.v1", "bearer.ab_guess"]), 4501),
         ("agent-thoughts", json!(["aurora.v2", bearer]), 4502),
-        // A token alone is nothing that could be sent back, and the browser breaks off.
+        // A server cannot confirm a token as a subprotocol, so the browser disconnects.
         ("alerts", json!([bearer]), 1006),
     ];
     for (target, offer, code) in cases {
         let end = ended(&mut tab, &daemon, target, &offer).await;
         assert_eq!(end[0], code, "{target} {offer}: {end}");
     }
-    let told = ended(&mut tab, &daemon, "alerts", &json!([])).await;
-    let words = "unauthenticated: credentials are needed: Authorization: Bearer, X-API-Key, cookie access_token; \
+    let end = ended(&mut tab, &daemon, "alerts", &json!([])).await;
+    let reason = "unauthenticated: credentials are needed: Authorization: Bearer, X-API-Key, cookie access_token; \
                  to watch, also a ticket";
-    assert_eq!(told, json!([4501, words]));
+    assert_eq!(end, json!([4501, reason]));
     daemon.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_page_on_the_daemons_own_origin_opens_feeds_with_tickets() {
+async fn page_of_the_same_origin_opens_feeds_with_tickets() {
     let mut keys = Keys::default();
     let key = keys.add("page", &["admin"], None);
     let home = keys.home();

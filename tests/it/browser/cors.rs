@@ -1,4 +1,4 @@
-//! Pages of other origins: what their browsers are told, and what a real one lets them do then.
+//! Pages of other origins: the headers for their browsers, and the effect in a real one.
 
 use reqwest::header::HeaderName;
 use reqwest::{Method, Response, StatusCode};
@@ -19,17 +19,17 @@ async fn ask(daemon: &Daemon, method: Method, path: &str, headers: &[(&str, &str
     request.send().await.expect("an answer")
 }
 
-fn told<'a>(response: &'a Response, name: &str) -> Option<&'a str> {
+fn header_of<'a>(response: &'a Response, name: &str) -> Option<&'a str> {
     response.headers().get(name).map(|value| value.to_str().expect("ASCII"))
 }
 
-/// The names of the headers that let a page do something.
+/// Returns the names of the headers that permit an action of a page.
 fn allowances(response: &Response) -> Vec<&str> {
     response.headers().keys().map(HeaderName::as_str).filter(|name| name.starts_with("access-control-")).collect()
 }
 
 #[tokio::test]
-async fn browsers_are_told_what_pages_of_allowed_origins_may_do_and_others_nothing() {
+async fn cors_headers_are_for_allowed_origins_only() {
     let mut keys = Keys::default();
     let key = bearer(&keys.add("page", &["admin"], None));
     keys.toml = format!("[http]\norigins = [{SOC:?}]\n{}", keys.toml);
@@ -39,26 +39,30 @@ async fn browsers_are_told_what_pages_of_allowed_origins_may_do_and_others_nothi
     let asks_headers = ("access-control-request-headers", "authorization,content-type");
     let paths = [EVENTS, "/api/v1/alerts", "/api/v1/ws/ticket", "/api/v1/feeds/alerts", "/api/v1/streams"];
     for path in paths {
-        // Without credentials: browsers send none with the question.
+        // Without credentials: browsers send none with a preflight.
         for origin in [SOC, "http://127.0.0.1:3000"] {
             let answer = ask(&daemon, Method::OPTIONS, path, &[("origin", origin), question, asks_headers]).await;
             assert_eq!(answer.status(), StatusCode::NO_CONTENT, "{path}");
-            assert_eq!(told(&answer, "access-control-allow-origin"), Some(origin));
-            assert_eq!(told(&answer, "access-control-allow-credentials"), Some("true"));
-            assert!(told(&answer, "access-control-allow-methods").is_some_and(|methods| methods.contains("DELETE")));
+            assert_eq!(header_of(&answer, "access-control-allow-origin"), Some(origin));
+            assert_eq!(header_of(&answer, "access-control-allow-credentials"), Some("true"));
+            assert!(
+                header_of(&answer, "access-control-allow-methods").is_some_and(|methods| methods.contains("DELETE"))
+            );
             for header in ["authorization", "content-type", "idempotency-key", "last-event-id", "x-api-key"] {
-                assert!(told(&answer, "access-control-allow-headers").is_some_and(|headers| headers.contains(header)));
+                assert!(
+                    header_of(&answer, "access-control-allow-headers").is_some_and(|headers| headers.contains(header))
+                );
             }
-            assert_eq!(told(&answer, "vary"), Some("origin"));
+            assert_eq!(header_of(&answer, "vary"), Some("origin"));
         }
         for origin in ["https://evil.example", "null", "https://soc.example.evil.example", "http://soc.example"] {
             let answer = ask(&daemon, Method::OPTIONS, path, &[("origin", origin), question, asks_headers]).await;
             assert_eq!(answer.status(), StatusCode::FORBIDDEN, "{path} {origin}");
             assert_eq!(allowances(&answer), Vec::<&str>::new());
-            assert_eq!(told(&answer, "vary"), Some("origin"));
+            assert_eq!(header_of(&answer, "vary"), Some("origin"));
         }
     }
-    // Answers as well, those that refuse included, for the page has to read why.
+    // Responses have the headers too, also errors, so that the page can read the reason.
     let cases = [
         (EVENTS, Some(&key), StatusCode::OK),
         (EVENTS, None, StatusCode::UNAUTHORIZED),
@@ -70,15 +74,15 @@ async fn browsers_are_told_what_pages_of_allowed_origins_may_do_and_others_nothi
         let credentials = key.map(|key| ("authorization", key.as_str()));
         let headers: Vec<_> = [("origin", SOC)].into_iter().chain(credentials).collect();
         let answer = ask(&daemon, Method::GET, path, &headers).await;
-        assert_eq!((answer.status(), told(&answer, "access-control-allow-origin")), (status, Some(SOC)), "{path}");
-        assert!(told(&answer, "access-control-expose-headers").is_some_and(|names| names.contains("retry-after")));
+        assert_eq!((answer.status(), header_of(&answer, "access-control-allow-origin")), (status, Some(SOC)), "{path}");
+        assert!(header_of(&answer, "access-control-expose-headers").is_some_and(|names| names.contains("retry-after")));
         let headers: Vec<_> = [("origin", "https://evil.example")].into_iter().chain(credentials).collect();
         let answer = ask(&daemon, Method::GET, path, &headers).await;
-        assert_eq!((allowances(&answer), told(&answer, "vary")), (vec![], Some("origin")), "{path}");
+        assert_eq!((allowances(&answer), header_of(&answer, "vary")), (vec![], Some("origin")), "{path}");
     }
-    // Programs are told nothing, but caches that it would have made a difference.
+    // Programs get no such header, but caches learn that the origin matters.
     let answer = ask(&daemon, Method::GET, EVENTS, &[("authorization", &key)]).await;
-    assert_eq!((allowances(&answer), told(&answer, "vary")), (vec![], Some("origin")));
+    assert_eq!((allowances(&answer), header_of(&answer, "vary")), (vec![], Some("origin")));
     let answer = ask(&daemon, Method::OPTIONS, EVENTS, &[]).await;
     assert_eq!(answer.status(), StatusCode::METHOD_NOT_ALLOWED);
     let answer = ask(&daemon, Method::OPTIONS, "/api/v1/nothing", &[("origin", SOC), question]).await;
@@ -91,21 +95,21 @@ async fn browsers_are_told_what_pages_of_allowed_origins_may_do_and_others_nothi
 }
 
 #[tokio::test]
-async fn pages_that_are_let_in_by_a_star_are_not_to_send_cookies() {
+async fn wildcard_origin_allows_no_credentials() {
     let home = Home::new(&format!("{STREAMS}\n[http]\norigins = [\"*\", {SOC:?}, \"null\"]\n"));
     let daemon = home.start().await;
     for (origin, credentials) in [(SOC, Some("true")), ("https://any.example", None), ("null", None)] {
         for method in [Method::GET, Method::OPTIONS] {
             let headers = [("origin", origin), ("access-control-request-method", "GET")];
             let answer = ask(&daemon, method, "/api/v1/streams", &headers).await;
-            assert_eq!(told(&answer, "access-control-allow-origin"), Some(origin));
-            assert_eq!(told(&answer, "access-control-allow-credentials"), credentials, "{origin}");
+            assert_eq!(header_of(&answer, "access-control-allow-origin"), Some(origin));
+            assert_eq!(header_of(&answer, "access-control-allow-credentials"), credentials, "{origin}");
         }
     }
     daemon.stop().await;
 }
 
-/// What a page does of all that another origin can do; each is `true`, or why not.
+/// The actions of a page of another origin. Each results in `true` or the reason.
 const DEEDS: &str = "(async () => {
     const [base, key] = DATA;
     const headers = { authorization: 'Bearer ' + key };
@@ -133,7 +137,7 @@ const DEEDS: &str = "(async () => {
 })()";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_real_page_of_another_origin_may_do_all_or_nothing() {
+async fn page_of_another_origin_may_do_all_or_nothing() {
     let (server, browser) = (PageServer::start().await, Chromium::start().await);
     // The same server by its other name, which makes it another origin and another host.
     let elsewhere = server.origin.replace("127.0.0.1", "localhost");

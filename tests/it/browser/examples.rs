@@ -8,11 +8,11 @@ use super::client::{ALERTS, STREAMS};
 use crate::auth::Keys;
 use crate::support::app::{Home, client};
 
-/// What an attacker might call an alert.
+/// An alert title of an attacker.
 const HOSTILE: &str = "<img src=x onerror=\"window.wasRun = true\"><script>window.wasRun = true</script>";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn alerts_are_shown_filtered_and_never_run() {
+async fn alerts_are_shown_filtered_and_never_executed() {
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     let browser = Chromium::start().await;
@@ -33,7 +33,7 @@ async fn alerts_are_shown_filtered_and_never_run() {
     let severities =
         tab.get("[...document.querySelectorAll('#alerts td:nth-child(2)')].map((td) => td.textContent)").await;
     assert_eq!(severities, json!(["low", "critical", "critical", HOSTILE.to_lowercase(), "high"]));
-    // Also where everything of an alert is shown.
+    // Also with all fields of an alert shown.
     tab.get("document.querySelectorAll('summary').forEach((summary) => summary.click())").await;
     tab.until("document.querySelectorAll('details pre').length === 5").await;
     daemon.publish(ALERTS, &[hostile.to_string()]).await.expect("accepted");
@@ -54,7 +54,7 @@ async fn alerts_are_shown_filtered_and_never_run() {
     tab.get("document.querySelector('#pause').click()").await;
     tab.until("document.querySelectorAll('#alerts tr').length === 3").await;
     tab.until("document.querySelector('#log').textContent.includes('resuming after')").await;
-    // Nothing was refused by the page's own policy; and it would have been.
+    // The page's own policy blocked nothing, although it is active.
     assert_eq!(tab.complaints().await, Vec::<String>::new());
     let tried = "new Promise((done) => {
         addEventListener('securitypolicyviolation', ({ violatedDirective }) => done(violatedDirective));
@@ -70,7 +70,7 @@ async fn alerts_are_shown_filtered_and_never_run() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn severities_are_shown_as_the_filter_reads_them() {
+async fn shown_severity_is_the_filtered_severity() {
     let home = Home::new(STREAMS);
     let daemon = home.start().await;
     let browser = Chromium::start().await;
@@ -115,7 +115,7 @@ async fn severities_are_shown_as_the_filter_reads_them() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_visitor_without_credentials_is_asked_for_them() {
+async fn example_page_asks_for_missing_credentials() {
     let mut keys = Keys::default();
     let key = keys.add("page", &["ws:alerts", "publish:*"], None);
     let home = keys.home();
@@ -150,7 +150,7 @@ async fn a_visitor_without_credentials_is_asked_for_them() {
 }
 
 #[tokio::test]
-async fn pages_are_kept_by_browsers_until_they_change_and_can_be_left_out() {
+async fn example_pages_are_cached_and_can_be_disabled() {
     let mut keys = Keys::default();
     keys.add("page", &["ws:alerts"], None);
     let home = keys.home();

@@ -1,4 +1,4 @@
-//! The client module where credentials are asked for, expire, or do not suffice.
+//! The client module with credentials that are required, expire, or are not sufficient.
 
 use serde_json::json;
 
@@ -11,12 +11,13 @@ use crate::support::app::Home;
 const SCOPES: &[&str] = &["ws:alerts"];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_is_renewed_before_it_expires_and_after() {
+async fn token_is_renewed_before_and_after_it_expires() {
     let home = Home::new(&format!("{STREAMS}\n{}", issuer_toml()));
     let daemon = home.start().await;
     let (server, browser) = (PageServer::start().await, Chromium::start().await);
     let token = |seconds| token("ann", SCOPES, None, seconds);
-    // The first two expire soon, so that the next one is asked for at once; after the second, there is none in time.
+    // The first two tokens expire soon, so that the next one is requested at once. After the second there is none in
+    // time.
     let mut tab = open(&browser, &server, &daemon.url(""), &json!({"tokens": [token(8), token(16)]})).await;
     tab.until("bus.state === 'live'").await;
     tab.until("seen.needs.length >= 3").await;
@@ -38,7 +39,7 @@ async fn a_token_is_renewed_before_it_expires_and_after() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_is_refused_stops_is_told_why_and_may_try_again() {
+async fn refused_client_stops_with_the_reason_and_may_retry() {
     let mut keys = Keys::default();
     let (good, other) = (keys.add("good", SCOPES, None), keys.add("other", &["ws:agent_thoughts"], None));
     let home = keys.home();
@@ -52,7 +53,7 @@ async fn whoever_is_refused_stops_is_told_why_and_may_try_again() {
     assert_eq!(tab.get(last).await, json!(["stopped", 4501, "unauthenticated"]));
     assert_eq!(tab.get("seen.states.length").await, 2, "it has not tried again");
 
-    // With someone to ask for a better one, a refused token is given one more chance, and no more.
+    // A client with a token source retries once after a refusal.
     let mut tab = open(&browser, &server, &base, &json!({"tokens": ["ab_bad", "ab_worse", other, good]})).await;
     tab.until("bus.state === 'stopped'").await;
     assert_eq!(tab.get(last).await, json!(["stopped", 4501, "unauthenticated"]));
@@ -63,7 +64,7 @@ async fn whoever_is_refused_stops_is_told_why_and_may_try_again() {
     tab.get("bus.resume()").await;
     tab.until("bus.state === 'live'").await;
 
-    // What makes no sense would make none the next time.
+    // An invalid request would be invalid again, so the client does not retry.
     let cases = [
         (json!({"token": good, "streams": ["aurora:nothing"]}), 404),
         (json!({"token": good, "since": "yesterday"}), 422),
@@ -75,7 +76,7 @@ async fn whoever_is_refused_stops_is_told_why_and_may_try_again() {
         assert_eq!(tab.get("seen.states.at(-1).code").await, code, "{options}");
         assert_eq!(tab.complaints().await, Vec::<String>::new());
     }
-    // A token that no header can have is not put into a message either.
+    // A token that is not valid in a header does not appear in a message either.
     let mut tab = open(&browser, &server, &base, &json!({"token": "a secret, with blanks"})).await;
     tab.until("bus.state === 'stopped'").await;
     let reason = tab.get("seen.states.at(-1).reason").await;
@@ -84,14 +85,14 @@ async fn whoever_is_refused_stops_is_told_why_and_may_try_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_page_opens_each_connection_with_a_ticket_of_its_own() {
+async fn page_opens_each_connection_with_a_new_ticket() {
     let mut keys = Keys::default();
     let key = keys.add("page", &["ws:alerts"], None);
     let home = keys.home();
     let daemon = home.start().await;
     let (server, browser) = (PageServer::start().await, Chromium::start().await);
     let mut tab = open(&browser, &server, &daemon.url(""), &json!({"streams": []})).await;
-    // A page on another port, so that its browser asks first whether it may send a key.
+    // A page on another port, so that its browser sends a preflight before the key.
     let script = format!(
         "(async () => {{
             const base = {base:?};

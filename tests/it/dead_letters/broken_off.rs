@@ -1,4 +1,4 @@
-//! Replays that were broken off: repeated, they neither lose nor double an entry.
+//! Interrupted replays: a repetition neither loses nor doubles an entry.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::*;
 use crate::support::random_below;
 
-/// How often each number is in the stream.
+/// Returns how often each number is in the stream.
 async fn numbers(daemon: &Daemon) -> BTreeMap<u64, u64> {
     let mut times = BTreeMap::new();
     for text in daemon.events(ALERTS).await.into_values() {
@@ -16,7 +16,7 @@ async fn numbers(daemon: &Daemon) -> BTreeMap<u64, u64> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_crash_between_append_and_removal_is_mended_by_a_second_replay() {
+async fn second_replay_repairs_crash_between_append_and_removal() {
     let site = Site::redis().await;
     let home = site.home("");
     let all = site.bury(&home, DEAD, (0..5).map(rejected).collect()).await;
@@ -35,7 +35,7 @@ async fn a_crash_between_append_and_removal_is_mended_by_a_second_replay() {
     let daemon = home.start().await;
     let replayed = post(&daemon, &one, json!({})).await;
     assert_eq!(replayed["repeated"], json!(true));
-    // Whoever asks for something else now still gets what was begun: the entry is in the stream.
+    // A different request now still completes the interrupted one: the entry is in the stream.
     let replayed = post(&daemon, &many, json!({ "all": true, "to": "stream" })).await;
     assert_eq!((&replayed["replayed"], &replayed["repeated"]), (&json!(0), &json!(4)));
     assert_eq!(numbers(&daemon).await, (0..5).map(|n| (n, 1)).collect());
@@ -44,7 +44,7 @@ async fn a_crash_between_append_and_removal_is_mended_by_a_second_replay() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_done_before_a_failure_is_told_with_where_to_go_on() {
+async fn failed_bulk_returns_its_progress_and_a_cursor() {
     let site = Site::redis().await;
     let home = site.home("");
     let misplaced = DeadLetter {
@@ -72,7 +72,7 @@ async fn what_was_done_before_a_failure_is_told_with_where_to_go_on() {
             body["cursor"] = done["next"].clone();
         };
         assert_eq!(failed["code"], json!("not_a_stream"));
-        // The misplaced one breaks off its own step only.
+        // The invalid entry interrupts only its own step.
         assert!(replayed >= 60, "{replayed}");
         assert_eq!(server.cli(&["DEL", "aurora:agent:results"]), "1");
         let rest = post(&daemon, &path, body).await;
@@ -84,7 +84,7 @@ async fn what_was_done_before_a_failure_is_told_with_where_to_go_on() {
     assert_eq!(numbers(&daemon).await, (0..70).map(|n| (n, 2)).collect(), "once each time");
 }
 
-async fn kills_amid_a_bulk_replay_lose_and_double_nothing(site: Site) {
+async fn kills_during_bulk_replay_lose_and_double_nothing(site: Site) {
     const COUNT: u64 = 4_000;
     let home = site.home("");
     site.bury(&home, DEAD, (0..COUNT).map(rejected).collect()).await;
@@ -94,7 +94,7 @@ async fn kills_amid_a_bulk_replay_lose_and_double_nothing(site: Site) {
         let url = daemon.url(&format!("/api/v1/dead-letters/{ALERTS}/replay"));
         let body = json!({ "group": "siem", "limit": 5_000 }).to_string();
         let replay = client().post(url).body(body).send();
-        // Later and later, so that it comes to an end on any machine.
+        // Later each time, so that the test ends on any machine.
         let kill_after = Duration::from_millis(random_below(150 + 10 * kills));
         let Ok(answer) = tokio::time::timeout(kill_after, replay).await else {
             daemon.crash();
@@ -109,7 +109,7 @@ async fn kills_amid_a_bulk_replay_lose_and_double_nothing(site: Site) {
     }
 }
 
-async fn operators_at_the_same_time_replay_every_entry_once(site: Site) {
+async fn concurrent_replays_append_every_entry_once(site: Site) {
     const COUNT: u64 = 600;
     let home = site.home("");
     site.bury(&home, DEAD, (0..COUNT).map(rejected).collect()).await;
@@ -123,4 +123,4 @@ async fn operators_at_the_same_time_replay_every_entry_once(site: Site) {
     assert_eq!(numbers(&daemon).await, (0..COUNT).map(|n| (n, 1)).collect());
 }
 
-on_both_stores!(kills_amid_a_bulk_replay_lose_and_double_nothing, operators_at_the_same_time_replay_every_entry_once);
+on_both_stores!(kills_during_bulk_replay_lose_and_double_nothing, concurrent_replays_append_every_entry_once);

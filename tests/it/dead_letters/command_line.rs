@@ -1,4 +1,4 @@
-//! `aurora-bus dead` against a running daemon.
+//! `aurora-bus dead` with a running daemon.
 
 use std::process::Output;
 
@@ -9,7 +9,7 @@ fn said(output: &Output) -> (String, String, Option<i32>) {
     (text(&output.stdout), text(&output.stderr), output.status.code())
 }
 
-async fn dead_letters_are_listed_shown_replayed_and_discarded_by_commands(site: Site) {
+async fn commands_list_show_replay_and_discard(site: Site) {
     let home = site.home("");
     let mut letters: Vec<Fields> = (0..1_205).map(rejected).collect();
     letters.push(letter(9_000, "soar", DeadLetterReason::Exhausted).to_fields());
@@ -38,7 +38,7 @@ async fn dead_letters_are_listed_shown_replayed_and_discarded_by_commands(site: 
     assert!(err.contains("`filter` is refused"), "{err}");
     assert_ne!(code, Some(0));
     let (out, _, _) = dead(&["list", ALERTS, "--reason", "foreign"]);
-    assert_eq!(out, format!("{}  foreign: no dead letter of the bus", all[1_206]));
+    assert_eq!(out, format!("{}  foreign: not written by aurora-bus", all[1_206]));
     let (out, _, code) = dead(&["show", ALERTS, &all[1]]);
     let shown: Value = serde_json::from_str(&out).expect("one JSON object");
     assert_eq!((&shown["entry"]["data"]["n"], code), (&json!(1), Some(0)));
@@ -53,7 +53,7 @@ async fn dead_letters_are_listed_shown_replayed_and_discarded_by_commands(site: 
     let (out, _, code) = dead(&["discard", ALERTS, &all[0], &all[1]]);
     assert_eq!((out.lines().next(), code), (Some("2 matched, 2 discarded"), Some(0)));
     let (_, err, code) = dead(&["discard", ALERTS, &all[0]]);
-    assert!(err.contains("1 dead letters are not there any more"), "{err}");
+    assert!(err.contains("1 dead letters are gone"), "{err}");
     assert_eq!(code, Some(1));
     let (out, err, code) = dead(&["replay", ALERTS, "--yes", "--json"]);
     let counts: Value = serde_json::from_str(&out).expect("one JSON object");
@@ -72,4 +72,4 @@ async fn dead_letters_are_listed_shown_replayed_and_discarded_by_commands(site: 
     assert_eq!(code, Some(1));
 }
 
-on_both_stores!(dead_letters_are_listed_shown_replayed_and_discarded_by_commands);
+on_both_stores!(commands_list_show_replay_and_discard);

@@ -1,8 +1,8 @@
-//! The dead letters' own retention: told in time, counted and audited.
+//! The retention of dead letters: warnings, counts and audit entries.
 
 use super::*;
 
-/// What `/ready` says of the dead letters.
+/// Returns the note of `/ready` on the dead letters.
 async fn note(daemon: &Daemon) -> Option<String> {
     let ready: Value = serde_json::from_str(&daemon.get("/ready").await).expect("JSON");
     let parts = ready["parts"].as_array().expect("parts");
@@ -11,7 +11,7 @@ async fn note(daemon: &Daemon) -> Option<String> {
     part["note"].as_str().map(str::to_owned)
 }
 
-async fn too_many_dead_letters_are_told_of_and_the_oldest_removed(site: Site) {
+async fn excess_is_reported_and_the_oldest_are_removed(site: Site) {
     let home = site.home("[dead_letters]\nmax_len = 1_000\nalarm_at = 0.5\n");
     let all = site.bury(&home, DEAD, (0..1_750).map(rejected).collect()).await;
     let daemon = home.start().await;
@@ -37,7 +37,7 @@ async fn too_many_dead_letters_are_told_of_and_the_oldest_removed(site: Site) {
     assert_eq!(expired.last().expect("one")["last_id"], json!(all[749]));
     assert_eq!(expired[0]["reasons"].as_object().expect("reasons").len(), 1);
 
-    // Room again: the alarm goes.
+    // There is room again, so the warning ends.
     post(&daemon, &format!("/{ALERTS}/discard"), json!({ "all": true, "limit": 600 })).await;
     until("end of the alarm", BOUND, async || note(&daemon).await.is_none().then_some(())).await;
     metric_is(&daemon, &of("dead_letter_length"), 400.0).await;
@@ -59,7 +59,7 @@ async fn old_dead_letters_are_removed_and_young_ones_stay(site: Site) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_daemons_together_remove_no_more_than_is_too_much() {
+async fn two_daemons_together_remove_only_the_excess() {
     let site = Site::redis().await;
     let limit = "[dead_letters]\nmax_len = 500\n";
     let (one, two) = (site.home(limit), site.home(limit));
@@ -79,7 +79,7 @@ async fn two_daemons_together_remove_no_more_than_is_too_much() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_an_audit_stream_actions_go_on_and_say_so() {
+async fn missing_audit_stream_is_reported_and_blocks_nothing() {
     let home =
         Home::new("[[streams]]\nname = \"aurora:alerts\"\n[[streams.groups]]\nname = \"siem\"\nsink = \"log\"\n");
     Site::embedded().bury(&home, DEAD, vec![rejected(1)]).await;
@@ -89,7 +89,7 @@ async fn without_an_audit_stream_actions_go_on_and_say_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_audit_stream_that_takes_nothing_is_told_of_and_holds_up_no_discard() {
+async fn full_audit_stream_is_reported_and_blocks_no_discard() {
     let site = Site::redis().await;
     let home = site.home("[[streams]]\nname = \"trail\"\n[dead_letters]\naudit = \"trail\"\n");
     let all = site.bury(&home, DEAD, vec![rejected(1), rejected(2)]).await;
@@ -101,13 +101,13 @@ async fn an_audit_stream_that_takes_nothing_is_told_of_and_holds_up_no_discard()
     assert_eq!(replayed["audited"], json!(false));
     daemon.signal("TERM");
     let log = daemon.ended().await.log;
-    let told: Vec<_> = log.lines().filter(|line| line.contains("is not in the audit stream")).collect();
+    let told: Vec<_> = log.lines().filter(|line| line.contains("audit entry not written")).collect();
     assert_eq!(told.len(), 2, "{log}");
     assert!(told[0].contains("dead_letters.discard") && told[0].contains(&all[0]), "the log has it instead: {told:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_name_that_is_taken_by_something_else_is_told_and_leaves_the_daemon_ready() {
+async fn occupied_dead_letter_key_leaves_the_daemon_ready() {
     let site = Site::redis().await;
     let home = site.home("");
     assert_eq!(site.server.as_ref().expect("a server").cli(&["SET", DEAD, "no stream"]), "OK");
@@ -116,20 +116,17 @@ async fn a_name_that_is_taken_by_something_else_is_told_and_leaves_the_daemon_re
     let streams = get(&daemon, "").await;
     assert!(streams["dead_letters"][1]["error"].is_string(), "{streams}");
     let text = until("note", BOUND, async || note(&daemon).await).await;
-    assert!(text.contains("cannot look after `aurora:alerts:dead_letter`"), "{text}");
+    assert!(text.contains("retention of `aurora:alerts:dead_letter` failed"), "{text}");
 }
 
 #[test]
-fn an_audit_stream_that_is_named_must_be_there() {
+fn configured_audit_stream_must_be_declared() {
     let home = Home::new("[dead_letters]\naudit = \"aurora:audits\"\nalarm_at = 7.0\n");
     let checked = home.run(&["check", "--config", "aurora-bus.toml"]);
     let said = String::from_utf8_lossy(&checked.stderr).into_owned();
     assert_eq!(checked.status.code(), Some(2), "{said}");
-    assert!(said.contains("dead_letters.audit: there is no stream `aurora:audits`"), "{said}");
+    assert!(said.contains("dead_letters.audit: stream `aurora:audits` is not declared"), "{said}");
     assert!(said.contains("dead_letters.alarm_at: must be more than 0 and at most 1, not 7"), "{said}");
 }
 
-on_both_stores!(
-    too_many_dead_letters_are_told_of_and_the_oldest_removed,
-    old_dead_letters_are_removed_and_young_ones_stay
-);
+on_both_stores!(excess_is_reported_and_the_oldest_are_removed, old_dead_letters_are_removed_and_young_ones_stay);

@@ -20,7 +20,7 @@ fn bodies(receiver: &Receiver) -> BTreeSet<String> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_can_not_be_delivered_is_in_the_dead_letters_of_its_key() {
+async fn undeliverable_entry_is_a_dead_letter_of_its_key() {
     let refuses = Arc::new(AtomicBool::new(true));
     let answers = Arc::clone(&refuses);
     let receiver = Receiver::start(move |received: &Received| {
@@ -67,7 +67,7 @@ async fn what_can_not_be_delivered_is_in_the_dead_letters_of_its_key() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn more_members_than_are_worked_for_at_a_time_are_all_handled_across_a_crash() {
+async fn all_members_are_handled_with_few_workers_and_a_crash() {
     const KEYS: usize = 90;
     let receiver = Receiver::start(|_| Reply::Status(204)).await;
     let server = RedisServer::start(Product::Redis, &[]).await;
@@ -93,7 +93,7 @@ async fn more_members_than_are_worked_for_at_a_time_are_all_handled_across_a_cra
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn workers_leave_a_quiet_member_and_come_back_at_once() {
+async fn workers_leave_an_idle_member_and_return_at_once() {
     let receiver = Receiver::start(|_| Reply::Status(204)).await;
     let home = Home::new(&config(GROUP, &siem(&receiver)));
     let daemon = home.start().await;

@@ -1,11 +1,11 @@
-//! Members are found by every instance, after restarts, and after the store has lost everything.
+//! Every instance finds all members, after restarts and after the store has lost all data.
 
 use super::*;
 use crate::auth::watching::{frame, open, say};
 use crate::support::cluster::Cluster;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn members_made_by_one_instance_are_known_to_the_others_and_survive_restarts() {
+async fn members_are_known_to_all_instances_and_after_restart() {
     let server = RedisServer::start(Product::Valkey, &[]).await;
     let text = config("[[streams.groups]]\nname = \"siem\"\nsink = \"log\"", &on_redis(&server));
     let (home_a, home_b) = (Home::named("soc-a", &text), Home::named("soc-b", &text));
@@ -27,7 +27,7 @@ async fn members_made_by_one_instance_are_known_to_the_others_and_survive_restar
     let mut past = b.watch("/api/v1/ws/tenant-alerts?key=acme&since=earliest").await;
     assert_eq!([next_text(&mut past).await, next_text(&mut past).await], [event(1), event(3)]);
 
-    // What was lost with the store's data is written down again by who still knows it.
+    // The instances write the lost key index again.
     server.cli(&["FLUSHALL"]);
     until("the register again", BOUND, async || {
         (server.cli(&["XLEN", "aurora:tenant:~keys:alerts"]) == "2").then_some(())
@@ -39,7 +39,7 @@ async fn members_made_by_one_instance_are_known_to_the_others_and_survive_restar
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_register_that_alone_was_lost_is_written_anew_and_members_survive_a_restart() {
+async fn lost_key_index_is_rewritten_and_members_survive() {
     const REGISTER: &str = "aurora:tenant:~keys:alerts";
     let server = RedisServer::start(Product::Redis, &[]).await;
     let home = Home::new(&config("[[streams.groups]]\nname = \"siem\"\nsink = \"log\"", &on_redis(&server)));
@@ -52,9 +52,9 @@ async fn a_register_that_alone_was_lost_is_written_anew_and_members_survive_a_re
     let names = || keys.into_iter().filter(|key| whole().lines().any(|line| line.contains(key))).count();
     assert_eq!(server.cli(&["DEL", REGISTER]), "1");
     until("the register again", BOUND, async || (names() == 3).then_some(())).await;
-    // One of its entries, and not the last.
+    // Trims one of its entries, which is not the last.
     assert_eq!(server.cli(&["XTRIM", REGISTER, "MAXLEN", "2"]), "1");
-    until("what was lost of it", BOUND, async || (names() == 3).then_some(())).await;
+    until("the rewritten key index", BOUND, async || (names() == 3).then_some(())).await;
     daemon.crash();
     server.cli(&["XADD", &member("acme"), "*", "data", &event(9)]);
     let daemon = home.start().await;
@@ -65,7 +65,7 @@ async fn a_register_that_alone_was_lost_is_written_anew_and_members_survive_a_re
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_socket_watches_many_keys_in_rich_mode() {
+async fn rich_socket_watches_many_keys() {
     let home = Home::new(&config("", ""));
     let daemon = home.start().await;
     let rich = [("sec-websocket-protocol", "aurora.v1")];
@@ -95,7 +95,7 @@ async fn one_socket_watches_many_keys_in_rich_mode() {
     assert_eq!(frame(&mut keyed).await["t"], "subscribed");
     let first = frame(&mut keyed).await;
     assert_eq!(first["d"]["n"], 1, "{first}");
-    // A position is good for coming back.
+    // A client resumes from a position.
     let position = first["p"].as_str().expect("a position");
     publish(&daemon, "acme", 5).await;
     let mut again = daemon.watch(&format!("/api/v1/ws/tenant-alerts?key=acme&since={position}")).await;
@@ -104,7 +104,7 @@ async fn one_socket_watches_many_keys_in_rich_mode() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_members_of_a_family_may_be_on_different_servers_of_a_cluster() {
+async fn members_on_different_cluster_nodes_are_served() {
     let cluster = Cluster::shared().await;
     let store = format!("[store]\nbackend = \"redis\"\n[store.redis]\nurl = \"{}\"\n", cluster.url());
     let family = format!("aurora:c{}:{{tenant}}:alerts", uuid::Uuid::new_v4().simple());

@@ -1,13 +1,13 @@
-//! Groups of families whose workers pull: each member's entries for themselves, on every kind of store.
+//! Pull groups of families: each consumer receives the entries of its member, on every kind of store.
 
 use super::*;
 use crate::auth::watching::{frame, open, say};
 use crate::auth::{Keys, asks};
 
-/// A family with a group without a sink. Guards look round seldom: what comes back soon does so by a bell.
+/// A family with a pull group. Redeliverers run rarely here, so a quick redelivery comes from a notification.
 const GROUP: &str = "max_keys = 3\n[[streams.groups]]\nname = \"agents\"\nclaim_idle = \"10m\"\nmax_deliveries = 3";
 
-/// Where the entries are kept.
+/// Starts the store of the entries.
 async fn store(product: Option<Product>) -> (Option<RedisServer>, String) {
     match product {
         None => (None, String::new()),
@@ -23,7 +23,7 @@ async fn post(daemon: &Daemon, key: &str, what: &str, body: &Value) -> (StatusCo
     daemon.post(&format!("/api/v1/streams/{}/groups/agents/{what}", member(key)), body).await
 }
 
-/// What a worker is given, waiting for it for a while.
+/// Pulls entries, and waits for them for a while.
 async fn pull(daemon: &Daemon, key: &str, consumer: &str, lease_ms: u64) -> Value {
     let body = json!({"consumer": consumer, "max": 10, "lease_ms": lease_ms, "wait_ms": 30_000});
     let (status, answer) = post(daemon, key, "pull", &body).await;
@@ -40,11 +40,11 @@ async fn settle(daemon: &Daemon, key: &str, what: &str, task: &Value, more: Valu
     answer["results"][0]["status"].clone()
 }
 
-async fn each_worker_is_given_what_is_of_its_member(product: Option<Product>) {
+async fn consumer_pulls_entries_of_its_member(product: Option<Product>) {
     let (_server, store) = store(product).await;
     let home = Home::new(&config(GROUP, &store));
     let daemon = home.start().await;
-    // Who pulls first makes the member, and is given what comes.
+    // The first pull creates the member, and receives its entries.
     let (early, ()) = tokio::join!(pull(&daemon, "acme", "agent-1", 300_000), async {
         until("the member", BOUND, async || (members(&daemon).await == [member("acme")]).then_some(())).await;
         publish(&daemon, "acme", 1).await;
@@ -54,14 +54,14 @@ async fn each_worker_is_given_what_is_of_its_member(product: Option<Product>) {
     assert_eq!((&early["data"]["n"], &other["data"]["n"]), (&json!(1), &json!(2)));
     assert_eq!(daemon.metric("aurora_bus_pull_leases").await, 2, "of both members together");
 
-    // A token is of its member, and good after a restart.
+    // A token belongs to its member, and is valid after a restart.
     assert_eq!(settle(&daemon, "globex", "ack", &early, json!({})).await, 409);
     daemon.stop().await;
     let daemon = home.start().await;
     assert_eq!(settle(&daemon, "acme", "ack", &early, json!({})).await, 200);
     daemon.handled(&member("acme"), "agents").await;
 
-    // What is given back, and what a lease has ended for, is given again at once.
+    // Entries are redelivered at once after a nack and after the end of their lease.
     assert_eq!(settle(&daemon, "globex", "nack", &other, json!({})).await, 200);
     let second = pull(&daemon, "globex", "agent-2", 300).await;
     let third = pull(&daemon, "globex", "agent-3", 300_000).await;
@@ -79,27 +79,27 @@ async fn each_worker_is_given_what_is_of_its_member(product: Option<Product>) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn each_worker_is_given_what_is_of_its_member_on_the_embedded_store() {
-    each_worker_is_given_what_is_of_its_member(None).await;
+async fn consumer_pulls_entries_of_its_member_embedded() {
+    consumer_pulls_entries_of_its_member(None).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn each_worker_is_given_what_is_of_its_member_on_redis() {
-    each_worker_is_given_what_is_of_its_member(Some(Product::Redis)).await;
+async fn consumer_pulls_entries_of_its_member_redis() {
+    consumer_pulls_entries_of_its_member(Some(Product::Redis)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn each_worker_is_given_what_is_of_its_member_on_valkey() {
-    each_worker_is_given_what_is_of_its_member(Some(Product::Valkey)).await;
+async fn consumer_pulls_entries_of_its_member_valkey() {
+    consumer_pulls_entries_of_its_member(Some(Product::Valkey)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn pulling_makes_no_more_members_than_there_may_be_and_settling_makes_none() {
+async fn pull_creates_members_up_to_the_limit_and_settle_none() {
     let home = Home::new(&config(GROUP, ""));
     let daemon = home.start().await;
     let strange = json!({"token": "1-0.1.0.00000000.agent-1"});
-    for what in ["ack", "nack", "extend"] {
-        let (status, problem) = post(&daemon, "acme", what, &json!({"tokens": [strange["token"]]})).await;
+    for action in ["ack", "nack", "extend"] {
+        let (status, problem) = post(&daemon, "acme", action, &json!({"tokens": [strange["token"]]})).await;
         assert_eq!((status, &problem["code"]), (StatusCode::NOT_FOUND, &json!("no_such_stream")), "{problem}");
     }
     let body = json!({"consumer": "agent-1", "wait_ms": 0});
@@ -110,7 +110,7 @@ async fn pulling_makes_no_more_members_than_there_may_be_and_settling_makes_none
     for key in ["a", "b", "c", "d"] {
         let (status, answer) = post(&daemon, key, "pull", &body).await;
         let expected = if key == "d" { StatusCode::INSUFFICIENT_STORAGE } else { StatusCode::OK };
-        // The group of a new member may have still to be made.
+        // The group of a new member may not exist yet.
         let is_early = key != "d" && answer["code"] == "group_not_ready";
         assert!(status == expected || is_early, "{key}: {status} {answer}");
     }
@@ -119,7 +119,7 @@ async fn pulling_makes_no_more_members_than_there_may_be_and_settling_makes_none
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn agents_take_tasks_of_members_on_a_socket() {
+async fn agents_pull_from_members_over_a_websocket() {
     let home = Home::new(&config(GROUP, ""));
     let daemon = home.start().await;
     let rich = [("sec-websocket-protocol", "aurora.v1")];
@@ -137,7 +137,7 @@ async fn agents_take_tasks_of_members_on_a_socket() {
     say(&mut agent, json!({"op": "done", "id": 5, "token": tokens[0]})).await;
     assert_eq!(frame(&mut agent).await, json!({"t": "ok", "id": 5}));
     daemon.handled(&member("acme"), "agents").await;
-    // On another socket it must be said of which member a token is.
+    // On another socket, a token needs the name of its member.
     let (mut other, _) = open(&daemon, "tenant-alerts", &rich).await.expect("let in");
     frame(&mut other).await;
     say(&mut other, json!({"op": "done", "id": 6, "token": tokens[1]})).await;
@@ -150,7 +150,7 @@ async fn agents_take_tasks_of_members_on_a_socket() {
 }
 
 #[tokio::test]
-async fn a_bound_principal_pulls_from_no_member() {
+async fn restricted_principal_cannot_pull_from_members() {
     let mut keys = Keys::default();
     let acme = keys.add("acme", &["admin"], Some("acme"));
     let home = Home::new(&config(GROUP, &keys.toml));

@@ -1,4 +1,4 @@
-//! Who is bound to a tenant has to do with this tenant's streams alone, on every path.
+//! A principal that is restricted to a tenant uses only this tenant's streams, on every path.
 
 use super::*;
 use crate::auth::watching::{frame, open, say};
@@ -28,7 +28,7 @@ impl Site {
 }
 
 #[tokio::test]
-async fn a_bound_principal_has_to_do_with_its_own_member_alone_on_every_path() {
+async fn restricted_principal_uses_only_its_own_member() {
     let site = Site::new().await;
     let Site { daemon, acme, all, .. } = &site;
     let (own, other) = (member("acme"), member("globex"));
@@ -41,7 +41,7 @@ async fn a_bound_principal_has_to_do_with_its_own_member_alone_on_every_path() {
     ] {
         assert_eq!(site.status(key, "POST", &events(stream), "{}").await, expected, "{stream}");
     }
-    // Nor does it make members of others by trying.
+    // Its attempts create no members of other tenants.
     assert_eq!(site.status(acme, "POST", &events(&member("initech")), "{}").await, StatusCode::FORBIDDEN);
     let (status, problem) = asks(daemon, all, "POST", &events(&own), r#"{"tenant":"globex"}"#).await;
     assert_eq!((status, &problem["code"]), (StatusCode::UNPROCESSABLE_ENTITY, &json!("foreign_tenant")), "{problem}");
@@ -83,7 +83,7 @@ async fn a_bound_principal_has_to_do_with_its_own_member_alone_on_every_path() {
 }
 
 #[tokio::test]
-async fn a_bound_principal_watches_its_own_member_alone() {
+async fn restricted_principal_watches_only_its_own_member() {
     let site = Site::new().await;
     let Site { daemon, acme, all, .. } = &site;
     let auth = bearer(acme);
@@ -93,7 +93,7 @@ async fn a_bound_principal_watches_its_own_member_alone() {
         let feed = ask(daemon, "GET", &format!("/api/v1/feeds/{target}"), &headers, "").await;
         assert_eq!(feed.status(), StatusCode::FORBIDDEN, "{target}");
     }
-    // It need not say which is its own.
+    // It need not name its own stream.
     let (mut plain, _) = open(daemon, "tenant-alerts", &headers).await.expect("let in");
     let rich = [headers[0], ("sec-websocket-protocol", "aurora.v1")];
     let (mut rich, _) = open(daemon, "tenant-alerts", &rich).await.expect("let in");
@@ -115,7 +115,7 @@ async fn a_bound_principal_watches_its_own_member_alone() {
     };
     publish("globex", 1).await;
     publish("acme", 2).await;
-    // What nobody said to be the tenant's is, by the stream that it was published to.
+    // An event without a tenant gets the tenant of its stream.
     assert_eq!(next_text(&mut plain).await, event(2));
     assert_eq!(frame(&mut rich).await["d"]["n"], 2);
     let both = [("authorization", bearer(all)), ("sec-websocket-protocol", "aurora.v1".to_owned())];

@@ -1,20 +1,20 @@
-//! Filters on alerts of any shape, and filters that are replaced while their client is given the past.
+//! Filters on alerts of any shape, and filters that are replaced during a snapshot.
 
 use futures_util::SinkExt as _;
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
 
 use super::server::{Server, alerts};
-use super::store::Fragile;
+use super::store::FaultyStore;
 use super::{config, tiny_ring};
 
 #[tokio::test]
-async fn a_snapshot_is_of_what_passes_the_filter_that_has_come_meanwhile() {
-    let store = Fragile::open().await;
+async fn snapshot_uses_the_filter_replaced_during_the_read() {
+    let store = FaultyStore::open().await;
     let server = Server::start(store.clone(), tiny_ring()).await;
     let severity = |n: usize| if n.is_multiple_of(10) { "high" } else { "low" };
     let alert = |n: usize| json!({"n": n, "severity": severity(n)}).to_string();
-    // The ring has the last one alone.
+    // The ring has only the last entry.
     for numbers in [0..100, 100..101] {
         let published = server.publish(&alerts(), numbers.map(alert)).await;
         server.until_relayed(&alerts(), &published).await;
@@ -23,7 +23,7 @@ async fn a_snapshot_is_of_what_passes_the_filter_that_has_come_meanwhile() {
     let mut ask = async |request: Value| {
         client.socket.send(Message::text(request.to_string())).await.expect("sent");
     };
-    store.set_away(true);
+    store.set_unavailable(true);
     let reads = server.metrics.relay_store_reads.get();
     ask(json!({"op": "subscribe", "id": 1, "stream": "aurora:alerts", "snapshot": 5})).await;
     server.until("the snapshot is looked for", || server.metrics.relay_store_reads.get() > reads).await;
@@ -32,15 +32,15 @@ async fn a_snapshot_is_of_what_passes_the_filter_that_has_come_meanwhile() {
     let mut frames = Vec::new();
     while frames.last().is_none_or(|frame: &Value| frame["t"] != "live") {
         frames.push(serde_json::from_str(&client.text().await).expect("a JSON frame"));
-        // Once the new filter is confirmed.
-        store.set_away(false);
+        // After the new filter is confirmed.
+        store.set_unavailable(false);
     }
     let numbers: Vec<u64> = frames.iter().filter_map(|frame| frame["d"]["n"].as_u64()).collect();
     assert_eq!(numbers, [60, 70, 80, 90, 100], "{frames:?}");
 }
 
 #[tokio::test]
-async fn a_filter_finds_what_it_asks_for_in_every_shape() {
+async fn filter_matches_alerts_of_every_shape() {
     let shapes = [
         json!({
             "class_uid": 2004, "class_name": "Detection Finding", "category_name": "Findings", "severity_id": 5,
@@ -63,7 +63,7 @@ async fn a_filter_finds_what_it_asks_for_in_every_shape() {
         let filter = json!({"key": key, "cmp": "exists"}).to_string();
         url::form_urlencoded::Serializer::new(String::new()).append_pair("filter", &filter).finish()
     };
-    let server = Server::start(Fragile::open().await, config()).await;
+    let server = Server::start(FaultyStore::open().await, config()).await;
     let queries: [(String, &[usize]); 10] = [
         ("technique=T0855".to_owned(), &[0, 1, 2]),
         ("min_severity=critical".to_owned(), &[0, 1, 2]),
@@ -80,7 +80,7 @@ async fn a_filter_finds_what_it_asks_for_in_every_shape() {
     for (query, passing) in &queries {
         live.push((server.connect(&format!("alerts?{query}")).await, query, passing));
     }
-    // The last one passes every filter: nothing else is to come before it.
+    // The last alert passes every filter, so nothing else may come before it.
     let last = json!({
         "severity": "critical", "title": "last", "source": "OT Sensor", "category": "ICS", "tenant": "acme",
         "mitre_techniques": ["T0855"],

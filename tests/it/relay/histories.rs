@@ -1,9 +1,9 @@
-//! Random histories of clients that come and go, against one invariant: whoever resumes sees everything once and in order,
-//! and what it does not see was gone, and told to be.
+//! Random histories of clients that disconnect and resume, against one invariant: each client sees every entry once
+//! and in order, and every entry that it does not see is gone and was reported in a gap.
 //!
-//! Two relays share a store. While alerts are published, the stream trimmed, lost and begun anew, and relays restarted,
-//! clients of every kind break off after some frames and resume with the last position they know, at either relay. What
-//! they saw is compared with what was published.
+//! Two relays share a store. While alerts are published, the stream is trimmed, lost and created again, and relays
+//! restart, clients of every kind disconnect after some frames and resume from their last position at either relay.
+//! The entries that they saw are compared with the entries published.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -21,43 +21,44 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::Message;
 
-use super::server::{PATIENCE, Server, alerts, publish};
-use super::store::Fragile;
+use super::server::{Server, TEST_TIMEOUT, alerts, publish};
+use super::store::FaultyStore;
 use crate::support::redis::{Product, RedisServer};
 
 const RELAYS: usize = 2;
 
 #[derive(Debug, Clone)]
-enum Happening {
+enum HistoryStep {
     Publish(u64),
     Trim(u64),
-    /// A relay is gone at once, and another one begins with a ring of so many entries.
+    /// A relay is gone at once, and another one starts with a ring of this many entries.
     Restart(usize, usize),
-    /// The stream is lost and begins anew.
+    /// The stream is lost and start again.
     Lose,
-    /// While the relays can't reach the store, others publish so much to it and trim it to so much.
+    /// While the relays cannot reach the store, this many entries are published and the stream is trimmed to this
+    /// length.
     Outage(u64, u64),
     Pass(u64),
 }
 
-fn happening() -> impl Strategy<Value = Happening> {
+fn history_step() -> impl Strategy<Value = HistoryStep> {
     prop_oneof![
-        8 => (1_u64..150).prop_map(Happening::Publish),
-        3 => (0_u64..80).prop_map(Happening::Trim),
-        3 => (0..RELAYS, 1_usize..120).prop_map(|(relay, ring)| Happening::Restart(relay, ring)),
-        1 => Just(Happening::Lose),
-        1 => (1_u64..150, 0_u64..80).prop_map(|(count, length)| Happening::Outage(count, length)),
-        3 => (1_u64..20).prop_map(Happening::Pass),
+        8 => (1_u64..150).prop_map(HistoryStep::Publish),
+        3 => (0_u64..80).prop_map(HistoryStep::Trim),
+        3 => (0..RELAYS, 1_usize..120).prop_map(|(relay, ring)| HistoryStep::Restart(relay, ring)),
+        1 => Just(HistoryStep::Lose),
+        1 => (1_u64..150, 0_u64..80).prop_map(|(count, length)| HistoryStep::Outage(count, length)),
+        3 => (1_u64..20).prop_map(HistoryStep::Pass),
     ]
 }
 
-/// What a client does.
+/// The behaviour of a client.
 #[derive(Debug, Clone)]
-struct Habits {
+struct Behaviour {
     kind: Kind,
-    sieve: Sieve,
-    begins: Begins,
-    /// After so many messages it breaks off; at last it stays.
+    filter: TestFilter,
+    start: FirstStart,
+    /// It disconnects after these numbers of messages, and stays at last.
     patience: Vec<usize>,
 }
 
@@ -68,26 +69,26 @@ enum Kind {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Sieve {
+enum TestFilter {
     Everything,
     Severe,
     OfSource,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Begins {
+enum FirstStart {
     Earliest,
     Snapshot(usize),
 }
 
-fn habits() -> impl Strategy<Value = Habits> {
+fn behaviour() -> impl Strategy<Value = Behaviour> {
     let kind = prop_oneof![Just(Kind::Plain), any::<bool>().prop_map(|has_lane| Kind::Rich { has_lane })];
-    let sieve = prop_oneof![Just(Sieve::Everything), Just(Sieve::Severe), Just(Sieve::OfSource)];
-    let begins = prop_oneof![Just(Begins::Earliest), (1_usize..60).prop_map(Begins::Snapshot)];
-    (kind, sieve, begins, vec(1_usize..120, 0..6)).prop_map(|(kind, sieve, begins, patience)| Habits {
+    let filter = prop_oneof![Just(TestFilter::Everything), Just(TestFilter::Severe), Just(TestFilter::OfSource)];
+    let start = prop_oneof![Just(FirstStart::Earliest), (1_usize..60).prop_map(FirstStart::Snapshot)];
+    (kind, filter, start, vec(1_usize..120, 0..6)).prop_map(|(kind, filter, start, patience)| Behaviour {
         kind,
-        sieve,
-        begins,
+        filter,
+        start,
         patience,
     })
 }
@@ -108,7 +109,7 @@ fn alert(n: u64) -> String {
     json!({"n": n, "severity": severity(n), "source": source(n)}).to_string()
 }
 
-/// The last alert of a history is for everybody, and nothing that would be given before its turn.
+/// The last alert of a history passes all filters, and is not critical, so that it is not sent early.
 fn is_last(n: u64) -> bool {
     n >= 1_000_000
 }
@@ -118,7 +119,7 @@ fn last_number() -> u64 {
     (1_000_000..2_000_000).find(is_fit).expect("there is one")
 }
 
-impl Sieve {
+impl TestFilter {
     fn passes(self, n: u64) -> bool {
         match self {
             Self::Everything => true,
@@ -144,107 +145,116 @@ impl Sieve {
     }
 }
 
-/// A place in one life of the stream.
-type Place = (String, EntryId);
+/// A position: an epoch and an id.
+type StreamPosition = (String, EntryId);
 
-fn place(position: &Value) -> Place {
+fn parse_position(position: &Value) -> StreamPosition {
     let text = position.as_str().expect("a position");
     let (epoch, id) = text.split_once(':').expect("an epoch and an id");
     (epoch.to_owned(), id.parse().expect("an id"))
 }
 
-/// What a client was told.
+/// An observation of a client.
 #[derive(Debug, Clone)]
-enum Told {
+enum Observation {
     Connected,
-    /// It goes on from here, with all of what it asked for or not.
-    Begins(Place, bool),
-    /// It stands here: nothing was told with it.
-    Stands(Place),
-    Alert(Place, u64),
-    Early(Place, u64),
+    /// It starts here, with or without all requested entries.
+    Started(StreamPosition, bool),
+    /// Its position is here, without an entry.
+    At(StreamPosition),
+    Alert(StreamPosition, u64),
+    Early(StreamPosition, u64),
     Gap {
-        after: Option<Place>,
-        before: Option<Place>,
+        after: Option<StreamPosition>,
+        before: Option<StreamPosition>,
         reason: String,
     },
 }
 
-fn told(kind: Kind, text: &str) -> Option<Told> {
+fn observe(kind: Kind, text: &str) -> Option<Observation> {
     let frame: Value = serde_json::from_str(text).expect("JSON");
     let number = |alert: &Value| alert["n"].as_u64().expect("a number");
     if kind == Kind::Plain {
-        return Some(Told::Alert(place(&frame["_pos"]), number(&frame)));
+        return Some(Observation::Alert(parse_position(&frame["_pos"]), number(&frame)));
     }
     match frame["t"].as_str().expect("a type") {
-        "event" if frame["lane"] == "critical" => Some(Told::Early(place(&frame["p"]), number(&frame["d"]))),
-        "event" => Some(Told::Alert(place(&frame["p"]), number(&frame["d"]))),
-        "mark" => Some(Told::Stands(place(&frame["p"]))),
-        "subscribed" => Some(Told::Begins(place(&frame["from"]), frame["recovered"] == true)),
+        "event" if frame["lane"] == "critical" => {
+            Some(Observation::Early(parse_position(&frame["p"]), number(&frame["d"])))
+        }
+        "event" => Some(Observation::Alert(parse_position(&frame["p"]), number(&frame["d"]))),
+        "mark" => Some(Observation::At(parse_position(&frame["p"]))),
+        "subscribed" => Some(Observation::Started(parse_position(&frame["from"]), frame["recovered"] == true)),
         "gap" => {
-            let bound = |name: &str| frame.get(name).map(place);
+            let bound = |name: &str| frame.get(name).map(parse_position);
             let reason = frame["reason"].as_str().expect("a reason").to_owned();
-            Some(Told::Gap { after: bound("after"), before: bound("before"), reason })
+            Some(Observation::Gap { after: bound("after"), before: bound("before"), reason })
         }
         "error" => panic!("{text}"),
         _ => None,
     }
 }
 
-/// Comes and goes until it has seen the last alert. Says what it was told.
-async fn watch(habits: Habits, relays: Arc<Mutex<Vec<String>>>) -> Vec<Told> {
-    let (mut seen, mut position) = (Vec::new(), None::<Place>);
+/// Connects and disconnects until it has seen the last alert. Returns its observations.
+async fn watch(behaviour: Behaviour, relays: Arc<Mutex<Vec<String>>>) -> Vec<Observation> {
+    let (mut seen, mut position) = (Vec::new(), None::<StreamPosition>);
     for visit in 0.. {
-        let most = habits.patience.get(visit).copied().unwrap_or(usize::MAX);
+        let most = behaviour.patience.get(visit).copied().unwrap_or(usize::MAX);
         let address = relays.lock().expect("unpoisoned")[visit % RELAYS].clone();
-        seen.push(Told::Connected);
-        let is_over = stay(&habits, &address, most, &mut position, &mut seen).await;
+        seen.push(Observation::Connected);
+        let is_over = connect_once(&behaviour, &address, most, &mut position, &mut seen).await;
         if is_over {
             return seen;
         }
-        // Where its relay is gone, there is another soon.
+        // If its relay is gone, there is another one soon.
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    unreachable!("visits don't end")
+    unreachable!("visits do not end")
 }
 
-/// One visit; says whether it has seen the last alert.
-async fn stay(habits: &Habits, address: &str, most: usize, position: &mut Option<Place>, seen: &mut Vec<Told>) -> bool {
-    let begins = match (&position, habits.begins) {
+/// Stays for one connection. Returns whether it has seen the last alert.
+async fn connect_once(
+    behaviour: &Behaviour,
+    address: &str,
+    most: usize,
+    position: &mut Option<StreamPosition>,
+    seen: &mut Vec<Observation>,
+) -> bool {
+    let start = match (&position, behaviour.start) {
         (Some((epoch, id)), _) => ("since", json!(format!("{epoch}:{id}"))),
-        (None, Begins::Earliest) => ("since", json!("earliest")),
-        (None, Begins::Snapshot(count)) => ("snapshot", json!(count)),
+        (None, FirstStart::Earliest) => ("since", json!("earliest")),
+        (None, FirstStart::Snapshot(count)) => ("snapshot", json!(count)),
     };
-    let query = match habits.kind {
+    let query = match behaviour.kind {
         Kind::Plain => {
-            let value = begins.1.as_str().map_or_else(|| begins.1.to_string(), ToOwned::to_owned);
-            format!("meta=1&{}={value}{}", begins.0, habits.sieve.query())
+            let value = start.1.as_str().map_or_else(|| start.1.to_string(), ToOwned::to_owned);
+            format!("meta=1&{}={value}{}", start.0, behaviour.filter.query())
         }
         Kind::Rich { .. } => "v=1".to_owned(),
     };
     let Ok((mut socket, _)) = tokio_tungstenite::connect_async(format!("ws://{address}/alerts?{query}")).await else {
         return false;
     };
-    if let Kind::Rich { has_lane } = habits.kind {
+    if let Kind::Rich { has_lane } = behaviour.kind {
         let lane = if has_lane { "critical" } else { "off" };
-        let mut request = json!({"op": "subscribe", "id": 1, "lane": lane, "filter": habits.sieve.tree()});
-        request[begins.0] = begins.1;
+        let mut request = json!({"op": "subscribe", "id": 1, "lane": lane, "filter": behaviour.filter.tree()});
+        request[start.0] = start.1;
         if socket.send(Message::text(request.to_string())).await.is_err() {
             return false;
         }
     }
     for _ in 0..most {
-        let message = match timeout(PATIENCE, socket.next()).await.expect("something in time") {
-            Some(Ok(Message::Text(text))) => told(habits.kind, &text),
+        let observation = match timeout(TEST_TIMEOUT, socket.next()).await.expect("something in time") {
+            Some(Ok(Message::Text(text))) => observe(behaviour.kind, &text),
             Some(Ok(Message::Ping(_) | Message::Pong(_))) => None,
             Some(Ok(Message::Close(_)) | Err(_)) | None => return false,
             Some(Ok(other)) => panic!("unexpected {other:?}"),
         };
-        if let Some(Told::Alert(place, _) | Told::Stands(place) | Told::Begins(place, _)) = &message {
-            *position = Some(place.clone());
+        if let Some(Observation::Alert(last, _) | Observation::At(last) | Observation::Started(last, _)) = &observation
+        {
+            *position = Some(last.clone());
         }
-        let is_over = matches!(message, Some(Told::Alert(_, n)) if is_last(n));
-        seen.extend(message);
+        let is_over = matches!(observation, Some(Observation::Alert(_, n)) if is_last(n));
+        seen.extend(observation);
         if is_over {
             return true;
         }
@@ -252,102 +262,109 @@ async fn stay(habits: &Habits, address: &str, most: usize, position: &mut Option
     false
 }
 
-/// What was published, and what of it is gone.
+/// The entries that were published, and those that are gone.
 #[derive(Debug, Default)]
 struct Truth {
-    /// The lives of the stream in their order.
-    lives: Vec<String>,
+    /// The epochs of the stream, in order.
+    epochs: Vec<String>,
     numbers: BTreeMap<(usize, EntryId), u64>,
     gone: BTreeSet<(usize, EntryId)>,
 }
 
 impl Truth {
-    fn place(&self, (epoch, id): &Place) -> Result<(usize, EntryId), TestCaseError> {
-        let life = self.lives.iter().position(|life| life == epoch);
-        life.map(|life| (life, *id)).ok_or_else(|| TestCaseError::fail(format!("unknown epoch {epoch}")))
+    fn resolve(&self, (epoch, id): &StreamPosition) -> Result<(usize, EntryId), TestCaseError> {
+        let epoch_index = self.epochs.iter().position(|known| known == epoch);
+        epoch_index
+            .map(|epoch_index| (epoch_index, *id))
+            .ok_or_else(|| TestCaseError::fail(format!("unknown epoch {epoch}")))
     }
 
-    /// What is wrong with what a client was told, if anything is.
-    fn check(&self, habits: &Habits, seen: &[Told]) -> Result<(), TestCaseError> {
-        let is_rich = habits.kind != Kind::Plain;
+    /// Checks the observations of a client.
+    fn check(&self, behaviour: &Behaviour, seen: &[Observation]) -> Result<(), TestCaseError> {
+        let is_rich = behaviour.kind != Kind::Plain;
         let mut at = None::<(usize, EntryId)>;
         let (mut early, mut early_here) = (BTreeSet::new(), BTreeSet::new());
         let (mut gaps, mut was_lost, mut was_recovered) = (Vec::new(), false, true);
-        for (index, told) in seen.iter().enumerate() {
-            let (here, number) = match told {
-                Told::Connected => {
+        for (index, observation) in seen.iter().enumerate() {
+            let (here, number) = match observation {
+                Observation::Connected => {
                     early_here.clear();
                     continue;
                 }
-                Told::Early(place, n) => {
-                    let place = self.place(place)?;
-                    prop_assert_eq!(self.numbers.get(&place), Some(n));
-                    prop_assert!(habits.sieve.passes(*n) && severity(*n) == "critical", "{n} was early");
-                    prop_assert!(at.is_none_or(|at| place > at), "{n} came before its turn, after it");
-                    prop_assert!(early_here.insert(place), "{n} came before its turn, twice");
-                    early.insert(place);
+                Observation::Early(position, n) => {
+                    let position = self.resolve(position)?;
+                    prop_assert_eq!(self.numbers.get(&position), Some(n));
+                    prop_assert!(behaviour.filter.passes(*n) && severity(*n) == "critical", "{n} was early");
+                    prop_assert!(at.is_none_or(|at| position > at), "{n} was sent early after its order");
+                    prop_assert!(early_here.insert(position), "{n} was sent early twice");
+                    early.insert(position);
                     continue;
                 }
-                Told::Gap { after, before, reason } if reason == "trimmed" => {
-                    let after = self.place(after.as_ref().expect("a bound"))?;
-                    let before = before.as_ref().map(|before| self.place(before)).transpose()?;
-                    prop_assert!(at.is_none_or(|at| after >= at), "a gap of what was given");
+                Observation::Gap { after, before, reason } if reason == "trimmed" => {
+                    let after = self.resolve(after.as_ref().expect("a bound"))?;
+                    let before = before.as_ref().map(|before| self.resolve(before)).transpose()?;
+                    prop_assert!(at.is_none_or(|at| after >= at), "a gap of entries that were sent");
                     prop_assert!(before.is_none_or(|before| self.numbers.contains_key(&before)));
                     let end = before.unwrap_or((after.0, EntryId::MAX));
                     let is_there =
-                        |(place, _): &(&(usize, EntryId), &u64)| **place > after && !self.gone.contains(place);
+                        |(position, _): &(&(usize, EntryId), &u64)| **position > after && !self.gone.contains(position);
                     let there = self.numbers.range(after..end).find(is_there);
                     prop_assert!(before.is_none() || there.is_none(), "a gap where there is {there:?}");
                     gaps.push((after, end));
                     continue;
                 }
-                Told::Gap { reason, .. } => {
+                Observation::Gap { reason, .. } => {
                     prop_assert!(reason == "state_lost" || reason == "epoch", "{reason}");
                     was_lost = true;
                     continue;
                 }
-                Told::Begins(place, is_recovered) => {
+                Observation::Started(position, is_recovered) => {
                     was_recovered &= *is_recovered;
-                    (self.place(place)?, None)
+                    (self.resolve(position)?, None)
                 }
-                Told::Stands(place) => (self.place(place)?, None),
-                Told::Alert(place, n) => (self.place(place)?, Some(*n)),
+                Observation::At(position) => (self.resolve(position)?, None),
+                Observation::Alert(position, n) => (self.resolve(position)?, Some(*n)),
             };
             if let Some(n) = number {
                 prop_assert_eq!(self.numbers.get(&here), Some(&n), "at {:?}", here);
-                prop_assert!(habits.sieve.passes(n), "{n} does not pass");
+                prop_assert!(behaviour.filter.passes(n), "{n} does not pass");
                 prop_assert!(at.is_none_or(|at| here > at), "{n} at {here:?} after {at:?}");
                 prop_assert!(!early_here.contains(&here), "{n} came twice on one connection");
             } else {
-                prop_assert!(at.is_none_or(|at| here >= at), "stands at {here:?} after {at:?}");
+                prop_assert!(at.is_none_or(|at| here >= at), "position {here:?} after {at:?}");
             }
-            let is_new_life = at.is_some_and(|at| at.0 < here.0);
+            let is_new_epoch = at.is_some_and(|at| at.0 < here.0);
             prop_assert!(
-                !is_new_life || was_lost || !was_recovered || !is_rich,
-                "nobody told that the stream was lost: {:?}",
+                !is_new_epoch || was_lost || !was_recovered || !is_rich,
+                "the loss of the stream was not reported: {:?}",
                 &seen[index.saturating_sub(10)..=index]
             );
             let from = match at {
-                Some(at) if !is_new_life => Some(at),
+                Some(at) if !is_new_epoch => Some(at),
                 Some(_) => Some((here.0, EntryId::MIN)),
-                // What there was at first, is there from the oldest on, or is a snapshot.
-                None if habits.begins == Begins::Earliest && number.is_some() => Some((here.0, EntryId::MIN)),
+                // At first, the oldest entry or the snapshot is the start.
+                None if behaviour.start == FirstStart::Earliest && number.is_some() => Some((here.0, EntryId::MIN)),
                 None => None,
             };
-            let is_first = at.is_none() || is_new_life;
+            let is_first = at.is_none() || is_new_epoch;
             let passed =
                 from.into_iter().flat_map(|from| self.numbers.range(from..here).filter(move |(p, _)| **p > from));
-            for (place, n) in passed.filter(|(_, n)| habits.sieve.passes(**n)) {
-                let is_told =
-                    !is_rich || is_first || was_lost || gaps.iter().any(|(after, end)| place > after && place < end);
-                let is_excused = early.contains(place) || (self.gone.contains(place) && is_told);
+            for (position, n) in passed.filter(|(_, n)| behaviour.filter.passes(**n)) {
+                let is_told = !is_rich
+                    || is_first
+                    || was_lost
+                    || gaps.iter().any(|(after, end)| position > after && position < end);
+                let is_excused = early.contains(position) || (self.gone.contains(position) && is_told);
                 let before = &seen[index.saturating_sub(10)..=index];
-                prop_assert!(is_excused, "a hole at {n}, {place:?}, between {at:?} and {here:?}: {before:?}, {gaps:?}");
+                prop_assert!(
+                    is_excused,
+                    "unreported gap at {n}, {position:?}, between {at:?} and {here:?}: {before:?}, {gaps:?}"
+                );
             }
-            // Where it still stands at the same place, a gap that was told is before what comes.
+            // While the position stays the same, a reported gap applies to the next entries.
             let has_moved = at != Some(here);
             at = Some(here);
-            if has_moved && !matches!(told, Told::Begins(..)) {
+            if has_moved && !matches!(observation, Observation::Started(..)) {
                 (gaps, was_lost, was_recovered) = (Vec::new(), false, true);
             }
         }
@@ -356,26 +373,26 @@ impl Truth {
 }
 
 /// A store that can be lost.
-pub(super) enum Ground {
+pub(super) enum TestStore {
     Embedded,
     Redis(RedisServer),
 }
 
-impl Ground {
-    pub(super) async fn fresh(&self) -> Arc<Fragile> {
+impl TestStore {
+    pub(super) async fn fresh(&self) -> Arc<FaultyStore> {
         match self {
-            Self::Embedded => Fragile::open().await,
+            Self::Embedded => FaultyStore::open().await,
             Self::Redis(server) => {
                 server.cli(&["FLUSHALL"]);
                 let config = redis::Config { url: server.url().into(), ..redis::Config::default() };
-                Fragile::around(Arc::new(config.connect().await.expect("a valid configuration")))
+                FaultyStore::around(Arc::new(config.connect().await.expect("a valid configuration")))
             }
         }
     }
 
-    async fn lose(&self, store: &Fragile) {
+    async fn lose(&self, store: &FaultyStore) {
         match self {
-            Self::Embedded => store.lose_everything().await,
+            Self::Embedded => store.lose_all_data().await,
             Self::Redis(server) => {
                 server.cli(&["FLUSHALL"]);
             }
@@ -384,7 +401,7 @@ impl Ground {
 }
 
 struct History {
-    store: Arc<Fragile>,
+    store: Arc<FaultyStore>,
     relays: Vec<Server>,
     addresses: Arc<Mutex<Vec<String>>>,
     truth: Truth,
@@ -393,7 +410,7 @@ struct History {
 }
 
 impl History {
-    async fn new(store: Arc<Fragile>) -> Self {
+    async fn new(store: Arc<FaultyStore>) -> Self {
         let (mut relays, mut addresses) = (Vec::new(), Vec::new());
         for relay in 0..RELAYS {
             let server = Server::start(store.clone(), config(1 + 50 * relay)).await;
@@ -401,52 +418,52 @@ impl History {
             relays.push(server);
         }
         let epoch = store.epoch(&alerts()).await.expect("an epoch").to_string();
-        let truth = Truth { lives: vec![epoch], ..Truth::default() };
+        let truth = Truth { epochs: vec![epoch], ..Truth::default() };
         Self { store, relays, addresses: Arc::new(Mutex::new(addresses)), truth, published: 0, last: EntryId::MIN }
     }
 
-    async fn happen(&mut self, happening: &Happening, ground: &Ground) {
-        match happening {
-            Happening::Publish(count) => self.publish(self.published..self.published + count).await,
-            Happening::Trim(length) => {
-                // What is gone before it was read, nobody can be shown.
+    async fn apply(&mut self, history_step: &HistoryStep, test_store: &TestStore) {
+        match history_step {
+            HistoryStep::Publish(count) => self.publish(self.published..self.published + count).await,
+            HistoryStep::Trim(length) => {
+                // Entries that are gone before the relays read them cannot be checked.
                 self.relayed().await;
                 self.trim(*length).await;
             }
-            Happening::Outage(count, length) => {
-                self.cut_off().await;
+            HistoryStep::Outage(count, length) => {
+                self.wait_for_outage().await;
                 self.publish(self.published..self.published + count).await;
                 self.trim(*length).await;
-                self.store.set_away(false);
+                self.store.set_unavailable(false);
             }
-            Happening::Restart(relay, ring) => {
+            HistoryStep::Restart(relay, ring) => {
                 let server = Server::start(self.store.clone(), config(*ring)).await;
                 self.addresses.lock().expect("unpoisoned")[*relay] = server.address.to_string();
                 self.relays[*relay] = server;
             }
-            Happening::Lose => {
-                // An outage brings the comparison with the store forward.
-                self.cut_off().await;
-                ground.lose(&self.store).await;
-                self.store.set_away(false);
+            HistoryStep::Lose => {
+                // After an outage the tail compares the stream with the store at once.
+                self.wait_for_outage().await;
+                test_store.lose(&self.store).await;
+                self.store.set_unavailable(false);
                 let epoch = self.store.epoch(&alerts()).await.expect("an epoch");
                 for relay in &self.relays {
                     let is_in = || relay.relay.status().streams.iter().all(|s| s.epoch.as_ref() == Some(&epoch));
-                    relay.until("the new life is noticed", is_in).await;
+                    relay.until("the new epoch is noticed", is_in).await;
                 }
-                let life = self.truth.lives.len() - 1;
-                let gone = self.truth.numbers.range((life, EntryId::MIN)..).map(|(place, _)| *place);
+                let epoch_index = self.truth.epochs.len() - 1;
+                let gone = self.truth.numbers.range((epoch_index, EntryId::MIN)..).map(|(position, _)| *position);
                 self.truth.gone.extend(gone);
-                self.truth.lives.push(epoch.to_string());
+                self.truth.epochs.push(epoch.to_string());
                 self.last = EntryId::MIN;
             }
-            Happening::Pass(ms) => tokio::time::sleep(Duration::from_millis(*ms)).await,
+            HistoryStep::Pass(ms) => tokio::time::sleep(Duration::from_millis(*ms)).await,
         }
     }
 
-    /// The relays know that the store is away.
-    async fn cut_off(&self) {
-        self.store.set_away(true);
+    /// Waits until the relays know that the store is away.
+    async fn wait_for_outage(&self) {
+        self.store.set_unavailable(true);
         for relay in &self.relays {
             let is_out = || relay.readiness.report().iter().all(|part| part.reason.is_some());
             relay.until("the outage is noticed", is_out).await;
@@ -454,26 +471,27 @@ impl History {
     }
 
     async fn trim(&mut self, length: u64) {
-        let store = self.store.beneath();
+        let store = self.store.inner_store();
         store.trim(&alerts(), Trim::ToLength(length)).await.expect("trimmed");
         let status = store.describe(&alerts()).await.expect("described");
         let first = status.and_then(|status| status.first_id);
         if first.is_none() {
-            // There is nothing left that could be read.
+            // The stream has no entry that could be read.
             self.last = EntryId::MIN;
         }
         let first = first.unwrap_or(EntryId::MAX);
-        let life = self.truth.lives.len() - 1;
-        let gone = self.truth.numbers.range((life, EntryId::MIN)..(life, first)).map(|(place, _)| *place);
+        let epoch_index = self.truth.epochs.len() - 1;
+        let gone =
+            self.truth.numbers.range((epoch_index, EntryId::MIN)..(epoch_index, first)).map(|(position, _)| *position);
         self.truth.gone.extend(gone);
     }
 
     async fn publish(&mut self, numbers: impl Iterator<Item = u64> + Clone) {
-        let appended = publish(&*self.store.beneath(), &alerts(), numbers.clone().map(alert)).await;
-        let life = self.truth.lives.len() - 1;
+        let appended = publish(&*self.store.inner_store(), &alerts(), numbers.clone().map(alert)).await;
+        let epoch_index = self.truth.epochs.len() - 1;
         self.last = appended.last().expect("some").id;
         self.published += appended.len() as u64;
-        self.truth.numbers.extend(appended.iter().map(|one| (life, one.id)).zip(numbers));
+        self.truth.numbers.extend(appended.iter().map(|one| (epoch_index, one.id)).zip(numbers));
     }
 
     async fn relayed(&self) {
@@ -490,20 +508,21 @@ fn config(ring_entries: usize) -> Config {
     Config { ring_entries, channels, drain_window: Duration::from_millis(1), ..Config::default() }
 }
 
-async fn play(ground: &Ground, happenings: &[Happening], clients: &[Habits]) -> Result<(), TestCaseError> {
-    let store = ground.fresh().await;
+async fn play(test_store: &TestStore, steps: &[HistoryStep], clients: &[Behaviour]) -> Result<(), TestCaseError> {
+    let store = test_store.fresh().await;
     let mut history = History::new(store.clone()).await;
     let mut watching = JoinSet::new();
-    for (index, habits) in clients.iter().enumerate() {
-        let (habits, addresses) = (habits.clone(), history.addresses.clone());
-        watching.spawn(async move { (index, watch(habits, addresses).await) });
+    for (index, behaviour) in clients.iter().enumerate() {
+        let (behaviour, addresses) = (behaviour.clone(), history.addresses.clone());
+        watching.spawn(async move { (index, watch(behaviour, addresses).await) });
     }
-    for happening in happenings {
-        history.happen(happening, ground).await;
+    for history_step in steps {
+        history.apply(history_step, test_store).await;
     }
     let last = last_number();
     history.publish(last..=last).await;
-    while let Some(watched) = timeout(2 * PATIENCE, watching.join_next()).await.expect("everybody sees the last alert")
+    while let Some(watched) =
+        timeout(2 * TEST_TIMEOUT, watching.join_next()).await.expect("every client sees the last alert")
     {
         let (index, seen) = watched.expect("no client panics");
         history.truth.check(&clients[index], &seen)?;
@@ -513,9 +532,9 @@ async fn play(ground: &Ground, happenings: &[Happening], clients: &[Habits]) -> 
     Ok(())
 }
 
-fn check(ground: impl AsyncFn() -> Ground, cases: u32) {
+fn check(test_store: impl AsyncFn() -> TestStore, cases: u32) {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-    let ground = runtime.block_on(ground());
+    let test_store = runtime.block_on(test_store());
     let config = test_runner::Config {
         cases,
         max_shrink_iters: 20,
@@ -523,23 +542,23 @@ fn check(ground: impl AsyncFn() -> Ground, cases: u32) {
         failure_persistence: None,
         ..test_runner::Config::default()
     };
-    let histories = (vec(happening(), 4..24), vec(habits(), 3..8));
+    let histories = (vec(history_step(), 4..24), vec(behaviour(), 3..8));
     let outcome = TestRunner::new(config)
-        .run(&histories, |(happenings, clients)| runtime.block_on(play(&ground, &happenings, &clients)));
+        .run(&histories, |(steps, clients)| runtime.block_on(play(&test_store, &steps, &clients)));
     outcome.unwrap_or_else(|failure| panic!("{failure}"));
 }
 
 #[test]
-fn whoever_resumes_sees_everything_once_on_the_embedded_store() {
-    check(async || Ground::Embedded, 12);
+fn resuming_clients_see_every_entry_once_embedded() {
+    check(async || TestStore::Embedded, 12);
 }
 
 #[test]
-fn whoever_resumes_sees_everything_once_on_redis() {
-    check(async || Ground::Redis(RedisServer::start(Product::Redis, &[]).await), 6);
+fn resuming_clients_see_every_entry_once_redis() {
+    check(async || TestStore::Redis(RedisServer::start(Product::Redis, &[]).await), 6);
 }
 
 #[test]
-fn whoever_resumes_sees_everything_once_on_valkey() {
-    check(async || Ground::Redis(RedisServer::start(Product::Valkey, &[]).await), 4);
+fn resuming_clients_see_every_entry_once_valkey() {
+    check(async || TestStore::Redis(RedisServer::start(Product::Valkey, &[]).await), 4);
 }

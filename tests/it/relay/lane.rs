@@ -1,4 +1,4 @@
-//! Critical alerts for clients that are far behind.
+//! The priority lane: critical alerts for clients that are far behind.
 
 use std::collections::BTreeSet;
 
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
 
 use super::server::{Client, Server, alerts};
-use super::store::Fragile;
+use super::store::FaultyStore;
 use super::{config, member};
 
 const LOWS: usize = 10_000;
@@ -22,8 +22,8 @@ fn small_ring() -> Config {
     Config { ring_bytes: ByteSize::kib(512), max_lag_bytes: ByteSize::gib(1), ..config() }
 }
 
-/// A client that reads nothing while ten thousand alerts come that are not critical, and then two that are, one of
-/// each tenant.
+/// Returns a client that reads nothing while ten thousand alerts come that are not critical, and then two critical
+/// ones, one of each tenant.
 async fn behind(server: &Server, target: &str, subscribe: Option<Value>) -> Client {
     let mut client = server.connect_slow(target).await;
     if let Some(request) = subscribe {
@@ -50,8 +50,8 @@ fn number(alert: &Value) -> usize {
 }
 
 #[tokio::test]
-async fn a_critical_alert_overtakes_ten_thousand_others_and_comes_once() {
-    let server = Server::start(Fragile::open().await, small_ring()).await;
+async fn critical_alert_overtakes_ten_thousand_others_once() {
+    let server = Server::start(FaultyStore::open().await, small_ring()).await;
     let mut client = behind(&server, "alerts?v=1", Some(json!({"op": "subscribe", "stream": "aurora:alerts"}))).await;
     let (mut in_turn, mut early, mut stands) = (Vec::new(), Vec::new(), String::new());
     while in_turn.len() < LOWS {
@@ -62,22 +62,22 @@ async fn a_critical_alert_overtakes_ten_thousand_others_and_comes_once() {
                 in_turn.push(number(&frame["d"]));
                 frame["p"].as_str().expect("a position").clone_into(&mut stands);
             }
-            "mark" => assert_eq!(frame["p"], stands, "it stands where it stood"),
+            "mark" => assert_eq!(frame["p"], stands, "the position has not moved"),
             other => panic!("unexpected {other}"),
         }
     }
-    assert!(in_turn.into_iter().eq(0..LOWS), "all others are in order, and the critical ones not among them");
+    assert!(in_turn.into_iter().eq(0..LOWS), "all others are in order, without the critical ones");
     let numbers: Vec<usize> = early.iter().map(|(_, n)| *n).collect();
     assert_eq!(numbers, [LOWS, LOWS + 1]);
-    // What was on its way to the socket comes before.
+    // Only bytes that were already in the socket come before.
     assert!(early.iter().all(|(after, _)| *after < 1000), "{early:?}");
     assert_eq!(server.metrics.relay_early.with_label_values(&["alerts"]).get(), 2);
-    // Live again, nothing is out of order.
+    // The client is live again, so the order is normal.
     server.publish(&alerts(), [alert(LOWS + 2, "critical")]).await;
     let live = frame(&mut client).await;
     assert_eq!((number(&live["d"]), live.get("lane")), (LOWS + 2, None));
 
-    // Whoever resumes where it stood may be given them again, and knows them by their positions.
+    // A client that resumes may receive them again, and knows them by their positions.
     let mut resumed = server.connect("alerts?v=1").await;
     let request = json!({"op": "subscribe", "stream": "aurora:alerts", "since": stands});
     resumed.socket.send(Message::text(request.to_string())).await.expect("sent");
@@ -92,8 +92,8 @@ async fn a_critical_alert_overtakes_ten_thousand_others_and_comes_once() {
 }
 
 #[tokio::test]
-async fn the_lane_shows_nothing_that_a_client_may_not_see_or_does_not_want() {
-    let server = Server::start(Fragile::open().await, small_ring()).await;
+async fn priority_lane_respects_the_filter_of_a_tenant() {
+    let server = Server::start(FaultyStore::open().await, small_ring()).await;
     let request = json!({"op": "subscribe", "stream": "aurora:alerts"});
     let mut bound = behind(&server, "alerts?v=1&bound_to=b", Some(request)).await;
     let mut seen = Vec::new();
@@ -109,8 +109,8 @@ async fn the_lane_shows_nothing_that_a_client_may_not_see_or_does_not_want() {
 }
 
 #[tokio::test]
-async fn in_plain_mode_the_lane_is_for_those_who_ask() {
-    let server = Server::start(Fragile::open().await, small_ring()).await;
+async fn priority_lane_in_plain_mode_is_on_request_only() {
+    let server = Server::start(FaultyStore::open().await, small_ring()).await;
     let mut client = behind(&server, "alerts?meta=1&lane=critical", None).await;
     let (mut in_turn, mut early) = (Vec::new(), Vec::new());
     while in_turn.len() < LOWS {
@@ -127,11 +127,7 @@ async fn in_plain_mode_the_lane_is_for_those_who_ask() {
     assert_eq!(early, [LOWS, LOWS + 1]);
     let mut resumed = server.connect("alerts?since=earliest").await;
     for n in 0..LOWS + 2 {
-        assert_eq!(
-            number(&serde_json::from_str(&resumed.text().await).expect("JSON")),
-            n,
-            "in order where nobody asks"
-        );
+        assert_eq!(number(&serde_json::from_str(&resumed.text().await).expect("JSON")), n, "in order without the lane");
     }
     assert_eq!(server.metrics.relay_early.with_label_values(&["alerts"]).get(), 2);
 }

@@ -1,4 +1,4 @@
-//! What clients can't go beyond.
+//! The limits of clients.
 
 use std::time::Duration;
 
@@ -10,17 +10,17 @@ use tokio_tungstenite::tungstenite::Message;
 
 use super::config;
 use super::server::{Server, alerts};
-use super::store::Fragile;
+use super::store::FaultyStore;
 
 fn padded(n: usize) -> String {
     format!(r#"{{"n":{n:05},"pad":"{}"}}"#, "x".repeat(4000))
 }
 
 #[tokio::test]
-async fn a_client_whose_next_alert_is_too_old_is_closed_and_resumes() {
+async fn client_beyond_max_lag_age_is_closed_and_resumes() {
     let max_lag_age = Duration::from_millis(200);
     let config = Config { ring_bytes: ByteSize::kib(64), max_lag_age, ..config() };
-    let server = Server::start(Fragile::open().await, config).await;
+    let server = Server::start(FaultyStore::open().await, config).await;
     let mut slow = server.connect_slow("alerts?meta=1&stream=aurora:alerts").await;
     server.publish(&alerts(), [padded(0)]).await;
     let mut seen = vec![slow.text().await];
@@ -32,41 +32,46 @@ async fn a_client_whose_next_alert_is_too_old_is_closed_and_resumes() {
     let (texts, code, reason) = slow.close().await;
     assert_eq!((code, reason.starts_with("too_slow")), (4001, true), "{reason}");
     seen.extend(texts);
-    // It was not live on this connection: it may take its time.
+    // This connection was not live, so its lag is not limited.
     let position = super::member(seen.last().expect("some"), "_pos");
     let mut resumed = server.connect(&format!("alerts?meta=1&stream=aurora:alerts&since={position}")).await;
     seen.extend(resumed.texts(500 - seen.len()).await);
-    assert!(seen.iter().enumerate().all(|(n, text)| text.contains(&format!(r#""n":{n:05},"#))), "no hole, none twice");
+    assert!(
+        seen.iter().enumerate().all(|(n, text)| text.contains(&format!(r#""n":{n:05},"#))),
+        "no gap and no duplicate"
+    );
 }
 
 #[tokio::test]
-async fn there_is_a_limit_to_all_clients_together_and_to_what_they_ask() {
+async fn connections_and_requests_are_limited() {
     let config = Config { max_connections: 2, ..config() };
-    let server = Server::start(Fragile::open().await, config).await;
+    let server = Server::start(FaultyStore::open().await, config).await;
     let _first = server.connect("alerts").await;
     let mut second = server.connect("alerts?v=1").await;
     server.until("two are in", || server.relay.status().connections == 2).await;
     assert_eq!(server.connect("alerts").await.close().await.1, 4503);
-    // Whoever asks more than is answered is stopped, whatever it asks.
+    // Requests beyond the limit end the session, whatever they are.
     for id in 0..300 {
         if second.socket.feed(Message::text(json!({"op": "ping", "id": id}).to_string())).await.is_err() {
             break;
         }
     }
-    // The relay may have ended the connection before all of it was sent.
+    // The relay may have closed the connection before all requests were sent.
     drop(second.socket.flush().await);
     assert_eq!(second.close().await.1, 4005);
     server.until("there is room", || server.relay.status().connections == 1).await;
 }
 
 #[tokio::test]
-async fn nothing_is_kept_for_a_client_that_asks_and_does_not_read() {
+async fn client_that_subscribes_and_never_reads_is_closed() {
     let config = Config { write_timeout: Duration::from_millis(500), ..config() };
-    let server = Server::start(Fragile::open().await, config).await;
+    let server = Server::start(FaultyStore::open().await, config).await;
     let mut deaf = server.connect_slow("alerts?v=1").await;
     let subscribe = json!({"op": "subscribe", "id": 1, "stream": "aurora:alerts", "since": "earliest"});
     deaf.socket.send(Message::text(subscribe.to_string())).await.expect("sent");
     server.publish(&alerts(), (0..200).map(padded)).await;
-    server.until("it is given up", || server.metrics.relay_closes.with_label_values(&["4008"]).get() == 1).await;
-    server.until("its place is free", || server.relay.status().connections == 0).await;
+    server
+        .until("the write timeout closes it", || server.metrics.relay_closes.with_label_values(&["4008"]).get() == 1)
+        .await;
+    server.until("its connection is closed", || server.relay.status().connections == 0).await;
 }

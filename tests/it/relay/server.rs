@@ -8,7 +8,7 @@ use aurora_bus::event::{Attribute, Filter};
 use aurora_bus::event::{Fields, NewEntry, StreamName, StreamPattern, field};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
-use aurora_bus::relay::{Admission, Config, Ending, Refused, Relay, SubscribeParams};
+use aurora_bus::relay::{Admission, Config, ConnectError, Relay, SessionEnd, SubscribeParams};
 use aurora_bus::store::{Appended, Families, MAX_APPEND, Store};
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -20,10 +20,10 @@ use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::handshake::server::{Request, Response};
 use tokio_util::sync::CancellationToken;
 
-/// How long a test waits for what must happen.
-pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
+/// The maximum time that a test waits.
+pub(crate) const TEST_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// The buffers of sockets where a client is to be slow: small, so that little is enough to fill them.
+/// The socket buffers for slow clients: small, so that few bytes fill them.
 const SMALL_BUFFER: u32 = 4096;
 
 pub(crate) struct Server {
@@ -33,7 +33,7 @@ pub(crate) struct Server {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) address: SocketAddr,
     pub(crate) stop: CancellationToken,
-    endings: Arc<Mutex<Vec<Ending>>>,
+    ends: Arc<Mutex<Vec<SessionEnd>>>,
     tasks: JoinSet<()>,
 }
 
@@ -50,7 +50,7 @@ pub(crate) fn cps_alerts() -> StreamName {
 }
 
 impl Server {
-    /// A relay on that store, whose tails have begun.
+    /// Starts a relay on that store, and waits until its tails have begun.
     pub(crate) async fn start(store: Arc<dyn Store>, config: Config) -> Self {
         let server = Self::start_cold(store, config);
         server.until("the tails have begun", || server.relay.status().streams.iter().all(|s| s.epoch.is_some())).await;
@@ -67,15 +67,15 @@ impl Server {
         socket.bind(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a free port");
         let listener = socket.listen(1024).expect("a listener");
         let address = listener.local_addr().expect("its address");
-        let (stop, endings) = (CancellationToken::new(), Arc::new(Mutex::new(Vec::new())));
+        let (stop, ends) = (CancellationToken::new(), Arc::new(Mutex::new(Vec::new())));
         let mut tasks = JoinSet::new();
         let (running, stopped) = (relay.clone(), stop.clone());
         tasks.spawn(async move { running.run(stopped).await });
-        tasks.spawn(accept(listener, relay.clone(), stop.clone(), endings.clone()));
-        Self { relay, metrics, readiness, store, address, stop, endings, tasks }
+        tasks.spawn(accept(listener, relay.clone(), stop.clone(), ends.clone()));
+        Self { relay, metrics, readiness, store, address, stop, ends, tasks }
     }
 
-    /// A client that asks for `target`, such as `alerts?snapshot=5`, and answers pings while it is read from.
+    /// Connects a client to `target`, such as `alerts?snapshot=5`. It answers pings while it is read.
     pub(crate) async fn connect(&self, target: &str) -> Client {
         Client::connect(self.address, target, None).await
     }
@@ -95,18 +95,18 @@ impl Server {
     }
 
     pub(crate) async fn until(&self, what: &str, mut is_so: impl FnMut() -> bool) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TEST_TIMEOUT;
         while !is_so() {
-            assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}\n{}", self.metrics.render());
+            assert!(Instant::now() < deadline, "not within {TEST_TIMEOUT:?}: {what}\n{}", self.metrics.render());
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
 
-    /// Waits until as many sessions have ended, and says how.
-    pub(crate) async fn endings(&self, count: usize) -> Vec<Ending> {
-        let endings = || self.endings.lock().expect("no test panics here").clone();
-        self.until("sessions have ended", || endings().len() >= count).await;
-        endings()
+    /// Waits until this many sessions have ended, and returns how.
+    pub(crate) async fn ends(&self, count: usize) -> Vec<SessionEnd> {
+        let ends = || self.ends.lock().expect("no test panics here").clone();
+        self.until("sessions have ended", || ends().len() >= count).await;
+        ends()
     }
 
     pub(crate) fn gaps(&self, reason: &str) -> u64 {
@@ -117,7 +117,7 @@ impl Server {
         self.metrics.relay_catchups.with_label_values(&["alerts"]).get()
     }
 
-    /// Waits until the tails have read everything that is published.
+    /// Waits until the tails have read all published entries.
     pub(crate) async fn until_relayed(&self, stream: &StreamName, appended: &[Appended]) {
         let last = appended.last().expect("something was published").id;
         self.until("the tail has read it", || {
@@ -126,24 +126,24 @@ impl Server {
         .await;
     }
 
-    /// Stops it, and waits until `run` and every session have returned.
-    pub(crate) async fn stop(mut self) -> Vec<Ending> {
+    /// Stops the relay, and waits until `run` and every session have returned.
+    pub(crate) async fn stop(mut self) -> Vec<SessionEnd> {
         self.stop.cancel();
-        while let Some(ended) = timeout(PATIENCE, self.tasks.join_next()).await.expect("it stops in time") {
+        while let Some(ended) = timeout(TEST_TIMEOUT, self.tasks.join_next()).await.expect("it stops in time") {
             ended.expect("no task panics");
         }
-        self.endings.lock().expect("no test panics here").clone()
+        self.ends.lock().expect("no test panics here").clone()
     }
 }
 
-async fn accept(listener: TcpListener, relay: Relay, stop: CancellationToken, endings: Arc<Mutex<Vec<Ending>>>) {
+async fn accept(listener: TcpListener, relay: Relay, stop: CancellationToken, ends: Arc<Mutex<Vec<SessionEnd>>>) {
     let mut sessions = JoinSet::new();
     while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
         let (socket, peer) = accepted.expect("a connection");
-        let (relay, endings) = (relay.clone(), endings.clone());
+        let (relay, ends) = (relay.clone(), ends.clone());
         sessions.spawn(async move {
-            let ending = serve(socket, peer, &relay).await;
-            endings.lock().expect("no test panics here").extend(ending);
+            let end = serve(socket, peer, &relay).await;
+            ends.lock().expect("no test panics here").extend(end);
         });
     }
     while let Some(ended) = sessions.join_next().await {
@@ -152,14 +152,14 @@ async fn accept(listener: TcpListener, relay: Relay, stop: CancellationToken, en
 }
 
 #[expect(clippy::result_large_err, reason = "the handshake's callback is made like this")]
-async fn serve(socket: TcpStream, peer: SocketAddr, relay: &Relay) -> Option<Ending> {
+async fn serve(socket: TcpStream, peer: SocketAddr, relay: &Relay) -> Option<SessionEnd> {
     socket.set_nodelay(true).expect("a socket option");
     let mut connected = None;
-    // Before the handshake is answered: what is published after that is for this client.
+    // Before the handshake is answered: the client receives all entries that are published after it.
     let connect = |request: &Request, response: Response| {
         let (channel, query) =
             (request.uri().path().trim_start_matches('/'), request.uri().query().unwrap_or_default());
-        let params = SubscribeParams::parse(query).map_err(Refused::from);
+        let params = SubscribeParams::parse(query).map_err(ConnectError::from);
         let is_rich = query.split('&').any(|pair| pair == "v=1");
         let bound = query.split('&').find_map(|pair| pair.strip_prefix("bound_to="));
         let filter = bound.map_or_else(Filter::default, |tenant| Filter::is(Attribute::Tenant, tenant));
@@ -214,11 +214,11 @@ impl Client {
         let socket = socket.connect(address).await.expect("a connection");
         let url = format!("ws://{address}/{target}");
         let handshake = tokio_tungstenite::client_async(url, socket);
-        let (socket, _) = timeout(PATIENCE, handshake).await.expect("in time").expect("a handshake");
+        let (socket, _) = timeout(TEST_TIMEOUT, handshake).await.expect("in time").expect("a handshake");
         Self { socket }
     }
 
-    /// The next alert.
+    /// Returns the next alert.
     pub(crate) async fn text(&mut self) -> String {
         loop {
             match self.message().await {
@@ -237,12 +237,12 @@ impl Client {
         texts
     }
 
-    /// The next message; nothing once the connection has ended.
+    /// Returns the next message, or `None` when the connection has ended.
     pub(crate) async fn message(&mut self) -> Option<Message> {
-        timeout(PATIENCE, self.socket.next()).await.expect("a message in time").and_then(Result::ok)
+        timeout(TEST_TIMEOUT, self.socket.next()).await.expect("a message in time").and_then(Result::ok)
     }
 
-    /// Reads until the server closes: the alerts until then, the code and the reason.
+    /// Reads until the server closes. Returns the alerts until then, the code and the reason.
     pub(crate) async fn close(&mut self) -> (Vec<String>, u16, String) {
         let mut texts = Vec::new();
         loop {

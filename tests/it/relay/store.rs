@@ -1,4 +1,4 @@
-//! An embedded store that can be taken away, or emptied, while the relay uses it.
+//! A store that can be made unavailable, or emptied, while the relay uses it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,59 +15,63 @@ use aurora_bus::store::{
 use tempfile::TempDir;
 
 #[derive(Debug)]
-pub(crate) struct Fragile {
+pub(crate) struct FaultyStore {
     inner: Mutex<(Arc<dyn Store>, Option<TempDir>)>,
-    is_away: AtomicBool,
-    spoiled: Mutex<Option<StreamName>>,
+    is_unavailable: AtomicBool,
+    unreadable: Mutex<Option<StreamName>>,
 }
 
-impl Fragile {
+impl FaultyStore {
     pub(crate) async fn open() -> Arc<Self> {
         Self::new(open_empty().await)
     }
 
-    /// The same around a store that is lost by others.
+    /// The same around another store.
     pub(crate) fn around(store: Arc<dyn Store>) -> Arc<Self> {
         Self::new((store, None))
     }
 
     fn new(inner: (Arc<dyn Store>, Option<TempDir>)) -> Arc<Self> {
-        Arc::new(Self { inner: Mutex::new(inner), is_away: AtomicBool::new(false), spoiled: Mutex::default() })
+        Arc::new(Self {
+            inner: Mutex::new(inner),
+            is_unavailable: AtomicBool::new(false),
+            unreadable: Mutex::default(),
+        })
     }
 
-    /// Every call fails as long as this is so.
-    pub(crate) fn set_away(&self, is_away: bool) {
-        self.is_away.store(is_away, Ordering::SeqCst);
+    /// Makes every call fail, or succeed again.
+    pub(crate) fn set_unavailable(&self, is_unavailable: bool) {
+        self.is_unavailable.store(is_unavailable, Ordering::SeqCst);
     }
 
-    /// The name of this stream is taken by something else, as long as this is so.
-    pub(crate) fn spoil(&self, stream: Option<StreamName>) {
-        *self.spoiled.lock().unwrap_or_else(PoisonError::into_inner) = stream;
+    /// Makes this stream unreadable, as if its name were taken by another type.
+    pub(crate) fn set_unreadable(&self, stream: Option<StreamName>) {
+        *self.unreadable.lock().unwrap_or_else(PoisonError::into_inner) = stream;
     }
 
-    /// What was stored is lost, as after a flush.
-    pub(crate) async fn lose_everything(&self) {
+    /// Loses all data, as after a flush.
+    pub(crate) async fn lose_all_data(&self) {
         let empty = open_empty().await;
         *self.inner.lock().unwrap_or_else(PoisonError::into_inner) = empty;
     }
 
-    /// The store as others reach it, who are not cut off from it.
-    pub(crate) fn beneath(&self) -> Arc<dyn Store> {
+    /// Returns the store itself, which others can still reach.
+    pub(crate) fn inner_store(&self) -> Arc<dyn Store> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
     }
 
     fn inner_for(&self, stream: &StreamName) -> Result<Arc<dyn Store>, StoreError> {
-        if self.spoiled.lock().unwrap_or_else(PoisonError::into_inner).as_ref() == Some(stream) {
+        if self.unreadable.lock().unwrap_or_else(PoisonError::into_inner).as_ref() == Some(stream) {
             return Err(StoreError::new(StoreErrorKind::WrongType, "the name is taken by a list"));
         }
         self.inner()
     }
 
     fn inner(&self) -> Result<Arc<dyn Store>, StoreError> {
-        if self.is_away.load(Ordering::SeqCst) {
+        if self.is_unavailable.load(Ordering::SeqCst) {
             return Err(StoreError::new(StoreErrorKind::Unavailable, "the store is away"));
         }
-        Ok(self.beneath())
+        Ok(self.inner_store())
     }
 }
 
@@ -78,13 +82,13 @@ async fn open_empty() -> (Arc<dyn Store>, Option<TempDir>) {
 }
 
 #[async_trait]
-impl Store for Fragile {
+impl Store for FaultyStore {
     async fn append(&self, stream: &StreamName, entries: Vec<NewEntry>) -> Result<Vec<Appended>, StoreError> {
         self.inner_for(stream)?.append(stream, entries).await
     }
 
     async fn range(&self, stream: &StreamName, range: Range, limit: usize) -> Result<Vec<Entry>, StoreError> {
-        // Stores that are elsewhere never answer at once.
+        // Remote stores never answer at once.
         tokio::task::yield_now().await;
         self.inner_for(stream)?.range(stream, range, limit).await
     }
@@ -97,7 +101,7 @@ impl Store for Fragile {
         wait: Duration,
     ) -> Result<Vec<Entry>, StoreError> {
         let inner = self.inner_for(stream)?;
-        // Short waits, so that a store that went away or was replaced is noticed soon.
+        // Short waits, so that an unavailable or replaced store is noticed soon.
         let entries = inner.tail(stream, after, limit, wait.min(Duration::from_millis(100))).await;
         self.inner_for(stream)?;
         entries

@@ -1,4 +1,4 @@
-//! Many clients that come back at once, and miss about the same.
+//! Many clients that reconnect together and miss about the same entries.
 
 use aurora_bus::relay::Config;
 use aurora_bus::store::Trim;
@@ -6,15 +6,16 @@ use futures_util::future::join_all;
 use tokio::task::JoinSet;
 
 use super::server::{Client, Server, alerts, publish};
-use super::store::Fragile;
+use super::store::FaultyStore;
 use super::{config, member, number, numbered, tiny_ring};
 
 const CLIENTS: usize = 300;
 const BEFORE: usize = 60;
 const MISSED: usize = 300;
 
-/// Clients that have seen between 10 and 59 alerts when the relay stops, and the position of each; then more is published.
-async fn stopped(store: &std::sync::Arc<Fragile>) -> Vec<(usize, String)> {
+/// Returns the positions of clients that have seen between 10 and 59 alerts when the relay stops. Then more is
+/// published.
+async fn stopped(store: &std::sync::Arc<FaultyStore>) -> Vec<(usize, String)> {
     let server = Server::start(store.clone(), config()).await;
     let connecting = (0..CLIENTS).map(|_| server.connect("alerts?meta=1&stream=aurora:alerts"));
     let clients: Vec<Client> = join_all(connecting).await;
@@ -30,31 +31,29 @@ async fn stopped(store: &std::sync::Arc<Fragile>) -> Vec<(usize, String)> {
     positions
 }
 
-/// Has all of them resume on a new relay, which they find has everything they miss; says how often it read the store.
+/// Resumes all clients on a new relay, and checks that they receive all missed entries. Returns the number of store
+/// reads.
 async fn resume(server: &Server, positions: Vec<(usize, String)>) -> u64 {
     let mut clients = JoinSet::new();
     for (seen, position) in positions {
         let mut client = server.connect(&format!("alerts?stream=aurora:alerts&since={position}")).await;
         clients.spawn(async move {
             let texts = client.texts(BEFORE + MISSED - seen).await;
-            assert!(
-                texts.iter().map(|text| number(text)).eq(seen..BEFORE + MISSED),
-                "holes or duplicates after {seen}"
-            );
+            assert!(texts.iter().map(|text| number(text)).eq(seen..BEFORE + MISSED), "gaps or duplicates after {seen}");
             client
         });
     }
     let mut clients = clients.join_all().await;
     server.publish(&alerts(), numbered([BEFORE + MISSED])).await;
     for client in &mut clients {
-        assert_eq!(number(&client.text().await), BEFORE + MISSED, "nothing twice");
+        assert_eq!(number(&client.text().await), BEFORE + MISSED, "no duplicate");
     }
     server.metrics.relay_store_reads.get()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn after_a_restart_clients_find_in_memory_what_they_missed() {
-    let store = Fragile::open().await;
+async fn clients_resume_from_memory_after_a_restart() {
+    let store = FaultyStore::open().await;
     let positions = stopped(&store).await;
     let server = Server::start(store, config()).await;
     assert_eq!(resume(&server, positions).await, 0);
@@ -62,19 +61,19 @@ async fn after_a_restart_clients_find_in_memory_what_they_missed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn clients_behind_the_ring_share_what_is_read_of_the_store() {
-    let store = Fragile::open().await;
+async fn clients_behind_the_ring_share_store_reads() {
+    let store = FaultyStore::open().await;
     let positions = stopped(&store).await;
     let server = Server::start(store, tiny_ring()).await;
     let reads = resume(&server, positions).await;
-    // Pages begin small, and a few clients begin at once at places of their own.
+    // Pages are small at first, and a few clients start from their own positions.
     assert!((2..=20).contains(&reads), "{reads} reads for {CLIENTS} clients");
     assert!(server.metrics.relay_shared_pages.get() > CLIENTS as u64);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn clients_whose_past_was_trimmed_share_the_page_that_tells_it() {
-    let store = Fragile::open().await;
+async fn clients_share_the_page_that_shows_a_trim() {
+    let store = FaultyStore::open().await;
     let positions = stopped(&store).await;
     let entries = (BEFORE + MISSED - 100) as u64;
     publish(&*store, &alerts(), numbered(BEFORE + MISSED..BEFORE + MISSED + 100)).await;
@@ -87,7 +86,7 @@ async fn clients_whose_past_was_trimmed_share_the_page_that_tells_it() {
         let first = number(&client.text().await);
         let last = BEFORE + MISSED + 99;
         let rest = client.texts(last - first).await;
-        assert!(rest.iter().map(|text| number(text)).eq(first + 1..=last), "what is left has no hole");
+        assert!(rest.iter().map(|text| number(text)).eq(first + 1..=last), "the entries left have no gap");
         first
     });
     let firsts = join_all(reading).await;
@@ -98,8 +97,8 @@ async fn clients_whose_past_was_trimmed_share_the_page_that_tells_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn snapshots_share_what_is_read_of_the_store() {
-    let store = Fragile::open().await;
+async fn snapshots_share_store_reads() {
+    let store = FaultyStore::open().await;
     let alert =
         |n: usize| format!(r#"{{"n":{n},"severity":"{}"}}"#, if n.is_multiple_of(100) { "high" } else { "low" });
     publish(&*store, &alerts(), (0..3000).map(alert)).await;

@@ -1,4 +1,4 @@
-//! What is trimmed before the relay has read it.
+//! Entries that are trimmed before the relay has read them.
 
 use std::sync::Arc;
 
@@ -7,13 +7,13 @@ use futures_util::SinkExt as _;
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
 
-use super::histories::Ground;
+use super::histories::TestStore;
 use super::server::{Client, Server, alerts, publish};
-use super::store::Fragile;
+use super::store::FaultyStore;
 use super::{config, number, numbered, tiny_ring};
 use crate::support::redis::{Product, RedisServer};
 
-/// So many alerts everybody sees, and so many are there at last.
+/// The number of alerts that all clients see, and the number at the end.
 const SEEN: usize = 5;
 const ALL: usize = 1005;
 
@@ -21,7 +21,7 @@ async fn frame(client: &mut Client) -> Value {
     serde_json::from_str(&client.text().await).expect("a JSON frame")
 }
 
-/// A client in rich mode that is live.
+/// Returns a live client in rich mode.
 async fn rich(server: &Server, terms: Value) -> Client {
     let mut client = server.connect("alerts?v=1").await;
     let mut request = json!({"op": "subscribe", "id": 1, "stream": alerts().as_str()});
@@ -31,9 +31,9 @@ async fn rich(server: &Server, terms: Value) -> Client {
     client
 }
 
-/// Those who are live are told exactly what they miss of what others publish and trim while the store is away.
-async fn told(ground: Ground) {
-    let store = ground.fresh().await;
+/// Checks that live clients learn the exact bounds of entries that are trimmed while the store is away.
+async fn check_gap_after_trim(test_store: TestStore) {
+    let store = test_store.fresh().await;
     let server = Server::start(store.clone(), config()).await;
     let mut plain = server.connect("alerts").await;
     let (mut live, mut strict) = (rich(&server, json!({})).await, rich(&server, json!({"strict": true})).await);
@@ -45,15 +45,15 @@ async fn told(ground: Ground) {
     }
 
     let is_out = || server.readiness.report().iter().all(|part| part.reason.is_some());
-    store.set_away(true);
+    store.set_unavailable(true);
     server.until("the outage is noticed", is_out).await;
-    let others = store.beneath();
+    let others = store.inner_store();
     for first in (SEEN..ALL).step_by(100) {
         publish(&*others, &alerts(), numbered(first..first + 100)).await;
     }
     others.trim(&alerts(), Trim::ToLength(150)).await.expect("trimmed");
     let oldest = others.describe(&alerts()).await.expect("described").expect("it exists").first_id.expect("some");
-    store.set_away(false);
+    store.set_unavailable(false);
 
     let gap = frame(&mut live).await;
     assert_eq!((&gap["t"], &gap["reason"], &gap["after"]), (&json!("gap"), &json!("trimmed"), &last), "{gap}");
@@ -64,48 +64,48 @@ async fn told(ground: Ground) {
     let first = number(&plain.text().await);
     assert!(first > SEEN && event["d"]["n"] == first, "{event}");
     let rest = plain.texts(ALL - first - 1).await;
-    assert!(rest.iter().map(|text| number(text)).eq(first + 1..ALL), "all that is left");
+    assert!(rest.iter().map(|text| number(text)).eq(first + 1..ALL), "all entries that are left");
     assert_eq!(strict.close().await.1, 4002);
     assert_eq!(server.gaps("trimmed"), 3 + 1, "for each client, and for the channel");
 
-    // What everybody has seen is not missed: no more is told.
-    server.until("it goes on", || !is_out()).await;
-    store.set_away(true);
+    // Trimmed entries that all clients have seen are not missing, so there is no further gap.
+    server.until("the relay has recovered", || !is_out()).await;
+    store.set_unavailable(true);
     server.until("the outage is noticed", is_out).await;
     others.trim(&alerts(), Trim::ToLength(0)).await.expect("trimmed");
     let left = others.describe(&alerts()).await.expect("described").expect("it exists").length;
     publish(&*others, &alerts(), numbered(2000..2100)).await;
     others.trim(&alerts(), Trim::ToLength(100)).await.expect("trimmed");
-    store.set_away(false);
+    store.set_unavailable(false);
     assert_eq!(number(&plain.text().await), 2000, "{left} were left");
     assert_eq!(server.gaps("trimmed"), 3 + 1);
 }
 
 #[tokio::test]
-async fn who_is_live_is_told_what_the_embedded_store_has_trimmed_meanwhile() {
-    told(Ground::Embedded).await;
+async fn live_client_receives_gap_after_trim_embedded() {
+    check_gap_after_trim(TestStore::Embedded).await;
 }
 
 #[tokio::test]
-async fn who_is_live_is_told_what_redis_has_trimmed_meanwhile() {
-    told(Ground::Redis(RedisServer::start(Product::Redis, &[]).await)).await;
+async fn live_client_receives_gap_after_trim_redis() {
+    check_gap_after_trim(TestStore::Redis(RedisServer::start(Product::Redis, &[]).await)).await;
 }
 
 #[tokio::test]
-async fn who_is_live_is_told_what_valkey_has_trimmed_meanwhile() {
-    told(Ground::Redis(RedisServer::start(Product::Valkey, &[]).await)).await;
+async fn live_client_receives_gap_after_trim_valkey() {
+    check_gap_after_trim(TestStore::Redis(RedisServer::start(Product::Valkey, &[]).await)).await;
 }
 
 #[tokio::test]
-async fn who_has_seen_nothing_is_told_that_all_was_lost_before_the_relay_has_noticed() {
-    let store = Fragile::open().await;
+async fn resume_from_zero_reports_an_unnoticed_loss() {
+    let store = FaultyStore::open().await;
     let server = Server::start(store.clone(), tiny_ring()).await;
     for first in [0, 5] {
         let published = server.publish(&alerts(), numbered(first..first + 5)).await;
         server.until_relayed(&alerts(), &published).await;
     }
     let epoch = store.epoch(&alerts()).await.expect("an epoch");
-    store.lose_everything().await;
+    store.lose_all_data().await;
     let mut client = server.connect("alerts?v=1").await;
     let request = json!({"op": "subscribe", "id": 1, "stream": alerts().as_str(), "since": format!("{epoch}:0-0")});
     client.socket.send(Message::text(request.to_string())).await.expect("sent");
@@ -118,10 +118,10 @@ async fn who_has_seen_nothing_is_told_that_all_was_lost_before_the_relay_has_not
 }
 
 #[tokio::test]
-async fn what_a_server_still_has_when_it_comes_back_with_older_data_is_not_given_again() {
+async fn restored_older_data_is_not_sent_again() {
     let redis = RedisServer::start(Product::Redis, &[]).await;
     let config_of = store::redis::Config { url: redis.url().into(), ..store::redis::Config::default() };
-    let store = Fragile::around(Arc::new(config_of.connect().await.expect("a valid configuration")));
+    let store = FaultyStore::around(Arc::new(config_of.connect().await.expect("a valid configuration")));
     let server = Server::start(store.clone(), config()).await;
     let mut plain = server.connect("alerts").await;
     let mut live = rich(&server, json!({})).await;
@@ -134,10 +134,10 @@ async fn what_a_server_still_has_when_it_comes_back_with_older_data_is_not_given
     }
 
     let is_out = || server.readiness.report().iter().all(|part| part.reason.is_some());
-    store.set_away(true);
+    store.set_unavailable(true);
     server.until("the outage is noticed", is_out).await;
     redis.cli(&["COPY", "{aurora:alerts}:older", alerts().as_str(), "REPLACE"]);
-    store.set_away(false);
+    store.set_unavailable(false);
     server.until("the loss is noticed", || server.gaps("state_lost") > 0).await;
     publish(&*store, &alerts(), numbered(20..25)).await;
     assert_eq!(plain.texts(5).await, numbered(20..25).collect::<Vec<_>>());

@@ -49,7 +49,7 @@ impl World for Audit {
         fs::write(&file, "").expect("a writable folder");
         let small = AuditConfig { max_file_size: ByteSize::b(1), ..AuditConfig::default() };
         vec![
-            (SinkConfig::Audit(AuditConfig { path: file, ..AuditConfig::default() }), "cannot keep audit files in"),
+            (SinkConfig::Audit(AuditConfig { path: file, ..AuditConfig::default() }), "cannot write audit files in"),
             (SinkConfig::Audit(small), "max_file_size"),
         ]
     }
@@ -57,7 +57,7 @@ impl World for Audit {
 
 #[async_trait]
 impl Outage for Audit {
-    /// As when the disk is unmounted; missing rights would not stop root.
+    // Like an unmounted disk: missing permissions would not stop root.
     async fn go_down(&mut self) {
         fs::rename(self.folder.path().join("audit"), self.folder.path().join("away")).expect("a writable folder");
     }
@@ -68,5 +68,5 @@ impl Outage for Audit {
 }
 
 mod suite {
-    super::super::sink_tests!(Audit: an_outage_is_told_and_loses_nothing any_bytes_are_taken);
+    super::super::sink_tests!(Audit: outage_is_reported_and_loses_nothing any_bytes_are_delivered);
 }

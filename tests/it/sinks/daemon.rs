@@ -1,4 +1,4 @@
-//! Webhooks in the real daemon: what becomes of entries, whatever their receiver does.
+//! Webhooks in the real daemon: entries and their outcome, with every kind of receiver.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::support::until;
 const STREAM: &str = "aurora:alerts";
 const DEAD_LETTERS: &str = "/api/v1/streams/aurora:alerts:dead_letter/events?limit=1000";
 
-/// A daemon's folder, whose one group posts to that receiver.
+/// Creates the folder of a daemon with one group that posts to this receiver.
 fn home(receiver: &Receiver, group: &str, sink: &str) -> Home {
     Home::new(&format!(
         r#"
@@ -40,7 +40,7 @@ async fn publish(daemon: &Daemon, numbers: std::ops::Range<usize>) {
     daemon.publish(STREAM, &payloads).await.expect("accepted");
 }
 
-/// How often each alert was taken, by its number.
+/// Returns the number of deliveries of each alert, by its number.
 fn taken(receiver: &Receiver) -> BTreeMap<usize, usize> {
     let mut taken = BTreeMap::new();
     for request in receiver.received().into_iter().filter(|request| request.is_taken) {
@@ -57,7 +57,7 @@ async fn dead_letters(daemon: &Daemon) -> Vec<Value> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_one_alert_that_is_refused_is_a_dead_letter_and_all_others_arrive() {
+async fn only_the_refused_alert_becomes_a_dead_letter() {
     let receiver = Receiver::start(|request| {
         let alert: Value = serde_json::from_slice(&request.body).expect("an alert");
         if alert["n"] == json!(17) {
@@ -77,7 +77,7 @@ async fn the_one_alert_that_is_refused_is_a_dead_letter_and_all_others_arrive() 
     assert_eq!(letters.len(), 1, "{letters:?}");
     assert_eq!(letters[0]["data"]["n"], json!(17));
     let text = letters[0].to_string();
-    assert!(text.contains("the receiver answered 400 Bad Request: field `title` is too cheerful"), "{text}");
+    assert!(text.contains("the receiver responded with 400 Bad Request: field `title` is too cheerful"), "{text}");
     assert!(text.contains("rejected"), "{text}");
     let metrics = daemon.get("/metrics").await;
     for line in [
@@ -91,7 +91,7 @@ async fn the_one_alert_that_is_refused_is_a_dead_letter_and_all_others_arrive() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_receiver_that_is_down_for_a_while_gets_everything_when_it_is_back() {
+async fn receiver_gets_everything_after_an_outage() {
     let mut receiver = Receiver::start(|_| Reply::Status(204)).await;
     let home = home(&receiver, "concurrency = 4\nretry = { max_attempts = 3, base = \"100ms\", cap = \"1s\" }", "");
     let daemon = home.start().await;
@@ -99,7 +99,7 @@ async fn a_receiver_that_is_down_for_a_while_gets_everything_when_it_is_back() {
     until("first alerts", PATIENCE, async || (!taken(&receiver).is_empty()).then_some(())).await;
     receiver.go_down().await;
     publish(&daemon, 30..60).await;
-    // The daemon can work, but somebody should look.
+    // The daemon works, but an operator should look.
     let reason = until("reason", PATIENCE, async || {
         let answer = body_of(&daemon, "/ready").await;
         answer.contains("cannot connect to").then_some(answer)
@@ -116,14 +116,14 @@ async fn a_receiver_that_is_down_for_a_while_gets_everything_when_it_is_back() {
     daemon.stop().await;
 }
 
-/// The body of an answer, whatever its status.
+/// Returns the body of a response, whatever its status.
 async fn body_of(daemon: &Daemon, path: &str) -> String {
     let response = crate::support::app::client().get(daemon.url(path)).send().await.expect("an answer");
     response.text().await.expect("a body")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn as_many_requests_are_under_way_as_the_group_allows_on_few_connections() {
+async fn concurrency_of_requests_is_that_of_the_group() {
     const AT_ONCE: usize = 32;
     let together = Arc::new(Barrier::new(AT_ONCE));
     let receiver = Receiver::start(move |_| Reply::Meet(Arc::clone(&together))).await;
@@ -132,13 +132,13 @@ async fn as_many_requests_are_under_way_as_the_group_allows_on_few_connections()
     publish(&daemon, 0..AT_ONCE * 20).await;
     daemon.handled(STREAM, "siem").await;
     assert_eq!(taken(&receiver), (0..AT_ONCE * 20).map(|n| (n, 1)).collect());
-    // Far fewer than requests; a few more than at once, as one may not be free yet when the next request begins.
+    // Far fewer than requests, and a few more than concurrent ones: a connection may not be free in time.
     assert!(receiver.connections() <= 2 * AT_ONCE as u64, "{} connections", receiver.connections());
     daemon.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_wrong_with_a_webhook_is_told_before_the_daemon_runs() {
+async fn invalid_webhook_is_reported_at_start() {
     let receiver = Receiver::start(|_| Reply::Status(204)).await;
     let said = |home: &Home, arguments: &[&str]| {
         let output = home.run(&[arguments, &["--config", "aurora-bus.toml"]].concat());
@@ -146,7 +146,7 @@ async fn what_is_wrong_with_a_webhook_is_told_before_the_daemon_runs() {
         (output.status.code(), String::from_utf8(text).expect("UTF-8"))
     };
     let cases = [
-        ("batch = 500", "check", 2, "sinks.siem.batch: must be 1 to 100, not 500"),
+        ("batch = 500", "check", 2, "sinks.siem.batch: must be from 1 to 100, not 500"),
         ("[sinks.siem.headers]\nWebhook-Id = \"1\"", "check", 2, "sinks.siem.headers: `Webhook-Id` is a header"),
         ("tmeout = \"1s\"", "check", 2, "sinks.siem.tmeout: unknown key, did you mean `timeout`?"),
         ("secret_file = \"none\"", "check --connect", 1, "secret_file: cannot read none"),

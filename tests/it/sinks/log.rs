@@ -32,7 +32,7 @@ impl Write for Lines {
     }
 }
 
-/// A sink that logs there.
+/// Creates a sink that writes to this log.
 #[derive(Debug)]
 struct Within {
     inner: Arc<dyn Sink>,
@@ -87,5 +87,5 @@ impl World for Log {
 }
 
 mod suite {
-    super::super::sink_tests!(Log: any_bytes_are_taken);
+    super::super::sink_tests!(Log: any_bytes_are_delivered);
 }

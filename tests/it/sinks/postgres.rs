@@ -1,4 +1,4 @@
-//! The sink that writes rows, in the suite.
+//! The PostgreSQL sink in the suite.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use super::{Outage, World};
 use crate::support::postgres::{PASSWORD, PostgresServer, new_table, url_by};
 use crate::support::proxy::Proxy;
 
-/// A table of its own in a server that others use too, behind a network that may be down.
+/// A table of its own in a shared server, behind a network that can be down.
 pub(super) struct Rows {
     server: Arc<PostgresServer>,
     proxy: Proxy,
@@ -29,7 +29,7 @@ impl World for Rows {
     const REFUSES_DUPLICATES: bool = true;
 
     async fn open() -> Self {
-        // On a thread of its own: waiting for a server makes no future that could move between threads.
+        // On its own thread, because waiting for a server makes a future that is not `Send`.
         let runtime = tokio::runtime::Handle::current();
         let start = move || runtime.block_on(PostgresServer::shared());
         let server = tokio::task::spawn_blocking(start).await.expect("a server");
@@ -77,5 +77,5 @@ impl Outage for Rows {
 }
 
 mod suite {
-    super::super::sink_tests!(Rows: an_outage_is_told_and_loses_nothing what_is_no_json_is_given_up_at_once);
+    super::super::sink_tests!(Rows: outage_is_reported_and_loses_nothing entry_without_json_is_given_up_at_once);
 }

@@ -1,9 +1,9 @@
-//! The sink that forwards, in the suite.
+//! The stream sink in the suite.
 
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use aurora_bus::bus::{Bus, Catalogue, Config, Terms};
+use aurora_bus::bus::{Bus, Config, StreamCatalog, StreamSettings};
 use aurora_bus::event::{EntryId, StreamName};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::sink::{Sink, SinkConfig};
@@ -14,7 +14,7 @@ use super::World;
 
 const TASKS: &str = "aurora:test.tasks";
 
-/// An embedded store with the stream that tasks go to.
+/// An embedded store with the stream of the tasks.
 pub(super) struct Tasks {
     store: Arc<dyn Store>,
     _folder: TempDir,
@@ -41,8 +41,10 @@ impl World for Tasks {
     }
 
     async fn sink(&self) -> Arc<dyn Sink> {
-        let streams =
-            Catalogue::new(Families::default(), [(tasks().into(), Terms::new(tasks().default_dead_letter()))]);
+        let streams = StreamCatalog::new(
+            Families::default(),
+            [(tasks().into(), StreamSettings::new(tasks().default_dead_letter()))],
+        );
         let bus = Bus::new(Arc::clone(&self.store), Config::default(), streams, Limits::default(), Metrics::new());
         self.config().build("it", Arc::new(bus)).await.expect("a valid configuration")
     }
@@ -60,5 +62,5 @@ impl World for Tasks {
 }
 
 mod suite {
-    super::super::sink_tests!(Tasks: what_is_no_json_is_given_up_at_once);
+    super::super::sink_tests!(Tasks: entry_without_json_is_given_up_at_once);
 }

@@ -1,4 +1,4 @@
-//! The webhook sink: in the suite, and what only it does.
+//! The webhook sink: in the suite, and with its own tests.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -25,14 +25,14 @@ const SECRET: &str = "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3";
 const TOKEN: &str = "token-4711-0815";
 const PATH: &str = "/hooks/T0815/path-that-is-a-password";
 
-/// A receiver that takes everything, once: it passes over what it has had, by `webhook-id` or the ids of a batch.
+/// A receiver that takes every entry once: it skips known ids, of `webhook-id` or of a batch.
 pub(super) struct Posted<const BATCH: usize> {
     receiver: Receiver,
 }
 
-/// One entry in each request.
+/// One entry per request.
 pub(super) type Single = Posted<1>;
-/// Several entries in each request.
+/// Several entries per request.
 pub(super) type Batched = Posted<15>;
 
 fn config(receiver: &Receiver) -> WebhookConfig {
@@ -43,7 +43,7 @@ async fn sink(config: WebhookConfig) -> Arc<dyn Sink> {
     build(SinkConfig::Webhook(config)).await.expect("a valid configuration")
 }
 
-/// What delivering an entry to a receiver that does this brings.
+/// Returns the result of a delivery to a receiver with this behaviour.
 async fn outcome_of(reply: Reply) -> (Receiver, Result<(), aurora_bus::sink::SinkError>) {
     let receiver = Receiver::start(move |_| reply.clone()).await;
     let sink = sink(config(&receiver)).await;
@@ -102,12 +102,12 @@ impl<const BATCH: usize> World for Posted<BATCH> {
         let untrusted = WebhookConfig { ca_file: file("ca.pem"), ..url(format!("https://127.0.0.1:{port}{PATH}")) };
         let cases = [
             (url(format!("http://user:{TOKEN}@127.0.0.1:{port}/")), "url: must not hold a user and password"),
-            (url(format!("ftp://127.0.0.1:{port}{PATH}")), "url: the scheme is `ftp`"),
-            (url("http://169.254.169.254/latest/meta-data".to_owned()), "no receiver may be"),
+            (url(format!("ftp://127.0.0.1:{port}{PATH}")), "url: the scheme must be https or http, not `ftp`"),
+            (url("http://169.254.169.254/latest/meta-data".to_owned()), "is not allowed: it is link-local"),
             (WebhookConfig { allow_private: false, ..good.clone() }, "url: 127.0.0.1 is a private address"),
             (url(format!("http://no-such-host.invalid:{port}{PATH}")), "cannot connect to http://no-such-host.invalid"),
             (url(format!("http://127.0.0.1:1{PATH}")), "cannot connect to http://127.0.0.1:1: "),
-            (WebhookConfig { batch: 0, ..good.clone() }, "batch: must be 1 to 100"),
+            (WebhookConfig { batch: 0, ..good.clone() }, "batch: must be from 1 to 100"),
             (unfiled, "secret_file: cannot read "),
             (untrusted, "ca_file: cannot read "),
         ];
@@ -127,15 +127,15 @@ impl<const BATCH: usize> Outage for Posted<BATCH> {
 }
 
 mod suite {
-    super::super::sink_tests!(Single: an_outage_is_told_and_loses_nothing what_is_no_json_is_given_up_at_once);
+    super::super::sink_tests!(Single: outage_is_reported_and_loses_nothing entry_without_json_is_given_up_at_once);
 }
 
 mod suite_in_batches {
-    super::super::sink_tests!(Batched: an_outage_is_told_and_loses_nothing what_is_no_json_is_given_up_at_once);
+    super::super::sink_tests!(Batched: outage_is_reported_and_loses_nothing entry_without_json_is_given_up_at_once);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_payload_arrives_byte_for_byte_and_says_what_it_is() {
+async fn payload_arrives_byte_for_byte_with_headers() {
     let receiver = Receiver::start(|_| Reply::Status(201)).await;
     let headers = [("X-Siem", "one"), ("Authorization", "Bearer two")];
     let headers = headers.map(|(name, value)| (name.to_owned(), SecretString::from(value))).into();
@@ -162,7 +162,7 @@ async fn a_payload_arrives_byte_for_byte_and_says_what_it_is() {
     }
 }
 
-/// Verifies requests as a receiver in Python would, by nothing but the standard and Python's own library.
+/// Verifies requests like a receiver in Python that uses only the standard library.
 const VERIFY: &str = r#"
 import base64, hashlib, hmac, json, sys, time
 for line in sys.stdin:
@@ -177,7 +177,7 @@ for line in sys.stdin:
 "#;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_receiver_in_another_language_verifies_every_request_with_either_secret() {
+async fn python_receiver_verifies_requests_with_either_secret() {
     let receiver = Receiver::start(|_| Reply::Status(200)).await;
     let folder = TempDir::new().expect("a temporary folder");
     let secret_file = folder.path().join("secrets");
@@ -219,16 +219,16 @@ async fn a_receiver_in_another_language_verifies_every_request_with_either_secre
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_receiver_that_refuses_an_entry_is_quoted() {
+async fn refusal_quotes_the_receiver() {
     let text = "no such\r\n  severity\u{1b}[2J".to_owned();
     let (_, outcome) = outcome_of(Reply::With(422, ("x-a", "b".to_owned()), text)).await;
     let error = outcome.expect_err("refused");
     assert_eq!(error.class(), SinkErrorClass::Permanent);
-    assert_eq!(error.to_string(), "the receiver answered 422 Unprocessable Entity: no such severity\u{fffd}[2J");
+    assert_eq!(error.to_string(), "the receiver responded with 422 Unprocessable Entity: no such severity\u{fffd}[2J");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_receiver_that_asks_for_time_is_given_it() {
+async fn retry_after_of_the_receiver_is_kept() {
     let in_an_hour = jiff::Timestamp::now() + Duration::from_hours(1);
     let date = in_an_hour.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
     for (status, value, at_least, at_most) in [(429, "7".to_owned(), 7, 7), (503, date, 3500, 3600)] {
@@ -241,7 +241,7 @@ async fn a_receiver_that_asks_for_time_is_given_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_redirect_is_not_followed() {
+async fn redirect_is_not_followed() {
     let elsewhere = Receiver::start(|_| Reply::Status(204)).await;
     for status in [301, 302, 303, 307, 308] {
         let (_, outcome) = outcome_of(Reply::With(status, ("location", elsewhere.url("/in")), String::new())).await;
@@ -254,14 +254,14 @@ async fn a_redirect_is_not_followed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_name_that_leads_to_a_private_address_is_refused_after_it_was_resolved() {
+async fn name_with_a_private_address_is_refused() {
     let receiver = Receiver::start(|_| Reply::Status(204)).await;
     let url = format!("http://localhost:{}/in", receiver.port());
     let refusing = sink(WebhookConfig::new(url.clone())).await;
     let delivered = deliver(&*refusing, STREAM, &[delivery(1, 1)]).await.expect_err("private");
     let checked = refusing.check().await.expect_err("private");
     for error in [delivered, checked] {
-        // Nothing is lost by what may be a mistake of whoever keeps the names.
+        // The entry is not given up: the wrong address may be a mistake in the DNS.
         assert_eq!(error.class(), SinkErrorClass::Transient);
         assert!(told(&error).contains("is a private address"), "{}", told(&error));
     }
@@ -272,19 +272,19 @@ async fn a_name_that_leads_to_a_private_address_is_refused_after_it_was_resolved
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_receiver_that_is_slow_is_given_up_in_time() {
+async fn slow_receiver_is_given_up_in_time() {
     let receiver = Receiver::start(|_| Reply::Silence).await;
     let sink = sink(WebhookConfig { timeout: Duration::from_millis(200), ..config(&receiver) }).await;
     let started = Instant::now();
     let error = deliver(&*sink, STREAM, &[delivery(1, 1)]).await.expect_err("too slow");
     assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
     assert_eq!(error.class(), SinkErrorClass::Transient);
-    assert_eq!(error.to_string(), format!("{} did not answer within 200ms", receiver.url("")));
+    assert_eq!(error.to_string(), format!("{} did not respond within 200ms", receiver.url("")));
     sink.check().await.expect("it can be connected to");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_answer_without_end_is_read_to_its_first_part_only() {
+async fn endless_response_is_read_up_to_the_limit() {
     let (receiver, outcome) = outcome_of(Reply::Endless(200)).await;
     outcome.expect("its status says that it was taken");
     assert!(receiver.endless_bytes() < 32 * 1024 * 1024, "{}", receiver.endless_bytes());
@@ -296,7 +296,7 @@ async fn an_answer_without_end_is_read_to_its_first_part_only() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_connection_is_used_again_whatever_was_answered() {
+async fn connection_is_reused_after_any_response() {
     let receiver = Receiver::start(|request| match request.header("aurora-attempt") {
         "1" => Reply::Status(204),
         "2" => Reply::With(200, ("content-type", "application/json".to_owned()), json!({"ok": true}).to_string()),
@@ -308,13 +308,13 @@ async fn a_connection_is_used_again_whatever_was_answered() {
         let outcome = deliver(&*sink, STREAM, &[delivery(n, u32::try_from(n % 3 + 1).expect("small"))]).await;
         assert_eq!(outcome.is_ok(), n % 3 != 2);
     }
-    // A request that begins before the connection is back in the pool may make another one.
+    // A request that begins before the connection is back in the pool may open another one.
     assert_eq!(receiver.received().len(), 60);
     assert!(receiver.connections() < 6, "{} connections", receiver.connections());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn secrets_that_a_receiver_repeats_are_masked() {
+async fn secrets_in_responses_are_masked() {
     let receiver = Receiver::start(|request| {
         let said = format!("Cannot POST {} with {:?} key {SECRET}", request.path, request.headers);
         Reply::With(400, ("x-a", "b".to_owned()), said)
@@ -331,7 +331,7 @@ async fn secrets_that_a_receiver_repeats_are_masked() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_receiver_with_tls_is_reached_when_its_authority_is_trusted() {
+async fn receiver_with_a_trusted_authority_is_reached() {
     let (folder, stranger) = (TempDir::new().expect("a folder"), TempDir::new().expect("a folder"));
     make_certificates(folder.path());
     make_certificates(stranger.path());
@@ -355,7 +355,7 @@ async fn a_receiver_with_tls_is_reached_when_its_authority_is_trusted() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_batch_is_one_request_with_an_array() {
+async fn batch_is_one_request_with_an_array() {
     let receiver = Receiver::start(|_| Reply::Status(204)).await;
     let sink = sink(WebhookConfig { batch: 3, ..config(&receiver) }).await;
     assert_eq!(sink.max_batch(), 3);

@@ -175,7 +175,7 @@ async fn files_that_do_not_fit_are_told_by_check_and_refused_by_serve() {
                 handshake_timeout = \"1ms\"\n";
     let output = Home::new(&format!("{STREAMS}\n{keys}")).run(&["check", "--config", "aurora-bus.toml"]);
     let told = text(&output.stderr);
-    for key in ["client_ca_file: has no use", "max_handshakes_per_address: must", "handshake_timeout: must"] {
+    for key in ["client_ca_file: has no effect", "max_handshakes_per_address: must", "handshake_timeout: must"] {
         assert!(told.contains(&format!("http.tls.{key}")), "{key} is not in {told}");
     }
 }
