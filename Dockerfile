@@ -3,20 +3,23 @@
 
 FROM rust:1.95-slim-bookworm AS build
 WORKDIR /build
+# The configuration has compiler flags without which build/ refuses to build.
+COPY .cargo .cargo
+COPY build build
 COPY Cargo.toml Cargo.lock ./
 # Cargo reads the manifest of each workspace member, although only the daemon is built.
 COPY bench/Cargo.toml bench/
 RUN mkdir src bench/src && echo 'fn main() {}' | tee bench/src/main.rs >src/main.rs && touch src/lib.rs \
- && cargo build --release --locked --lib --bins \
+ && cargo build --profile dist --locked --lib --bins \
  && rm -r src
 COPY config config
 COPY clients clients
 COPY src src
 # COPY keeps the file times. Without the touch, the empty crate above would count as newer.
 RUN touch src/main.rs src/lib.rs \
- && cargo build --release --locked --lib --bins \
+ && cargo build --profile dist --locked --lib --bins \
  && mkdir -p /root-fs/aurora-bus/data /root-fs/usr/local/bin /root-fs/usr/share/doc/aurora-bus \
- && cp target/release/aurora-bus /root-fs/usr/local/bin/
+ && cp target/dist/aurora-bus /root-fs/usr/local/bin/
 COPY LICENSE /root-fs/usr/share/doc/aurora-bus/
 COPY config /root-fs/aurora-bus/config
 

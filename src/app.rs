@@ -17,7 +17,7 @@ use crate::bus::{Bus, StreamCatalog, StreamSettings};
 use crate::config::{Backend, Config, InvalidConfig, StreamConfig};
 use crate::dead_letters::{DeadLetterRetention, DeadLetterSource, DeadLetters};
 use crate::delivery::Quarantine;
-use crate::http::{self, Access, Api, Tls, Unusable, Validity};
+use crate::http::{self, Api, Authenticator, CertificateValidity, Services, Tls, TlsError};
 use crate::maintenance::{FamilySpec, Scheduler, StreamSpec};
 use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
@@ -64,7 +64,7 @@ impl App {
         metrics.build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         let readiness = Readiness::default();
 
-        let access = open_access(&config)?;
+        let authenticator = open_authenticator(&config)?;
         let tls = config.http.tls.as_ref().map(Tls::open).transpose().map_err(in_tls)?;
         let tls = tls.map(|tls| (tls, readiness.part("certificate", None)));
         let listen = config.http.listen;
@@ -126,17 +126,17 @@ impl App {
         let maintenance = maintenance.with_own_consumers(groups.own_consumers().clone());
         let family_parts = families.parts(&readiness);
         let store_part = readiness.part("store", Some(STALE_AFTER));
-        let api = Api::new(
-            config.http,
-            access,
+        let services = Services {
+            authenticator,
             bus,
             dead_letters,
-            groups.pull().clone(),
-            Arc::clone(&store),
-            relay.clone(),
-            metrics.clone(),
+            pull: groups.pull().clone(),
+            store: Arc::clone(&store),
+            relay: relay.clone(),
+            metrics: metrics.clone(),
             readiness,
-        );
+        };
+        let api = Api::new(config.http, services);
         let grace = config.shutdown.grace;
         Ok(Self {
             listener,
@@ -242,8 +242,8 @@ impl App {
 
 /// Opens everything that `serve` opens, checks each part, and closes it again.
 pub async fn check(config: &Config) -> anyhow::Result<StoreStatus> {
-    let access = open_access(config)?;
-    access.check().await.map_err(in_auth)?;
+    let authenticator = open_authenticator(config)?;
+    authenticator.check().await.map_err(in_auth)?;
     let store = open_store(config).await?;
     let status = tokio::time::timeout(CHECK_TIMEOUT, async {
         loop {
@@ -335,8 +335,8 @@ async fn refuse_unsuitable(store: &dyn Store, config: &Config) -> anyhow::Result
 }
 
 /// Reads the files that `auth` names.
-fn open_access(config: &Config) -> Result<Access, InvalidConfig> {
-    let opened = Access::open(&config.auth, config.http.listen.ip().is_loopback());
+fn open_authenticator(config: &Config) -> Result<Authenticator, InvalidConfig> {
+    let opened = Authenticator::open(&config.auth, config.http.listen.ip().is_loopback());
     opened.map_err(|problems| InvalidConfig(problems.into_iter().flat_map(|problem| in_auth(problem).0).collect()))
 }
 
@@ -345,16 +345,16 @@ fn in_auth((key, message): (String, String)) -> InvalidConfig {
 }
 
 /// Reads and checks the files that `auth` and `http.tls` name. Returns the validity of the certificate.
-pub fn check_files(config: &Config) -> Result<Option<Validity>, InvalidConfig> {
+pub fn check_files(config: &Config) -> Result<Option<CertificateValidity>, InvalidConfig> {
     let tls = config.http.tls.as_ref().map(http::TlsConfig::check).transpose().map_err(in_tls);
-    match (open_access(config), tls) {
+    match (open_authenticator(config), tls) {
         (Ok(_), tls) => tls,
         (Err(access), Ok(_)) => Err(access),
         (Err(access), Err(tls)) => Err(InvalidConfig([access.0, tls.0].concat())),
     }
 }
 
-fn in_tls((key, message): Unusable) -> InvalidConfig {
+fn in_tls((key, message): TlsError) -> InvalidConfig {
     InvalidConfig(vec![ConfigProblem::new(format!("http.tls.{key}"), message)])
 }
 

@@ -80,8 +80,14 @@ enum Command {
 }
 
 impl Cli {
-    /// Runs the subcommand.
-    pub async fn run(self) -> anyhow::Result<()> {
+    /// Runs the subcommand to its end.
+    ///
+    /// Not an `async fn`: the binary crate would then compile all commands after this crate, not together with it.
+    pub fn run_on(self, runtime: &tokio::runtime::Runtime) -> anyhow::Result<()> {
+        runtime.block_on(self.run())
+    }
+
+    async fn run(self) -> anyhow::Result<()> {
         match self.command {
             None | Some(Command::Serve) => serve::run(self.config.load()?).await,
             Some(Command::Check(args)) => inspect::check(&self.config, args).await,

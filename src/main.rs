@@ -24,7 +24,7 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return aurora_bus::cli::report_error(&error.into()),
     };
-    let code = match runtime.block_on(cli.run()) {
+    let code = match cli.run_on(&runtime) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => aurora_bus::cli::report_error(&error),
     };

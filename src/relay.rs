@@ -11,22 +11,20 @@
 //! 4. The write buffer (`wire::write_buffer`) holds slices of these frames, never copies. The connection
 //!    (`session::connection`) writes many alerts with one system call.
 //!
-//! A client that falls behind the ring reads pages of the store (`log::page_reader`) until it has caught up, so a
-//! slow client costs others neither memory nor time. Clients at about the same position share pages
-//! (`log::page_cache`).
+//! A client that falls behind the ring reads pages of the store (`log::page_reader`) until it has caught up. So a slow
+//! client costs others neither memory nor time. Clients at about the same position share pages (`log::page_cache`).
 //!
-//! Promises, per client and stream: each alert that passes the filter arrives once and in the order of the store,
-//! without a gap between the requested past and the present. Entries that are gone, because they were trimmed or the
-//! stream was lost, are counted and reported; all others are sent. Memory is bounded by the rings and by a few slices
-//! per client.
+//! Promises, per client and stream: each alert that passes the filter arrives once and in the order of the store. There
+//! is no gap between the requested past and the present. Entries that are gone, because they were trimmed or the stream
+//! was lost, are counted and reported; all others are sent. Memory is bounded by the rings and a few slices per client.
 //!
 //! Knows nothing of HTTP: the caller finishes the WebSocket handshake and hands over the bare socket. Knows nothing of
 //! groups either: every instance relays every alert.
 //!
-//! In plain mode the wire carries one text message per alert, exactly the stored payload, besides control frames; the
-//! close code ([`CloseCode`]) gives the reason for the end. Messages of the client are ignored, within limits. In rich
-//! mode ([`PROTOCOL`]) frames have types, clients subscribe to streams one by one, and gaps and positions are reported.
-//! The same subscriptions feed Server-Sent Events and JSON lines ([`Feed`]).
+//! In plain mode the wire carries control frames, and one text message per alert, which is exactly the stored payload.
+//! The close code ([`CloseCode`]) gives the reason for the end. Messages of the client are ignored, within limits. In
+//! rich mode ([`PROTOCOL`]) frames have types, clients subscribe to streams one by one, and gaps and positions are
+//! reported. The same subscriptions feed Server-Sent Events and JSON lines ([`Feed`]).
 
 mod config;
 mod hub;

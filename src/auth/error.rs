@@ -1,47 +1,48 @@
-//! Why a request is refused access.
+//! The reasons to refuse access.
 
 use crate::event::InvalidFilter;
 
-/// Why someone is not let in, or may not do something. Holds nothing of what was shown, but for what is wrong with the
-/// filter in a token that is believed.
+/// The reason to refuse a request. Contains no credentials.
+///
+/// A close frame has room for 106 bytes of it. Only an invalid filter, in a token with a valid signature, is quoted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum AuthError {
-    #[error("the stream is another tenant's, and you are bound to `{0}`")]
+    #[error("the stream belongs to another tenant; your credentials are restricted to tenant `{0}`")]
     OtherTenant(String),
-    #[error("credentials are needed: Authorization: Bearer, X-API-Key, cookie access_token; to watch, also a ticket")]
+    #[error("credentials are required: Authorization: Bearer, X-API-Key, cookie access_token; to watch, also a ticket")]
     Missing,
-    #[error("the Authorization header must be: Bearer, and a key or token")]
+    #[error("the Authorization header must be `Bearer` and an API key or token")]
     Scheme,
-    #[error("the token makes no sense")]
+    #[error("the token is not a valid JWT")]
     Malformed,
-    #[error("the key is not known")]
+    #[error("the API key is not valid")]
     UnknownKey,
-    #[error("the ticket is not known: it was used, is older than 30 seconds, or is for another page")]
+    #[error("the ticket is not valid: it was used, is older than 30 seconds, or is for another page")]
     Ticket,
-    #[error("the issuer of the token is not known")]
+    #[error("the issuer of the token is not configured")]
     UnknownIssuer,
-    #[error("the token is signed with an algorithm that its issuer does not use")]
+    #[error("the issuer of the token does not use its signature algorithm")]
     Algorithm,
-    #[error("the token is signed with a key that its issuer does not have")]
+    #[error("the issuer of the token does not have its signing key")]
     UnknownKid,
-    #[error("the signature of the token is wrong")]
+    #[error("the signature of the token is not valid")]
     Signature,
     #[error("the token is for another audience")]
     Audience,
-    #[error("the token or key has expired")]
+    #[error("the token or API key has expired")]
     Expired,
-    #[error("the token is not good yet")]
+    #[error("the token is not valid yet")]
     NotYet,
-    #[error("the claim `{0}` of the token is missing or makes no sense")]
+    #[error("the claim `{0}` of the token is missing or not valid")]
     Claim(&'static str),
-    #[error("the token must name one tenant")]
+    #[error("the token must name exactly one tenant")]
     Tenant,
-    #[error("the claim `{0}` of the token is refused: {1}")]
+    #[error("the claim `{0}` of the token is not accepted: {1}")]
     Filter(String, InvalidFilter),
-    #[error("the keys of the token's issuer can't be read now")]
+    #[error("the keys of the token's issuer are unavailable; try again later")]
     Unavailable,
-    #[error("the scope {0} is needed")]
+    #[error("the scope `{0}` is required")]
     Scope(String),
-    #[error("this is about all entries, and you may see those of one tenant or of a filter alone")]
+    #[error("this covers all entries, and your credentials are restricted to a tenant or filter")]
     AllEntries,
 }

@@ -1,4 +1,4 @@
-//! The keys that an issuer signs with: fixed ones, or a set that it changes from time to time.
+//! The signing keys of an issuer: one fixed key, or a JWK set that is read again from time to time.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -13,63 +13,63 @@ use serde::Deserialize;
 use tokio::sync::Mutex;
 use tokio_util::task::TaskTracker;
 
-use crate::auth::AuthError;
 use crate::auth::config::{IssuerConfig, secret_problem};
+use crate::auth::error::AuthError;
 use crate::telemetry::innermost;
 use crate::tls;
 
-/// The largest JWK set, in bytes, and the most keys of it that are looked at.
+/// The maximum size of a JWK set, and the number of its keys that are used.
 const MAX_SET_BYTES: usize = 256 * 1024;
 const MAX_KEYS: usize = 64;
-/// How long fetching a JWK set may take.
+/// The time limit for fetching a JWK set.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// One key of an issuer.
+/// One key of a JWK set.
 #[derive(Clone)]
-struct Known {
-    /// Its name in tokens; a fixed key has none and serves them all.
+struct CachedKey {
+    /// The key id in token headers.
     kid: Option<String>,
-    /// The one algorithm that it is for, where that is told.
+    /// The algorithm that the key is limited to, if the set names one.
     algorithm: Option<Algorithm>,
     key: DecodingKey,
 }
 
-/// Where keys come from.
+/// The source of an issuer's keys.
 pub(crate) enum KeySource {
     Fixed(DecodingKey),
     Set(Arc<KeySet>),
 }
 
-/// A JWK set as it was read last.
+/// A JWK set, with the keys of the last successful read.
 pub(crate) struct KeySet {
     issuer: String,
-    origin: Origin,
+    location: KeySetLocation,
     refresh: Duration,
-    floor: Duration,
-    known: RwLock<Option<Arc<[Known]>>>,
-    /// When it was tried to read it last, and when that came off.
-    tried: Arc<Mutex<Tried>>,
-    /// The attempt to read it that is under way.
-    reading: TaskTracker,
+    refresh_floor: Duration,
+    keys: RwLock<Option<Arc<[CachedKey]>>>,
+    attempts: Arc<Mutex<ReadAttempts>>,
+    /// Runs the reads, so that a request that goes away does not cancel one.
+    tasks: TaskTracker,
 }
 
+/// The times of the last attempt to read a JWK set and of the last success.
 #[derive(Default)]
-struct Tried {
-    at: Option<Instant>,
+struct ReadAttempts {
+    tried_at: Option<Instant>,
     read_at: Option<Instant>,
 }
 
-enum Origin {
+enum KeySetLocation {
     File(PathBuf),
     Url { client: Client, url: String },
 }
 
-/// What is wrong with the files and addresses that are named: the key below the issuer, and the reason.
-type Problem = (&'static str, String);
+/// A config key of the issuer, and the problem with its file or URL.
+type KeySourceProblem = (&'static str, String);
 
 impl KeySource {
-    /// Reads the files that are named. What is at an address is read when it is needed first.
-    pub(crate) fn open(config: &IssuerConfig) -> Result<Self, Problem> {
+    /// Reads the named files. A URL is fetched when a token needs it.
+    pub(crate) fn open(config: &IssuerConfig) -> Result<Self, KeySourceProblem> {
         if let Some(secret) = &config.secret {
             return Ok(Self::Fixed(DecodingKey::from_secret(secret.expose_secret().as_bytes())));
         }
@@ -84,32 +84,33 @@ impl KeySource {
                 Some(AlgorithmFamily::Ec) => DecodingKey::from_ec_pem(&pem),
                 _ => DecodingKey::from_ed_pem(&pem),
             };
-            let unusable =
-                |error| format!("{} holds no public key in PEM that fits the algorithms: {error}", path.display());
+            let unusable = |error| {
+                format!("{} must contain a public key in PEM that fits the algorithms: {error}", path.display())
+            };
             return key.map(Self::Fixed).map_err(|error| ("public_key_file", unusable(error)));
         }
-        let origin = match (&config.jwks_file, &config.jwks_url) {
-            (Some(path), _) => Origin::File(path.clone()),
-            (None, Some(url)) => Origin::Url { client: client(config)?, url: url.clone() },
-            (None, None) => return Err(("secret", "is missing".to_owned())),
+        let location = match (&config.jwks_file, &config.jwks_url) {
+            (Some(path), _) => KeySetLocation::File(path.clone()),
+            (None, Some(url)) => KeySetLocation::Url { client: client(config)?, url: url.clone() },
+            (None, None) => return Err(("secret", "is required".to_owned())),
         };
-        let known = match &origin {
-            Origin::File(path) => Some(read_file(path).map_err(|problem| ("jwks_file", problem))?),
-            Origin::Url { .. } => None,
+        let keys = match &location {
+            KeySetLocation::File(path) => Some(read_file(path).map_err(|problem| ("jwks_file", problem))?),
+            KeySetLocation::Url { .. } => None,
         };
-        let now = known.is_some().then(Instant::now);
+        let now = keys.is_some().then(Instant::now);
         Ok(Self::Set(Arc::new(KeySet {
             issuer: config.issuer.clone(),
-            origin,
+            location,
             refresh: config.refresh,
-            floor: config.refresh_floor,
-            known: RwLock::new(known),
-            tried: Arc::new(Mutex::new(Tried { at: now, read_at: now })),
-            reading: TaskTracker::new(),
+            refresh_floor: config.refresh_floor,
+            keys: RwLock::new(keys),
+            attempts: Arc::new(Mutex::new(ReadAttempts { tried_at: now, read_at: now })),
+            tasks: TaskTracker::new(),
         })))
     }
 
-    /// The keys that could have signed a token with this header, at least one.
+    /// Returns the keys that may have signed a token with this header, at least one.
     pub(crate) async fn candidates(&self, header: &Header) -> Result<Vec<DecodingKey>, AuthError> {
         match self {
             Self::Fixed(key) => Ok(vec![key.clone()]),
@@ -117,86 +118,87 @@ impl KeySource {
         }
     }
 
-    /// Reads the set anew, where there is one.
+    /// Reads the key set, if there is one, to check that it works.
     pub(crate) async fn check(&self) -> Result<(), String> {
         match self {
             Self::Fixed(_) => Ok(()),
-            Self::Set(set) => set.origin.read().await.map(drop),
+            Self::Set(set) => set.location.read().await.map(drop),
         }
     }
 }
 
 impl KeySet {
     async fn candidates(self: &Arc<Self>, header: &Header) -> Result<Vec<DecodingKey>, AuthError> {
-        let known = self.known();
-        let found = known.as_deref().map(|known| fitting(known, header)).unwrap_or_default();
-        // A set that could be read has no say over keys that were taken out of it, unless it is read again.
+        let cached = self.cached();
+        let found = cached.as_deref().map(|keys| matching(keys, header)).unwrap_or_default();
+        // After a refresh only the new set counts: it may lack keys of the old one.
         let found = match self.refreshed(found.is_empty()).await {
-            Some(known) => fitting(&known, header),
+            Some(keys) => matching(&keys, header),
             None => found,
         };
         if !found.is_empty() {
             return Ok(found);
         }
-        // Where the set could not be read last, the key may be a new one.
-        let tried = self.tried.lock().await;
-        let is_current = tried.read_at.is_some() && tried.at == tried.read_at;
+        // If the last read failed, the key may be a new one.
+        let attempts = self.attempts.lock().await;
+        let is_current = attempts.read_at.is_some() && attempts.tried_at == attempts.read_at;
         Err(if is_current { AuthError::UnknownKid } else { AuthError::Unavailable })
     }
 
-    fn known(&self) -> Option<Arc<[Known]>> {
-        self.known.read().unwrap_or_else(PoisonError::into_inner).clone()
+    fn cached(&self) -> Option<Arc<[CachedKey]>> {
+        self.keys.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The set, if it was due to be read again, or had to be, and that came off. Attempts keep their distance: tokens
-    /// are anyone's to make up.
-    async fn refreshed(self: &Arc<Self>, is_needed: bool) -> Option<Arc<[Known]>> {
-        let tried = Arc::clone(&self.tried);
-        let mut tried = if is_needed { tried.lock_owned().await } else { tried.try_lock_owned().ok()? };
+    /// Reads the set again if it is too old or `is_needed`. Returns the keys if a read succeeded.
+    ///
+    /// Attempts are at least `refresh_floor` apart, because anyone can make up tokens with unknown keys.
+    async fn refreshed(self: &Arc<Self>, is_needed: bool) -> Option<Arc<[CachedKey]>> {
+        let attempts = Arc::clone(&self.attempts);
+        let mut attempts = if is_needed { attempts.lock_owned().await } else { attempts.try_lock_owned().ok()? };
         let is_older = |at: Option<Instant>, age: Duration| at.is_none_or(|at| at.elapsed() >= age);
-        if !is_older(tried.at, self.floor) {
-            // Someone else may have read it while this one waited for its turn.
-            return if is_needed { self.known() } else { None };
+        if !is_older(attempts.tried_at, self.refresh_floor) {
+            // Another request may have read the set while this one waited for the lock.
+            return if is_needed { self.cached() } else { None };
         }
-        if !is_needed && !is_older(tried.read_at, self.refresh) {
+        if !is_needed && !is_older(attempts.read_at, self.refresh) {
             return None;
         }
         let set = Arc::clone(self);
-        // An attempt goes on when whoever asked for it goes away, or it would not count, and those who come and go could
-        // have the issuer asked without end.
-        let attempt = self.reading.spawn(async move { set.read(&mut tried).await });
-        attempt.await.ok()?
+        // The read goes on if its request is cancelled. Otherwise the attempt would not count, and clients that
+        // disconnect early could make the daemon query the issuer without limit.
+        let read = self.tasks.spawn(async move { set.read(&mut attempts).await });
+        read.await.ok()?
     }
 
-    async fn read(&self, tried: &mut Tried) -> Option<Arc<[Known]>> {
-        let outcome = self.origin.read().await;
-        tried.at = Some(Instant::now());
+    async fn read(&self, attempts: &mut ReadAttempts) -> Option<Arc<[CachedKey]>> {
+        let outcome = self.location.read().await;
+        attempts.tried_at = Some(Instant::now());
         match outcome {
-            Ok(read) => {
-                tried.read_at = tried.at;
-                *self.known.write().unwrap_or_else(PoisonError::into_inner) = Some(read.clone());
-                tracing::info!(issuer = self.issuer, keys = read.len(), "read the issuer's keys");
-                Some(read)
+            Ok(keys) => {
+                attempts.read_at = attempts.tried_at;
+                *self.keys.write().unwrap_or_else(PoisonError::into_inner) = Some(keys.clone());
+                tracing::info!(issuer = self.issuer, keys = keys.len(), "issuer keys read");
+                Some(keys)
             }
             Err(error) => {
-                tracing::warn!(issuer = self.issuer, error, "cannot read the issuer's keys; going on with those known");
+                tracing::warn!(issuer = self.issuer, error, "issuer keys unavailable, using the cached ones");
                 None
             }
         }
     }
 }
 
-impl Origin {
-    async fn read(&self) -> Result<Arc<[Known]>, String> {
+impl KeySetLocation {
+    async fn read(&self) -> Result<Arc<[CachedKey]>, String> {
         match self {
             Self::File(path) => {
                 let path = path.clone();
                 let read = tokio::task::spawn_blocking(move || read_file(&path)).await;
-                read.map_err(|_error| "reading the file was broken off".to_owned())?
+                read.map_err(|_error| "reading the file was cancelled".to_owned())?
             }
             Self::Url { client, url } => {
-                let answer = tokio::time::timeout(FETCH_TIMEOUT, fetch(client, url)).await;
-                parse(&answer.map_err(|_elapsed| format!("no answer within {FETCH_TIMEOUT:?}"))??)
+                let response = tokio::time::timeout(FETCH_TIMEOUT, fetch(client, url)).await;
+                parse(&response.map_err(|_elapsed| format!("no response within {FETCH_TIMEOUT:?}"))??)
             }
         }
     }
@@ -206,19 +208,19 @@ async fn fetch(client: &Client, url: &str) -> Result<Vec<u8>, String> {
     let failed = |error: reqwest::Error| innermost(&error.without_url());
     let mut response = client.get(url).send().await.map_err(failed)?;
     if !response.status().is_success() {
-        return Err(format!("the answer is {}", response.status()));
+        return Err(format!("the response has status {}", response.status()));
     }
     let mut body = Vec::new();
     while let Some(chunk) = response.chunk().await.map_err(failed)? {
         body.extend_from_slice(&chunk);
         if body.len() > MAX_SET_BYTES {
-            return Err(format!("the answer has more than {MAX_SET_BYTES} bytes"));
+            return Err(format!("the response has more than {MAX_SET_BYTES} bytes"));
         }
     }
     Ok(body)
 }
 
-fn client(config: &IssuerConfig) -> Result<Client, Problem> {
+fn client(config: &IssuerConfig) -> Result<Client, KeySourceProblem> {
     let is_tls = config.jwks_url.as_ref().is_some_and(|url| url.starts_with("https:"));
     let trust = if is_tls {
         tls::client_config(config.ca_file.as_deref()).map_err(|error| ("ca_file", error.to_string()))?
@@ -233,40 +235,36 @@ fn cannot_read(path: &Path, error: &std::io::Error) -> String {
     format!("cannot read {}: {error}", path.display())
 }
 
-/// The secret in a file, without the line's end.
+/// Returns the secret in a file, without line breaks at its end.
 pub(crate) fn read_secret(path: &Path) -> Result<String, String> {
     let text = std::fs::read_to_string(path).map_err(|error| cannot_read(path, &error))?;
     let text = text.trim_end_matches(['\r', '\n']);
-    secret_problem(text).map_or_else(|| Ok(text.to_owned()), |problem| Err(format!("what is in it {problem}")))
+    secret_problem(text).map_or_else(|| Ok(text.to_owned()), |problem| Err(format!("its content {problem}")))
 }
 
-fn read_file(path: &Path) -> Result<Arc<[Known]>, String> {
+fn read_file(path: &Path) -> Result<Arc<[CachedKey]>, String> {
     let text = std::fs::read(path).map_err(|error| cannot_read(path, &error))?;
     parse(&text).map_err(|problem| format!("{}: {problem}", path.display()))
 }
 
-/// The usable keys of a set, at least one. Those of other kinds are passed over.
-fn parse(text: &[u8]) -> Result<Arc<[Known]>, String> {
+/// Returns the usable keys of a set, at least one. Skips keys of other kinds.
+fn parse(text: &[u8]) -> Result<Arc<[CachedKey]>, String> {
     #[derive(Deserialize)]
     struct Set {
         keys: Vec<serde_json::Value>,
     }
-    let set: Set = serde_json::from_slice(text).map_err(|_error| "it is no JWK set".to_owned())?;
+    let set: Set = serde_json::from_slice(text).map_err(|_error| "not a JWK set".to_owned())?;
     let keys = set.keys.into_iter().take(MAX_KEYS).filter_map(|key| usable(serde_json::from_value(key).ok()?));
-    let known: Arc<[Known]> = keys.collect();
-    if known.is_empty() {
-        Err("there is no public key in it that signatures can be checked with".to_owned())
-    } else {
-        Ok(known)
-    }
+    let keys: Arc<[CachedKey]> = keys.collect();
+    if keys.is_empty() { Err("no public key for signatures in the JWK set".to_owned()) } else { Ok(keys) }
 }
 
-fn usable(jwk: Jwk) -> Option<Known> {
-    let is_known = match &jwk.algorithm {
+fn usable(jwk: Jwk) -> Option<CachedKey> {
+    let is_supported = match &jwk.algorithm {
         AlgorithmParameters::RSA(_) => true,
         AlgorithmParameters::EllipticCurve(key) => matches!(key.curve, EllipticCurve::P256 | EllipticCurve::P384),
         AlgorithmParameters::OctetKeyPair(key) => key.curve == EllipticCurve::Ed25519,
-        // A secret in a set that everyone can read is none.
+        // A secret in a public set is not secret.
         _ => false,
     };
     let is_for_signatures = matches!(jwk.common.public_key_use, None | Some(PublicKeyUse::Signature));
@@ -274,17 +272,17 @@ fn usable(jwk: Jwk) -> Option<Known> {
         Some(algorithm) => Some(Algorithm::try_from(algorithm).ok()?),
         None => None,
     };
-    let key = DecodingKey::from_jwk(&jwk).ok().filter(|_| is_known && is_for_signatures)?;
-    Some(Known { kid: jwk.common.key_id, algorithm, key })
+    let key = DecodingKey::from_jwk(&jwk).ok().filter(|_| is_supported && is_for_signatures)?;
+    Some(CachedKey { kid: jwk.common.key_id, algorithm, key })
 }
 
-fn fitting(known: &[Known], header: &Header) -> Vec<DecodingKey> {
-    let fits = |known: &&Known| {
-        known.key.family() == header.alg.family()
-            && known.algorithm.is_none_or(|algorithm| algorithm == header.alg)
-            && (header.kid.is_none() || header.kid == known.kid)
+fn matching(keys: &[CachedKey], header: &Header) -> Vec<DecodingKey> {
+    let matches = |cached: &&CachedKey| {
+        cached.key.family() == header.alg.family()
+            && cached.algorithm.is_none_or(|algorithm| algorithm == header.alg)
+            && (header.kid.is_none() || header.kid == cached.kid)
     };
-    known.iter().filter(fits).map(|known| known.key.clone()).collect()
+    keys.iter().filter(matches).map(|cached| cached.key.clone()).collect()
 }
 
 #[cfg(test)]
@@ -292,7 +290,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_public_keys_for_signatures_are_taken_from_a_set() {
+    fn key_set_yields_only_public_keys_for_signatures() {
         let set = r#"{"keys":[
             {"kty":"oct","k":"c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0","kid":"secret","alg":"HS256"},
             {"kty":"RSA","n":"AQAB","e":"AQAB","kid":"enc","use":"enc"},
@@ -303,14 +301,14 @@ mod tests {
             {"kty":"OKP","crv":"Ed25519","x":"AQAB","kid":"ed","use":"sig","alg":"EdDSA"},
             {"kty":"RSA","n":"AQAB","e":"AQAB","kid":"rsa","use":"sig"}
         ]}"#;
-        let known = parse(set.as_bytes()).expect("a set");
-        let names: Vec<_> = known.iter().filter_map(|known| known.kid.as_deref()).collect();
+        let keys = parse(set.as_bytes()).expect("a set");
+        let names: Vec<_> = keys.iter().filter_map(|key| key.kid.as_deref()).collect();
         assert_eq!(names, ["ed", "rsa"]);
         let header = |algorithm, kid: Option<&str>| Header { kid: kid.map(str::to_owned), ..Header::new(algorithm) };
-        assert_eq!(fitting(&known, &header(Algorithm::RS256, Some("rsa"))).len(), 1);
-        assert_eq!(fitting(&known, &header(Algorithm::RS256, None)).len(), 1);
-        assert_eq!(fitting(&known, &header(Algorithm::RS256, Some("ed"))).len(), 0, "a key is of one kind");
-        assert_eq!(fitting(&known, &header(Algorithm::HS256, Some("rsa"))).len(), 0);
+        assert_eq!(matching(&keys, &header(Algorithm::RS256, Some("rsa"))).len(), 1);
+        assert_eq!(matching(&keys, &header(Algorithm::RS256, None)).len(), 1);
+        assert_eq!(matching(&keys, &header(Algorithm::RS256, Some("ed"))).len(), 0, "a key has one kind");
+        assert_eq!(matching(&keys, &header(Algorithm::HS256, Some("rsa"))).len(), 0);
         for text in ["", "[]", "{}", r#"{"keys":[]}"#] {
             assert!(parse(text.as_bytes()).is_err(), "{text:?} was accepted");
         }

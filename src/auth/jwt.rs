@@ -1,4 +1,4 @@
-//! Tokens (JWT): whose they are, and whether they are to be believed.
+//! Tokens (JWT): verification, and signing with a shared secret.
 
 use std::time::{Duration, SystemTime};
 
@@ -9,24 +9,24 @@ use secrecy::ExposeSecret as _;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::auth::AuthError;
-use crate::auth::config::{IssuerConfig, MAX_TENANT};
+use crate::auth::config::{IssuerConfig, MAX_TENANT_BYTES};
+use crate::auth::error::AuthError;
 use crate::auth::jwks::{KeySource, read_secret};
 use crate::auth::principal::Principal;
 use crate::auth::scope::Scope;
 use crate::clock::since_epoch;
 use crate::event::Filter;
 
-/// The longest token that is looked at, in bytes.
-const MAX_TOKEN: usize = 8 * 1024;
-/// How far the clocks of an issuer and of this machine may differ.
+/// The maximum length of a token.
+const MAX_TOKEN_BYTES: usize = 8 * 1024;
+/// The allowed difference between the clocks of an issuer and of this machine.
 const LEEWAY: Duration = Duration::from_mins(1);
-/// The longest time that a token counts for, whatever it says.
+/// The maximum lifetime of a token. A later `exp` is cut to it.
 const MAX_LIFETIME: Duration = Duration::from_hours(10 * 365 * 24);
-/// The longest name of a subject, in bytes.
-const MAX_SUBJECT: usize = 256;
+/// The maximum length of a subject.
+const MAX_SUBJECT_BYTES: usize = 256;
 
-/// Everyone whose tokens are believed.
+/// The issuers whose tokens are accepted.
 pub(crate) struct Issuers(Vec<Issuer>);
 
 struct Issuer {
@@ -35,7 +35,7 @@ struct Issuer {
 }
 
 impl Issuers {
-    /// Reads the files that are named. Tells every problem, each with the key below `auth`.
+    /// Reads the named files. Fails with every problem, each with its key below `auth`.
     pub(crate) fn open(configs: &[IssuerConfig]) -> Result<Self, Vec<(String, String)>> {
         let (mut issuers, mut problems) = (Vec::new(), Vec::new());
         for (index, config) in configs.iter().enumerate() {
@@ -47,24 +47,24 @@ impl Issuers {
         if problems.is_empty() { Ok(Self(issuers)) } else { Err(problems) }
     }
 
-    /// Whose token it is. Waits where the issuer's keys have to be fetched first.
+    /// Verifies a token and returns its principal. Waits if the issuer's keys must be fetched first.
     pub(crate) async fn verify(&self, token: &str) -> Result<Principal, AuthError> {
-        if token.len() > MAX_TOKEN {
+        if token.len() > MAX_TOKEN_BYTES {
             return Err(AuthError::Malformed);
         }
         let header = decode_header(token).map_err(|_error| AuthError::Malformed)?;
-        // What must be understood is not.
+        // The token requires an extension (RFC 7515, 4.1.11). None is supported.
         if header.crit.is_some() {
             return Err(AuthError::Malformed);
         }
-        // Says only whose keys to check it with.
-        let claimed: Claimed = insecure_decode_claims(token).map_err(|_error| AuthError::Malformed)?;
+        // Not verified yet: selects only the keys to verify with.
+        let unverified: UnverifiedClaims = insecure_decode_claims(token).map_err(|_error| AuthError::Malformed)?;
         let issuer =
-            self.0.iter().find(|issuer| issuer.config.issuer == claimed.iss).ok_or(AuthError::UnknownIssuer)?;
+            self.0.iter().find(|issuer| issuer.config.issuer == unverified.iss).ok_or(AuthError::UnknownIssuer)?;
         issuer.verify(token, &header).await
     }
 
-    /// Fetches what is to be fetched, to tell whether it can be. Fails with the key below `auth`, and the reason.
+    /// Fetches the keys of all issuers. Fails with the key below `auth` and the reason.
     pub(crate) async fn check(&self) -> Result<(), (String, String)> {
         for (index, issuer) in self.0.iter().enumerate() {
             issuer.keys.check().await.map_err(|error| (format!("issuers[{index}]"), error))?;
@@ -74,7 +74,7 @@ impl Issuers {
 }
 
 #[derive(Deserialize)]
-struct Claimed {
+struct UnverifiedClaims {
     iss: String,
 }
 
@@ -92,9 +92,9 @@ impl Issuer {
         for key in self.keys.candidates(header).await? {
             match decode::<Map<String, Value>>(token, &key, &validation) {
                 Ok(token) => return self.principal(&token.claims, SystemTime::now()),
-                // Without a name of the key in the token, another one may fit.
+                // Without a key id in the token, another candidate may have signed it.
                 Err(error) if matches!(error.kind(), ErrorKind::InvalidSignature) => {}
-                Err(error) => return Err(denied(&error)),
+                Err(error) => return Err(auth_error(&error)),
             }
         }
         Err(AuthError::Signature)
@@ -102,15 +102,15 @@ impl Issuer {
 
     fn principal(&self, claims: &Map<String, Value>, now: SystemTime) -> Result<Principal, AuthError> {
         let subject = claims.get("sub").and_then(Value::as_str).ok_or(AuthError::Claim("sub"))?;
-        let is_usable = (1..=MAX_SUBJECT).contains(&subject.len()) && !subject.chars().any(char::is_control);
+        let is_usable = (1..=MAX_SUBJECT_BYTES).contains(&subject.len()) && !subject.chars().any(char::is_control);
         if !is_usable {
             return Err(AuthError::Claim("sub"));
         }
         let tenant = match claims.get(&self.config.tenant_claim) {
             None | Some(Value::Null) if self.config.require_tenant => return Err(AuthError::Tenant),
             None | Some(Value::Null) => None,
-            Some(Value::String(tenant)) if (1..=MAX_TENANT).contains(&tenant.len()) => Some(tenant.clone()),
-            // To see everything because of a claim that makes no sense would be the wrong way round.
+            Some(Value::String(tenant)) if (1..=MAX_TENANT_BYTES).contains(&tenant.len()) => Some(tenant.clone()),
+            // A malformed claim must not lift the restriction.
             Some(_) => return Err(AuthError::Tenant),
         };
         let name = &self.config.filter_claim;
@@ -118,29 +118,26 @@ impl Issuer {
         let filter = filter.map_err(|invalid| AuthError::Filter(name.clone(), invalid))?.unwrap_or_default();
         let expires = claims.get("exp").and_then(seconds).ok_or(AuthError::Claim("exp"))?;
         let id = format!("{}#{subject}", self.config.issuer);
-        Ok(Principal::new(id, scopes(claims), tenant, filter, Some(end_of(expires, now))))
+        Ok(Principal::new(id, scopes(claims), tenant, filter, Some(expiry(expires, now))))
     }
 }
 
-/// Whole seconds, also of a number with a fraction.
+/// Returns whole seconds, also for a number with a fraction.
 fn seconds(value: &Value) -> Option<u64> {
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "too large and too small ones saturate"
-    )]
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "values out of range saturate")]
     value.as_u64().or_else(|| value.as_f64().map(|seconds| seconds as u64))
 }
 
-/// Until when a token that expires then counts: one that is let in only because clocks differ, as long as they may.
-fn end_of(expires: u64, now: SystemTime) -> SystemTime {
+/// Returns the time until which a token is accepted. One that is accepted only by the leeway gets the leeway.
+fn expiry(expires: u64, now: SystemTime) -> SystemTime {
     let latest = now + MAX_LIFETIME;
     let expires = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(expires)).unwrap_or(latest).min(latest);
     if expires > now { expires } else { expires + LEEWAY }
 }
 
-/// What the claims `scope` (words with spaces between) and `scopes` (a list) allow here. Words of other services are
-/// passed over.
+/// Returns the scopes in the claims `scope` (separated by spaces) and `scopes` (a list).
+///
+/// Skips the scopes of other services.
 fn scopes(claims: &Map<String, Value>) -> Vec<Scope> {
     let words = |value: &Value| match value {
         Value::String(text) => text.split_whitespace().map(str::to_owned).collect(),
@@ -151,7 +148,7 @@ fn scopes(claims: &Map<String, Value>) -> Vec<Scope> {
     named.flat_map(words).filter_map(|word| word.parse().ok()).collect()
 }
 
-fn denied(error: &Error) -> AuthError {
+fn auth_error(error: &Error) -> AuthError {
     match error.kind() {
         ErrorKind::ExpiredSignature => AuthError::Expired,
         ErrorKind::ImmatureSignature => AuthError::NotYet,
@@ -166,41 +163,41 @@ fn denied(error: &Error) -> AuthError {
     }
 }
 
-/// What a token is to say.
+/// The content of a token to sign.
 #[derive(Debug, Clone)]
 pub struct TokenRequest {
-    /// Whose it is.
+    /// The claim `sub`.
     pub subject: String,
-    /// What it allows.
+    /// The scopes.
     pub scopes: Vec<Scope>,
-    /// The tenant that it is bound to.
+    /// The tenant that the token is restricted to.
     pub tenant: Option<String>,
-    /// What of the entries it lets see at most: the tree of a filter, or its text.
+    /// The filter that the token is restricted to: its JSON, or that JSON as a text.
     pub filter: Option<Value>,
-    /// How long it is good for.
+    /// The time until the token expires.
     pub lifetime: Duration,
 }
 
-/// Why no token can be made.
+/// The reason why a token cannot be signed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum NotSigned {
-    /// The issuer keeps its key to itself.
-    #[error("the issuer `{0}` has no secret here: only it can make tokens")]
+pub enum SignError {
+    /// The issuer has no shared secret.
+    #[error("the issuer `{0}` has no secret in this configuration, so only the issuer can sign its tokens")]
     NoSecret(String),
-    /// The secret can't be read.
+    /// The secret cannot be read.
     #[error("auth.issuers: {0}")]
     Secret(String),
-    /// The library refuses.
+    /// The library failed.
     #[error("cannot sign: {0}")]
     Failed(String),
 }
 
-/// Makes a token in the name of an issuer that shares its secret with us, signed with the first of its algorithms.
-pub fn sign(issuer: &IssuerConfig, request: &TokenRequest) -> Result<String, NotSigned> {
+/// Signs a token with the shared secret and the first algorithm of an issuer.
+pub fn sign(issuer: &IssuerConfig, request: &TokenRequest) -> Result<String, SignError> {
     let secret = match (&issuer.secret, &issuer.secret_file) {
         (Some(secret), _) => secret.expose_secret().to_owned(),
-        (None, Some(path)) => read_secret(path).map_err(NotSigned::Secret)?,
-        (None, None) => return Err(NotSigned::NoSecret(issuer.issuer.clone())),
+        (None, Some(path)) => read_secret(path).map_err(SignError::Secret)?,
+        (None, None) => return Err(SignError::NoSecret(issuer.issuer.clone())),
     };
     let now = since_epoch().as_secs();
     let scope = request.scopes.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
@@ -220,7 +217,7 @@ pub fn sign(issuer: &IssuerConfig, request: &TokenRequest) -> Result<String, Not
     }
     let algorithm = issuer.algorithms.first().copied().unwrap_or(Algorithm::HS256);
     let key = EncodingKey::from_secret(secret.as_bytes());
-    encode(&Header::new(algorithm), &claims, &key).map_err(|error| NotSigned::Failed(error.to_string()))
+    encode(&Header::new(algorithm), &claims, &key).map_err(|error| SignError::Failed(error.to_string()))
 }
 
 #[cfg(test)]

@@ -1,18 +1,18 @@
 //! The web page that a request comes from.
 
-/// Which page asks, as far as its browser tells.
+/// The page that sent a request, as its browser reports it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PageOrigin {
-    /// Its origin; nothing of programs, and of pages of the daemon's own origin when they read.
+    /// `None` for programs, and for pages of the daemon's own origin when they read.
     pub(crate) origin: Option<String>,
-    /// Whether nothing speaks against its being a page of the daemon's own origin.
+    /// Whether nothing contradicts that the page has the daemon's own origin.
     pub(crate) may_be_own: bool,
 }
 
 impl PageOrigin {
-    /// Whether what was given to this page is good for the one that shows it.
-    pub(crate) fn is(&self, shown: &Self) -> bool {
-        let is_own = self.may_be_own && shown.may_be_own && shown.origin.is_none();
-        self.origin == shown.origin || is_own
+    /// Returns whether `presented` may be the page that this one is.
+    pub(crate) fn matches(&self, presented: &Self) -> bool {
+        let is_own = self.may_be_own && presented.may_be_own && presented.origin.is_none();
+        self.origin == presented.origin || is_own
     }
 }

@@ -1,4 +1,4 @@
-//! Who asks, and what they may do.
+//! Principals: the authenticated senders of requests, with their permissions and restrictions.
 
 use std::fmt;
 use std::sync::Arc;
@@ -8,26 +8,26 @@ use crate::auth::scope::{Action, Scope};
 use crate::event::{Attribute, Filter};
 use crate::event::{DeadLetter, Entry, NewEvent};
 
-/// Whoever made a request. Cheap to clone.
+/// The authenticated sender of a request. Cheap to clone.
 #[derive(Clone, PartialEq)]
-pub(crate) struct Principal(Arc<Who>);
+pub(crate) struct Principal(Arc<Identity>);
 
 #[derive(PartialEq)]
-struct Who {
-    /// Nothing where nobody is asked for credentials.
+struct Identity {
+    /// `None` if no credentials are required.
     id: Option<Arc<str>>,
     scopes: Vec<Scope>,
     tenant: Option<Box<str>>,
-    /// What of the entries this one may see: its tenant's, and of those what passes its own filter.
-    sight: Filter,
+    /// Passes the entries that the principal may read: those of its tenant that pass its own filter.
+    filter: Filter,
     expires_at: Option<SystemTime>,
 }
 
 impl Principal {
-    /// Whoever there is, where nobody is asked for credentials.
-    pub(crate) fn anyone() -> Self {
+    /// Returns the principal of all requests if no credentials are required.
+    pub(crate) fn unauthenticated() -> Self {
         let scopes = vec![Scope::Admin];
-        Self(Arc::new(Who { id: None, scopes, tenant: None, sight: Filter::default(), expires_at: None }))
+        Self(Arc::new(Identity { id: None, scopes, tenant: None, filter: Filter::default(), expires_at: None }))
     }
 
     pub(crate) fn new(
@@ -37,12 +37,13 @@ impl Principal {
         filter: Filter,
         expires_at: Option<SystemTime>,
     ) -> Self {
-        let sight = tenant.as_ref().map(|tenant| Filter::is(Attribute::Tenant, tenant)).unwrap_or_default().and(filter);
+        let of_tenant = tenant.as_ref().map(|tenant| Filter::is(Attribute::Tenant, tenant)).unwrap_or_default();
+        let filter = of_tenant.and(filter);
         let tenant = tenant.map(String::into_boxed_str);
-        Self(Arc::new(Who { id: Some(id.into()), scopes, tenant, sight, expires_at }))
+        Self(Arc::new(Identity { id: Some(id.into()), scopes, tenant, filter, expires_at }))
     }
 
-    /// `key:<name>`, or the issuer and subject of a token; nothing where nobody is asked for credentials.
+    /// Returns `key:<name>` or `<issuer>#<subject>`; `None` if no credentials are required.
     pub(crate) fn id(&self) -> Option<&str> {
         self.0.id.as_deref()
     }
@@ -51,7 +52,7 @@ impl Principal {
         self.0.id.clone()
     }
 
-    /// The tenant that this one is bound to.
+    /// Returns the tenant that the principal is restricted to.
     pub(crate) fn tenant(&self) -> Option<&str> {
         self.0.tenant.as_deref()
     }
@@ -60,46 +61,46 @@ impl Principal {
         self.0.expires_at
     }
 
-    pub(crate) fn may(&self, deed: Action<'_>) -> bool {
-        self.0.scopes.iter().any(|scope| scope.allows(deed))
+    pub(crate) fn may(&self, action: Action<'_>) -> bool {
+        self.0.scopes.iter().any(|scope| scope.allows(action))
     }
 
-    /// What of the entries this one may see at most.
-    pub(crate) fn sight(&self) -> &Filter {
-        &self.0.sight
+    /// Returns the filter that passes the entries the principal may read.
+    pub(crate) fn filter(&self) -> &Filter {
+        &self.0.filter
     }
 
-    /// Whether there are entries that this one may not see: then nothing is for it that is of all of them.
-    pub(crate) fn is_bounded(&self) -> bool {
-        !self.0.sight.is_empty()
+    /// Returns whether the principal may read only some entries. Then it may not use data that covers all entries.
+    pub(crate) fn is_restricted(&self) -> bool {
+        !self.0.filter.is_empty()
     }
 
-    /// Whether this one may see an entry; a dead letter is judged as the entry that it was before.
+    /// Returns whether the principal may read an entry. A dead letter counts as the entry that it records.
     pub(crate) fn sees(&self, entry: &Entry) -> bool {
-        if !self.is_bounded() {
+        if !self.is_restricted() {
             return true;
         }
         match DeadLetter::from_entry(entry) {
-            Some(letter) => self.0.sight.passes(&Entry { id: letter.id, fields: letter.fields }),
-            None => self.0.sight.passes(entry),
+            Some(letter) => self.0.filter.passes(&Entry { id: letter.id, fields: letter.fields }),
+            None => self.0.filter.passes(entry),
         }
     }
 
-    /// Makes an event the tenant's, whose it must be if it says. Fails with the tenant that it must be of.
-    pub(crate) fn claim(&self, event: &mut NewEvent) -> Result<(), &str> {
+    /// Assigns an event to the principal's tenant. Fails with that tenant if the event names another one.
+    pub(crate) fn assign_tenant(&self, event: &mut NewEvent) -> Result<(), &str> {
         let Some(tenant) = self.tenant() else { return Ok(()) };
         event.set_tenant(tenant);
         if event.tenant() == Some(tenant) { Ok(()) } else { Err(tenant) }
     }
 
-    /// Whether it may do whatever the other may.
-    pub(crate) fn may_all_of(&self, other: &Self) -> bool {
+    /// Returns whether the principal has all scopes of `other`.
+    pub(crate) fn has_all_scopes_of(&self, other: &Self) -> bool {
         self.0.scopes.contains(&Scope::Admin) || other.0.scopes.iter().all(|scope| self.0.scopes.contains(scope))
     }
 
-    /// Whether it is the same one, that sees the same, whatever it may do.
+    /// Returns whether both have the same id, tenant and filter. Their scopes may differ.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
-        self.id() == other.id() && self.tenant() == other.tenant() && self.sight() == other.sight()
+        self.id() == other.id() && self.tenant() == other.tenant() && self.filter() == other.filter()
     }
 }
 
@@ -116,7 +117,7 @@ mod tests {
     use super::*;
     use crate::event::NewEntry;
 
-    fn bound(tenant: &str) -> Principal {
+    fn of_tenant(tenant: &str) -> Principal {
         principal(Some(tenant), Filter::default())
     }
 
@@ -129,52 +130,53 @@ mod tests {
     }
 
     #[test]
-    fn an_event_becomes_the_tenants_unless_it_is_anothers() {
+    fn event_gets_the_tenant_unless_it_names_another() {
         for payload in
             ["{}", r#"{"tenant":"acme"}"#, r#"{"tenant_id":"acme"}"#, r#"{"tenant":null}"#, r#"{"tenant":""}"#]
         {
             let mut event = event(payload);
-            assert_eq!(bound("acme").claim(&mut event), Ok(()), "{payload}");
+            assert_eq!(of_tenant("acme").assign_tenant(&mut event), Ok(()), "{payload}");
             assert_eq!(event.tenant(), Some("acme"));
         }
         for payload in [r#"{"tenant":"globex"}"#, r#"{"tenant":"ACME"}"#, r#"{"tenant_id":"globex"}"#] {
-            assert_eq!(bound("acme").claim(&mut event(payload)), Err("acme"), "{payload}");
+            assert_eq!(of_tenant("acme").assign_tenant(&mut event(payload)), Err("acme"), "{payload}");
         }
-        let mut anothers = event(r#"{"tenant":"globex"}"#);
-        assert_eq!(Principal::anyone().claim(&mut anothers), Ok(()));
-        assert_eq!(anothers.tenant(), Some("globex"));
+        let mut foreign = event(r#"{"tenant":"globex"}"#);
+        assert_eq!(Principal::unauthenticated().assign_tenant(&mut foreign), Ok(()));
+        assert_eq!(foreign.tenant(), Some("globex"));
     }
 
     #[test]
-    fn what_a_product_calls_its_tenant_counts_where_nothing_else_tells() {
+    fn tenant_of_a_product_schema_counts_without_own_field() {
         let finding = r#"{"class_uid":2004,"metadata":{"tenant_uid":"globex"}}"#;
         let seen = |fields: crate::event::Fields| {
             let entry = Entry { id: crate::event::EntryId::MIN, fields };
-            ["acme", "globex"].map(|tenant| bound(tenant).sees(&entry))
+            ["acme", "globex"].map(|tenant| of_tenant(tenant).sees(&entry))
         };
-        for (publisher, seen_by) in [(bound("acme"), [true, false]), (Principal::anyone(), [false, true])] {
+        for (publisher, seen_by) in [(of_tenant("acme"), [true, false]), (Principal::unauthenticated(), [false, true])]
+        {
             let mut event = event(finding);
-            assert_eq!(publisher.claim(&mut event), Ok(()));
+            assert_eq!(publisher.assign_tenant(&mut event), Ok(()));
             assert_eq!(seen(event.into_entry(&NewEntry::timestamp_now(), None).fields), seen_by);
         }
-        // As written by others than the bus.
+        // An entry that the bus did not write.
         assert_eq!(seen([("data".into(), finding.into())].into_iter().collect()), [false, true]);
     }
 
     #[test]
-    fn a_bound_principal_sees_its_tenant_alone() {
+    fn principal_of_a_tenant_reads_only_its_entries() {
         let entry = |tenant: &'static str| Entry {
             id: crate::event::EntryId::MIN,
             fields: [(Bytes::from_static(b"tenant"), Bytes::from_static(tenant.as_bytes()))].into_iter().collect(),
         };
-        assert!(bound("acme").sees(&entry("acme")) && !bound("acme").sees(&entry("globex")));
-        assert!(Principal::anyone().sees(&entry("globex")));
-        let nobodys = Entry { id: crate::event::EntryId::MIN, fields: crate::event::Fields::default() };
-        assert!(!bound("acme").sees(&nobodys), "what is nobody's is not this one's either");
+        assert!(of_tenant("acme").sees(&entry("acme")) && !of_tenant("acme").sees(&entry("globex")));
+        assert!(Principal::unauthenticated().sees(&entry("globex")));
+        let without_tenant = Entry { id: crate::event::EntryId::MIN, fields: crate::event::Fields::default() };
+        assert!(!of_tenant("acme").sees(&without_tenant), "entries without a tenant are not shown");
     }
 
     #[test]
-    fn an_own_filter_narrows_what_a_tenant_may_see_and_never_widens_it() {
+    fn own_filter_narrows_the_tenant_and_never_widens_it() {
         let entry = |tenant: &'static str, severity: &'static str| Entry {
             id: crate::event::EntryId::MIN,
             fields: [("tenant", tenant), ("severity", severity)]
@@ -191,15 +193,15 @@ mod tests {
         assert_eq!(seen(&principal(Some("acme"), severe())), [true, false, false]);
         assert_eq!(seen(&principal(Some("acme"), wide.expect("a filter"))), [true, true, false]);
         assert_eq!(seen(&principal(None, severe())), [true, false, true]);
-        assert!(principal(None, severe()).is_bounded() && bound("acme").is_bounded());
-        assert!(!principal(None, Filter::default()).is_bounded() && !Principal::anyone().is_bounded());
+        assert!(principal(None, severe()).is_restricted() && of_tenant("acme").is_restricted());
+        assert!(!principal(None, Filter::default()).is_restricted() && !Principal::unauthenticated().is_restricted());
         assert!(principal(None, severe()).is_same(&principal(None, severe())));
         assert!(!principal(None, severe()).is_same(&principal(None, Filter::default())));
-        assert!(!principal(Some("acme"), severe()).is_same(&bound("acme")));
+        assert!(!principal(Some("acme"), severe()).is_same(&of_tenant("acme")));
     }
 
     #[test]
-    fn a_dead_letter_is_judged_as_the_entry_that_it_was() {
+    fn dead_letter_counts_as_the_entry_that_it_records() {
         let letter = |severity: &'static str| {
             let fields: crate::event::Fields = [("severity".into(), severity.into())].into_iter().collect();
             let letter = DeadLetter {

@@ -1,37 +1,37 @@
-//! What a principal may do, as words that travel in tokens and stand in the configuration.
+//! Scopes: the permissions of a principal, as texts in tokens and in the configuration.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// The words, for people.
+/// The possible scopes, for messages.
 pub(crate) const KNOWN: &str = "publish:<stream>, read:<stream>, consume:<stream>, ws:<channel>, admin";
 
-/// One thing that someone may do.
+/// One permission.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Scope {
     /// `publish:<stream>`: append to these streams.
-    Publish(Names),
+    Publish(NamePattern),
     /// `read:<stream>`: read these streams' entries and state.
-    Read(Names),
-    /// `consume:<stream>`: the same, and pull from these streams' groups and settle what was pulled.
-    Consume(Names),
-    /// `ws:<channel>`: watch these channels, by WebSocket or as a feed; `-` and `_` are the same here.
-    Watch(Names),
-    /// `admin`: everything, dead letters and metrics among it.
+    Read(NamePattern),
+    /// `consume:<stream>`: the same, and pull from the groups of these streams and settle entries.
+    Consume(NamePattern),
+    /// `ws:<channel>`: watch these channels, by WebSocket or feed. `-` and `_` are equal here.
+    Watch(NamePattern),
+    /// `admin`: everything, including dead letters and metrics.
     Admin,
 }
 
-/// One name, or all that begin alike: `aurora:*`, `*`.
+/// One name, or all names with a prefix: `aurora:*`, `*`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Names {
+pub struct NamePattern {
     text: Box<str>,
     is_prefix: bool,
 }
 
-/// What someone is about to do.
+/// An action that needs a scope.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Action<'a> {
     Publish(&'a str),
@@ -42,7 +42,7 @@ pub(crate) enum Action<'a> {
 }
 
 impl fmt::Display for Action<'_> {
-    /// The scope that it needs.
+    /// Writes the scope that the action needs.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let cut = |name: &str| name.chars().take(64).collect::<String>();
         match self {
@@ -56,27 +56,27 @@ impl fmt::Display for Action<'_> {
 }
 
 impl Scope {
-    pub(crate) fn allows(&self, deed: Action<'_>) -> bool {
-        match (self, deed) {
+    pub(crate) fn allows(&self, action: Action<'_>) -> bool {
+        match (self, action) {
             (Self::Admin, _) => true,
             (Self::Publish(names), Action::Publish(name))
             | (Self::Consume(names), Action::Consume(name))
-            | (Self::Read(names) | Self::Consume(names), Action::Read(name)) => names.has(name),
-            (Self::Watch(names), Action::Watch(name)) => names.has(&name.replace('-', "_")),
+            | (Self::Read(names) | Self::Consume(names), Action::Read(name)) => names.matches(name),
+            (Self::Watch(names), Action::Watch(name)) => names.matches(&name.replace('-', "_")),
             _ => false,
         }
     }
 }
 
-impl Names {
-    fn has(&self, name: &str) -> bool {
+impl NamePattern {
+    fn matches(&self, name: &str) -> bool {
         if self.is_prefix { name.starts_with(&*self.text) } else { *self.text == *name }
     }
 }
 
-/// The text is no scope.
+/// The text is not a scope.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no scope: there are {KNOWN}; a name may end with *")]
+#[error("`{0}` is not a scope; allowed are {KNOWN}; a name may end with `*`")]
 pub struct UnknownScope(String);
 
 impl FromStr for Scope {
@@ -93,7 +93,7 @@ impl FromStr for Scope {
         if !is_name {
             return Err(unknown());
         }
-        let names = |front: &str| Names { text: front.into(), is_prefix };
+        let names = |front: &str| NamePattern { text: front.into(), is_prefix };
         match verb {
             "publish" => Ok(Self::Publish(names(front))),
             "read" => Ok(Self::Read(names(front))),
@@ -137,14 +137,14 @@ mod tests {
 
     use super::*;
 
-    fn allows(scope: &str, deed: Action<'_>) -> bool {
-        scope.parse::<Scope>().expect(scope).allows(deed)
+    fn allows(scope: &str, action: Action<'_>) -> bool {
+        scope.parse::<Scope>().expect(scope).allows(action)
     }
 
     #[test]
-    fn a_scope_allows_what_it_names_and_nothing_else() {
+    fn scope_allows_only_the_actions_it_names() {
         use Action::{Administer, Consume, Publish, Read, Watch};
-        let deeds = [
+        let actions = [
             Publish("aurora:alerts"),
             Publish("aurora:audit"),
             Read("aurora:alerts"),
@@ -165,13 +165,13 @@ mod tests {
             ("admin", [true; 7]),
         ];
         for (scope, expected) in cases {
-            assert_eq!(deeds.map(|deed| allows(scope, deed)), expected, "{scope}");
+            assert_eq!(actions.map(|action| allows(scope, action)), expected, "{scope}");
         }
         assert_eq!(Watch("agent-thoughts").to_string(), "ws:agent_thoughts");
     }
 
     #[test]
-    fn what_is_no_scope_is_refused() {
+    fn malformed_scopes_are_rejected() {
         for text in
             ["", "admin:", "Admin", "publish", "publish:", "publish:a*b", "publish:**", "write:a", "ws:a b", "*"]
         {
@@ -181,13 +181,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn scopes_survive_their_text_form(verb in "publish|read|consume", name in "[a-z:{}.-]{1,20}", star in any::<bool>()) {
+        fn scope_round_trips_through_text(verb in "publish|read|consume", name in "[a-z:{}.-]{1,20}", star in any::<bool>()) {
             let text = format!("{verb}:{name}{}", if star { "*" } else { "" });
             prop_assert_eq!(text.parse::<Scope>().expect("a scope").to_string(), text);
         }
 
         #[test]
-        fn a_name_without_a_star_is_one_name(name in "[a-z:]{1,12}", other in "[a-z:]{1,12}") {
+        fn name_without_star_matches_only_itself(name in "[a-z:]{1,12}", other in "[a-z:]{1,12}") {
             let scope: Scope = format!("read:{name}").parse().expect("a scope");
             prop_assert_eq!(scope.allows(Action::Read(&other)), name == other);
         }

@@ -58,7 +58,7 @@ pub(super) struct ListArgs {
     /// Maximum number of dead letters to list
     #[arg(long, default_value_t = 100)]
     limit: u64,
-    /// Print one JSON object per format_line, with the entries
+    /// Print one JSON object per line, with the entries
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -167,11 +167,11 @@ impl Remote {
                 },
                 Ok(response) => {
                     let status = response.status();
-                    let error_of = error_of(response).await;
+                    let detail = error_of(response).await;
                     if !(status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS) {
-                        bail!("the daemon refused the request: {error_of}");
+                        bail!("the daemon refused the request: {detail}");
                     }
-                    error_of
+                    detail
                 }
                 Err(error) => error.to_string(),
             };
@@ -220,7 +220,7 @@ struct DeadLetterLine {
     last_failure: Option<String>,
 }
 
-/// Maximum number of characters of an error in a format_line.
+/// Maximum number of characters of an error in a line.
 const ERROR_WIDTH: usize = 100;
 
 async fn list(config: &ConfigArgs, args: ListArgs) -> anyhow::Result<()> {
@@ -244,13 +244,13 @@ async fn list(config: &ConfigArgs, args: ListArgs) -> anyhow::Result<()> {
             url.query_pairs_mut().append_pair(name, value);
         }
         let page: ListPage = remote.get(url).await?;
-        for letter in &page.dead_letters {
+        for dead_letter in &page.dead_letters {
             left = left.saturating_sub(1);
             if args.json {
-                print_line(letter.get())?;
+                print_line(dead_letter.get())?;
             } else {
                 print_line(&format_line(
-                    &serde_json::from_str(letter.get()).context("the response of the daemon is not valid")?,
+                    &serde_json::from_str(dead_letter.get()).context("the response of the daemon is not valid")?,
                 ))?;
             }
         }
@@ -283,8 +283,8 @@ async fn list_streams(remote: &Remote, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn format_line(letter: &DeadLetterLine) -> String {
-    let DeadLetterLine { id, stream, group, reason, error, attempts, replays, last_failure } = letter;
+fn format_line(dead_letter: &DeadLetterLine) -> String {
+    let DeadLetterLine { id, stream, group, reason, error, attempts, replays, last_failure } = dead_letter;
     let (Some(stream), Some(group), Some(reason)) = (stream, group, reason) else {
         return format!("{id}  foreign: not written by aurora-bus");
     };
@@ -297,7 +297,7 @@ fn format_line(letter: &DeadLetterLine) -> String {
 
 async fn show(config: &ConfigArgs, args: ShowArgs) -> anyhow::Result<()> {
     let remote = Remote::new(config, &args.client)?;
-    let letter: Box<RawValue> = remote.get(remote.url(&[&args.stream, &args.id])?).await?;
-    print_line(letter.get())?;
+    let dead_letter: Box<RawValue> = remote.get(remote.url(&[&args.stream, &args.id])?).await?;
+    print_line(dead_letter.get())?;
     Ok(())
 }

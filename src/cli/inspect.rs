@@ -32,12 +32,12 @@ pub(super) async fn check(config: &ConfigArgs, args: CheckArgs) -> anyhow::Resul
         config.sinks.len()
     ))?;
     if let Some(validity) = app::check_files(&config)? {
-        if !validity.is_now() {
-            bail!("http.tls.cert_file: {}", validity.concern().unwrap_or_default());
+        if !validity.is_valid_now() {
+            bail!("http.tls.cert_file: {}", validity.warning().unwrap_or_default());
         }
         print_line(&format!("certificate: fits its key, good for {:.0} days", validity.days_left().floor()))?;
-        if let Some(concern) = validity.concern() {
-            print_line(&format!("warning: {concern}"))?;
+        if let Some(warning) = validity.warning() {
+            print_line(&format!("warning: {warning}"))?;
         }
     }
     if args.connect {

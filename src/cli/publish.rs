@@ -22,7 +22,7 @@ pub(super) struct PublishArgs {
     /// File of NDJSON (one JSON object per line), or - for standard input
     #[arg(default_value = "-")]
     file: PathBuf,
-    /// Number of events per request
+    /// Number of events per request, 1 to 5000
     #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=5_000))]
     batch: u32,
     /// Number of retries per request if the daemon does not respond or is busy, with growing pauses
@@ -181,12 +181,12 @@ async fn send(
             }
             Ok(response) => {
                 let status = response.status();
-                let error_of = error_of(response).await;
+                let detail = error_of(response).await;
                 let is_transient = status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS;
                 if !is_transient {
-                    bail!("the daemon refused the request: {error_of}");
+                    bail!("the daemon refused the request: {detail}");
                 }
-                error_of
+                detail
             }
             Err(error) => error.to_string(),
         };

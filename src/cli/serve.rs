@@ -29,7 +29,7 @@ pub(super) async fn run(config: Config) -> anyhow::Result<()> {
         tokio::select! {
             result = &mut running => return result,
             _ = reload.recv() => if let Some(tls) = &tls {
-                tls.look_now();
+                tls.reload();
             } else {
                 tracing::info!(signal = "SIGHUP", "nothing to reload, TLS is not configured");
             },

@@ -146,7 +146,7 @@ pub struct BulkResult {
 impl BulkResult {
     fn count(&mut self, found: &DeadLetterEntry) {
         self.matched += 1;
-        let group = found.dead_letter.as_ref().map(|letter| letter.group.to_string());
+        let group = found.dead_letter.as_ref().map(|dead_letter| dead_letter.group.to_string());
         *self.by_group.entry(group.unwrap_or_default()).or_default() += 1;
         *self.by_reason.entry(found.reason()).or_default() += 1;
         self.first_id.get_or_insert(found.entry.id);
@@ -274,28 +274,28 @@ impl Inner {
         done: &mut BulkResult,
     ) -> Result<(), SharedStoreError> {
         let mut counted = BulkResult { is_audited: done.is_audited, ..BulkResult::default() };
-        let mut letters: Vec<(&DeadLetterEntry, Option<ReplayCopy>)> = Vec::with_capacity(found.len());
+        let mut dead_letters: Vec<(&DeadLetterEntry, Option<ReplayCopy>)> = Vec::with_capacity(found.len());
         for found in found {
             counted.count(found);
             match task.action {
-                BulkAction::Discard => letters.push((found, None)),
+                BulkAction::Discard => dead_letters.push((found, None)),
                 BulkAction::Replay(how) => match self.copy(found.dead_letter.as_ref(), how) {
-                    Ok(copy) => letters.push((found, Some(copy))),
+                    Ok(copy) => dead_letters.push((found, Some(copy))),
                     Err(refusal) => counted.refuse(&refusal),
                 },
             }
         }
         if task.bulk.is_dry_run {
-            counted.done = letters.len() as u64;
-        } else if !letters.is_empty() {
-            let about: Vec<&DeadLetterEntry> = letters.iter().map(|(found, _)| *found).collect();
+            counted.done = dead_letters.len() as u64;
+        } else if !dead_letters.is_empty() {
+            let about: Vec<&DeadLetterEntry> = dead_letters.iter().map(|(found, _)| *found).collect();
             let is_written = self.write_audit(&task.audit_context(), &about).await?;
             if !is_written {
                 counted.is_audited = false;
             }
             match task.action {
                 BulkAction::Discard => self.discard(task.scope, &about, &mut counted).await?,
-                BulkAction::Replay(_) => self.replay(task.scope, letters, &mut counted).await?,
+                BulkAction::Replay(_) => self.replay(task.scope, dead_letters, &mut counted).await?,
             }
         }
         done.add(counted);
@@ -303,12 +303,12 @@ impl Inner {
     }
 
     /// Returns the entry that a replay appends, and its stream.
-    fn copy(&self, letter: Option<&DeadLetter>, how: &ReplayOptions) -> Result<ReplayCopy, ReplayRefused> {
-        let letter = letter.ok_or(ReplayRefused::Foreign)?;
-        let source = self.source_of(&letter.stream).map(|(source, _)| source);
-        let source = source.ok_or_else(|| ReplayRefused::Stream(letter.stream.clone()))?;
+    fn copy(&self, dead_letter: Option<&DeadLetter>, how: &ReplayOptions) -> Result<ReplayCopy, ReplayRefused> {
+        let dead_letter = dead_letter.ok_or(ReplayRefused::Foreign)?;
+        let source = self.source_of(&dead_letter.stream).map(|(source, _)| source);
+        let source = source.ok_or_else(|| ReplayRefused::Stream(dead_letter.stream.clone()))?;
         let group = match &how.to {
-            ReplayTarget::FailedGroup => Some(&letter.group),
+            ReplayTarget::FailedGroup => Some(&dead_letter.group),
             ReplayTarget::Group(group) => Some(group),
             ReplayTarget::Stream => None,
         };
@@ -316,10 +316,10 @@ impl Inner {
             return Err(ReplayRefused::Group(group.clone()));
         }
         let max = self.config.max_replays;
-        if letter.replays >= max && !how.force {
-            return Err(ReplayRefused::Replays { replays: letter.replays, max });
+        if dead_letter.replays >= max && !how.force {
+            return Err(ReplayRefused::Replays { replays: dead_letter.replays, max });
         }
-        Ok(ReplayCopy { stream: letter.stream.clone(), fields: letter.to_replay(group) })
+        Ok(ReplayCopy { stream: dead_letter.stream.clone(), fields: dead_letter.to_replay(group) })
     }
 
     async fn discard(
@@ -339,11 +339,11 @@ impl Inner {
     async fn replay(
         &self,
         scope: &DeadLetterScope,
-        letters: Vec<(&DeadLetterEntry, Option<ReplayCopy>)>,
+        dead_letters: Vec<(&DeadLetterEntry, Option<ReplayCopy>)>,
         done: &mut BulkResult,
     ) -> Result<(), SharedStoreError> {
         let mut by_stream: BTreeMap<StreamName, (Vec<EntryId>, Vec<NewEntry>)> = BTreeMap::new();
-        for (found, copy) in letters {
+        for (found, copy) in dead_letters {
             let Some(ReplayCopy { stream, fields }) = copy else { continue };
             let (ids, entries) = by_stream.entry(stream).or_default();
             let idempotency = Some(self.key(&scope.dead_letter, found.entry.id));

@@ -137,8 +137,8 @@ impl Inner {
         let mut groups = BTreeMap::new();
         let mut reasons = BTreeMap::new();
         for found in about {
-            if let Some(letter) = &found.dead_letter {
-                *groups.entry(letter.group.as_str()).or_default() += 1;
+            if let Some(dead_letter) = &found.dead_letter {
+                *groups.entry(dead_letter.group.as_str()).or_default() += 1;
             }
             *reasons.entry(found.reason()).or_default() += 1;
         }

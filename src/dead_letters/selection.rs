@@ -46,14 +46,14 @@ impl DeadLetterEntry {
 
     /// Returns the reason in one word.
     pub(super) fn reason(&self) -> &'static str {
-        self.dead_letter.as_ref().map_or(FOREIGN, |letter| letter.reason.as_str())
+        self.dead_letter.as_ref().map_or(FOREIGN, |dead_letter| dead_letter.reason.as_str())
     }
 
     /// Returns whether the entry passes, judged by the fields that it had before it became a dead letter.
     fn passes(&self, filter: &Filter) -> bool {
         match &self.dead_letter {
             _ if filter.is_empty() => true,
-            Some(letter) => filter.passes(&Entry { id: letter.id, fields: letter.fields.clone() }),
+            Some(dead_letter) => filter.passes(&Entry { id: dead_letter.id, fields: dead_letter.fields.clone() }),
             None => filter.passes(&self.entry),
         }
     }
@@ -125,10 +125,10 @@ impl Selection {
             return false;
         }
         match &found.dead_letter {
-            Some(letter) => {
-                scope.of.as_ref().is_none_or(|stream| *stream == letter.stream)
-                    && self.group.as_ref().is_none_or(|group| *group == letter.group)
-                    && self.reason.is_none_or(|reason| reason == ReasonFilter::Recorded(letter.reason))
+            Some(dead_letter) => {
+                scope.of.as_ref().is_none_or(|stream| *stream == dead_letter.stream)
+                    && self.group.as_ref().is_none_or(|group| *group == dead_letter.group)
+                    && self.reason.is_none_or(|reason| reason == ReasonFilter::Recorded(dead_letter.reason))
             }
             None => {
                 scope.has_foreign
@@ -146,8 +146,8 @@ mod tests {
     use super::*;
     use crate::event::{Attribute, Fields};
 
-    fn letter(stream: &str, group: &str, reason: DeadLetterReason) -> DeadLetterEntry {
-        let letter = DeadLetter {
+    fn dead_letter(stream: &str, group: &str, reason: DeadLetterReason) -> DeadLetterEntry {
+        let dead_letter = DeadLetter {
             stream: stream.parse().expect("a name"),
             id: EntryId::new(1, 0),
             group: group.parse().expect("a name"),
@@ -159,7 +159,7 @@ mod tests {
             replays: 0,
             fields: Fields::default(),
         };
-        DeadLetterEntry::new(Entry { id: EntryId::new(5, 0), fields: letter.to_fields() })
+        DeadLetterEntry::new(Entry { id: EntryId::new(5, 0), fields: dead_letter.to_fields() })
     }
 
     fn foreign() -> DeadLetterEntry {
@@ -184,7 +184,7 @@ mod tests {
         let all = Selection::default();
         assert!(all.matches(&scope, &acme));
         assert!(!all.matches(&scope, &foreign()));
-        assert!(!all.matches(&scope, &letter("a", "g", DeadLetterReason::Crashed)));
+        assert!(!all.matches(&scope, &dead_letter("a", "g", DeadLetterReason::Crashed)));
     }
 
     #[test]
@@ -195,24 +195,24 @@ mod tests {
         let rejected = Selection { reason: Some(ReasonFilter::Recorded(Rejected)), ..Selection::default() };
         let later = Selection { after: EntryId::new(5, 0), ..Selection::default() };
         let any = scope(None, true);
-        assert!(all.matches(&any, &letter("a", "siem", Rejected)) && all.matches(&any, &foreign()));
-        assert!(siem.matches(&any, &letter("a", "siem", Rejected)));
-        assert!(!siem.matches(&any, &letter("a", "soar", Rejected)));
-        assert!(rejected.matches(&any, &letter("a", "siem", Rejected)));
-        assert!(!rejected.matches(&any, &letter("a", "siem", Exhausted)));
-        assert!(!later.matches(&any, &letter("a", "siem", Rejected)));
+        assert!(all.matches(&any, &dead_letter("a", "siem", Rejected)) && all.matches(&any, &foreign()));
+        assert!(siem.matches(&any, &dead_letter("a", "siem", Rejected)));
+        assert!(!siem.matches(&any, &dead_letter("a", "soar", Rejected)));
+        assert!(rejected.matches(&any, &dead_letter("a", "siem", Rejected)));
+        assert!(!rejected.matches(&any, &dead_letter("a", "siem", Exhausted)));
+        assert!(!later.matches(&any, &dead_letter("a", "siem", Rejected)));
         assert!(!siem.matches(&any, &foreign()) && !rejected.matches(&any, &foreign()));
         let only_foreign = Selection { reason: Some(ReasonFilter::Foreign), ..Selection::default() };
         assert!(only_foreign.matches(&any, &foreign()));
-        assert!(!only_foreign.matches(&any, &letter("a", "siem", Rejected)));
+        assert!(!only_foreign.matches(&any, &dead_letter("a", "siem", Rejected)));
     }
 
     #[test]
     fn stream_with_shared_dead_letters_sees_only_its_own() {
         let all = Selection::default();
         let shared = scope(Some("a"), false);
-        assert!(all.matches(&shared, &letter("a", "g", DeadLetterReason::Crashed)));
-        assert!(!all.matches(&shared, &letter("b", "g", DeadLetterReason::Crashed)));
+        assert!(all.matches(&shared, &dead_letter("a", "g", DeadLetterReason::Crashed)));
+        assert!(!all.matches(&shared, &dead_letter("b", "g", DeadLetterReason::Crashed)));
         assert!(!all.matches(&shared, &foreign()), "its stream is unknown");
     }
 

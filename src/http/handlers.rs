@@ -1,4 +1,4 @@
-//! One handler per resource: what a request asks for and what the response holds.
+//! One module per resource: the requests that it accepts and the responses that it returns.
 
 pub(super) mod assets;
 pub(super) mod dead_letters;

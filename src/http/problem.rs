@@ -1,4 +1,4 @@
-//! Errors as callers see them: problem documents (RFC 9457) that name the thing and the fix.
+//! Errors for clients: problem documents (RFC 9457) that name the fault and the fix.
 
 use std::any::Any;
 use std::time::Duration;
@@ -11,9 +11,10 @@ use serde::Serialize;
 use crate::auth::AuthError;
 use crate::bus::PublishError;
 use crate::pull::{PullError, SettleError};
+use crate::relay::ConnectError;
 use crate::store::{StoreError, StoreErrorKind};
 
-/// An answer that is no success.
+/// An error response.
 #[derive(Debug, Clone)]
 pub struct ApiError {
     status: StatusCode,
@@ -21,7 +22,7 @@ pub struct ApiError {
     problem: Box<Problem>,
 }
 
-/// The body: `type` and `code` for programs, `title` and `detail` for people, `field` where one is to blame.
+/// The body: `type` and `code` for programs, `title` and `detail` for people, `field` if one is at fault.
 #[derive(Debug, Clone, Serialize)]
 struct Problem {
     r#type: String,
@@ -33,12 +34,12 @@ struct Problem {
     field: Option<String>,
 }
 
-/// One event of a batch that was not accepted.
+/// The error of one event or token in a batch.
 #[derive(Debug, Serialize)]
 pub(super) struct ItemError {
     code: &'static str,
     detail: String,
-    /// Whether sending it again may help.
+    /// Whether the same request may succeed later.
     retry: bool,
 }
 
@@ -65,7 +66,7 @@ impl ApiError {
         self
     }
 
-    /// For metrics.
+    /// Returns the code, which is also the reason in metrics.
     pub(super) fn code(&self) -> &'static str {
         self.problem.code
     }
@@ -83,24 +84,23 @@ impl ApiError {
     }
 
     pub(super) fn no_such_route() -> Self {
-        Self::new(StatusCode::NOT_FOUND, "no_such_route", "there is nothing at this path: see / for what there is")
+        Self::new(StatusCode::NOT_FOUND, "no_such_route", "there is no route for this path; GET / lists the routes")
     }
 
     pub(super) fn method_not_allowed() -> Self {
-        Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this path does not answer that method")
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this path does not support the request method")
     }
 
     pub(super) fn no_such_stream<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Self {
         let known = known.collect::<Vec<_>>().join(", ");
-        let detail = format!("there is no stream `{name}`; declared are {known}");
+        let detail = format!("there is no stream `{name}`; declared streams: {known}");
         Self::new(StatusCode::NOT_FOUND, "no_such_stream", detail).with_field("stream")
     }
 
     pub(super) fn no_such_group<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Self {
         let known = known.collect::<Vec<_>>().join(", ");
-        let known =
-            if known.is_empty() { "none of its groups is".to_owned() } else { format!("pulled from are {known}") };
-        let detail = format!("there is no group `{name}` without a sink in this stream; {known}");
+        let known = if known.is_empty() { "none" } else { known.as_str() };
+        let detail = format!("group `{name}` of this stream cannot be pulled from; pull groups: {known}");
         Self::new(StatusCode::NOT_FOUND, "no_such_group", detail).with_field("group")
     }
 
@@ -125,7 +125,7 @@ impl ApiError {
     }
 
     pub(super) fn body_incomplete() -> Self {
-        let detail = "the request body broke off or came too slowly (http.body_timeout)";
+        let detail = "the request body was incomplete or too slow (http.body_timeout)";
         Self::new(StatusCode::REQUEST_TIMEOUT, "body_incomplete", detail)
     }
 
@@ -135,44 +135,43 @@ impl ApiError {
     }
 
     pub(super) fn too_many_in_flight() -> Self {
-        let detail = "too many publish requests at once (http.max_in_flight)";
+        let detail = "too many concurrent publish requests (http.max_in_flight)";
         Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_in_flight", detail).with_retry_after(Duration::from_secs(1))
     }
 
     pub(super) fn too_many_bodies() -> Self {
-        let detail = "too many requests from your address are still sending (http.max_bodies_per_address)";
+        let detail = "too many request bodies in transfer from this address (http.max_bodies_per_address)";
         Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_bodies", detail).with_retry_after(Duration::from_secs(1))
     }
 
-    pub(super) fn too_many_answers() -> Self {
-        let detail =
-            "too many large answers are on their way to your address: read those first, or ask with a smaller limit";
+    pub(super) fn too_many_large_responses() -> Self {
+        let detail = "too many large responses in transfer to this address; read them first, or use a smaller limit";
         Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_answers", detail).with_retry_after(Duration::from_secs(1))
     }
 
     pub(super) fn too_many_waiting() -> Self {
-        let detail = "too many requests wait for new entries: ask without wait_ms, or again in a moment";
+        let detail = "too many requests wait for new entries; retry later or without wait_ms";
         Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_waiting", detail).with_retry_after(Duration::from_secs(1))
     }
 
     pub(super) fn too_many_own_waits() -> Self {
-        let detail = "too many of your requests wait for new entries: ask without wait_ms, or when one is answered";
+        let detail = "too many of your requests wait for new entries; retry without wait_ms or when one has ended";
         Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_waiting", detail).with_retry_after(Duration::from_secs(1))
     }
 
     pub(super) fn too_many_pulls() -> Self {
-        let detail = "too many of your pulls wait for entries (pull.max_waiting): ask again when one is answered";
+        let detail = "too many of your pulls wait for entries (pull.max_waiting); retry when one has ended";
         Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_waiting", detail).with_retry_after(Duration::from_secs(1))
     }
 
-    pub(super) fn too_many_requests(most: usize) -> Self {
-        let detail = format!("{most} requests of this connection are under way: wait until one is answered");
+    pub(super) fn too_many_requests(limit: usize) -> Self {
+        let detail = format!("this connection has {limit} requests in progress; wait until one has ended");
         Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_requests", detail).with_retry_after(Duration::from_secs(1))
     }
 
     pub(super) fn forbidden_host(host: &str) -> Self {
         let detail =
-            format!("on loopback, only this machine's names are answered to, not `{host}`: let it in by http.origins");
+            format!("host `{host}` is not allowed while the daemon listens on loopback; add it to http.origins");
         Self::new(StatusCode::MISDIRECTED_REQUEST, "forbidden_host", detail).with_field("Host")
     }
 
@@ -197,12 +196,13 @@ impl ApiError {
     }
 
     pub(super) fn forbidden_tenant(tenant: &str) -> Self {
-        let detail = format!("the event is another tenant's, and you are bound to `{tenant}`");
+        let detail =
+            format!("the event belongs to another tenant; your credentials are restricted to tenant `{tenant}`");
         Self::new(StatusCode::FORBIDDEN, "forbidden_tenant", detail).with_field("tenant")
     }
 
     pub(super) fn foreign_tenant(tenant: &str) -> Self {
-        let detail = format!("the event is another tenant's, and this is a stream of `{tenant}`");
+        let detail = format!("the event belongs to another tenant than the stream, which is for tenant `{tenant}`");
         Self::new(StatusCode::UNPROCESSABLE_ENTITY, "foreign_tenant", detail).with_field("tenant")
     }
 
@@ -211,17 +211,17 @@ impl ApiError {
     }
 
     pub(super) fn too_many_tickets() -> Self {
-        let detail = "too many tickets wait to be used";
+        let detail = "too many unused tickets; use one or wait until it expires";
         Self::new(StatusCode::TOO_MANY_REQUESTS, "too_many_tickets", detail).with_retry_after(Duration::from_secs(30))
     }
 
     pub(super) fn draining() -> Self {
-        let detail = "the daemon is shutting down: connect again in a moment";
+        let detail = "the daemon is shutting down; connect again in a moment";
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "draining", detail).with_retry_after(Duration::from_secs(1))
     }
 
     pub(super) fn no_such_dead_letter(id: &str) -> Self {
-        let detail = format!("there is no dead letter `{id}`: it was replayed, discarded or has expired");
+        let detail = format!("there is no dead letter `{id}`; it was replayed, was discarded or has expired");
         Self::new(StatusCode::NOT_FOUND, "no_such_dead_letter", detail).with_field("id")
     }
 
@@ -230,34 +230,36 @@ impl ApiError {
     }
 
     pub(super) fn internal() -> Self {
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "something went wrong here; the log has the cause")
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "internal error; the log of the daemon has the cause")
     }
 }
 
 impl From<&AuthError> for ApiError {
-    fn from(denied: &AuthError) -> Self {
-        match denied {
-            AuthError::Unavailable => Self::auth_unavailable(denied.to_string()),
+    fn from(error: &AuthError) -> Self {
+        match error {
+            AuthError::Unavailable => Self::auth_unavailable(error.to_string()),
             AuthError::Scope(_) | AuthError::AllEntries | AuthError::OtherTenant(_) => {
-                Self::forbidden(denied.to_string())
+                Self::forbidden(error.to_string())
             }
-            _ => Self::unauthenticated(denied.to_string()),
+            _ => Self::unauthenticated(error.to_string()),
         }
     }
 }
 
 impl From<&StoreError> for ApiError {
     fn from(error: &StoreError) -> Self {
-        let error_to_client = match error.kind() {
+        let api_error = match error.kind() {
             StoreErrorKind::Unavailable => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "store_unavailable", error.to_string())
             }
             StoreErrorKind::Full => Self::new(StatusCode::INSUFFICIENT_STORAGE, "store_full", error.to_string()),
             StoreErrorKind::WrongType => Self::new(StatusCode::CONFLICT, "not_a_stream", error.to_string()),
             StoreErrorKind::NoGroup => Self::new(StatusCode::NOT_FOUND, "no_such_group", error.to_string()),
-            StoreErrorKind::Denied => {
-                Self::new(StatusCode::SERVICE_UNAVAILABLE, "store_denied", "the store refuses the daemon's credentials")
-            }
+            StoreErrorKind::Denied => Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "store_denied",
+                "the store rejects the credentials of the daemon",
+            ),
             StoreErrorKind::Unsuitable => {
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, "store_unsuitable", error.to_string())
             }
@@ -269,8 +271,8 @@ impl From<&StoreError> for ApiError {
             StoreErrorKind::LeaseLost | StoreErrorKind::Corrupt | StoreErrorKind::Internal => Self::internal(),
         };
         match error.retry_after() {
-            Some(wait) => error_to_client.with_retry_after(wait),
-            None => error_to_client,
+            Some(wait) => api_error.with_retry_after(wait),
+            None => api_error,
         }
     }
 }
@@ -291,10 +293,27 @@ impl From<&PullError> for ApiError {
 }
 
 impl From<&SettleError> for ApiError {
-    fn from(refused: &SettleError) -> Self {
-        match refused {
-            SettleError::NotLeased => Self::new(StatusCode::CONFLICT, "not_leased", refused.to_string()),
+    fn from(error: &SettleError) -> Self {
+        match error {
+            SettleError::NotLeased => Self::new(StatusCode::CONFLICT, "not_leased", error.to_string()),
             SettleError::Store(error) => error.as_ref().into(),
+        }
+    }
+}
+
+impl From<&ConnectError> for ApiError {
+    fn from(error: &ConnectError) -> Self {
+        match error {
+            ConnectError::UnknownChannel(_) => Self::no_such_channel(error.to_string()),
+            ConnectError::BadParameter(parameter) => Self::bad_parameter(parameter.name, error.to_string()),
+            ConnectError::ConnectionLimit => Self::connection_limit(error.to_string()),
+            ConnectError::Unauthenticated(detail) => Self::unauthenticated(detail),
+            ConnectError::Forbidden(detail) => Self::forbidden(detail),
+            ConnectError::Unavailable(detail) => Self::auth_unavailable(detail),
+            ConnectError::TooManyKeys(detail) => Self::too_many_keys(detail),
+            ConnectError::Draining => Self::draining(),
+            ConnectError::Origin => Self::forbidden_origin(error.to_string()),
+            ConnectError::Version => Self::bad_handshake(error.to_string()),
         }
     }
 }
@@ -337,10 +356,10 @@ impl IntoResponse for ApiError {
     }
 }
 
-/// The answer when a handler panicked.
-#[expect(clippy::needless_pass_by_value, reason = "the layer that calls it hands the panic over")]
+/// Returns the response to a request whose handler panicked.
+#[expect(clippy::needless_pass_by_value, reason = "the layer that calls it passes the panic by value")]
 pub(super) fn after_panic(panic: Box<dyn Any + Send>) -> Response {
     let message = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-    tracing::error!(error = message.unwrap_or("unknown"), "a request handler panicked");
+    tracing::error!(error = message.unwrap_or("unknown"), "request handler panicked");
     ApiError::internal().into_response()
 }

@@ -1,7 +1,7 @@
 //! The session of one WebSocket client.
 //!
 //! A task of its own drives the session. While the session waits for new entries only, the tasks of the fan-out write
-//! to the client in its place: both share the session through a mutex. The session's own task is woken for all other
+//! to the client in its place. Both share the session through a mutex. The session's own task is woken for all other
 //! work: a full socket, requests, reads of the store, deadlines and the end.
 
 pub(super) mod admission;

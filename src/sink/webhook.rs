@@ -114,11 +114,11 @@ impl WebhookSink {
         let status = response.status();
         let header = |name| response.headers().get(name).cloned();
         let (retry_after, location) = (header(RETRY_AFTER), header(LOCATION));
-        let mut said = read_beginning(response).await;
+        let mut body = read_beginning(response).await;
         if let Some(location) = location.filter(|_| status.is_redirection()) {
-            said = location.as_bytes().to_vec();
+            body = location.as_bytes().to_vec();
         }
-        response::result_of(status, retry_after.as_ref(), now, || self.mask.excerpt(&said))
+        response::result_of(status, retry_after.as_ref(), now, || self.mask.excerpt(&body))
     }
 
     /// Converts a failed request to an error that does not have the URL.

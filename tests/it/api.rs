@@ -1,4 +1,4 @@
-//! The HTTP surface as its users meet it, on the real binary.
+//! The HTTP API on the real binary: publishing, ranges, limits and errors.
 
 use futures_util::future::join_all;
 use reqwest::{Method, Response, StatusCode};
@@ -12,7 +12,7 @@ use crate::support::app::{BOUND, Daemon, Home, client};
 use crate::support::redis::{Product, RedisServer};
 use crate::support::until;
 
-/// Two streams without groups, and small limits.
+/// Two streams without groups.
 const SMALL: &str = r#"
 [[streams]]
 name = "aurora:alerts"
@@ -25,10 +25,10 @@ relay = true
 async fn post(daemon: &Daemon, path: &str, headers: &[(&str, &str)], body: impl Into<reqwest::Body>) -> Response {
     let request =
         headers.iter().fold(client().post(daemon.url(path)), |request, (name, value)| request.header(*name, *value));
-    request.body(body).send().await.expect("an answer")
+    request.body(body).send().await.expect("a response")
 }
 
-async fn answer(response: Response) -> (StatusCode, Value) {
+async fn status_and_body(response: Response) -> (StatusCode, Value) {
     let status = response.status();
     let body = response.bytes().await.expect("a body");
     (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
@@ -38,7 +38,7 @@ const EVENTS: &str = "/api/v1/streams/aurora:alerts/events";
 const NDJSON: (&str, &str) = ("content-type", "application/x-ndjson");
 
 #[tokio::test]
-async fn an_event_is_stored_byte_for_byte_however_it_is_sent() {
+async fn event_is_stored_byte_for_byte_in_every_body_format() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;
     let sent = [r#"{ "title" : "spaces  kept", "n": 1.50 }"#, r#"{"title":"two"}"#, "{\"title\":\"ümlaut \\u00e9\"}"];
@@ -47,7 +47,7 @@ async fn an_event_is_stored_byte_for_byte_however_it_is_sent() {
         (vec![("content-type", "application/json")], format!("[{}]", sent[1])),
         (vec![NDJSON], format!("\n{}\r\n", sent[2])),
     ] {
-        let (status, body) = answer(post(&daemon, EVENTS, &headers, body).await).await;
+        let (status, body) = status_and_body(post(&daemon, EVENTS, &headers, body).await).await;
         assert_eq!(status, StatusCode::CREATED, "{body}");
         assert_eq!(body["results"][0]["duplicate"], json!(false));
         assert_eq!(body["results"][0]["event_id"].as_str().expect("a text").len(), 36);
@@ -57,12 +57,12 @@ async fn an_event_is_stored_byte_for_byte_however_it_is_sent() {
 }
 
 #[tokio::test]
-async fn an_alert_finds_its_stream_by_its_category() {
+async fn alert_is_routed_by_its_category() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;
     let alerts = json!([{"category":"cps","title":"a"}, {"category":"network","title":"b"}, {"title":"c"}]).to_string();
     for path in ["/api/v1/alerts", "/api/alerts"] {
-        let (status, body) = answer(post(&daemon, path, &[], alerts.clone()).await).await;
+        let (status, body) = status_and_body(post(&daemon, path, &[], alerts.clone()).await).await;
         assert_eq!((status, body["results"].as_array().map(Vec::len)), (StatusCode::CREATED, Some(3)), "{body}");
     }
     assert_eq!(daemon.events("aurora:cps:alerts").await.len(), 2);
@@ -70,13 +70,13 @@ async fn an_alert_finds_its_stream_by_its_category() {
 }
 
 #[tokio::test]
-async fn bad_events_are_refused_in_their_places_and_the_others_stored() {
+async fn invalid_events_of_a_batch_are_rejected_and_others_stored() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;
     let mut body = b"{\"n\":1}\nnot json\n{\"n\":\"\xff\"}\n[1]\n{\"n\":2}\n{\"pad\":\"".to_vec();
     body.extend(std::iter::repeat_n(b'x', 1024 * 1024));
     body.extend(b"\"}\n");
-    let (status, body) = answer(post(&daemon, EVENTS, &[NDJSON], body).await).await;
+    let (status, body) = status_and_body(post(&daemon, EVENTS, &[NDJSON], body).await).await;
     assert_eq!(status, StatusCode::MULTI_STATUS, "{body}");
     let results = body["results"].as_array().expect("results");
     let codes: Vec<&str> = results.iter().map(|r| r["error"]["code"].as_str().unwrap_or("stored")).collect();
@@ -87,7 +87,7 @@ async fn bad_events_are_refused_in_their_places_and_the_others_stored() {
 }
 
 #[tokio::test]
-async fn bad_requests_are_answered_with_problem_documents() {
+async fn invalid_request_gets_a_problem_document() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;
     let many = "{}\n".repeat(10_000);
@@ -116,27 +116,27 @@ async fn bad_requests_are_answered_with_problem_documents() {
     for (path, headers, body, status, code) in cases {
         let response = post(&daemon, path, &headers, body).await;
         let kind = response.headers().get("content-type").cloned();
-        let (found, problem) = answer(response).await;
+        let (found, problem) = status_and_body(response).await;
         assert_eq!((found.as_u16(), problem["code"].as_str()), (status, Some(code)), "{path}: {problem}");
         assert_eq!(kind.expect("a type"), "application/problem+json", "{path}");
         assert_eq!(problem["status"], json!(status), "{path}");
     }
-    let response = client().request(Method::DELETE, daemon.url(EVENTS)).send().await.expect("an answer");
-    assert_eq!(answer(response).await.0, StatusCode::METHOD_NOT_ALLOWED);
-    let (status, body) = answer(post(&daemon, EVENTS, &[("idempotency-key", "")], "[{},{}]").await).await;
+    let response = client().request(Method::DELETE, daemon.url(EVENTS)).send().await.expect("a response");
+    assert_eq!(status_and_body(response).await.0, StatusCode::METHOD_NOT_ALLOWED);
+    let (status, body) = status_and_body(post(&daemon, EVENTS, &[("idempotency-key", "")], "[{},{}]").await).await;
     let is_refused = |n: usize| body["results"][n]["error"]["code"] == "invalid_idempotency_key";
     assert!(status == StatusCode::MULTI_STATUS && is_refused(0) && is_refused(1), "{body}");
     assert_eq!(daemon.events("aurora:alerts").await.len(), 0);
 }
 
 #[tokio::test]
-async fn a_repeated_event_is_recognised_by_its_key_or_its_own_id() {
+async fn repeated_event_is_a_duplicate_by_key_or_own_id() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;
     let batch = "{\"n\":1}\n{\"n\":2}\n";
     let key = ("idempotency-key", "batch-7");
-    let (_, first) = answer(post(&daemon, EVENTS, &[NDJSON, key], batch).await).await;
-    let (status, second) = answer(post(&daemon, EVENTS, &[NDJSON, key], batch).await).await;
+    let (_, first) = status_and_body(post(&daemon, EVENTS, &[NDJSON, key], batch).await).await;
+    let (status, second) = status_and_body(post(&daemon, EVENTS, &[NDJSON, key], batch).await).await;
     assert_eq!(status, StatusCode::CREATED);
     for n in 0..2 {
         assert_eq!(second["results"][n]["duplicate"], json!(true));
@@ -145,21 +145,22 @@ async fn a_repeated_event_is_recognised_by_its_key_or_its_own_id() {
     }
     let by_id = format!("{EVENTS}?dedup=id&dedup_window=10m");
     let twice = r#"[{"id":"a","n":3},{"id":"a","n":4}]"#;
-    let (_, body) = answer(post(&daemon, &by_id, &[], twice).await).await;
+    let (_, body) = status_and_body(post(&daemon, &by_id, &[], twice).await).await;
     assert_eq!(body["results"][0]["duplicate"], json!(false), "{body}");
     assert_eq!(body["results"][1]["duplicate"], json!(true), "{body}");
     assert_eq!(daemon.events("aurora:alerts").await.len(), 3);
 }
 
 #[tokio::test]
-async fn a_mended_batch_is_stored_once_when_it_is_sent_again() {
+async fn corrected_batch_sent_again_is_stored_once() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;
     let key = ("idempotency-key", "k1");
-    let (status, first) = answer(post(&daemon, EVENTS, &[NDJSON, key], "{\"n\":1\n{\"n\":2}\n{\"n\":3}\n").await).await;
+    let (status, first) =
+        status_and_body(post(&daemon, EVENTS, &[NDJSON, key], "{\"n\":1\n{\"n\":2}\n{\"n\":3}\n").await).await;
     assert_eq!(status, StatusCode::MULTI_STATUS);
     let (status, second) =
-        answer(post(&daemon, EVENTS, &[NDJSON, key], "{\"n\":1}\n{\"n\":2}\n{\"n\":3}\n").await).await;
+        status_and_body(post(&daemon, EVENTS, &[NDJSON, key], "{\"n\":1}\n{\"n\":2}\n{\"n\":3}\n").await).await;
     assert_eq!(status, StatusCode::CREATED);
     assert_eq!(second["results"][0]["duplicate"], json!(false));
     for n in 1..3 {
@@ -172,39 +173,39 @@ async fn a_mended_batch_is_stored_once_when_it_is_sent_again() {
 }
 
 #[tokio::test]
-async fn a_name_that_is_not_this_machines_is_not_answered_to() {
+async fn foreign_host_name_on_loopback_is_rejected() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;
-    let ask = async |path: &str, host: &str| {
+    let get = async |path: &str, host: &str| {
         let request = client().get(daemon.url(path)).header("host", host);
-        answer(request.send().await.expect("an answer")).await
+        status_and_body(request.send().await.expect("a response")).await
     };
     for path in [EVENTS, "/", "/metrics", "/client/", "/nowhere"] {
-        let (status, problem) = ask(path, "evil.example:8080").await;
+        let (status, problem) = get(path, "evil.example:8080").await;
         assert_eq!((status, &problem["code"]), (StatusCode::MISDIRECTED_REQUEST, &json!("forbidden_host")), "{path}");
     }
     for path in ["/", "/metrics"] {
         for host in ["localhost:8080", "127.0.0.1", "[::1]:8080"] {
-            assert_eq!(ask(path, host).await.0, StatusCode::OK, "{path} of {host}");
+            assert_eq!(get(path, host).await.0, StatusCode::OK, "{path} of {host}");
         }
     }
     for path in ["/health", "/ready"] {
-        assert_eq!(ask(path, "host.docker.internal:8080").await.0, StatusCode::OK, "{path}");
+        assert_eq!(get(path, "host.docker.internal:8080").await.0, StatusCode::OK, "{path}");
     }
 }
 
 #[tokio::test]
-async fn queries_and_paths_that_make_no_sense_are_problem_documents_too() {
+async fn malformed_query_or_path_gets_a_problem_document() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;
     for path in ["/api/v1/streams/aurora:alerts/events?limit=1&limit=2", "/api/v1/streams/%ff/events"] {
-        let (status, problem) = answer(client().get(daemon.url(path)).send().await.expect("an answer")).await;
+        let (status, problem) = status_and_body(client().get(daemon.url(path)).send().await.expect("a response")).await;
         assert_eq!((status, &problem["code"]), (StatusCode::BAD_REQUEST, &json!("bad_parameter")), "{path}");
     }
 }
 
 #[tokio::test]
-async fn dashboards_are_counted_as_open_connections() {
+async fn dashboards_count_as_open_connections() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;
     let _sockets = [daemon.watch("/api/v1/ws/alerts").await, daemon.watch("/api/v1/ws/alerts").await];
@@ -214,7 +215,7 @@ async fn dashboards_are_counted_as_open_connections() {
 }
 
 #[tokio::test]
-async fn an_answer_that_nobody_reads_is_let_go() {
+async fn unread_response_is_dropped_after_write_timeout() {
     let home = Home::new(&format!("{SMALL}\n[http]\nwrite_timeout = \"500ms\"\n"));
     let daemon = home.start().await;
     let big = json!({ "pad": "x".repeat(900_000) }).to_string();
@@ -222,11 +223,11 @@ async fn an_answer_that_nobody_reads_is_let_go() {
         daemon.publish("aurora:alerts", std::slice::from_ref(&big)).await.expect("accepted");
     }
     let address = daemon.url("").replacen("http://", "", 1);
-    let mut deaf = TcpStream::connect(address).await.expect("a connection");
+    let mut unread = TcpStream::connect(address).await.expect("a connection");
     let request = format!("GET {EVENTS}?limit=1000 HTTP/1.1\r\nhost: localhost\r\n\r\n");
-    deaf.write_all(request.as_bytes()).await.expect("sent");
-    until("end of the deaf connection", BOUND, async || {
-        // What has not been taken by then is gone: the connection breaks off before the end of the answer.
+    unread.write_all(request.as_bytes()).await.expect("sent");
+    until("end of the unread connection", BOUND, async || {
+        // The connection is closed before the end of the response.
         let metrics = daemon.get("/metrics").await;
         let answered = metrics
             .contains("aurora_bus_http_requests_total{route=\"/api/v1/streams/{stream}/events\",status=\"200\"} 1");
@@ -238,7 +239,7 @@ async fn an_answer_that_nobody_reads_is_let_go() {
 }
 
 #[tokio::test]
-async fn one_address_that_reads_slowly_does_not_have_all_memory() {
+async fn slow_reader_address_cannot_take_all_memory() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;
     let big = json!({ "pad": "x".repeat(900_000) }).to_string();
@@ -247,21 +248,21 @@ async fn one_address_that_reads_slowly_does_not_have_all_memory() {
     }
     let address = daemon.url("").replacen("http://", "", 1);
     let request = format!("GET {EVENTS} HTTP/1.1\r\nhost: localhost\r\n\r\n");
-    // Each has the head of an answer of 7 MiB, and leaves the rest; what the daemon keeps for them is 256 MiB.
-    let (mut deaf, mut statuses) = (Vec::new(), Vec::new());
+    // Each client reads the head of a 7 MiB response and no more. The limit for its address is 256 MiB.
+    let (mut readers, mut statuses) = (Vec::new(), Vec::new());
     for _ in 0..40 {
         let mut reader = TcpStream::connect(&address).await.expect("a connection");
         reader.write_all(request.as_bytes()).await.expect("sent");
         let mut status = [0; 12];
-        reader.read_exact(&mut status).await.expect("an answer");
+        reader.read_exact(&mut status).await.expect("a response");
         statuses.push(String::from_utf8_lossy(&status).into_owned());
-        deaf.push(reader);
+        readers.push(reader);
     }
     let refused = statuses.iter().filter(|status| *status == "HTTP/1.1 429").count();
     assert!((1..40).contains(&refused) && statuses[0] == "HTTP/1.1 200", "{statuses:?}");
-    drop(deaf);
-    let whole = until("an answer", BOUND, async || {
-        let response = client().get(daemon.url(EVENTS)).send().await.expect("an answer");
+    drop(readers);
+    let whole = until("a response", BOUND, async || {
+        let response = client().get(daemon.url(EVENTS)).send().await.expect("a response");
         (response.status() == StatusCode::OK).then_some(response)
     })
     .await;
@@ -274,7 +275,7 @@ async fn one_address_that_reads_slowly_does_not_have_all_memory() {
 }
 
 #[tokio::test]
-async fn a_range_is_read_page_by_page_in_both_orders() {
+async fn range_is_read_page_by_page_in_both_orders() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;
     let payloads: Vec<String> = (0..25).map(|n| json!({ "n": n }).to_string()).collect();
@@ -303,7 +304,7 @@ async fn a_range_is_read_page_by_page_in_both_orders() {
 }
 
 #[tokio::test]
-async fn of_large_events_no_more_are_read_than_an_answer_has() {
+async fn range_of_large_events_reads_no_more_than_it_returns() {
     let server = RedisServer::start(Product::Redis, &[]).await;
     let home = Home::new(&format!(
         "[[streams]]\nname = \"aurora:alerts\"\n[store]\nbackend = \"redis\"\n[store.redis]\nurl = \"{}\"\n",
@@ -329,12 +330,12 @@ async fn of_large_events_no_more_are_read_than_an_answer_has() {
     }
     assert_eq!(numbers, (1..=60).collect::<Vec<_>>());
     let read = (read_bytes() - before) / 900_000;
-    assert!(read <= 120, "as many as {read} events were read to answer with 60");
+    assert!(read <= 120, "{read} events were read to return 60");
     daemon.stop().await;
 }
 
 #[tokio::test]
-async fn a_range_is_filtered_as_dashboards_are() {
+async fn range_takes_the_filter_parameters_of_dashboards() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;
     let severity = |n: usize| if n.is_multiple_of(2) { "low" } else { "critical" };
@@ -348,13 +349,13 @@ async fn a_range_is_filtered_as_dashboards_are() {
         let page: Value = serde_json::from_str(&daemon.get(&format!("{EVENTS}?{query}")).await).expect("JSON");
         assert_eq!(page["events"].as_array().map(Vec::len), Some(expected), "{query}");
     }
-    let refused = client().get(daemon.url(&format!("{EVENTS}?min_severity=loud"))).send().await.expect("an answer");
-    let (status, problem) = answer(refused).await;
+    let refused = client().get(daemon.url(&format!("{EVENTS}?min_severity=loud"))).send().await.expect("a response");
+    let (status, problem) = status_and_body(refused).await;
     assert_eq!((status, &problem["field"]), (StatusCode::BAD_REQUEST, &json!("min_severity")), "{problem}");
 }
 
 #[tokio::test]
-async fn waiting_for_an_event_ends_when_it_comes() {
+async fn waiting_read_ends_when_an_event_comes() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;
     let waiting = daemon.get("/api/v1/streams/aurora:alerts/events?wait_ms=20000");
@@ -365,49 +366,49 @@ async fn waiting_for_an_event_ends_when_it_comes() {
     let started = std::time::Instant::now();
     let (body, ()) = tokio::join!(waiting, publishing);
     assert!(body.contains("{\"n\":1}"), "{body}");
-    assert!(started.elapsed().as_secs() < 15, "it came only when the time was over");
+    assert!(started.elapsed().as_secs() < 15, "the response came only after wait_ms");
 }
 
 #[tokio::test]
-async fn an_address_that_asks_too_often_is_told_when_to_come_back() {
+async fn address_over_rate_limit_gets_retry_after() {
     let config = format!("{SMALL}\n[http]\nrate_limit = 1\n");
     let home = Home::new(&config);
     let daemon = home.start().await;
-    // All at once: one after the other they may be slow enough.
+    // Concurrently: sequential requests may be slower than the limit.
     let client = client();
     let responses = join_all((0..100).map(|_| client.post(daemon.url(EVENTS)).body("{}").send())).await;
-    let mut responses = responses.into_iter().map(|response| response.expect("an answer"));
+    let mut responses = responses.into_iter().map(|response| response.expect("a response"));
     let refused = responses.find(|response| response.status() == StatusCode::TOO_MANY_REQUESTS);
     let refused = refused.expect("a refusal");
     assert!(refused.headers().contains_key("retry-after"));
-    assert_eq!(answer(refused).await.1["code"], json!("rate_limited"));
+    assert_eq!(status_and_body(refused).await.1["code"], json!("rate_limited"));
     assert_eq!(daemon.status("/health").await, Some(StatusCode::OK), "probes are not limited");
 }
 
-/// A request whose body is waited for.
+/// Sends the head of a request and waits until the daemon expects its body.
 async fn slow(daemon: &Daemon, path: &str) -> TcpStream {
     let address = daemon.url("").replacen("http://", "", 1);
     let mut request = TcpStream::connect(&address).await.expect("a connection");
     let head = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10\r\nexpect: 100-continue\r\n\r\n");
     request.write_all(head.as_bytes()).await.expect("a connection");
-    // The daemon asks for the body once it reads it.
-    let mut go_on = [0; 12];
-    request.read_exact(&mut go_on).await.expect("an answer");
-    assert_eq!(&go_on, b"HTTP/1.1 100", "{path}");
+    // The daemon sends this when it begins to read the body.
+    let mut interim = [0; 12];
+    request.read_exact(&mut interim).await.expect("a response");
+    assert_eq!(&interim, b"HTTP/1.1 100", "{path}");
     request
 }
 
 #[tokio::test]
-async fn one_address_that_sends_slowly_does_not_take_all_places() {
+async fn slow_sender_address_cannot_take_all_publish_slots() {
     let home = Home::new(&format!("{SMALL}\n[http]\nmax_in_flight = 10\nmax_bodies_per_address = 2"));
     let daemon = home.start().await;
     let bodies = [slow(&daemon, EVENTS).await, slow(&daemon, EVENTS).await];
     let refused = post(&daemon, EVENTS, &[], "{}").await;
     assert_eq!(refused.headers()["retry-after"], "1");
-    let (status, body) = answer(refused).await;
+    let (status, body) = status_and_body(refused).await;
     assert_eq!((status, &body["code"]), (StatusCode::TOO_MANY_REQUESTS, &json!("too_many_bodies")), "{body}");
     drop(bodies);
-    until("a place", BOUND, async || {
+    until("a free slot", BOUND, async || {
         (post(&daemon, EVENTS, &[], "{}").await.status() == StatusCode::CREATED).then_some(())
     })
     .await;
@@ -415,7 +416,7 @@ async fn one_address_that_sends_slowly_does_not_take_all_places() {
 }
 
 #[tokio::test]
-async fn bodies_that_come_slowly_are_counted_whatever_they_are_for() {
+async fn slow_bodies_are_limited_on_every_route() {
     let paths = [
         "/api/v1/ws/ticket",
         "/api/v1/streams/aurora:alerts/groups/outside/pull",
@@ -431,7 +432,7 @@ async fn bodies_that_come_slowly_are_counted_whatever_they_are_for() {
         bodies.push(slow(&daemon, path).await);
     }
     for path in paths {
-        let (status, body) = answer(post(&daemon, path, &[], "{}").await).await;
+        let (status, body) = status_and_body(post(&daemon, path, &[], "{}").await).await;
         assert_eq!(
             (status, &body["code"]),
             (StatusCode::TOO_MANY_REQUESTS, &json!("too_many_bodies")),
@@ -439,7 +440,7 @@ async fn bodies_that_come_slowly_are_counted_whatever_they_are_for() {
         );
     }
     drop(bodies);
-    until("a place", BOUND, async || {
+    until("a free slot", BOUND, async || {
         (post(&daemon, "/api/v1/ws/ticket", &[], "").await.status() == StatusCode::OK).then_some(())
     })
     .await;
@@ -447,54 +448,56 @@ async fn bodies_that_come_slowly_are_counted_whatever_they_are_for() {
 }
 
 #[tokio::test]
-async fn a_page_of_another_host_may_not_publish_through_its_visitors() {
+async fn page_of_foreign_origin_cannot_publish() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;
-    let (status, problem) = answer(post(&daemon, EVENTS, &[("origin", "https://evil.example")], "{}").await).await;
+    let (status, problem) =
+        status_and_body(post(&daemon, EVENTS, &[("origin", "https://evil.example")], "{}").await).await;
     assert_eq!((status, &problem["code"]), (StatusCode::FORBIDDEN, &json!("forbidden_origin")));
     let ticket = post(&daemon, "/api/v1/ws/ticket", &[("origin", "https://evil.example")], "").await;
-    let (status, problem) = answer(ticket).await;
+    let (status, problem) = status_and_body(ticket).await;
     assert_eq!(status, StatusCode::FORBIDDEN);
     assert_eq!(problem["detail"], "pages of this origin may not use POST /api/v1/ws/ticket (http.origins)");
     let own = daemon.url("");
-    let (status, _) = answer(post(&daemon, EVENTS, &[("origin", &own)], "{}").await).await;
+    let (status, _) = status_and_body(post(&daemon, EVENTS, &[("origin", &own)], "{}").await).await;
     assert_eq!(status, StatusCode::CREATED);
     assert_eq!(daemon.events("aurora:alerts").await.len(), 1);
 }
 
 #[tokio::test]
-async fn publish_and_tail_agree_on_the_command_line() {
+async fn cli_tail_prints_what_cli_publish_sent() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;
     let lines: Vec<String> = (0..1_200).map(|n| format!("{{\"n\":{n}, \"text\":\"ä\"}}")).collect();
     std::fs::write(home.path("events.ndjson"), format!("{}\n\nnot json\n", lines.join("\n"))).expect("written");
     let url = daemon.url("");
     let published = home.run(&["publish", "aurora:alerts", "events.ndjson", "--url", &url]);
-    let said = String::from_utf8_lossy(&published.stdout).into_owned();
-    assert_eq!(said.trim(), "1200 accepted, 1 refused");
+    let printed = String::from_utf8_lossy(&published.stdout).into_owned();
+    assert_eq!(printed.trim(), "1200 accepted, 1 refused");
     assert_eq!(published.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&published.stderr).contains("line 1202: "), "{published:?}");
     let tailed = home.run(&["tail", "aurora:alerts", "--since", "earliest", "--no-follow", "--data", "--url", &url]);
     assert_eq!(String::from_utf8_lossy(&tailed.stdout).lines().collect::<Vec<_>>(), lines);
 }
 
-/// Stands before a daemon and breaks off its first answer in the middle of the body; its URL.
-async fn breaking_off(daemon: &Daemon, tasks: &mut JoinSet<()>) -> String {
+/// Starts a proxy that truncates the first response of a daemon in its body. Returns the URL.
+async fn truncating_proxy(daemon: &Daemon, tasks: &mut JoinSet<()>) -> String {
     let behind = daemon.url("").replacen("http://", "", 1);
     let front = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let url = format!("http://{}", front.local_addr().expect("its address"));
     tasks.spawn(async move {
         let (client, _) = front.accept().await.expect("a connection");
         let server = TcpStream::connect(&behind).await.expect("it listens");
-        let ((mut asks, mut hears), (mut told, mut says)) = (client.into_split(), server.into_split());
-        let mut asking = JoinSet::new();
-        asking.spawn(async move { tokio::io::copy(&mut asks, &mut says).await });
-        let mut answer = Vec::new();
-        while !answer.ends_with(b"}") {
-            assert!(told.read_buf(&mut answer).await.expect("an answer") > 0, "the whole of it");
+        let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
+            (client.into_split(), server.into_split());
+        let mut requests = JoinSet::new();
+        requests.spawn(async move { tokio::io::copy(&mut from_client, &mut to_server).await });
+        let mut response = Vec::new();
+        while !response.ends_with(b"}") {
+            assert!(from_server.read_buf(&mut response).await.expect("a response") > 0, "a whole response");
         }
-        hears.write_all(&answer[..answer.len() - 5]).await.expect("sent");
-        drop((asking, hears));
+        to_client.write_all(&response[..response.len() - 5]).await.expect("sent");
+        drop((requests, to_client));
         loop {
             let (mut client, _) = front.accept().await.expect("a connection");
             let mut server = TcpStream::connect(&behind).await.expect("it listens");
@@ -505,7 +508,7 @@ async fn breaking_off(daemon: &Daemon, tasks: &mut JoinSet<()>) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn commands_ask_again_where_an_answer_broke_off() {
+async fn cli_commands_retry_after_a_truncated_response() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;
     std::fs::write(home.path("events.ndjson"), "{\"n\":1}\n{\"n\":2}\n").expect("written");
@@ -515,28 +518,28 @@ async fn commands_ask_again_where_an_answer_broke_off() {
     ];
     for (command, expected) in commands {
         let mut tasks = JoinSet::new();
-        let url = breaking_off(&daemon, &mut tasks).await;
+        let url = truncating_proxy(&daemon, &mut tasks).await;
         let ended = home.run(&[command, &["--url", &url]].concat());
-        let (said, told) = (String::from_utf8_lossy(&ended.stdout), String::from_utf8_lossy(&ended.stderr));
-        assert!(ended.status.success() && said.starts_with(expected), "{said}{told}");
-        assert!(told.contains("trying again"), "{told}");
+        let (stdout, stderr) = (String::from_utf8_lossy(&ended.stdout), String::from_utf8_lossy(&ended.stderr));
+        assert!(ended.status.success() && stdout.starts_with(expected), "{stdout}{stderr}");
+        assert!(stderr.contains("trying again"), "{stderr}");
     }
     assert_eq!(daemon.events("aurora:alerts").await.len(), 2);
     daemon.stop().await;
 }
 
 #[tokio::test]
-async fn a_wrong_configuration_ends_with_code_2_and_every_problem() {
+async fn invalid_configuration_exits_with_2_and_every_problem() {
     let home = Home::new("[publish]\nmax_evnt = \"1MiB\"\n[[streams]]\nname = \"a b\"\n");
     let ended = home.run(&["check", "--config", "aurora-bus.toml"]);
     assert_eq!(ended.status.code(), Some(2));
-    let said = String::from_utf8_lossy(&ended.stderr).into_owned();
-    assert!(said.contains("publish.max_evnt: unknown key, did you mean `max_event`?"), "{said}");
-    assert!(said.contains("streams[0].name: "), "{said}");
+    let printed = String::from_utf8_lossy(&ended.stderr).into_owned();
+    assert!(printed.contains("publish.max_evnt: unknown key, did you mean `max_event`?"), "{printed}");
+    assert!(printed.contains("streams[0].name: "), "{printed}");
 }
 
 #[tokio::test]
-async fn metrics_count_what_was_published_and_refused() {
+async fn metrics_count_published_and_rejected_events() {
     let home = Home::new(SMALL);
     let daemon = home.start().await;
     daemon.publish("aurora:alerts", &["{}".to_owned(), "{}".to_owned()]).await.expect("accepted");

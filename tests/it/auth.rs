@@ -1,4 +1,4 @@
-//! Access as callers meet it, on the real binary: keys, tokens, scopes, tenants, tickets.
+//! Access control on the real binary: keys, tokens, scopes, tenants, tickets.
 
 mod expiry;
 mod filters;
@@ -10,7 +10,7 @@ pub(crate) mod watching;
 use std::time::Duration;
 
 use aurora_bus::auth::{AuthConfig, IssuerConfig, KeyHash, TokenRequest, new_key, sign};
-use aurora_bus::http::{Need, Route, routes};
+use aurora_bus::http::{Access, Route, routes};
 use reqwest::{Method, Response, StatusCode};
 use serde_json::{Value, json};
 
@@ -32,14 +32,14 @@ relay = true
 const SECRET: &str = "a secret of the tests that is long enough";
 const EVENTS: &str = "/api/v1/streams/aurora:alerts/events";
 
-/// Keys for a configuration, and the texts that callers show.
+/// API keys, declared in a configuration.
 #[derive(Debug, Default)]
 pub(crate) struct Keys {
     pub(crate) toml: String,
 }
 
 impl Keys {
-    /// A fresh key, declared.
+    /// Declares a new key and returns it.
     pub(crate) fn add(&mut self, name: &str, scopes: &[&str], tenant: Option<&str>) -> String {
         let key = new_key();
         let tenant = tenant.map(|tenant| format!("tenant = \"{tenant}\"\n")).unwrap_or_default();
@@ -55,13 +55,13 @@ impl Keys {
         key
     }
 
-    /// A configuration with them.
+    /// Returns a home whose configuration has the keys.
     pub(crate) fn home(&self) -> Home {
         Home::new(&format!("{STREAMS}\n{}", self.toml))
     }
 }
 
-/// The one issuer that most tests have.
+/// Returns the configuration of the issuer that most tests use.
 pub(crate) fn issuer_toml() -> String {
     format!(
         "[[auth.issuers]]\nissuer = \"tests\"\naudience = \"bus\"\nalgorithms = [\"HS256\"]\nsecret = \"{SECRET}\"\n"
@@ -74,12 +74,12 @@ fn issuer() -> IssuerConfig {
     auth.issuers.into_iter().next().expect("one")
 }
 
-/// A token of that issuer.
+/// Signs a token of that issuer.
 pub(crate) fn token(subject: &str, scopes: &[&str], tenant: Option<&str>, seconds: u64) -> String {
     filtered_token(subject, scopes, tenant, None, seconds)
 }
 
-/// The same with a filter, or something else in its place.
+/// Signs a token with a filter claim, which may be invalid.
 fn filtered_token(subject: &str, scopes: &[&str], tenant: Option<&str>, filter: Option<Value>, seconds: u64) -> String {
     let request = TokenRequest {
         subject: subject.to_owned(),
@@ -91,37 +91,38 @@ fn filtered_token(subject: &str, scopes: &[&str], tenant: Option<&str>, filter: 
     sign(&issuer(), &request).expect("a token")
 }
 
+/// Sends a request.
 pub(crate) async fn ask(daemon: &Daemon, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Response {
     let method = Method::from_bytes(method.as_bytes()).expect("a method");
-    let request = client().request(method, daemon.url(path)).body(body.to_owned());
-    let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
-    request.send().await.expect("an answer")
+    let builder = client().request(method, daemon.url(path)).body(body.to_owned());
+    let builder = headers.iter().fold(builder, |builder, (name, value)| builder.header(*name, *value));
+    builder.send().await.expect("a response")
 }
 
 pub(crate) fn bearer(token: &str) -> String {
     format!("Bearer {token}")
 }
 
-/// Asks with a key or token; status and body.
+/// Sends a request with a key or token, and returns status and body.
 pub(crate) async fn asks(daemon: &Daemon, token: &str, method: &str, path: &str, body: &str) -> (StatusCode, Value) {
     let response = ask(daemon, method, path, &[("authorization", &bearer(token))], body).await;
     let status = response.status();
     (status, response.json().await.unwrap_or(Value::Null))
 }
 
-/// Whether those with the scope are let in where that is needed.
-fn is_enough(scope: &str, need: Need) -> bool {
-    match need {
-        Need::Nothing | Need::Credentials => true,
-        Need::Metrics | Need::Administer => scope == "admin",
-        Need::Publish | Need::PublishEach => ["admin", "publish:aurora:alerts", "publish:*"].contains(&scope),
-        Need::Read => ["admin", "read:aurora:*", "consume:aurora:alerts"].contains(&scope),
-        Need::Consume => ["admin", "consume:aurora:alerts"].contains(&scope),
-        Need::Watch => ["admin", "ws:alerts"].contains(&scope),
+/// Returns whether the scope grants the access.
+fn grants(scope: &str, access: Access) -> bool {
+    match access {
+        Access::Open | Access::Credentials => true,
+        Access::Metrics | Access::Administer => scope == "admin",
+        Access::Publish | Access::PublishEach => ["admin", "publish:aurora:alerts", "publish:*"].contains(&scope),
+        Access::Read => ["admin", "read:aurora:*", "consume:aurora:alerts"].contains(&scope),
+        Access::Consume => ["admin", "consume:aurora:alerts"].contains(&scope),
+        Access::Watch => ["admin", "ws:alerts"].contains(&scope),
     }
 }
 
-/// Asks a route as it should be asked.
+/// Sends a valid request to a route.
 async fn visit(daemon: &Daemon, route: &Route, credentials: Option<&str>) -> Response {
     let path = route
         .path
@@ -130,18 +131,18 @@ async fn visit(daemon: &Daemon, route: &Route, credentials: Option<&str>) -> Res
         .replace("{id}", "1-1")
         .replace("{group}", "g");
     let mut headers = Vec::new();
-    if route.need == Need::Watch && path.contains("/ws/") {
+    if route.access == Access::Watch && path.contains("/ws/") {
         headers.extend([("connection", "upgrade"), ("upgrade", "websocket"), ("sec-websocket-version", "13")]);
         headers.push(("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="));
     }
     let credentials = credentials.map(bearer);
     headers.extend(credentials.iter().map(|credentials| ("authorization", credentials.as_str())));
-    let body = if matches!(route.need, Need::Publish | Need::PublishEach) { "{}" } else { "" };
+    let body = if matches!(route.access, Access::Publish | Access::PublishEach) { "{}" } else { "" };
     ask(daemon, route.method, &path, &headers, body).await
 }
 
 #[tokio::test]
-async fn every_route_lets_in_those_with_the_right_scope_alone() {
+async fn every_route_accepts_only_the_scopes_that_it_needs() {
     let scopes = [
         "admin",
         "publish:aurora:alerts",
@@ -160,37 +161,37 @@ async fn every_route_lets_in_those_with_the_right_scope_alone() {
     let home = keys.home();
     let daemon = home.start().await;
     for route in routes() {
-        let is_open = route.need == Need::Nothing;
+        let is_open = route.access == Access::Open;
         for credentials in [None, Some("ab_guess"), Some("not.a.token")] {
-            let answer = visit(&daemon, &route, credentials).await;
-            assert_eq!(answer.status() == StatusCode::UNAUTHORIZED, !is_open, "{route:?} with {credentials:?}");
-            let challenge = answer.headers().get("www-authenticate");
+            let response = visit(&daemon, &route, credentials).await;
+            assert_eq!(response.status() == StatusCode::UNAUTHORIZED, !is_open, "{route:?} with {credentials:?}");
+            let challenge = response.headers().get("www-authenticate");
             assert_eq!(challenge.is_some_and(|value| value == "Bearer realm=\"aurora-bus\""), !is_open, "{route:?}");
         }
         for (scope, key) in scopes.iter().zip(&held) {
             let status = visit(&daemon, &route, Some(key)).await.status();
-            let is_let_in = !matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN);
-            assert_eq!(is_let_in, is_enough(scope, route.need), "{route:?} with {scope}: {status}");
+            let is_accepted = !matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN);
+            assert_eq!(is_accepted, grants(scope, route.access), "{route:?} with {scope}: {status}");
         }
     }
     daemon.stop().await;
 }
 
 #[tokio::test]
-async fn a_scope_is_asked_for_the_stream_that_an_event_goes_to() {
+async fn publish_needs_the_scope_of_each_events_stream() {
     let mut keys = Keys::default();
     let key = keys.add("sensor", &["publish:aurora:alerts"], None);
     let reader = keys.add("reader", &["read:aurora:alerts", "read:aurora:alerts:dead_letter"], None);
     let home = keys.home();
     let daemon = home.start().await;
-    let (status, answer) = asks(&daemon, &key, "POST", "/api/v1/alerts", r#"[{"n":1},{"category":"cps"}]"#).await;
-    assert_eq!(status, StatusCode::MULTI_STATUS, "{answer}");
-    assert!(answer["results"][0]["id"].is_string(), "{answer}");
-    assert_eq!(answer["results"][1]["error"]["code"], "forbidden");
+    let (status, body) = asks(&daemon, &key, "POST", "/api/v1/alerts", r#"[{"n":1},{"category":"cps"}]"#).await;
+    assert_eq!(status, StatusCode::MULTI_STATUS, "{body}");
+    assert!(body["results"][0]["id"].is_string(), "{body}");
+    assert_eq!(body["results"][1]["error"]["code"], "forbidden");
     let (status, _) = asks(&daemon, &key, "POST", "/api/v1/alerts", r#"{"category":"cps"}"#).await;
     assert_eq!(status, StatusCode::FORBIDDEN);
-    let (status, answer) = asks(&daemon, &reader, "GET", "/api/v1/streams", "").await;
-    let names: Vec<_> = answer["streams"].as_array().expect("a list").iter().map(|stream| &stream["name"]).collect();
+    let (status, body) = asks(&daemon, &reader, "GET", "/api/v1/streams", "").await;
+    let names: Vec<_> = body["streams"].as_array().expect("a list").iter().map(|stream| &stream["name"]).collect();
     assert_eq!((status, names), (StatusCode::OK, vec![&json!("aurora:alerts")]));
     let dead = "/api/v1/streams/aurora:alerts:dead_letter/events";
     assert_eq!(asks(&daemon, &reader, "GET", dead, "").await.0, StatusCode::FORBIDDEN, "dead letters need admin");
@@ -199,21 +200,21 @@ async fn a_scope_is_asked_for_the_stream_that_an_event_goes_to() {
 }
 
 #[tokio::test]
-async fn those_bound_to_a_tenant_pull_nothing_for_a_group_has_entries_of_all() {
+async fn principal_of_a_tenant_cannot_pull_or_settle() {
     let mut keys = Keys::default();
     let bound = keys.add("acme", &["admin"], Some("acme"));
     let home = keys.home();
     let daemon = home.start().await;
-    for what in ["pull", "ack", "nack", "extend"] {
-        let path = format!("/api/v1/streams/aurora:alerts/groups/g/{what}");
-        let (status, answer) = asks(&daemon, &bound, "POST", &path, r#"{"consumer":"w"}"#).await;
-        assert_eq!((status, &answer["code"]), (StatusCode::FORBIDDEN, &json!("forbidden")), "{what}");
+    for action in ["pull", "ack", "nack", "extend"] {
+        let path = format!("/api/v1/streams/aurora:alerts/groups/g/{action}");
+        let (status, body) = asks(&daemon, &bound, "POST", &path, r#"{"consumer":"w"}"#).await;
+        assert_eq!((status, &body["code"]), (StatusCode::FORBIDDEN, &json!("forbidden")), "{action}");
     }
     daemon.stop().await;
 }
 
 #[tokio::test]
-async fn credentials_are_taken_from_every_place_they_may_be_in() {
+async fn credentials_are_accepted_in_every_place() {
     let mut keys = Keys::default();
     let key = keys.add("ops", &["admin"], None);
     keys.toml += &issuer_toml();
@@ -240,7 +241,7 @@ async fn credentials_are_taken_from_every_place_they_may_be_in() {
 }
 
 #[tokio::test]
-async fn metrics_are_open_on_loopback_unless_the_configuration_says_otherwise() {
+async fn metrics_access_follows_auth_metrics() {
     for (setting, expected) in
         [("loopback", StatusCode::OK), ("open", StatusCode::OK), ("admin", StatusCode::UNAUTHORIZED)]
     {
@@ -255,15 +256,15 @@ async fn metrics_are_open_on_loopback_unless_the_configuration_says_otherwise() 
 }
 
 #[tokio::test]
-async fn a_dead_letter_action_is_audited_under_the_name_of_its_key() {
+async fn dead_letter_action_is_audited_with_the_key_name() {
     let mut keys = Keys::default();
     let key = keys.add("ops", &["admin"], None);
     let home = keys.home();
     let daemon = home.start().await;
     let path = "/api/v1/dead-letters/aurora:alerts/discard";
     assert_eq!(asks(&daemon, &key, "POST", path, r#"{"all":true}"#).await.0, StatusCode::OK);
-    let (_, answer) = asks(&daemon, &key, "GET", "/api/v1/streams/aurora:audit/events", "").await;
-    let actors: Vec<_> = answer["events"].as_array().expect("a list").iter().map(|e| &e["data"]["actor"]).collect();
-    assert!(actors.iter().all(|actor| **actor == json!("http:key:ops")), "{answer}");
+    let (_, body) = asks(&daemon, &key, "GET", "/api/v1/streams/aurora:audit/events", "").await;
+    let actors: Vec<_> = body["events"].as_array().expect("a list").iter().map(|e| &e["data"]["actor"]).collect();
+    assert!(actors.iter().all(|actor| **actor == json!("http:key:ops")), "{body}");
     daemon.stop().await;
 }

@@ -92,7 +92,7 @@ async fn two_daemons_of_one_name_deliver_each_entry_once() {
     let first = homes[0].start().await;
     let mut accepted = publish(&first, 0..500).await;
     let second = homes[1].start().await;
-    until("word of the name", BOUND, async || {
+    until("the conflict of names", BOUND, async || {
         second.get("/ready").await.contains("works as it-0~2: another daemon has the name it-0").then_some(())
     })
     .await;
@@ -234,7 +234,7 @@ async fn ordered_group_moves_from_a_frozen_daemon_to_the_next() {
     let homes = ["soc-a", "soc-b"].map(|instance| Home::named(instance, &config));
     let first = homes[0].start().await;
     // The first daemon holds the group lease before the second starts.
-    until("a turn", BOUND, async || {
+    until("the group lease", BOUND, async || {
         (server.cli(&["EXISTS", &format!("{{{STREAM}}}:lease:group/{GROUP}")]) == "1").then_some(())
     })
     .await;
@@ -292,7 +292,7 @@ async fn late_result_of_a_frozen_daemon_is_ignored() {
         let value = metrics.lines().find(|line| line.starts_with(name)).and_then(|line| line.rsplit(' ').next());
         value.map_or(0, |value| value.parse::<u64>().expect("a number"))
     };
-    until("a late result", BOUND, async || (counter(&frozen, "aurora_bus_not_owned_total{").await > 0).then_some(()))
+    until("the late result", BOUND, async || (counter(&frozen, "aurora_bus_not_owned_total{").await > 0).then_some(()))
         .await;
     assert_eq!(counter(&frozen, "aurora_bus_acknowledged_total{").await, 0);
     assert_eq!(counter(&other, "aurora_bus_acknowledged_total{").await, 1);

@@ -96,7 +96,7 @@ async fn two_tenants(store: &str) {
     assert_eq!(String::from_utf8_lossy(&tailed.stdout), format!("{}\n{}\n", event(0), event(3)), "{tailed:?}");
 
     // Keys must not become labels.
-    let metrics = until("figures of the family", BOUND, async || {
+    let metrics = until("the metrics of the family", BOUND, async || {
         let metrics = daemon.get("/metrics").await;
         let is_sampled = metrics.contains(&format!("aurora_bus_stream_length{{stream=\"{FAMILY}\"}} 4"));
         let is_counted = metrics.contains(&format!("aurora_bus_family_members{{stream=\"{FAMILY}\"}} 2"));
@@ -145,7 +145,7 @@ async fn two_hundred_keys_share_one_connection_to_redis() {
         assert!(most <= before + 2, "{most} connections, {before} before:\n{}", server.cli(&["CLIENT", "LIST"]));
     }
     let (taken, all) = ("aurora_bus_acknowledged_total", 2 * KEYS as u64 + 1);
-    until("all handled", BOUND, async || (daemon.metric(taken).await >= all).then_some(())).await;
+    until("all entries handled", BOUND, async || (daemon.metric(taken).await >= all).then_some(())).await;
     for key in keys.iter().step_by(40) {
         daemon.handled(&member(key), "siem").await;
     }
@@ -159,7 +159,7 @@ async fn family_at_max_keys_rejects_new_keys() {
     let daemon = home.start().await;
     publish(&daemon, "a", 0).await;
     let mut b = watch_by_key(&daemon, "b").await;
-    until("the member that is watched", BOUND, async || (members(&daemon).await.len() == 2).then_some(())).await;
+    until("the watched member", BOUND, async || (members(&daemon).await.len() == 2).then_some(())).await;
     for _ in 0..2 {
         let (status, problem) = try_publish(&daemon, &member("c")).await;
         assert_eq!(
@@ -177,7 +177,7 @@ async fn family_at_max_keys_rejects_new_keys() {
     daemon.stop().await;
 
     let daemon = home.start().await;
-    until("the members found again", BOUND, async || (members(&daemon).await.len() == 2).then_some(())).await;
+    until("the members after the restart", BOUND, async || (members(&daemon).await.len() == 2).then_some(())).await;
     assert_eq!(try_publish(&daemon, &member("c")).await.0, StatusCode::INSUFFICIENT_STORAGE);
     publish(&daemon, "a", 2).await;
     daemon.stop().await;

@@ -1,4 +1,4 @@
-//! What one address can take of the listener, on the real binary.
+//! The limits of the listener per address, on the real binary.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -14,10 +14,10 @@ use tokio_tungstenite::client_async;
 use crate::support::app::{BOUND, Daemon, Home};
 use crate::support::until;
 
-/// An address of its own: the tests themselves ask from another one.
+/// The address that exceeds its limits. The helpers of the tests use another one.
 const GREEDY: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 const EVENTS: &str = "/api/v1/streams/aurora:alerts/events";
-const ASK: &str = "GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n";
+const REQUEST: &str = "GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n";
 
 fn home(http: &str) -> Home {
     let stream = "[[streams]]\nname = \"aurora:alerts\"\nrelay = true\n";
@@ -32,40 +32,40 @@ async fn connect(daemon: &Daemon) -> TcpStream {
     socket.connect(address).await.expect("it listens")
 }
 
-/// What comes until the daemon closes.
+/// Returns the bytes until the daemon closes the connection.
 async fn rest(stream: &mut TcpStream) -> String {
     let mut rest = String::new();
     timeout(BOUND, stream.read_to_string(&mut rest)).await.expect("the daemon closes").expect("an end");
     rest
 }
 
-/// What comes up to a text in it.
+/// Returns the bytes up to and including a text.
 async fn up_to(stream: &mut TcpStream, end: &str) -> String {
     let mut bytes = Vec::new();
     while !bytes.ends_with(end.as_bytes()) {
-        let byte = timeout(BOUND, stream.read_u8()).await.expect("an answer");
+        let byte = timeout(BOUND, stream.read_u8()).await.expect("a response");
         bytes.push(byte.unwrap_or_else(|error| panic!("{error} after {}", String::from_utf8_lossy(&bytes))));
     }
     String::from_utf8(bytes).expect("UTF-8")
 }
 
 #[tokio::test]
-async fn one_address_that_says_nothing_keeps_nobody_else_out() {
+async fn silent_connections_of_one_address_do_not_block_others() {
     let home = home("max_idle_per_address = 3\nheader_timeout = \"1m\"");
     let daemon = home.start().await;
     let mut silent = [connect(&daemon).await, connect(&daemon).await, connect(&daemon).await];
-    silent[0].write_all(b"GET /health HTTP/1.1\r\nhost: local").await.expect("it takes that");
-    let told = rest(&mut connect(&daemon).await).await;
-    assert!(told.starts_with("HTTP/1.1 503 "), "{told}");
+    silent[0].write_all(b"GET /health HTTP/1.1\r\nhost: local").await.expect("sent");
+    let rejection = rest(&mut connect(&daemon).await).await;
+    assert!(rejection.starts_with("HTTP/1.1 503 "), "{rejection}");
     let refused = "aurora_bus_rejected_total{reason=\"idle_connection_limit\"} 1\n";
-    assert!(daemon.get("/metrics").await.contains(refused), "another address is answered, and told of it");
-    silent[0].write_all(b"host\r\nconnection: close\r\n\r\n").await.expect("it takes that");
-    let answer = rest(&mut silent[0]).await;
-    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-    until("the place of the one that has asked", BOUND, async || {
+    assert!(daemon.get("/metrics").await.contains(refused), "another address gets responses, and the metric");
+    silent[0].write_all(b"host\r\nconnection: close\r\n\r\n").await.expect("sent");
+    let response = rest(&mut silent[0]).await;
+    assert!(response.starts_with("HTTP/1.1 200 "), "{response}");
+    until("a free slot for an idle connection", BOUND, async || {
         let mut stream = connect(&daemon).await;
-        // Where it is refused already, the answer may be lost.
-        stream.write_all(ASK.as_bytes()).await.ok()?;
+        // If the connection is rejected already, the response may be lost.
+        stream.write_all(REQUEST.as_bytes()).await.ok()?;
         let mut status = [0; 12];
         stream.read_exact(&mut status).await.ok()?;
         (&status == b"HTTP/1.1 200").then_some(())
@@ -76,33 +76,33 @@ async fn one_address_that_says_nothing_keeps_nobody_else_out() {
 }
 
 #[tokio::test]
-async fn a_connection_is_kept_for_the_next_request_where_its_address_has_a_place_left() {
+async fn keep_alive_needs_a_free_idle_slot_of_the_address() {
     let home = home("max_idle_per_address = 1\nheader_timeout = \"1m\"");
     let daemon = home.start().await;
-    let mut asks = connect(&daemon).await;
+    let mut client = connect(&daemon).await;
     for _ in 0..3 {
-        asks.write_all(ASK.as_bytes()).await.expect("it takes that");
-        let head = up_to(&mut asks, "\r\n\r\n").await;
+        client.write_all(REQUEST.as_bytes()).await.expect("sent");
+        let head = up_to(&mut client, "\r\n\r\n").await;
         assert!(head.starts_with("HTTP/1.1 200 ") && !head.contains("connection: close"), "{head}");
-        up_to(&mut asks, "}").await;
+        up_to(&mut client, "}").await;
     }
     let publish =
         format!("POST {EVENTS} HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: 7\r\n\r\n");
-    asks.write_all(publish.as_bytes()).await.expect("it takes that");
-    up_to(&mut asks, "\r\n\r\n").await;
-    // Its place is free while it publishes.
+    client.write_all(publish.as_bytes()).await.expect("sent");
+    up_to(&mut client, "\r\n\r\n").await;
+    // The idle slot is free while the request is handled.
     let silent = connect(&daemon).await;
-    let told = rest(&mut connect(&daemon).await).await;
-    assert!(told.starts_with("HTTP/1.1 503 "), "{told}");
-    asks.write_all(br#"{"n":1}"#).await.expect("it takes that");
-    let answer = rest(&mut asks).await;
-    assert!(answer.starts_with("HTTP/1.1 201 ") && answer.contains("connection: close\r\n"), "{answer}");
+    let rejection = rest(&mut connect(&daemon).await).await;
+    assert!(rejection.starts_with("HTTP/1.1 503 "), "{rejection}");
+    client.write_all(br#"{"n":1}"#).await.expect("sent");
+    let response = rest(&mut client).await;
+    assert!(response.starts_with("HTTP/1.1 201 ") && response.contains("connection: close\r\n"), "{response}");
     drop(silent);
     daemon.stop().await;
 }
 
 #[tokio::test]
-async fn those_who_watch_are_not_idle() {
+async fn web_sockets_and_feeds_are_not_idle() {
     let home = home("max_idle_per_address = 1\nheader_timeout = \"1m\"");
     let daemon = home.start().await;
     let (mut sockets, mut feeds) = (Vec::new(), Vec::new());
@@ -110,32 +110,32 @@ async fn those_who_watch_are_not_idle() {
         let url = daemon.url("/api/v1/ws/alerts").replacen("http", "ws", 1);
         sockets.push(client_async(url, connect(&daemon).await).await.expect("a WebSocket").0);
         let mut feed = connect(&daemon).await;
-        let ask = "GET /api/v1/feeds/alerts HTTP/1.1\r\nhost: localhost\r\n\r\n";
-        feed.write_all(ask.as_bytes()).await.expect("it takes that");
+        let request = "GET /api/v1/feeds/alerts HTTP/1.1\r\nhost: localhost\r\n\r\n";
+        feed.write_all(request.as_bytes()).await.expect("sent");
         let head = up_to(&mut feed, "\r\n\r\n").await;
         assert!(head.starts_with("HTTP/1.1 200 ") && !head.contains("connection: close"), "{head}");
         feeds.push(feed);
     }
-    let mut asks = connect(&daemon).await;
-    asks.write_all(ASK.as_bytes()).await.expect("it takes that");
-    let head = up_to(&mut asks, "\r\n\r\n").await;
+    let mut client = connect(&daemon).await;
+    client.write_all(REQUEST.as_bytes()).await.expect("sent");
+    let head = up_to(&mut client, "\r\n\r\n").await;
     assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
     drop((sockets, feeds));
     daemon.stop().await;
 }
 
 #[tokio::test]
-async fn one_address_can_have_half_of_those_who_wait_for_events() {
+async fn one_address_may_hold_half_of_the_waiting_reads() {
     let home = home("");
     let daemon = home.start().await;
     let greedy = reqwest::Client::builder().local_address(IpAddr::from(GREEDY)).build().expect("a client");
     let mut waiting = JoinSet::new();
     for _ in 0..33 {
         let request = greedy.get(daemon.url(&format!("{EVENTS}?wait_ms=20000"))).send();
-        waiting.spawn(request.map(|answer| answer.expect("an answer")));
+        waiting.spawn(request.map(|response| response.expect("a response")));
     }
-    // The others wait for longer than that.
-    let refused = timeout(BOUND, waiting.join_next()).await.expect("a refusal").expect("an answer").expect("a task");
+    // The other requests wait for longer than this.
+    let refused = timeout(BOUND, waiting.join_next()).await.expect("a refusal").expect("a response").expect("a task");
     assert_eq!(
         (refused.status(), &refused.headers()["retry-after"]),
         (StatusCode::TOO_MANY_REQUESTS, &"1".parse().expect("a value"))
@@ -145,8 +145,8 @@ async fn one_address_can_have_half_of_those_who_wait_for_events() {
     let other = daemon.get(&format!("{EVENTS}?wait_ms=50")).await;
     assert!(other.starts_with(r#"{"events":[],"#), "another address may wait: {other}");
     daemon.publish("aurora:alerts", &["{}".to_owned()]).await.expect("accepted");
-    for answer in waiting.join_all().await {
-        assert_eq!(answer.status(), StatusCode::OK);
+    for response in waiting.join_all().await {
+        assert_eq!(response.status(), StatusCode::OK);
     }
     daemon.stop().await;
 }

@@ -315,18 +315,6 @@ fn no_code_is_left_unfinished() {
     assert!(offenders.is_empty(), "{offenders:?}");
 }
 
-/// LLVM 22, as rustc 1.95 has it, makes `flag |= condition` come out as `flag = true` in some functions that it optimizes: a
-/// worker took every error of the store for a lost lease. Numbers and options are not flags.
-#[test]
-fn flags_are_set_by_if_and_not_by_compound_assignment() {
-    let is_risky = |line: &&str| line.contains(" |= ") || line.contains(" &= ");
-    let is_no_flag = |line: &&str| ["number |= u64::", "flags |= OpenFlags::"].iter().any(|known| line.contains(known));
-    let all = sources();
-    let lines = all.iter().flat_map(|s| s.code.lines().map(move |line| (&s.name, line)));
-    let risky: Vec<_> = lines.filter(|(_, line)| is_risky(line) && !is_no_flag(line)).collect();
-    assert!(risky.is_empty(), "write `if condition {{ flag = true }}`: {risky:?}");
-}
-
 #[test]
 fn names_in_use_lists_are_found() {
     let code = "use crate::event::{Entry, EntryId};\nuse crate::{bus::Bus, relay::{Ring, Tail}, store};\n";

@@ -1,4 +1,4 @@
-//! The listener over TLS, asked by real clients, while its certificates change and its clients misbehave.
+//! TLS of the listener with real clients: handshakes, changed certificates, misbehaving clients.
 
 mod authority;
 mod clients;
@@ -34,7 +34,7 @@ name = "aurora:cps:alerts"
 relay = true
 "#;
 
-/// A folder for a daemon that shows `server.pem` of an authority, both in it.
+/// Returns a home with a `server.pem` and the authority that issued it.
 fn home(more: &str) -> (Home, Authority) {
     let tls = format!("[http.tls]\ncert_file = \"server.pem\"\nkey_file = \"server.key\"\n{more}");
     let mut home = Home::new(&format!("{STREAMS}\n{tls}"));
@@ -44,7 +44,7 @@ fn home(more: &str) -> (Home, Authority) {
     (home, authority)
 }
 
-/// Runs curl with that authority; its exit code and output.
+/// Runs curl with that authority.
 fn curl(ca: &Path, arguments: &[&str]) -> Output {
     let program = install::program("curl", "curl");
     let ca = ca.to_str().expect("UTF-8");
@@ -59,7 +59,7 @@ fn address(daemon: &Daemon) -> String {
     daemon.url("").trim_start_matches("https://").to_owned()
 }
 
-/// A TLS connection of a client that trusts that authority.
+/// Opens a TLS connection that trusts the authority in `ca`.
 async fn secure(daemon: &Daemon, ca: &Path) -> std::io::Result<TlsStream<TcpStream>> {
     let mut roots = RootCertStore::empty();
     for certificate in CertificateDer::pem_file_iter(ca).expect("a file") {
@@ -76,14 +76,14 @@ async fn secure(daemon: &Daemon, ca: &Path) -> std::io::Result<TlsStream<TcpStre
     TlsConnector::from(Arc::new(config)).connect(name, stream).await
 }
 
-/// The certificate that is shown on a new connection.
-async fn shown(daemon: &Daemon, ca: &Path) -> Vec<u8> {
+/// Returns the certificate of a new connection.
+async fn served(daemon: &Daemon, ca: &Path) -> Vec<u8> {
     let stream = secure(daemon, ca).await.expect("a handshake");
     let (_, connection) = stream.get_ref();
-    connection.peer_certificates().expect("it showed one")[0].to_vec()
+    connection.peer_certificates().expect("a certificate")[0].to_vec()
 }
 
-/// A WebSocket over TLS.
+/// Opens a WebSocket over TLS.
 async fn watch(daemon: &Daemon, ca: &Path) -> WebSocketStream<TlsStream<TcpStream>> {
     let stream = secure(daemon, ca).await.expect("a handshake");
     let url = daemon.url("/api/v1/ws/alerts").replacen("https", "wss", 1);

@@ -1,4 +1,4 @@
-//! Tokens that are good, and all the ways in which they are not.
+//! Valid tokens, and every way in which a token can be invalid.
 
 use std::io::Write as _;
 use std::path::Path;
@@ -62,27 +62,27 @@ fn part(value: &Value) -> String {
 }
 
 async fn outcome(issuers: &Issuers, token: &str) -> Result<String, AuthError> {
-    issuers.verify(token).await.map(|principal| principal.id().expect("it has a name").to_owned())
+    issuers.verify(token).await.map(|principal| principal.id().expect("an id").to_owned())
 }
 
 #[tokio::test]
-async fn a_good_token_tells_who_it_is_and_what_it_allows() {
+async fn valid_token_yields_its_principal_and_scopes() {
     let issuers = open(&[shared()]);
     let mut good = claims();
     good["scopes"] = json!(["publish:aurora:alerts", 17, "nonsense"]);
     good["aud"] = json!(["other", "bus"]);
     good["tenant"] = json!("acme");
     good["nbf"] = json!(now());
-    let principal = issuers.verify(&by_secret(&good)).await.expect("a good token");
+    let principal = issuers.verify(&by_secret(&good)).await.expect("a valid token");
     assert_eq!((principal.id(), principal.tenant()), (Some("shared#ann"), Some("acme")));
     let may = [Watch("alerts"), Read("x"), Publish("aurora:alerts"), Publish("x"), Watch("other"), Administer];
-    assert_eq!(may.map(|deed| principal.may(deed)), [true, true, true, false, false, false]);
-    let left = principal.expires_at().expect("it ends").duration_since(SystemTime::now()).expect("later");
+    assert_eq!(may.map(|action| principal.may(action)), [true, true, true, false, false, false]);
+    let left = principal.expires_at().expect("an expiry").duration_since(SystemTime::now()).expect("later");
     assert!((590..=600).contains(&left.as_secs()), "{left:?}");
 }
 
 #[tokio::test]
-async fn a_token_that_is_not_good_is_refused_with_its_reason() {
+async fn invalid_token_is_rejected_with_its_reason() {
     let issuers = open(&[shared()]);
     let unsigned = |alg: &str| format!("{}.{}.", part(&json!({"alg": alg, "typ": "JWT"})), part(&claims()));
     let critical = Header { crit: Some(vec!["b64".to_owned()]), ..Header::new(Algorithm::HS256) };
@@ -117,7 +117,7 @@ async fn a_token_that_is_not_good_is_refused_with_its_reason() {
         (unsigned("HS256"), AuthError::Signature),
         (format!("{front}."), AuthError::Signature),
         (format!("{good}.x"), AuthError::Malformed),
-        ("x".repeat(MAX_TOKEN + 1), AuthError::Malformed),
+        ("x".repeat(MAX_TOKEN_BYTES + 1), AuthError::Malformed),
         (String::new(), AuthError::Malformed),
     ];
     for (token, expected) in cases {
@@ -126,18 +126,18 @@ async fn a_token_that_is_not_good_is_refused_with_its_reason() {
 }
 
 #[tokio::test]
-async fn clocks_may_differ_by_a_minute() {
+async fn token_times_allow_a_minute_of_clock_skew() {
     let issuers = open(&[shared()]);
     let late = issuers.verify(&by_secret(&with("exp", json!(now() - 30)))).await.expect("within the leeway");
-    let left = late.expires_at().expect("it ends").duration_since(SystemTime::now()).expect("later");
+    let left = late.expires_at().expect("an expiry").duration_since(SystemTime::now()).expect("later");
     assert!(left <= Duration::from_secs(30), "{left:?}");
     assert!(issuers.verify(&by_secret(&with("nbf", json!(now() + 30)))).await.is_ok());
-    let eternal = issuers.verify(&by_secret(&with("exp", json!(u64::MAX)))).await.expect("good for long");
-    assert!(eternal.expires_at().expect("it ends") <= SystemTime::now() + MAX_LIFETIME);
+    let eternal = issuers.verify(&by_secret(&with("exp", json!(u64::MAX)))).await.expect("a valid token");
+    assert!(eternal.expires_at().expect("an expiry") <= SystemTime::now() + MAX_LIFETIME);
 }
 
 #[tokio::test]
-async fn a_token_without_a_tenant_is_refused_where_one_is_required() {
+async fn token_without_required_tenant_is_rejected() {
     let mut config = shared();
     (config.require_tenant, config.tenant_claim) = (true, "org".to_owned());
     let issuers = open(&[config]);
@@ -152,14 +152,14 @@ fn severe() -> Value {
 }
 
 #[tokio::test]
-async fn a_filter_in_a_token_bounds_what_it_lets_see_and_one_that_makes_no_sense_refuses_it() {
+async fn token_filter_restricts_and_an_invalid_one_is_rejected() {
     let issuers = open(&[shared()]);
     let own = Filter::from_value(&severe()).expect("a filter");
     for written in [severe(), json!(severe().to_string())] {
-        let principal = issuers.verify(&by_secret(&with("filter", written))).await.expect("a good token");
-        assert_eq!((principal.sight(), principal.is_bounded(), principal.tenant()), (&own, true, None));
+        let principal = issuers.verify(&by_secret(&with("filter", written))).await.expect("a valid token");
+        assert_eq!((principal.filter(), principal.is_restricted(), principal.tenant()), (&own, true, None));
     }
-    assert!(!issuers.verify(&by_secret(&claims())).await.expect("a good token").is_bounded());
+    assert!(!issuers.verify(&by_secret(&claims())).await.expect("a valid token").is_restricted());
     let cases = [
         (Value::Null, "is not a filter: "),
         (json!(""), "is not a filter: "),
@@ -171,18 +171,19 @@ async fn a_filter_in_a_token_bounds_what_it_lets_see_and_one_that_makes_no_sense
     ];
     for (filter, problem) in cases {
         let denied =
-            outcome(&issuers, &by_secret(&with("filter", filter.clone()))).await.expect_err("it makes no sense");
+            outcome(&issuers, &by_secret(&with("filter", filter.clone()))).await.expect_err("an invalid filter");
         let text = denied.to_string();
         assert!(
-            text.starts_with(&format!("the claim `filter` of the token is refused: {problem}")),
+            text.starts_with(&format!("the claim `filter` of the token is not accepted: {problem}")),
             "{filter}: {text}"
         );
     }
     let mut config = shared();
     config.filter_claim = "https://bus.example/sees".to_owned();
     let issuers = open(&[config]);
-    let principal = issuers.verify(&by_secret(&with("https://bus.example/sees", severe()))).await.expect("good");
-    assert_eq!(*principal.sight(), own);
+    let principal =
+        issuers.verify(&by_secret(&with("https://bus.example/sees", severe()))).await.expect("a valid token");
+    assert_eq!(*principal.filter(), own);
     assert!(issuers.verify(&by_secret(&with("filter", json!("another service's")))).await.is_ok());
 }
 
@@ -202,7 +203,7 @@ fn with_public_key(algorithm: &str, path: &Path) -> IssuerConfig {
     issuer("shared", &format!("\"{algorithm}\""), &format!("public_key_file = {:?}", path.to_str().expect("UTF-8")))
 }
 
-/// A key pair of each kind: the algorithm, the public key in PEM, and what signs.
+/// A key pair of each kind: algorithm, public key in PEM, signing key.
 fn pairs() -> Vec<(Algorithm, String, EncodingKey)> {
     let rsa = RsaKeyPair::generate(KeySize::Rsa2048).expect("a key");
     let rsa_public = AsDer::<PublicKeyX509Der<'_>>::as_der(rsa.public_key()).expect("a key");
@@ -234,7 +235,7 @@ fn pairs() -> Vec<(Algorithm, String, EncodingKey)> {
 }
 
 #[tokio::test]
-async fn public_keys_of_every_kind_check_their_own_tokens_alone() {
+async fn public_key_accepts_only_tokens_of_its_own_kind() {
     let pairs = pairs();
     for (algorithm, public, private) in &pairs {
         let name = format!("{algorithm:?}");
@@ -243,7 +244,7 @@ async fn public_keys_of_every_kind_check_their_own_tokens_alone() {
         let token = encode(&Header::new(*algorithm), &claims(), private).expect("a token");
         assert_eq!(outcome(&issuers, &token).await, Ok("shared#ann".to_owned()), "{name}");
 
-        // The old trick: everyone knows the public key, so it is no secret to sign with.
+        // The known attack: a public key used as an HMAC secret.
         for secret in [public.as_bytes(), public.trim().as_bytes()] {
             let forged = signed(&Header::new(Algorithm::HS256), &claims(), secret);
             assert_eq!(outcome(&issuers, &forged).await, Err(AuthError::Algorithm), "{name}");
@@ -256,14 +257,14 @@ async fn public_keys_of_every_kind_check_their_own_tokens_alone() {
     let (_, public, _) = &pairs[0];
     let file = in_file(public);
     let problems = Issuers::open(&[shared(), with_public_key("ES256", file.path())]).err().expect("the wrong kind");
-    assert!(problems[0].0 == "issuers[1].public_key_file" && problems[0].1.contains("no public key"), "{problems:?}");
+    assert!(problems[0].0 == "issuers[1].public_key_file" && problems[0].1.contains("a public key"), "{problems:?}");
     let as_secret = issuer("a", "\"HS256\"", &format!("secret_file = {:?}", file.path().to_str().expect("UTF-8")));
     let problems = Issuers::open(&[as_secret]).err().expect("a public key is no secret");
     assert!(problems[0].0 == "issuers[0].secret_file" && problems[0].1.contains("PEM"), "{problems:?}");
 }
 
 #[tokio::test]
-async fn a_key_set_in_a_file_is_read_again_for_a_key_that_is_not_known() {
+async fn key_set_file_is_read_again_for_an_unknown_key() {
     let pairs = pairs();
     let set = |kid: &str, private: &EncodingKey, algorithm| {
         let mut jwk = jsonwebtoken::jwk::Jwk::from_encoding_key(private, algorithm).expect("a key");
@@ -288,19 +289,19 @@ async fn a_key_set_in_a_file_is_read_again_for_a_key_that_is_not_known() {
         assert!(std::time::Instant::now() < deadline, "the new key is never read");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    assert_eq!(outcome(&issuers, &old).await, Err(AuthError::UnknownKid), "what was taken out is no good any more");
+    assert_eq!(outcome(&issuers, &old).await, Err(AuthError::UnknownKid), "a removed key is no longer accepted");
 
     std::fs::remove_file(file.path()).expect("removed");
     let deadline = std::time::Instant::now() + Duration::from_secs(10);
     while outcome(&issuers, &old).await != Err(AuthError::Unavailable) {
-        assert!(std::time::Instant::now() < deadline, "a key that can't be looked up is taken for unknown");
+        assert!(std::time::Instant::now() < deadline, "an unreadable key set counts as an unknown key");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    assert!(outcome(&issuers, &new).await.is_ok(), "keys that are known stay so");
+    assert!(outcome(&issuers, &new).await.is_ok(), "known keys stay valid");
 }
 
 #[tokio::test]
-async fn a_token_made_here_is_good_here() {
+async fn signed_token_is_accepted() {
     let config = shared();
     let scopes = vec!["ws:alerts".parse().expect("a scope")];
     let request = TokenRequest {
@@ -311,18 +312,18 @@ async fn a_token_made_here_is_good_here() {
         lifetime: Duration::from_mins(1),
     };
     let token = sign(&config, &request).expect("a token");
-    let principal = open(&[config]).verify(&token).await.expect("a good token");
+    let principal = open(&[config]).verify(&token).await.expect("a valid token");
     assert_eq!((principal.id(), principal.tenant()), (Some("shared#ann"), Some("acme")));
     let own = Filter::from_value(&severe()).expect("a filter");
-    assert_eq!(*principal.sight(), Filter::is(Attribute::Tenant, "acme").and(own));
+    assert_eq!(*principal.filter(), Filter::is(Attribute::Tenant, "acme").and(own));
     let file = in_file("{}");
     let key = format!("jwks_file = {:?}", file.path().to_str().expect("UTF-8"));
-    assert_eq!(sign(&issuer("far", "\"RS256\"", &key), &request), Err(NotSigned::NoSecret("far".to_owned())));
+    assert_eq!(sign(&issuer("far", "\"RS256\"", &key), &request), Err(SignError::NoSecret("far".to_owned())));
 }
 
 proptest! {
     #[test]
-    fn no_text_and_no_changed_token_is_taken(text in ".{0,200}", place in any::<prop::sample::Index>(), flip in 1_u8..128) {
+    fn random_texts_and_changed_tokens_are_rejected(text in ".{0,200}", place in any::<prop::sample::Index>(), flip in 1_u8..128) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         let issuers = open(&[shared()]);
         prop_assert!(runtime.block_on(issuers.verify(&text)).is_err());

@@ -122,7 +122,7 @@ pub(super) async fn run(config: &ConfigArgs, args: BulkArgs, replay: Option<(Str
 }
 
 impl BulkRun<'_> {
-    /// BulkCounts the matching dead letters, and changes nothing.
+    /// Counts the matching dead letters, and changes nothing.
     async fn count(&self) -> anyhow::Result<BulkCounts> {
         if !self.args.ids.is_empty() {
             return self.by_ids(true).await;

@@ -1,7 +1,6 @@
 //! The JSON form of filters, and its errors.
 
-use serde::Deserialize;
-use serde_json::Value;
+use serde::{Deserialize, Serialize};
 
 use crate::event::Severity;
 use crate::event::filter::{Attribute, Filter, FilterNode, Severities, TextTest};
@@ -60,10 +59,13 @@ impl Filter {
     }
 
     /// Parses a tree that is a JSON value already, or a text that contains it.
-    pub fn from_value(value: &Value) -> Result<Self, InvalidFilter> {
-        match value {
-            Value::String(text) => Self::parse(text),
-            tree => Self::parse(&tree.to_string()),
+    pub fn from_value<T: Serialize>(value: &T) -> Result<Self, InvalidFilter> {
+        let refuse = |error| invalid("", format!("is not a filter: {error}"));
+        let json = serde_json::to_string(value).map_err(refuse)?;
+        if json.starts_with('"') {
+            Self::parse(&serde_json::from_str::<String>(&json).map_err(refuse)?)
+        } else {
+            Self::parse(&json)
         }
     }
 }
@@ -195,6 +197,7 @@ fn text(key: &str, cmp: &str, operand: Operand<'_>) -> Result<FilterNode, Invali
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use serde_json::{Value, json};
 
     use super::*;
     use crate::event::Fields;
@@ -283,8 +286,7 @@ mod tests {
         assert!(filter.is_ok());
         assert_eq!(Filter::from_value(&tree), filter);
         assert_eq!(Filter::from_value(&Value::from(text)), filter);
-        for senseless in [Value::Null, Value::from(true), Value::from(""), serde_json::json!([]), serde_json::json!({})]
-        {
+        for senseless in [Value::Null, Value::from(true), Value::from(""), json!([]), json!({})] {
             assert!(Filter::from_value(&senseless).is_err(), "{senseless}");
         }
     }

@@ -1,4 +1,4 @@
-//! What web pages are given: the client module with its types, and a page of examples. Nothing in them is secret.
+//! Static files for web pages: the client module with its types, and a page of examples. None of them is secret.
 
 use std::fmt::Write as _;
 use std::sync::LazyLock;
@@ -12,16 +12,17 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use sha2::{Digest as _, Sha256};
 
+use crate::http::api::Api;
 use crate::http::extract::Segment;
-use crate::http::{Api, ApiError};
+use crate::http::problem::ApiError;
 
-/// Scripts and styles of the daemon alone, connections to it alone, and no text ever taken for markup.
-const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; \
+/// Allows scripts, styles and connections of the daemon only, and never interprets text as markup.
+const SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; \
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'; \
                       require-trusted-types-for 'script'; trusted-types 'none'";
 
 struct Asset {
-    /// Its name below `/client/`.
+    /// The name below `/client/`.
     name: &'static str,
     content_type: &'static str,
     text: &'static str,
@@ -55,10 +56,10 @@ const ASSETS: [Asset; 5] = [
     },
 ];
 
-/// What tells the versions of each asset apart.
-static TAGS: LazyLock<[HeaderValue; ASSETS.len()]> = LazyLock::new(|| ASSETS.each_ref().map(tag));
+/// The entity tag of each asset.
+static ETAGS: LazyLock<[HeaderValue; ASSETS.len()]> = LazyLock::new(|| ASSETS.each_ref().map(etag));
 
-fn tag(asset: &Asset) -> HeaderValue {
+fn etag(asset: &Asset) -> HeaderValue {
     let hash = Sha256::digest(asset.text.as_bytes());
     let mut tag = String::from("\"");
     for byte in hash.iter().take(12) {
@@ -68,9 +69,9 @@ fn tag(asset: &Asset) -> HeaderValue {
     HeaderValue::from_str(&tag).expect("hexadecimal digits in quotes")
 }
 
-/// `GET /client`: the page is a folder to what it names.
+/// `GET /client`: redirects to `/client/`, because the page has relative links.
 pub(crate) async fn folder(State(api): State<Api>) -> Response {
-    if !api.inner.config.pages {
+    if !api.config().pages {
         return ApiError::no_such_route().into_response();
     }
     (StatusCode::PERMANENT_REDIRECT, [(LOCATION, "/client/")]).into_response()
@@ -78,38 +79,38 @@ pub(crate) async fn folder(State(api): State<Api>) -> Response {
 
 /// `GET /client/`: the page of examples.
 pub(crate) async fn page(State(api): State<Api>, headers: HeaderMap) -> Response {
-    answer(&api, "", &headers)
+    respond(&api, "", &headers)
 }
 
 /// `GET /client/{file}`
 pub(crate) async fn file(State(api): State<Api>, Segment(name): Segment, headers: HeaderMap) -> Response {
-    answer(&api, &name, &headers)
+    respond(&api, &name, &headers)
 }
 
-fn answer(api: &Api, name: &str, headers: &HeaderMap) -> Response {
-    let found = ASSETS.iter().zip(TAGS.iter()).find(|(asset, _)| asset.name == name);
-    let Some((asset, tag)) = found.filter(|_| api.inner.config.pages) else {
+fn respond(api: &Api, name: &str, headers: &HeaderMap) -> Response {
+    let found = ASSETS.iter().zip(ETAGS.iter()).find(|(asset, _)| asset.name == name);
+    let Some((asset, tag)) = found.filter(|_| api.config().pages) else {
         return ApiError::no_such_route().into_response();
     };
-    let mut response = if is_known(headers, tag) {
+    let mut response = if has_current_version(headers, tag) {
         StatusCode::NOT_MODIFIED.into_response()
     } else {
         ([(CONTENT_TYPE, HeaderValue::from_static(asset.content_type))], asset.text).into_response()
     };
-    let answered = response.headers_mut();
-    answered.insert(ETAG, tag.clone());
-    // Kept, but asked for: another version of the daemon has another module.
-    answered.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-    answered.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY));
-    answered.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    answered.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
-    answered.insert("cross-origin-opener-policy", HeaderValue::from_static("same-origin"));
-    answered.insert("cross-origin-resource-policy", HeaderValue::from_static("same-origin"));
+    let headers = response.headers_mut();
+    headers.insert(ETAG, tag.clone());
+    // Cached, but validated each time: another version of the daemon has another module.
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(SECURITY_POLICY));
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    headers.insert("cross-origin-opener-policy", HeaderValue::from_static("same-origin"));
+    headers.insert("cross-origin-resource-policy", HeaderValue::from_static("same-origin"));
     response
 }
 
-/// Whether the client has this version already.
-fn is_known(headers: &HeaderMap, tag: &HeaderValue) -> bool {
+/// Returns whether the client has the version with this tag.
+fn has_current_version(headers: &HeaderMap, tag: &HeaderValue) -> bool {
     let known = headers.get_all(IF_NONE_MATCH).into_iter().filter_map(|value| value.to_str().ok());
     known
         .flat_map(|value| value.split(','))
@@ -122,21 +123,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_version_that_is_known_is_found_in_every_form_of_the_question() {
+    fn current_version_is_found_in_every_form_of_the_header() {
         let tag = HeaderValue::from_static("\"abc\"");
-        let asks = |value: &'static str| {
+        let is_current = |value: &'static str| {
             let mut headers = HeaderMap::new();
             headers.insert(IF_NONE_MATCH, HeaderValue::from_static(value));
-            is_known(&headers, &tag)
+            has_current_version(&headers, &tag)
         };
         for known in ["\"abc\"", "W/\"abc\"", "\"x\", \"abc\"", "*"] {
-            assert!(asks(known), "{known}");
+            assert!(is_current(known), "{known}");
         }
-        assert!(!asks("\"abcd\"") && !asks("abc") && !is_known(&HeaderMap::new(), &tag));
+        assert!(!is_current("\"abcd\"") && !is_current("abc") && !has_current_version(&HeaderMap::new(), &tag));
     }
 
     #[test]
-    fn the_page_has_no_script_or_style_in_it_that_its_policy_would_refuse() {
+    fn page_has_no_inline_script_or_style() {
         let page = ASSETS.iter().find(|asset| asset.name.is_empty()).expect("a page").text;
         assert!(!page.contains("<style") && !page.contains(" style=") && !page.contains(" onclick"));
         assert_eq!(page.matches("<script").count(), page.matches("<script type=\"module\" src=").count());

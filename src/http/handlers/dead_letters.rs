@@ -1,68 +1,48 @@
-//! Dead letters over HTTP: list, show, replay, discard.
+//! Dead-letter handlers: list, show, replay, discard.
 //!
-//! `{stream}` is a declared stream, for its own dead letters, or a stream of dead letters, for all that are in it.
+//! `{stream}` is a declared stream, for its own dead letters, or a stream of dead letters, for all of them.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use axum::Json;
-use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::HeaderMap;
 use axum::http::header::USER_AGENT;
-use axum::http::request::Parts;
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
 
 use crate::auth::{AuthError, Principal};
 use crate::clock::since_epoch;
 use crate::dead_letters::{
-    BulkRequest, BulkResult, DeadLetterCursor, DeadLetterEntry, DeadLetterScope, FOREIGN, FillLevel, ReplayOptions,
-    ReplayTarget, RequestedFilter, Selection, SharedStoreError,
+    BulkRequest, BulkResult, DeadLetterCursor, DeadLetterEntry, DeadLetterScope, FOREIGN, ReplayOptions, ReplayTarget,
+    RequestedFilter, Selection, SharedStoreError,
 };
-use crate::event::Filter;
-use crate::event::{Entry, EntryId, StreamName};
-use crate::http::extract::{Query, Segment, Segments};
-use crate::http::handlers::publish::read;
-use crate::http::handlers::streams::{EventView, event};
+use crate::event::{Entry, EntryId, Filter};
+use crate::http::api::Api;
+use crate::http::body::read_json_or_default;
+use crate::http::extract::{Peer, Query, Segment, Segments};
 use crate::http::middleware::large_response;
-use crate::http::{Api, ApiError, Peer};
+use crate::http::problem::ApiError;
+use crate::http::views::{EventView, FillLevelView};
 use crate::relay::Since;
 use crate::store::StoreError;
 
-/// How a client of ours names itself, so that the audit trail tells it from others.
+/// The user agent of the command line. The audit trail records it as `cli`.
 pub const CLI_AGENT: &str = concat!("aurora-bus-cli/", env!("CARGO_PKG_VERSION"));
 
-/// The most dead letters in one answer, and how many there are unless the request says otherwise.
+/// The maximum and default number of dead letters in one response.
 const MAX_LIST: usize = 1_000;
 const DEFAULT_LIST: usize = 100;
-/// The most that one request replays or discards, and how many it does unless it says otherwise.
+/// The maximum and default number of dead letters that one request replays or discards.
 const MAX_BULK: usize = 5_000;
 const DEFAULT_BULK: usize = 1_000;
-/// The most ids in one request.
+/// The maximum number of ids in one request.
 const MAX_IDS: usize = 500;
 
 #[derive(Debug, Serialize)]
-pub(crate) struct StreamsView {
-    dead_letters: Vec<LevelView>,
-}
-
-/// A stream of dead letters.
-#[derive(Debug, Serialize)]
-pub(crate) struct LevelView {
-    stream: String,
-    /// The streams whose dead letters it holds.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    of: Vec<String>,
-    length: u64,
-    max_len: u64,
-    first_id: Option<String>,
-    last_id: Option<String>,
-    /// In words, that it is filling up, if it is.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    alarm: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<String>,
+pub(crate) struct DeadLetterStreamsView {
+    dead_letters: Vec<FillLevelView>,
 }
 
 /// `?group=&reason=&since=&filter=&limit=&cursor=`
@@ -77,22 +57,22 @@ pub(crate) struct ListParams {
     cursor: Option<String>,
 }
 
-/// What to replay or discard. Unknown members are refused: a filter with a slip of the pen must not mean everything.
+/// The dead letters to replay or discard. A misspelled filter must not select all, so unknown properties are rejected.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct BulkBody {
     group: Option<String>,
     reason: Option<String>,
     since: Option<String>,
-    /// The tree itself.
+    /// The filter as JSON, not as text.
     filter: Option<serde_json::Value>,
     ids: Option<Vec<String>>,
-    /// Needed where nothing narrows the choice.
+    /// Required if no other property narrows the selection.
     all: bool,
     limit: Option<usize>,
     cursor: Option<String>,
     dry_run: bool,
-    /// Replay only.
+    /// Allowed for replays only, like `force`.
     to: Option<String>,
     force: Option<bool>,
 }
@@ -111,7 +91,7 @@ pub(crate) struct DiscardParams {
     dry_run: bool,
 }
 
-/// How to replay one.
+/// The options of a replay.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct ReplayBody {
@@ -121,21 +101,21 @@ struct ReplayBody {
 
 #[derive(Debug, Serialize)]
 struct ListView {
-    dead_letters: Vec<LetterView>,
-    /// What to pass as `cursor` to go on; absent at the end. A page may be short, or empty, before the end.
+    dead_letters: Vec<DeadLetterView>,
+    /// The `cursor` of the next request. Absent at the end. Earlier pages may be short or empty.
     next: Option<String>,
 }
 
-/// A dead letter. What the bus did not write has `foreign` and no members but its id and entry.
+/// A dead letter. One that the bus did not write has only `id`, `foreign` and `entry`.
 #[derive(Debug, Serialize)]
-pub(crate) struct LetterView {
-    /// Its id in the stream of dead letters.
+pub(crate) struct DeadLetterView {
+    /// The id in the stream of dead letters.
     id: String,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     foreign: bool,
     #[serde(flatten)]
     record: Option<RecordView>,
-    /// The entry as it was, with the id it had.
+    /// The original entry with its original id.
     entry: EventView,
 }
 
@@ -151,19 +131,19 @@ struct RecordView {
     last_failure: String,
 }
 
-/// What was done, or would be.
+/// The result of a bulk action, or of its dry run.
 #[derive(Debug, Serialize)]
-pub(crate) struct DoneView {
+pub(crate) struct BulkResultView {
     dry_run: bool,
     matched: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     replayed: Option<u64>,
-    /// Were in their stream already, by a replay that was broken off; they are not there twice.
+    /// Dead letters that an interrupted replay had appended already. They are not appended twice.
     #[serde(skip_serializing_if = "Option::is_none")]
     repeated: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     discarded: Option<u64>,
-    /// Were asked for by id, or found, and are not there any more.
+    /// Selected dead letters that no longer exist.
     gone: u64,
     refused: BTreeMap<&'static str, u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -173,17 +153,17 @@ pub(crate) struct DoneView {
     first_id: Option<String>,
     last_id: Option<String>,
     audited: bool,
-    /// What to pass as `cursor` to go on; absent when all is done.
+    /// The `cursor` of the next request. Absent at the end.
     next: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
 pub(crate) struct ReplayedView {
-    /// The stream that has it again.
+    /// The stream with the new entry.
     stream: String,
-    /// Its id there.
+    /// The id of the new entry.
     id: String,
-    /// Whether it was there already, by a replay that was broken off.
+    /// Whether an interrupted replay had appended the entry already.
     repeated: bool,
     audited: bool,
 }
@@ -194,43 +174,24 @@ pub(crate) struct DiscardedView {
     audited: bool,
 }
 
-/// `GET /api/v1/dead-letters`: the streams of dead letters, and how full they are.
-pub(crate) async fn streams(State(api): State<Api>, principal: Principal) -> Result<Json<StreamsView>, ApiError> {
-    if principal.is_bounded() {
+/// `GET /api/v1/dead-letters`: the streams of dead letters with their fill levels.
+pub(crate) async fn streams(
+    State(api): State<Api>,
+    principal: Principal,
+) -> Result<Json<DeadLetterStreamsView>, ApiError> {
+    if principal.is_restricted() {
         return Err(ApiError::from(&AuthError::AllEntries));
     }
     let mut views = Vec::new();
-    for (stream, of) in api.inner.dead_letters.streams() {
-        let mut view = level(&api, &stream).await;
+    for (stream, of) in api.services().dead_letters.streams() {
+        let mut view = FillLevelView::of_stream(&api, &stream).await;
         view.of = of.iter().map(ToString::to_string).collect();
         views.push(view);
     }
-    Ok(Json(StreamsView { dead_letters: views }))
+    Ok(Json(DeadLetterStreamsView { dead_letters: views }))
 }
 
-/// How full the dead letters of a declared stream are.
-pub(crate) async fn level_of(api: &Api, stream: &StreamName) -> Option<LevelView> {
-    let dead_letter = api.inner.dead_letters.stream_of(stream)?;
-    Some(level(api, &dead_letter).await)
-}
-
-async fn level(api: &Api, stream: &StreamName) -> LevelView {
-    let found = api.inner.dead_letters.fill_level(stream).await;
-    let error = found.as_ref().err().map(ToString::to_string);
-    let level = found.unwrap_or(FillLevel { length: 0, max_len: 0, first_id: None, last_id: None, alarm: None });
-    LevelView {
-        stream: stream.to_string(),
-        of: Vec::new(),
-        length: level.length,
-        max_len: level.max_len,
-        first_id: level.first_id.map(|id| id.to_string()),
-        last_id: level.last_id.map(|id| id.to_string()),
-        alarm: level.alarm,
-        error,
-    }
-}
-
-/// `GET /api/v1/dead-letters/{stream}`: those that match, oldest first.
+/// `GET /api/v1/dead-letters/{stream}`: the matching dead letters, oldest first.
 pub(crate) async fn list(
     State(api): State<Api>,
     Segment(name): Segment,
@@ -243,11 +204,15 @@ pub(crate) async fn list(
     let selection = selection(&api, &scope, group, reason, since, params.filter).await?;
     let cursor = cursor(params.cursor.as_deref())?;
     let limit = params.limit.unwrap_or(DEFAULT_LIST).clamp(1, MAX_LIST);
-    let _reading = api.inner.reads.acquire().await;
-    let page = api.inner.dead_letters.list(&scope, &selection, cursor, limit).await;
+    let _permit = api.limits().reads.acquire().await;
+    let page = api.services().dead_letters.list(&scope, &selection, cursor, limit).await;
     let page = page.map_err(|error| ApiError::from(&error))?;
     let next = page.next.map(|next| next.to_string());
-    large_response::json(&api, peer, &ListView { dead_letters: page.found.into_iter().map(letter).collect(), next })
+    large_response::json(
+        &api,
+        peer,
+        &ListView { dead_letters: page.found.into_iter().map(dead_letter_view).collect(), next },
+    )
 }
 
 /// `GET /api/v1/dead-letters/{stream}/{id}`
@@ -255,10 +220,11 @@ pub(crate) async fn show(
     State(api): State<Api>,
     Segments(name, id): Segments,
     principal: Principal,
-) -> Result<Json<LetterView>, ApiError> {
+) -> Result<Json<DeadLetterView>, ApiError> {
     let scope = scope(&api, &name, &principal)?;
-    let found = api.inner.dead_letters.get(&scope, entry_id(&id)?).await.map_err(|error| ApiError::from(&error))?;
-    found.map(|found| Json(letter(found))).ok_or_else(|| ApiError::no_such_dead_letter(&id))
+    let found =
+        api.services().dead_letters.get(&scope, entry_id(&id)?).await.map_err(|error| ApiError::from(&error))?;
+    found.map(|found| Json(dead_letter_view(found))).ok_or_else(|| ApiError::no_such_dead_letter(&id))
 }
 
 /// `POST /api/v1/dead-letters/{stream}/{id}/replay`
@@ -270,15 +236,20 @@ pub(crate) async fn replay_one(
     request: Request,
 ) -> Result<Json<ReplayedView>, ApiError> {
     let (head, body) = request.into_parts();
-    let body: ReplayBody = json(&api, &head, body).await?;
+    let body: ReplayBody = read_json_or_default(&api, &head, body).await?;
     let scope = scope(&api, &name, &principal)?;
-    let how = ReplayOptions { to: target(body.to.as_deref())?, force: body.force };
-    let place = entry_id(&id)?;
-    let found = api.inner.dead_letters.get(&scope, place).await.map_err(|error| ApiError::from(&error))?;
-    let stream = found.and_then(|found| found.dead_letter).map(|letter| letter.stream.to_string());
+    let options = ReplayOptions { to: target(body.to.as_deref())?, force: body.force };
+    let dead_letter_id = entry_id(&id)?;
+    let found =
+        api.services().dead_letters.get(&scope, dead_letter_id).await.map_err(|error| ApiError::from(&error))?;
+    let stream = found.and_then(|found| found.dead_letter).map(|dead_letter| dead_letter.stream.to_string());
     let actor = actor(&principal, peer, &head.headers);
-    let done =
-        api.inner.dead_letters.replay(&scope, &one(place), &how, &actor).await.map_err(|failure| failed(&failure))?;
+    let done = api
+        .services()
+        .dead_letters
+        .replay(&scope, &only(dead_letter_id), &options, &actor)
+        .await
+        .map_err(|failure| failed(&failure))?;
     if let (Some((code, _)), Some(refusal)) = (done.refused.first_key_value(), &done.refusal) {
         return Err(ApiError::not_replayable(code, refusal));
     }
@@ -302,9 +273,9 @@ pub(crate) async fn discard_one(
     let scope = scope(&api, &name, &principal)?;
     let actor = actor(&principal, peer, &headers);
     let done = api
-        .inner
+        .services()
         .dead_letters
-        .discard(&scope, &one(entry_id(&id)?), &actor)
+        .discard(&scope, &only(entry_id(&id)?), &actor)
         .await
         .map_err(|failure| failed(&failure))?;
     if done.done == 0 {
@@ -313,45 +284,46 @@ pub(crate) async fn discard_one(
     Ok(Json(DiscardedView { discarded: done.done, audited: done.is_audited }))
 }
 
-/// `POST /api/v1/dead-letters/{stream}/replay`: those that match, a bounded number of them.
+/// `POST /api/v1/dead-letters/{stream}/replay`: replays the matching dead letters, up to `limit`.
 pub(crate) async fn replay(
     State(api): State<Api>,
     Segment(name): Segment,
     principal: Principal,
     peer: Peer,
     request: Request,
-) -> Result<Json<DoneView>, ApiError> {
+) -> Result<Json<BulkResultView>, ApiError> {
     let (head, body) = request.into_parts();
-    let body: BulkBody = json(&api, &head, body).await?;
+    let body: BulkBody = read_json_or_default(&api, &head, body).await?;
     let scope = scope(&api, &name, &principal)?;
-    let how = ReplayOptions { to: target(body.to.as_deref())?, force: body.force.unwrap_or(false) };
+    let options = ReplayOptions { to: target(body.to.as_deref())?, force: body.force.unwrap_or(false) };
     let bulk = bulk(&api, &scope, body).await?;
-    let _reading = api.inner.reads.acquire().await;
-    let done = api.inner.dead_letters.replay(&scope, &bulk, &how, &actor(&principal, peer, &head.headers)).await;
+    let _permit = api.limits().reads.acquire().await;
+    let done =
+        api.services().dead_letters.replay(&scope, &bulk, &options, &actor(&principal, peer, &head.headers)).await;
     let done = done.map_err(|failure| failed(&failure))?;
     let (replayed, repeated) = (Some(done.done), Some(done.repeated));
-    Ok(Json(DoneView { replayed, repeated, ..view(done, bulk.is_dry_run) }))
+    Ok(Json(BulkResultView { replayed, repeated, ..bulk_result_view(done, bulk.is_dry_run) }))
 }
 
-/// `POST /api/v1/dead-letters/{stream}/discard`: those that match, a bounded number of them.
+/// `POST /api/v1/dead-letters/{stream}/discard`: discards the matching dead letters, up to `limit`.
 pub(crate) async fn discard(
     State(api): State<Api>,
     Segment(name): Segment,
     principal: Principal,
     peer: Peer,
     request: Request,
-) -> Result<Json<DoneView>, ApiError> {
+) -> Result<Json<BulkResultView>, ApiError> {
     let (head, body) = request.into_parts();
-    let body: BulkBody = json(&api, &head, body).await?;
-    for (member, is_there) in [("to", body.to.is_some()), ("force", body.force.is_some())] {
-        if is_there {
-            return Err(ApiError::bad_parameter(member, "is for replays; what is discarded goes nowhere"));
+    let body: BulkBody = read_json_or_default(&api, &head, body).await?;
+    for (property, is_present) in [("to", body.to.is_some()), ("force", body.force.is_some())] {
+        if is_present {
+            return Err(ApiError::bad_parameter(property, "is allowed for replays only"));
         }
     }
     discard_bulk(&api, &name, body, &principal, &actor(&principal, peer, &head.headers)).await
 }
 
-/// `DELETE /api/v1/dead-letters/{stream}`: the same, by a query.
+/// `DELETE /api/v1/dead-letters/{stream}`: discards like `discard`, with parameters in the query.
 pub(crate) async fn discard_matching(
     State(api): State<Api>,
     Segment(name): Segment,
@@ -359,10 +331,10 @@ pub(crate) async fn discard_matching(
     principal: Principal,
     peer: Peer,
     headers: HeaderMap,
-) -> Result<Json<DoneView>, ApiError> {
+) -> Result<Json<BulkResultView>, ApiError> {
     let DiscardParams { group, reason, since, filter, all, limit, cursor, dry_run } = params;
     let filter = filter.map(|text| serde_json::from_str(&text)).transpose();
-    let filter = filter.map_err(|error| ApiError::bad_parameter("filter", format!("`filter` is no JSON: {error}")))?;
+    let filter = filter.map_err(|error| ApiError::bad_parameter("filter", format!("`filter` is not JSON: {error}")))?;
     let body = BulkBody { group, reason, since, filter, all, limit, cursor, dry_run, ..BulkBody::default() };
     discard_bulk(&api, &name, body, &principal, &actor(&principal, peer, &headers)).await
 }
@@ -373,17 +345,17 @@ async fn discard_bulk(
     body: BulkBody,
     principal: &Principal,
     actor: &str,
-) -> Result<Json<DoneView>, ApiError> {
+) -> Result<Json<BulkResultView>, ApiError> {
     let scope = scope(api, name, principal)?;
     let bulk = bulk(api, &scope, body).await?;
-    let _reading = api.inner.reads.acquire().await;
-    let done = api.inner.dead_letters.discard(&scope, &bulk, actor).await.map_err(|failure| failed(&failure))?;
+    let _permit = api.limits().reads.acquire().await;
+    let done = api.services().dead_letters.discard(&scope, &bulk, actor).await.map_err(|failure| failed(&failure))?;
     let discarded = Some(done.done);
-    Ok(Json(DoneView { discarded, ..view(done, bulk.is_dry_run) }))
+    Ok(Json(BulkResultView { discarded, ..bulk_result_view(done, bulk.is_dry_run) }))
 }
 
-fn view(done: BulkResult, dry_run: bool) -> DoneView {
-    DoneView {
+fn bulk_result_view(done: BulkResult, dry_run: bool) -> BulkResultView {
+    BulkResultView {
         dry_run,
         matched: done.matched,
         replayed: None,
@@ -401,11 +373,11 @@ fn view(done: BulkResult, dry_run: bool) -> DoneView {
     }
 }
 
-fn letter(found: DeadLetterEntry) -> LetterView {
+fn dead_letter_view(found: DeadLetterEntry) -> DeadLetterView {
     let DeadLetterEntry { entry, dead_letter } = found;
     let id = entry.id.to_string();
     let Some(letter) = dead_letter else {
-        return LetterView { id, foreign: true, record: None, entry: event(&entry) };
+        return DeadLetterView { id, foreign: true, record: None, entry: EventView::from(&entry) };
     };
     let record = RecordView {
         stream: letter.stream.to_string(),
@@ -417,11 +389,11 @@ fn letter(found: DeadLetterEntry) -> LetterView {
         first_failure: format!("{:.3}", letter.first_failure),
         last_failure: format!("{:.3}", letter.last_failure),
     };
-    let entry = event(&Entry { id: letter.id, fields: letter.fields });
-    LetterView { id, foreign: false, record: Some(record), entry }
+    let entry = EventView::from(&Entry { id: letter.id, fields: letter.fields });
+    DeadLetterView { id, foreign: false, record: Some(record), entry }
 }
 
-fn one(id: EntryId) -> BulkRequest {
+fn only(id: EntryId) -> BulkRequest {
     BulkRequest {
         selection: Selection { ids: Some(vec![id]), ..Selection::default() },
         limit: 1,
@@ -430,9 +402,9 @@ fn one(id: EntryId) -> BulkRequest {
 }
 
 fn scope(api: &Api, name: &str, principal: &Principal) -> Result<DeadLetterScope, ApiError> {
-    let known = || api.inner.bus.catalog().names();
-    let scope = api.inner.dead_letters.scope(name).ok_or_else(|| ApiError::no_such_stream(name, known()))?;
-    Ok(DeadLetterScope { visible: principal.sight().clone(), ..scope })
+    let known = || api.services().bus.catalog().names();
+    let scope = api.services().dead_letters.scope(name).ok_or_else(|| ApiError::no_such_stream(name, known()))?;
+    Ok(DeadLetterScope { visible: principal.filter().clone(), ..scope })
 }
 
 async fn bulk(api: &Api, scope: &DeadLetterScope, body: BulkBody) -> Result<BulkRequest, ApiError> {
@@ -443,7 +415,7 @@ async fn bulk(api: &Api, scope: &DeadLetterScope, body: BulkBody) -> Result<Bulk
         if ids.len() > MAX_IDS {
             return Err(ApiError::bad_parameter(
                 "ids",
-                format!("must not be more than {MAX_IDS}: send several requests"),
+                format!("must be at most {MAX_IDS} ids; send several requests"),
             ));
         }
         let mut ids: Vec<EntryId> = ids.iter().map(|id| entry_id(id)).collect::<Result<_, _>>()?;
@@ -452,8 +424,7 @@ async fn bulk(api: &Api, scope: &DeadLetterScope, body: BulkBody) -> Result<Bulk
         selection.ids = Some(ids);
     }
     if selection.is_everything() && !body.all && !body.dry_run {
-        let detail =
-            format!("is needed where no ids, group, reason (one of them may be {FOREIGN}), since or filter narrow it");
+        let detail = format!("is required without ids, group, reason (such as {FOREIGN}), since or filter");
         return Err(ApiError::bad_parameter("all", detail));
     }
     let limit = body.limit.unwrap_or(DEFAULT_BULK).clamp(1, MAX_BULK);
@@ -475,7 +446,7 @@ async fn selection(
         None => EntryId::MIN,
     };
     Ok(Selection {
-        group: group.map_err(|error| ApiError::bad_parameter("group", format!("is no group name: {error}")))?,
+        group: group.map_err(|error| ApiError::bad_parameter("group", format!("is not a group name: {error}")))?,
         reason: reason.map_err(|error: String| ApiError::bad_parameter("reason", error))?,
         after,
         filter: filter.map(requested_filter).transpose()?,
@@ -485,11 +456,11 @@ async fn selection(
 
 fn requested_filter(text: String) -> Result<RequestedFilter, ApiError> {
     let filter = Filter::parse(&text)
-        .map_err(|error| ApiError::bad_parameter("filter", format!("`filter` is refused: {error}")))?;
+        .map_err(|error| ApiError::bad_parameter("filter", format!("`filter` is not valid: {error}")))?;
     Ok(RequestedFilter { text, filter })
 }
 
-/// After which dead letter to begin.
+/// Returns the id after which the selection begins.
 async fn after(api: &Api, scope: &DeadLetterScope, since: &str) -> Result<EntryId, ApiError> {
     let bad = |detail: String| ApiError::bad_parameter("since", detail);
     let at = |ms: u64| EntryId::new(ms, 0).previous();
@@ -499,11 +470,11 @@ async fn after(api: &Api, scope: &DeadLetterScope, since: &str) -> Result<EntryI
         Since::Time(time) => Ok(at(u64::try_from(time.as_millisecond()).unwrap_or(0))),
         Since::Positions(positions) => {
             let [position] = positions.as_slice() else {
-                return Err(bad("must be one position: this is one stream".to_owned()));
+                return Err(bad("must be one position, because this is one stream".to_owned()));
             };
-            let epoch = api.inner.store.epoch(&scope.dead_letter).await;
+            let epoch = api.services().store.epoch(&scope.dead_letter).await;
             if epoch.map_err(|error: StoreError| ApiError::from(&error))? != position.epoch {
-                return Err(bad("is a position of an earlier life of the stream".to_owned()));
+                return Err(bad("is a position of an earlier epoch of the stream".to_owned()));
             }
             Ok(position.id)
         }
@@ -524,31 +495,22 @@ fn entry_id(text: &str) -> Result<EntryId, ApiError> {
     text.parse().map_err(|error: crate::event::InvalidEntryId| ApiError::bad_parameter("id", error.to_string()))
 }
 
-/// The body as JSON; the default where there is none.
-async fn json<T: Default + serde::de::DeserializeOwned>(api: &Api, head: &Parts, body: Body) -> Result<T, ApiError> {
-    let body = read(api, head, body).await?;
-    if body.iter().all(u8::is_ascii_whitespace) {
-        return Ok(T::default());
-    }
-    serde_json::from_slice(&body).map_err(|error| ApiError::bad_parameter("body", error.to_string()))
-}
-
 fn failed(failure: &SharedStoreError) -> ApiError {
     ApiError::from(&**failure)
 }
 
-/// Who asks: through what, and by which credentials; where none are asked for, from how near.
+/// Returns the actor for the audit trail: the program, and the principal or the kind of network.
 fn actor(principal: &Principal, peer: Peer, headers: &HeaderMap) -> String {
     let agent = headers.get(USER_AGENT).and_then(|agent| agent.to_str().ok()).unwrap_or_default();
-    let through = if agent.starts_with("aurora-bus-cli/") { "cli" } else { "http" };
+    let program = if agent.starts_with("aurora-bus-cli/") { "cli" } else { "http" };
     if let Some(id) = principal.id() {
-        return format!("{through}:{id}");
+        return format!("{program}:{id}");
     }
-    let near = match peer.0.ip().to_canonical() {
+    let network = match peer.0.ip().to_canonical() {
         address if address.is_loopback() => "loopback",
         IpAddr::V4(v4) if v4.is_private() || v4.is_link_local() => "private",
         IpAddr::V6(v6) if v6.is_unique_local() || v6.is_unicast_link_local() => "private",
         _ => "public",
     };
-    format!("{through}:{near}")
+    format!("{program}:{network}")
 }

@@ -1,4 +1,4 @@
-//! Alerts as the body of an answer that does not end: Server-Sent Events for `EventSource`, lines of JSON for `curl -N`.
+//! The feed handler: a channel as an endless response. Server-Sent Events for `EventSource`, JSON lines for `curl -N`.
 
 use std::convert::Infallible;
 
@@ -9,18 +9,19 @@ use axum::http::{HeaderMap, HeaderValue};
 use axum::response::Response;
 use futures_util::stream;
 
-use crate::http::extract::Segment;
-use crate::http::handlers::websocket::admission;
-use crate::http::middleware::origin::is_allowed;
-use crate::http::{Api, ApiError, Peer};
+use crate::http::admission::admit;
+use crate::http::api::Api;
+use crate::http::extract::{Peer, Segment};
+use crate::http::problem::ApiError;
 use crate::relay::{BadParameter, ConnectError, FeedEncoding, SubscribeParams};
 
-/// What `EventSource` sends when it connects again: the last `id` it has seen.
+/// The header that `EventSource` sends when it reconnects: the last `id` that it has seen.
 const LAST_EVENT_ID: &str = "last-event-id";
 
-/// `GET /api/v1/feeds/{channel}`: Server-Sent Events where `Accept` asks for `text/event-stream`, lines of JSON otherwise.
+/// `GET /api/v1/feeds/{channel}`: Server-Sent Events if `Accept` has `text/event-stream`, otherwise JSON lines.
 ///
-/// Takes the same parameters as the WebSocket. `Last-Event-ID` comes before `since`: it is what the client has seen.
+/// Takes the parameters of the WebSocket. `Last-Event-ID` takes precedence over `since`, because the client has seen
+/// that event.
 pub(crate) async fn open(
     State(api): State<Api>,
     Segment(channel): Segment,
@@ -28,31 +29,25 @@ pub(crate) async fn open(
     peer: Peer,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    if api.is_draining() {
-        return Err(ApiError::from(&ConnectError::Draining));
-    }
-    if !is_allowed(&headers, &api.inner.config.origins) {
-        return Err(ApiError::from(&ConnectError::Origin));
-    }
-    let form = form(&headers);
-    let admission = admission(&api, &channel, query.as_deref(), &headers).await;
-    let admission = admission.map_err(|refused| ApiError::from(&refused))?;
+    let encoding = encoding(&headers);
+    let admitted = admit(&api, &channel, query.as_deref(), &headers).await;
+    let (_, admission) = admitted.map_err(|error| ApiError::from(&error))?;
     let params = params(query.as_deref(), &headers).map_err(|bad| ApiError::from(&ConnectError::BadParameter(bad)))?;
-    let feed = api.inner.relay.feed(&channel, params, form, peer.0.ip(), admission);
-    let feed = feed.map_err(|refused| ApiError::from(&refused))?;
+    let feed = api.services().relay.feed(&channel, params, encoding, peer.0.ip(), admission);
+    let feed = feed.map_err(|error| ApiError::from(&error))?;
     let pieces = stream::unfold(feed, |mut feed| async {
         let piece = feed.next().await?;
         Some((Ok::<_, Infallible>(piece), feed))
     });
     let mut response = Response::new(Body::from_stream(pieces));
-    let content_type = match form {
+    let content_type = match encoding {
         FeedEncoding::EventStream => "text/event-stream",
         FeedEncoding::Lines => "application/x-ndjson",
     };
-    let answered = response.headers_mut();
-    answered.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
-    answered.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    answered.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     Ok(response)
 }
 
@@ -66,7 +61,7 @@ fn params(query: Option<&str>, headers: &HeaderMap) -> Result<SubscribeParams, B
     Ok(params)
 }
 
-fn form(headers: &HeaderMap) -> FeedEncoding {
+fn encoding(headers: &HeaderMap) -> FeedEncoding {
     let accepted = headers.get_all(ACCEPT).into_iter().filter_map(|value| value.to_str().ok());
     let is_event_stream = |kind: &str| kind.trim().to_ascii_lowercase().starts_with("text/event-stream");
     let wants_events = accepted.flat_map(|value| value.split(',')).any(is_event_stream);

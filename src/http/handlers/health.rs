@@ -1,4 +1,4 @@
-//! Liveness, readiness, metrics, and what there is.
+//! Handlers for liveness, readiness, metrics, and the list of routes.
 
 use axum::Json;
 use axum::extract::State;
@@ -7,48 +7,48 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
 use serde::Serialize;
 
-use crate::http::Api;
+use crate::http::api::Api;
 
 #[derive(Debug, Serialize)]
-struct Health {
+struct HealthView {
     status: &'static str,
     version: &'static str,
 }
 
 #[derive(Debug, Serialize)]
-struct Report {
+struct ReadyView {
     ready: bool,
-    /// `ok`, `degraded` where a part has a note, or `unavailable`.
+    /// `ok`, `degraded` if a part has a note, or `unavailable`.
     status: &'static str,
-    parts: Vec<Part>,
+    parts: Vec<PartView>,
 }
 
 #[derive(Debug, Serialize)]
-struct Part {
+struct PartView {
     name: String,
     ready: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
-    /// What an operator should see to although the part can work.
+    /// A problem that an operator should fix although the part works.
     #[serde(skip_serializing_if = "Option::is_none")]
     note: Option<String>,
 }
 
-/// `GET /health`: the process answers. Nothing else is asked, so that a lost store never restarts the daemon.
+/// `GET /health`: checks only that the process responds, so that a lost store never restarts the daemon.
 pub(crate) async fn health() -> impl IntoResponse {
-    Json(Health { status: "ok", version: env!("CARGO_PKG_VERSION") })
+    Json(HealthView { status: "ok", version: env!("CARGO_PKG_VERSION") })
 }
 
-/// `GET /ready`: every part with its reason; 503 until all can do their work.
+/// `GET /ready`: every part with its reason. Returns 503 until all parts work.
 pub(crate) async fn ready(State(api): State<Api>) -> impl IntoResponse {
-    let report = api.inner.readiness.report();
-    let mut parts: Vec<Part> = report
+    let report = api.services().readiness.report();
+    let mut parts: Vec<PartView> = report
         .into_iter()
-        .map(|part| Part { name: part.name, ready: part.reason.is_none(), reason: part.reason, note: part.note })
+        .map(|part| PartView { name: part.name, ready: part.reason.is_none(), reason: part.reason, note: part.note })
         .collect();
     if api.is_draining() {
         let reason = Some("shutting down".to_owned());
-        parts.insert(0, Part { name: "daemon".to_owned(), ready: false, reason, note: None });
+        parts.insert(0, PartView { name: "daemon".to_owned(), ready: false, reason, note: None });
     }
     let ready = parts.iter().all(|part| part.ready);
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
@@ -58,15 +58,15 @@ pub(crate) async fn ready(State(api): State<Api>) -> impl IntoResponse {
         (true, true) => "degraded",
         (true, false) => "ok",
     };
-    (status, Json(Report { ready, status: word, parts }))
+    (status, Json(ReadyView { ready, status: word, parts }))
 }
 
-/// `GET /metrics`: Prometheus' text format.
+/// `GET /metrics`: the metrics in the Prometheus text format.
 pub(crate) async fn metrics(State(api): State<Api>) -> impl IntoResponse {
-    ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], api.inner.metrics.render())
+    ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], api.metrics().render())
 }
 
-/// `GET /`: what there is, for whoever looks with curl.
+/// `GET /`: a list of routes for people with curl.
 pub(crate) async fn index() -> impl IntoResponse {
     concat!(
         "aurora-bus ",
@@ -75,11 +75,11 @@ pub(crate) async fn index() -> impl IntoResponse {
         "POST /api/v1/streams/{stream}/events  publish: a JSON object, an array, or NDJSON\n",
         "GET  /api/v1/streams/{stream}/events  read: from, to, limit, order, wait_ms\n",
         "GET  /api/v1/streams[/{stream}]       length, groups, lag, pending\n",
-        "GET  /api/v1/dead-letters[/{stream}]  what could not be handled; replay, discard\n",
+        "GET  /api/v1/dead-letters[/{stream}]  entries that failed: list, replay, discard\n",
         "POST /api/v1/alerts                   publish an alert to its stream\n",
         "GET  /api/v1/ws/alerts                WebSocket: one alert per message\n",
         "GET  /api/v1/ws/agent-thoughts        WebSocket: the audit stream\n",
-        "GET  /client/                         alerts in a browser, and the module for pages of yours\n",
-        "GET  /health /ready /metrics          for machines\n",
+        "GET  /client/                         alerts in a browser, and the module for your pages\n",
+        "GET  /health /ready /metrics          for probes and Prometheus\n",
     )
 }

@@ -1,19 +1,20 @@
-//! Tickets over HTTP: what a page opens a WebSocket with, instead of a token in its URL.
+//! The ticket handler: a page opens a WebSocket with a ticket, because a token in a URL would be logged.
 
 use axum::Json;
 use axum::extract::{Request, State};
 use serde::{Deserialize, Serialize};
 
 use crate::auth::{PageOrigin, Principal, TICKET_LIFETIME};
-use crate::http::handlers::publish::read;
+use crate::http::api::Api;
+use crate::http::body::read_json_or_default;
 use crate::http::middleware::credentials::page_origin;
 use crate::http::middleware::origin::is_own;
-use crate::http::{Api, ApiError};
+use crate::http::problem::ApiError;
 
-/// Which page the ticket is for, where it is not that page that asks.
+/// The page that the ticket is for, if a program requests it.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-struct Body {
+struct TicketBody {
     origin: Option<String>,
 }
 
@@ -24,30 +25,25 @@ pub(crate) struct TicketView {
 }
 
 /// `POST /api/v1/ws/ticket`
-pub(crate) async fn give(
+pub(crate) async fn issue(
     State(api): State<Api>,
     principal: Principal,
     request: Request,
 ) -> Result<Json<TicketView>, ApiError> {
     let (head, body) = request.into_parts();
-    let body = read(&api, &head, body).await?;
-    let body: Body = if body.iter().all(u8::is_ascii_whitespace) {
-        Body::default()
-    } else {
-        serde_json::from_slice(&body).map_err(|error| ApiError::bad_parameter("body", error.to_string()))?
-    };
-    let asked_for = body.origin.map(|origin| origin.to_ascii_lowercase());
-    let asks = page_origin(&head.headers);
-    let page = match asked_for {
-        Some(origin) if asks.origin.is_none() => {
+    let body: TicketBody = read_json_or_default(&api, &head, body).await?;
+    let requested = body.origin.map(|origin| origin.to_ascii_lowercase());
+    let sender = page_origin(&head.headers);
+    let page = match requested {
+        Some(origin) if sender.origin.is_none() => {
             let may_be_own = is_own(&head.headers, &origin);
             PageOrigin { origin: Some(origin), may_be_own }
         }
-        Some(origin) if asks.origin != Some(origin.clone()) => {
-            return Err(ApiError::bad_parameter("origin", "a page can have a ticket for itself only"));
+        Some(origin) if sender.origin != Some(origin.clone()) => {
+            return Err(ApiError::bad_parameter("origin", "must be the origin of the page that sends the request"));
         }
-        _ => asks,
+        _ => sender,
     };
-    let ticket = api.inner.access.ticket(&principal, page).ok_or_else(ApiError::too_many_tickets)?;
+    let ticket = api.services().authenticator.issue_ticket(&principal, page).ok_or_else(ApiError::too_many_tickets)?;
     Ok(Json(TicketView { ticket, expires_in: TICKET_LIFETIME.as_secs() }))
 }

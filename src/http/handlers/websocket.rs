@@ -1,4 +1,4 @@
-//! The WebSocket handshake, by hand: sessions write to the bare socket, which axum's own upgrade would hide.
+//! The WebSocket handshake. Sessions need the bare socket, which the upgrade of axum hides.
 
 use std::io::Cursor;
 use std::sync::Arc;
@@ -16,18 +16,18 @@ use hyper_util::rt::TokioIo;
 use tokio::io::AsyncReadExt as _;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
-use crate::auth::{AuthError, Principal};
-use crate::http::extract::Segment;
-use crate::http::handlers::ws_commands::Agents;
-use crate::http::middleware::credentials::PresentedCredentials;
-use crate::http::middleware::origin::is_allowed;
-use crate::http::server::maybe_tls::Socket;
-use crate::http::{Api, ApiError, Peer};
+use crate::http::admission::admit;
+use crate::http::api::Api;
+use crate::http::extract::{Peer, Segment};
+use crate::http::handlers::ws_commands::WorkerCommandsFactory;
+use crate::http::problem::ApiError;
+use crate::http::server::maybe_tls::MaybeTlsStream;
 use crate::relay::{Admission, CommandHandlerFactory, ConnectError, PROTOCOL, Session, SubscribeParams};
 
 /// `GET /api/v1/ws/{channel}`
 ///
-/// Programs are refused with a status. A browser's page can't see that, so it is let in and told by a close code.
+/// A refused program gets an HTTP status. A page cannot read that, so its connection is accepted and closed with a
+/// close code.
 pub(crate) async fn connect(
     State(api): State<Api>,
     Segment(channel): Segment,
@@ -40,36 +40,36 @@ pub(crate) async fn connect(
         Err(error) => return error.into_response(),
     };
     let is_browser = request.headers().contains_key(ORIGIN);
-    let (protocol, confirmed) = offered(request.headers(), query.as_deref());
-    let admitted = admit(&api, &channel, query.as_deref(), protocol, peer, request.headers()).await;
-    let session = match admitted {
+    let (protocol, confirmed) = requested_protocol(request.headers(), query.as_deref());
+    let opened = open_session(&api, &channel, query.as_deref(), protocol, peer, request.headers()).await;
+    let session = match opened {
         Ok(session) => Ok(session),
         Err(refused) if is_browser => Err(refused),
         Err(refused) => return ApiError::from(&refused).into_response(),
     };
     let Some(upgrade) = request.extensions_mut().remove::<OnUpgrade>() else {
-        return ApiError::bad_handshake("the connection can't be upgraded").into_response();
+        return ApiError::bad_handshake("the connection cannot be upgraded").into_response();
     };
-    let sessions = api.inner.sessions.clone();
+    let sessions = api.sessions().clone();
     sessions.clone().spawn(async move {
         let socket = match upgrade.await.map(into_socket) {
             Ok(Some(socket)) => socket,
-            Ok(None) => return tracing::error!("an upgraded connection is of another kind"),
-            Err(error) => return tracing::debug!(error = %error, "the upgrade did not come about"),
+            Ok(None) => return tracing::error!("upgraded connection has an unexpected type"),
+            Err(error) => return tracing::debug!(error = %error, "WebSocket upgrade failed"),
         };
         match (session, socket) {
-            // A task of its own, which has no room for what came before.
+            // A new task: the future of this one has room for the handshake too, and would keep it.
             (Ok(session), (socket, sent_early)) if sent_early.is_empty() => {
                 sessions.spawn(session.run(socket));
             }
-            (session, socket) => converse(api, session, socket).await,
+            (session, socket) => run_with_early_bytes(api, session, socket).await,
         }
     });
     switching_protocols(&accept, confirmed)
 }
 
-/// Serves a client that was refused, or has sent something before it was answered.
-async fn converse(api: Api, session: Result<Session, ConnectError>, socket: (Socket, Bytes)) {
+/// Serves a client that was refused, or that sent bytes before the response to its handshake.
+async fn run_with_early_bytes(api: Api, session: Result<Session, ConnectError>, socket: (MaybeTlsStream, Bytes)) {
     let (socket, sent_early) = socket;
     let (read, write) = tokio::io::split(socket);
     let socket = tokio::io::join(Cursor::new(sent_early).chain(read), write);
@@ -77,129 +77,93 @@ async fn converse(api: Api, session: Result<Session, ConnectError>, socket: (Soc
         Ok(session) => {
             session.run(socket).await;
         }
-        Err(refused) => api.inner.relay.refuse(socket, &refused).await,
+        Err(refused) => api.services().relay.refuse(socket, &refused).await,
     }
 }
 
-/// What a client speaks.
+/// The protocol that a client requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Protocol {
-    /// It only listens.
+enum RequestedProtocol {
+    /// Plain mode.
     Plain,
-    /// [`PROTOCOL`], asked for as a subprotocol or in the query.
+    /// Rich mode: [`PROTOCOL`] as a subprotocol, or `v=1` in the query.
     Rich,
-    /// Versions of it that are not spoken here, of which this is one.
+    /// Only unsupported versions of rich mode.
     Unknown,
 }
 
-/// What the client offers to speak, and the subprotocol to confirm. Browsers can name subprotocols, but no headers; others
-/// may only have the query.
+/// Returns the requested protocol, and the subprotocol to confirm.
 ///
-/// A version that is not spoken here is confirmed too: a browser breaks off where nothing that it offered is, and its page
-/// would never see the close code. A token is no version, and never sent back.
-fn offered(headers: &HeaderMap, query: Option<&str>) -> (Protocol, Option<HeaderValue>) {
+/// Browsers can set subprotocols but no other headers. Other clients may only be able to set the query. An unsupported
+/// version is confirmed too: without a confirmation a browser drops the connection, and the page gets no close code. A
+/// token among the subprotocols is never sent back.
+fn requested_protocol(headers: &HeaderMap, query: Option<&str>) -> (RequestedProtocol, Option<HeaderValue>) {
     let values = headers.get_all(SEC_WEBSOCKET_PROTOCOL).into_iter().filter_map(|value| value.to_str().ok());
     let names = values.flat_map(|value| value.split(',')).map(str::trim);
     let versions: Vec<&str> = names.filter(|name| name.starts_with("aurora.")).collect();
     if versions.contains(&PROTOCOL) {
-        return (Protocol::Rich, Some(HeaderValue::from_static(PROTOCOL)));
+        return (RequestedProtocol::Rich, Some(HeaderValue::from_static(PROTOCOL)));
     }
     if let Some(version) = versions.first() {
-        return (Protocol::Unknown, HeaderValue::from_str(version).ok());
+        return (RequestedProtocol::Unknown, HeaderValue::from_str(version).ok());
     }
     let pairs = url::form_urlencoded::parse(query.unwrap_or_default().as_bytes());
     let versions: Vec<_> = pairs.filter(|(name, _)| name == "v").map(|(_, version)| version).collect();
     if versions.is_empty() {
-        (Protocol::Plain, None)
+        (RequestedProtocol::Plain, None)
     } else if versions.iter().all(|version| version == "1") {
-        (Protocol::Rich, None)
+        (RequestedProtocol::Rich, None)
     } else {
-        (Protocol::Unknown, None)
+        (RequestedProtocol::Unknown, None)
     }
 }
 
-async fn admit(
+async fn open_session(
     api: &Api,
     channel: &str,
     query: Option<&str>,
-    protocol: Protocol,
+    protocol: RequestedProtocol,
     peer: Peer,
     headers: &HeaderMap,
 ) -> Result<Session, ConnectError> {
-    if api.is_draining() {
-        return Err(ConnectError::Draining);
-    }
-    if !is_allowed(headers, &api.inner.config.origins) {
-        return Err(ConnectError::Origin);
-    }
-    let (principal, admission) = principal_and_admission(api, channel, query, headers).await?;
+    let (principal, admission) = admit(api, channel, query, headers).await?;
     match protocol {
-        Protocol::Rich => {
+        RequestedProtocol::Rich => {
             let key = key_of(query.unwrap_or_default());
-            let commands: Option<Arc<dyn CommandHandlerFactory>> = Some(Arc::new(Agents::new(api.clone(), principal)));
+            let commands: Option<Arc<dyn CommandHandlerFactory>> =
+                Some(Arc::new(WorkerCommandsFactory::new(api.clone(), principal)));
             let admission = Admission { commands, ..admission };
-            api.inner.relay.connect_rich(channel, key.as_deref(), peer.0.ip(), admission)
+            api.services().relay.connect_rich(channel, key.as_deref(), peer.0.ip(), admission)
         }
-        Protocol::Unknown => Err(ConnectError::Version),
-        Protocol::Plain => {
+        RequestedProtocol::Unknown => Err(ConnectError::Version),
+        RequestedProtocol::Plain => {
             let params = SubscribeParams::parse(query.unwrap_or_default())?;
-            api.inner.relay.connect(channel, params, peer.0.ip(), admission)
+            api.services().relay.connect(channel, params, peer.0.ip(), admission)
         }
     }
 }
 
-/// The key that the query names.
+/// Returns the family key in the query.
 fn key_of(query: &str) -> Option<String> {
     let mut pairs = url::form_urlencoded::parse(query.as_bytes());
     pairs.find(|(name, _)| name == "key").map(|(_, key)| key.into_owned())
 }
 
-/// On what terms whoever asks may watch a channel.
-pub(crate) async fn admission(
-    api: &Api,
-    channel: &str,
-    query: Option<&str>,
-    headers: &HeaderMap,
-) -> Result<Admission, ConnectError> {
-    principal_and_admission(api, channel, query, headers).await.map(|(_, admission)| admission)
-}
-
-async fn principal_and_admission(
-    api: &Api,
-    channel: &str,
-    query: Option<&str>,
-    headers: &HeaderMap,
-) -> Result<(Principal, Admission), ConnectError> {
-    let access = &api.inner.access;
-    let principal = access.principal(PresentedCredentials { headers, query, origins: &api.inner.config.origins }).await;
-    let admitted = principal.and_then(|principal| {
-        let admission = access.admission(&principal, channel)?;
-        Ok((principal, admission))
-    });
-    admitted.map_err(|denied| {
-        crate::http::routes::refuse(api, &denied);
-        let text = denied.to_string();
-        match denied {
-            AuthError::Scope(_) | AuthError::AllEntries | AuthError::OtherTenant(_) => ConnectError::Forbidden(text),
-            AuthError::Unavailable => ConnectError::Unavailable(text),
-            _ => ConnectError::Unauthenticated(text),
-        }
-    })
-}
-
-/// What the client must be answered to its key, if it asks for a WebSocket properly.
+/// Returns the value of `Sec-WebSocket-Accept`. Fails if the request is not a WebSocket handshake.
 fn check_handshake(method: &Method, headers: &HeaderMap) -> Result<String, ApiError> {
     let has = |name: HeaderName, word: &str| {
         let values = headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok());
         values.flat_map(|value| value.split(',')).any(|value| value.trim().eq_ignore_ascii_case(word))
     };
     if method != Method::GET || !has(CONNECTION, "upgrade") || !has(UPGRADE, "websocket") {
-        return Err(ApiError::bad_handshake("this path is a WebSocket: connect with ws://"));
+        return Err(ApiError::bad_handshake("this path needs a WebSocket handshake; connect with ws:// or wss://"));
     }
     if !has(SEC_WEBSOCKET_VERSION, "13") {
         return Err(ApiError::bad_handshake("Sec-WebSocket-Version must be 13"));
     }
-    let key = headers.get(SEC_WEBSOCKET_KEY).ok_or_else(|| ApiError::bad_handshake("Sec-WebSocket-Key is missing"))?;
+    let key = headers
+        .get(SEC_WEBSOCKET_KEY)
+        .ok_or_else(|| ApiError::bad_handshake("the header Sec-WebSocket-Key is required"))?;
     Ok(derive_accept_key(key.as_bytes()))
 }
 
@@ -217,26 +181,10 @@ fn switching_protocols(accept: &str, confirmed: Option<HeaderValue>) -> Response
     response
 }
 
-/// The bare socket, and what the client has sent already: a copy, because even nothing would keep the whole buffer that
-/// it was read into for as long as the session lives.
-fn into_socket(upgraded: Upgraded) -> Option<(Socket, Bytes)> {
-    let parts = upgraded.downcast::<TokioIo<Socket>>().ok()?;
-    Some((parts.io.into_inner().without_limit(), Bytes::copy_from_slice(&parts.read_buf)))
-}
-
-impl From<&ConnectError> for ApiError {
-    fn from(refused: &ConnectError) -> Self {
-        match refused {
-            ConnectError::UnknownChannel(_) => Self::no_such_channel(refused.to_string()),
-            ConnectError::BadParameter(parameter) => Self::bad_parameter(parameter.name, refused.to_string()),
-            ConnectError::ConnectionLimit => Self::connection_limit(refused.to_string()),
-            ConnectError::Unauthenticated(detail) => Self::unauthenticated(detail),
-            ConnectError::Forbidden(detail) => Self::forbidden(detail),
-            ConnectError::Unavailable(detail) => Self::auth_unavailable(detail),
-            ConnectError::TooManyKeys(detail) => Self::too_many_keys(detail),
-            ConnectError::Draining => Self::draining(),
-            ConnectError::Origin => Self::forbidden_origin(refused.to_string()),
-            ConnectError::Version => Self::bad_handshake(refused.to_string()),
-        }
-    }
+/// Returns the bare socket, and the bytes that the client has sent early.
+///
+/// The bytes are a copy: even an empty slice would keep the whole read buffer until the session ends.
+fn into_socket(upgraded: Upgraded) -> Option<(MaybeTlsStream, Bytes)> {
+    let parts = upgraded.downcast::<TokioIo<MaybeTlsStream>>().ok()?;
+    Some((parts.io.into_inner().without_write_timeout(), Bytes::copy_from_slice(&parts.read_buf)))
 }

@@ -1,7 +1,7 @@
-//! What pages of other origins are told, so that their browser lets them ask and read (CORS).
+//! A middleware for cross-origin requests (CORS): preflight responses, and headers that let pages read responses.
 //!
-//! Whoever [`origin`] lets in is answered by name, others get no word of it. Cookies count for pages on the daemon's own
-//! host and those that are named one by one alone, so only these are told that they may send them.
+//! Only origins that [`origin`](super::origin) allows get these headers. Only pages on the daemon's own host, or of an
+//! origin that is configured by name, may send cookies.
 
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::header::{
@@ -13,35 +13,36 @@ use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 
+use crate::http::api::Api;
 use crate::http::middleware::origin::is_allowed;
-use crate::http::{Api, ApiError};
+use crate::http::problem::ApiError;
 
-/// What pages may send beside what every page may.
-const HEADERS: &str =
+/// The request headers that pages may send in addition to the safelisted ones.
+const ALLOWED_HEADERS: &str =
     "authorization, content-type, idempotency-key, last-event-id, traceparent, x-api-key, x-request-id";
-const METHODS: &str = "GET, POST, DELETE";
-/// What pages may read beside what every page may.
-const EXPOSED: &str = "etag, retry-after, x-request-id";
-/// For how long a browser need not ask again, in seconds.
-const MAX_AGE: &str = "600";
+const ALLOWED_METHODS: &str = "GET, POST, DELETE";
+/// The response headers that pages may read in addition to the safelisted ones.
+const EXPOSED_HEADERS: &str = "etag, retry-after, x-request-id";
+/// The time for which a browser may cache a preflight response.
+const MAX_AGE_SECONDS: &str = "600";
 
-/// Answers browsers that ask what a page may do, and adds to other answers who may read them.
-pub(crate) async fn share(State(api): State<Api>, request: Request, next: Next) -> Response {
+/// Answers preflight requests, and adds CORS headers to the other responses.
+pub(crate) async fn add_cors_headers(State(api): State<Api>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
     if !path.starts_with("/api/") && !path.starts_with("/client/") {
         return next.run(request).await;
     }
-    let origins = &api.inner.config.origins;
+    let origins = &api.config().origins;
     let origin = request.headers().get(ORIGIN).filter(|_| is_allowed(request.headers(), origins)).cloned();
     let has_credentials = origin.is_some() && may_send_cookies(request.headers(), origins);
-    let is_question = request.method() == Method::OPTIONS
+    let is_preflight = request.method() == Method::OPTIONS
         && request.headers().contains_key(ORIGIN)
         && request.headers().contains_key(ACCESS_CONTROL_REQUEST_METHOD)
         && request.extensions().get::<MatchedPath>().is_some();
     let mut response = match &origin {
-        _ if !is_question => next.run(request).await,
+        _ if !is_preflight => next.run(request).await,
         Some(_) => preflight(),
-        None => ApiError::forbidden_origin("pages of this origin are not let in (http.origins)").into_response(),
+        None => ApiError::forbidden_origin("pages of this origin are not allowed (http.origins)").into_response(),
     };
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         return response;
@@ -50,7 +51,7 @@ pub(crate) async fn share(State(api): State<Api>, request: Request, next: Next) 
     headers.append(VARY, HeaderValue::from_static("origin"));
     if let Some(origin) = origin {
         headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin);
-        headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static(EXPOSED));
+        headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static(EXPOSED_HEADERS));
         if has_credentials {
             headers.insert(ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
         }
@@ -60,14 +61,14 @@ pub(crate) async fn share(State(api): State<Api>, request: Request, next: Next) 
 
 fn preflight() -> Response {
     let headers = [
-        (ACCESS_CONTROL_ALLOW_METHODS, METHODS),
-        (ACCESS_CONTROL_ALLOW_HEADERS, HEADERS),
-        (ACCESS_CONTROL_MAX_AGE, MAX_AGE),
+        (ACCESS_CONTROL_ALLOW_METHODS, ALLOWED_METHODS),
+        (ACCESS_CONTROL_ALLOW_HEADERS, ALLOWED_HEADERS),
+        (ACCESS_CONTROL_MAX_AGE, MAX_AGE_SECONDS),
     ];
     (StatusCode::NO_CONTENT, headers).into_response()
 }
 
-/// `null` is what every sandboxed page calls itself, so that it names none.
+/// Every sandboxed page has the origin `null`, so that name identifies no page.
 fn may_send_cookies(headers: &HeaderMap, origins: &[String]) -> bool {
     let named: Vec<String> = origins.iter().filter(|origin| *origin != "*" && *origin != "null").cloned().collect();
     is_allowed(headers, &named)

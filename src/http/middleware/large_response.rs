@@ -1,4 +1,6 @@
-//! Answers of megabytes: each is kept until its client has taken it, so one address has so many of them at a time.
+//! Large JSON responses, limited per address while the client reads them.
+//!
+//! A response stays in memory until the client has read it.
 
 use std::convert::Infallible;
 
@@ -10,30 +12,30 @@ use bytes::Bytes;
 use futures_util::stream;
 use serde::Serialize;
 
-use crate::http::{Api, ApiError, Peer};
+use crate::http::api::Api;
+use crate::http::extract::Peer;
+use crate::http::problem::ApiError;
 
-/// How many MiB of answers are kept for one address, each part of one counted as a whole.
-pub(crate) const MIB_PER_ADDRESS: usize = 256;
-/// What an answer may have without being counted: about as much as is in sockets on its way anyway.
-const SMALL: usize = 64 * 1024;
+/// The size up to which a response is not counted: about as much as socket buffers hold anyway.
+const SMALL_BYTES: usize = 64 * 1024;
 
-/// An answer in JSON. One that is large has its places until its client has taken it, or is refused where there are none.
+/// Returns a JSON response. A large one counts against the limit of its address until the client has read it.
 pub(crate) fn json(api: &Api, peer: Peer, view: &impl Serialize) -> Result<Response, ApiError> {
-    answer(api, peer, serde_json::to_vec(view).expect("a view is JSON"))
+    respond(api, peer, serde_json::to_vec(view).expect("a view is JSON"))
 }
 
-fn answer(api: &Api, peer: Peer, body: Vec<u8>) -> Result<Response, ApiError> {
+fn respond(api: &Api, peer: Peer, body: Vec<u8>) -> Result<Response, ApiError> {
     let length = body.len();
-    let body = if length <= SMALL {
+    let body = if length <= SMALL_BYTES {
         Body::from(body)
     } else {
-        let places = api.inner.answers.try_acquire_many(peer.0.ip(), length.div_ceil(1 << 20));
-        let places = places.ok_or_else(ApiError::too_many_answers)?;
-        // Pieces of their own: one that waits in a socket's buffer keeps none of the others.
-        let pieces = stream::unfold((body, 0, places), move |(body, at, places)| async move {
-            let piece = body.get(at..length.min(at + SMALL)).filter(|piece| !piece.is_empty());
+        let permit = api.limits().response_mib.try_acquire_many(peer.0.ip(), length.div_ceil(1 << 20));
+        let permit = permit.ok_or_else(ApiError::too_many_large_responses)?;
+        // Each piece is a copy: one in a socket buffer must not keep the whole body in memory.
+        let pieces = stream::unfold((body, 0, permit), move |(body, at, permit)| async move {
+            let piece = body.get(at..length.min(at + SMALL_BYTES)).filter(|piece| !piece.is_empty());
             let piece = Ok::<_, Infallible>(Bytes::copy_from_slice(piece?));
-            Some((piece, (body, at + SMALL, places)))
+            Some((piece, (body, at + SMALL_BYTES, permit)))
         });
         Body::from_stream(pieces)
     };

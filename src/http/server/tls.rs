@@ -1,7 +1,7 @@
-//! TLS for those who connect: the certificates that are shown, and how they are changed while the daemon runs.
+//! TLS of the listener: its certificates, and their replacement at run time.
 //!
-//! Promises that a certificate that can't be used never replaces one that can, that connections keep the one they
-//! began with, and that a handshake holds up nobody but its own connection.
+//! Promises that an invalid certificate never replaces a valid one, that connections keep the certificate they began
+//! with, and that a slow handshake delays no other connection.
 
 mod files;
 mod handshake;
@@ -15,33 +15,33 @@ use rustls::ServerConfig;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
-pub use crate::http::server::tls::files::Validity;
+pub use crate::http::server::tls::files::CertificateValidity;
 
-use crate::http::server::tls::files::{Files, Read};
+use crate::http::server::tls::files::{FileFingerprint, TlsFiles};
 use crate::limiter::KeyedLimiter;
 use crate::validate::{Problems, Validate};
 
-/// What is shown to those who connect, and asked of them.
+/// The certificates of the daemon, and the checks of clients.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct TlsConfig {
-    /// The daemon's certificate in PEM, followed by those between it and its authority.
+    /// The certificate of the daemon in PEM, followed by the intermediate ones.
     pub cert_file: PathBuf,
-    /// The key of that certificate, in PEM and not encrypted.
+    /// The private key of that certificate in PEM, not encrypted.
     pub key_file: PathBuf,
-    /// The authorities of clients' certificates, in PEM.
+    /// The authorities of client certificates in PEM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client_ca_file: Option<PathBuf>,
-    /// Whether clients must show a certificate. It lets nobody do anything: credentials are asked for besides.
+    /// Whether clients need a certificate. It grants no access: requests need credentials too.
     #[serde(default)]
     pub client_certificates: ClientCertificates,
-    /// The oldest version of TLS that is spoken: `1.2` or `1.3`.
+    /// The minimum TLS version: `1.2` or `1.3`.
     #[serde(default)]
     pub min_version: TlsVersion,
-    /// How long a client may take to begin the handshake, and again to end it.
+    /// The time limit to begin a handshake, and again to complete it.
     #[serde(default = "default_handshake_timeout", with = "humantime_serde")]
     pub handshake_timeout: Duration,
-    /// The most handshakes at a time with one address. More wait for their turn, up to 20 s.
+    /// The maximum number of concurrent handshakes per address. More wait, up to 20 s.
     #[serde(default = "default_handshakes")]
     pub max_handshakes_per_address: usize,
 }
@@ -54,16 +54,16 @@ const fn default_handshakes() -> usize {
     64
 }
 
-/// Whether clients must show a certificate.
+/// Whether clients need a certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ClientCertificates {
-    /// None is asked for.
+    /// No certificate is requested.
     #[default]
     Off,
-    /// Whoever shows none is let in; whoever shows a bad one is not.
+    /// A certificate is requested. Clients without one are accepted, clients with an invalid one are not.
     Optional,
-    /// Whoever shows none of a known authority is not let in, on any path.
+    /// Only clients with a certificate of a known authority are accepted, on every path.
     Required,
 }
 
@@ -79,45 +79,43 @@ pub enum TlsVersion {
     V1_3,
 }
 
-/// What is wrong with a key of the configuration, below `http.tls`.
-pub type Unusable = (&'static str, String);
+/// A config key below `http.tls`, and the problem with it.
+pub type TlsError = (&'static str, String);
+
+/// The maximum of `max_handshakes_per_address`.
+const MAX_HANDSHAKES: usize = 1_000_000;
 
 impl Validate for TlsConfig {
-    /// Checks the keys. The named files are not read.
+    /// Checks the keys. Does not read the named files.
     fn validate(&self, problems: &mut Problems) {
         match (self.client_certificates, &self.client_ca_file) {
             (ClientCertificates::Off, Some(_)) => {
-                let message = "has no effect: client_certificates is neither \"optional\" nor \"required\"";
-                problems.add("client_ca_file", message);
+                problems.add("client_ca_file", "requires client_certificates = \"optional\" or \"required\"");
             }
             (ClientCertificates::Optional | ClientCertificates::Required, None) => {
-                problems.add("client_ca_file", "is missing: client_certificates needs a certificate authority");
+                problems.add("client_ca_file", "is required for client_certificates");
             }
             _ => {}
         }
-        let handshake_times = Duration::from_millis(100)..=Duration::from_mins(1);
-        problems.require(
-            handshake_times.contains(&self.handshake_timeout),
-            "handshake_timeout",
-            "must be from 100ms to 1m",
-        );
-        problems.require(
-            (1..=crate::http::MAX_COUNT).contains(&self.max_handshakes_per_address),
-            "max_handshakes_per_address",
-            format_args!("must be from 1 to {}", crate::http::MAX_COUNT),
-        );
+        let timeouts = Duration::from_millis(100)..=Duration::from_mins(1);
+        let is_timeout = timeouts.contains(&self.handshake_timeout);
+        problems.require(is_timeout, "handshake_timeout", "must be from 100ms to 1m");
+        let is_count = (1..=MAX_HANDSHAKES).contains(&self.max_handshakes_per_address);
+        let message = format_args!("must be from 1 to {MAX_HANDSHAKES}");
+        problems.require(is_count, "max_handshakes_per_address", message);
     }
 }
 
 impl TlsConfig {
-    /// Reads the files and checks that they fit each other. Fails with the key to blame. A certificate that has
-    /// expired, or is not valid yet, is told by its validity alone.
-    pub fn check(&self) -> Result<Validity, Unusable> {
-        Files::read(self).and_then(|read| read.build(self)).map(|shown| shown.validity)
+    /// Reads the files and checks that they fit each other. Fails with the key at fault.
+    ///
+    /// Accepts a certificate that has expired or is not valid yet: the returned validity shows this.
+    pub fn check(&self) -> Result<CertificateValidity, TlsError> {
+        TlsFiles::read(self).and_then(|files| files.build(self)).map(|served| served.validity)
     }
 }
 
-/// The certificates that are shown now. Cheap to clone.
+/// The TLS state of the listener. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Tls {
     inner: Arc<Inner>,
@@ -126,38 +124,38 @@ pub struct Tls {
 #[derive(Debug)]
 struct Inner {
     config: TlsConfig,
-    shown: RwLock<Arc<Shown>>,
+    served: RwLock<Arc<ServedCertificate>>,
     handshakes: Arc<KeyedLimiter>,
-    look_now: Notify,
+    reload: Notify,
 }
 
-/// What is shown, and where it was read.
+/// The certificate of new connections.
 #[derive(Debug)]
-struct Shown {
-    server: Arc<ServerConfig>,
-    validity: Validity,
-    files: Read,
+struct ServedCertificate {
+    config: Arc<ServerConfig>,
+    validity: CertificateValidity,
+    fingerprint: FileFingerprint,
 }
 
 impl Tls {
-    /// Reads the files. Fails with the key to blame below `http.tls`.
-    pub fn open(config: &TlsConfig) -> Result<Self, Unusable> {
-        let shown = Files::read(config)?.build(config)?;
+    /// Reads the files. Fails with the key at fault below `http.tls`.
+    pub fn open(config: &TlsConfig) -> Result<Self, TlsError> {
+        let served = TlsFiles::read(config)?.build(config)?;
         let inner = Inner {
-            shown: RwLock::new(Arc::new(shown)),
+            served: RwLock::new(Arc::new(served)),
             handshakes: KeyedLimiter::new(config.max_handshakes_per_address),
-            look_now: Notify::new(),
+            reload: Notify::new(),
             config: config.clone(),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// Has the files read again at once.
-    pub fn look_now(&self) {
-        self.inner.look_now.notify_one();
+    /// Requests that the files are read again at once.
+    pub fn reload(&self) {
+        self.inner.reload.notify_one();
     }
 
-    fn shown(&self) -> Arc<Shown> {
-        self.inner.shown.read().unwrap_or_else(PoisonError::into_inner).clone()
+    fn served(&self) -> Arc<ServedCertificate> {
+        self.inner.served.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

@@ -1,4 +1,4 @@
-//! A socket that does not wait for ever for its peer to read.
+//! A TCP stream whose writes fail if the client reads nothing for too long.
 
 use std::io;
 use std::pin::Pin;
@@ -9,52 +9,53 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::Sleep;
 
-use crate::http::server::Open;
+use crate::http::server::open_connection::OpenConnection;
 
-/// Fails once the peer has taken nothing for `limit` although there is something for it: an answer that nobody reads
-/// would be kept for as long as its connection lives. Belongs below TLS, where every byte taken can be seen.
+/// A stream that fails if a write makes no progress for `timeout`.
+///
+/// Otherwise a response that its client does not read would stay in memory until the connection ends. It must be below
+/// TLS, where every byte that the client reads is visible.
 #[derive(Debug)]
-pub(crate) struct Timed {
+pub(crate) struct WriteTimeoutStream {
     stream: TcpStream,
-    _open: Open,
-    limit: Option<Duration>,
-    /// Runs while the peer takes nothing.
-    stuck: Option<Pin<Box<Sleep>>>,
+    _open: OpenConnection,
+    timeout: Option<Duration>,
+    /// Runs while a write makes no progress.
+    timer: Option<Pin<Box<Sleep>>>,
 }
 
-impl Timed {
-    pub(crate) fn new(stream: TcpStream, open: Open, limit: Duration) -> Self {
-        Self { stream, _open: open, limit: Some(limit), stuck: None }
+impl WriteTimeoutStream {
+    pub(super) fn new(stream: TcpStream, open: OpenConnection, timeout: Duration) -> Self {
+        Self { stream, _open: open, timeout: Some(timeout), timer: None }
     }
 
-    /// From now on someone else watches over the peer.
-    pub(crate) fn without_limit(&mut self) {
-        self.limit = None;
-        self.stuck = None;
+    pub(super) fn remove_timeout(&mut self) {
+        self.timeout = None;
+        self.timer = None;
     }
 
-    fn bound<T>(&mut self, cx: &mut Context<'_>, outcome: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
-        let Some(limit) = self.limit else { return outcome };
+    fn check_timeout<T>(&mut self, cx: &mut Context<'_>, outcome: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        let Some(timeout) = self.timeout else { return outcome };
         if outcome.is_ready() {
-            self.stuck = None;
+            self.timer = None;
             return outcome;
         }
-        let timer = self.stuck.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
+        let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
         ready!(timer.as_mut().poll(cx));
-        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the peer does not read its answer")))
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client does not read its response")))
     }
 }
 
-impl AsyncRead for Timed {
+impl AsyncRead for WriteTimeoutStream {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
 
-impl AsyncWrite for Timed {
+impl AsyncWrite for WriteTimeoutStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
-        self.bound(cx, written)
+        self.check_timeout(cx, written)
     }
 
     fn poll_write_vectored(
@@ -63,7 +64,7 @@ impl AsyncWrite for Timed {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
-        self.bound(cx, written)
+        self.check_timeout(cx, written)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -6,8 +6,7 @@ use std::sync::OnceLock;
 
 use bytes::Bytes;
 
-use crate::event::{Entry, EntryId, Epoch, Position, Severity, StreamName};
-use crate::event::{Filter, Tags, relayable};
+use crate::event::{Entry, EntryId, Epoch, Filter, Position, Severity, StreamName, Tags, relayable};
 use crate::relay::wire::encoding::{Encoding, VARIANTS};
 use crate::relay::wire::frames;
 
@@ -273,8 +272,7 @@ pub(crate) mod testing {
 mod tests {
     use super::testing::entry;
     use super::*;
-    use crate::event::Attribute;
-    use crate::event::Severity;
+    use crate::event::{Attribute, Severity};
 
     fn frame(entries: &[Entry], target: usize) -> FramedBatch {
         FrameBatch::frame(&"s".parse().expect("a name"), &"e".parse().expect("an epoch"), entries, target)

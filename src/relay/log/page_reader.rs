@@ -11,8 +11,7 @@ use tokio::task::JoinError;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::backoff::Backoff;
-use crate::event::Filter;
-use crate::event::{Entry, EntryId};
+use crate::event::{Entry, EntryId, Filter};
 use crate::relay::hub::Hub;
 use crate::relay::log::frame_batch::FrameBatch;
 use crate::relay::log::page_cache::{CacheLookup, EntryPage, PageRequest, PageResult, StreamStart};

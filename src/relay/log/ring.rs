@@ -4,8 +4,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use crate::event::Filter;
-use crate::event::{EntryId, Epoch, StreamName};
+use crate::event::{EntryId, Epoch, Filter, StreamName};
 use crate::relay::log::frame_batch::FrameBatch;
 use crate::relay::log::page_cache::PageCache;
 
@@ -239,8 +238,9 @@ impl Ring {
         Lookup::Batch(batch.clone(), *total_bytes, index == newest)
     }
 
-    /// Returns the ids of the newest entries at or before `cut` that pass, at most `count`, newest first, and the
-    /// floor: older entries are in the store.
+    /// Returns the ids of the newest entries at or before `cut` that pass, at most `count`, newest first.
+    ///
+    /// Also returns the floor: older entries are in the store.
     pub(crate) fn newest(&self, cut: EntryId, filter: &Filter, count: usize) -> (Vec<EntryId>, EntryId) {
         // Not under the lock: a filter may read payloads, which takes time.
         let (batches, floor) = {

@@ -1,8 +1,8 @@
 //! Delivers new entries to the clients that wait for them: a few tasks pass over all sessions and write to each.
 //!
-//! Waking one task per client for every alert costs a large part of the write itself: the task is queued, scheduled,
-//! and checks everything that could have woken it. So sessions that wait for new entries only are written to in place.
-//! Their own tasks do all work that takes longer.
+//! Waking one task per client for every alert costs a large part of the write itself. Such a task is queued,
+//! scheduled, and checks everything that could have woken it. So sessions that wait for new entries only are written
+//! to in place. Their own tasks do all work that takes longer.
 
 use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};

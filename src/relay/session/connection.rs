@@ -282,12 +282,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> ClientConnection<S> {
     }
 
     /// Closes the client when its credentials expire, with a warning before if `is_warned`.
-    pub(crate) fn set_expires_at(&mut self, at: Option<Instant>, is_written: bool) {
+    pub(crate) fn set_expires_at(&mut self, at: Option<Instant>, is_warned: bool) {
         self.expires_at = at;
         // Clients that connected together, after a restart, should not all send new tokens together.
         let early = EXPIRY_WARNING + full_jitter(EXPIRY_WARNING / 4);
         let warn_at = at.map(|at| at.checked_sub(early).unwrap_or_else(Instant::now));
-        (self.warn_at, self.deadline_changed) = (warn_at.filter(|_| is_written), true);
+        (self.warn_at, self.deadline_changed) = (warn_at.filter(|_| is_warned), true);
     }
 
     /// Treats the client's messages as requests from now on, and sends marks.

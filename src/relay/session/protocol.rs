@@ -16,18 +16,15 @@ use serde_json::value::RawValue;
 use tokio::time::Instant;
 
 use crate::clock::now_ms;
-use crate::event::Filter;
-use crate::event::{Position, StreamName};
+use crate::event::{Filter, Position, StreamName};
 use crate::relay::hub::{Channel, Hub};
-use crate::relay::session::admission::deadline;
-use crate::relay::session::admission::{Admission, ConnectError, RenewalError};
+use crate::relay::session::admission::{Admission, ConnectError, RenewalError, deadline};
 use crate::relay::session::commands;
 use crate::relay::session::commands::CommandHandler;
-use crate::relay::subscription::Subscription;
 use crate::relay::subscription::batching::{BatchOptions, EventBatcher};
-use crate::relay::subscription::params;
 use crate::relay::subscription::params::{MAX_SNAPSHOT, SubscribeParams};
 use crate::relay::subscription::set::SubscriptionSet;
+use crate::relay::subscription::{Subscription, params};
 use crate::relay::wire::encoding::Encoding;
 
 /// The name of the protocol in the handshake.

@@ -9,8 +9,7 @@ use tokio_tungstenite::tungstenite::Error;
 use tokio_tungstenite::tungstenite::protocol::frame::{CloseFrame, Utf8Bytes};
 use tokio_tungstenite::tungstenite::protocol::{Message, Role, WebSocketConfig, WebSocketContext};
 
-use crate::relay::session::close::CloseCode;
-use crate::relay::session::close::fitting_reason;
+use crate::relay::session::close::{CloseCode, fitting_reason};
 
 /// Allocated for every connection at once. Most clients send pongs only, of 6 bytes.
 const READ_BUFFER: usize = 512;

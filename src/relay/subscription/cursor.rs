@@ -7,8 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::now_ms;
-use crate::event::Filter;
-use crate::event::{EntryId, Epoch, Position, StreamName};
+use crate::event::{EntryId, Epoch, Filter, Position, StreamName};
 use crate::relay::hub::{Channel, Hub};
 use crate::relay::log::frame_batch::FrameBatch;
 use crate::relay::log::page_cache::EntryPage;

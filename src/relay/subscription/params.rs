@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use jiff::{Span, SpanRelativeTo, Timestamp};
 
-use crate::event::{Attribute, Filter};
-use crate::event::{Position, StreamName};
+use crate::event::{Attribute, Filter, Position, StreamName};
 
 /// The maximum number of entries of a snapshot.
 pub const MAX_SNAPSHOT: usize = 1000;

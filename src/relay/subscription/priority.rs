@@ -2,8 +2,7 @@
 
 use std::collections::VecDeque;
 
-use crate::event::EntryId;
-use crate::event::Filter;
+use crate::event::{EntryId, Filter};
 use crate::relay::log::ring::{Lookup, Ring};
 use crate::relay::wire::encoding::Encoding;
 use crate::relay::wire::write_buffer::WriteBuffer;
@@ -89,8 +88,7 @@ impl PriorityLane {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::event::Attribute;
-    use crate::event::{Entry, Severity};
+    use crate::event::{Attribute, Entry, Severity};
     use crate::relay::log::frame_batch::FrameBatch;
     use crate::relay::log::frame_batch::testing::entry;
     use crate::relay::log::ring::{Preload, RingLimits};

@@ -6,8 +6,7 @@ use std::task::{Context, Poll};
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
-use crate::event::Filter;
-use crate::event::StreamName;
+use crate::event::{Filter, StreamName};
 use crate::relay::hub::{Channel, Hub};
 use crate::relay::session::close::CloseCode;
 use crate::relay::subscription::batching::EventBatcher;

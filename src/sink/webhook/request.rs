@@ -71,9 +71,9 @@ impl WebhookRequest {
         let ids: Vec<String> = batch.iter().map(|delivery| delivery.entry.first_id().to_string()).collect();
         let ids = ids.join(",");
         // A retried batch may have the same first entry and others after it: then it is a different request.
-        let mut digest = format!("{:x}", Sha256::digest(&ids));
-        digest.truncate(32);
-        let id = format!("{}/{digest}", safe(origin.stream.as_str()));
+        let digest: [u8; 32] = Sha256::digest(&ids).into();
+        let digest = u128::from_be_bytes(*digest.first_chunk().expect("a digest has 32 bytes"));
+        let id = format!("{}/{digest:032x}", safe(origin.stream.as_str()));
         let attempt = batch.iter().map(|delivery| delivery.attempt).max().unwrap_or_default();
         let mut headers = headers(origin, &id, attempt);
         headers.insert(COUNT, HeaderValue::from(batch.len()));

@@ -1,4 +1,4 @@
-//! What happens to those who are connected when their token expires.
+//! Connections whose token expires.
 
 use std::time::{Duration, Instant};
 
@@ -23,8 +23,8 @@ async fn sockets_and_feeds_end_when_their_token_expires() {
     let daemon = home.start().await;
     let token = bearer(&token("ann", SCOPES, None, 6));
     let began = Instant::now();
-    let (mut plain, _) = open(&daemon, "alerts", &[("authorization", &token)]).await.expect("let in");
-    let (mut rich, _) = open(&daemon, "alerts", &[("authorization", &token), RICH]).await.expect("let in");
+    let (mut plain, _) = open(&daemon, "alerts", &[("authorization", &token)]).await.expect("accepted");
+    let (mut rich, _) = open(&daemon, "alerts", &[("authorization", &token), RICH]).await.expect("accepted");
     let mut feed = ask(&daemon, "GET", "/api/v1/feeds/alerts", &[("authorization", &token)], "").await;
     assert_eq!(feed.status(), StatusCode::OK);
     assert_eq!(frame(&mut rich).await["t"], "welcome");
@@ -35,17 +35,17 @@ async fn sockets_and_feeds_end_when_their_token_expires() {
     assert!(code == 4003 && reason.starts_with("expired: "), "{code} {reason}");
     let rest = timeout(BOUND, feed.chunk()).await.expect("it ends").expect("properly");
     assert_eq!(rest, None);
-    assert!(began.elapsed() >= Duration::from_secs(4), "not before its time");
+    assert!(began.elapsed() >= Duration::from_secs(4), "not before the expiry");
     daemon.stop().await;
 }
 
 #[tokio::test]
-async fn a_newer_token_of_the_same_principal_lets_a_socket_live_on() {
+async fn newer_token_of_the_same_principal_extends_a_socket() {
     let home = home();
     let daemon = home.start().await;
     let first = bearer(&token("ann", SCOPES, Some("acme"), 8));
-    let (mut socket, _) = open(&daemon, "alerts", &[("authorization", &first), RICH]).await.expect("let in");
-    let (mut unrenewed, _) = open(&daemon, "alerts", &[("authorization", &first)]).await.expect("let in");
+    let (mut socket, _) = open(&daemon, "alerts", &[("authorization", &first), RICH]).await.expect("accepted");
+    let (mut unrenewed, _) = open(&daemon, "alerts", &[("authorization", &first)]).await.expect("accepted");
     assert_eq!(frame(&mut socket).await["t"], "welcome");
     assert_eq!(frame(&mut socket).await["t"], "expiring");
     let bad = [
@@ -59,23 +59,19 @@ async fn a_newer_token_of_the_same_principal_lets_a_socket_live_on() {
     ];
     for (index, (token, code)) in bad.into_iter().enumerate() {
         say(&mut socket, json!({"op": "auth", "id": index, "token": token})).await;
-        let answer = frame(&mut socket).await;
-        assert_eq!(
-            (&answer["t"], &answer["id"], &answer["code"]),
-            (&json!("error"), &json!(index), &json!(code)),
-            "{answer}"
-        );
+        let body = frame(&mut socket).await;
+        assert_eq!((&body["t"], &body["id"], &body["code"]), (&json!("error"), &json!(index), &json!(code)), "{body}");
     }
     say(&mut socket, json!({"op": "auth", "id": 90})).await;
     assert_eq!(frame(&mut socket).await["code"], 400);
     say(&mut socket, json!({"op": "auth", "id": 91, "token": token("ann", SCOPES, Some("acme"), 600)})).await;
-    let answer = frame(&mut socket).await;
-    assert!(answer["t"] == "ok" && answer["id"] == 91 && answer["exp"].is_u64(), "{answer}");
-    // Past the end of the first token, the socket is still answered.
+    let body = frame(&mut socket).await;
+    assert!(body["t"] == "ok" && body["id"] == 91 && body["exp"].is_u64(), "{body}");
+    // After the expiry of the first token, the socket still works.
     assert_eq!(closed(&mut unrenewed).await.0, 4003);
     say(&mut socket, json!({"op": "ping", "id": 92})).await;
     assert_eq!(frame(&mut socket).await["t"], "pong");
-    // A token that ends sooner shortens the stay.
+    // A token that expires earlier shortens the session.
     say(&mut socket, json!({"op": "auth", "id": 93, "token": token("ann", SCOPES, Some("acme"), 4)})).await;
     assert_eq!(frame(&mut socket).await["t"], "ok");
     assert_eq!(closed(&mut socket).await.0, 4003);

@@ -1,4 +1,4 @@
-//! A principal with a filter of its own is shown what passes it and nothing else, whichever way it looks.
+//! Principals with a filter: they read only matching entries, on every path.
 
 use reqwest::StatusCode;
 use serde_json::{Value, json};
@@ -12,12 +12,12 @@ use crate::support::until;
 const DEAD: &str = "/api/v1/dead-letters/aurora:alerts";
 const SEVERE: &str = r#"{"key":"severity","cmp":"gte","val":"high"}"#;
 const EVERYTHING: &str = r#"{"op":"or","nodes":[{"key":"severity","cmp":"exists"},{"op":"not","nodes":[{"key":"severity","cmp":"exists"}]}]}"#;
-/// How severe the events are that are published first, by their numbers.
+/// The severities of the first events, by number.
 const SEVERITIES: [&str; 6] = ["high", "low", "critical", "info", "high", "unheard-of"];
-/// Those of them that pass.
-const SEEN: [u64; 3] = [0, 2, 4];
+/// The numbers of those events that match the filter.
+const MATCHING: [u64; 3] = [0, 2, 4];
 
-/// A daemon with a sink that takes nothing, a key without a filter, and a key and a token with one.
+/// A daemon with a sink that rejects everything, a key without a filter, and a key and a token with one.
 struct Site {
     _receiver: Receiver,
     _home: Home,
@@ -47,11 +47,11 @@ impl Site {
 
     async fn publish(&self, shown: &str, n: usize, severity: &str) {
         let event = json!({"n": n, "severity": severity}).to_string();
-        let (status, answer) = asks(&self.daemon, shown, "POST", EVENTS, &event).await;
-        assert_eq!(status, StatusCode::CREATED, "{answer}");
+        let (status, body) = asks(&self.daemon, shown, "POST", EVENTS, &event).await;
+        assert_eq!(status, StatusCode::CREATED, "{body}");
     }
 
-    /// Publishes the first events; the relay has read them by then.
+    /// Publishes the first events and waits until the relay has read them.
     async fn publish_some(&self) {
         let mut all = self.socket(&self.all, "alerts?stream=aurora:alerts&since=earliest").await;
         for (n, severity) in SEVERITIES.into_iter().enumerate() {
@@ -63,9 +63,9 @@ impl Site {
     }
 
     async fn get(&self, shown: &str, path: &str) -> Value {
-        let (status, answer) = asks(&self.daemon, shown, "GET", path, "").await;
-        assert_eq!(status, StatusCode::OK, "{path}: {answer}");
-        answer
+        let (status, body) = asks(&self.daemon, shown, "GET", path, "").await;
+        assert_eq!(status, StatusCode::OK, "{path}: {body}");
+        body
     }
 
     async fn dead_letters(&self, shown: &str) -> Vec<Value> {
@@ -73,7 +73,7 @@ impl Site {
     }
 
     async fn socket(&self, shown: &str, target: &str) -> Socket {
-        open(&self.daemon, target, &[("authorization", &bearer(shown))]).await.expect("let in").0
+        open(&self.daemon, target, &[("authorization", &bearer(shown))]).await.expect("accepted").0
     }
 }
 
@@ -92,22 +92,22 @@ fn encoded(filter: &str) -> String {
 }
 
 #[tokio::test]
-async fn ranges_have_what_passes_alone_in_both_orders_and_while_waiting() {
+async fn range_has_only_matching_entries_in_both_orders_and_waits() {
     let site = Site::new().await;
     site.publish_some().await;
     for severe in &site.severe {
-        assert_eq!(numbers(&site.get(severe, EVENTS).await["events"]), SEEN);
+        assert_eq!(numbers(&site.get(severe, EVENTS).await["events"]), MATCHING);
         assert_eq!(numbers(&site.get(severe, &format!("{EVENTS}?order=desc")).await["events"]), [4, 2, 0]);
         let widened = site.get(severe, &format!("{EVENTS}?filter={}", encoded(EVERYTHING))).await;
-        assert_eq!(numbers(&widened["events"]), SEEN);
+        assert_eq!(numbers(&widened["events"]), MATCHING);
         let narrowed = site.get(severe, &format!("{EVENTS}?min_severity=critical")).await;
         assert_eq!(numbers(&narrowed["events"]), [2]);
     }
     assert_eq!(numbers(&site.get(&site.all, EVENTS).await["events"]), [0, 1, 2, 3, 4, 5]);
-    let end = site.get(&site.severe[0], EVENTS).await["next"].as_str().expect("where to go on").to_owned();
+    let end = site.get(&site.severe[0], EVENTS).await["next"].as_str().expect("the next position").to_owned();
     let rest = format!("{EVENTS}?from={end}&wait_ms=20000");
     let (waited, ()) = tokio::join!(site.get(&site.severe[0], &rest), async {
-        // It may publish what it may not see.
+        // The filter does not restrict publishing.
         site.publish(&site.severe[0], 6, "low").await;
         site.publish(&site.all, 7, "critical").await;
     });
@@ -116,7 +116,7 @@ async fn ranges_have_what_passes_alone_in_both_orders_and_while_waiting() {
 }
 
 #[tokio::test]
-async fn sockets_and_feeds_have_what_passes_alone_live_and_past() {
+async fn sockets_and_feeds_have_only_matching_events() {
     let site = Site::new().await;
     site.publish_some().await;
     let target = |query: &str| format!("alerts?stream=aurora:alerts&{query}");
@@ -124,17 +124,17 @@ async fn sockets_and_feeds_have_what_passes_alone_live_and_past() {
     for severe in &site.severe {
         let widened = format!("since=earliest&filter={}", encoded(EVERYTHING));
         for (query, past) in [
-            ("since=earliest", &SEEN[..]),
-            ("snapshot=1000", &SEEN),
+            ("since=earliest", &MATCHING[..]),
+            ("snapshot=1000", &MATCHING),
             ("snapshot=1", &[4]),
-            (widened.as_str(), &SEEN),
+            (widened.as_str(), &MATCHING),
             ("", &[]),
         ] {
             sockets.push((site.socket(severe, &target(query)).await, past));
         }
         let mine = ticket(&site.daemon, severe, &[], "").await;
         let of_ticket = target(&format!("since=earliest&ticket={mine}"));
-        sockets.push((open(&site.daemon, &of_ticket, &[]).await.expect("let in").0, &SEEN));
+        sockets.push((open(&site.daemon, &of_ticket, &[]).await.expect("accepted").0, &MATCHING));
         for accept in ["text/event-stream", "application/x-ndjson"] {
             let mine = ticket(&site.daemon, severe, &[], "").await;
             let path = format!("/api/v1/feeds/{}", target(&format!("since=earliest&ticket={mine}")));
@@ -156,18 +156,22 @@ async fn sockets_and_feeds_have_what_passes_alone_live_and_past() {
                 tokio::time::timeout(BOUND, feed.chunk()).await.expect("in time").expect("a piece").expect("more");
             text.push_str(str::from_utf8(&piece).expect("text"));
         }
-        let told = |n: u32| text.contains(&format!(r#""n":{n},"#));
-        assert_eq!([0, 1, 2, 3, 4, 5, 6, 7].map(told), [true, false, true, false, true, false, true, false], "{text}");
+        let contains = |n: u32| text.contains(&format!(r#""n":{n},"#));
+        assert_eq!(
+            [0, 1, 2, 3, 4, 5, 6, 7].map(contains),
+            [true, false, true, false, true, false, true, false],
+            "{text}"
+        );
     }
     site.daemon.stop().await;
 }
 
 #[tokio::test]
-async fn a_filter_replaced_in_rich_mode_narrows_further_and_never_widens() {
+async fn replaced_filter_never_widens_the_filter_of_the_principal() {
     let site = Site::new().await;
     site.publish_some().await;
     let everything: Value = serde_json::from_str(EVERYTHING).expect("JSON");
-    let mut past = SEEN.to_vec();
+    let mut past = MATCHING.to_vec();
     for severe in &site.severe {
         let mut socket = site.socket(severe, "alerts?v=1").await;
         assert_eq!(frame(&mut socket).await["t"], "welcome");
@@ -192,7 +196,7 @@ async fn a_filter_replaced_in_rich_mode_narrows_further_and_never_widens() {
     site.daemon.stop().await;
 }
 
-/// The numbers of the events up to the first frame of that type.
+/// Receives frames up to the first one of type `last`, and returns the numbers of their events.
 async fn events_until(socket: &mut Socket, last: &str) -> Vec<u64> {
     let mut seen = Vec::new();
     loop {
@@ -208,7 +212,7 @@ async fn events_until(socket: &mut Socket, last: &str) -> Vec<u64> {
 }
 
 #[tokio::test]
-async fn dead_letters_that_do_not_pass_are_neither_seen_nor_moved() {
+async fn excluded_dead_letters_are_neither_shown_nor_moved() {
     let site = Site::new().await;
     site.publish_some().await;
     until("six dead letters", BOUND, async || (site.dead_letters(&site.all).await.len() == 6).then_some(())).await;
@@ -216,35 +220,35 @@ async fn dead_letters_that_do_not_pass_are_neither_seen_nor_moved() {
     let id = |letter: &Value| letter["id"].as_str().expect("an id").to_owned();
     let hidden = id(&site.dead_letters(&site.all).await[1]);
     for severe in &site.severe {
-        assert_eq!(of(&site.dead_letters(severe).await), SEEN.map(Value::from));
+        assert_eq!(of(&site.dead_letters(severe).await), MATCHING.map(Value::from));
         let widened = site.get(severe, &format!("{DEAD}?filter={}", encoded(EVERYTHING))).await;
-        assert_eq!(of(widened["dead_letters"].as_array().expect("a list")), SEEN.map(Value::from));
+        assert_eq!(of(widened["dead_letters"].as_array().expect("a list")), MATCHING.map(Value::from));
         let raw = "/api/v1/streams/aurora:alerts:dead_letter/events";
-        assert_eq!(numbers(&site.get(severe, raw).await["events"]), SEEN);
+        assert_eq!(numbers(&site.get(severe, raw).await["events"]), MATCHING);
         for (method, path) in [("GET", ""), ("DELETE", ""), ("POST", "/replay")] {
             let path = format!("{DEAD}/{hidden}{path}");
             assert_eq!(asks(&site.daemon, severe, method, &path, "").await.0, StatusCode::NOT_FOUND, "{method} {path}");
         }
-        for what in ["replay", "discard"] {
-            let path = format!("{DEAD}/{what}");
-            let (_, answer) = asks(&site.daemon, severe, "POST", &path, r#"{"all":true,"dry_run":true}"#).await;
-            assert_eq!(answer["matched"], 3, "{answer}");
+        for action in ["replay", "discard"] {
+            let path = format!("{DEAD}/{action}");
+            let (_, body) = asks(&site.daemon, severe, "POST", &path, r#"{"all":true,"dry_run":true}"#).await;
+            assert_eq!(body["matched"], 3, "{body}");
             let named = json!({"ids": [hidden]}).to_string();
-            let (_, answer) = asks(&site.daemon, severe, "POST", &path, &named).await;
-            assert_eq!(answer["matched"], 0, "{answer}");
+            let (_, body) = asks(&site.daemon, severe, "POST", &path, &named).await;
+            assert_eq!(body["matched"], 0, "{body}");
         }
     }
     let path = format!("{DEAD}/discard");
-    let (_, answer) = asks(&site.daemon, &site.severe[1], "POST", &path, r#"{"all":true}"#).await;
-    assert_eq!(answer["discarded"], 3, "{answer}");
-    let (_, answer) = asks(&site.daemon, &site.severe[0], "POST", &format!("{DEAD}/replay"), r#"{"all":true}"#).await;
-    assert_eq!(answer["replayed"], 0, "{answer}");
+    let (_, body) = asks(&site.daemon, &site.severe[1], "POST", &path, r#"{"all":true}"#).await;
+    assert_eq!(body["discarded"], 3, "{body}");
+    let (_, body) = asks(&site.daemon, &site.severe[0], "POST", &format!("{DEAD}/replay"), r#"{"all":true}"#).await;
+    assert_eq!(body["replayed"], 0, "{body}");
     assert_eq!(of(&site.dead_letters(&site.all).await), [1, 3, 5].map(Value::from));
     site.daemon.stop().await;
 }
 
 #[tokio::test]
-async fn what_is_of_all_entries_is_not_for_those_with_a_filter() {
+async fn data_about_all_entries_is_refused_with_a_filter() {
     let site = Site::new().await;
     site.publish_some().await;
     assert_eq!(asks(&site.daemon, &site.all, "GET", "/metrics", "").await.0, StatusCode::OK);
@@ -257,8 +261,8 @@ async fn what_is_of_all_entries_is_not_for_those_with_a_filter() {
             ("POST", "/api/v1/streams/aurora:alerts/groups/siem/nack"),
             ("POST", "/api/v1/streams/aurora:alerts/groups/siem/extend"),
         ] {
-            let (status, answer) = asks(&site.daemon, severe, method, path, r#"{"consumer":"w"}"#).await;
-            assert_eq!((status, &answer["code"]), (StatusCode::FORBIDDEN, &json!("forbidden")), "{path}");
+            let (status, body) = asks(&site.daemon, severe, method, path, r#"{"consumer":"w"}"#).await;
+            assert_eq!((status, &body["code"]), (StatusCode::FORBIDDEN, &json!("forbidden")), "{path}");
         }
         let stream = site.get(severe, "/api/v1/streams/aurora:alerts").await;
         let members: Vec<_> = stream.as_object().expect("an object").keys().map(String::as_str).collect();
@@ -269,21 +273,21 @@ async fn what_is_of_all_entries_is_not_for_those_with_a_filter() {
         for op in ["pull", "done", "nack", "extend"] {
             say(&mut socket, json!({"op": op, "id": 1, "stream": "aurora:alerts", "group": "siem", "token": "x"}))
                 .await;
-            let answer = frame(&mut socket).await;
-            assert_eq!((&answer["t"], &answer["code"]), (&json!("error"), &json!(403)), "{op}: {answer}");
+            let body = frame(&mut socket).await;
+            assert_eq!((&body["t"], &body["code"]), (&json!("error"), &json!(403)), "{op}: {body}");
         }
     }
     site.daemon.stop().await;
 }
 
 #[tokio::test]
-async fn a_newer_token_must_have_the_same_filter_to_keep_a_socket() {
+async fn newer_token_needs_the_same_filter_to_extend_a_socket() {
     let home = Home::new(&format!("{STREAMS}\n{}", issuer_toml()));
     let daemon = home.start().await;
     let tree: Value = serde_json::from_str(SEVERE).expect("JSON");
     let token = |filter: Option<Value>, seconds| filtered_token("ann", &["ws:alerts"], None, filter, seconds);
     let first = bearer(&token(Some(tree.clone()), 60));
-    let (mut socket, _) = open(&daemon, "alerts?v=1", &[("authorization", &first)]).await.expect("let in");
+    let (mut socket, _) = open(&daemon, "alerts?v=1", &[("authorization", &first)]).await.expect("accepted");
     assert_eq!(frame(&mut socket).await["t"], "welcome");
     let other = json!({"key": "severity", "cmp": "gte", "val": "low"});
     let cases = [
@@ -292,38 +296,38 @@ async fn a_newer_token_must_have_the_same_filter_to_keep_a_socket() {
         (token(Some(json!({})), 600), Some(401)),
         (token(Some(tree.to_string().into()), 600), None),
     ];
-    for (newer, refused) in cases {
+    for (newer, error) in cases {
         say(&mut socket, json!({"op": "auth", "id": 1, "token": newer})).await;
-        let answer = loop {
+        let body = loop {
             let frame = frame(&mut socket).await;
             if frame["t"] != "expiring" {
                 break frame;
             }
         };
-        let expected = refused.map_or(json!("ok"), |_| json!("error"));
-        assert_eq!((&answer["t"], answer["code"].as_u64()), (&expected, refused), "{answer}");
+        let expected = error.map_or(json!("ok"), |_| json!("error"));
+        assert_eq!((&body["t"], body["code"].as_u64()), (&expected, error), "{body}");
     }
     daemon.stop().await;
 }
 
 #[tokio::test]
-async fn a_filter_that_makes_no_sense_refuses_its_token_and_its_configuration() {
+async fn invalid_filter_rejects_its_token_and_its_configuration() {
     let home = Home::new(&format!("{STREAMS}\n{}", issuer_toml()));
     let daemon = home.start().await;
     let sauce = json!({"key": "sauce", "cmp": "exists"});
-    let why = "the claim `filter` of the token is refused: ";
+    let reason_start = "the claim `filter` of the token is not accepted: ";
     for filter in [Value::Null, json!(""), json!({}), json!([]), sauce, json!("x".repeat(300))] {
         let token = filtered_token("ann", &["admin"], None, Some(filter.clone()), 600);
-        let (status, answer) = asks(&daemon, &token, "GET", EVENTS, "").await;
+        let (status, body) = asks(&daemon, &token, "GET", EVENTS, "").await;
         assert_eq!(status, StatusCode::UNAUTHORIZED, "{filter}");
-        assert!(answer["detail"].as_str().is_some_and(|detail| detail.contains(why)), "{answer}");
+        assert!(body["detail"].as_str().is_some_and(|detail| detail.contains(reason_start)), "{body}");
         let shown = bearer(&token);
         let refused = open(&daemon, "alerts", &[("authorization", &shown)]).await.err();
         assert_eq!(refused, Some(StatusCode::UNAUTHORIZED), "{filter}");
         let page = [("authorization", shown.as_str()), ("origin", "http://127.0.0.1")];
-        let (mut socket, _) = open(&daemon, "alerts", &page).await.expect("a page is let in to be told");
+        let (mut socket, _) = open(&daemon, "alerts", &page).await.expect("accepted for the close code");
         let (code, reason) = closed(&mut socket).await;
-        assert!(code == 4501 && reason.contains(why), "{code} {reason}");
+        assert!(code == 4501 && reason.contains(reason_start), "{code} {reason}");
     }
     daemon.stop().await;
 
@@ -333,13 +337,13 @@ async fn a_filter_that_makes_no_sense_refuses_its_token_and_its_configuration() 
     let home = keys.home();
     let config = home.path("aurora-bus.toml");
     let output = home.run(&["check", "--config", config.to_str().expect("UTF-8")]);
-    let told = String::from_utf8(output.stderr).expect("text");
-    assert_eq!(output.status.code(), Some(2), "{told}");
-    assert!(told.contains("auth.keys[0].filter: is refused: key must be severity or one of"), "{told}");
+    let printed = String::from_utf8(output.stderr).expect("text");
+    assert_eq!(output.status.code(), Some(2), "{printed}");
+    assert!(printed.contains("auth.keys[0].filter: is not accepted: key must be severity or one of"), "{printed}");
 }
 
 #[tokio::test]
-async fn the_command_line_makes_keys_and_tokens_with_filters() {
+async fn cli_makes_keys_and_tokens_with_filters() {
     let home = Home::new(STREAMS);
     let made = home.run(&["token", "key", "--name", "severe", "--scope", "read:*", "--filter", SEVERE]);
     let printed = String::from_utf8(made.stdout).expect("text");
@@ -351,15 +355,15 @@ async fn the_command_line_makes_keys_and_tokens_with_filters() {
     let token = String::from_utf8(made.stdout).expect("text").trim().to_owned();
     for command in [&jwt[..], &["token", "key", "--name", "a", "--scope", "admin"]] {
         let refused = home.run(&[command, &["--filter", "{}"]].concat());
-        let told = String::from_utf8(refused.stderr).expect("text");
-        assert!(!refused.status.success() && told.contains("--filter: is refused: must have"), "{told}");
+        let printed = String::from_utf8(refused.stderr).expect("text");
+        assert!(!refused.status.success() && printed.contains("--filter: is refused: must have"), "{printed}");
     }
     let daemon = home.start().await;
     let events = r#"[{"n":0,"severity":"critical"},{"n":1,"severity":"low"}]"#;
     assert_eq!(asks(&daemon, &token, "POST", EVENTS, events).await.0, StatusCode::CREATED);
     for shown in [key, &token] {
-        let (_, answer) = asks(&daemon, shown, "GET", EVENTS, "").await;
-        assert_eq!(numbers(&answer["events"]), [0], "{answer}");
+        let (_, body) = asks(&daemon, shown, "GET", EVENTS, "").await;
+        assert_eq!(numbers(&body["events"]), [0], "{body}");
     }
     daemon.stop().await;
 }

@@ -1,4 +1,4 @@
-//! Tokens whose issuer publishes its keys.
+//! Tokens of an issuer that publishes its keys as a JWK set.
 
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -15,7 +15,7 @@ use crate::support::app::{BOUND, Home};
 use crate::support::receiver::{Receiver, Reply};
 use crate::support::until;
 
-/// A key pair of an issuer, by its name in tokens.
+/// A key pair of an issuer, with its key id.
 struct Pair {
     kid: &'static str,
     private: EncodingKey,
@@ -55,7 +55,7 @@ fn home(url: &str, floor: &str) -> Home {
 }
 
 #[tokio::test]
-async fn an_issuer_changes_its_keys_while_the_daemon_runs() {
+async fn changed_issuer_keys_are_used_without_a_restart() {
     let (one, two) = (Pair::new("one"), Pair::new("two"));
     let published = Arc::new(Mutex::new(set(&[&one])));
     let shown = published.clone();
@@ -70,19 +70,19 @@ async fn an_issuer_changes_its_keys_while_the_daemon_runs() {
     for _ in 0..20 {
         assert_eq!(asks(&daemon, &one.token(), "GET", EVENTS, "").await.0, StatusCode::OK);
     }
-    assert_eq!(server.received().len(), 1, "keys are kept");
+    assert_eq!(server.received().len(), 1, "the keys are cached");
     assert_eq!(asks(&daemon, &two.token(), "GET", EVENTS, "").await.0, StatusCode::UNAUTHORIZED);
 
     *published.lock().expect("not poisoned") = set(&[&one, &two]);
-    until("token of the new key that is taken", BOUND, async || {
+    until("accepted token of the new key", BOUND, async || {
         (asks(&daemon, &two.token(), "GET", EVENTS, "").await.0 == StatusCode::OK).then_some(())
     })
     .await;
-    assert_eq!(asks(&daemon, &one.token(), "GET", EVENTS, "").await.0, StatusCode::OK, "both are good");
+    assert_eq!(asks(&daemon, &one.token(), "GET", EVENTS, "").await.0, StatusCode::OK, "both keys are valid");
 
     *published.lock().expect("not poisoned") = set(&[&two]);
     let unknown = Pair::new("three");
-    until("reading of the set without the old key", BOUND, async || {
+    until("a refresh without the old key", BOUND, async || {
         asks(&daemon, &unknown.token(), "GET", EVENTS, "").await;
         (asks(&daemon, &one.token(), "GET", EVENTS, "").await.0 == StatusCode::UNAUTHORIZED).then_some(())
     })
@@ -95,20 +95,20 @@ async fn an_issuer_changes_its_keys_while_the_daemon_runs() {
         asks(&daemon, &unknown.token(), "GET", EVENTS, "").await;
     }
     let most = began.elapsed().as_millis() / 200 + 2;
-    let asked = server.received().len() - before;
-    assert!(asked as u128 <= most, "made-up keys made the daemon ask {asked} times in {:?}", began.elapsed());
+    let fetches = server.received().len() - before;
+    assert!(fetches as u128 <= most, "unknown keys caused {fetches} fetches in {:?}", began.elapsed());
     daemon.stop().await;
 }
 
 #[tokio::test]
-async fn an_issuer_that_is_away_or_talks_nonsense_locks_nobody_out_for_good() {
+async fn issuer_failure_blocks_tokens_only_until_it_recovers() {
     let pair = Pair::new("one");
     let mut server = Receiver::start({
         let body = set(&[&pair]);
-        let answers =
+        let responses =
             Mutex::new(vec![Reply::Endless(200), Reply::Status(500), Reply::With(200, ("x", "y".into()), "{}".into())]);
         move |_| {
-            let first = answers.lock().expect("not poisoned").pop();
+            let first = responses.lock().expect("not poisoned").pop();
             first.unwrap_or_else(|| Reply::With(200, ("content-type", "application/json".to_owned()), body.clone()))
         }
     })
@@ -119,11 +119,11 @@ async fn an_issuer_that_is_away_or_talks_nonsense_locks_nobody_out_for_good() {
     let (status, problem) = asks(&daemon, &pair.token(), "GET", EVENTS, "").await;
     assert_eq!((status, &problem["code"]), (StatusCode::SERVICE_UNAVAILABLE, &json!("auth_unavailable")));
     server.come_up().await;
-    until("token that is taken", BOUND, async || {
+    until("accepted token", BOUND, async || {
         (asks(&daemon, &pair.token(), "GET", EVENTS, "").await.0 == StatusCode::OK).then_some(())
     })
     .await;
-    assert_eq!(server.received().len(), 4, "three bad answers before the good one");
+    assert_eq!(server.received().len(), 4, "three bad responses before the good one");
     server.go_down().await;
     assert_eq!(asks(&daemon, &Pair::new("two").token(), "GET", EVENTS, "").await.0, StatusCode::UNAUTHORIZED);
     assert_eq!(asks(&daemon, &pair.token(), "GET", EVENTS, "").await.0, StatusCode::OK, "known keys stay");
@@ -131,21 +131,21 @@ async fn an_issuer_that_is_away_or_talks_nonsense_locks_nobody_out_for_good() {
 }
 
 #[tokio::test]
-async fn those_who_come_and_go_do_not_have_an_issuer_asked_again_and_again() {
+async fn cancelled_requests_do_not_multiply_key_set_fetches() {
     let server = Receiver::start(|_| Reply::Silence).await;
     let home = home(&server.url("/jwks"), "1m");
     let daemon = home.start().await;
     let token = Pair::new("one").token();
     let address = daemon.url("").replacen("http://", "", 1);
     let mut gone = TcpStream::connect(address).await.expect("a connection");
-    let request = format!("GET {EVENTS} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {token}\r\n\r\n");
-    gone.write_all(request.as_bytes()).await.expect("sent");
-    until("question to the issuer", BOUND, async || (server.received().len() == 1).then_some(())).await;
+    let head = format!("GET {EVENTS} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {token}\r\n\r\n");
+    gone.write_all(head.as_bytes()).await.expect("sent");
+    until("a fetch from the issuer", BOUND, async || (server.received().len() == 1).then_some(())).await;
     drop(gone);
     let open = async || daemon.metric("aurora_bus_http_connections").await;
     until("end of the connection", BOUND, async || (open().await == 1).then_some(())).await;
     let (status, _) = asks(&daemon, &token, "GET", EVENTS, "").await;
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
-    assert_eq!(server.received().len(), 1, "the attempt that was under way is the one that counts");
+    assert_eq!(server.received().len(), 1, "the attempt in progress counts");
     daemon.stop().await;
 }

@@ -1,4 +1,4 @@
-//! What callers show and what the configuration holds is told to nobody.
+//! Credentials and secrets appear in no log, output or error.
 
 use std::fs;
 
@@ -12,7 +12,7 @@ use crate::support::app::Home;
 use crate::support::redis::free_port;
 
 #[tokio::test]
-async fn the_log_holds_no_credentials_at_its_finest_level() {
+async fn trace_log_has_no_credentials() {
     let mut keys = Keys::default();
     let key = keys.add("ops", &["admin"], None);
     let home = Home::new(&format!(
@@ -43,38 +43,42 @@ async fn the_log_holds_no_credentials_at_its_finest_level() {
             assert_eq!(frame(&mut socket).await["t"], "ok");
         }
         let page = [("sec-websocket-protocol", offer.as_str()), ("origin", "http://127.0.0.1")];
-        let (mut socket, _) = open(&daemon, "alerts", &page).await.expect("a page is let in");
+        let (mut socket, _) = open(&daemon, "alerts", &page).await.expect("accepted for the close code");
         drop(socket.next().await);
         ask(&daemon, "GET", &format!("/api/v1/feeds/alerts?token={shown}"), &[], "").await;
     }
-    let (_, answer) = asks(&daemon, &key, "POST", "/api/v1/ws/ticket", "").await;
-    let ticket = answer["ticket"].as_str().expect("a ticket").to_owned();
+    let (_, body) = asks(&daemon, &key, "POST", "/api/v1/ws/ticket", "").await;
+    let ticket = body["ticket"].as_str().expect("a ticket").to_owned();
     let feed = format!("/api/v1/feeds/alerts?ticket={ticket}");
     assert_eq!(ask(&daemon, "GET", &feed, &[], "").await.status(), StatusCode::OK);
     assert_eq!(ask(&daemon, "GET", &feed, &[], "").await.status(), StatusCode::UNAUTHORIZED);
     daemon.signal("TERM");
     let ended = daemon.ended().await;
-    assert!(ended.log.contains("request answered"), "the log is at its finest level");
+    assert!(ended.log.contains("request completed"), "the log has trace level");
     let signature = |token: &str| token.rsplit('.').next().expect("a part").to_owned();
     for secret in [&*key, &*good, &*expired, &*signature(&good), &*ticket, SECRET] {
-        let told = ended.log.lines().find(|line| line.contains(secret));
-        assert_eq!(told, None, "{secret} is in the log");
+        let leak = ended.log.lines().find(|line| line.contains(secret));
+        assert_eq!(leak, None, "{secret} is in the log");
     }
 }
 
 #[test]
-fn keys_are_compared_in_a_time_that_tells_nothing() {
-    let source = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/http/auth/keys.rs");
-    let source = fs::read_to_string(source).expect("the source");
-    let (_, rest) = source.split_once("fn find(").expect("where keys are looked for");
+fn api_keys_are_compared_in_constant_time() {
+    let source = |file: &str| {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/auth").join(file);
+        fs::read_to_string(path).expect("the source")
+    };
+    let keys = source("keys.rs");
+    let (_, rest) = keys.split_once("fn find(").expect("the search for a key");
     let (find, _) = rest.split_once("\n    }\n}").expect("its end");
     assert!(find.contains(".hash.is(&hash)") && !find.contains("=="), "{find}");
-    let (_, rest) = source.split_once("fn is(").expect("how hashes are compared");
+    let key_hash = source("key_hash.rs");
+    let (_, rest) = key_hash.split_once("fn is(").expect("the comparison of hashes");
     assert!(rest.lines().nth(1).expect("a line").contains("verify_slices_are_equal"));
 }
 
 #[test]
-fn the_configuration_is_printed_without_its_secrets() {
+fn config_command_masks_secrets() {
     let home = Home::new(&format!("{STREAMS}\n{}", issuer_toml()));
     let config = home.path("aurora-bus.toml");
     let output = home.run(&["config", "--config", config.to_str().expect("UTF-8")]);
@@ -84,7 +88,7 @@ fn the_configuration_is_printed_without_its_secrets() {
 }
 
 #[test]
-fn every_mistake_is_told_with_its_key_and_no_secret() {
+fn every_config_problem_is_reported_without_secrets() {
     let secret_file = tempfile::NamedTempFile::new().expect("a temporary file");
     fs::write(secret_file.path(), "tooshort").expect("written");
     let toml = format!(
@@ -95,12 +99,12 @@ fn every_mistake_is_told_with_its_key_and_no_secret() {
     let home = Home::new(&toml);
     let config = home.path("aurora-bus.toml");
     let output = home.run(&["check", "--config", config.to_str().expect("UTF-8")]);
-    let told = String::from_utf8(output.stderr).expect("text");
-    assert_eq!(output.status.code(), Some(2), "{told}");
+    let printed = String::from_utf8(output.stderr).expect("text");
+    assert_eq!(output.status.code(), Some(2), "{printed}");
     for path in ["auth.mode: ", "auth.keys[0].name: ", "auth.keys[0].scopes: ", "auth.issuers[0].algorithms: "] {
-        assert!(told.contains(path), "{path} is not in {told}");
+        assert!(printed.contains(path), "{path} is not in {printed}");
     }
-    assert!(!told.contains(SECRET), "{told}");
+    assert!(!printed.contains(SECRET), "{printed}");
 
     let issuers = format!(
         "[[auth.issuers]]\nissuer = \"i\"\naudience = \"a\"\nalgorithms = [\"HS256\"]\nsecret_file = {:?}\n\
@@ -112,32 +116,32 @@ fn every_mistake_is_told_with_its_key_and_no_secret() {
     for arguments in [&["check"][..], &["check", "--connect"], &["serve"]] {
         let arguments = [arguments, &["--config", config.to_str().expect("UTF-8")]].concat();
         let output = home.run(&arguments);
-        let told = String::from_utf8(output.stderr).expect("text");
-        assert_eq!(output.status.code(), Some(2), "{told}");
+        let printed = String::from_utf8(output.stderr).expect("text");
+        assert_eq!(output.status.code(), Some(2), "{printed}");
         for path in ["auth.issuers[0].secret_file: ", "auth.issuers[1].public_key_file: cannot read nowhere.pem"] {
-            assert!(told.contains(path), "{path} is not in {told}");
+            assert!(printed.contains(path), "{path} is not in {printed}");
         }
-        assert!(!told.contains("tooshort"), "{told}");
+        assert!(!printed.contains("tooshort"), "{printed}");
     }
 }
 
 #[tokio::test]
-async fn a_listener_that_others_can_reach_needs_credentials_or_a_word() {
+async fn public_listen_address_needs_credentials_or_mode_none() {
     let listen = format!("0.0.0.0:{}", free_port());
     let mut keys = Keys::default();
     keys.add("ops", &["admin"], None);
-    for (toml, is_fine) in [("", false), ("[auth]\nmode = \"none\"", true), (keys.toml.as_str(), true)] {
+    for (toml, is_valid) in [("", false), ("[auth]\nmode = \"none\"", true), (keys.toml.as_str(), true)] {
         let home = Home::new(&format!("{STREAMS}\n{toml}"));
         let config = home.path("aurora-bus.toml");
         let output = home.run(&["check", "--config", config.to_str().expect("UTF-8"), "--listen", &listen]);
-        let told = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.success(), is_fine, "{toml}: {told}");
-        assert_eq!(told.contains("http.listen: "), !is_fine, "{told}");
+        let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.success(), is_valid, "{toml}: {printed}");
+        assert_eq!(printed.contains("http.listen: "), !is_valid, "{printed}");
     }
 }
 
 #[tokio::test]
-async fn the_command_line_makes_keys_and_tokens_and_shows_them() {
+async fn cli_makes_keys_and_tokens_and_uses_them() {
     let home = Home::new(STREAMS);
     let made = home.run(&[
         "token",
@@ -158,8 +162,8 @@ async fn the_command_line_makes_keys_and_tokens_and_shows_them() {
         [(["--name", "a b", "--scope", "admin"], "--name"), (["--name", "a", "--scope", "root"], "--scope")]
     {
         let refused = home.run(&[&["token", "key"][..], &arguments].concat());
-        let told = String::from_utf8(refused.stderr).expect("text");
-        assert!(!refused.status.success() && told.contains(flag), "{told}");
+        let printed = String::from_utf8(refused.stderr).expect("text");
+        assert!(!refused.status.success() && printed.contains(flag), "{printed}");
     }
 
     let home = Home::new(&format!("{STREAMS}\n{declared}\n{}", issuer_toml()));
@@ -175,8 +179,11 @@ async fn the_command_line_makes_keys_and_tokens_and_shows_them() {
     let publish = ["publish", "aurora:alerts", event.to_str().expect("UTF-8"), "--url", &url];
     let refused = home.run(&publish);
     assert!(!refused.status.success(), "without a key");
-    let told = String::from_utf8(refused.stderr).expect("text");
-    assert!(told.contains("credentials are needed") && told.contains("--token or AURORA_BUS_TOKEN"), "{told}");
+    let printed = String::from_utf8(refused.stderr).expect("text");
+    assert!(
+        printed.contains("credentials are required") && printed.contains("--token or AURORA_BUS_TOKEN"),
+        "{printed}"
+    );
     let published = home.run(&[&publish[..], &["--token", key]].concat());
     assert!(published.status.success(), "{}", String::from_utf8_lossy(&published.stderr));
     let tail = |token: &str| {
@@ -188,7 +195,7 @@ async fn the_command_line_makes_keys_and_tokens_and_shows_them() {
     };
     assert_eq!(tail(key), "{\"n\":1}\n");
     assert_eq!(tail(&token), "", "another tenant's");
-    let (_, answer) = asks(&daemon, &token, "GET", EVENTS, "").await;
-    assert_eq!(answer["events"], Value::Array(Vec::new()));
+    let (_, body) = asks(&daemon, &token, "GET", EVENTS, "").await;
+    assert_eq!(body["events"], Value::Array(Vec::new()));
     daemon.stop().await;
 }

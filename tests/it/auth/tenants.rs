@@ -1,4 +1,4 @@
-//! A principal bound to a tenant is shown that tenant's entries and no others, whichever way it looks.
+//! Principals of one tenant: they read only its entries, on every path.
 
 use reqwest::StatusCode;
 use serde_json::{Value, json};
@@ -12,7 +12,7 @@ use crate::support::until;
 const DEAD: &str = "/api/v1/dead-letters/aurora:alerts";
 const ALL_TENANTS: &str = r#"{"cmp":"exists","key":"tenant"}"#;
 
-/// A daemon with a sink that takes nothing, and the keys of two tenants and of nobody's.
+/// A daemon with a sink that rejects everything, keys of two tenants, and a key without a tenant.
 struct Site {
     _receiver: Receiver,
     _home: Home,
@@ -40,7 +40,7 @@ impl Site {
         Self { _receiver: receiver, _home: home, daemon, acme, globex, all }
     }
 
-    /// Publishes a numbered event; the tenant that it says it is of.
+    /// Publishes a numbered event that names a tenant or none.
     async fn publish(&self, key: &str, n: usize, tenant: Option<&str>) -> (StatusCode, Value) {
         let mut event = json!({"n": n, "severity": "high", "id": format!("event-{}", n % 100)});
         if let Some(tenant) = tenant {
@@ -49,7 +49,7 @@ impl Site {
         asks(&self.daemon, key, "POST", EVENTS, &event.to_string()).await
     }
 
-    /// Events 0 to 5 of acme, globex and nobody, in turn, twice. Dashboards that come afterwards come after them.
+    /// Publishes events 0 to 5, in turn of acme, globex and no tenant, and waits until the relay has sent them.
     async fn publish_some(&self) {
         let mut dashboard = self.socket(&self.all, "alerts?stream=aurora:alerts").await;
         for n in [0, 3] {
@@ -62,7 +62,7 @@ impl Site {
         }
     }
 
-    /// The same, read by the relay: the past is what was read of the stream by then.
+    /// Publishes the same events, and waits until the relay can send them as past events.
     async fn publish_and_relay_some(&self) {
         self.publish_some().await;
         let mut all = self.socket(&self.all, "alerts?stream=aurora:alerts&since=earliest").await;
@@ -73,13 +73,13 @@ impl Site {
     }
 
     async fn get(&self, key: &str, path: &str) -> Value {
-        let (status, answer) = asks(&self.daemon, key, "GET", path, "").await;
-        assert_eq!(status, StatusCode::OK, "{path}: {answer}");
-        answer
+        let (status, body) = asks(&self.daemon, key, "GET", path, "").await;
+        assert_eq!(status, StatusCode::OK, "{path}: {body}");
+        body
     }
 
     async fn socket(&self, key: &str, target: &str) -> Socket {
-        open(&self.daemon, target, &[("authorization", &bearer(key))]).await.expect("let in").0
+        open(&self.daemon, target, &[("authorization", &bearer(key))]).await.expect("accepted").0
     }
 }
 
@@ -89,29 +89,29 @@ fn numbers(events: &Value) -> Vec<u64> {
 }
 
 #[tokio::test]
-async fn what_a_tenant_publishes_is_its_own() {
+async fn published_event_belongs_to_the_tenant_of_its_principal() {
     let site = Site::new().await;
     let Site { acme, globex, all, .. } = &site;
     assert_eq!(site.publish(acme, 1, Some("acme")).await.0, StatusCode::CREATED);
     let (status, problem) = site.publish(acme, 2, Some("globex")).await;
     assert_eq!((status, &problem["code"]), (StatusCode::FORBIDDEN, &json!("forbidden_tenant")));
     let batch = r#"[{"n":3},{"n":4,"tenant_id":"globex"},{"n":5,"tenant":"acme"}]"#;
-    let (status, answer) = asks(&site.daemon, acme, "POST", EVENTS, batch).await;
+    let (status, body) = asks(&site.daemon, acme, "POST", EVENTS, batch).await;
     assert_eq!(status, StatusCode::MULTI_STATUS);
-    assert_eq!(answer["results"][1]["error"]["code"], "forbidden_tenant", "{answer}");
+    assert_eq!(body["results"][1]["error"]["code"], "forbidden_tenant", "{body}");
     let seen = site.get(all, EVENTS).await;
     assert_eq!(numbers(&seen["events"]), [1, 3, 5]);
     let fields: Vec<_> = seen["events"].as_array().expect("a list").iter().map(|event| &event["fields"]).collect();
     assert!(fields.iter().all(|fields| fields.to_string().contains(r#"["tenant","acme"]"#)), "{fields:?}");
 
-    // Nobody learns of another's events by their names, or keeps them out.
+    // Idempotency keys of one tenant neither reveal nor block the events of another.
     let keyed = |key: &str| {
         let key = bearer(key);
         let daemon = &site.daemon;
         async move {
             let headers = [("authorization", key.as_str()), ("idempotency-key", "same")];
-            let answer: Value = ask(daemon, "POST", EVENTS, &headers, "{}").await.json().await.expect("JSON");
-            answer["results"][0]["duplicate"].as_bool().expect("a flag")
+            let body: Value = ask(daemon, "POST", EVENTS, &headers, "{}").await.json().await.expect("JSON");
+            body["results"][0]["duplicate"].as_bool().expect("a flag")
         }
     };
     assert_eq!(
@@ -120,15 +120,15 @@ async fn what_a_tenant_publishes_is_its_own() {
     );
     let by_id = format!("{EVENTS}?dedup=id");
     let own_id = async |key: &str| {
-        let (_, answer) = asks(&site.daemon, key, "POST", &by_id, r#"{"id":"INC-1"}"#).await;
-        answer["results"][0]["duplicate"].as_bool().expect("a flag")
+        let (_, body) = asks(&site.daemon, key, "POST", &by_id, r#"{"id":"INC-1"}"#).await;
+        body["results"][0]["duplicate"].as_bool().expect("a flag")
     };
     assert_eq!([own_id(acme).await, own_id(globex).await, own_id(globex).await], [false, false, true]);
     site.daemon.stop().await;
 }
 
 #[tokio::test]
-async fn a_tenant_reads_its_own_entries_page_by_page() {
+async fn tenant_range_has_only_its_entries_page_by_page() {
     let site = Site::new().await;
     site.publish_some().await;
     for order in ["asc", "desc"] {
@@ -146,7 +146,7 @@ async fn a_tenant_reads_its_own_entries_page_by_page() {
         assert_eq!(seen, [0, 3], "{order}");
     }
     assert_eq!(numbers(&site.get(&site.all, EVENTS).await["events"]), [0, 1, 2, 3, 4, 5]);
-    let end = site.get(&site.acme, EVENTS).await["next"].as_str().expect("where to go on").to_owned();
+    let end = site.get(&site.acme, EVENTS).await["next"].as_str().expect("the next position").to_owned();
     let rest = format!("{EVENTS}?from={end}&wait_ms=20000");
     let (waited, ()) = tokio::join!(site.get(&site.acme, &rest), async {
         site.publish(&site.globex, 6, None).await;
@@ -157,7 +157,7 @@ async fn a_tenant_reads_its_own_entries_page_by_page() {
 }
 
 #[tokio::test]
-async fn a_tenant_watches_its_own_entries_live_and_past() {
+async fn tenant_dashboards_have_only_its_events() {
     let site = Site::new().await;
     site.publish_and_relay_some().await;
     let target = |query: &str| format!("alerts?stream=aurora:alerts&{query}");
@@ -193,15 +193,19 @@ async fn a_tenant_watches_its_own_entries_live_and_past() {
                 tokio::time::timeout(BOUND, feed.chunk()).await.expect("in time").expect("a piece").expect("more");
             text.push_str(str::from_utf8(&piece).expect("text"));
         }
-        let told = |n: u32| text.contains(&format!(r#""n":{n},"#));
-        assert_eq!([0, 1, 2, 3, 4, 5, 6, 7].map(told), [true, false, false, true, false, false, true, false], "{text}");
+        let contains = |n: u32| text.contains(&format!(r#""n":{n},"#));
+        assert_eq!(
+            [0, 1, 2, 3, 4, 5, 6, 7].map(contains),
+            [true, false, false, true, false, false, true, false],
+            "{text}"
+        );
     }
     assert!(tokio::time::timeout(std::time::Duration::from_millis(100), next_text(&mut none)).await.is_err());
     site.daemon.stop().await;
 }
 
 #[tokio::test]
-async fn a_tenant_stays_within_its_own_entries_in_rich_mode() {
+async fn tenant_filter_cannot_be_widened_in_rich_mode() {
     let site = Site::new().await;
     site.publish_and_relay_some().await;
     let mut socket = site.socket(&site.acme, "alerts?v=1").await;
@@ -237,7 +241,7 @@ async fn a_tenant_stays_within_its_own_entries_in_rich_mode() {
 }
 
 #[tokio::test]
-async fn a_tenant_sees_and_moves_its_own_dead_letters_alone() {
+async fn tenant_sees_and_moves_only_its_dead_letters() {
     let site = Site::new().await;
     site.publish_some().await;
     let listed = async |key: &str| site.get(key, DEAD).await["dead_letters"].as_array().expect("a list").clone();
@@ -256,18 +260,18 @@ async fn a_tenant_sees_and_moves_its_own_dead_letters_alone() {
     let raw = "/api/v1/streams/aurora:alerts:dead_letter/events";
     assert_eq!(numbers(&site.get(&site.acme, raw).await["events"]), [0, 3]);
     let ids = json!({"ids": [id(&theirs[0]), id(&mine[0])], "dry_run": true}).to_string();
-    let (_, answer) = asks(&site.daemon, &site.acme, "POST", &format!("{DEAD}/discard"), &ids).await;
-    assert_eq!(answer["matched"], 1, "{answer}");
-    let (_, answer) = asks(&site.daemon, &site.acme, "POST", &format!("{DEAD}/discard"), r#"{"all":true}"#).await;
-    assert_eq!(answer["discarded"], 2, "{answer}");
+    let (_, body) = asks(&site.daemon, &site.acme, "POST", &format!("{DEAD}/discard"), &ids).await;
+    assert_eq!(body["matched"], 1, "{body}");
+    let (_, body) = asks(&site.daemon, &site.acme, "POST", &format!("{DEAD}/discard"), r#"{"all":true}"#).await;
+    assert_eq!(body["discarded"], 2, "{body}");
     assert_eq!(of(&listed(&site.all).await), [1, 2, 4, 5].map(Value::from));
-    let (_, answer) = asks(&site.daemon, &site.acme, "DELETE", &format!("{DEAD}?all=true"), "").await;
-    assert_eq!(answer["discarded"], 0, "{answer}");
+    let (_, body) = asks(&site.daemon, &site.acme, "DELETE", &format!("{DEAD}?all=true"), "").await;
+    assert_eq!(body["discarded"], 0, "{body}");
     site.daemon.stop().await;
 }
 
 #[tokio::test]
-async fn what_counts_all_tenants_is_not_shown_to_one() {
+async fn data_about_all_tenants_is_hidden_from_one() {
     let site = Site::new().await;
     site.publish_some().await;
     let stream = site.get(&site.acme, "/api/v1/streams/aurora:alerts").await;

@@ -1,4 +1,4 @@
-//! Dashboards that must show who they are.
+//! Dashboards with credentials: close codes, subprotocols, tickets, connection limits.
 
 use futures_util::{SinkExt as _, StreamExt as _};
 use reqwest::StatusCode;
@@ -12,19 +12,19 @@ use super::{Keys, ask, asks, bearer, issuer_toml, token};
 use crate::support::app::{BOUND, Daemon, Home, Socket, next_text};
 use crate::support::until;
 
-/// Opens a WebSocket; the subprotocol that was answered comes with it.
+/// Opens a WebSocket, and returns it with the confirmed subprotocol.
 pub(crate) async fn open(
     daemon: &Daemon,
     target: &str,
     headers: &[(&'static str, &str)],
 ) -> Result<(Socket, Option<String>), StatusCode> {
-    let mut request =
+    let mut handshake =
         daemon.url(&format!("/api/v1/ws/{target}")).replacen("http", "ws", 1).into_client_request().expect("a URL");
     for (name, value) in headers {
         let value = HeaderValue::from_str(value).expect("a value");
-        request.headers_mut().insert(HeaderName::from_static(name), value);
+        handshake.headers_mut().insert(HeaderName::from_static(name), value);
     }
-    match tokio_tungstenite::connect_async(request).await {
+    match tokio_tungstenite::connect_async(handshake).await {
         Ok((socket, response)) => {
             let protocol = response.headers().get("sec-websocket-protocol");
             Ok((socket, protocol.map(|value| value.to_str().expect("ASCII").to_owned())))
@@ -34,7 +34,7 @@ pub(crate) async fn open(
     }
 }
 
-/// The code and reason with which a socket is closed; what comes before that is dropped.
+/// Waits for the close frame, and returns its code and reason.
 pub(crate) async fn closed(socket: &mut Socket) -> (u16, String) {
     let ends = async {
         loop {
@@ -57,7 +57,7 @@ pub(crate) async fn say(socket: &mut Socket, request: Value) {
 }
 
 #[tokio::test]
-async fn programs_are_refused_by_status_and_pages_by_close_code() {
+async fn refused_program_gets_a_status_and_page_a_close_code() {
     let mut keys = Keys::default();
     let other = keys.add("other", &["ws:agent_thoughts"], None);
     let home = keys.home();
@@ -69,13 +69,13 @@ async fn programs_are_refused_by_status_and_pages_by_close_code() {
             vec![("authorization", "Bearer ab_guess")],
             StatusCode::UNAUTHORIZED,
             4501,
-            "unauthenticated: the key is not known",
+            "unauthenticated: the API key is not valid",
         ),
         (
             vec![("authorization", other.as_str())],
             StatusCode::FORBIDDEN,
             4502,
-            "forbidden: the scope ws:alerts is needed",
+            "forbidden: the scope `ws:alerts` is required",
         ),
     ];
     for (headers, status, code, reason) in cases {
@@ -83,30 +83,30 @@ async fn programs_are_refused_by_status_and_pages_by_close_code() {
             let headers: Vec<_> = headers.iter().copied().chain(protocol).collect();
             assert_eq!(open(&daemon, "alerts", &headers).await.err(), Some(status), "{reason}");
             let page: Vec<_> = headers.into_iter().chain([("origin", "http://127.0.0.1")]).collect();
-            let (mut socket, _) = open(&daemon, "alerts", &page).await.expect("a page is let in to be told");
-            let (closed_with, told) = closed(&mut socket).await;
+            let (mut socket, _) = open(&daemon, "alerts", &page).await.expect("accepted for the close code");
+            let (closed_with, text) = closed(&mut socket).await;
             assert_eq!(closed_with, code);
-            assert!(told.starts_with(reason) && told.len() <= 123, "{told}");
+            assert!(text.starts_with(reason) && text.len() <= 123, "{text}");
         }
     }
     daemon.stop().await;
 }
 
 #[tokio::test]
-async fn a_page_may_show_its_token_as_a_subprotocol_and_never_gets_it_back() {
+async fn token_as_subprotocol_is_accepted_and_never_sent_back() {
     let home = Home::new(&format!("{}\n{}", super::STREAMS, issuer_toml()));
     let daemon = home.start().await;
     let token = token("ann", &["ws:agent_thoughts"], None, 600);
     let offer = format!("aurora.v1, bearer.{token}");
     for origin in [None, Some(("origin", "http://127.0.0.1"))] {
         let headers: Vec<_> = [("sec-websocket-protocol", offer.as_str())].into_iter().chain(origin).collect();
-        let (mut socket, protocol) = open(&daemon, "agent-thoughts", &headers).await.expect("let in");
+        let (mut socket, protocol) = open(&daemon, "agent-thoughts", &headers).await.expect("accepted");
         assert_eq!(protocol.as_deref(), Some("aurora.v1"));
         let welcome = frame(&mut socket).await;
         assert!(welcome["t"] == "welcome" && welcome["exp"].is_u64(), "{welcome}");
     }
     let (mut socket, protocol) =
-        open(&daemon, &format!("agent-thoughts?v=1&token={token}"), &[]).await.expect("let in");
+        open(&daemon, &format!("agent-thoughts?v=1&token={token}"), &[]).await.expect("accepted");
     assert_eq!((protocol, frame(&mut socket).await["t"].clone()), (None, json!("welcome")));
     daemon.stop().await;
 }
@@ -116,13 +116,13 @@ pub(crate) async fn ticket(daemon: &Daemon, key: &str, headers: &[(&str, &str)],
     let headers: Vec<_> = headers.iter().copied().chain([("authorization", key.as_str())]).collect();
     let response = ask(daemon, "POST", "/api/v1/ws/ticket", &headers, body).await;
     assert_eq!(response.status(), StatusCode::OK);
-    let answer: Value = response.json().await.expect("a ticket");
-    assert_eq!(answer["expires_in"], 30);
-    answer["ticket"].as_str().expect("a text").to_owned()
+    let body: Value = response.json().await.expect("a ticket");
+    assert_eq!(body["expires_in"], 30);
+    body["ticket"].as_str().expect("a text").to_owned()
 }
 
 #[tokio::test]
-async fn a_ticket_opens_one_socket_or_feed_of_its_page() {
+async fn ticket_opens_one_socket_or_feed_of_its_page() {
     const HERE: (&str, &str) = ("origin", "http://127.0.0.1:3000");
     const THERE: (&str, &str) = ("origin", "http://127.0.0.1:4000");
     let mut keys = Keys::default();
@@ -133,16 +133,17 @@ async fn a_ticket_opens_one_socket_or_feed_of_its_page() {
 
     let mine = ticket(&daemon, &key, &[HERE], "").await;
     let target = format!("alerts?v=1&ticket={mine}");
-    let (mut socket, _) = open(&daemon, &target, &[HERE]).await.expect("let in");
+    let (mut socket, _) = open(&daemon, &target, &[HERE]).await.expect("accepted");
     assert_eq!(frame(&mut socket).await["t"], "welcome");
-    let (mut again, _) = open(&daemon, &target, &[HERE]).await.expect("a page is let in to be told");
+    let (mut again, _) = open(&daemon, &target, &[HERE]).await.expect("accepted for the close code");
     assert_eq!(closed(&mut again).await.0, 4501, "used");
 
     let mine = ticket(&daemon, &key, &[HERE], "").await;
-    let (mut stolen, _) = open(&daemon, &format!("alerts?ticket={mine}"), &[THERE]).await.expect("let in to be told");
-    assert_eq!(closed(&mut stolen).await.0, 4501, "another page's");
+    let (mut stolen, _) =
+        open(&daemon, &format!("alerts?ticket={mine}"), &[THERE]).await.expect("accepted for the close code");
+    assert_eq!(closed(&mut stolen).await.0, 4501, "of another page");
     let feed = |ticket: &str| format!("/api/v1/feeds/alerts?ticket={ticket}");
-    assert_eq!(ask(&daemon, "GET", &feed(&mine), &[HERE], "").await.status(), StatusCode::UNAUTHORIZED, "gone");
+    assert_eq!(ask(&daemon, "GET", &feed(&mine), &[HERE], "").await.status(), StatusCode::UNAUTHORIZED, "used up");
 
     let for_page = ticket(&daemon, &key, &[], r#"{"origin":"http://127.0.0.1:3000"}"#).await;
     assert_eq!(ask(&daemon, "GET", &feed(&for_page), &[HERE], "").await.status(), StatusCode::OK);
@@ -150,14 +151,14 @@ async fn a_ticket_opens_one_socket_or_feed_of_its_page() {
     assert_eq!(ask(&daemon, "GET", &feed(&for_program), &[], "").await.status(), StatusCode::OK);
 
     let key = bearer(&key);
-    let lie = [HERE, ("authorization", key.as_str())];
-    let refused = ask(&daemon, "POST", "/api/v1/ws/ticket", &lie, r#"{"origin":"http://127.0.0.1:4000"}"#).await;
+    let foreign = [HERE, ("authorization", key.as_str())];
+    let refused = ask(&daemon, "POST", "/api/v1/ws/ticket", &foreign, r#"{"origin":"http://127.0.0.1:4000"}"#).await;
     assert_eq!(refused.status(), StatusCode::BAD_REQUEST);
     daemon.stop().await;
 }
 
 #[tokio::test]
-async fn a_token_that_is_offered_alone_is_not_sent_back_either() {
+async fn token_as_only_subprotocol_is_never_sent_back() {
     let mut keys = Keys::default();
     let key = keys.add("page", &["ws:alerts"], None);
     let home = keys.home();
@@ -180,17 +181,17 @@ async fn a_token_that_is_offered_alone_is_not_sent_back_either() {
             ("sec-websocket-protocol", offer.as_str()),
         ];
         let headers: Vec<_> = handshake.into_iter().chain(origin).collect();
-        let answer = ask(&daemon, "GET", "/api/v1/ws/alerts", &headers, "").await;
-        assert_eq!(answer.status(), status, "{origin:?}");
-        let protocol = answer.headers().get("sec-websocket-protocol");
+        let response = ask(&daemon, "GET", "/api/v1/ws/alerts", &headers, "").await;
+        assert_eq!(response.status(), status, "{origin:?}");
+        let protocol = response.headers().get("sec-websocket-protocol");
         assert_eq!(protocol.and_then(|protocol| protocol.to_str().ok()), confirmed, "{origin:?}");
-        assert!(!format!("{answer:?}").contains(&key), "{origin:?}");
+        assert!(!format!("{response:?}").contains(&key), "{origin:?}");
     }
     daemon.stop().await;
 }
 
 #[tokio::test]
-async fn a_ticket_of_the_daemons_own_page_is_good_where_its_browser_names_no_origin() {
+async fn ticket_of_the_own_page_is_valid_without_origin_header() {
     const OWN: (&str, &str) = ("origin", "http://127.0.0.1");
     const SAME: (&str, &str) = ("sec-fetch-site", "same-origin");
     const OTHER: (&str, &str) = ("sec-fetch-site", "same-site");
@@ -205,7 +206,7 @@ async fn a_ticket_of_the_daemons_own_page_is_good_where_its_browser_names_no_ori
         (vec![OWN, SAME], "", vec![SAME], good),
         (vec![OWN], "", vec![], good),
         (vec![], r#"{"origin":"http://127.0.0.1"}"#, vec![SAME], good),
-        // What a proxy in front is called, the daemon may not know; the browser does.
+        // The daemon does not know the name of a proxy in front of it, but the browser does.
         (vec![soc, SAME], "", vec![SAME], good),
         (vec![OWN, SAME], "", vec![OTHER], bad),
         (vec![OWN, OTHER], "", vec![], bad),
@@ -213,18 +214,18 @@ async fn a_ticket_of_the_daemons_own_page_is_good_where_its_browser_names_no_ori
         (vec![soc], "", vec![], bad),
         (vec![], r#"{"origin":"https://soc.example"}"#, vec![], bad),
     ];
-    for (asked_by, body, shown_by, expected) in cases {
-        let ticket = ticket(&daemon, &key, &asked_by, body).await;
+    for (issued_to, body, presented_by, expected) in cases {
+        let ticket = ticket(&daemon, &key, &issued_to, body).await;
         let feed = format!("/api/v1/feeds/alerts?ticket={ticket}");
-        let status = ask(&daemon, "GET", &feed, &shown_by, "").await.status();
-        assert_eq!(status, expected, "{asked_by:?} {body} {shown_by:?}");
-        assert_eq!(ask(&daemon, "GET", &feed, &shown_by, "").await.status(), bad, "used");
+        let status = ask(&daemon, "GET", &feed, &presented_by, "").await.status();
+        assert_eq!(status, expected, "{issued_to:?} {body} {presented_by:?}");
+        assert_eq!(ask(&daemon, "GET", &feed, &presented_by, "").await.status(), bad, "used");
     }
     daemon.stop().await;
 }
 
 #[tokio::test]
-async fn a_principal_has_a_number_of_connections_of_its_own() {
+async fn connections_are_limited_per_principal() {
     let mut keys = Keys::default();
     let (ops, soc) = (keys.add("ops", &["ws:alerts"], None), keys.add("soc", &["ws:alerts"], None));
     let config = super::STREAMS.replace("[relay]\n", "[relay]\nmax_connections_per_principal = 2\n");
@@ -237,17 +238,17 @@ async fn a_principal_has_a_number_of_connections_of_its_own() {
     assert_eq!(third, Some(StatusCode::TOO_MANY_REQUESTS));
     open(&daemon, "alerts", &[("authorization", &soc)]).await.expect("another principal");
     drop(first);
-    until("place that is free again", BOUND, async || open(&daemon, "alerts", &[("authorization", &ops)]).await.ok())
+    until("a free connection slot", BOUND, async || open(&daemon, "alerts", &[("authorization", &ops)]).await.ok())
         .await;
     daemon.stop().await;
 }
 
 #[tokio::test]
-async fn nothing_is_asked_for_where_nothing_is_declared() {
+async fn no_credentials_are_required_without_keys_and_issuers() {
     let home = Home::new(super::STREAMS);
     let daemon = home.start().await;
     assert_eq!(asks(&daemon, "anything", "GET", super::EVENTS, "").await.0, StatusCode::OK);
-    let (mut socket, _) = open(&daemon, "alerts?v=1&token=anything", &[]).await.expect("let in");
+    let (mut socket, _) = open(&daemon, "alerts?v=1&token=anything", &[]).await.expect("accepted");
     assert!(frame(&mut socket).await.get("exp").is_none());
     say(&mut socket, json!({"op": "auth", "id": 1, "token": "anything"})).await;
     assert_eq!(frame(&mut socket).await["code"], 400);

@@ -304,7 +304,7 @@ async fn reloaded_page_resumes_or_starts_with_a_snapshot() {
     tab.get("seen.isOld = true").await;
     tab.call("Page.reload", json!({})).await;
     tab.until("!seen.isOld && bus.state === 'live'").await;
-    assert_eq!(tab.get("seen.events.length").await, 0, "it has seen them");
+    assert_eq!(tab.get("seen.events.length").await, 0, "all events were seen before");
     publish(&daemon, 31..32).await;
     has_seen(&mut tab, 31).await;
     // A position of a lost stream: closed with 4002, and then the snapshot.

@@ -46,7 +46,7 @@ async fn refused_page_sees_the_code_with_any_version() {
         assert_eq!(end[0], code, "{target} {offer}: {end}");
     }
     let end = ended(&mut tab, &daemon, "alerts", &json!([])).await;
-    let reason = "unauthenticated: credentials are needed: Authorization: Bearer, X-API-Key, cookie access_token; \
+    let reason = "unauthenticated: credentials are required: Authorization: Bearer, X-API-Key, cookie access_token; \
                  to watch, also a ticket";
     assert_eq!(end, json!([4501, reason]));
     daemon.stop().await;

@@ -127,13 +127,13 @@ async fn example_page_asks_for_missing_credentials() {
         format!("document.querySelector('#token').value = {text:?}; document.querySelector('#access').requestSubmit()")
     };
     tab.get(&enter("ab_guess")).await;
-    tab.until("document.querySelector('#refusal').textContent.includes('the key is not known')").await;
+    tab.until("document.querySelector('#refusal').textContent.includes('the API key is not valid')").await;
     for unfit in ["ab_a b", "ab_ü", &format!("{key}\u{a0}x")] {
         tab.get(&enter(unfit)).await;
         tab.until("document.querySelector('#refusal').textContent.includes('characters')").await;
-        assert_eq!(tab.get("document.querySelector('#access').hidden").await, false, "it is asked for again");
+        assert_eq!(tab.get("document.querySelector('#access').hidden").await, false, "the key is requested again");
         tab.get(&enter("ab_guess")).await;
-        tab.until("document.querySelector('#refusal').textContent.includes('the key is not known')").await;
+        tab.until("document.querySelector('#refusal').textContent.includes('the API key is not valid')").await;
     }
     tab.get(&enter(&format!(" Bearer  {key} "))).await;
     tab.until("document.querySelector('#state').textContent === 'live'").await;
@@ -165,7 +165,7 @@ async fn example_pages_are_cached_and_can_be_disabled() {
     for (file, content_type) in files {
         let url = daemon.url(&format!("/client/{file}"));
         let answer = client().get(&url).send().await.expect("an answer");
-        assert_eq!(answer.status(), StatusCode::OK, "no credentials are asked for");
+        assert_eq!(answer.status(), StatusCode::OK, "no credentials are required");
         let headers = answer.headers().clone();
         assert_eq!(headers["content-type"], content_type);
         assert_eq!(headers["x-content-type-options"], "nosniff");

@@ -34,7 +34,7 @@ async fn token_is_renewed_before_and_after_it_expires() {
     let needs = tab.get("seen.needs").await;
     assert_eq!(needs.as_array().expect("a list").last(), Some(&json!(true)), "{needs}");
     let connected = tab.get("seen.states.filter(({ state }) => state === 'live').length").await;
-    assert_eq!(connected, 2, "the first connection has lived as long as the second token");
+    assert_eq!(connected, 2, "the second token extended the first connection");
     daemon.stop().await;
 }
 
@@ -51,7 +51,7 @@ async fn refused_client_stops_with_the_reason_and_may_retry() {
     let mut tab = open(&browser, &server, &base, &json!({})).await;
     tab.until("bus.state === 'stopped'").await;
     assert_eq!(tab.get(last).await, json!(["stopped", 4501, "unauthenticated"]));
-    assert_eq!(tab.get("seen.states.length").await, 2, "it has not tried again");
+    assert_eq!(tab.get("seen.states.length").await, 2, "no further attempt");
 
     // A client with a token source retries once after a refusal.
     let mut tab = open(&browser, &server, &base, &json!({"tokens": ["ab_bad", "ab_worse", other, good]})).await;

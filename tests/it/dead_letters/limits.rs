@@ -43,8 +43,8 @@ async fn excess_is_reported_and_the_oldest_are_removed(site: Site) {
     metric_is(&daemon, &of("dead_letter_length"), 400.0).await;
     daemon.signal("TERM");
     let log = daemon.ended().await.log;
-    assert_eq!(log.matches("the dead letters fill up").count(), 1, "told once: {log}");
-    assert_eq!(log.matches("the dead letters have room again").count(), 1);
+    assert_eq!(log.matches("dead letters fill up").count(), 1, "told once: {log}");
+    assert_eq!(log.matches("dead letters below the alarm level again").count(), 1);
 }
 
 async fn old_dead_letters_are_removed_and_young_ones_stay(site: Site) {

@@ -15,7 +15,7 @@ async fn members_are_known_to_all_instances_and_after_restart() {
     assert_eq!(next_text(&mut watching).await, event(1));
     publish(&a, "globex", 2).await;
     let both = [member("acme"), member("globex")];
-    until("the members of the other", BOUND, async || (members(&b).await == both).then_some(())).await;
+    until("the members of the other instance", BOUND, async || (members(&b).await == both).then_some(())).await;
     b.handled(&both[1], "siem").await;
 
     a.crash();
@@ -29,7 +29,7 @@ async fn members_are_known_to_all_instances_and_after_restart() {
 
     // The instances write the lost key index again.
     server.cli(&["FLUSHALL"]);
-    until("the register again", BOUND, async || {
+    until("the key index again", BOUND, async || {
         (server.cli(&["XLEN", "aurora:tenant:~keys:alerts"]) == "2").then_some(())
     })
     .await;
@@ -40,7 +40,7 @@ async fn members_are_known_to_all_instances_and_after_restart() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lost_key_index_is_rewritten_and_members_survive() {
-    const REGISTER: &str = "aurora:tenant:~keys:alerts";
+    const KEY_INDEX: &str = "aurora:tenant:~keys:alerts";
     let server = RedisServer::start(Product::Redis, &[]).await;
     let home = Home::new(&config("[[streams.groups]]\nname = \"siem\"\nsink = \"log\"", &on_redis(&server)));
     let daemon = home.start().await;
@@ -48,12 +48,12 @@ async fn lost_key_index_is_rewritten_and_members_survive() {
     for (n, key) in keys.into_iter().enumerate() {
         publish(&daemon, key, n).await;
     }
-    let whole = || server.cli(&["XRANGE", REGISTER, "-", "+"]);
+    let whole = || server.cli(&["XRANGE", KEY_INDEX, "-", "+"]);
     let names = || keys.into_iter().filter(|key| whole().lines().any(|line| line.contains(key))).count();
-    assert_eq!(server.cli(&["DEL", REGISTER]), "1");
-    until("the register again", BOUND, async || (names() == 3).then_some(())).await;
+    assert_eq!(server.cli(&["DEL", KEY_INDEX]), "1");
+    until("the key index again", BOUND, async || (names() == 3).then_some(())).await;
     // Trims one of its entries, which is not the last.
-    assert_eq!(server.cli(&["XTRIM", REGISTER, "MAXLEN", "2"]), "1");
+    assert_eq!(server.cli(&["XTRIM", KEY_INDEX, "MAXLEN", "2"]), "1");
     until("the rewritten key index", BOUND, async || (names() == 3).then_some(())).await;
     daemon.crash();
     server.cli(&["XADD", &member("acme"), "*", "data", &event(9)]);

@@ -26,7 +26,7 @@ async fn snapshot_uses_the_filter_replaced_during_the_read() {
     store.set_unavailable(true);
     let reads = server.metrics.relay_store_reads.get();
     ask(json!({"op": "subscribe", "id": 1, "stream": "aurora:alerts", "snapshot": 5})).await;
-    server.until("the snapshot is looked for", || server.metrics.relay_store_reads.get() > reads).await;
+    server.until("the snapshot is being read", || server.metrics.relay_store_reads.get() > reads).await;
     ask(json!({"op": "filter", "id": 2, "stream": "aurora:alerts", "filter": {"key": "severity", "cmp": "eq", "val": "high"}}))
         .await;
     let mut frames = Vec::new();

@@ -1,8 +1,8 @@
 //! Random histories of clients that disconnect and resume, against one invariant: each client sees every entry once
-//! and in order, and every entry that it does not see is gone and was reported in a gap.
+//! and in order. Every entry that it does not see is gone, and was reported in a gap.
 //!
-//! Two relays share a store. While alerts are published, the stream is trimmed, lost and created again, and relays
-//! restart, clients of every kind disconnect after some frames and resume from their last position at either relay.
+//! Two relays share a store. Meanwhile alerts are published, the stream is trimmed, lost and created again, and relays
+//! restart. Clients of every kind disconnect after some frames and resume from their last position at either relay.
 //! The entries that they saw are compared with the entries published.
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -4,8 +4,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use aurora_bus::event::{Attribute, Filter};
-use aurora_bus::event::{Fields, NewEntry, StreamName, StreamPattern, field};
+use aurora_bus::event::{Attribute, Fields, Filter, NewEntry, StreamName, StreamPattern, field};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
 use aurora_bus::relay::{Admission, Config, ConnectError, Relay, SessionEnd, SubscribeParams};

@@ -1,4 +1,4 @@
-//! Certificates, made by `openssl` when they are needed.
+//! Certificates of a test authority, made by `openssl`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::process::Command;
 
 use crate::support::install;
 
-/// An authority whose files are in a folder: `ca.pem`, and a `.pem` and a `.key` for each that it has signed.
+/// An authority with its files in a folder: `ca.pem`, and a `.pem` and a `.key` for each issued certificate.
 pub(super) struct Authority {
     folder: PathBuf,
 }
@@ -25,7 +25,7 @@ impl Authority {
         self.folder.join(file)
     }
 
-    /// A certificate for this machine and its key, good for so many days; below none it has ended already.
+    /// Issues a certificate for this machine with its key, valid for `days`. It has expired if that is negative.
     pub(super) fn issue(&self, name: &str, days: i32) {
         let script = format!(
             "openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN={name} \
@@ -45,7 +45,7 @@ impl Authority {
         assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
     }
 
-    /// Puts the files of `from` in the place of those of `to`.
+    /// Replaces the files of `to` by those of `from`.
     pub(super) fn replace(&self, to: &str, from: &str) {
         for ending in ["key", "pem"] {
             fs::copy(self.path(&format!("{from}.{ending}")), self.path(&format!("{to}.{ending}"))).expect("a copy");

@@ -1,11 +1,11 @@
-//! Certificates that are replaced while the daemon runs.
+//! Certificates that are replaced at run time.
 
 use std::fs;
 
 use reqwest::StatusCode;
 use serde_json::Value;
 
-use super::{address, curl, home, next_text, shown, text, watch};
+use super::{address, curl, home, next_text, served, text, watch};
 use crate::support::app::{BOUND, Daemon};
 use crate::support::until;
 
@@ -17,18 +17,18 @@ async fn note(daemon: &Daemon) -> String {
 }
 
 #[tokio::test]
-async fn new_connections_see_the_new_certificate_and_old_ones_live_on() {
+async fn new_connections_get_the_new_certificate_and_old_ones_stay() {
     let (home, authority) = home("");
     let daemon = home.start().await;
     let ca = authority.path("ca.pem");
-    let first = shown(&daemon, &ca).await;
+    let first = served(&daemon, &ca).await;
     let mut old = watch(&daemon, &ca).await;
 
     authority.issue("second", 30);
     authority.replace("server", "second");
     daemon.signal("HUP");
     let second = until("the second certificate", BOUND, async || {
-        let now = shown(&daemon, &ca).await;
+        let now = served(&daemon, &ca).await;
         (now != first).then_some(now)
     });
     let second = second.await;
@@ -39,10 +39,10 @@ async fn new_connections_see_the_new_certificate_and_old_ones_live_on() {
         assert_eq!(next_text(socket).await, r#"{"n":1}"#);
     }
 
-    // Without being told.
+    // Without a signal.
     authority.issue("third", 30);
     authority.replace("server", "third");
-    until("the third certificate", BOUND, async || (shown(&daemon, &ca).await != second).then_some(())).await;
+    until("the third certificate", BOUND, async || (served(&daemon, &ca).await != second).then_some(())).await;
     assert!(curl(&ca, &[&url, "-d", r#"{"n":2}"#]).status.success());
     for socket in [&mut old, &mut new] {
         assert_eq!(next_text(socket).await, r#"{"n":2}"#);
@@ -52,11 +52,11 @@ async fn new_connections_see_the_new_certificate_and_old_ones_live_on() {
 }
 
 #[tokio::test]
-async fn a_certificate_that_cannot_be_used_leaves_the_one_before_and_is_told() {
+async fn unusable_certificate_keeps_the_previous_one_and_is_noted() {
     let (home, authority) = home("");
     let daemon = home.start().await;
     let ca = authority.path("ca.pem");
-    let first = shown(&daemon, &ca).await;
+    let first = served(&daemon, &ca).await;
     assert_eq!(note(&daemon).await, "");
     authority.issue("other", 30);
     authority.issue("expired", -1);
@@ -72,15 +72,15 @@ async fn a_certificate_that_cannot_be_used_leaves_the_one_before_and_is_told() {
         authority.run(script);
         daemon.signal("HUP");
         until(reason, BOUND, async || note(&daemon).await.contains(reason).then_some(())).await;
-        assert_eq!(shown(&daemon, &ca).await, first, "{script}");
-        assert_eq!(daemon.status("/ready").await, Some(StatusCode::OK), "it works, an operator should look");
+        assert_eq!(served(&daemon, &ca).await, first, "{script}");
+        assert_eq!(daemon.status("/ready").await, Some(StatusCode::OK), "ready, with a note");
         let body: Value = serde_json::from_str(&daemon.body("/ready").await).expect("a report");
         assert_eq!(body["status"], "degraded");
         authority.replace("server", "good");
-        until("all well again", BOUND, async || note(&daemon).await.is_empty().then_some(())).await;
+        until("no note", BOUND, async || note(&daemon).await.is_empty().then_some(())).await;
     }
     let log = daemon.take_log().join("\n");
-    assert!(log.contains("cannot use the new certificate; going on with the one before"), "{log}");
+    assert!(log.contains("new certificate not usable, serving the previous one"), "{log}");
     let secret = fs::read_to_string(authority.path("good.key")).expect("a key");
     let secret = secret.lines().nth(1).expect("a line of the key");
     assert!(!log.contains(secret), "{log}");
@@ -88,10 +88,10 @@ async fn a_certificate_that_cannot_be_used_leaves_the_one_before_and_is_told() {
 }
 
 #[tokio::test]
-async fn a_certificate_that_ends_soon_is_told() {
+async fn expired_certificate_is_served_and_noted() {
     let (home, authority) = home("");
     authority.issue("server", -1);
-    let daemon = home.spawn().await.expect("an expired certificate is no reason to stay away");
+    let daemon = home.spawn().await.expect("starts with an expired certificate");
     let insecure = ["-k", &daemon.url("/ready")];
     let ready = text(&curl(&authority.path("ca.pem"), &insecure).stdout);
     assert!(ready.contains("the certificate has expired"), "{ready}");

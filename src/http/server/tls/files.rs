@@ -1,4 +1,4 @@
-//! The files of the listener's TLS: read, checked against each other, made ready to be shown.
+//! The TLS files: read, checked against each other, and built into a server configuration.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,36 +13,36 @@ use sha2::{Digest as _, Sha256};
 use x509_cert::Certificate;
 use x509_cert::der::Decode as _;
 
-use crate::http::server::tls::{ClientCertificates, Shown, TlsConfig, TlsVersion, Unusable};
+use crate::http::server::tls::{ClientCertificates, ServedCertificate, TlsConfig, TlsError, TlsVersion};
 use crate::tls;
 
-/// The most bytes of a file that are read: chains and lists of authorities are far smaller.
-const MAX_BYTES: u64 = 1 << 20;
-/// A certificate is to be replaced when less than this is left of it, or less than a fifth of its life.
-const SOON: Duration = Duration::from_hours(14 * 24);
+/// The maximum size of a file. Chains and lists of authorities are far smaller.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+/// The remaining time at which a certificate should be replaced; for short ones a fifth of their validity.
+const EXPIRES_SOON: Duration = Duration::from_hours(14 * 24);
 
-/// What the files were found to hold: a hash, since keys should not be kept longer than they are needed.
+/// A hash of the files. Private keys should not stay in memory longer than necessary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Read([u8; 32]);
+pub(crate) struct FileFingerprint([u8; 32]);
 
-/// What the files hold.
-pub(crate) struct Files {
+/// The content of the files.
+pub(crate) struct TlsFiles {
     chain: Vec<u8>,
     key: Vec<u8>,
     authorities: Option<Vec<u8>>,
 }
 
-/// From when to when a certificate is valid.
+/// The time in which a certificate is valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Validity {
-    /// The first moment.
+pub struct CertificateValidity {
+    /// The start.
     pub from: SystemTime,
-    /// The last.
+    /// The end.
     pub until: SystemTime,
 }
 
-impl Validity {
-    /// Days until it ends; negative afterwards.
+impl CertificateValidity {
+    /// Returns the days until the end; negative afterwards.
     pub fn days_left(&self) -> f64 {
         let seconds = match self.until.duration_since(SystemTime::now()) {
             Ok(left) => left.as_secs_f64(),
@@ -51,32 +51,35 @@ impl Validity {
         seconds / 86_400.0
     }
 
-    /// What an operator should know of it now.
-    pub fn concern(&self) -> Option<String> {
-        self.concern_at(SystemTime::now())
+    /// Returns a warning for operators if the certificate is invalid now or expires soon.
+    pub fn warning(&self) -> Option<String> {
+        self.warning_at(SystemTime::now())
     }
 
-    fn concern_at(&self, now: SystemTime) -> Option<String> {
-        let until = jiff::Timestamp::try_from(self.until).map_or_else(|_error| "long".to_owned(), |t| t.to_string());
+    fn warning_at(&self, now: SystemTime) -> Option<String> {
+        let until =
+            jiff::Timestamp::try_from(self.until).map_or_else(|_error| "an unknown time".to_owned(), |t| t.to_string());
         if now < self.from {
             return Some("the certificate is not valid yet".to_owned());
         }
-        let life = self.until.duration_since(self.from).unwrap_or_default();
+        let lifetime = self.until.duration_since(self.from).unwrap_or_default();
         match self.until.duration_since(now) {
             Err(_over) => Some(format!("the certificate has expired, it was valid until {until}")),
-            Ok(left) if left < SOON.min(life / 5) => Some(format!("the certificate expires soon, at {until}")),
+            Ok(left) if left < EXPIRES_SOON.min(lifetime / 5) => {
+                Some(format!("the certificate expires soon, at {until}"))
+            }
             Ok(_) => None,
         }
     }
 
-    /// Whether it is valid now.
-    pub fn is_now(&self) -> bool {
+    /// Returns whether the certificate is valid now.
+    pub fn is_valid_now(&self) -> bool {
         (self.from..=self.until).contains(&SystemTime::now())
     }
 }
 
-impl Files {
-    pub(crate) fn read(config: &TlsConfig) -> Result<Self, Unusable> {
+impl TlsFiles {
+    pub(crate) fn read(config: &TlsConfig) -> Result<Self, TlsError> {
         Ok(Self {
             chain: read("cert_file", &config.cert_file)?,
             key: read("key_file", &config.key_file)?,
@@ -84,26 +87,26 @@ impl Files {
         })
     }
 
-    pub(crate) fn fingerprint(&self) -> Read {
+    pub(crate) fn fingerprint(&self) -> FileFingerprint {
         let mut hash = Sha256::new();
         for part in [&self.chain, &self.key, self.authorities.as_ref().unwrap_or(&Vec::new())] {
             hash.update(part.len().to_le_bytes());
             hash.update(part);
         }
-        Read(hash.finalize().into())
+        FileFingerprint(hash.finalize().into())
     }
 
-    /// Puts together what is shown to clients, if the files fit each other.
-    pub(crate) fn build(&self, config: &TlsConfig) -> Result<Shown, Unusable> {
-        let of_chain = |error: String| ("cert_file", error);
-        let chain = tls::certificates(&config.cert_file, &self.chain).map_err(|error| of_chain(error.to_string()))?;
-        let leaf = chain.first().ok_or_else(|| of_chain("holds no certificate".to_owned()))?;
-        let validity = validity(leaf).ok_or_else(|| of_chain("its first certificate makes no sense".to_owned()))?;
+    /// Builds the certificate for new connections. Fails if the files do not fit each other.
+    pub(crate) fn build(&self, config: &TlsConfig) -> Result<ServedCertificate, TlsError> {
+        let in_chain = |error: String| ("cert_file", error);
+        let chain = tls::certificates(&config.cert_file, &self.chain).map_err(|error| in_chain(error.to_string()))?;
+        let leaf = chain.first().ok_or_else(|| in_chain("must contain a certificate".to_owned()))?;
+        let validity = validity(leaf).ok_or_else(|| in_chain("its first certificate is not valid X.509".to_owned()))?;
         let key = PrivateKeyDer::from_pem_slice(&self.key).map_err(|_error| {
             let path = config.key_file.display();
             let is_encrypted = self.key.windows(9).any(|window| window == b"ENCRYPTED");
             let hint = if is_encrypted { ": it is encrypted, decrypt it first" } else { "" };
-            ("key_file", format!("{path} holds no private key in PEM{hint}"))
+            ("key_file", format!("{path} must contain a private key in PEM{hint}"))
         })?;
 
         let provider = tls::provider();
@@ -114,14 +117,14 @@ impl Files {
             .expect("the provider supports these versions");
         let builder = match (&self.authorities, &config.client_ca_file) {
             (Some(text), Some(path)) => {
-                let of_authorities = |error: String| ("client_ca_file", error);
-                let roots = tls::roots_of(path, text).map_err(|error| of_authorities(error.to_string()))?;
+                let in_authorities = |error: String| ("client_ca_file", error);
+                let roots = tls::roots_of(path, text).map_err(|error| in_authorities(error.to_string()))?;
                 let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
                 let verifier = match config.client_certificates {
                     ClientCertificates::Optional => verifier.allow_unauthenticated(),
                     ClientCertificates::Off | ClientCertificates::Required => verifier,
                 };
-                let verifier = verifier.build().map_err(|error| of_authorities(error.to_string()))?;
+                let verifier = verifier.build().map_err(|error| in_authorities(error.to_string()))?;
                 builder.with_client_cert_verifier(verifier)
             }
             _ => builder.with_no_client_auth(),
@@ -130,34 +133,34 @@ impl Files {
             rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
                 ("key_file", "is not the key of the certificate in cert_file".to_owned())
             }
-            other => of_chain(format!("can't be used with its key: {other}")),
+            other => in_chain(format!("cannot be used with its key: {other}")),
         })?;
         server.alpn_protocols = vec![b"http/1.1".to_vec()];
         server.session_storage = Arc::new(NoServerSessionStorage {});
         if self.authorities.is_some() {
-            // Every connection shows its certificate anew: a session that is resumed would outlive it.
+            // Every connection must present its certificate: a resumed session would outlive it.
             server.send_tls13_tickets = 0;
         } else {
             server.send_tls13_tickets = 1;
             server.ticketer = rustls::crypto::aws_lc_rs::Ticketer::new()
-                .map_err(|error| of_chain(format!("no keys for session tickets: {error}")))?;
+                .map_err(|error| in_chain(format!("cannot create session ticket keys: {error}")))?;
         }
-        Ok(Shown { server: Arc::new(server), validity, files: self.fingerprint() })
+        Ok(ServedCertificate { config: Arc::new(server), validity, fingerprint: self.fingerprint() })
     }
 }
 
-fn read(key: &'static str, path: &Path) -> Result<Vec<u8>, Unusable> {
+fn read(key: &'static str, path: &Path) -> Result<Vec<u8>, TlsError> {
     let cannot = |error: std::io::Error| (key, format!("cannot read {}: {error}", path.display()));
     let length = std::fs::metadata(path).map_err(cannot)?.len();
-    if length > MAX_BYTES {
-        return Err((key, format!("{} has more than {MAX_BYTES} bytes", path.display())));
+    if length > MAX_FILE_BYTES {
+        return Err((key, format!("{} must have at most {MAX_FILE_BYTES} bytes", path.display())));
     }
     std::fs::read(path).map_err(cannot)
 }
 
-fn validity(leaf: &[u8]) -> Option<Validity> {
+fn validity(leaf: &[u8]) -> Option<CertificateValidity> {
     let validity = Certificate::from_der(leaf).ok()?.tbs_certificate.validity;
-    Some(Validity { from: validity.not_before.to_system_time(), until: validity.not_after.to_system_time() })
+    Some(CertificateValidity { from: validity.not_before.to_system_time(), until: validity.not_after.to_system_time() })
 }
 
 #[cfg(test)]
@@ -165,19 +168,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_certificate_is_told_of_before_it_ends_by_its_own_life() {
+    fn certificate_warns_before_it_expires_by_its_lifetime() {
         let day = Duration::from_hours(24);
         let from = SystemTime::UNIX_EPOCH + 10_000 * day;
-        let concern = |life: u32, age: Duration| {
-            let validity = Validity { from, until: from + day * life };
-            validity.concern_at(from + age).unwrap_or_default()
+        let warning = |days: u32, age: Duration| {
+            let validity = CertificateValidity { from, until: from + day * days };
+            validity.warning_at(from + age).unwrap_or_default()
         };
-        assert_eq!(concern(90, 75 * day), "");
-        assert!(concern(90, 77 * day).contains("expires soon, at "));
-        assert_eq!(concern(1, day / 2), "", "a short one is no concern for all of its life");
-        assert!(concern(1, day * 9 / 10).contains("expires soon"));
-        assert!(concern(90, 91 * day).contains("has expired"));
-        let early = Validity { from, until: from + day }.concern_at(from - day);
+        assert_eq!(warning(90, 75 * day), "");
+        assert!(warning(90, 77 * day).contains("expires soon, at "));
+        assert_eq!(warning(1, day / 2), "", "a short one does not warn for all of its lifetime");
+        assert!(warning(1, day * 9 / 10).contains("expires soon"));
+        assert!(warning(90, 91 * day).contains("has expired"));
+        let early = CertificateValidity { from, until: from + day }.warning_at(from - day);
         assert!(early.is_some_and(|text| text.contains("not valid yet")));
     }
 }

@@ -1,4 +1,4 @@
-//! How a connection begins that is to speak TLS.
+//! The TLS handshake of a connection.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -8,39 +8,39 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
-use crate::http::server::Open;
-use crate::http::server::maybe_tls::Socket;
+use crate::http::server::maybe_tls::MaybeTlsStream;
+use crate::http::server::open_connection::OpenConnection;
 use crate::http::server::tls::Tls;
-use crate::http::server::write_timeout::Timed;
+use crate::http::server::write_timeout::WriteTimeoutStream;
 use crate::metrics::Metrics;
 
-/// What a TLS record begins with that opens a handshake.
-const HANDSHAKE: u8 = 0x16;
-/// How much may wait in a connection for its socket: what is taken from it shows that the peer reads.
-const MAX_BUFFERED: usize = 16 * 1024;
-/// How long a client may wait for its turn among those of its address.
-const LONGEST_TURN: Duration = Duration::from_secs(20);
-/// How long someone is listened to who was told that this is the wrong port, and how much of it.
-const LINGER: Duration = Duration::from_secs(1);
+/// The first byte of a TLS record with a handshake message.
+const HANDSHAKE_RECORD: u8 = 0x16;
+/// The encrypted bytes that may wait for the socket. A small limit lets the write timeout see the client read.
+const MAX_BUFFERED_BYTES: usize = 16 * 1024;
+/// The time for which a handshake may wait for the others of its address.
+const MAX_TURN_WAIT: Duration = Duration::from_secs(20);
+/// The limits for reading the rest of a plain HTTP request after its response.
+const LINGER_TIME: Duration = Duration::from_secs(1);
 const LINGER_BYTES: u64 = 64 * 1024;
 
-/// The answer to those who speak HTTP without TLS.
-const SPEAK_TLS: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n\
-    content-length: 52\r\n\r\nThis port speaks TLS only: use https:// or wss://.\r\n";
+/// The response to HTTP without TLS.
+const TLS_REQUIRED: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n\
+    content-length: 49\r\n\r\nThis port requires TLS: use https:// or wss://.\r\n";
 
-/// How the beginning of a connection went, as a metric's label.
+/// The outcome of a handshake, as a metric label.
 #[derive(Debug, Clone, Copy)]
-enum Outcome {
+enum HandshakeOutcome {
     Done,
     Failed,
     Timeout,
-    /// Someone spoke HTTP without TLS.
+    /// The client sent HTTP without TLS.
     Plain,
-    /// Gone without a word, as checks of an open port do.
+    /// The client closed without sending anything, as port checks do.
     Silent,
 }
 
-impl Outcome {
+impl HandshakeOutcome {
     const fn label(self) -> &'static str {
         match self {
             Self::Done => "ok",
@@ -53,66 +53,67 @@ impl Outcome {
 }
 
 impl Tls {
-    /// The connection once TLS is spoken on it; nothing where that does not come about. The client has the configured
-    /// time to begin, and again for the rest once its turn has come.
+    /// Performs a handshake. Returns `None` if it fails.
+    ///
+    /// The client has the configured time to begin, and again for the handshake itself.
     pub(crate) async fn accept(
         &self,
         stream: TcpStream,
-        open: Open,
+        open: OpenConnection,
         address: IpAddr,
         write_timeout: Duration,
         metrics: &Metrics,
-    ) -> Option<Socket> {
-        let begun = self.begin(stream, open, address, write_timeout).await;
-        let outcome = begun.as_ref().err().copied().unwrap_or(Outcome::Done);
+    ) -> Option<MaybeTlsStream> {
+        let secured = self.handshake(stream, open, address, write_timeout).await;
+        let outcome = secured.as_ref().err().copied().unwrap_or(HandshakeOutcome::Done);
         metrics.tls_handshakes.with_label_values(&[outcome.label()]).inc();
-        begun.ok()
+        secured.ok()
     }
 
-    async fn begin(
+    async fn handshake(
         &self,
         stream: TcpStream,
-        open: Open,
+        open: OpenConnection,
         address: IpAddr,
         write_timeout: Duration,
-    ) -> Result<Socket, Outcome> {
+    ) -> Result<MaybeTlsStream, HandshakeOutcome> {
         let limit = self.inner.config.handshake_timeout;
-        let late = |_| Outcome::Timeout;
-        // Until a client has said something, nothing is kept for it.
-        let stream = timeout(limit, greeted(stream)).await.map_err(late)??;
-        // Many may come at once, after a restart: all have their turn, and none takes that of other addresses.
-        let _place = timeout(LONGEST_TURN, self.inner.handshakes.acquire(address)).await.map_err(late)?;
-        let acceptor = TlsAcceptor::from(self.shown().server.clone());
-        let stream = Timed::new(stream, open, write_timeout);
-        let accept = acceptor.accept_with(stream, |connection| connection.set_buffer_limit(Some(MAX_BUFFERED)));
+        let late = |_| HandshakeOutcome::Timeout;
+        // No TLS state is allocated before the client has sent something.
+        let stream = timeout(limit, await_first_byte(stream)).await.map_err(late)??;
+        // After a restart many clients come at once. Each waits, and no address blocks another.
+        let _permit = timeout(MAX_TURN_WAIT, self.inner.handshakes.acquire(address)).await.map_err(late)?;
+        let acceptor = TlsAcceptor::from(self.served().config.clone());
+        let stream = WriteTimeoutStream::new(stream, open, write_timeout);
+        let accept = acceptor.accept_with(stream, |connection| connection.set_buffer_limit(Some(MAX_BUFFERED_BYTES)));
         match timeout(limit, accept).await.map_err(late)? {
-            Ok(stream) => Ok(Socket::Tls(Box::new(stream))),
+            Ok(stream) => Ok(MaybeTlsStream::Tls(Box::new(stream))),
             Err(error) => {
                 tracing::debug!(error = %error, "TLS handshake failed");
-                Err(Outcome::Failed)
+                Err(HandshakeOutcome::Failed)
             }
         }
     }
 }
 
-/// The connection once its client has begun with what may be a handshake.
-async fn greeted(mut stream: TcpStream) -> Result<TcpStream, Outcome> {
+/// Waits for the first byte of the client, and returns the stream if a handshake may follow.
+async fn await_first_byte(mut stream: TcpStream) -> Result<TcpStream, HandshakeOutcome> {
     let mut first = [0];
     match stream.peek(&mut first).await {
-        Ok(1..) if first == [HANDSHAKE] => Ok(stream),
+        Ok(1..) if first == [HANDSHAKE_RECORD] => Ok(stream),
         Ok(1..) if first[0].is_ascii_uppercase() => {
-            // It may be gone already, which is as well.
-            drop(timeout(LINGER, refuse(&mut stream)).await);
-            Err(Outcome::Plain)
+            // The client may be gone already.
+            drop(timeout(LINGER_TIME, reject_plain_http(&mut stream)).await);
+            Err(HandshakeOutcome::Plain)
         }
-        Ok(1..) => Err(Outcome::Failed),
-        Ok(0) | Err(_) => Err(Outcome::Silent),
+        Ok(1..) => Err(HandshakeOutcome::Failed),
+        Ok(0) | Err(_) => Err(HandshakeOutcome::Silent),
     }
 }
 
-/// Says what is wrong, and reads on for a moment: an answer is lost where bytes come that nobody reads.
-async fn refuse(stream: &mut TcpStream) -> std::io::Result<()> {
-    stream.write_all(SPEAK_TLS).await?;
+/// Responds, and reads on for a moment: unread bytes would reset the connection and lose the response.
+async fn reject_plain_http(stream: &mut TcpStream) -> std::io::Result<()> {
+    stream.write_all(TLS_REQUIRED).await?;
     stream.shutdown().await?;
     tokio::io::copy(&mut stream.take(LINGER_BYTES), &mut tokio::io::sink()).await.map(drop)
 }
@@ -122,8 +123,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_refusal_is_as_long_as_it_says() {
-        let text = std::str::from_utf8(SPEAK_TLS).expect("text");
+    fn tls_required_response_has_its_declared_length() {
+        let text = std::str::from_utf8(TLS_REQUIRED).expect("text");
         let (head, body) = text.split_once("\r\n\r\n").expect("a head and a body");
         assert!(head.ends_with(&format!("content-length: {}", body.len())), "{text:?}");
     }

@@ -1,117 +1,115 @@
-//! Looks at the files again and again, and shows what is new in them: all of it, or nothing.
+//! The watcher of the TLS files: polls them, and serves a changed certificate if all files are valid.
 
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::http::server::tls::files::{Files, Read};
-use crate::http::server::tls::{Shown, Tls, Unusable};
+use crate::http::server::tls::files::{FileFingerprint, TlsFiles};
+use crate::http::server::tls::{ServedCertificate, Tls, TlsError};
 use crate::metrics::Metrics;
 use crate::readiness::Part;
 
-/// How often the files are looked at. What is new is tried once two looks have found the same, for a certificate and
-/// its key are rarely replaced in one go.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// The interval between polls. A change is used after two equal polls, because a certificate and its key are rarely
+/// replaced at the same moment.
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
 
-/// What one look at the files has found.
-type Found = Result<Read, Unusable>;
+/// The result of one poll.
+type PollResult = Result<FileFingerprint, TlsError>;
 
 impl Tls {
-    /// Keeps what is shown as the files are, until `stop`. What can't be used is told once, and what was shown stays.
+    /// Serves the certificate in the files until `stop`. If they are invalid, the previous one stays.
     pub async fn watch(self, part: Part, metrics: Metrics, stop: CancellationToken) {
-        let mut watch = Watch { tls: self, part, metrics, last: None, failed: None, told: None };
-        watch.tell();
+        let mut watcher = FileWatcher { tls: self, part, metrics, last: None, failed: None, logged_warning: None };
+        watcher.report();
         loop {
-            let is_asked = tokio::select! {
-                () = tokio::time::sleep(LOOK_EVERY) => false,
-                () = watch.tls.inner.look_now.notified() => true,
+            let is_requested = tokio::select! {
+                () = tokio::time::sleep(POLL_INTERVAL) => false,
+                () = watcher.tls.inner.reload.notified() => true,
                 () = stop.cancelled() => return,
             };
-            watch.look(is_asked).await;
-            watch.tell();
+            watcher.poll(is_requested).await;
+            watcher.report();
         }
     }
 }
 
-struct Watch {
+struct FileWatcher {
     tls: Tls,
     part: Part,
     metrics: Metrics,
-    /// What the last look has found.
-    last: Option<Found>,
-    /// What was tried and can't be used, and why.
-    failed: Option<(Found, String)>,
-    /// What the log was told of the certificate's validity.
-    told: Option<String>,
+    last: Option<PollResult>,
+    /// The last change that could not be used, with the reason.
+    failed: Option<(PollResult, String)>,
+    /// The last warning in the log.
+    logged_warning: Option<String>,
 }
 
-impl Watch {
-    async fn look(&mut self, is_asked: bool) {
+impl FileWatcher {
+    async fn poll(&mut self, is_requested: bool) {
         let config = self.tls.inner.config.clone();
-        let shown = self.tls.shown().files;
+        let served = self.tls.served().fingerprint;
         let read = tokio::task::spawn_blocking(move || {
-            let files = match Files::read(&config) {
+            let files = match TlsFiles::read(&config) {
                 Ok(files) => files,
                 Err(error) => return (Err(error.clone()), Some(Err(error))),
             };
-            let found = files.fingerprint();
-            (Ok(found), (found != shown).then(|| files.build(&config)))
+            let fingerprint = files.fingerprint();
+            (Ok(fingerprint), (fingerprint != served).then(|| files.build(&config)))
         });
-        let Ok((found, new)) = read.await else { return };
-        let is_settled = is_asked || self.last.as_ref() == Some(&found);
-        self.last = Some(found.clone());
-        let Some(new) = new else {
+        let Ok((polled, changed)) = read.await else { return };
+        let is_stable = is_requested || self.last.as_ref() == Some(&polled);
+        self.last = Some(polled.clone());
+        let Some(changed) = changed else {
             self.failed = None;
             return;
         };
-        let is_told = self.failed.as_ref().is_some_and(|(failed, _)| *failed == found);
-        if is_asked || is_settled && !is_told {
-            self.take(found, new);
+        let has_failed_before = self.failed.as_ref().is_some_and(|(failed, _)| *failed == polled);
+        if is_requested || is_stable && !has_failed_before {
+            self.replace(polled, changed);
         }
     }
 
-    fn take(&mut self, found: Found, built: Result<Shown, Unusable>) {
-        let is_valid_now = self.tls.shown().validity.is_now();
-        let judged = built.and_then(|shown| {
-            let is_worse = is_valid_now && !shown.validity.is_now();
-            match shown.validity.concern().filter(|_| is_worse) {
-                Some(concern) => Err(("cert_file", concern)),
-                None => Ok(shown),
+    fn replace(&mut self, polled: PollResult, built: Result<ServedCertificate, TlsError>) {
+        let is_current_valid = self.tls.served().validity.is_valid_now();
+        let checked = built.and_then(|new| {
+            let is_worse = is_current_valid && !new.validity.is_valid_now();
+            match new.validity.warning().filter(|_| is_worse) {
+                Some(warning) => Err(("cert_file", warning)),
+                None => Ok(new),
             }
         });
-        match judged {
-            Ok(shown) => {
-                tracing::info!(days_left = shown.validity.days_left().floor(), "showing a new certificate from now on");
-                *self.tls.inner.shown.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(shown);
+        match checked {
+            Ok(new) => {
+                tracing::info!(days_left = new.validity.days_left().floor(), "certificate replaced");
+                *self.tls.inner.served.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(new);
                 self.failed = None;
                 self.metrics.tls_reloads.with_label_values(&["ok"]).inc();
             }
             Err((key, error)) => {
                 let reason = format!("http.tls.{key}: {error}");
-                tracing::error!(error = reason, "cannot use the new certificate; going on with the one before");
-                self.failed = Some((found, reason));
+                tracing::error!(error = reason, "new certificate not usable, serving the previous one");
+                self.failed = Some((polled, reason));
                 self.metrics.tls_reloads.with_label_values(&["failed"]).inc();
             }
         }
     }
 
-    /// Tells readiness, metrics and, where it has changed, the log.
-    fn tell(&mut self) {
-        let validity = self.tls.shown().validity;
+    /// Updates readiness and metrics, and logs a new warning.
+    fn report(&mut self) {
+        let validity = self.tls.served().validity;
         self.metrics.tls_certificate_days.with_label_values::<&str>(&[]).set(validity.days_left());
-        let concern = validity.concern();
-        if concern != self.told {
-            if let Some(concern) = &concern {
-                tracing::warn!("{concern}");
+        let warning = validity.warning();
+        if warning != self.logged_warning {
+            if let Some(warning) = &warning {
+                tracing::warn!("{warning}");
             }
-            self.told.clone_from(&concern);
+            self.logged_warning.clone_from(&warning);
         }
-        let failed = self
-            .failed
-            .as_ref()
-            .map(|(_, reason)| format!("the new certificate can't be used, the one before is still shown: {reason}"));
-        match failed.into_iter().chain(concern).reduce(|all, next| format!("{all}; {next}")) {
+        let failed = self.failed.as_ref();
+        let failed =
+            failed.map(|(_, reason)| format!("the new certificate is not usable, serving the previous one: {reason}"));
+        match failed.into_iter().chain(warning).reduce(|all, next| format!("{all}; {next}")) {
             Some(note) => self.part.ready_but(note),
             None => self.part.ready(),
         }
