@@ -23,7 +23,7 @@ use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
 use crate::relay::Relay;
 use crate::sink::{self, Sink};
-use crate::store::{Families, Limits, Metered, Store, StoreError, StoreErrorKind, StoreStatus};
+use crate::store::{Families, HardLimits, MeteredStore, Store, StoreError, StoreErrorKind, StoreStatus};
 use crate::validate::ConfigProblem;
 
 /// Interval between two checks of the store.
@@ -74,7 +74,7 @@ impl App {
         let address = listener.local_addr().context("cannot read the listener's address")?;
         let families = families_of(&config);
         let limits = limits_of(&config, &families);
-        let store = Metered::new(open_store(&config).await?, metrics.clone()).with_families(families.clone());
+        let store = MeteredStore::new(open_store(&config).await?, metrics.clone()).with_families(families.clone());
         let store: Arc<dyn Store> = Arc::new(store);
         refuse_unsuitable(store.as_ref(), &config).await?;
         let bus = open_bus(&config, Arc::clone(&store), &families, limits.clone(), metrics.clone());
@@ -271,7 +271,7 @@ pub async fn check(config: &Config) -> anyhow::Result<StoreStatus> {
 
 async fn check_parts(config: &Config, store: &Arc<dyn Store>) -> anyhow::Result<()> {
     refuse_unsuitable(store.as_ref(), config).await?;
-    let bus = open_bus(config, Arc::clone(store), &Families::default(), Limits::default(), Metrics::new());
+    let bus = open_bus(config, Arc::clone(store), &Families::default(), HardLimits::default(), Metrics::new());
     for (name, sink) in open_sinks(config, &bus).await? {
         sink.check().await.with_context(|| format!("sink `{name}` cannot take entries"))?;
     }
@@ -284,8 +284,8 @@ fn spec_of(stream: &StreamConfig) -> Option<StreamSpec> {
 }
 
 fn family_spec_of(stream: &StreamConfig, families: &Families) -> Option<FamilySpec> {
-    let roster = Arc::clone(families.named(stream.name.family()?.name())?);
-    Some(FamilySpec { roster, retention: stream.retention, groups: stream.groups.clone() })
+    let family_members = Arc::clone(families.named(stream.name.family()?.name())?);
+    Some(FamilySpec { family_members, retention: stream.retention, groups: stream.groups.clone() })
 }
 
 fn families_of(config: &Config) -> Families {
@@ -293,14 +293,14 @@ fn families_of(config: &Config) -> Families {
     Families::new(config.streams.iter().filter_map(family))
 }
 
-fn limits_of(config: &Config, families: &Families) -> Limits {
+fn limits_of(config: &Config, families: &Families) -> HardLimits {
     let fixed = |stream: &StreamConfig| Some((stream.name.stream()?.clone(), stream.retention.publish_limit()?));
     let of_family = |stream: &StreamConfig| Some((stream.name.family()?.clone(), stream.retention.publish_limit()?));
-    Limits::new(config.streams.iter().filter_map(fixed))
+    HardLimits::new(config.streams.iter().filter_map(fixed))
         .with_families(families.clone(), config.streams.iter().filter_map(of_family))
 }
 
-fn open_bus(config: &Config, store: Arc<dyn Store>, families: &Families, limits: Limits, metrics: Metrics) -> Bus {
+fn open_bus(config: &Config, store: Arc<dyn Store>, families: &Families, limits: HardLimits, metrics: Metrics) -> Bus {
     let terms = |stream: &StreamConfig| StreamSettings {
         dead_letter: stream.dead_letter(),
         durability: stream.durability,

@@ -19,7 +19,7 @@ pub use crate::bus::catalog::{StreamCatalog, StreamSettings};
 use crate::event::{Fields, IdempotencyKey, NewEntry, NewEvent, StreamName, field};
 use crate::metrics::Metrics;
 use crate::sink::{Forward, SinkError, SinkErrorClass};
-use crate::store::{Appended, Durability, Limits, MAX_APPEND, NotJoined, Store, StoreError, StoreErrorKind};
+use crate::store::{Appended, Durability, HardLimits, MAX_APPEND, JoinError, Store, StoreError, StoreErrorKind};
 use crate::validate::{Problems, Validate};
 
 /// The limits for producers.
@@ -72,11 +72,11 @@ pub enum PublishError {
     Store(Arc<StoreError>),
 }
 
-impl From<NotJoined> for PublishError {
-    fn from(error: NotJoined) -> Self {
+impl From<JoinError> for PublishError {
+    fn from(error: JoinError) -> Self {
         match error {
-            NotJoined::Full { .. } => Self::TooManyKeys(error.to_string()),
-            NotJoined::Store(error) => Self::Store(Arc::new(error)),
+            JoinError::Full { .. } => Self::TooManyKeys(error.to_string()),
+            JoinError::Store(error) => Self::Store(Arc::new(error)),
         }
     }
 }
@@ -121,7 +121,7 @@ pub struct Bus {
     store: Arc<dyn Store>,
     config: Arc<Config>,
     catalog: Arc<StreamCatalog>,
-    limits: Limits,
+    limits: HardLimits,
     metrics: Metrics,
 }
 
@@ -131,7 +131,7 @@ impl Bus {
         store: Arc<dyn Store>,
         config: Config,
         catalog: StreamCatalog,
-        limits: Limits,
+        limits: HardLimits,
         metrics: Metrics,
     ) -> Self {
         Self { store, config: Arc::new(config), catalog: Arc::new(catalog), limits, metrics }
@@ -231,8 +231,8 @@ impl Bus {
         durability: Durability,
     ) -> Result<Vec<Appended>, PublishError> {
         let families = self.catalog.families();
-        if let Some(roster) = families.of(stream) {
-            roster.join(&*self.store, stream).await?;
+        if let Some(family_members) = families.of(stream) {
+            family_members.join(&*self.store, stream).await?;
         }
         let started = Instant::now();
         let result = self.limits.append(&*self.store, stream, entries, durability).await;

@@ -212,8 +212,8 @@ impl Inner {
                 source.dead_letter.stream().map(|dead| (stream.clone(), dead.clone())).into_iter().collect()
             }
             StreamPattern::Family(family) => {
-                let roster = self.bus.catalog().families().named(family.name());
-                let members = roster.map(|roster| roster.members()).unwrap_or_default();
+                let family_members = self.bus.catalog().families().named(family.name());
+                let members = family_members.map(|family_members| family_members.members()).unwrap_or_default();
                 let pair = |stream: StreamName| {
                     let dead_letter = source.dead_letter.of_key(family.key_of(&stream)?).ok()?;
                     Some((stream, dead_letter))

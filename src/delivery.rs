@@ -39,7 +39,7 @@ use crate::event::{ConsumerName, StreamName, StreamPattern};
 use crate::metrics::Metrics;
 use crate::readiness::Part;
 use crate::sink::Sink;
-use crate::store::{Roster, Store};
+use crate::store::{FamilyMembers, Store};
 
 /// How long the sink may take to end its calls when a worker stops.
 const GRACE: Duration = Duration::from_secs(20);
@@ -62,7 +62,7 @@ pub struct GroupSpec {
 #[derive(Debug, Clone)]
 pub struct FamilyGroup {
     /// The family and its members.
-    pub roster: Arc<Roster>,
+    pub family_members: Arc<FamilyMembers>,
     /// The streams of the dead letters, each with the key of a member.
     pub dead_letter: StreamPattern,
     /// The configuration of the group.
@@ -72,7 +72,7 @@ pub struct FamilyGroup {
 impl FamilyGroup {
     /// Returns the group of one member.
     fn member(&self, stream: StreamName) -> GroupSpec {
-        let key = self.roster.family().key_of(&stream);
+        let key = self.family_members.family().key_of(&stream);
         let dead_letter = key.and_then(|key| self.dead_letter.of_key(key).ok());
         let dead_letter = dead_letter.expect("the configuration was checked with the longest key");
         GroupSpec { stream, dead_letter, config: self.config.clone() }

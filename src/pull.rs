@@ -27,7 +27,7 @@ pub use token::{InvalidToken, Token};
 
 use crate::event::{ConsumerName, GroupName, StreamName, StreamPattern};
 use crate::metrics::Metrics;
-use crate::store::{Roster, Store};
+use crate::store::{FamilyMembers, Store};
 use crate::validate::{Problems, Validate};
 
 /// The minimum lease. A shorter one could expire before the response has arrived.
@@ -92,7 +92,7 @@ pub struct PullGroup {
 #[derive(Debug, Clone)]
 pub struct PullFamily {
     /// The family.
-    pub roster: Arc<Roster>,
+    pub family_members: Arc<FamilyMembers>,
     /// The name of the group.
     pub group: GroupName,
     /// The streams for dead letters.
@@ -116,12 +116,12 @@ impl PullGroup {
 impl PullFamily {
     /// Returns whether the stream's name belongs to the family, even if the member does not exist.
     fn covers(&self, stream: &StreamName) -> bool {
-        self.roster.family().key_of(stream).is_some()
+        self.family_members.family().key_of(stream).is_some()
     }
 
     /// Returns the group of a member.
     fn member(&self, stream: &StreamName) -> Option<PullGroup> {
-        let family = self.roster.family();
+        let family = self.family_members.family();
         let dead_letter = self.dead_letter.of_key(family.key_of(stream)?).ok()?;
         Some(PullGroup {
             stream: stream.clone(),
@@ -206,7 +206,7 @@ impl PullConsumers {
             return Some(Arc::clone(consumer));
         }
         let family = self.0.families.iter().find(|family| family.group == *group && family.covers(stream))?;
-        if !family.roster.has(stream) {
+        if !family.family_members.has(stream) {
             return None;
         }
         let mut members = self.0.members();

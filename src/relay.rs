@@ -323,7 +323,7 @@ impl Relay {
             Some(key) => channel = hub.keyed_channel(&channel, key, tenant)?,
             None if channel.families.is_empty() || is_rich => {}
             None => {
-                let families: Vec<&str> = channel.families.iter().map(|roster| roster.family().name()).collect();
+                let families: Vec<&str> = channel.families.iter().map(|family_members| family_members.family().name()).collect();
                 let problem =
                     format!("is required: this channel has the streams of one key of {}", families.join(", "));
                 return Err(BadParameter::new("key", problem).into());
@@ -384,7 +384,7 @@ impl Relay {
     fn member_tail(&self, request: TailRequest) -> Tail {
         let TailRequest { ring, wake_list, member_start, .. } = request;
         let has_family =
-            |channel: &Channel| channel.families.iter().any(|known| Arc::ptr_eq(known, &member_start.roster));
+            |channel: &Channel| channel.families.iter().any(|known| Arc::ptr_eq(known, &member_start.family_members));
         Tail {
             store: self.hub.store.clone(),
             wake_list,

@@ -40,12 +40,12 @@ use async_trait::async_trait;
 
 pub use account::{Account, Balance, Consumption, LostReason};
 pub use error::{StoreError, StoreErrorKind};
-pub use families::{Families, NotJoined, Roster};
-pub use limits::Limits;
-pub use metered::Metered;
+pub use families::{Families, JoinError, FamilyMembers};
+pub use limits::HardLimits;
+pub use metered::MeteredStore;
 pub use types::{
-    Appended, Care, Claimed, ConsumerStatus, Cursor, Dropped, Durability, GroupStatus, Lease, Leased, Loser, Order,
-    Outcome, Pending, Range, Receipt, Reclaimed, Redelivered, Redelivery, Redemption, Settled, Settlement, Start,
+    Appended, IsolationLimits, Claimed, ConsumerStatus, Cursor, Dropped, Durability, GroupStatus, Lease, Leased, GroupLoss, Order,
+    Outcome, Pending, Range, Receipt, Reclaimed, Redelivered, Redelivery, ReceiptAction, Settled, Settlement, Start,
     StoreStatus, StreamStatus, Trim,
 };
 
@@ -55,7 +55,7 @@ use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamN
 pub const MAX_APPEND: usize = 512;
 
 /// How often the streams are polled if the store cannot wait for many of them in one call.
-const NEWS_POLL: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Streams, groups and deliveries.
 ///
@@ -114,7 +114,7 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// One call waits for all the streams and costs the store one wait. A Redis Cluster is polled instead, because its
     /// servers cannot wait for keys of different slots. Returns an empty list on timeout. `wait` is at most 5 s. Fails
     /// with [`StoreErrorKind::WrongType`] if any of them is not a stream. Cancel-safe.
-    async fn news(
+    async fn wait_any(
         &self,
         places: &[(StreamName, EntryId)],
         wait: Duration,
@@ -129,7 +129,7 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
             if !news.is_empty() || tokio::time::Instant::now() >= deadline {
                 return Ok(news);
             }
-            tokio::time::sleep(NEWS_POLL.min(wait)).await;
+            tokio::time::sleep(POLL_INTERVAL.min(wait)).await;
         }
     }
 
@@ -163,18 +163,18 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
         from: EntryId,
         limit: usize,
     ) -> Result<Reclaimed, StoreError> {
-        self.reclaim_with_care(cursor, idle, from, limit, Care::NONE).await
+        self.reclaim_isolated(cursor, idle, from, limit, IsolationLimits::NONE).await
     }
 
-    /// Reclaims like [`Store::reclaim`], but stops before an entry that [`Care`] does not allow beside the entries in
+    /// Reclaims like [`Store::reclaim`], but stops before an entry that [`IsolationLimits`] does not allow beside the entries in
     /// flight; [`Reclaimed::held_back`] is that entry.
-    async fn reclaim_with_care(
+    async fn reclaim_isolated(
         &self,
         cursor: &Cursor,
         idle: Duration,
         from: EntryId,
         limit: usize,
-        care: Care,
+        isolation: IsolationLimits,
     ) -> Result<Reclaimed, StoreError>;
 
     /// Redelivers abandoned pending entries by appending them again, for consumers that read new entries only.
@@ -224,7 +224,7 @@ pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// Returns for each, in order, whether its receipt was valid; an invalid one has no effect. An entry whose body was
     /// trimmed away can be acknowledged, but not held. Any number of receipts. Acknowledging invalidates the receipt.
     /// Fails with [`StoreErrorKind::NoGroup`] if the group is gone.
-    async fn redeem(&self, cursor: &Cursor, redemptions: &[(Receipt, Redemption)]) -> Result<Vec<bool>, StoreError>;
+    async fn settle_by_receipt(&self, cursor: &Cursor, actions: &[(Receipt, ReceiptAction)]) -> Result<Vec<bool>, StoreError>;
 
     /// Returns the pending entries of a group from `from` on, oldest first, at most `limit`.
     ///

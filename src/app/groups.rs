@@ -16,7 +16,7 @@ use crate::metrics::Metrics;
 use crate::pull::{PullConsumers, PullFamily, PullGroup};
 use crate::readiness::{Part, Readiness};
 use crate::sink::Sink;
-use crate::store::{Families, Roster, Store};
+use crate::store::{Families, FamilyMembers, Store};
 
 /// The maximum number of pending notifications for the redeliverer of a group.
 const MAX_NOTIFICATIONS: usize = 1024;
@@ -144,7 +144,7 @@ impl GroupDeps<'_> {
     }
 
     fn family_group(&self, stream: &StreamConfig, group: &GroupConfig) -> anyhow::Result<FamilyGroup> {
-        Ok(FamilyGroup { roster: self.roster(stream)?, dead_letter: stream.dead_letter(), config: group.clone() })
+        Ok(FamilyGroup { family_members: self.family_members(stream)?, dead_letter: stream.dead_letter(), config: group.clone() })
     }
 
     /// Returns the group of every member for external consumers.
@@ -155,7 +155,7 @@ impl GroupDeps<'_> {
         redeliver: mpsc::Sender<StreamName>,
     ) -> anyhow::Result<PullFamily> {
         Ok(PullFamily {
-            roster: self.roster(stream)?,
+            family_members: self.family_members(stream)?,
             group: group.name.clone(),
             dead_letter: stream.dead_letter(),
             claim_idle: group.claim_idle,
@@ -164,7 +164,7 @@ impl GroupDeps<'_> {
         })
     }
 
-    fn roster(&self, stream: &StreamConfig) -> anyhow::Result<Arc<Roster>> {
+    fn family_members(&self, stream: &StreamConfig) -> anyhow::Result<Arc<FamilyMembers>> {
         self.families.named(stream.name.as_str()).cloned().context("a declared family is not registered")
     }
 

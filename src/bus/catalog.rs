@@ -79,7 +79,7 @@ impl StreamCatalog {
     /// Returns the placeholder and the key of a family member or of its dead-letter stream.
     pub fn binding<'a>(&'a self, stream: &'a StreamName) -> Option<(&'a str, &'a str)> {
         let of = |family: &'a Family| Some((family.placeholder(), family.key_of(stream)?));
-        let member = self.families.of(stream).and_then(|roster| of(roster.family()));
+        let member = self.families.of(stream).and_then(|family_members| of(family_members.family()));
         member.or_else(|| self.family_settings.values().find_map(|settings| of(settings.dead_letter.family()?)))
     }
 
@@ -90,7 +90,7 @@ impl StreamCatalog {
 
     /// Returns the names of the declared streams and families.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.streams.keys().map(StreamName::as_str).chain(self.families.iter().map(|roster| roster.family().name()))
+        self.streams.keys().map(StreamName::as_str).chain(self.families.iter().map(|family_members| family_members.family().name()))
     }
 
     /// Returns whether the stream is declared or its name belongs to a declared family. Only then it takes events.

@@ -1,11 +1,11 @@
 //! Workers for a group of every family member, started while a member has entries to handle.
 //!
-//! Each member is checked when it appears and from time to time, and the family's [`Roster`] reports new entries. Workers
+//! Each member is checked when it appears and from time to time, and the family's [`FamilyMembers`] reports new entries. Workers
 //! start only then, and stop when no entries have come for a while. So an idle member costs one check per `claim_idle`,
 //! and one wait of the store serves all members. The number of active members is limited; if others wait, they take
 //! turns. A member that cannot be checked does not delay others.
 //!
-//! [`Roster`]: crate::store::Roster
+//! [`FamilyMembers`]: crate::store::FamilyMembers
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
@@ -136,7 +136,7 @@ impl FamilyWorkers {
 
     /// Runs until `stop`; the workers of each active member then end as [`Worker::run`] does.
     pub async fn run(mut self, stop: CancellationToken) {
-        let mut changes = self.group.roster.changes();
+        let mut changes = self.group.family_members.changes();
         loop {
             changes.mark_unchanged();
             let has_more = tokio::select! {
@@ -163,7 +163,7 @@ impl FamilyWorkers {
     async fn check_members(&mut self) -> bool {
         let now = Instant::now();
         let mut due = Vec::new();
-        for (stream, newest) in self.group.roster.newest() {
+        for (stream, newest) in self.group.family_members.newest() {
             let state = self.states.entry(stream.clone()).or_insert(MemberState::idle(EntryId::MAX, now));
             match *state {
                 MemberState::Idle { seen, .. } if newest > seen => {
@@ -197,7 +197,7 @@ impl FamilyWorkers {
     fn on_check_failed(&mut self, stream: StreamName, error: StoreError) {
         if let Some(times) = self.warning.occurred() {
             warn!(
-                family = %self.group.roster.family(), group = %self.group.config.name, error = %error, times,
+                family = %self.group.family_members.family(), group = %self.group.config.name, error = %error, times,
                 "family member check failed, retrying"
             );
         }
@@ -269,7 +269,7 @@ impl FamilyWorkers {
             let (quarantine, metrics) = (self.quarantine.clone(), self.metrics.clone());
             let worker = Worker::new(store, sink, spec.clone(), consumer.clone(), quarantine, metrics, part);
             let worker =
-                worker.of_family(self.group.roster.family().name(), IDLE_TIMEOUT, Arc::clone(&self.is_crowded));
+                worker.of_family(self.group.family_members.family().name(), IDLE_TIMEOUT, Arc::clone(&self.is_crowded));
             workers.spawn(worker.run(stop.clone()));
         }
         let member = stream.clone();
@@ -309,7 +309,7 @@ impl FamilyWorkers {
             return self.part.not_ready(error.to_string());
         }
         if let Some(after) = self.warning.ended() {
-            info!(family = %self.group.roster.family(), group = %self.group.config.name, ?after, "family member checks recovered");
+            info!(family = %self.group.family_members.family(), group = %self.group.config.name, ?after, "family member checks recovered");
         }
         let (mut reasons, mut notes) = (Vec::new(), Vec::new());
         for (stream, active) in &self.active {

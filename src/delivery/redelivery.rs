@@ -25,7 +25,7 @@ use crate::event::{ConsumerName, EntryId, StreamName};
 use crate::log_throttle::ThrottledWarning;
 use crate::metrics::Metrics;
 use crate::readiness::Part;
-use crate::store::{Roster, Store, StoreError, StoreErrorKind};
+use crate::store::{FamilyMembers, Store, StoreError, StoreErrorKind};
 
 /// The time limit for removing the redeliverer's consumer from its groups at the end.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -64,14 +64,14 @@ impl Groups {
     fn name(&self) -> (&str, &str) {
         match self {
             Self::Stream(spec) => (spec.stream.as_str(), spec.config.name.as_str()),
-            Self::Family(group) => (group.roster.family().name(), group.config.name.as_str()),
+            Self::Family(group) => (group.family_members.family().name(), group.config.name.as_str()),
         }
     }
 
-    fn roster(&self) -> Option<&Roster> {
+    fn family_members(&self) -> Option<&FamilyMembers> {
         match self {
             Self::Stream(_) => None,
-            Self::Family(group) => Some(&group.roster),
+            Self::Family(group) => Some(&group.family_members),
         }
     }
 
@@ -173,8 +173,8 @@ impl Redeliverer {
 
     /// Adds new members of the family, and notes new entries of known ones.
     fn update_members(&mut self) {
-        let Some(roster) = self.groups.roster() else { return };
-        for (stream, newest) in roster.newest() {
+        let Some(family_members) = self.groups.family_members() else { return };
+        for (stream, newest) in family_members.newest() {
             match self.members.get_mut(&stream) {
                 Some(member) if newest > member.newest => {
                     member.newest = newest;

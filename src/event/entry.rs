@@ -132,7 +132,7 @@ impl Entry {
     }
 
     /// Returns the fields for an append for one group alone. `deliveries` counts all deliveries under all ids.
-    pub fn handed_on(&self, group: &GroupName, deliveries: u32) -> Fields {
+    pub fn redelivered(&self, group: &GroupName, deliveries: u32) -> Fields {
         let ours = [field::REPLAY_GROUP, field::REPLAY_OF, field::REPLAY_ATTEMPTS].map(str::as_bytes);
         let kept = self.fields.iter().filter(|(name, _)| !ours.contains(&name.as_ref()));
         let mut fields: Fields = kept.map(|(name, value)| (name.clone(), value.clone())).collect();

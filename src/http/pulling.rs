@@ -75,8 +75,8 @@ pub(super) fn nack(
 pub(super) async fn existing_consumer(api: &Api, stream: &str, group: &str) -> Result<Arc<PullConsumer>, ApiError> {
     let (stream, group) = pull_group(api, stream, group)?;
     let catalog = api.services().bus.catalog();
-    if let Some(roster) = catalog.families().of(&stream) {
-        roster.finds(&*api.services().store, &stream).await.map_err(|error| ApiError::from(&error))?;
+    if let Some(family_members) = catalog.families().of(&stream) {
+        family_members.finds(&*api.services().store, &stream).await.map_err(|error| ApiError::from(&error))?;
     }
     let no_such_stream = || ApiError::no_such_stream(stream.as_str(), catalog.names());
     api.services().pull.consumer(&stream, &group).ok_or_else(no_such_stream)
@@ -85,8 +85,8 @@ pub(super) async fn existing_consumer(api: &Api, stream: &str, group: &str) -> R
 /// Returns the pull consumer of a pull group, to pull from it. Makes the stream a member if it belongs to a family.
 pub(super) async fn open_consumer(api: &Api, stream: &str, group: &str) -> Result<Arc<PullConsumer>, ApiError> {
     let (stream, group) = pull_group(api, stream, group)?;
-    if let Some(roster) = api.services().bus.catalog().families().of(&stream) {
-        let joined = roster.join(&*api.services().store, &stream).await;
+    if let Some(family_members) = api.services().bus.catalog().families().of(&stream) {
+        let joined = family_members.join(&*api.services().store, &stream).await;
         joined.map_err(|error| ApiError::from(&PublishError::from(error)))?;
     }
     api.services().pull.consumer(&stream, &group).ok_or_else(ApiError::internal)

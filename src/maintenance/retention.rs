@@ -10,7 +10,7 @@ use crate::delivery::GroupConfig;
 use crate::event::{EntryId, GroupName, StreamName};
 use crate::maintenance::{StreamSpec, WhenFull};
 use crate::metrics::Metrics;
-use crate::store::{Dropped, Limits, LostReason, Store, StoreError, StreamStatus, Trim};
+use crate::store::{Dropped, HardLimits, LostReason, Store, StoreError, StreamStatus, Trim};
 
 /// The maximum time for which one check drops entries of a stream.
 const MAX_DROP_TIME: Duration = Duration::from_secs(2);
@@ -18,7 +18,7 @@ const MAX_DROP_TIME: Duration = Duration::from_secs(2);
 /// Trims streams to their retention, and keeps the known lengths for the limits of producers.
 #[derive(Debug)]
 pub(super) struct Janitor {
-    limits: Limits,
+    limits: HardLimits,
     metrics: Metrics,
     /// The full streams that were logged.
     full: BTreeSet<StreamName>,
@@ -27,7 +27,7 @@ pub(super) struct Janitor {
 }
 
 impl Janitor {
-    pub(super) fn new(limits: Limits, metrics: Metrics) -> Self {
+    pub(super) fn new(limits: HardLimits, metrics: Metrics) -> Self {
         Self { limits, metrics, full: BTreeSet::new(), abandoned: BTreeMap::new() }
     }
 
@@ -102,7 +102,7 @@ impl Janitor {
             let (stream, removed) = (&spec.name, total.removed);
             warn!(stream = %stream, removed, %first, %last, "stream full, oldest entries dropped");
         }
-        for loser in &total.losers {
+        for loser in &total.losses {
             let labels = [label, loser.group.as_str(), LostReason::Dropped.as_str()];
             self.metrics.lost.with_label_values(&labels).inc_by(loser.pending + loser.undelivered);
             error!(
@@ -156,13 +156,13 @@ fn add(total: &mut Dropped, step: Dropped) {
         (Some((first, _)), Some((_, last))) => Some((first, last)),
         (known, new) => known.or(new),
     };
-    for loser in step.losers {
-        match total.losers.iter_mut().find(|known| known.group == loser.group) {
+    for loser in step.losses {
+        match total.losses.iter_mut().find(|known| known.group == loser.group) {
             Some(known) => {
                 known.pending += loser.pending;
                 known.undelivered += loser.undelivered;
             }
-            None => total.losers.push(loser),
+            None => total.losses.push(loser),
         }
     }
 }

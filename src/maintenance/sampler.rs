@@ -9,13 +9,13 @@ use crate::maintenance::loss_detector::{LossDetector, Observation};
 use crate::maintenance::stream_gauges::StreamGauges;
 use crate::metrics::Metrics;
 use crate::readiness::{Part, Readiness};
-use crate::store::{Roster, Store, StoreError, StreamStatus};
+use crate::store::{FamilyMembers, Store, StoreError, StreamStatus};
 
 /// Samples one stream, or all members of a family, under one label.
 #[derive(Debug)]
 pub(super) struct Sampler {
     label: String,
-    roster: Option<Arc<Roster>>,
+    family_members: Option<Arc<FamilyMembers>>,
     part: Part,
     metrics: Metrics,
     samples: BTreeMap<StreamName, StreamSample>,
@@ -36,15 +36,15 @@ impl Sampler {
     }
 
     /// Creates the sampler of a family. Its part of `readiness` is always ready.
-    pub(super) fn of_family(roster: Arc<Roster>, metrics: Metrics, readiness: &Readiness) -> Self {
-        let label = roster.family().name().to_owned();
+    pub(super) fn of_family(family_members: Arc<FamilyMembers>, metrics: Metrics, readiness: &Readiness) -> Self {
+        let label = family_members.family().name().to_owned();
         let part = readiness.part(&format!("streams {label}"), None);
-        Self::new(label, Some(roster), part, metrics)
+        Self::new(label, Some(family_members), part, metrics)
     }
 
-    fn new(label: String, roster: Option<Arc<Roster>>, part: Part, metrics: Metrics) -> Self {
+    fn new(label: String, family_members: Option<Arc<FamilyMembers>>, part: Part, metrics: Metrics) -> Self {
         part.ready();
-        Self { label, roster, part, metrics, samples: BTreeMap::new() }
+        Self { label, family_members, part, metrics, samples: BTreeMap::new() }
     }
 
     /// Returns the label of the stream or family in metrics.
@@ -78,7 +78,7 @@ impl Sampler {
 
     /// Updates the metrics and the readiness part from the last samples.
     pub(super) fn show(&self) {
-        if self.roster.is_none() && self.samples.is_empty() {
+        if self.family_members.is_none() && self.samples.is_empty() {
             return;
         }
         let mut sum = StreamGauges::default();
@@ -88,13 +88,13 @@ impl Sampler {
         sum.show(&self.metrics, &self.label);
         let warned = self.samples.iter().filter_map(|(stream, sample)| Some((stream, sample.warning.as_ref()?)));
         let warnings: Vec<(&StreamName, &String)> = warned.collect();
-        let Some(roster) = &self.roster else {
+        let Some(family_members) = &self.family_members else {
             return match warnings.first() {
                 Some((_, warning)) => self.part.ready_but(*warning),
                 None => self.part.ready(),
             };
         };
-        let members = i64::try_from(roster.len()).unwrap_or(i64::MAX);
+        let members = i64::try_from(family_members.len()).unwrap_or(i64::MAX);
         self.metrics.family_members.with_label_values(&[&self.label]).set(members);
         match warnings.first() {
             Some((stream, warning)) => {

@@ -28,7 +28,7 @@ use crate::maintenance::sampler::Sampler;
 use crate::maintenance::{FamilySpec, StreamSpec};
 use crate::metrics::Metrics;
 use crate::readiness::Readiness;
-use crate::store::{Limits, Store, StoreError, StoreErrorKind};
+use crate::store::{HardLimits, Store, StoreError, StoreErrorKind};
 
 /// The interval between checks of a stream.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -72,7 +72,7 @@ impl Scheduler {
     pub fn new(
         store: Arc<dyn Store>,
         streams: Vec<StreamSpec>,
-        limits: Limits,
+        limits: HardLimits,
         metrics: Metrics,
         readiness: &Readiness,
     ) -> Self {
@@ -100,7 +100,7 @@ impl Scheduler {
             let interval = reap_interval.min(INTERVAL);
             let turns = reap_interval.min(MEMBER_INTERVAL).as_millis() / interval.as_millis();
             let schedule = MemberSchedule::new(usize::try_from(turns).unwrap_or(1));
-            let sampler = Sampler::of_family(Arc::clone(&spec.roster), metrics.clone(), readiness);
+            let sampler = Sampler::of_family(Arc::clone(&spec.family_members), metrics.clone(), readiness);
             Target::new(Streams::Family { spec, schedule }, sampler, interval)
         }));
         self
@@ -169,7 +169,7 @@ impl Target {
             match &mut self.streams {
                 Streams::Fixed(spec) => due.extend([spec.name.clone()]),
                 Streams::Family { spec, schedule } => {
-                    due.extend(schedule.next(spec.roster.newest()));
+                    due.extend(schedule.next(spec.family_members.newest()));
                     due.extend(self.sampler.unsettled().cloned());
                 }
             }

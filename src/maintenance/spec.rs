@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::clock;
 use crate::delivery::GroupConfig;
 use crate::event::{GroupName, StreamName};
-use crate::store::{Consumption, Roster, StreamStatus};
+use crate::store::{Consumption, FamilyMembers, StreamStatus};
 use crate::validate::{Problems, Validate};
 
 /// The part of the hard limit, in percent, from which a stream is near full.
@@ -108,7 +108,7 @@ impl StreamSpec {
 #[derive(Debug, Clone)]
 pub struct FamilySpec {
     /// The family and its members.
-    pub roster: Arc<Roster>,
+    pub family_members: Arc<FamilyMembers>,
     /// The limits of each member.
     pub retention: Retention,
     /// The declared groups of each member.

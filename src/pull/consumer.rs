@@ -14,7 +14,7 @@ use crate::event::{ConsumerName, DeadLetter, DeadLetterReason, Delivery, Entry, 
 use crate::metrics::Metrics;
 use crate::pull::leases::LeaseTable;
 use crate::pull::{Config, MIN_LEASE, PullGroup, Token};
-use crate::store::{Cursor, Order, Outcome, Range, Receipt, Redemption, Settlement, Store, StoreError, StoreErrorKind};
+use crate::store::{Cursor, Order, Outcome, Range, Receipt, ReceiptAction, Settlement, Store, StoreError, StoreErrorKind};
 
 /// The time that a pull waits for a reply after its own deadline, while the reader serves it.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(15);
@@ -275,7 +275,7 @@ impl PullConsumer {
 
     /// Acknowledges entries. Returns one result per token.
     pub async fn acknowledge(&self, tokens: &[Token]) -> Vec<Result<(), SettleError>> {
-        let items = tokens.iter().map(|token| (token.receipt.clone(), Redemption::Acknowledge)).collect();
+        let items = tokens.iter().map(|token| (token.receipt.clone(), ReceiptAction::Acknowledge)).collect();
         let results = self.settle_receipts(items).await;
         self.update_leases(|leases| {
             for (token, _) in tokens.iter().zip(&results).filter(|(_, result)| result.is_ok()) {
@@ -292,7 +292,7 @@ impl PullConsumer {
         let hold = |token: &Token| {
             let receipt = token.receipt.clone();
             let by = receipt.consumer.clone();
-            (receipt, Redemption::Hold { by, lease })
+            (receipt, ReceiptAction::Hold { by, lease })
         };
         let results = self.settle_receipts(tokens.iter().map(hold).collect()).await;
         for (token, _) in tokens.iter().zip(&results).filter(|(_, result)| result.is_ok()) {
@@ -310,7 +310,7 @@ impl PullConsumer {
         let is_dead = |token: &Token| nack.is_permanent || token.attempt() >= self.group.max_deliveries;
         let hold = |token: &Token| {
             let lease = if is_dead(token) { self.group.claim_idle } else { nack.delay };
-            (token.receipt.clone(), Redemption::Hold { by: self.redeliverer.clone(), lease })
+            (token.receipt.clone(), ReceiptAction::Hold { by: self.redeliverer.clone(), lease })
         };
         let mut results = self.settle_receipts(tokens.iter().map(hold).collect()).await;
         for (index, token) in tokens.iter().enumerate() {
@@ -334,8 +334,8 @@ impl PullConsumer {
         if lease < MIN_LEASE || lease > self.max_lease() { Err(PullError::Lease(self.max_lease())) } else { Ok(()) }
     }
 
-    async fn settle_receipts(&self, items: Vec<(Receipt, Redemption)>) -> Vec<Result<(), SettleError>> {
-        let settled = match self.store.redeem(&self.reader, &items).await {
+    async fn settle_receipts(&self, items: Vec<(Receipt, ReceiptAction)>) -> Vec<Result<(), SettleError>> {
+        let settled = match self.store.settle_by_receipt(&self.reader, &items).await {
             // All leases are gone with the group.
             Err(error) if error.kind() == StoreErrorKind::NoGroup => Ok(vec![false; items.len()]),
             settled => settled,

@@ -11,7 +11,7 @@ use tracing::warn;
 use super::token::Token;
 use crate::event::{ConsumerName, DeadLetterReason, Delivery, Entry, EntryId, Fields, field};
 use crate::pull::consumer::{LeasedEntry, PendingPull, PullConsumer, PullError};
-use crate::store::{Cursor, Outcome, Pending, Receipt, Redemption, Settlement, StoreError, StoreErrorKind};
+use crate::store::{Cursor, Outcome, Pending, Receipt, ReceiptAction, Settlement, StoreError, StoreErrorKind};
 
 /// The time that one fetch waits for entries.
 const FETCH_WAIT: Duration = Duration::from_secs(1);
@@ -248,10 +248,10 @@ impl PullConsumer {
         let PendingPull { request, reply, .. } = pull;
         let hold = |one: &Delivery| {
             let receipt = Receipt { id: one.entry.id, consumer: self.reader.consumer.clone(), attempt: one.attempt };
-            (receipt, Redemption::Hold { by: request.consumer.clone(), lease: request.lease })
+            (receipt, ReceiptAction::Hold { by: request.consumer.clone(), lease: request.lease })
         };
         let items: Vec<_> = share.iter().map(hold).collect();
-        let valid = match self.store.redeem(&self.reader, &items).await {
+        let valid = match self.store.settle_by_receipt(&self.reader, &items).await {
             Ok(valid) => valid,
             Err(error) => {
                 let copy = StoreError::new(error.kind(), error.to_string());

@@ -20,7 +20,7 @@ use crate::relay::session::broadcast::Fanout;
 use crate::relay::session::limits::ConnectionLimiter;
 use crate::relay::session::notify::Broadcast;
 use crate::relay::subscription::params::BadParameter;
-use crate::store::{Roster, Store};
+use crate::store::{FamilyMembers, Store};
 
 /// The state that all sessions share.
 #[derive(Debug)]
@@ -65,11 +65,11 @@ impl Hub {
     ) -> Result<Arc<Channel>, ConnectError> {
         let name = (channel.name.clone(), key.to_owned());
         let mut members = Vec::with_capacity(channel.families.len());
-        for roster in &channel.families {
-            let member = roster.family().member(key).map_err(|error| BadParameter::new("key", error.to_string()))?;
-            members.push((roster, member));
+        for family_members in &channel.families {
+            let member = family_members.family().member(key).map_err(|error| BadParameter::new("key", error.to_string()))?;
+            members.push((family_members, member));
         }
-        if let Some((_, member)) = members.iter().find(|(roster, member)| !may_watch(roster, member, tenant)) {
+        if let Some((_, member)) = members.iter().find(|(family_members, member)| !may_watch(family_members, member, tenant)) {
             return Err(ConnectError::Forbidden(format!("stream `{member}` belongs to another tenant")));
         }
         if let Some(known) = self.lock_keyed_channels().get(&name).and_then(Weak::upgrade) {
@@ -108,7 +108,7 @@ pub(crate) struct Channel {
     pub(super) name: String,
     pub(super) rings: Vec<Arc<Ring>>,
     /// The families among its streams. Clients watch single members of them.
-    pub(super) families: Vec<Arc<Roster>>,
+    pub(super) families: Vec<Arc<FamilyMembers>>,
     keyed_rings: Arc<KeyedRings>,
     /// Notified of every change of its rings.
     pub(super) broadcast: Arc<Broadcast>,
@@ -126,7 +126,7 @@ impl Channel {
     pub(super) fn new(
         name: &str,
         rings: Vec<Arc<Ring>>,
-        families: Vec<Arc<Roster>>,
+        families: Vec<Arc<FamilyMembers>>,
         keyed_rings: &Arc<KeyedRings>,
         metrics: &Metrics,
     ) -> Self {
@@ -172,7 +172,7 @@ impl Channel {
         tenant: Option<&str>,
     ) -> Result<Vec<Arc<Ring>>, ConnectError> {
         let Some(stream) = stream else { return Ok(self.rings.clone()) };
-        if self.families.iter().any(|roster| roster.family().key_of(stream).is_some()) {
+        if self.families.iter().any(|family_members| family_members.family().key_of(stream).is_some()) {
             return Ok(vec![self.member_ring(stream, tenant)?]);
         }
         let ring = self.rings.iter().find(|ring| ring.stream() == stream).ok_or_else(|| {
@@ -184,14 +184,14 @@ impl Channel {
 
     /// Returns the ring of a member of its families, and has the fan-out notified of the ring's changes.
     fn member_ring(&self, stream: &StreamName, tenant: Option<&str>) -> Result<Arc<Ring>, ConnectError> {
-        let roster = self.families.iter().find(|roster| roster.family().key_of(stream).is_some());
-        let roster = roster.ok_or_else(|| BadParameter::new("stream", format!("`{stream}` is not in this channel")))?;
-        self.keyed_rings.ring(roster, stream, tenant, &self.fanout)
+        let family_members = self.families.iter().find(|family_members| family_members.family().key_of(stream).is_some());
+        let family_members = family_members.ok_or_else(|| BadParameter::new("stream", format!("`{stream}` is not in this channel")))?;
+        self.keyed_rings.ring(family_members, stream, tenant, &self.fanout)
     }
 
     /// Returns the key of a client's tenant if all families of the channel are by tenant.
     pub(super) fn key_of_tenant<'a>(&self, tenant: Option<&'a str>) -> Option<&'a str> {
-        let is_by_tenant = |roster: &Arc<Roster>| roster.family().placeholder() == TENANT;
+        let is_by_tenant = |family_members: &Arc<FamilyMembers>| family_members.family().placeholder() == TENANT;
         tenant.filter(|_| !self.families.is_empty() && self.families.iter().all(is_by_tenant))
     }
 

@@ -1,4 +1,4 @@
-//! The PostgreSQL sink: inserts entries into a table.
+//! The `PostgreSQL` sink: inserts entries into a table.
 //!
 //! Owns the table, the connections, and the meaning of the server's errors. Promises that an entry is one row, however
 //! often it is delivered. The key is stream and entry id, and an existing row is never changed. A batch is one

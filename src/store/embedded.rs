@@ -36,8 +36,8 @@ pub use raw::{RawRate, raw_append_rate};
 use self::readers::Readers;
 use self::writer::Writer;
 use super::{
-    Appended, Care, Claimed, Cursor, Dropped, Lease, Leased, MAX_APPEND, Outcome, Pending, Range, Receipt, Reclaimed,
-    Redelivered, Redelivery, Redemption, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus,
+    Appended, IsolationLimits, Claimed, Cursor, Dropped, Lease, Leased, MAX_APPEND, Outcome, Pending, Range, Receipt, Reclaimed,
+    Redelivered, Redelivery, ReceiptAction, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus,
     StreamStatus, Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName, field};
@@ -253,12 +253,12 @@ impl Store for EmbeddedStore {
         }
     }
 
-    async fn news(
+    async fn wait_any(
         &self,
         places: &[(StreamName, EntryId)],
         wait: Duration,
     ) -> Result<Vec<(StreamName, EntryId)>, StoreError> {
-        self.wait_for_news(places, wait).await
+        self.wait_for_any(places, wait).await
     }
 
     async fn ensure_group(&self, stream: &StreamName, group: &GroupName, start: Start) -> Result<bool, StoreError> {
@@ -295,18 +295,18 @@ impl Store for EmbeddedStore {
         Ok(deliver(&cursor.stream, taken, delivered_at)?.claimed)
     }
 
-    async fn reclaim_with_care(
+    async fn reclaim_isolated(
         &self,
         cursor: &Cursor,
         idle: Duration,
         from: EntryId,
         limit: usize,
-        care: Care,
+        isolation: IsolationLimits,
     ) -> Result<Reclaimed, StoreError> {
         let (asked, delivered_at) = (cursor.clone(), Instant::now());
         let may_work = self.leases.guard(cursor);
         let reclaim = move |writer: &mut Writer| {
-            may_work().and_then(|()| writer.reclaim(&asked, millis(idle), from, limit, care))
+            may_work().and_then(|()| writer.reclaim(&asked, millis(idle), from, limit, isolation))
         };
         let taken = self.call(0, reclaim).await?;
         deliver(&cursor.stream, taken, delivered_at)
@@ -323,7 +323,7 @@ impl Store for EmbeddedStore {
         let done = self.call(0, move |writer| writer.redeliver(&asked, redelivery, from, limit)).await?;
         let exhausted = done.exhausted.into_iter();
         Ok(Redelivered {
-            handed_on: done.handed_on,
+            redelivered: done.redelivered,
             foreign: done.foreign,
             exhausted: exhausted.map(|(entry, attempt)| Delivery { entry, attempt, delivered_at }).collect(),
             lost: done.lost,
@@ -357,10 +357,10 @@ impl Store for EmbeddedStore {
         self.call(0, move |writer| may_work().map(|()| writer.extend(&cursor, &ids))).await
     }
 
-    async fn redeem(&self, cursor: &Cursor, redemptions: &[(Receipt, Redemption)]) -> Result<Vec<bool>, StoreError> {
-        let (cursor, redemptions) = (cursor.clone(), redemptions.to_vec());
+    async fn settle_by_receipt(&self, cursor: &Cursor, actions: &[(Receipt, ReceiptAction)]) -> Result<Vec<bool>, StoreError> {
+        let (cursor, actions) = (cursor.clone(), actions.to_vec());
         let may_work = self.leases.guard(&cursor);
-        self.call(0, move |writer| may_work().and_then(|()| writer.redeem(&cursor, &redemptions))).await
+        self.call(0, move |writer| may_work().and_then(|()| writer.settle_by_receipt(&cursor, &actions))).await
     }
 
     async fn pending(

@@ -2,7 +2,7 @@
 //!
 //! A family's keys are kept in its key index, a stream beside the members. The first `max_keys` different keys in it
 //! are the family's. Every instance reads the same ones there, so that instances need not talk to each other. One call
-//! of [`Store::news`] waits for all members and the key index together, and wakes the readers of single members. While
+//! of [`Store::wait_any`] waits for all members and the key index together, and wakes the readers of single members. While
 //! nothing arrives, a reader costs neither a connection nor a request of its own.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -42,11 +42,11 @@ const KEY: &str = "key";
 
 /// The declared families. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct Families(Arc<[Arc<Roster>]>);
+pub struct Families(Arc<[Arc<FamilyMembers>]>);
 
 /// Why a stream cannot become a member.
 #[derive(Debug, thiserror::Error)]
-pub enum NotJoined {
+pub enum JoinError {
     /// The family has the maximum number of keys.
     #[error("family `{family}` already has {max_keys} keys, the maximum (max_keys)")]
     Full {
@@ -63,42 +63,42 @@ pub enum NotJoined {
 impl Families {
     /// Creates the families, each with its maximum number of keys.
     pub fn new(families: impl IntoIterator<Item = (Family, usize)>) -> Self {
-        Self(families.into_iter().map(|(family, max_keys)| Arc::new(Roster::new(family, max_keys))).collect())
+        Self(families.into_iter().map(|(family, max_keys)| Arc::new(FamilyMembers::new(family, max_keys))).collect())
     }
 
     /// Returns the family whose pattern matches the stream, member or not.
-    pub fn of(&self, stream: &StreamName) -> Option<&Arc<Roster>> {
-        self.0.iter().find(|roster| roster.family.key_of(stream).is_some())
+    pub fn of(&self, stream: &StreamName) -> Option<&Arc<FamilyMembers>> {
+        self.0.iter().find(|family_members| family_members.family.key_of(stream).is_some())
     }
 
     /// Returns the family with that declared name.
-    pub fn named(&self, name: &str) -> Option<&Arc<Roster>> {
-        self.0.iter().find(|roster| roster.family.name() == name)
+    pub fn named(&self, name: &str) -> Option<&Arc<FamilyMembers>> {
+        self.0.iter().find(|family_members| family_members.family.name() == name)
     }
 
     /// Returns all families.
-    pub fn iter(&self) -> impl Iterator<Item = &Arc<Roster>> {
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<FamilyMembers>> {
         self.0.iter()
     }
 
     /// Returns the metric label of a stream: for a member the family's name, because keys have no bound.
     pub fn label<'a>(&'a self, stream: &'a StreamName) -> &'a str {
-        self.of(stream).map_or(stream.as_str(), |roster| roster.family.name())
+        self.of(stream).map_or(stream.as_str(), |family_members| family_members.family.name())
     }
 
     /// Creates a readiness part for each family, for [`Families::run`].
     pub fn parts(&self, readiness: &Readiness) -> Vec<Part> {
-        let part = |roster: &Arc<Roster>| readiness.part(&format!("family {}", roster.family), Some(STALE_AFTER));
+        let part = |family_members: &Arc<FamilyMembers>| readiness.part(&format!("family {}", family_members.family), Some(STALE_AFTER));
         self.iter().map(part).collect()
     }
 
     /// Follows the families until `stop`.
     pub async fn run(self, store: Arc<dyn Store>, parts: Vec<Part>, stop: CancellationToken) {
         let mut followers = JoinSet::new();
-        for (roster, part) in self.iter().cloned().zip(parts) {
+        for (family_members, part) in self.iter().cloned().zip(parts) {
             let (store, stop) = (Arc::clone(&store), stop.clone());
             followers.spawn(async move {
-                stop.run_until_cancelled(roster.follow(&*store, &part)).await;
+                stop.run_until_cancelled(family_members.follow(&*store, &part)).await;
             });
         }
         if followers.is_empty() {
@@ -116,7 +116,7 @@ impl Families {
 
 /// The members of one family, as known to this instance.
 #[derive(Debug)]
-pub struct Roster {
+pub struct FamilyMembers {
     family: Family,
     max_keys: usize,
     members: RwLock<BTreeMap<StreamName, watch::Sender<EntryId>>>,
@@ -136,7 +136,7 @@ struct IndexPosition {
     entries: u64,
 }
 
-impl Roster {
+impl FamilyMembers {
     fn new(family: Family, max_keys: usize) -> Self {
         Self {
             family,
@@ -203,11 +203,11 @@ impl Roster {
     }
 
     /// Adds the stream as a member; it must match the family's pattern. Safe to repeat.
-    pub async fn join(&self, store: &dyn Store, stream: &StreamName) -> Result<(), NotJoined> {
+    pub async fn join(&self, store: &dyn Store, stream: &StreamName) -> Result<(), JoinError> {
         if self.has(stream) {
             return Ok(());
         }
-        let full = || NotJoined::Full { family: self.family.clone(), max_keys: self.max_keys };
+        let full = || JoinError::Full { family: self.family.clone(), max_keys: self.max_keys };
         let mut read = self.read.lock().await;
         // Another instance may have added it, or another call of this one.
         self.read_new_keys(store, &mut read).await?;
@@ -393,7 +393,7 @@ impl Roster {
             let mut positions = self.newest();
             positions.retain(|(stream, _)| !broken.contains_key(stream));
             positions.push((index.clone(), self.read.lock().await.last));
-            let reply = timeout(WAIT + GRACE, store.news(&positions, WAIT)).await;
+            let reply = timeout(WAIT + GRACE, store.wait_any(&positions, WAIT)).await;
             let changed = reply.unwrap_or_else(|_elapsed| {
                 Err(StoreError::new(StoreErrorKind::Unavailable, "the store does not reply"))
             })?;

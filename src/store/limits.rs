@@ -13,7 +13,7 @@ use crate::event::{Family, GroupName, NewEntry, StreamName};
 /// each append would cost more than it gains. So a stream can exceed its limit by the entries that other processes
 /// append between two reports.
 #[derive(Debug, Clone, Default)]
-pub struct Limits {
+pub struct HardLimits {
     fixed: Arc<HashMap<StreamName, Arc<Limit>>>,
     families: Families,
     /// The limit of each member of a family, by the family's name.
@@ -29,7 +29,7 @@ struct Limit {
     holder: Mutex<Option<GroupName>>,
 }
 
-impl Limits {
+impl HardLimits {
     /// Creates limits for these streams, in entries.
     pub fn new(limits: impl IntoIterator<Item = (StreamName, u64)>) -> Self {
         let limit = |(stream, hard_max_len)| (stream, Arc::new(Limit::new(hard_max_len)));
@@ -49,8 +49,8 @@ impl Limits {
         if let Some(limit) = self.fixed.get(stream) {
             return Some(Arc::clone(limit));
         }
-        let roster = self.families.of(stream).filter(|roster| roster.has(stream))?;
-        let hard_max_len = *self.of_families.get(roster.family().name())?;
+        let family_members = self.families.of(stream).filter(|family_members| family_members.has(stream))?;
+        let hard_max_len = *self.of_families.get(family_members.family().name())?;
         if let Some(limit) = self.members.read().unwrap_or_else(PoisonError::into_inner).get(stream) {
             return Some(Arc::clone(limit));
         }
@@ -58,7 +58,7 @@ impl Limits {
         Some(Arc::clone(members.entry(stream.clone()).or_insert_with(|| Arc::new(Limit::new(hard_max_len)))))
     }
 
-    /// Returns the known length of a stream. Call it before describing the stream, for [`Limits::report`].
+    /// Returns the known length of a stream. Call it before describing the stream, for [`HardLimits::report`].
     pub fn known(&self, stream: &StreamName) -> u64 {
         self.of(stream).map_or(0, |limit| limit.length.load(Ordering::Relaxed))
     }
@@ -155,7 +155,7 @@ mod tests {
     #[test]
     fn append_beyond_hard_limit_is_refused() {
         let stream: StreamName = "aurora:alerts".parse().expect("a valid name");
-        let limits = Limits::new([(stream.clone(), 10)]);
+        let limits = HardLimits::new([(stream.clone(), 10)]);
         let limit = &limits.fixed[&stream];
         limit.reserve(&stream, 9).expect("room");
         let error = limit.reserve(&stream, 2).expect_err("no room");
@@ -173,7 +173,7 @@ mod tests {
     #[test]
     fn entries_appended_during_a_report_are_counted_once() {
         let stream: StreamName = "aurora:alerts".parse().expect("a valid name");
-        let limits = Limits::new([(stream.clone(), 10)]);
+        let limits = HardLimits::new([(stream.clone(), 10)]);
         let known = limits.known(&stream);
         limits.fixed[&stream].reserve(&stream, 8).expect("room");
         limits.report(&stream, known, 0, None);

@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use prometheus::Histogram;
 
 use super::{
-    Appended, Care, Claimed, Cursor, Dropped, Durability, Families, Lease, Leased, Pending, Range, Receipt, Reclaimed,
-    Redelivered, Redelivery, Redemption, Settled, Settlement, Start, Store, StoreError, StoreStatus, StreamStatus,
+    Appended, IsolationLimits, Claimed, Cursor, Dropped, Durability, Families, Lease, Leased, Pending, Range, Receipt, Reclaimed,
+    Redelivered, Redelivery, ReceiptAction, Settled, Settlement, Start, Store, StoreError, StoreStatus, StreamStatus,
     Trim,
 };
 use crate::event::{Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
@@ -18,7 +18,7 @@ use crate::metrics::Metrics;
 ///
 /// Time spent waiting for entries does not count. Readers of a family's members share one wait, see [`Families`].
 #[derive(Debug)]
-pub struct Metered {
+pub struct MeteredStore {
     inner: Arc<dyn Store>,
     metrics: Metrics,
     families: Families,
@@ -38,7 +38,7 @@ struct Seconds {
     trim: Histogram,
 }
 
-impl Metered {
+impl MeteredStore {
     /// Wraps `inner`.
     pub fn new(inner: Arc<dyn Store>, metrics: Metrics) -> Self {
         let of = |operation: &str| metrics.store_seconds.with_label_values(&[operation]);
@@ -82,7 +82,7 @@ impl Metered {
 }
 
 #[async_trait]
-impl Store for Metered {
+impl Store for MeteredStore {
     async fn append(&self, stream: &StreamName, entries: Vec<NewEntry>) -> Result<Vec<Appended>, StoreError> {
         self.append_durably(stream, entries, Durability::MEMORY).await
     }
@@ -116,18 +116,18 @@ impl Store for Metered {
         wait: Duration,
     ) -> Result<Vec<Entry>, StoreError> {
         let entries = match self.families.of(stream) {
-            Some(roster) => roster.tail(&*self.inner, stream, after, limit, wait).await,
+            Some(family_members) => family_members.tail(&*self.inner, stream, after, limit, wait).await,
             None => self.inner.tail(stream, after, limit, wait).await,
         };
         self.counted("tail", entries)
     }
 
-    async fn news(
+    async fn wait_any(
         &self,
         places: &[(StreamName, EntryId)],
         wait: Duration,
     ) -> Result<Vec<(StreamName, EntryId)>, StoreError> {
-        self.counted("news", self.inner.news(places, wait).await)
+        self.counted("news", self.inner.wait_any(places, wait).await)
     }
 
     async fn ensure_group(&self, stream: &StreamName, group: &GroupName, start: Start) -> Result<bool, StoreError> {
@@ -141,7 +141,7 @@ impl Store for Metered {
         wait: Duration,
     ) -> Result<Vec<crate::event::Delivery>, StoreError> {
         let deliveries = match self.families.of(&cursor.stream) {
-            Some(roster) => roster.fetch(&*self.inner, cursor, limit, wait).await,
+            Some(family_members) => family_members.fetch(&*self.inner, cursor, limit, wait).await,
             None => self.inner.fetch(cursor, limit, wait).await,
         };
         self.counted("fetch", deliveries)
@@ -153,16 +153,16 @@ impl Store for Metered {
         self.timed("claim", &self.seconds.claim, started, result)
     }
 
-    async fn reclaim_with_care(
+    async fn reclaim_isolated(
         &self,
         cursor: &Cursor,
         idle: Duration,
         from: EntryId,
         limit: usize,
-        care: Care,
+        isolation: IsolationLimits,
     ) -> Result<Reclaimed, StoreError> {
         let started = Instant::now();
-        let result = self.inner.reclaim_with_care(cursor, idle, from, limit, care).await;
+        let result = self.inner.reclaim_isolated(cursor, idle, from, limit, isolation).await;
         self.timed("reclaim", &self.seconds.reclaim, started, result)
     }
 
@@ -188,9 +188,9 @@ impl Store for Metered {
         self.counted("extend", self.inner.extend(cursor, ids).await)
     }
 
-    async fn redeem(&self, cursor: &Cursor, redemptions: &[(Receipt, Redemption)]) -> Result<Vec<bool>, StoreError> {
+    async fn settle_by_receipt(&self, cursor: &Cursor, actions: &[(Receipt, ReceiptAction)]) -> Result<Vec<bool>, StoreError> {
         let started = Instant::now();
-        let result = self.inner.redeem(cursor, redemptions).await;
+        let result = self.inner.settle_by_receipt(cursor, actions).await;
         self.timed("redeem", &self.seconds.redeem, started, result)
     }
 

@@ -29,8 +29,8 @@ pub use config::{Config, InvalidConfig};
 
 use self::config::Settings;
 use super::{
-    Appended, Care, Claimed, Cursor, Dropped, Durability, Lease, Leased, Order, Pending, Range, Receipt, Reclaimed,
-    Redelivered, Redelivery, Redemption, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus,
+    Appended, IsolationLimits, Claimed, Cursor, Dropped, Durability, Lease, Leased, Order, Pending, Range, Receipt, Reclaimed,
+    Redelivered, Redelivery, ReceiptAction, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus,
     StreamStatus, Trim,
 };
 use crate::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
@@ -289,12 +289,12 @@ impl Store for RedisStore {
         outcome.map_err(|failure| failure.because(format_args!("cannot tail stream `{stream}`")))
     }
 
-    async fn news(
+    async fn wait_any(
         &self,
         places: &[(StreamName, EntryId)],
         wait: Duration,
     ) -> Result<Vec<(StreamName, EntryId)>, StoreError> {
-        let outcome = self.wait_for_news(places, wait.min(MAX_WAIT)).await;
+        let outcome = self.wait_for_any(places, wait.min(MAX_WAIT)).await;
         outcome.map_err(|failure| failure.because(format_args!("cannot wait for entries of {} streams", places.len())))
     }
 
@@ -364,13 +364,13 @@ impl Store for RedisStore {
         Ok(claimed)
     }
 
-    async fn reclaim_with_care(
+    async fn reclaim_isolated(
         &self,
         cursor: &Cursor,
         idle: Duration,
         from: EntryId,
         limit: usize,
-        care: Care,
+        isolation: IsolationLimits,
     ) -> Result<Reclaimed, StoreError> {
         if limit == 0 {
             return Ok(Reclaimed { next: from, ..Reclaimed::default() });
@@ -384,8 +384,8 @@ impl Store for RedisStore {
         let limit = self.reply_sizes.bounded(&cursor.stream, limit.min(MAX_CLAIM));
         let mut how = Arguments::with_capacity(7);
         how.text("from").display(&from).display(&limit).display(&(limit * LOOKED_AT_PER_CLAIM));
-        for most in care.most {
-            how.display(&most.saturating_sub(care.in_hand).min(limit));
+        for most in isolation.most {
+            how.display(&most.saturating_sub(isolation.in_hand).min(limit));
         }
         self.claim_with(cursor, idle, how).await.map_err(failed)
     }
@@ -419,8 +419,8 @@ impl Store for RedisStore {
         Ok(not_owned)
     }
 
-    async fn redeem(&self, cursor: &Cursor, redemptions: &[(Receipt, Redemption)]) -> Result<Vec<bool>, StoreError> {
-        let outcome = self.redeem_all(cursor, redemptions).await;
+    async fn settle_by_receipt(&self, cursor: &Cursor, actions: &[(Receipt, ReceiptAction)]) -> Result<Vec<bool>, StoreError> {
+        let outcome = self.redeem_all(cursor, actions).await;
         outcome.map_err(|failure| failure.because(of_group("cannot redeem receipts of", cursor)))
     }
 

@@ -186,7 +186,7 @@ pub struct Reclaimed {
     pub claimed: Claimed,
     /// The id to continue from; [`EntryId::MIN`] at the end of the pending entries.
     pub next: EntryId,
-    /// The deliveries of the entry at `next`, if the search stopped there because of [`Care`].
+    /// The deliveries of the entry at `next`, if the search stopped there because of [`IsolationLimits`].
     pub held_back: Option<u32>,
 }
 
@@ -195,14 +195,14 @@ pub struct Reclaimed {
 /// Such an entry may have crashed its consumers. A crash costs every entry in flight one more delivery, so with each
 /// delivery of the suspect fewer other entries are in flight beside it, until it is alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Care {
+pub struct IsolationLimits {
     /// The number of entries that the consumer has in flight already.
     pub in_hand: usize,
     /// The maximum in flight, the entry included, for an entry that was delivered once, twice, or more often.
     pub most: [usize; 3],
 }
 
-impl Care {
+impl IsolationLimits {
     /// No limits.
     pub const NONE: Self = Self { in_hand: 0, most: [usize::MAX; 3] };
 
@@ -243,7 +243,7 @@ pub struct Redelivery {
 #[derive(Debug, Default)]
 pub struct Redelivered {
     /// The number of entries that were appended again and acknowledged.
-    pub handed_on: usize,
+    pub redelivered: usize,
     /// The number of entries that were acknowledged because they are for another group.
     pub foreign: usize,
     /// Entries with too many deliveries, now pending on the cursor's consumer.
@@ -300,7 +300,7 @@ pub struct Receipt {
 
 /// The action on a delivery that a receipt identifies.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Redemption {
+pub enum ReceiptAction {
     /// Handled: acknowledge it.
     Acknowledge,
     /// Held by that consumer for this time from now on, or for [`Cursor::claim_idle`] if that is shorter. Counts no
@@ -352,14 +352,14 @@ pub struct Dropped {
     /// The first and the last of them.
     pub range: Option<(EntryId, EntryId)>,
     /// The groups that had not settled all of them.
-    pub losers: Vec<Loser>,
+    pub losses: Vec<GroupLoss>,
     /// Whether more entries are to be removed.
     pub is_more: bool,
 }
 
 /// The entries that one group lost.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Loser {
+pub struct GroupLoss {
     /// The group.
     pub group: GroupName,
     /// The number of lost entries that were pending.

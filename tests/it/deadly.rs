@@ -1,4 +1,4 @@
-//! An entry that kills every daemon that handles it, one after another: it dies of that, and its neighbours don't.
+//! An entry that ends every daemon that handles it becomes a dead letter. The other entries do not.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -19,13 +19,13 @@ const DEADLY: u64 = 17;
 const MAX_DELIVERIES: u32 = 5;
 const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
 
-/// The numbers in a batch of events.
+/// Returns the numbers in a batch of events.
 fn numbers(body: &[u8]) -> Vec<u64> {
     let batch: Vec<Value> = serde_json::from_slice(body).expect("a batch of events");
     batch.iter().map(|event| event["n"].as_u64().expect("a number")).collect()
 }
 
-/// A home for a daemon of a name that was never used before, and posts to a path of that name.
+/// Returns the home of a daemon with a new name, which posts to a path with that name.
 fn home(server: &RedisServer, receiver: &Receiver, number: usize) -> Home {
     Home::named(
         &format!("soc-{number}"),
@@ -56,7 +56,7 @@ url = "{}"
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_entry_that_kills_two_daemons_in_turn_takes_no_neighbour_with_it() {
+async fn deadly_entry_uses_up_only_its_own_deliveries() {
     let server = RedisServer::start(Product::Redis, &[]).await;
     let doomed: Arc<Mutex<Option<String>>> = Arc::default();
     let to_kill = Arc::clone(&doomed);
@@ -87,14 +87,14 @@ async fn an_entry_that_kills_two_daemons_in_turn_takes_no_neighbour_with_it() {
         (group.pending == 0 && group.undelivered == Some(0)).then_some(None)
     };
     let mut crashes = 0;
-    while let Some(path) = until("a death or the end", BOUND, async || {
+    while let Some(path) = until("a crash or the end", BOUND, async || {
         let next = doomed.lock().expect("unpoisoned").clone();
         if next.is_some() { Some(next) } else { is_over().await }
     })
     .await
     {
-        // Its process dies amid the call, and another one comes in its place.
-        let place = daemons.iter().position(|(known, ..)| *known == path).expect("one that runs");
+        // The process crashes during the call, and another daemon starts.
+        let place = daemons.iter().position(|(known, ..)| *known == path).expect("a running daemon");
         daemons.swap_remove(place).1.crash();
         *doomed.lock().expect("unpoisoned") = None;
         crashes += 1;
@@ -119,7 +119,7 @@ async fn an_entry_that_kills_two_daemons_in_turn_takes_no_neighbour_with_it() {
         received.iter().filter(|request| request.is_taken).flat_map(|request| numbers(&request.body)).collect();
     assert_eq!(taken, (0..EVENTS).filter(|n| *n != DEADLY).collect());
     deliveries.remove(&DEADLY);
-    assert!(deliveries.values().all(|times| *times <= 4), "neighbours were delivered more often: {deliveries:?}");
+    assert!(deliveries.values().all(|times| *times <= 4), "other entries were delivered more often: {deliveries:?}");
     for (_, daemon, _home) in daemons {
         daemon.stop().await;
     }

@@ -1,4 +1,4 @@
-//! Workers on real stores: what becomes of each entry, whatever sink, worker and store do.
+//! Workers on real stores: the outcome of each entry while sinks, workers and stores fail.
 //!
 //! Most cases run on both backends.
 
@@ -17,7 +17,7 @@ use aurora_bus::maintenance::{Retention, Scheduler, StreamSpec};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
 use aurora_bus::sink::{Origin, Sink, SinkError, SinkErrorClass};
-use aurora_bus::store::{Cursor, GroupStatus, Limits, MAX_APPEND, Order, Range, Start, Store};
+use aurora_bus::store::{Cursor, GroupStatus, HardLimits, MAX_APPEND, Order, Range, Start, Store};
 use bytes::Bytes;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -26,31 +26,31 @@ use tokio_util::sync::CancellationToken;
 use crate::support::stores::on_stores;
 use crate::support::{counted, until};
 
-/// The longest any test waits for a state.
+/// The longest time that a test waits for a state.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// How long the name of a worker that crashed stays taken, where a test says nothing else.
+/// The default name lease: how long the name of a crashed worker stays taken.
 const NAME_LEASE: Duration = Duration::from_secs(1);
 
-/// What the sink does with an entry.
+/// The reaction of the sink to an entry.
 #[derive(Debug, Clone, Copy)]
-enum Deed {
+enum Reaction {
     Take,
     Fail(SinkErrorClass),
-    /// Asks to be left alone for that time.
+    /// Fails and requests a pause.
     Throttle(Duration),
     Panic,
     Hang,
     Sleep(Duration),
 }
 
-type Script = dyn Fn(u64, u32) -> Deed + Send + Sync;
+type Script = dyn Fn(u64, u32) -> Reaction + Send + Sync;
 
-/// A sink that does what it is told and keeps what it was given.
+/// A sink with scripted reactions that records the entries it took.
 struct TestSink {
     max_batch: usize,
     is_down: AtomicBool,
-    /// By the entry's number and its attempt.
+    /// The reaction, by the number of the entry and its attempt.
     script: Box<Script>,
     taken: Mutex<Vec<(u64, u32)>>,
     begun: AtomicUsize,
@@ -64,7 +64,7 @@ impl fmt::Debug for TestSink {
 }
 
 impl TestSink {
-    fn new(max_batch: usize, script: impl Fn(u64, u32) -> Deed + Send + Sync + 'static) -> Arc<Self> {
+    fn new(max_batch: usize, script: impl Fn(u64, u32) -> Reaction + Send + Sync + 'static) -> Arc<Self> {
         Arc::new(Self {
             max_batch,
             is_down: AtomicBool::new(false),
@@ -76,10 +76,10 @@ impl TestSink {
     }
 
     fn takes_all(max_batch: usize) -> Arc<Self> {
-        Self::new(max_batch, |_, _| Deed::Take)
+        Self::new(max_batch, |_, _| Reaction::Take)
     }
 
-    /// Numbers and attempts of all entries taken, in order.
+    /// Returns the numbers and attempts of all entries taken, in order.
     fn taken(&self) -> Vec<(u64, u32)> {
         self.taken.lock().expect("unpoisoned").clone()
     }
@@ -112,14 +112,14 @@ impl Sink for TestSink {
         for delivery in batch {
             let number = number_of(&delivery.entry);
             match (self.script)(number, delivery.attempt) {
-                Deed::Take => {}
-                Deed::Fail(class) => return Err(SinkError::new(class, format!("no to {number}"))),
-                Deed::Throttle(time) => {
+                Reaction::Take => {}
+                Reaction::Fail(class) => return Err(SinkError::new(class, format!("no to {number}"))),
+                Reaction::Throttle(time) => {
                     return Err(SinkError::new(SinkErrorClass::Transient, "HTTP 429").with_retry_after(time));
                 }
-                Deed::Panic => panic!("a defect"),
-                Deed::Hang => std::future::pending().await,
-                Deed::Sleep(time) => tokio::time::sleep(time).await,
+                Reaction::Panic => panic!("a defect"),
+                Reaction::Hang => std::future::pending().await,
+                Reaction::Sleep(time) => tokio::time::sleep(time).await,
             }
             taken.push((number, delivery.attempt));
         }
@@ -144,7 +144,7 @@ struct Bus {
     workers: JoinSet<()>,
 }
 
-/// A worker that runs.
+/// A running worker.
 struct Running {
     stop: CancellationToken,
     crash: tokio::task::AbortHandle,
@@ -170,7 +170,7 @@ impl Bus {
         bus
     }
 
-    /// Appends entries with these numbers, from 1 on.
+    /// Appends entries with these numbers.
     async fn publish(&self, numbers: std::ops::RangeInclusive<u64>) {
         let numbers: Vec<u64> = numbers.collect();
         for numbers in numbers.chunks(MAX_APPEND) {
@@ -202,7 +202,7 @@ impl Bus {
         end.expect("a worker").expect("no panic");
     }
 
-    /// Ends a worker as a crash would: whatever it was about to do does not happen.
+    /// Ends a worker as a crash would: its tasks are dropped.
     async fn crash(&mut self, running: Running) {
         running.crash.abort();
         assert!(self.workers.join_next().await.expect("a worker").is_err());
@@ -259,7 +259,7 @@ fn entry(number: u64, fields: &[(&'static str, &'static str)]) -> NewEntry {
     NewEntry { fields: all, idempotency: None }
 }
 
-/// A group whose failures are tried again soon.
+/// A group with short retries.
 fn group() -> GroupConfig {
     let retry = RetryPolicy { max_attempts: 3, base: Duration::from_millis(20), cap: Duration::from_millis(50) };
     let mut config = GroupConfig::new("siem".parse().expect("a valid name"));
@@ -268,22 +268,22 @@ fn group() -> GroupConfig {
     config
 }
 
-/// The same group where an entry may fail however often.
+/// The same group without a limit for attempts.
 fn patient(mut config: GroupConfig) -> GroupConfig {
     config.retry.max_attempts = u32::MAX;
     config.max_deliveries = u32::MAX;
     config
 }
 
-/// One entry fails twice and for as long as not so many others were taken: these don't wait for it.
-fn fails_until_others_are_taken(number: u64, others: usize) -> impl Fn(u64, u32) -> Deed + Send + Sync {
+/// One entry fails at least twice, and until `others` entries were taken. So these cannot wait for it.
+fn fails_until_others_are_taken(number: u64, others: usize) -> impl Fn(u64, u32) -> Reaction + Send + Sync {
     let taken = AtomicUsize::new(0);
     move |entry, attempt| {
         if entry != number {
             taken.fetch_add(1, Ordering::SeqCst);
         }
         let fails = entry == number && (attempt <= 2 || taken.load(Ordering::SeqCst) < others);
-        if fails { Deed::Fail(SinkErrorClass::Transient) } else { Deed::Take }
+        if fails { Reaction::Fail(SinkErrorClass::Transient) } else { Reaction::Take }
     }
 }
 
@@ -291,7 +291,7 @@ fn firsts(numbers: impl IntoIterator<Item = u64>) -> Vec<(u64, u32)> {
     numbers.into_iter().map(|number| (number, 1)).collect()
 }
 
-async fn every_entry_is_delivered_once_and_in_order(store: Arc<dyn Store>) {
+async fn entries_are_delivered_once_and_in_order(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=2500).await;
     let sink = TestSink::takes_all(100);
@@ -304,11 +304,11 @@ async fn every_entry_is_delivered_once_and_in_order(store: Arc<dyn Store>) {
     assert!(sink.largest_batch.load(Ordering::SeqCst) <= 100);
     assert_eq!(bus.readiness.report()[0].reason, None);
     bus.stop(worker).await;
-    assert_eq!(bus.group().await.consumers, [], "a worker that ends with nothing pending leaves its group");
+    assert_eq!(bus.group().await.consumers, [], "a worker without pending entries removes its consumer");
     assert_eq!(bus.counter("aurora_bus_in_flight{"), 0);
 }
 
-async fn a_transient_failure_is_tried_again_without_blocking_others(store: Arc<dyn Store>) {
+async fn transient_failure_is_retried_without_blocking_others(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=50).await;
     let sink = TestSink::new(1, fails_until_others_are_taken(7, 49));
@@ -322,10 +322,10 @@ async fn a_transient_failure_is_tried_again_without_blocking_others(store: Arc<d
     assert_eq!(bus.counter("aurora_bus_dead_letters_total"), 0);
 }
 
-async fn one_bad_entry_of_a_batch_goes_to_the_dead_letters_alone(store: Arc<dyn Store>) {
+async fn bad_entry_of_a_batch_is_dead_lettered_alone(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=200).await;
-    let fails = |number, _| if number == 77 { Deed::Fail(SinkErrorClass::Permanent) } else { Deed::Take };
+    let fails = |number, _| if number == 77 { Reaction::Fail(SinkErrorClass::Permanent) } else { Reaction::Take };
     let sink = TestSink::new(100, fails);
     bus.start("soc-a-0", &sink, group());
     let letters = bus.has_dead_letters(1).await;
@@ -339,10 +339,10 @@ async fn one_bad_entry_of_a_batch_goes_to_the_dead_letters_alone(store: Arc<dyn 
     bus.counts("aurora_bus_dead_letters_total", 1).await;
 }
 
-async fn an_entry_that_fails_too_often_goes_to_the_dead_letters(store: Arc<dyn Store>) {
+async fn entry_that_fails_too_often_is_dead_lettered(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=20).await;
-    let fails = |number, _| if number % 10 == 3 { Deed::Fail(SinkErrorClass::Transient) } else { Deed::Take };
+    let fails = |number, _| if number % 10 == 3 { Reaction::Fail(SinkErrorClass::Transient) } else { Reaction::Take };
     let sink = TestSink::new(20, fails);
     bus.start("soc-a-0", &sink, group());
     let letters = bus.has_dead_letters(2).await;
@@ -353,10 +353,10 @@ async fn an_entry_that_fails_too_often_goes_to_the_dead_letters(store: Arc<dyn S
     }
     let mut taken: Vec<u64> = sink.taken().into_iter().map(|(number, _)| number).collect();
     taken.sort_unstable();
-    assert_eq!(taken, (1..=20).filter(|n| n % 10 != 3).collect::<Vec<_>>(), "its neighbours were taken, each once");
+    assert_eq!(taken, (1..=20).filter(|n| n % 10 != 3).collect::<Vec<_>>(), "the other entries were taken, each once");
 }
 
-async fn an_unreadable_entry_goes_to_the_dead_letters_at_once(store: Arc<dyn Store>) {
+async fn unreadable_entry_is_dead_lettered_at_once(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     let entries = vec![entry(1, &[("payload", "{}")]), entry(2, &[(field::DATA, "{}")])];
     bus.store.append(&bus.stream, entries).await.expect("the store answers");
@@ -368,7 +368,7 @@ async fn an_unreadable_entry_goes_to_the_dead_letters_at_once(store: Arc<dyn Sto
     assert_eq!(sink.taken(), firsts([2]));
 }
 
-async fn a_filter_acknowledges_what_it_does_not_let_through(store: Arc<dyn Store>) {
+async fn filtered_entries_are_acknowledged_undelivered(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     let entries = vec![
         entry(1, &[(field::DATA, "{}"), (field::SEVERITY, "low")]),
@@ -390,13 +390,13 @@ async fn a_filter_acknowledges_what_it_does_not_let_through(store: Arc<dyn Store
     bus.counts("aurora_bus_acknowledged_total", 3).await;
 }
 
-async fn a_sink_that_panics_or_hangs_fails_that_delivery_only(store: Arc<dyn Store>) {
+async fn sink_panic_or_hang_fails_only_that_delivery(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=30).await;
     let fails = |number, attempt| match (number, attempt) {
-        (5, 1) => Deed::Panic,
-        (20, 1) => Deed::Hang,
-        _ => Deed::Take,
+        (5, 1) => Reaction::Panic,
+        (20, 1) => Reaction::Hang,
+        _ => Reaction::Take,
     };
     let sink = TestSink::new(1, fails);
     let mut config = group();
@@ -409,13 +409,13 @@ async fn a_sink_that_panics_or_hangs_fails_that_delivery_only(store: Arc<dyn Sto
     assert_eq!(taken, expected);
 }
 
-async fn an_outage_of_the_sink_uses_up_no_attempts(store: Arc<dyn Store>) {
+async fn outage_of_the_sink_uses_up_no_attempts(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=20).await;
     let sink = TestSink::takes_all(5);
     sink.is_down.store(true, Ordering::SeqCst);
     bus.start("soc-a-0", &sink, group());
-    let reason = until("word of the outage", PATIENCE, async || bus.readiness.report()[0].note.clone());
+    let reason = until("note about the outage", PATIENCE, async || bus.readiness.report()[0].note.clone());
     let reason = reason.await;
     assert!(reason.starts_with("the sink `test` is down since 2"), "{reason}");
     assert!(reason.ends_with("Z: connection refused"), "{reason}");
@@ -425,10 +425,10 @@ async fn an_outage_of_the_sink_uses_up_no_attempts(store: Arc<dyn Store>) {
     until("end of the note", PATIENCE, async || bus.readiness.report()[0].note.is_none().then_some(())).await;
 }
 
-async fn what_a_crash_leaves_is_delivered_again_to_the_same_consumer(store: Arc<dyn Store>) {
+async fn entries_of_a_crash_are_recovered_by_the_same_consumer(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=150).await;
-    let hanging = TestSink::new(1, |number, _| if number > 3 { Deed::Hang } else { Deed::Take });
+    let hanging = TestSink::new(1, |number, _| if number > 3 { Reaction::Hang } else { Reaction::Take });
     let worker = bus.start("soc-a-0", &hanging, group());
     hanging.has_taken(3).await;
     until("settled entries", PATIENCE, async || (bus.counter("aurora_bus_acknowledged_total") == 3).then_some(()))
@@ -444,10 +444,10 @@ async fn what_a_crash_leaves_is_delivered_again_to_the_same_consumer(store: Arc<
     bus.is_settled().await;
 }
 
-async fn what_a_crash_leaves_is_taken_over_by_another_worker(store: Arc<dyn Store>) {
+async fn entries_of_a_crash_are_claimed_by_another_worker(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=150).await;
-    let hanging = TestSink::new(1, |_, _| Deed::Hang);
+    let hanging = TestSink::new(1, |_, _| Reaction::Hang);
     let mut config = group();
     config.claim_idle = Duration::from_secs(1);
     let worker = bus.start("soc-a-0", &hanging, config.clone());
@@ -462,10 +462,10 @@ async fn what_a_crash_leaves_is_taken_over_by_another_worker(store: Arc<dyn Stor
     assert_eq!(bus.counter("aurora_bus_claimed_total"), 150);
 }
 
-async fn entries_in_hand_are_not_taken_over_however_long_they_wait(store: Arc<dyn Store>) {
+async fn entries_in_flight_are_not_claimed_by_others(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=5).await;
-    let sink = TestSink::new(1, |_, _| Deed::Sleep(Duration::from_secs(1)));
+    let sink = TestSink::new(1, |_, _| Reaction::Sleep(Duration::from_secs(1)));
     let mut config = group();
     config.claim_idle = Duration::from_secs(3);
     bus.start("soc-a-0", &sink, config.clone());
@@ -476,11 +476,12 @@ async fn entries_in_hand_are_not_taken_over_however_long_they_wait(store: Arc<dy
     assert_eq!(bus.counter("aurora_bus_claimed_total"), 0);
 }
 
-async fn an_entry_that_waits_for_long_is_not_taken_over_before_its_time(store: Arc<dyn Store>) {
+async fn entry_with_a_long_retry_is_not_claimed_early(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=3).await;
     let wait = Duration::from_secs(5);
-    let fails = move |number, attempt| if (number, attempt) == (2, 1) { Deed::Throttle(wait) } else { Deed::Take };
+    let fails =
+        move |number, attempt| if (number, attempt) == (2, 1) { Reaction::Throttle(wait) } else { Reaction::Take };
     let sink = TestSink::new(1, fails);
     let mut config = group();
     config.claim_idle = Duration::from_secs(2);
@@ -494,7 +495,7 @@ async fn an_entry_that_waits_for_long_is_not_taken_over_before_its_time(store: A
     assert_eq!(bus.counter("aurora_bus_claimed_total"), 0);
 }
 
-async fn a_sampler_keeps_the_gauges_and_stops(store: Arc<dyn Store>) {
+async fn sampler_updates_gauges_and_stops(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=10).await;
     bus.store.fetch(&bus.cursor("soc-a-0"), 4, Duration::ZERO).await.expect("the store answers");
@@ -506,7 +507,7 @@ async fn a_sampler_keeps_the_gauges_and_stops(store: Arc<dyn Store>) {
         groups: vec![group()],
     });
     let (store, readiness) = (bus.store.clone(), Readiness::default());
-    let scheduler = Scheduler::new(store, specs.to_vec(), Limits::default(), bus.metrics.clone(), &readiness);
+    let scheduler = Scheduler::new(store, specs.to_vec(), HardLimits::default(), bus.metrics.clone(), &readiness);
     bus.workers.spawn(scheduler.run(stop.clone()));
     bus.counts("aurora_bus_group_pending{", 4).await;
     bus.counts("aurora_bus_group_lag{", 6).await;
@@ -516,7 +517,7 @@ async fn a_sampler_keeps_the_gauges_and_stops(store: Arc<dyn Store>) {
     timeout(PATIENCE, bus.workers.join_next()).await.expect("the sampler stops");
 }
 
-async fn an_entry_that_crashes_every_worker_goes_to_the_dead_letters(store: Arc<dyn Store>) {
+async fn entry_that_crashes_every_worker_is_dead_lettered(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=2).await;
     let cursor = bus.cursor("soc-a-0");
@@ -553,10 +554,10 @@ async fn entries_lost_while_pending_are_counted(store: Arc<dyn Store>) {
     until("end of pending entries", PATIENCE, async || (bus.group().await.pending == 0).then_some(())).await;
 }
 
-async fn a_worker_that_stops_hands_back_what_it_has_not_begun(store: Arc<dyn Store>) {
+async fn stopped_worker_releases_entries_it_has_not_begun(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=40).await;
-    let hanging = TestSink::new(1, |number, _| if number == 5 { Deed::Hang } else { Deed::Take });
+    let hanging = TestSink::new(1, |number, _| if number == 5 { Reaction::Hang } else { Reaction::Take });
     let worker = bus.start("soc-a-0", &hanging, group());
     hanging.has_begun(5).await;
     bus.stop(worker).await;
@@ -570,7 +571,7 @@ async fn a_worker_that_stops_hands_back_what_it_has_not_begun(store: Arc<dyn Sto
     bus.is_settled().await;
 }
 
-async fn workers_of_one_group_share_its_entries(store: Arc<dyn Store>) {
+async fn workers_of_a_group_share_its_entries(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     let sink = TestSink::takes_all(50);
     for n in 0..3 {
@@ -583,14 +584,14 @@ async fn workers_of_one_group_share_its_entries(store: Arc<dyn Store>) {
     assert_eq!(taken, firsts(1..=3000));
 }
 
-async fn calls_of_a_sink_run_beside_each_other_where_order_does_not_matter(store: Arc<dyn Store>) {
+async fn sink_calls_of_an_unordered_group_run_concurrently(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=20).await;
-    // None of the first ten calls would return alone.
+    // None of the first ten calls returns alone.
     let barrier = Arc::new(AtomicUsize::new(0));
     let sink = TestSink::new(1, move |number, attempt| {
         let is_first = number <= 10 && attempt == 1;
-        if is_first && barrier.fetch_add(1, Ordering::SeqCst) < 9 { Deed::Hang } else { Deed::Take }
+        if is_first && barrier.fetch_add(1, Ordering::SeqCst) < 9 { Reaction::Hang } else { Reaction::Take }
     });
     let mut config = group();
     config.concurrency = 10;
@@ -599,29 +600,29 @@ async fn calls_of_a_sink_run_beside_each_other_where_order_does_not_matter(store
     bus.start("soc-a-0", &sink, config);
     let taken = sink.has_taken(20).await;
     assert_eq!(taken.iter().filter(|(_, attempt)| *attempt == 2).count(), 9);
-    assert_eq!(taken.last().map(|(_, attempt)| *attempt), Some(2), "the others did not wait");
+    assert_eq!(taken.last().map(|(_, attempt)| *attempt), Some(2), "the other entries did not wait");
     bus.is_settled().await;
 }
 
 on_stores! { embedded redis: [
-    every_entry_is_delivered_once_and_in_order
-    a_transient_failure_is_tried_again_without_blocking_others
-    one_bad_entry_of_a_batch_goes_to_the_dead_letters_alone
-    an_entry_that_fails_too_often_goes_to_the_dead_letters
-    an_unreadable_entry_goes_to_the_dead_letters_at_once
-    a_filter_acknowledges_what_it_does_not_let_through
-    a_sink_that_panics_or_hangs_fails_that_delivery_only
-    an_outage_of_the_sink_uses_up_no_attempts
-    what_a_crash_leaves_is_delivered_again_to_the_same_consumer
-    what_a_crash_leaves_is_taken_over_by_another_worker
-    entries_in_hand_are_not_taken_over_however_long_they_wait
-    an_entry_that_waits_for_long_is_not_taken_over_before_its_time
-    a_sampler_keeps_the_gauges_and_stops
-    an_entry_that_crashes_every_worker_goes_to_the_dead_letters
+    entries_are_delivered_once_and_in_order
+    transient_failure_is_retried_without_blocking_others
+    bad_entry_of_a_batch_is_dead_lettered_alone
+    entry_that_fails_too_often_is_dead_lettered
+    unreadable_entry_is_dead_lettered_at_once
+    filtered_entries_are_acknowledged_undelivered
+    sink_panic_or_hang_fails_only_that_delivery
+    outage_of_the_sink_uses_up_no_attempts
+    entries_of_a_crash_are_recovered_by_the_same_consumer
+    entries_of_a_crash_are_claimed_by_another_worker
+    entries_in_flight_are_not_claimed_by_others
+    entry_with_a_long_retry_is_not_claimed_early
+    sampler_updates_gauges_and_stops
+    entry_that_crashes_every_worker_is_dead_lettered
     entries_lost_while_pending_are_counted
-    a_worker_that_stops_hands_back_what_it_has_not_begun
-    workers_of_one_group_share_its_entries
-    calls_of_a_sink_run_beside_each_other_where_order_does_not_matter
+    stopped_worker_releases_entries_it_has_not_begun
+    workers_of_a_group_share_its_entries
+    sink_calls_of_an_unordered_group_run_concurrently
 ] }
 
 mod names;

@@ -1,9 +1,8 @@
-//! Random histories of delivery, against one invariant: nothing vanishes uncounted.
+//! Random histories of delivery, with one invariant: every event is accounted for.
 //!
-//! A history is a sequence of publishing, starting, stopping and crashing of workers, outages of the sink, trims, and
-//! entries that someone else removes while they are pending. The sink fails as the numbers of the events say. When all
-//! has come to rest, each event was handled, is dead, or was removed and counted as lost; nothing is pending, and no
-//! event is in the dead letters twice.
+//! A history publishes, starts, stops and crashes workers, takes the sink down, trims, and removes pending entries. The
+//! number of an event decides how the sink reacts. In the end each event was handled, is a dead letter, or was removed
+//! and counted as lost. No entry is pending, and no event has two dead letters.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,42 +30,42 @@ use crate::support::counted;
 use crate::support::redis::{Product, RedisServer};
 
 const CONSUMERS: [&str; 3] = ["a", "b", "c"];
-/// After so many numbers their fates are the same again, beginning with a fine one.
+/// The period of the fates by number. The first one is fine.
 const FATES: u64 = 23;
-/// How long a history may take to come to rest.
+/// How long a history may take to settle all entries.
 const REST: Duration = Duration::from_mins(1);
 const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
 
 #[derive(Debug, Clone)]
-enum Happening {
+enum Action {
     Publish(u64),
     Start(usize),
     Crash(usize),
     Stop(usize),
     Outage(bool),
     Trim(u64),
-    /// Someone else removes entries that are pending.
+    /// Another client removes pending entries.
     Remove(Vec<Index>),
-    /// So many milliseconds in which workers work.
+    /// Workers work for this many milliseconds.
     Pass(u64),
 }
 
-fn happenings() -> impl Strategy<Value = Vec<Happening>> {
+fn actions() -> impl Strategy<Value = Vec<Action>> {
     let consumer = 0..CONSUMERS.len();
     let one = prop_oneof![
-        4 => (1_u64..60).prop_map(Happening::Publish),
-        4 => consumer.clone().prop_map(Happening::Start),
-        3 => consumer.clone().prop_map(Happening::Crash),
-        1 => consumer.prop_map(Happening::Stop),
-        1 => any::<bool>().prop_map(Happening::Outage),
-        2 => (0_u64..40).prop_map(Happening::Trim),
-        2 => vec(any::<Index>(), 1..6).prop_map(Happening::Remove),
-        4 => (1_u64..60).prop_map(Happening::Pass),
+        4 => (1_u64..60).prop_map(Action::Publish),
+        4 => consumer.clone().prop_map(Action::Start),
+        3 => consumer.clone().prop_map(Action::Crash),
+        1 => consumer.prop_map(Action::Stop),
+        1 => any::<bool>().prop_map(Action::Outage),
+        2 => (0_u64..40).prop_map(Action::Trim),
+        2 => vec(any::<Index>(), 1..6).prop_map(Action::Remove),
+        4 => (1_u64..60).prop_map(Action::Pass),
     ];
     vec(one, 4..30)
 }
 
-/// What the sink does with an event of that number.
+/// The reaction of the sink to an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
     Fine,
@@ -91,14 +90,14 @@ fn fate(number: u64) -> Fate {
 }
 
 #[derive(Debug, Default)]
-struct Fickle {
+struct FateSink {
     is_down: AtomicBool,
     seen: Mutex<BTreeMap<u64, u32>>,
     begun: Mutex<BTreeSet<u64>>,
 }
 
 #[async_trait]
-impl Sink for Fickle {
+impl Sink for FateSink {
     fn max_batch(&self) -> usize {
         7
     }
@@ -136,14 +135,14 @@ impl Sink for Fickle {
 }
 
 fn number_of(data: Option<&str>) -> u64 {
-    data.and_then(|data| data.parse().ok()).expect("the test's events are numbers")
+    data.and_then(|data| data.parse().ok()).expect("the events of the test are numbers")
 }
 
 /// One history on a stream of its own.
 struct History {
     store: Arc<dyn Store>,
     stream: StreamName,
-    sink: Arc<Fickle>,
+    sink: Arc<FateSink>,
     quarantine: Quarantine,
     metrics: Metrics,
     published: u64,
@@ -180,41 +179,41 @@ impl History {
         Cursor { stream: self.stream.clone(), group, consumer, claim_idle: Duration::from_millis(400), lease: None }
     }
 
-    async fn happen(&mut self, happening: &Happening) {
-        match happening {
-            Happening::Publish(count) => {
+    async fn perform(&mut self, action: &Action) {
+        match action {
+            Action::Publish(count) => {
                 let numbers: Vec<u64> = (self.published..self.published + count).collect();
                 self.published += count;
                 let entries = numbers.iter().map(|number| new_entry(&number.to_string())).collect();
                 let appended = self.store.append(&self.stream, entries).await.expect("appended");
                 self.numbers.extend(appended.into_iter().map(|one| one.id).zip(numbers));
             }
-            Happening::Start(place) => self.start(*place),
-            Happening::Crash(place) => {
+            Action::Start(place) => self.start(*place),
+            Action::Crash(place) => {
                 if let Some((_, crash)) = self.running[*place].take() {
                     self.has_crashed = true;
                     crash.abort();
                     self.ended().await;
                 }
             }
-            Happening::Stop(place) => {
+            Action::Stop(place) => {
                 if let Some((stop, _)) = self.running[*place].take() {
                     stop.cancel();
                     self.ended().await;
                 }
             }
-            Happening::Outage(is_down) => self.sink.is_down.store(*is_down, Ordering::SeqCst),
-            Happening::Trim(length) => {
+            Action::Outage(is_down) => self.sink.is_down.store(*is_down, Ordering::SeqCst),
+            Action::Trim(length) => {
                 self.store.trim(&self.stream, Trim::ToLength(*length)).await.expect("trimmed");
             }
-            Happening::Remove(picks) => {
+            Action::Remove(picks) => {
                 let pending = self.store.pending(&self.cursor(), false, EntryId::MIN, 100).await.expect("listed");
                 let picked: Vec<EntryId> =
                     picks.iter().filter(|_| !pending.is_empty()).map(|pick| pick.get(&pending).id).collect();
                 self.store.discard(&self.stream, &picked).await.expect("discarded");
                 self.removed.extend(picked);
             }
-            Happening::Pass(ms) => tokio::time::sleep(Duration::from_millis(*ms)).await,
+            Action::Pass(ms) => tokio::time::sleep(Duration::from_millis(*ms)).await,
         }
     }
 
@@ -242,17 +241,17 @@ impl History {
         self.running[place] = Some((stop, crash));
     }
 
-    /// Waits for the end of the worker that was told to.
+    /// Waits until a worker has ended.
     async fn ended(&mut self) {
         let ended = tokio::time::timeout(REST, self.workers.join_next()).await.expect("it ends");
         assert!(ended.expect("a worker").is_ok_and(|()| true) || self.has_crashed, "a worker panicked");
     }
 
-    /// Lets everything come to rest.
+    /// Waits until all entries are settled, then stops the workers.
     async fn rest(&mut self) {
         self.sink.is_down.store(false, Ordering::SeqCst);
         self.start(0);
-        // What always fails is given up once the sink has taken something else: so life has to go on.
+        // An entry that always fails is given up only after the sink has taken another one. So publishing goes on.
         let deadline = Instant::now() + REST;
         loop {
             let status = self.store.describe(&self.stream).await.expect("described").expect("it exists");
@@ -260,9 +259,9 @@ impl History {
             if group.pending == 0 && group.last_delivered >= status.last_id {
                 break;
             }
-            assert!(Instant::now() < deadline, "no rest within {REST:?}: {group:?}");
+            assert!(Instant::now() < deadline, "entries are not settled within {REST:?}: {group:?}");
             self.published = self.published.next_multiple_of(FATES);
-            self.happen(&Happening::Publish(1)).await;
+            self.perform(&Action::Publish(1)).await;
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         for running in self.running.iter_mut().filter_map(Option::take) {
@@ -271,7 +270,7 @@ impl History {
         while self.workers.join_next().await.is_some() {}
     }
 
-    /// What is wrong with how it came out, if anything is.
+    /// Checks the invariant.
     async fn check(&self) -> Result<(), TestCaseError> {
         let entries = self.store.range(&self.stream.default_dead_letter(), EVERYTHING, 100_000).await.expect("read");
         let letters: Vec<DeadLetter> =
@@ -284,9 +283,11 @@ impl History {
         for (id, number) in &self.numbers {
             let (is_seen, reason) = (seen.contains_key(number), dead.get(id));
             match fate(*number) {
-                Fate::Refused | Fate::AlwaysFails => prop_assert!(!is_seen, "{number} was never to be handled"),
-                // What was seen may die later only where a worker could not tell that it was seen.
-                _ if is_seen => prop_assert!(reason.is_none() || self.has_crashed, "{number} is dead: {reason:?}"),
+                Fate::Refused | Fate::AlwaysFails => prop_assert!(!is_seen, "{number} must not be handled"),
+                // A handled event may become a dead letter only if a worker crashed before its ack.
+                _ if is_seen => {
+                    prop_assert!(reason.is_none() || self.has_crashed, "{number} is a dead letter: {reason:?}")
+                }
                 _ => {}
             }
             if !is_seen && reason.is_none() {
@@ -297,7 +298,7 @@ impl History {
         let sum = |name| counted(&self.metrics, name);
         let counted = (sum("aurora_bus_lost_total{"), sum("aurora_bus_dead_letters_total{"));
         if self.has_crashed {
-            // A process may crash between an answer and its counter.
+            // A process may crash between a reply and its counter.
             prop_assert!(counted.1 <= letters.len() as u64, "{counted:?} of {} dead", letters.len());
         } else {
             prop_assert!(counted.0 >= lost, "{lost} are lost, {} were counted", counted.0);
@@ -311,11 +312,11 @@ fn check(store: impl AsyncFn() -> Arc<dyn Store>, cases: u32) {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let store = runtime.block_on(store());
     let config = Config { cases, max_shrink_iters: 40, failure_persistence: None, ..Config::default() };
-    let outcome = TestRunner::new(config).run(&happenings(), |happenings| {
+    let outcome = TestRunner::new(config).run(&actions(), |actions| {
         runtime.block_on(async {
             let mut history = History::new(store.clone()).await;
-            for happening in &happenings {
-                history.happen(happening).await;
+            for action in &actions {
+                history.perform(action).await;
             }
             history.rest().await;
             history.check().await
@@ -326,7 +327,7 @@ fn check(store: impl AsyncFn() -> Arc<dyn Store>, cases: u32) {
 }
 
 #[test]
-fn nothing_vanishes_uncounted_on_the_embedded_store() {
+fn all_events_are_accounted_for_on_the_embedded_store() {
     let folder = tempfile::tempdir().expect("a folder");
     let config = embedded::Config {
         path: folder.path().to_owned(),
@@ -337,7 +338,7 @@ fn nothing_vanishes_uncounted_on_the_embedded_store() {
     check(async || Arc::new(config.clone().open().await.expect("opened")) as Arc<dyn Store>, 16);
 }
 
-/// Fewer histories, for the store's own model test has shown that both stores do the same.
+/// Runs fewer histories: the model test of the store shows that both stores behave alike.
 fn check_on_redis(product: Product) {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let server = runtime.block_on(RedisServer::start(product, &[]));
@@ -346,11 +347,11 @@ fn check_on_redis(product: Product) {
 }
 
 #[test]
-fn nothing_vanishes_uncounted_on_redis() {
+fn all_events_are_accounted_for_on_redis() {
     check_on_redis(Product::Redis);
 }
 
 #[test]
-fn nothing_vanishes_uncounted_on_valkey() {
+fn all_events_are_accounted_for_on_valkey() {
     check_on_redis(Product::Valkey);
 }

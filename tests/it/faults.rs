@@ -22,7 +22,7 @@
 //! | 14 | publishing while readers wait | `network::waiting_readers_do_not_delay_producers` |
 //! | 15 | pending and undelivered entries that another program trims | `accounts::foreign_trim_is_counted_once_by_two_daemons_on_redis`, `accounts::worker_counts_losses_of_its_downtime_on_redis` |
 //! | 16 | a handler that kills its process | `poison::entry_that_kills_its_handler_is_dead_lettered`, `redelivery::entry_that_kills_every_consumer_is_dead_lettered` |
-//! | 17 | entries in hand for longer than the claim idle, a paused daemon that resumes late | `delivery::entries_in_hand_are_not_taken_over_however_long_they_wait`, `fleet::entries_of_a_frozen_daemon_are_handled_once_elsewhere`, `fleet::late_result_of_a_frozen_daemon_is_ignored` |
+//! | 17 | entries in hand for longer than the claim idle, a paused daemon that resumes late | `delivery::entries_in_flight_are_not_claimed_by_others`, `fleet::entries_of_a_frozen_daemon_are_handled_once_elsewhere`, `fleet::late_result_of_a_frozen_daemon_is_ignored` |
 //! | 18 | a dead letter that is written twice, or cannot be written | `store_contract::dead_letter_is_moved_atomically_and_once`, `redis_faults::lost_dead_letter_reply_writes_it_once`, `redis_faults::failed_dead_letter_leaves_its_entry_pending`, `redis_faults::full_server_refuses_appends_and_serves_the_rest` |
 //! | 19 | kills between commit and acknowledgement | `postgres::ten_kills_between_commit_and_ack_keep_each_row_once`, `postgres::fifty_kills_between_commit_and_ack_keep_each_row_once` |
 //! | 20 | two daemons with one name, rolling restarts and kills | `fleet::two_daemons_of_one_name_deliver_each_entry_once`, `fleet::ten_rolling_restarts_lose_no_entry_and_leave_no_consumer`, `fleet::two_hundred_rolling_restarts_lose_no_entry` |

@@ -7,7 +7,7 @@ use aurora_bus::bus::{Bus, Config, Dedup, PublishOptions, StreamCatalog, StreamS
 use aurora_bus::event::{Delivery, Entry, EntryId, NewEvent, StreamName};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::sink::{Origin, Sink as _, SinkErrorClass, StreamSink};
-use aurora_bus::store::{Families, Limits, Range, Store, embedded, redis};
+use aurora_bus::store::{Families, HardLimits, Range, Store, embedded, redis};
 use bytes::Bytes;
 use serde_json::{Value, json};
 
@@ -107,7 +107,7 @@ async fn entry_has_one_successor(store: Arc<dyn Store>) {
             Families::default(),
             [(name(declared).into(), StreamSettings::new(name(declared).default_dead_letter()))],
         );
-        Arc::new(Bus::new(Arc::clone(&store), Config::default(), streams, Limits::default(), Metrics::new()))
+        Arc::new(Bus::new(Arc::clone(&store), Config::default(), streams, HardLimits::default(), Metrics::new()))
     };
     let sink = |bus| {
         let config = format!("stream = \"{TASKS}\"\nas = \"task\"\nagent_type = \"triage\"");

@@ -1,5 +1,4 @@
-//! Entries that must be alone: over all workers of a process one at a time is in hand, and none of them keeps the others
-//! waiting for long.
+//! Entries that must be alone: all workers of a process hold one at a time, and none blocks the others for long.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -24,32 +23,32 @@ const BOUND: Duration = Duration::from_secs(20);
 /// Longer than any test waits.
 const LONG: Duration = Duration::from_hours(1);
 
-/// How many calls of sinks there are at a time.
+/// The number of concurrent calls of sinks.
 #[derive(Debug, Default)]
-struct Company {
+struct ConcurrentCalls {
     now: AtomicUsize,
     most: AtomicUsize,
 }
 
-/// Takes its time with each entry, or none of them before it is let go.
+/// Takes each entry slowly, and none before `let_go` is set.
 #[derive(Debug)]
 struct SlowSink {
     takes: Duration,
     let_go: watch::Sender<bool>,
-    /// Never taken.
+    /// An entry that is never taken.
     poison: Option<EntryId>,
-    company: Arc<Company>,
+    calls: Arc<ConcurrentCalls>,
     begun: AtomicUsize,
     taken: AtomicUsize,
 }
 
 impl SlowSink {
-    fn new(takes: Duration, is_let_go: bool, company: &Arc<Company>) -> Self {
+    fn new(takes: Duration, is_let_go: bool, calls: &Arc<ConcurrentCalls>) -> Self {
         Self {
             takes,
             let_go: watch::Sender::new(is_let_go),
             poison: None,
-            company: Arc::clone(company),
+            calls: Arc::clone(calls),
             begun: AtomicUsize::new(0),
             taken: AtomicUsize::new(0),
         }
@@ -72,11 +71,11 @@ impl Sink for SlowSink {
 
     async fn deliver(&self, _: &Origin, batch: &[Delivery]) -> Result<(), SinkError> {
         self.begun.fetch_add(1, Ordering::SeqCst);
-        let now = self.company.now.fetch_add(1, Ordering::SeqCst) + 1;
-        self.company.most.fetch_max(now, Ordering::SeqCst);
+        let now = self.calls.now.fetch_add(1, Ordering::SeqCst) + 1;
+        self.calls.most.fetch_max(now, Ordering::SeqCst);
         self.let_go.subscribe().wait_for(|is_let_go| *is_let_go).await.expect("the sink is there");
         tokio::time::sleep(self.takes).await;
-        self.company.now.fetch_sub(1, Ordering::SeqCst);
+        self.calls.now.fetch_sub(1, Ordering::SeqCst);
         if batch.iter().any(|delivery| Some(delivery.entry.id) == self.poison) {
             return Err(SinkError::new(SinkErrorClass::Transient, "not this one"));
         }
@@ -85,8 +84,8 @@ impl Sink for SlowSink {
     }
 }
 
-/// A stream of entries that are pending on `consumer` and were delivered so often that each must be alone.
-async fn suspicious(store: &dyn Store, consumer: &str, count: usize) -> Cursor {
+/// Makes a stream of entries that are pending on `consumer`, each delivered so often that it must be alone.
+async fn suspects(store: &dyn Store, consumer: &str, count: usize) -> Cursor {
     let cursor = cursor(&unique_stream(), "siem", consumer);
     store.ensure_group(&cursor.stream, &cursor.group, Start::Oldest).await.expect("a group");
     append(store, &cursor, count).await;
@@ -135,65 +134,65 @@ impl Process {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn workers_of_one_process_have_one_entry_in_hand_that_must_be_alone() {
+async fn workers_of_a_process_hold_one_lone_entry_at_a_time() {
     let test = stores::embedded().await;
     let mut process = Process::new(&test.store, Quarantine::with_max_hold(LONG));
-    let company = Arc::<Company>::default();
-    let sink = Arc::new(SlowSink::new(Duration::from_millis(50), true, &company));
-    // Left by an earlier life, and by others.
+    let calls = Arc::<ConcurrentCalls>::default();
+    let sink = Arc::new(SlowSink::new(Duration::from_millis(50), true, &calls));
+    // Entries of an earlier run of the worker, and of another one.
     for (consumer, claim_idle) in [("soc-a-0", LONG), ("soc-a-0", LONG), ("soc-b-0", Duration::from_millis(100))] {
-        let cursor = suspicious(&*test.store, consumer, 5).await;
+        let cursor = suspects(&*test.store, consumer, 5).await;
         process.start(&cursor, claim_idle, &sink);
     }
     sink.has_taken(15).await;
-    assert_eq!(company.most.load(Ordering::SeqCst), 1);
+    assert_eq!(calls.most.load(Ordering::SeqCst), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_sink_that_hangs_does_not_hold_up_what_other_groups_recover() {
+async fn hanging_sink_does_not_block_recovery_of_other_groups() {
     let test = stores::embedded().await;
     let mut process = Process::new(&test.store, Quarantine::with_max_hold(Duration::from_millis(100)));
-    let company = Arc::<Company>::default();
-    let hanging = Arc::new(SlowSink::new(Duration::ZERO, false, &company));
-    process.start(&suspicious(&*test.store, "soc-a-0", 3).await, LONG, &hanging);
+    let calls = Arc::<ConcurrentCalls>::default();
+    let hanging = Arc::new(SlowSink::new(Duration::ZERO, false, &calls));
+    process.start(&suspects(&*test.store, "soc-a-0", 3).await, LONG, &hanging);
     hanging.has_begun(1).await;
-    let quick = Arc::new(SlowSink::new(Duration::ZERO, true, &company));
-    let cursor = suspicious(&*test.store, "soc-a-0", 3).await;
+    let quick = Arc::new(SlowSink::new(Duration::ZERO, true, &calls));
+    let cursor = suspects(&*test.store, "soc-a-0", 3).await;
     append(&*test.store, &cursor, 10).await;
     process.start(&cursor, LONG, &quick);
     quick.has_taken(13).await;
-    assert_eq!(hanging.begun.load(Ordering::SeqCst), 1, "the others of its group wait for it");
+    assert_eq!(hanging.begun.load(Ordering::SeqCst), 1, "the other entries of its group wait");
     hanging.let_go.send_replace(true);
     hanging.has_taken(3).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_that_waits_for_its_own_sink_does_not_spend_its_turn_on_that() {
+async fn worker_that_waits_for_its_sink_holds_no_quarantine() {
     let test = stores::embedded().await;
     let mut process = Process::new(&test.store, Quarantine::with_max_hold(Duration::from_millis(100)));
-    let company = Arc::<Company>::default();
-    let hanging = Arc::new(SlowSink::new(Duration::ZERO, false, &company));
-    let left = suspicious(&*test.store, "soc-b-0", 1).await;
+    let calls = Arc::<ConcurrentCalls>::default();
+    let hanging = Arc::new(SlowSink::new(Duration::ZERO, false, &calls));
+    let left = suspects(&*test.store, "soc-b-0", 1).await;
     append(&*test.store, &left, 1).await;
-    // What the other daemon has left is found only when the new entry is with the sink already.
+    // The search finds the entry of the other daemon when the new entry is with the sink already.
     process.start(&left, Duration::from_secs(1), &hanging);
     hanging.has_begun(1).await;
-    let quick = Arc::new(SlowSink::new(Duration::from_millis(20), true, &company));
-    process.start(&suspicious(&*test.store, "soc-a-0", 40).await, LONG, &quick);
+    let quick = Arc::new(SlowSink::new(Duration::from_millis(20), true, &calls));
+    process.start(&suspects(&*test.store, "soc-a-0", 40).await, LONG, &quick);
     quick.has_taken(40).await;
     hanging.let_go.send_replace(true);
     hanging.has_taken(2).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_entry_that_no_sink_takes_does_not_keep_away_for_ever_what_must_be_alone() {
+async fn poison_entry_does_not_block_lone_entries_for_ever() {
     let test = stores::embedded().await;
     let mut process = Process::new(&test.store, Quarantine::default());
-    let left = suspicious(&*test.store, "soc-a-0", 3).await;
+    let left = suspects(&*test.store, "soc-a-0", 3).await;
     let first = test.store.pending(&left, true, EntryId::MIN, 1).await.expect("listed")[0].id;
-    let company = Arc::<Company>::default();
-    let sink = Arc::new(SlowSink { poison: Some(first), ..SlowSink::new(Duration::ZERO, true, &company) });
-    // It is used up with the first attempt, when the sink has taken nothing yet: only others can show that it is there.
+    let calls = Arc::<ConcurrentCalls>::default();
+    let sink = Arc::new(SlowSink { poison: Some(first), ..SlowSink::new(Duration::ZERO, true, &calls) });
+    // The entry is exhausted before the sink has taken any. Only other entries can show that the sink is up.
     process.start(&left, LONG, &sink);
     sink.has_taken(2).await;
     until("a dead letter", BOUND, async || {

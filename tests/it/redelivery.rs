@@ -10,7 +10,7 @@ use aurora_bus::event::{DeadLetter, DeadLetterReason, EntryId, StreamName, field
 use aurora_bus::maintenance::{Retention, Scheduler, StreamSpec};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
-use aurora_bus::store::{Cursor, GroupStatus, Limits, Order, Range, Start, Store};
+use aurora_bus::store::{Cursor, GroupStatus, HardLimits, Order, Range, Start, Store};
 use aurora_bus::validate::Validate;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -261,7 +261,7 @@ async fn only_idle_consumers_without_pending_entries_are_reaped(store: Arc<dyn S
         groups: vec![setup.spec.config.clone()],
     };
     let (store, metrics) = (setup.store.clone(), setup.metrics.clone());
-    let scheduler = Scheduler::new(store, vec![spec], Limits::default(), metrics, &setup.readiness);
+    let scheduler = Scheduler::new(store, vec![spec], HardLimits::default(), metrics, &setup.readiness);
     setup.tasks.spawn(scheduler.with_own_consumers(own).run(setup.stop.clone()));
     let names = until("removed consumer", PATIENCE, async || {
         let names: Vec<String> = setup.group().await.consumers.iter().map(|c| c.name.to_string()).collect();

@@ -8,7 +8,7 @@ use aurora_bus::event::StreamName;
 use aurora_bus::maintenance::{Retention, Scheduler, StreamSpec};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
-use aurora_bus::store::{Limits, Metered, Outcome, Settlement, Start, Store};
+use aurora_bus::store::{HardLimits, MeteredStore, Outcome, Settlement, Start, Store};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -37,7 +37,7 @@ async fn nothing_is_trimmed_before_every_declared_group_exists(store: Arc<dyn St
         retention: Retention { max_len: 10, ..Retention::default() },
         groups: [&made, &declared_later].map(|cursor| GroupConfig::new(cursor.group.clone())).to_vec(),
     };
-    let limits = Limits::new([(stream.clone(), spec.retention.hard_max_len)]);
+    let limits = HardLimits::new([(stream.clone(), spec.retention.hard_max_len)]);
     let (store_of_tasks, readiness) = (Arc::clone(&store), Readiness::default());
     let scheduler = Scheduler::new(store_of_tasks, vec![spec], limits.clone(), Metrics::new(), &readiness);
     let mut tasks = JoinSet::new();
@@ -70,14 +70,14 @@ struct Checked {
 impl Checked {
     async fn start(store: Arc<dyn Store>, retention: Retention) -> Self {
         let metrics = Metrics::new();
-        let store: Arc<dyn Store> = Arc::new(Metered::new(store, metrics.clone()));
+        let store: Arc<dyn Store> = Arc::new(MeteredStore::new(store, metrics.clone()));
         let idle = cursor(&unique_stream(), "siem", "soc-a-0");
         let stream = idle.stream.clone();
         store.append(&stream, (0..9).map(|_| new_entry("x")).collect()).await.expect("appended");
         store.ensure_group(&stream, &idle.group, Start::Oldest).await.expect("a group");
         let groups = vec![GroupConfig::new(idle.group)];
         let spec = StreamSpec { name: stream.clone(), retention, groups };
-        let limits = Limits::new([(stream.clone(), retention.hard_max_len)]);
+        let limits = HardLimits::new([(stream.clone(), retention.hard_max_len)]);
         let (store_of_tasks, readiness) = (Arc::clone(&store), Readiness::default());
         let scheduler = Scheduler::new(store_of_tasks, vec![spec], limits, metrics.clone(), &readiness);
         let (mut tasks, started) = (JoinSet::new(), Instant::now());

@@ -1,4 +1,4 @@
-//! Sinks that can't take anything, from the start or for a while: told in words, and no attempt for any entry.
+//! Sinks that are unavailable at the start or for a while: reported in `/ready`, without used attempts.
 
 use reqwest::StatusCode;
 use serde_json::{Value, json};
@@ -8,7 +8,7 @@ use crate::support::receiver::{Receiver, Reply};
 use crate::support::redis::free_port;
 use crate::support::until;
 
-/// What `/ready` says of a part.
+/// Returns a part of `/ready`.
 async fn part(daemon: &Daemon, name: &str) -> Value {
     let ready: Value = serde_json::from_str(&daemon.body("/ready").await).expect("JSON");
     let parts = ready["parts"].as_array().expect("parts");
@@ -16,7 +16,7 @@ async fn part(daemon: &Daemon, name: &str) -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_sink_that_is_missing_at_the_start_is_told_before_the_first_entry_and_keeps_nobody_from_starting() {
+async fn unavailable_sink_is_reported_at_start_without_blocking_it() {
     let mut receiver = Receiver::start(|_| Reply::Status(204)).await;
     receiver.go_down().await;
     let home = Home::new(&format!(
@@ -67,7 +67,7 @@ table = "results"
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn forwarding_to_a_stream_that_is_full_waits_and_uses_up_no_attempt() {
+async fn forwarding_to_a_full_stream_uses_up_no_attempt() {
     const TARGET: &str = "it:tasks";
     let mut receiver = Receiver::start(|_| Reply::Status(204)).await;
     receiver.go_down().await;
@@ -101,7 +101,7 @@ channels = {{}}
         receiver.url("/in")
     ));
     let daemon = home.start().await;
-    // What the filter leaves out counts as delivered meanwhile, so the sink looks well.
+    // Filtered entries count as delivered, so the sink looks up meanwhile.
     let payload = |n: u64| json!({ "n": n, "severity": if n.is_multiple_of(3) { "low" } else { "high" } }).to_string();
     for first in (0..1500).step_by(100) {
         daemon.publish("it:alerts", &(first..first + 100).map(payload).collect::<Vec<_>>()).await.expect("accepted");

@@ -138,17 +138,17 @@ async fn account_survives_second_ensure_group(store: Arc<dyn Store>) {
 
 /// Drops until `keep` entries are left. Returns the number of dropped entries and the losses per group.
 async fn drop_to(store: &dyn Store, stream: &StreamName, keep: u64) -> (u64, BTreeMap<String, (u64, u64)>) {
-    let (mut removed, mut losers) = (0, BTreeMap::new());
+    let (mut removed, mut losses) = (0, BTreeMap::new());
     loop {
         let step = store.drop_oldest(stream, keep).await.expect("dropped");
         removed += step.removed;
-        for loser in step.losers {
-            let sums: &mut (u64, u64) = losers.entry(loser.group.to_string()).or_default();
+        for loser in step.losses {
+            let sums: &mut (u64, u64) = losses.entry(loser.group.to_string()).or_default();
             sums.0 += loser.pending;
             sums.1 += loser.undelivered;
         }
         if !step.is_more {
-            return (removed, losers);
+            return (removed, losses);
         }
     }
 }
@@ -160,9 +160,9 @@ async fn drop_counts_lost_entries_per_group(store: Arc<dyn Store>) {
     settle(&*store, &fast, (0..300).map(|_| Outcome::Acknowledge)).await;
     settle(&*store, &slow, [Outcome::Acknowledge, Outcome::Filter]).await;
     let held = store.fetch(&slow, 8, Duration::ZERO).await.expect("fetched");
-    let (removed, losers) = drop_to(&*store, &slow.stream, 100).await;
+    let (removed, losses) = drop_to(&*store, &slow.stream, 100).await;
     assert!((100..=200).contains(&removed), "{removed}");
-    assert_eq!(losers, BTreeMap::from([("g".to_owned(), (8, removed - 10))]));
+    assert_eq!(losses, BTreeMap::from([("g".to_owned(), (8, removed - 10))]));
     // Dropped entries are not pending any more, so that a late result is not counted.
     let late = held.into_iter().map(|delivery| Settlement { delivery, outcome: Outcome::Acknowledge });
     assert_eq!(store.settle(&slow, &late.collect::<Vec<_>>()).await.expect("settled").settled, 0);
@@ -186,9 +186,9 @@ async fn drop_in_steps_reaches_the_limit(store: Arc<dyn Store>) {
     for _ in 0..10 {
         fill(&*store, &cursor.stream, 500).await;
     }
-    let (removed, losers) = drop_to(&*store, &cursor.stream, 250).await;
+    let (removed, losses) = drop_to(&*store, &cursor.stream, 250).await;
     assert!((4650..=4750).contains(&removed), "{removed}");
-    assert_eq!(losers, BTreeMap::from([("g".to_owned(), (0, removed))]));
+    assert_eq!(losses, BTreeMap::from([("g".to_owned(), (0, removed))]));
     assert_eq!(drop_to(&*store, &cursor.stream, 5000).await, (0, BTreeMap::new()));
     let (_, balance) = account(&*store, &cursor).await;
     assert_eq!((balance.undelivered, balance.difference), (Some(5000 - removed), Some(0)));
@@ -198,8 +198,8 @@ async fn drop_of_handled_entries_counts_no_loss(store: Arc<dyn Store>) {
     assert_eq!(drop_to(&*store, &unique_stream(), 1).await, (0, BTreeMap::new()));
     let cursor = grouped(&*store, 200).await;
     settle(&*store, &cursor, (0..200).map(|_| Outcome::Acknowledge)).await;
-    let (removed, losers) = drop_to(&*store, &cursor.stream, 50).await;
-    assert!((50..=150).contains(&removed) && losers.is_empty(), "{removed}, {losers:?}");
+    let (removed, losses) = drop_to(&*store, &cursor.stream, 50).await;
+    assert!((50..=150).contains(&removed) && losses.is_empty(), "{removed}, {losses:?}");
     assert_eq!(account(&*store, &cursor).await.0.lost, [0; 4]);
 }
 

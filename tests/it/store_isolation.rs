@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aurora_bus::event::{EntryId, NewEntry};
-use aurora_bus::store::{Care, Cursor, Start, Store};
+use aurora_bus::store::{Cursor, IsolationLimits, Start, Store};
 
 use crate::store_contract::{cursor, new_entry, unique_stream};
 use crate::support::stores::on_stores;
 
-const CARE: Care = Care { in_hand: 0, most: [5, 2, 1] };
+const LIMITS: IsolationLimits = IsolationLimits { in_hand: 0, most: [5, 2, 1] };
 
 /// Returns a stream with one entry per number in `attempts`, delivered that many times.
 async fn delivered(store: &dyn Store, attempts: &[u32]) -> (Cursor, Vec<EntryId>) {
@@ -27,8 +27,13 @@ async fn delivered(store: &dyn Store, attempts: &[u32]) -> (Cursor, Vec<EntryId>
     (Cursor { consumer: "alive".parse().expect("a name"), ..cursor }, ids)
 }
 
-async fn search(store: &dyn Store, cursor: &Cursor, from: EntryId, care: Care) -> (usize, EntryId, Option<u32>) {
-    let found = store.reclaim_with_care(cursor, Duration::ZERO, from, 100, care).await.expect("searched");
+async fn search(
+    store: &dyn Store,
+    cursor: &Cursor,
+    from: EntryId,
+    limits: IsolationLimits,
+) -> (usize, EntryId, Option<u32>) {
+    let found = store.reclaim_isolated(cursor, Duration::ZERO, from, 100, limits).await.expect("searched");
     (found.claimed.deliveries.len(), found.next, found.held_back)
 }
 
@@ -37,24 +42,24 @@ async fn reclaim_limits_batch_by_delivery_count(store: Arc<dyn Store>) {
     let mut from = EntryId::MIN;
     for (taken, left, attempts) in [(5, 5, 1), (2, 7, 2), (2, 9, 3), (1, 10, 9), (1, 11, 1)] {
         let expected = (taken, ids[left], Some(attempts));
-        assert_eq!(search(&*store, &cursor, from, CARE).await, expected);
+        assert_eq!(search(&*store, &cursor, from, LIMITS).await, expected);
         from = ids[left];
     }
-    assert_eq!(search(&*store, &cursor, from, CARE).await, (1, EntryId::MIN, None));
+    assert_eq!(search(&*store, &cursor, from, LIMITS).await, (1, EntryId::MIN, None));
 }
 
 async fn entries_in_hand_count_toward_the_limit(store: Arc<dyn Store>) {
     let (cursor, ids) = delivered(&*store, &[1, 1, 2]).await;
-    let care = |in_hand| Care { in_hand, ..CARE };
-    assert_eq!(search(&*store, &cursor, EntryId::MIN, care(7)).await, (0, ids[0], Some(1)));
-    assert_eq!(search(&*store, &cursor, EntryId::MIN, care(4)).await, (1, ids[1], Some(1)));
-    assert_eq!(search(&*store, &cursor, ids[2], care(2)).await, (0, ids[2], Some(2)));
-    assert_eq!(search(&*store, &cursor, ids[2], care(1)).await, (1, EntryId::MIN, None));
+    let limits = |in_hand| IsolationLimits { in_hand, ..LIMITS };
+    assert_eq!(search(&*store, &cursor, EntryId::MIN, limits(7)).await, (0, ids[0], Some(1)));
+    assert_eq!(search(&*store, &cursor, EntryId::MIN, limits(4)).await, (1, ids[1], Some(1)));
+    assert_eq!(search(&*store, &cursor, ids[2], limits(2)).await, (0, ids[2], Some(2)));
+    assert_eq!(search(&*store, &cursor, ids[2], limits(1)).await, (1, EntryId::MIN, None));
 }
 
 async fn reclaim_without_limits_takes_all_entries(store: Arc<dyn Store>) {
     let (cursor, _) = delivered(&*store, &[9, 9, 1]).await;
-    assert_eq!(search(&*store, &cursor, EntryId::MIN, Care::NONE).await, (3, EntryId::MIN, None));
+    assert_eq!(search(&*store, &cursor, EntryId::MIN, IsolationLimits::NONE).await, (3, EntryId::MIN, None));
 }
 
 on_stores! { embedded redis valkey: [

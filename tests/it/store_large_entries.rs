@@ -101,7 +101,7 @@ async fn large_entry_of_external_consumer_is_redelivered(store: Arc<dyn Store>) 
     let redeliverer = cursor(&worker.stream, "g", "redeliverer");
     let at_once = Redelivery { idle: Duration::ZERO, max_deliveries: 3 };
     let done = store.redeliver(&redeliverer, at_once, EntryId::MIN, 100).await.expect("redelivered");
-    assert_eq!((done.handed_on, done.exhausted.len(), done.next), (3, 0, EntryId::MIN));
+    assert_eq!((done.redelivered, done.exhausted.len(), done.next), (3, 0, EntryId::MIN));
     assert!(store.pending(&redeliverer, false, EntryId::MIN, 10).await.expect("listed").is_empty());
     let again = entries(&*store, &worker).await.split_off(3);
     let again = again.iter().find(|entry| entry.fields.len() > LARGE).expect("the large one");

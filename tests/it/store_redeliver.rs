@@ -61,7 +61,7 @@ async fn abandoned_entry_is_appended_again_for_its_group(store: Arc<dyn Store>) 
     let (worker, fetched) = abandoned(&*store, vec![new_entry("task")]).await;
     let redeliverer = redeliverer(&worker);
     let done = redeliver(&*store, &redeliverer, AT_ONCE).await;
-    assert_eq!((done.handed_on, done.foreign, done.exhausted.len(), done.next), (1, 0, 0, EntryId::MIN));
+    assert_eq!((done.redelivered, done.foreign, done.exhausted.len(), done.next), (1, 0, 0, EntryId::MIN));
     assert_eq!(pending(&*store, &worker).await, 0);
     let other = cursor(&worker.stream, "agents", "other");
     let first = fetched[0].entry.id.to_string();
@@ -73,7 +73,7 @@ async fn abandoned_entry_is_appended_again_for_its_group(store: Arc<dyn Store>) 
         assert_eq!(fields.len(), fetched[0].entry.fields.len() + 3);
         let original = fetched[0].entry.fields.iter();
         assert!(original.zip(fields.iter()).all(|(before, now)| before == now), "byte for byte, in order");
-        assert_eq!(redeliver(&*store, &redeliverer, AT_ONCE).await.handed_on, 1);
+        assert_eq!(redeliver(&*store, &redeliverer, AT_ONCE).await.redelivered, 1);
     }
     assert_eq!(entries(&*store, &worker).await.len(), 5);
 }
@@ -81,7 +81,7 @@ async fn abandoned_entry_is_appended_again_for_its_group(store: Arc<dyn Store>) 
 async fn entry_in_progress_is_not_redelivered(store: Arc<dyn Store>) {
     let (worker, _) = abandoned(&*store, vec![new_entry("a"), new_entry("b")]).await;
     let done = redeliver(&*store, &redeliverer(&worker), Redelivery { idle: HOUR, ..AT_ONCE }).await;
-    assert_eq!((done.handed_on, done.exhausted.len(), done.next), (0, 0, EntryId::MIN));
+    assert_eq!((done.redelivered, done.exhausted.len(), done.next), (0, 0, EntryId::MIN));
     assert_eq!(pending(&*store, &worker).await, 2);
     assert_eq!(entries(&*store, &worker).await.len(), 2);
 }
@@ -99,7 +99,7 @@ async fn exhausted_entry_is_claimed_for_dead_lettering(store: Arc<dyn Store>) {
     let done = redeliver(&*store, &redeliverer, limit).await;
     let attempts: Vec<_> = done.exhausted.iter().map(|d| (d.entry.id, d.attempt)).collect();
     assert_eq!(attempts, [(fetched[0].entry.id, 3), (fetched[1].entry.id, 3)]);
-    assert_eq!(done.handed_on, 1, "a value that is not a plain number is ignored");
+    assert_eq!(done.redelivered, 1, "a value that is not a plain number is ignored");
     let held = store.pending(&redeliverer, true, EntryId::MIN, 10).await.expect("listed");
     assert_eq!(held.iter().map(|p| p.attempts).collect::<Vec<_>>(), [1, 3], "a claim counts no attempt");
 
@@ -120,7 +120,7 @@ async fn entry_for_another_group_is_acknowledged(store: Arc<dyn Store>) {
     let other = with(new_entry("other"), &[(field::REPLAY_GROUP, "someone-else")]);
     let (worker, _) = abandoned(&*store, vec![other]).await;
     let done = redeliver(&*store, &redeliverer(&worker), AT_ONCE).await;
-    assert_eq!((done.handed_on, done.foreign), (0, 1));
+    assert_eq!((done.redelivered, done.foreign), (0, 1));
     assert_eq!((pending(&*store, &worker).await, entries(&*store, &worker).await.len()), (0, 1));
 }
 
@@ -129,7 +129,7 @@ async fn lost_entry_is_reported_once(store: Arc<dyn Store>) {
     store.discard(&worker.stream, &[fetched[0].entry.id]).await.expect("discarded");
     let redeliverer = redeliverer(&worker);
     let done = redeliver(&*store, &redeliverer, AT_ONCE).await;
-    assert_eq!((done.lost, done.handed_on), (vec![fetched[0].entry.id], 1));
+    assert_eq!((done.lost, done.redelivered), (vec![fetched[0].entry.id], 1));
     assert_eq!(redeliver(&*store, &redeliverer, AT_ONCE).await.lost, []);
 }
 
@@ -138,7 +138,7 @@ async fn concurrent_redeliverers_redeliver_each_entry_once(store: Arc<dyn Store>
     let mut redeliverers = JoinSet::new();
     for _ in 0..4 {
         let (store, redeliverer) = (store.clone(), redeliverer(&worker));
-        redeliverers.spawn(async move { redeliver(&*store, &redeliverer, AT_ONCE).await.handed_on });
+        redeliverers.spawn(async move { redeliver(&*store, &redeliverer, AT_ONCE).await.redelivered });
     }
     assert_eq!(redeliverers.join_all().await.into_iter().sum::<usize>(), 100);
     assert_eq!((pending(&*store, &worker).await, entries(&*store, &worker).await.len()), (0, 200));
@@ -149,18 +149,18 @@ async fn many_entries_are_redelivered_page_by_page(store: Arc<dyn Store>) {
     let payloads = (0..60).map(|n| new_entry(&format!("{n} {large}")));
     let (worker, _) = abandoned(&*store, payloads.collect()).await;
     let redeliverer = redeliverer(&worker);
-    let (mut from, mut pages, mut handed_on) = (EntryId::MIN, 0, 0);
+    let (mut from, mut pages, mut redelivered) = (EntryId::MIN, 0, 0);
     loop {
         let done = store.redeliver(&redeliverer, AT_ONCE, from, 25).await.expect("redelivered");
-        assert!(done.handed_on <= 25);
-        handed_on += done.handed_on;
+        assert!(done.redelivered <= 25);
+        redelivered += done.redelivered;
         pages += 1;
         from = done.next;
         if from == EntryId::MIN {
             break;
         }
     }
-    assert_eq!(handed_on, 60);
+    assert_eq!(redelivered, 60);
     assert!(pages >= 3, "{pages} pages: count and bytes of a page are limited");
     assert_eq!(pending(&*store, &worker).await, 0);
 }

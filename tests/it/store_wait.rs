@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use aurora_bus::event::{EntryId, Family, StreamName};
 use aurora_bus::readiness::Readiness;
-use aurora_bus::store::{Families, NotJoined, Store};
+use aurora_bus::store::{Families, JoinError, Store};
 use tokio_util::sync::CancellationToken;
 
 use crate::store_contract::{new_entry, unique_stream};
@@ -27,8 +27,12 @@ async fn append(store: &dyn Store, stream: &StreamName, count: usize) -> EntryId
     store.append(stream, entries).await.expect("appended").last().expect("one").id
 }
 
-async fn news(store: &dyn Store, positions: &[(StreamName, EntryId)], wait: Duration) -> BTreeMap<StreamName, EntryId> {
-    store.news(positions, wait).await.expect("news").into_iter().collect()
+async fn wait_any(
+    store: &dyn Store,
+    positions: &[(StreamName, EntryId)],
+    wait: Duration,
+) -> BTreeMap<StreamName, EntryId> {
+    store.wait_any(positions, wait).await.expect("a result").into_iter().collect()
 }
 
 async fn wait_returns_newest_entry_of_each_stream(store: Arc<dyn Store>) {
@@ -38,19 +42,19 @@ async fn wait_returns_newest_entry_of_each_stream(store: Arc<dyn Store>) {
         expected.insert(stream.clone(), append(&*store, stream, 3).await);
     }
     let positions: Vec<_> = streams.iter().map(|stream| (stream.clone(), EntryId::MIN)).collect();
-    assert_eq!(news(&*store, &positions, Duration::from_secs(5)).await, expected);
+    assert_eq!(wait_any(&*store, &positions, Duration::from_secs(5)).await, expected);
     let seen: Vec<_> = expected.iter().map(|(stream, last)| (stream.clone(), *last)).collect();
-    assert_eq!(news(&*store, &seen, Duration::ZERO).await, BTreeMap::new(), "nothing is after the newest");
-    assert_eq!(news(&*store, &[], Duration::ZERO).await, BTreeMap::new());
+    assert_eq!(wait_any(&*store, &seen, Duration::ZERO).await, BTreeMap::new(), "nothing is after the newest");
+    assert_eq!(wait_any(&*store, &[], Duration::ZERO).await, BTreeMap::new());
 }
 
 async fn wait_ends_on_new_entry_or_timeout(store: Arc<dyn Store>) {
     let streams: Vec<StreamName> = std::iter::repeat_with(unique_stream).take(50).collect();
     let positions: Vec<_> = streams.iter().map(|stream| (stream.clone(), EntryId::MIN)).collect();
     let began = Instant::now();
-    assert_eq!(news(&*store, &positions, Duration::from_millis(300)).await, BTreeMap::new());
+    assert_eq!(wait_any(&*store, &positions, Duration::from_millis(300)).await, BTreeMap::new());
     assert!(began.elapsed() < BOUND / 2, "{:?}", began.elapsed());
-    let (found, last) = tokio::join!(news(&*store, &positions, Duration::from_secs(5)), async {
+    let (found, last) = tokio::join!(wait_any(&*store, &positions, Duration::from_secs(5)), async {
         tokio::task::yield_now().await;
         append(&*store, &streams[33], 1).await
     });
@@ -73,8 +77,8 @@ async fn family_members_agree_and_respect_the_limit(store: Arc<dyn Store>) {
             let (families, store) = (families.clone(), store.clone());
             let stream = family.member(&format!("k{}", (place * 3 + n) % 10)).expect("a key");
             joins.spawn(async move {
-                let roster = families.of(&stream).expect("of the family");
-                (stream.clone(), roster.join(&*store, &stream).await)
+                let family_members = families.of(&stream).expect("of the family");
+                (stream.clone(), family_members.join(&*store, &stream).await)
             });
         }
     }
@@ -82,7 +86,7 @@ async fn family_members_agree_and_respect_the_limit(store: Arc<dyn Store>) {
     for (stream, outcome) in joins.join_all().await {
         match outcome {
             Ok(()) => joined.push(stream),
-            Err(NotJoined::Full { max_keys: 5, .. }) => {}
+            Err(JoinError::Full { max_keys: 5, .. }) => {}
             Err(other) => panic!("{other:?}"),
         }
     }
@@ -90,14 +94,17 @@ async fn family_members_agree_and_respect_the_limit(store: Arc<dyn Store>) {
     joined.dedup();
     assert_eq!(joined.len(), 5, "{joined:?}");
     for families in &instances {
-        let roster = families.named(family.name()).expect("declared");
-        until("the same members", BOUND, async || (roster.members() == joined).then_some(())).await;
+        let family_members = families.named(family.name()).expect("declared");
+        until("the same members", BOUND, async || (family_members.members() == joined).then_some(())).await;
     }
     // A wait through any instance ends at a new entry of a member, whichever instance added it.
     let last = append(&*store, &joined[2], 2).await;
     for families in &instances {
-        let roster = families.named(family.name()).expect("declared");
-        until("news", BOUND, async || roster.newest().contains(&(joined[2].clone(), last)).then_some(())).await;
+        let family_members = families.named(family.name()).expect("declared");
+        until("the new entry", BOUND, async || {
+            family_members.newest().contains(&(joined[2].clone(), last)).then_some(())
+        })
+        .await;
     }
     stop.cancel();
     tasks.join_all().await;

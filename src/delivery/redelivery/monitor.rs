@@ -226,7 +226,7 @@ impl GroupMonitor {
         };
         self.has_existed = true;
         self.search_from = found.next;
-        let has_found = found.handed_on + found.foreign + found.exhausted.len() + found.lost.len() > 0;
+        let has_found = found.redelivered + found.foreign + found.exhausted.len() + found.lost.len() > 0;
         if has_found {
             self.may_have_joined = true;
         }
@@ -252,10 +252,10 @@ impl GroupMonitor {
 
     fn report(&self, found: &Redelivered) {
         let (stream, group) = (&self.cursor.stream, &self.cursor.group);
-        self.counters.redelivered.inc_by(found.handed_on as u64);
+        self.counters.redelivered.inc_by(found.redelivered as u64);
         self.counters.filtered.inc_by(found.foreign as u64);
-        if found.handed_on > 0 {
-            let entries = found.handed_on;
+        if found.redelivered > 0 {
+            let entries = found.redelivered;
             warn!(%stream, %group, entries, "entries abandoned by their consumers, appended again for others");
         }
         if !found.lost.is_empty() {

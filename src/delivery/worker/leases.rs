@@ -70,7 +70,7 @@ impl LeaseState {
     }
 }
 
-/// Returns what a worker may do under its leases now.
+/// The current state of both leases, shared with the loop and the calls of the sink.
 #[derive(Debug, Clone)]
 pub(crate) struct LeaseWatch {
     name: watch::Receiver<LeaseState>,

@@ -14,9 +14,9 @@ use tokio::time::Instant;
 
 use crate::delivery::GroupConfig;
 use crate::event::{Delivery, EntryId};
-use crate::store::Care;
+use crate::store::IsolationLimits;
 
-/// The most entries in flight with one that was delivered once, and twice.
+/// The most entries in flight with a suspect that was delivered once, and twice.
 const MAX_WITH_SUSPECT: [usize; 2] = [100, 10];
 
 /// Between two checks whether a suspect may be claimed.
@@ -52,7 +52,7 @@ impl Quarantine {
 /// Tracks the suspects in flight, and limits the entries beside them.
 #[derive(Debug)]
 pub(crate) struct SuspectTracker {
-    /// The most entries in flight with one that was delivered once, twice, or more often.
+    /// The most entries in flight with a suspect that was delivered once, twice, or more often.
     limits: [usize; 3],
     /// The suspects in flight, each with the most entries that may be in flight with it.
     in_flight: HashMap<EntryId, usize>,
@@ -128,7 +128,7 @@ impl SuspectTracker {
 
     /// Tracks the suspects among claimed entries.
     pub(crate) fn track(&mut self, deliveries: &[Delivery], now: Instant) {
-        let isolation = Care { in_hand: 0, most: self.limits };
+        let isolation = IsolationLimits { in_hand: 0, most: self.limits };
         self.hold_ends_at = now + self.quarantine.max_hold;
         for delivery in deliveries {
             let limit = isolation.most(delivery.attempt.saturating_sub(1));
@@ -140,21 +140,21 @@ impl SuspectTracker {
 
     /// Takes note of the deliveries of the suspect at which a search stopped, if it stopped at one.
     pub(crate) fn await_suspect(&mut self, attempts: Option<u32>) {
-        let isolation = Care { in_hand: 0, most: self.limits };
+        let isolation = IsolationLimits { in_hand: 0, most: self.limits };
         self.awaited = attempts.map(|attempts| isolation.most(attempts));
     }
 
     /// Returns the limits for entries that are claimed beside `unsettled` others.
     ///
     /// Without the quarantine, no entry may be claimed that must be alone.
-    pub(crate) fn limits(&self, unsettled: usize) -> Care {
+    pub(crate) fn limits(&self, unsettled: usize) -> IsolationLimits {
         let mut most = self.limits;
         if self.permit.is_none() {
             for limit in most.iter_mut().filter(|limit| **limit == 1) {
                 *limit = 0;
             }
         }
-        Care { in_hand: unsettled, most }
+        IsolationLimits { in_hand: unsettled, most }
     }
 
     /// Takes the quarantine if no other entry is in flight. Returns whether this worker holds it.
@@ -205,14 +205,14 @@ mod tests {
 
     #[test]
     fn fitting_entries_are_limited_by_the_strongest_suspect() {
-        let isolation = |in_hand| Care { in_hand, most: [100, 10, 1] };
+        let isolation = |in_hand| IsolationLimits { in_hand, most: [100, 10, 1] };
         assert_eq!(isolation(0).fitting([1, 1, 1, 2, 2]), 5);
         assert_eq!(isolation(9).fitting([1, 1, 1, 2, 2]), 3);
         assert_eq!(isolation(0).fitting([1, 3]), 1);
         assert_eq!(isolation(0).fitting([3, 1]), 1);
         assert_eq!(isolation(1).fitting([3, 1]), 0);
         assert_eq!(isolation(5_000).fitting([0, 0]), 2);
-        assert_eq!(Care::NONE.fitting([9; 500]), 500);
+        assert_eq!(IsolationLimits::NONE.fitting([9; 500]), 500);
     }
 
     #[test]

@@ -58,7 +58,7 @@ impl Search {
                 let found = if is_ordered {
                     Reclaimed::default()
                 } else {
-                    store.reclaim_with_care(&cursor, cursor.claim_idle, from, limit, isolation).await?
+                    store.reclaim_isolated(&cursor, cursor.claim_idle, from, limit, isolation).await?
                 };
                 // Once per search is enough. An error here must not drop the entries just claimed.
                 let is_last_page = found.next == EntryId::MIN;

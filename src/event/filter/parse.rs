@@ -282,7 +282,7 @@ mod tests {
     #[test]
     fn tree_and_its_text_are_the_same_filter() {
         let text = r#"{"op":"not","nodes":[{"key":"source","cmp":"in","vals":["a","b"]}]}"#;
-        let (tree, filter) = (serde_json::from_str(text).expect("JSON"), Filter::parse(text));
+        let (tree, filter) = (serde_json::from_str::<Value>(text).expect("JSON"), Filter::parse(text));
         assert!(filter.is_ok());
         assert_eq!(Filter::from_value(&tree), filter);
         assert_eq!(Filter::from_value(&Value::from(text)), filter);

@@ -18,7 +18,7 @@ use crate::http::middleware::large_response;
 use crate::http::problem::ApiError;
 use crate::http::views::{EventView, FillLevelView};
 use crate::store::{
-    Balance, Consumption, GroupStatus, LostReason, Order, Range, Roster, Store, StoreError, StreamStatus,
+    Balance, Consumption, GroupStatus, LostReason, Order, Range, FamilyMembers, Store, StoreError, StreamStatus,
 };
 
 /// The maximum time to wait for new entries.
@@ -145,8 +145,8 @@ pub(crate) async fn list(State(api): State<Api>, principal: Principal) -> Json<S
         stream.dead_letters = FillLevelView::of_source(&api, name).await;
         streams.push(stream.restricted_for(&principal));
     }
-    for roster in catalog.families().iter().filter(|roster| principal.may(Action::Read(roster.family().name()))) {
-        streams.push(family_view(roster, &principal, false));
+    for family_members in catalog.families().iter().filter(|family_members| principal.may(Action::Read(family_members.family().name()))) {
+        streams.push(family_view(family_members, &principal, false));
     }
     Json(StreamsView { streams })
 }
@@ -157,8 +157,8 @@ pub(crate) async fn show(
     Segment(name): Segment,
     principal: Principal,
 ) -> Result<Json<StreamView>, ApiError> {
-    if let Some(roster) = api.services().bus.catalog().families().named(&name) {
-        return Ok(Json(family_view(roster, &principal, true)));
+    if let Some(family_members) = api.services().bus.catalog().families().named(&name) {
+        return Ok(Json(family_view(family_members, &principal, true)));
     }
     let name = readable(&api, &name)?;
     let status = api.services().store.describe(&name).await.map_err(|error| ApiError::from(&error))?;
@@ -359,16 +359,16 @@ fn stream_view(catalog: &StreamCatalog, stream: &StreamName, status: Option<Stre
 }
 
 /// Returns the view of a family, with the members that the principal may read.
-fn family_view(roster: &Roster, principal: &Principal, with_streams: bool) -> StreamView {
-    let family = roster.family();
+fn family_view(family_members: &FamilyMembers, principal: &Principal, with_streams: bool) -> StreamView {
+    let family = family_members.family();
     let is_own = |stream: &StreamName| {
         let is_by_tenant = family.placeholder() == TENANT;
         principal.tenant().is_none_or(|tenant| !is_by_tenant || family.key_of(stream) == Some(tenant))
     };
     let is_shown = |stream: &StreamName| is_own(stream) && principal.may(Action::Read(stream.as_str()));
-    let names = || roster.members().into_iter().filter(is_shown).map(String::from).collect();
-    let keys = (!principal.is_restricted()).then(|| roster.len());
-    let view = FamilyView { max_keys: roster.max_keys(), keys, streams: with_streams.then(names) };
+    let names = || family_members.members().into_iter().filter(is_shown).map(String::from).collect();
+    let keys = (!principal.is_restricted()).then(|| family_members.len());
+    let view = FamilyView { max_keys: family_members.max_keys(), keys, streams: with_streams.then(names) };
     StreamView {
         name: family.to_string(),
         length: None,

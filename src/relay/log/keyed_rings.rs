@@ -16,7 +16,7 @@ use crate::event::{EntryId, StreamName, StreamPattern};
 use crate::relay::log::ring::{Ring, RingLimits};
 use crate::relay::session::admission::ConnectError;
 use crate::relay::session::broadcast::Fanout;
-use crate::store::{Families, Roster, StreamStatus};
+use crate::store::{Families, FamilyMembers, StreamStatus};
 
 /// The placeholder of families whose members belong to one tenant each.
 pub(crate) const TENANT: &str = "tenant";
@@ -69,7 +69,7 @@ pub(crate) struct TailRequest {
 /// The facts from which a member's tail finds its first position.
 #[derive(Debug)]
 pub(crate) struct MemberStart {
-    pub(crate) roster: Arc<Roster>,
+    pub(crate) family_members: Arc<FamilyMembers>,
     /// The newest entry known at the first request, or `None` if the stream was no member then.
     last_known: Option<EntryId>,
     /// The time of the first request.
@@ -111,9 +111,9 @@ struct KeyedRingsState {
 /// Returns whether a client of `tenant` may watch this stream of a family.
 ///
 /// A tenant may watch any member of a family that is not by tenant; the client's filter limits its entries.
-pub(crate) fn may_watch(roster: &Roster, stream: &StreamName, tenant: Option<&str>) -> bool {
-    let is_by_tenant = roster.family().placeholder() == TENANT;
-    tenant.is_none_or(|tenant| !is_by_tenant || roster.family().key_of(stream) == Some(tenant))
+pub(crate) fn may_watch(family_members: &FamilyMembers, stream: &StreamName, tenant: Option<&str>) -> bool {
+    let is_by_tenant = family_members.family().placeholder() == TENANT;
+    tenant.is_none_or(|tenant| !is_by_tenant || family_members.family().key_of(stream) == Some(tenant))
 }
 
 impl KeyedRings {
@@ -128,7 +128,7 @@ impl KeyedRings {
     }
 
     /// Returns the families among the streams of a channel.
-    pub(crate) fn families_of(&self, streams: &[StreamPattern]) -> Vec<Arc<Roster>> {
+    pub(crate) fn families_of(&self, streams: &[StreamPattern]) -> Vec<Arc<FamilyMembers>> {
         let families = streams.iter().filter_map(StreamPattern::family);
         families.filter_map(|family| self.families.named(family.name()).cloned()).collect()
     }
@@ -137,16 +137,16 @@ impl KeyedRings {
     /// tenant only.
     pub(crate) fn ring(
         &self,
-        roster: &Arc<Roster>,
+        family_members: &Arc<FamilyMembers>,
         stream: &StreamName,
         tenant: Option<&str>,
         fanout: &Arc<Fanout>,
     ) -> Result<Arc<Ring>, ConnectError> {
-        if !may_watch(roster, stream, tenant) {
+        if !may_watch(family_members, stream, tenant) {
             return Err(ConnectError::Forbidden(format!("stream `{stream}` belongs to another tenant")));
         }
-        if !roster.has(stream) && roster.len() >= roster.max_keys() {
-            let (family, max_keys) = (roster.family(), roster.max_keys());
+        if !family_members.has(stream) && family_members.len() >= family_members.max_keys() {
+            let (family, max_keys) = (family_members.family(), family_members.max_keys());
             return Err(ConnectError::TooManyKeys(format!(
                 "family `{family}` already has {max_keys} keys, the maximum (max_keys)"
             )));
@@ -156,8 +156,8 @@ impl KeyedRings {
         let member = active.entry(stream.clone()).or_insert_with(|| {
             let ring = Arc::new(Ring::new(stream.clone(), self.limits));
             let (wake_list, stop) = (Arc::new(WakeList::default()), CancellationToken::new());
-            let (last_known, requested_ms) = (roster.newest_of(stream), now_ms());
-            let member_start = MemberStart { roster: Arc::clone(roster), last_known, requested_ms };
+            let (last_known, requested_ms) = (family_members.newest_of(stream), now_ms());
+            let member_start = MemberStart { family_members: Arc::clone(family_members), last_known, requested_ms };
             let (of_ring, of_list, of_stop) = (ring.clone(), wake_list.clone(), stop.clone());
             tail_requests.push(TailRequest { ring: of_ring, wake_list: of_list, member_start, stop: of_stop });
             self.tail_requested.notify_one();

@@ -16,7 +16,7 @@ use crate::relay::log::keyed_rings::{MemberStart, WakeList};
 use crate::relay::log::page_reader::with_timeout;
 use crate::relay::log::page_size::PageSize;
 use crate::relay::log::ring::{Preload, Ring};
-use crate::store::{NotJoined, Order, Range, Store, StoreError, StoreErrorKind, StreamStatus};
+use crate::store::{JoinError, Order, Range, Store, StoreError, StoreErrorKind, StreamStatus};
 use crate::telemetry::chain;
 
 /// The time that one read waits for new entries.
@@ -157,12 +157,12 @@ impl Tail {
 
     /// Finds the present end of the stream. All later reads start after a known id, so that no error causes a gap.
     async fn begin(&self) -> Result<ReadPosition, StoreError> {
-        if let Some(MemberStart { roster, .. }) = &self.member_start {
+        if let Some(MemberStart { family_members, .. }) = &self.member_start {
             with_timeout(STORE_TIMEOUT, async {
-                let joined = roster.join(&*self.store, self.ring.stream()).await;
+                let joined = family_members.join(&*self.store, self.ring.stream()).await;
                 joined.map_err(|error| match error {
-                    NotJoined::Full { .. } => StoreError::new(StoreErrorKind::Full, error.to_string()),
-                    NotJoined::Store(error) => error,
+                    JoinError::Full { .. } => StoreError::new(StoreErrorKind::Full, error.to_string()),
+                    JoinError::Store(error) => error,
                 })
             })
             .await?;

@@ -279,7 +279,7 @@ fn stream_of(request: &ClientRequest<'_>, channel: &Channel) -> Result<StreamNam
 }
 
 fn stream_named(stream: Option<&str>, channel: &Channel) -> Result<StreamName, RequestError> {
-    let families = || channel.families.iter().map(|roster| roster.family().name());
+    let families = || channel.families.iter().map(|family_members| family_members.family().name());
     let names =
         || channel.rings.iter().map(|ring| ring.stream().as_str()).chain(families()).collect::<Vec<_>>().join(", ");
     match (stream, &*channel.rings) {

@@ -1,4 +1,4 @@
-//! The configuration of a PostgreSQL sink.
+//! The configuration of a `PostgreSQL` sink.
 
 use std::io;
 use std::path::PathBuf;

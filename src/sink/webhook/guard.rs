@@ -92,7 +92,7 @@ impl Zone {
 
 /// The reason why there is no address to connect to.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum NoAddress {
+pub(super) enum AddressError {
     #[error("cannot resolve `{0}`")]
     Unresolved(String, #[source] io::Error),
     #[error("`{0}` has no address")]
@@ -111,34 +111,34 @@ pub(super) struct AddressGuard {
 
 impl AddressGuard {
     /// Checks whether requests may go to an address.
-    pub(super) fn check(self, address: IpAddr) -> Result<(), NoAddress> {
+    pub(super) fn check(self, address: IpAddr) -> Result<(), AddressError> {
         match Zone::of(address) {
             Zone::Public => Ok(()),
             Zone::Private if self.allow_private => Ok(()),
-            Zone::Private => Err(NoAddress::Private(address)),
-            Zone::Forbidden => Err(NoAddress::Forbidden(address)),
+            Zone::Private => Err(AddressError::Private(address)),
+            Zone::Forbidden => Err(AddressError::Forbidden(address)),
         }
     }
 
     /// Returns the allowed addresses of a URL, at least one.
-    pub(super) async fn addresses(self, url: &Url) -> Result<Vec<SocketAddr>, NoAddress> {
+    pub(super) async fn addresses(self, url: &Url) -> Result<Vec<SocketAddr>, AddressError> {
         let port = url.port_or_known_default().unwrap_or_default();
         match url.host() {
             Some(Host::Domain(name)) => self.resolve(name, port).await,
             Some(Host::Ipv4(address)) => self.among("", vec![SocketAddr::new(address.into(), port)]),
             Some(Host::Ipv6(address)) => self.among("", vec![SocketAddr::new(address.into(), port)]),
-            None => Err(NoAddress::NoAddress(String::new())),
+            None => Err(AddressError::NoAddress(String::new())),
         }
     }
 
-    async fn resolve(self, name: &str, port: u16) -> Result<Vec<SocketAddr>, NoAddress> {
+    async fn resolve(self, name: &str, port: u16) -> Result<Vec<SocketAddr>, AddressError> {
         let found = tokio::net::lookup_host((name, port)).await;
-        let found = found.map_err(|error| NoAddress::Unresolved(name.to_owned(), error))?;
+        let found = found.map_err(|error| AddressError::Unresolved(name.to_owned(), error))?;
         self.among(name, found.collect())
     }
 
     /// Returns the allowed addresses of a name.
-    fn among(self, name: &str, found: Vec<SocketAddr>) -> Result<Vec<SocketAddr>, NoAddress> {
+    fn among(self, name: &str, found: Vec<SocketAddr>) -> Result<Vec<SocketAddr>, AddressError> {
         let (mut admitted, mut refusal) = (Vec::new(), None);
         for address in found {
             match self.check(address.ip()) {
@@ -147,7 +147,7 @@ impl AddressGuard {
             }
         }
         if admitted.is_empty() {
-            return Err(refusal.unwrap_or_else(|| NoAddress::NoAddress(name.to_owned())));
+            return Err(refusal.unwrap_or_else(|| AddressError::NoAddress(name.to_owned())));
         }
         Ok(admitted)
     }

@@ -1,4 +1,4 @@
-//! Groups that keep an order, whatever fails and whoever works.
+//! Ordered groups keep their order while sinks fail and workers change.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -13,21 +13,21 @@ use aurora_bus::sink::{Origin, Sink, SinkError, SinkErrorClass};
 use aurora_bus::store::Store;
 
 use super::{
-    Bus, Deed, PATIENCE, Running, TestSink, entry, fails_until_others_are_taken, firsts, group, number_of, patient,
+    Bus, PATIENCE, Reaction, Running, TestSink, entry, fails_until_others_are_taken, firsts, group, number_of, patient,
 };
 use crate::support::stores::on_stores;
 use crate::support::{random_below, until};
 
 on_stores! { embedded redis: [
-    a_failing_entry_holds_back_its_key_only
-    entries_without_the_key_hold_back_no_one
-    a_failed_entry_blocks_its_stream_until_it_is_taken
-    an_entry_that_is_given_up_lets_its_stream_go_on
-    a_group_that_halts_says_where_and_goes_on_when_told
-    one_worker_at_a_time_keeps_an_order
-    the_next_worker_begins_with_what_a_crash_left
-    an_order_survives_whatever_fails_by_key
-    an_order_survives_whatever_fails_by_stream
+    failed_entry_blocks_only_its_key
+    failed_entry_without_a_key_blocks_no_other
+    failed_entry_blocks_its_stream_until_it_is_taken
+    entry_that_is_given_up_unblocks_its_stream
+    halted_group_reports_its_entry_and_continues_on_restart
+    ordered_group_has_one_worker_at_a_time
+    next_worker_starts_with_the_entries_of_a_crash
+    order_by_key_survives_failures
+    order_by_stream_survives_failures
 ] }
 
 fn in_order(ordering: Ordering) -> GroupConfig {
@@ -40,7 +40,7 @@ fn in_order(ordering: Ordering) -> GroupConfig {
     config
 }
 
-/// The same, and no turn of a worker that crashed lasts for long.
+/// The same with a short group lease, so that the group of a crashed worker is free soon.
 fn soon_free(ordering: Ordering) -> GroupConfig {
     let mut config = in_order(ordering);
     config.claim_idle = Duration::from_secs(1);
@@ -48,7 +48,7 @@ fn soon_free(ordering: Ordering) -> GroupConfig {
     config
 }
 
-/// The key of an entry; every seventh has none.
+/// Returns the ordering key of an entry. Every seventh entry has none.
 fn key_of(number: u64) -> Option<&'static str> {
     let keys = ["zeek", "suricata", "wazuh", "falco"];
     (!number.is_multiple_of(7)).then(|| keys[usize::try_from(number % 4).expect("small")])
@@ -71,11 +71,11 @@ impl Bus {
     }
 }
 
-pub(super) async fn a_failing_entry_holds_back_its_key_only(store: Arc<dyn Store>) {
+pub(super) async fn failed_entry_blocks_only_its_key(store: Arc<dyn Store>) {
     const PAUSE: Duration = Duration::from_millis(500);
     let mut bus = Bus::new(store).await;
     bus.publish_keyed(1..=60).await;
-    let fails = |number, attempt| if (number, attempt) == (5, 1) { Deed::Throttle(PAUSE) } else { Deed::Take };
+    let fails = |number, attempt| if (number, attempt) == (5, 1) { Reaction::Throttle(PAUSE) } else { Reaction::Take };
     for max_batch in [1, 10] {
         let sink = TestSink::new(max_batch, fails);
         let worker = bus.start("soc-a-0", &sink, in_order(Ordering::Key));
@@ -96,23 +96,23 @@ pub(super) async fn a_failing_entry_holds_back_its_key_only(store: Arc<dyn Store
     }
 }
 
-pub(super) async fn entries_without_the_key_hold_back_no_one(store: Arc<dyn Store>) {
+pub(super) async fn failed_entry_without_a_key_blocks_no_other(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=30).await;
     let sink = TestSink::new(1, fails_until_others_are_taken(7, 29));
     bus.start("soc-a-0", &sink, patient(in_order(Ordering::Key)));
     let taken = sink.has_taken(30).await;
-    assert!(matches!(taken.last(), Some((7, 3..))), "the others went first: {taken:?}");
+    assert!(matches!(taken.last(), Some((7, 3..))), "the other entries went first: {taken:?}");
     bus.is_settled().await;
 }
 
-pub(super) async fn a_failed_entry_blocks_its_stream_until_it_is_taken(store: Arc<dyn Store>) {
+pub(super) async fn failed_entry_blocks_its_stream_until_it_is_taken(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=50).await;
     let fails = |number, attempt| match (number, attempt) {
-        (7, 1..=2) | (30, 1) => Deed::Fail(SinkErrorClass::Transient),
-        (20, 1) => Deed::Panic,
-        _ => Deed::Take,
+        (7, 1..=2) | (30, 1) => Reaction::Fail(SinkErrorClass::Transient),
+        (20, 1) => Reaction::Panic,
+        _ => Reaction::Take,
     };
     let sink = TestSink::new(8, fails);
     bus.start("soc-a-0", &sink, in_order(Ordering::Stream));
@@ -125,13 +125,13 @@ pub(super) async fn a_failed_entry_blocks_its_stream_until_it_is_taken(store: Ar
     assert_eq!(bus.counter("aurora_bus_dead_letters_total"), 0);
 }
 
-pub(super) async fn an_entry_that_is_given_up_lets_its_stream_go_on(store: Arc<dyn Store>) {
+pub(super) async fn entry_that_is_given_up_unblocks_its_stream(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=20).await;
     let fails = |number, _| match number {
-        7 => Deed::Fail(SinkErrorClass::Transient),
-        9 => Deed::Fail(SinkErrorClass::Permanent),
-        _ => Deed::Take,
+        7 => Reaction::Fail(SinkErrorClass::Transient),
+        9 => Reaction::Fail(SinkErrorClass::Permanent),
+        _ => Reaction::Take,
     };
     let sink = TestSink::new(1, fails);
     bus.start("soc-a-0", &sink, in_order(Ordering::Stream));
@@ -141,29 +141,29 @@ pub(super) async fn an_entry_that_is_given_up_lets_its_stream_go_on(store: Arc<d
     bus.is_settled().await;
 }
 
-pub(super) async fn a_group_that_halts_says_where_and_goes_on_when_told(store: Arc<dyn Store>) {
+pub(super) async fn halted_group_reports_its_entry_and_continues_on_restart(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=9).await;
     let unreadable = entry(10, &[("payload", "{}")]);
     let id = bus.store.append(&bus.stream, vec![unreadable]).await.expect("appended")[0].id;
     bus.publish(11..=15).await;
-    let refuses = |number, _| if number == 5 { Deed::Fail(SinkErrorClass::Permanent) } else { Deed::Take };
+    let refuses = |number, _| if number == 5 { Reaction::Fail(SinkErrorClass::Permanent) } else { Reaction::Take };
     let sink = TestSink::new(4, refuses);
     let mut config = in_order(Ordering::Stream);
     config.on_poison = OnPoison::Halt;
     let worker = bus.start("soc-a-0", &sink, config.clone());
     let reason =
-        until("word of the halt", PATIENCE, async || bus.reason().filter(|text| text.contains("stopped"))).await;
+        until("reason of the halt", PATIENCE, async || bus.reason().filter(|text| text.contains("stopped"))).await;
     assert!(reason.contains("no to 5") && reason.contains("restart with on_poison"), "{reason}");
     assert_eq!(sink.taken(), firsts(1..=4));
     bus.stop(worker).await;
     assert_eq!(bus.group().await.pending, 11);
 
-    // Mended, it goes on up to the entry that no one can read.
+    // After the repair it goes on up to the unreadable entry.
     let sink = TestSink::takes_all(4);
     let worker = bus.start("soc-b-0", &sink, config.clone());
     let stopped_at = format!("stopped at entry {id}");
-    until("word of the halt", PATIENCE, async || bus.reason().filter(|text| text.contains(&stopped_at))).await;
+    until("reason of the halt", PATIENCE, async || bus.reason().filter(|text| text.contains(&stopped_at))).await;
     assert_eq!(sink.taken().iter().map(|(number, _)| *number).collect::<Vec<_>>(), [5, 6, 7, 8, 9]);
     bus.stop(worker).await;
     config.on_poison = OnPoison::DeadLetter;
@@ -174,14 +174,14 @@ pub(super) async fn a_group_that_halts_says_where_and_goes_on_when_told(store: A
     assert_eq!(sink.taken().iter().map(|(n, _)| *n).collect::<Vec<_>>(), [5, 6, 7, 8, 9, 11, 12, 13, 14, 15]);
 }
 
-pub(super) async fn one_worker_at_a_time_keeps_an_order(store: Arc<dyn Store>) {
+pub(super) async fn ordered_group_has_one_worker_at_a_time(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     let sinks = [TestSink::takes_all(1), TestSink::takes_all(1)];
     let first = bus.start("soc-a-0", &sinks[0], in_order(Ordering::Stream));
     bus.publish(1..=10).await;
     sinks[0].has_taken(10).await;
     bus.start("soc-b-0", &sinks[1], in_order(Ordering::Stream));
-    until("word of waiting", PATIENCE, async || {
+    until("note about waiting", PATIENCE, async || {
         let report = bus.readiness.report().remove(0);
         (report.note.as_deref() == Some("waiting: soc-a-0 works") && report.reason.is_none()).then_some(())
     })
@@ -192,18 +192,14 @@ pub(super) async fn one_worker_at_a_time_keeps_an_order(store: Arc<dyn Store>) {
     bus.stop(first).await;
     bus.publish(21..=30).await;
     assert_eq!(sinks[1].has_taken(10).await, firsts(21..=30));
-    assert!(
-        stopped.elapsed() < Duration::from_secs(3),
-        "a turn that is given up is free soon: {:?}",
-        stopped.elapsed()
-    );
+    assert!(stopped.elapsed() < Duration::from_secs(3), "a released group lease is free soon: {:?}", stopped.elapsed());
     bus.is_settled().await;
 }
 
-pub(super) async fn the_next_worker_begins_with_what_a_crash_left(store: Arc<dyn Store>) {
+pub(super) async fn next_worker_starts_with_the_entries_of_a_crash(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=40).await;
-    let hanging = TestSink::new(1, |number, _| if number > 3 { Deed::Hang } else { Deed::Take });
+    let hanging = TestSink::new(1, |number, _| if number > 3 { Reaction::Hang } else { Reaction::Take });
     let worker = bus.start("soc-a-0", &hanging, soon_free(Ordering::Stream));
     hanging.has_begun(4).await;
     until("pending entries", PATIENCE, async || (bus.group().await.pending == 37).then_some(())).await;
@@ -219,38 +215,38 @@ pub(super) async fn the_next_worker_begins_with_what_a_crash_left(store: Arc<dyn
     assert_eq!(bus.counter("aurora_bus_claimed_total"), 37);
 }
 
-/// What a sink saw, over all workers.
+/// The observations of a sink, over all workers.
 #[derive(Debug, Default)]
-struct Seen {
+struct Observed {
     with_sink: BTreeMap<String, usize>,
-    /// Keys of which two were with the sink at the same time.
+    /// Keys with two entries at the sink at the same time.
     overlaps: Vec<String>,
-    /// Per key, entries by their first success.
+    /// The entries of each key, in the order of their first success.
     firsts: BTreeMap<String, Vec<u64>>,
     succeeded: BTreeSet<u64>,
 }
 
-/// A sink that fails by chance and watches the order.
-struct Watched {
+/// A sink that fails by chance and observes the order.
+struct ObservingSink {
     seed: u64,
-    is_one_lane: bool,
-    seen: Arc<Mutex<Seen>>,
+    has_one_key: bool,
+    seen: Arc<Mutex<Observed>>,
 }
 
-impl fmt::Debug for Watched {
+impl fmt::Debug for ObservingSink {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Watched")
+        f.write_str("ObservingSink")
     }
 }
 
-/// Says that these keys are with the sink, for as long as it lives.
+/// Records that these keys are with the sink while it exists.
 struct WithSink {
-    seen: Arc<Mutex<Seen>>,
+    seen: Arc<Mutex<Observed>>,
     keys: BTreeSet<String>,
 }
 
 impl WithSink {
-    fn new(seen: &Arc<Mutex<Seen>>, keys: BTreeSet<String>) -> Self {
+    fn new(seen: &Arc<Mutex<Observed>>, keys: BTreeSet<String>) -> Self {
         let mut now = seen.lock().expect("unpoisoned");
         for key in &keys {
             let count = now.with_sink.entry(key.clone()).or_default();
@@ -272,13 +268,13 @@ impl Drop for WithSink {
     }
 }
 
-impl Watched {
-    /// The lane of an entry; entries without a key have none unless all are in one.
-    fn lane(&self, number: u64) -> Option<String> {
-        if self.is_one_lane { Some("all".to_owned()) } else { key_of(number).map(str::to_owned) }
+impl ObservingSink {
+    /// Returns the ordering key of an entry, if it has one.
+    fn key(&self, number: u64) -> Option<String> {
+        if self.has_one_key { Some("all".to_owned()) } else { key_of(number).map(str::to_owned) }
     }
 
-    /// A number below 100, always the same for the same delivery.
+    /// Returns a number below 100 that is the same for each repetition of a delivery.
     fn chance(&self, number: u64, attempt: u32) -> u64 {
         let mut hasher = DefaultHasher::new();
         (self.seed, number, attempt).hash(&mut hasher);
@@ -287,7 +283,7 @@ impl Watched {
 }
 
 #[async_trait]
-impl Sink for Watched {
+impl Sink for ObservingSink {
     fn max_batch(&self) -> usize {
         5
     }
@@ -298,7 +294,7 @@ impl Sink for Watched {
 
     async fn deliver(&self, _: &Origin, batch: &[Delivery]) -> Result<(), SinkError> {
         let numbers: Vec<u64> = batch.iter().map(|delivery| number_of(&delivery.entry)).collect();
-        let keys = numbers.iter().filter_map(|number| self.lane(*number)).collect();
+        let keys = numbers.iter().filter_map(|number| self.key(*number)).collect();
         let _with_sink = WithSink::new(&self.seen, keys);
         tokio::time::sleep(Duration::from_millis(1 + numbers[0] % 3)).await;
         for (delivery, number) in batch.iter().zip(&numbers) {
@@ -313,40 +309,42 @@ impl Sink for Watched {
         let mut seen = self.seen.lock().expect("unpoisoned");
         for number in numbers {
             if seen.succeeded.insert(number)
-                && let Some(lane) = self.lane(number)
+                && let Some(key) = self.key(number)
             {
-                seen.firsts.entry(lane).or_default().push(number);
+                seen.firsts.entry(key).or_default().push(number);
             }
         }
         Ok(())
     }
 }
 
-pub(super) async fn an_order_survives_whatever_fails_by_key(store: Arc<dyn Store>) {
-    survives_whatever_fails(store, Ordering::Key).await;
+pub(super) async fn order_by_key_survives_failures(store: Arc<dyn Store>) {
+    order_survives_failures(store, Ordering::Key).await;
 }
 
-pub(super) async fn an_order_survives_whatever_fails_by_stream(store: Arc<dyn Store>) {
-    survives_whatever_fails(store, Ordering::Stream).await;
+pub(super) async fn order_by_stream_survives_failures(store: Arc<dyn Store>) {
+    order_survives_failures(store, Ordering::Stream).await;
 }
 
-/// Two workers that are stopped, crashed and started by chance, and a sink that fails by chance: per lane, entries have
-/// their first effect in the order of the stream, and no two are with the sink at a time.
-async fn survives_whatever_fails(store: Arc<dyn Store>, ordering: Ordering) {
+/// Starts, stops and crashes two workers by chance, with a sink that fails by chance.
+///
+/// The entries of each key must succeed first in the order of the stream, and one at a time may be with the sink.
+async fn order_survives_failures(store: Arc<dyn Store>, ordering: Ordering) {
     const ENTRIES: u64 = 400;
     let seed = random_below(u64::MAX);
-    let what = format!("{ordering:?}, seed {seed}");
+    let case = format!("{ordering:?}, seed {seed}");
     let mut bus = Bus::new(store).await;
-    let seen = Arc::new(Mutex::new(Seen::default()));
-    let sink: Arc<dyn Sink> = Arc::new(Watched { seed, is_one_lane: ordering == Ordering::Stream, seen: seen.clone() });
+    let seen = Arc::new(Mutex::new(Observed::default()));
+    let sink: Arc<dyn Sink> =
+        Arc::new(ObservingSink { seed, has_one_key: ordering == Ordering::Stream, seen: seen.clone() });
     let mut config = soon_free(ordering);
     config.handler_timeout = Duration::from_millis(100);
     config.max_in_flight = 60;
     config.retry = RetryPolicy { max_attempts: 12, base: Duration::from_millis(5), cap: Duration::from_millis(50) };
     config.max_deliveries = 100;
     let mut workers: [Option<Running>; 2] = [None, None];
-    for round in 0..10 {
-        let from = round * ENTRIES / 10;
+    for pass in 0..10 {
+        let from = pass * ENTRIES / 10;
         bus.publish_keyed(from + 1..=from + ENTRIES / 10).await;
         let n = usize::try_from(random_below(2)).expect("small");
         let name = ["soc-a-0", "soc-b-0"][n];
@@ -362,7 +360,7 @@ async fn survives_whatever_fails(store: Arc<dyn Store>, ordering: Ordering) {
             bus.start_with(name, sink.clone(), config.clone());
         }
     }
-    until(&format!("end of pending entries, {what}"), PATIENCE, async || {
+    until(&format!("end of pending entries, {case}"), PATIENCE, async || {
         let group = bus.group().await;
         (group.pending == 0 && group.lag == Some(0)).then_some(())
     })
@@ -374,11 +372,11 @@ async fn survives_whatever_fails(store: Arc<dyn Store>, ordering: Ordering) {
         .map(|letter| letter.fields.text("number").expect("numbered").parse().expect("a number"))
         .collect();
     let seen = seen.lock().expect("unpoisoned");
-    assert_eq!(seen.overlaps, [""; 0], "{what}");
-    for (lane, numbers) in &seen.firsts {
-        assert!(numbers.is_sorted(), "{what}, lane {lane}: {numbers:?}");
+    assert_eq!(seen.overlaps, [""; 0], "{case}");
+    for (key, numbers) in &seen.firsts {
+        assert!(numbers.is_sorted(), "{case}, key {key}: {numbers:?}");
     }
     let all: BTreeSet<u64> = seen.succeeded.union(&dead).copied().collect();
-    assert_eq!(all, (1..=ENTRIES).collect(), "{what}");
-    assert!(dead.len() < 100, "{what}");
+    assert_eq!(all, (1..=ENTRIES).collect(), "{case}");
+    assert!(dead.len() < 100, "{case}");
 }

@@ -1,4 +1,4 @@
-//! Sinks that are down for a while: nothing is lost, nothing is given up, and no attempts are used up.
+//! Outages of a sink: no entry is lost or given up, and no attempts are used up.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,11 +9,11 @@ use aurora_bus::event::DeadLetterReason;
 use aurora_bus::sink::SinkErrorClass;
 use aurora_bus::store::Store;
 
-use super::{Bus, Deed, PATIENCE, TestSink, firsts, group};
+use super::{Bus, PATIENCE, Reaction, TestSink, firsts, group};
 use crate::support::stores::on_stores;
 use crate::support::until;
 
-/// A group that stops calling its sink soon, and tries it often; three attempts.
+/// A group with three attempts that pauses soon and probes often.
 fn cautious() -> GroupConfig {
     let mut config = group();
     config.claim_idle = Duration::from_secs(1);
@@ -23,24 +23,25 @@ fn cautious() -> GroupConfig {
     config
 }
 
-/// A sink that answers its check, but takes nothing while it is down.
+/// A sink whose check succeeds, but that takes no entry while it is down.
 fn overloaded(max_batch: usize) -> (Arc<TestSink>, Arc<AtomicBool>) {
     let is_down = Arc::new(AtomicBool::new(true));
     let seen = is_down.clone();
-    let fails =
-        move |_, _| if seen.load(Ordering::SeqCst) { Deed::Fail(SinkErrorClass::Transient) } else { Deed::Take };
+    let fails = move |_, _| {
+        if seen.load(Ordering::SeqCst) { Reaction::Fail(SinkErrorClass::Transient) } else { Reaction::Take }
+    };
     (TestSink::new(max_batch, fails), is_down)
 }
 
 async fn has_note(bus: &Bus) -> String {
-    until("word of the outage", PATIENCE, async || bus.readiness.report()[0].note.clone()).await
+    until("note about the outage", PATIENCE, async || bus.readiness.report()[0].note.clone()).await
 }
 
-async fn an_outage_longer_than_all_attempts_gives_nothing_up(store: Arc<dyn Store>) {
+async fn outage_longer_than_all_attempts_gives_up_no_entry(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=200).await;
     let (sink, is_down) = overloaded(1);
-    // So that neither has them all, and takes nothing over only because the machine is busy.
+    // So that each worker has some entries, and a slow machine causes no claims.
     let config = GroupConfig { max_in_flight: 100, claim_idle: Duration::from_secs(3), ..cautious() };
     for consumer in ["soc-a-0", "soc-b-0"] {
         bus.start(consumer, &sink, config.clone());
@@ -48,7 +49,7 @@ async fn an_outage_longer_than_all_attempts_gives_nothing_up(store: Arc<dyn Stor
     bus.counts("aurora_bus_breaker_open{", 2).await;
     assert!(has_note(&bus).await.starts_with("the sink `test` is down since 2"));
     assert_eq!(bus.readiness.report()[0].reason, None, "the daemon stays in service");
-    // Long enough for the other worker to take entries over that no one kept.
+    // Long enough for a worker to claim entries that the other one did not extend.
     let began = Instant::now();
     until("end of the outage", PATIENCE, async || (began.elapsed() > Duration::from_secs(6)).then_some(())).await;
     let pending_before = bus.group().await.pending;
@@ -65,7 +66,7 @@ async fn an_outage_longer_than_all_attempts_gives_nothing_up(store: Arc<dyn Stor
     until("end of the note", PATIENCE, async || bus.readiness.report()[0].note.is_none().then_some(())).await;
 }
 
-async fn the_only_entry_of_an_outage_is_not_given_up(store: Arc<dyn Store>) {
+async fn only_entry_of_an_outage_is_not_given_up(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=1).await;
     let (sink, is_down) = overloaded(10);
@@ -78,14 +79,14 @@ async fn the_only_entry_of_an_outage_is_not_given_up(store: Arc<dyn Store>) {
     bus.is_settled().await;
 }
 
-async fn an_entry_that_no_sink_takes_does_not_keep_back_what_waits_for_its_next_attempt(store: Arc<dyn Store>) {
+async fn poison_entry_in_an_outage_does_not_block_retries(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=2).await;
-    // The sink has taken nothing when the first is used up, and is taken for down; nothing new shows that it is not.
+    // The sink has taken no entry when the first one is exhausted, so it counts as down. No new entry shows the contrary.
     let fails = |number, attempt| match (number, attempt) {
-        (1, _) => Deed::Fail(SinkErrorClass::Transient),
-        (_, 1) => Deed::Throttle(Duration::from_secs(1)),
-        _ => Deed::Take,
+        (1, _) => Reaction::Fail(SinkErrorClass::Transient),
+        (_, 1) => Reaction::Throttle(Duration::from_secs(1)),
+        _ => Reaction::Take,
     };
     let sink = TestSink::new(1, fails);
     bus.start("soc-a-0", &sink, cautious());
@@ -95,7 +96,7 @@ async fn an_entry_that_no_sink_takes_does_not_keep_back_what_waits_for_its_next_
     bus.is_settled().await;
 }
 
-async fn a_sink_that_was_well_before_loses_nothing_either(store: Arc<dyn Store>) {
+async fn repeated_outages_lose_no_entry(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     let (sink, is_down) = overloaded(7);
     is_down.store(false, Ordering::SeqCst);
@@ -121,10 +122,10 @@ async fn a_sink_that_was_well_before_loses_nothing_either(store: Arc<dyn Store>)
     assert_eq!(bus.counter("aurora_bus_dead_letters_total"), 0);
 }
 
-async fn a_poisonous_entry_among_good_ones_is_given_up_and_the_sink_is_not_taken_for_down(store: Arc<dyn Store>) {
+async fn poison_entry_among_good_ones_causes_no_outage(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=50).await;
-    let fails = |number, _| if number == 7 { Deed::Fail(SinkErrorClass::Transient) } else { Deed::Take };
+    let fails = |number, _| if number == 7 { Reaction::Fail(SinkErrorClass::Transient) } else { Reaction::Take };
     let sink = TestSink::new(1, fails);
     bus.start("soc-a-0", &sink, cautious());
     let letters = bus.has_dead_letters(1).await;
@@ -134,10 +135,10 @@ async fn a_poisonous_entry_among_good_ones_is_given_up_and_the_sink_is_not_taken
     assert_eq!(bus.counter("aurora_bus_breaker_opened_total"), 0);
 }
 
-async fn a_poisonous_entry_that_makes_the_sink_look_down_does_not_hold_up_what_comes_after(store: Arc<dyn Store>) {
+async fn poison_entry_that_causes_an_outage_blocks_no_later_ones(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=1).await;
-    let fails = |number, _| if number == 1 { Deed::Fail(SinkErrorClass::Transient) } else { Deed::Take };
+    let fails = |number, _| if number == 1 { Reaction::Fail(SinkErrorClass::Transient) } else { Reaction::Take };
     let sink = TestSink::new(1, fails);
     bus.start("soc-a-0", &sink, cautious());
     bus.counts("aurora_bus_breaker_open{", 1).await;
@@ -149,7 +150,7 @@ async fn a_poisonous_entry_that_makes_the_sink_look_down_does_not_hold_up_what_c
     bus.counts("aurora_bus_breaker_open{", 0).await;
 }
 
-async fn a_worker_that_stops_in_an_outage_hands_everything_back_without_an_attempt(store: Arc<dyn Store>) {
+async fn stop_in_an_outage_releases_entries_without_an_attempt(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=30).await;
     let sink = TestSink::takes_all(1);
@@ -166,7 +167,7 @@ async fn a_worker_that_stops_in_an_outage_hands_everything_back_without_an_attem
     bus.is_settled().await;
 }
 
-async fn without_a_breaker_attempts_are_used_up(store: Arc<dyn Store>) {
+async fn outage_without_a_breaker_uses_up_attempts(store: Arc<dyn Store>) {
     let mut bus = Bus::new(store).await;
     bus.publish(1..=3).await;
     let (sink, _is_down) = overloaded(1);
@@ -179,12 +180,12 @@ async fn without_a_breaker_attempts_are_used_up(store: Arc<dyn Store>) {
 }
 
 on_stores! { embedded redis: [
-    an_outage_longer_than_all_attempts_gives_nothing_up
-    the_only_entry_of_an_outage_is_not_given_up
-    an_entry_that_no_sink_takes_does_not_keep_back_what_waits_for_its_next_attempt
-    a_sink_that_was_well_before_loses_nothing_either
-    a_poisonous_entry_among_good_ones_is_given_up_and_the_sink_is_not_taken_for_down
-    a_poisonous_entry_that_makes_the_sink_look_down_does_not_hold_up_what_comes_after
-    a_worker_that_stops_in_an_outage_hands_everything_back_without_an_attempt
-    without_a_breaker_attempts_are_used_up
+    outage_longer_than_all_attempts_gives_up_no_entry
+    only_entry_of_an_outage_is_not_given_up
+    poison_entry_in_an_outage_does_not_block_retries
+    repeated_outages_lose_no_entry
+    poison_entry_among_good_ones_causes_no_outage
+    poison_entry_that_causes_an_outage_blocks_no_later_ones
+    stop_in_an_outage_releases_entries_without_an_attempt
+    outage_without_a_breaker_uses_up_attempts
 ] }

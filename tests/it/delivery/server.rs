@@ -1,4 +1,4 @@
-//! What only a server can do to workers.
+//! Workers on a Redis server that fails, loses data or is changed by others.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -8,13 +8,13 @@ use aurora_bus::sink::SinkErrorClass;
 use aurora_bus::store::Store;
 use aurora_bus::store::redis::Config;
 
-use super::{Bus, Deed, PATIENCE, TestSink, firsts, group};
+use super::{Bus, PATIENCE, Reaction, TestSink, firsts, group};
 use crate::support::proxy::Proxy;
 use crate::support::redis::{Product, RedisServer};
 use crate::support::stores::own_redis;
 use crate::support::until;
 
-/// A server of its own, with as many entries.
+/// Starts a server with `count` entries.
 async fn with_entries(count: u64) -> (RedisServer, Bus) {
     let (server, store) = own_redis().await;
     let bus = Bus::new(store).await;
@@ -22,7 +22,7 @@ async fn with_entries(count: u64) -> (RedisServer, Bus) {
     (server, bus)
 }
 
-/// The same with a worker that has delivered 1 to 100.
+/// Starts the same with a worker that has delivered 100 entries.
 async fn settled() -> (RedisServer, Bus, Arc<TestSink>) {
     let (server, mut bus) = with_entries(100).await;
     let sink = TestSink::takes_all(10);
@@ -36,7 +36,7 @@ async fn settled() -> (RedisServer, Bus, Arc<TestSink>) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_flushed_server_gets_its_group_back_and_no_new_entry_is_missed() {
+async fn group_is_made_again_after_a_flush_without_a_gap() {
     let (server, bus, sink) = settled().await;
     server.cli(&["FLUSHALL"]);
     bus.publish(101..=200).await;
@@ -48,9 +48,9 @@ async fn a_flushed_server_gets_its_group_back_and_no_new_entry_is_missed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_destroyed_group_goes_on_where_it_had_handled_everything() {
+async fn destroyed_group_continues_at_its_ack_floor() {
     let (server, bus, sink) = settled().await;
-    // Each search for idle entries ends with a note of how far the group has come; the second shows the end of the first.
+    // Each search ends with a read of the ack floor. The second search shows that the first one has ended.
     server.note_commands();
     let searches = || server.commands(&[bus.stream.as_str(), "from"]);
     until("two searches", PATIENCE, async || (searches() >= 2).then_some(())).await;
@@ -62,14 +62,14 @@ async fn a_destroyed_group_goes_on_where_it_had_handled_everything() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn dead_letters_that_cannot_be_written_wait_and_hold_up_no_acknowledgement() {
+async fn unwritable_dead_letters_wait_and_block_no_ack() {
     let (server, mut bus) = with_entries(20).await;
     server.cli(&["SET", bus.dead_letters.as_str(), "in the way"]);
-    let sink = TestSink::new(5, |n, _| if n == 4 { Deed::Fail(SinkErrorClass::Permanent) } else { Deed::Take });
+    let sink = TestSink::new(5, |n, _| if n == 4 { Reaction::Fail(SinkErrorClass::Permanent) } else { Reaction::Take });
     bus.start("soc-a-0", &sink, group());
     sink.has_taken(19).await;
     until("one pending entry", PATIENCE, async || (bus.group().await.pending == 1).then_some(())).await;
-    until("word of it", PATIENCE, async || bus.readiness.report()[0].reason.clone()).await;
+    until("reason", PATIENCE, async || bus.readiness.report()[0].reason.clone()).await;
     server.cli(&["DEL", bus.dead_letters.as_str()]);
     assert_eq!(bus.has_dead_letters(1).await[0].fields, super::entry(4, &[("data", "{}")]).fields);
     bus.is_settled().await;
@@ -77,17 +77,17 @@ async fn dead_letters_that_cannot_be_written_wait_and_hold_up_no_acknowledgement
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_that_crashes_and_returns_is_waited_for() {
+async fn worker_waits_for_a_crashed_server() {
     let mut server = RedisServer::durable().await;
     let config = Config { url: server.url().into(), ..Config::default() };
     let store: Arc<dyn Store> = Arc::new(config.connect().await.expect("a valid configuration"));
     let mut bus = Bus::new(store).await;
     bus.publish(1..=500).await;
-    let sink = TestSink::new(1, |_, _| Deed::Sleep(Duration::from_millis(1)));
+    let sink = TestSink::new(1, |_, _| Reaction::Sleep(Duration::from_millis(1)));
     let worker = bus.start("soc-a-0", &sink, group());
     sink.has_taken(100).await;
     server.crash();
-    until("word of it", PATIENCE, async || bus.readiness.report()[0].reason.clone()).await;
+    until("reason", PATIENCE, async || bus.readiness.report()[0].reason.clone()).await;
     server.restart().await;
     has_taken_all(&sink, 500).await;
     bus.is_settled().await;
@@ -95,7 +95,7 @@ async fn a_server_that_crashes_and_returns_is_waited_for() {
     bus.stop(worker).await;
 }
 
-/// Waits until each of the entries 1 to `last` was taken at least once.
+/// Waits until each of the entries 1 to `last` was taken.
 async fn has_taken_all(sink: &TestSink, last: u64) {
     until("all entries", PATIENCE, async || {
         let numbers: BTreeSet<u64> = sink.taken().into_iter().map(|(number, _)| number).collect();
@@ -113,7 +113,7 @@ async fn through_proxy() -> (RedisServer, Proxy, Bus) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn entries_whose_fetch_was_lost_on_the_way_are_delivered_soon() {
+async fn entries_of_a_lost_fetch_reply_are_delivered_soon() {
     let (_server, proxy, mut bus) = through_proxy().await;
     bus.publish(1..=30).await;
     proxy.drop_reply_to(b"XREADGROUP");
@@ -125,10 +125,10 @@ async fn entries_whose_fetch_was_lost_on_the_way_are_delivered_soon() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_network_that_breaks_again_and_again_loses_nothing() {
+async fn repeated_network_failures_lose_no_entry() {
     let (server, proxy, mut bus) = through_proxy().await;
     bus.publish(1..=600).await;
-    let sink = TestSink::new(1, |_, _| Deed::Sleep(Duration::from_millis(2)));
+    let sink = TestSink::new(1, |_, _| Reaction::Sleep(Duration::from_millis(2)));
     bus.start("soc-a-0", &sink, group());
     bus.start("soc-a-1", &sink, group());
     for taken in [50, 150, 250] {
@@ -147,10 +147,10 @@ async fn a_network_that_breaks_again_and_again_loses_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_result_that_comes_after_another_took_the_entry_over_does_not_count() {
+async fn ack_of_an_entry_claimed_by_another_does_not_count() {
     let (server, mut bus) = with_entries(1).await;
-    // Longer than half of the claim limit: what is settled sooner is settled unasked. What is left of it is time to look.
-    let sink = TestSink::new(1, |_, _| Deed::Sleep(Duration::from_secs(5)));
+    // Longer than half of `claim_idle`: an entry that is settled sooner is settled without a check of its owner.
+    let sink = TestSink::new(1, |_, _| Reaction::Sleep(Duration::from_secs(5)));
     let mut config = group();
     config.claim_idle = Duration::from_secs(8);
     bus.start("soc-a-0", &sink, config);
@@ -162,5 +162,5 @@ async fn a_result_that_comes_after_another_took_the_entry_over_does_not_count() 
     bus.counts("aurora_bus_not_owned_total", 1).await;
     assert_eq!(bus.counter("aurora_bus_acknowledged_total"), 0);
     let pending = server.cli(&["XPENDING", bus.stream.as_str(), "siem", "-", "+", "1", "soc-b-0"]);
-    assert!(pending.starts_with(id), "it is still the other's: {pending}");
+    assert!(pending.starts_with(id), "the other consumer still owns it: {pending}");
 }

@@ -10,7 +10,7 @@ use aurora_bus::event::{DeadLetter, DeadLetterReason, Delivery, EntryId, Family,
 use aurora_bus::metrics::Metrics;
 use aurora_bus::readiness::Readiness;
 use aurora_bus::store::{
-    Cursor, Families, GroupStatus, Metered, Order, Outcome, Range, Settlement, Store, StoreErrorKind,
+    Cursor, Families, GroupStatus, MeteredStore, Order, Outcome, Range, Settlement, Store, StoreErrorKind,
 };
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -37,16 +37,16 @@ impl FamilySetup {
         let family: Family = format!("{}:{{tenant}}:tasks", unique_stream()).parse().expect("a family");
         let (metrics, readiness) = (Metrics::new(), Readiness::default());
         let families = Families::new([(family.clone(), 100)]);
-        let store: Arc<dyn Store> = Arc::new(Metered::new(store, metrics.clone()).with_families(families.clone()));
+        let store: Arc<dyn Store> = Arc::new(MeteredStore::new(store, metrics.clone()).with_families(families.clone()));
         let mut config = GroupConfig::new("agents".parse().expect("a valid name"));
         // Longer than each step of a consumer here, also on a slow machine.
         config.claim_idle = Duration::from_secs(3);
         config.max_deliveries = max_deliveries;
         let (stop, mut tasks) = (CancellationToken::new(), JoinSet::new());
         tasks.spawn(families.clone().run(store.clone(), families.parts(&readiness), stop.clone()));
-        let roster = Arc::clone(families.named(family.name()).expect("declared"));
+        let family_members = Arc::clone(families.named(family.name()).expect("declared"));
         let dead_letter = format!("{}:dead_letter", family.name()).parse().expect("a pattern");
-        let spec = FamilyGroup { roster, dead_letter, config };
+        let spec = FamilyGroup { family_members, dead_letter, config };
         Self { store, spec, metrics, readiness, stop, tasks }
     }
 
@@ -59,8 +59,8 @@ impl FamilySetup {
     }
 
     async fn publish(&self, key: &str, text: &str) -> StreamName {
-        let stream = self.spec.roster.family().member(key).expect("a key");
-        self.spec.roster.join(&*self.store, &stream).await.expect("room for one more");
+        let stream = self.spec.family_members.family().member(key).expect("a key");
+        self.spec.family_members.join(&*self.store, &stream).await.expect("room for one more");
         self.store.append(&stream, vec![new_entry(text)]).await.expect("appended");
         stream
     }
@@ -104,7 +104,7 @@ impl FamilySetup {
 
     fn counter(&self, name: &str) -> u64 {
         let text = self.metrics.render();
-        let label = format!("stream=\"{}\"", self.spec.roster.family().name());
+        let label = format!("stream=\"{}\"", self.spec.family_members.family().name());
         let lines = text.lines().filter(|line| line.starts_with(name) && line.contains(&label));
         lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
     }
@@ -184,14 +184,14 @@ async fn members_of_an_earlier_run_are_checked_from_the_start(store: Arc<dyn Sto
     first.take(&stream, "agent-1").await;
     // The two share nothing but the store.
     let mut second = FamilySetup::new(store, 15);
-    second.spec.roster = {
-        let families = Families::new([(first.spec.roster.family().clone(), 100)]);
+    second.spec.family_members = {
+        let families = Families::new([(first.spec.family_members.family().clone(), 100)]);
         second.tasks.spawn(families.clone().run(
             second.store.clone(),
             families.parts(&second.readiness),
             second.stop.clone(),
         ));
-        Arc::clone(families.named(first.spec.roster.family().name()).expect("declared"))
+        Arc::clone(families.named(first.spec.family_members.family().name()).expect("declared"))
     };
     first.end().await;
     second.start_redeliverer("soc-a-guard");

@@ -8,9 +8,9 @@ use async_trait::async_trait;
 use aurora_bus::event::{Delivery, Entry, EntryId, Epoch, GroupName, NewEntry, StreamName};
 use aurora_bus::store::embedded::Config;
 use aurora_bus::store::{
-    Appended, Care, Claimed, Cursor, Dropped, Lease, Leased, Pending, Range, Receipt, Reclaimed, Redelivered,
-    Redelivery, Redemption, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus,
-    Trim,
+    Appended, Claimed, Cursor, Dropped, IsolationLimits, Lease, Leased, Pending, Range, Receipt, ReceiptAction,
+    Reclaimed, Redelivered, Redelivery, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus,
+    StreamStatus, Trim,
 };
 use tempfile::TempDir;
 
@@ -119,15 +119,15 @@ impl Store for FaultyStore {
         self.inner()?.claim(cursor, ids, idle).await
     }
 
-    async fn reclaim_with_care(
+    async fn reclaim_isolated(
         &self,
         cursor: &Cursor,
         idle: Duration,
         from: EntryId,
         limit: usize,
-        care: Care,
+        isolation: IsolationLimits,
     ) -> Result<Reclaimed, StoreError> {
-        self.inner()?.reclaim_with_care(cursor, idle, from, limit, care).await
+        self.inner()?.reclaim_isolated(cursor, idle, from, limit, care).await
     }
 
     async fn redeliver(
@@ -148,8 +148,12 @@ impl Store for FaultyStore {
         self.inner()?.extend(cursor, ids).await
     }
 
-    async fn redeem(&self, cursor: &Cursor, redemptions: &[(Receipt, Redemption)]) -> Result<Vec<bool>, StoreError> {
-        self.inner()?.redeem(cursor, redemptions).await
+    async fn settle_by_receipt(
+        &self,
+        cursor: &Cursor,
+        actions: &[(Receipt, ReceiptAction)],
+    ) -> Result<Vec<bool>, StoreError> {
+        self.inner()?.settle_by_receipt(cursor, actions).await
     }
 
     async fn pending(

@@ -7,7 +7,7 @@ use aurora_bus::bus::{Bus, Config, StreamCatalog, StreamSettings};
 use aurora_bus::event::{EntryId, StreamName};
 use aurora_bus::metrics::Metrics;
 use aurora_bus::sink::{Sink, SinkConfig};
-use aurora_bus::store::{Families, Limits, Range, Store, embedded};
+use aurora_bus::store::{Families, HardLimits, Range, Store, embedded};
 use tempfile::TempDir;
 
 use super::World;
@@ -45,7 +45,7 @@ impl World for Tasks {
             Families::default(),
             [(tasks().into(), StreamSettings::new(tasks().default_dead_letter()))],
         );
-        let bus = Bus::new(Arc::clone(&self.store), Config::default(), streams, Limits::default(), Metrics::new());
+        let bus = Bus::new(Arc::clone(&self.store), Config::default(), streams, HardLimits::default(), Metrics::new());
         self.config().build("it", Arc::new(bus)).await.expect("a valid configuration")
     }
 

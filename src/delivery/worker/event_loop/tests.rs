@@ -1,4 +1,4 @@
-//! A property of the loop: after the start of all due tasks, nothing is overdue, whatever store and sink return.
+//! A property of the loop: after the start of all due tasks nothing is overdue, for any result of store and sink.
 //!
 //! An overdue part would let the loop spin: it would wake at once, start nothing, and wake again.
 
@@ -20,8 +20,8 @@ use crate::metrics::Metrics;
 use crate::readiness::Readiness;
 use crate::sink::{Sink, SinkError, SinkErrorClass};
 use crate::store::{
-    Appended, Care, Claimed, Dropped, Lease, Leased, Pending, Range, Receipt, Reclaimed, Redelivered, Redelivery,
-    Redemption, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
+    Appended, IsolationLimits, Claimed, Dropped, Lease, Leased, Pending, Range, Receipt, Reclaimed, Redelivered, Redelivery,
+    ReceiptAction, Settled, Settlement, Start, Store, StoreError, StoreErrorKind, StoreStatus, StreamStatus, Trim,
 };
 
 /// A store and a sink that return anything that their contracts allow, by chance.
@@ -124,13 +124,13 @@ impl Store for Chance {
         self.call().map(|()| self.claimed(ids.iter().copied()))
     }
 
-    async fn reclaim_with_care(
+    async fn reclaim_isolated(
         &self,
         _: &Cursor,
         _: Duration,
         _: EntryId,
         limit: usize,
-        _: Care,
+        _: IsolationLimits,
     ) -> Result<Reclaimed, StoreError> {
         self.call()?;
         let claimed = self.claimed((0..self.up_to(limit.min(3))).map(|_| self.id()));
@@ -166,63 +166,63 @@ impl Store for Chance {
     }
 
     async fn append(&self, _: &StreamName, _: Vec<NewEntry>) -> Result<Vec<Appended>, StoreError> {
-        unimplemented!()
+        unreachable!("a worker does not call this")
     }
 
     async fn range(&self, _: &StreamName, _: Range, _: usize) -> Result<Vec<Entry>, StoreError> {
-        unimplemented!()
+        unreachable!("a worker does not call this")
     }
 
     async fn tail(&self, _: &StreamName, _: EntryId, _: usize, _: Duration) -> Result<Vec<Entry>, StoreError> {
-        unimplemented!()
+        unreachable!("a worker does not call this")
     }
 
     async fn redeliver(&self, _: &Cursor, _: Redelivery, _: EntryId, _: usize) -> Result<Redelivered, StoreError> {
-        unimplemented!()
+        unreachable!("a worker does not call this")
     }
 
-    async fn redeem(&self, _: &Cursor, _: &[(Receipt, Redemption)]) -> Result<Vec<bool>, StoreError> {
-        unimplemented!()
+    async fn settle_by_receipt(&self, _: &Cursor, _: &[(Receipt, ReceiptAction)]) -> Result<Vec<bool>, StoreError> {
+        unreachable!("a worker does not call this")
     }
 
     async fn epoch(&self, _: &StreamName) -> Result<Epoch, StoreError> {
-        unimplemented!()
+        unreachable!("a worker does not call this")
     }
 
     async fn trim_past(&self, _: &StreamName, _: Trim, _: &[GroupName]) -> Result<u64, StoreError> {
-        unimplemented!()
+        unreachable!("a worker does not call this")
     }
 
     async fn drop_oldest(&self, _: &StreamName, _: u64) -> Result<Dropped, StoreError> {
-        unimplemented!()
+        unreachable!("a worker does not call this")
     }
 
     async fn write_off(&self, _: &StreamName, _: &GroupName, _: u64, _: u64) -> Result<bool, StoreError> {
-        unimplemented!()
+        unreachable!("a worker does not call this")
     }
 
     async fn discard(&self, _: &StreamName, _: &[EntryId]) -> Result<u64, StoreError> {
-        unimplemented!()
+        unreachable!("a worker does not call this")
     }
 
     async fn remove_consumer(&self, _: &Cursor) -> Result<bool, StoreError> {
-        unimplemented!()
+        unreachable!("a worker does not call this")
     }
 
     async fn lease(&self, _: &StreamName, _: &str, _: &str, _: Duration) -> Result<Leased, StoreError> {
-        unimplemented!()
+        unreachable!("a worker does not call this")
     }
 
     async fn release_lease(&self, _: &StreamName, _: &Lease) -> Result<bool, StoreError> {
-        unimplemented!()
+        unreachable!("a worker does not call this")
     }
 
     async fn check(&self) -> Result<StoreStatus, StoreError> {
-        unimplemented!()
+        unreachable!("a worker does not call this")
     }
 
     async fn close(&self) {
-        unimplemented!()
+        unreachable!("a worker does not call this")
     }
 }
 

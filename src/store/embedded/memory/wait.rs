@@ -7,7 +7,7 @@ use crate::store::StoreError;
 use crate::store::embedded::{EmbeddedStore, changed};
 
 impl EmbeddedStore {
-    pub(crate) async fn wait_for_news(
+    pub(crate) async fn wait_for_any(
         &self,
         positions: &[(StreamName, EntryId)],
         wait: Duration,

@@ -5,7 +5,7 @@ use crate::store::embedded::disk::schema;
 use crate::store::embedded::memory::groups::Group;
 use crate::store::embedded::memory::index::ChunkRef;
 use crate::store::embedded::writer::{Writer, write_stream};
-use crate::store::{Dropped, Loser, LostReason, StoreError};
+use crate::store::{Dropped, GroupLoss, LostReason, StoreError};
 
 /// The maximum number of chunks dropped in one step.
 const DROP_CHUNKS: usize = 32;
@@ -36,10 +36,10 @@ impl Writer {
             let pending = group.held_from(EntryId::MIN).take_while(|held| held.id <= last).count() as u64;
             let undelivered = self.count_in(place, &chunks, group)?;
             if pending + undelivered > 0 {
-                dropped.losers.push(Loser { group: group.name.clone(), pending, undelivered });
+                dropped.losses.push(GroupLoss { group: group.name.clone(), pending, undelivered });
             }
         }
-        for loser in &dropped.losers {
+        for loser in &dropped.losses {
             let Some((group, _)) = self.change_group(place, &loser.group) else { continue };
             let pending: Vec<EntryId> =
                 group.held_from(EntryId::MIN).map(|held| held.id).take_while(|id| *id <= last).collect();

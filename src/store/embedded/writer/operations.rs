@@ -16,7 +16,7 @@ use crate::store::embedded::memory::groups::{Group, MAX_PENDING, NewLeases, Pend
 use crate::store::embedded::memory::index::{ChunkLocation, ChunkRef};
 use crate::store::embedded::writer::Writer;
 use crate::store::{
-    Appended, Care, ConsumerStatus, Cursor, GroupStatus, LostReason, Pending, Range, Settled, Start, StoreError,
+    Appended, IsolationLimits, ConsumerStatus, Cursor, GroupStatus, LostReason, Pending, Range, Settled, Start, StoreError,
     StoreErrorKind, StoreStatus, StreamStatus,
 };
 
@@ -353,7 +353,7 @@ impl Writer {
         idle_ms: u64,
         from: EntryId,
         limit: usize,
-        care: Care,
+        isolation: IsolationLimits,
     ) -> Result<PendingBatch, StoreError> {
         let now_ms = self.now_ms();
         let (place, group) = self.group(cursor)?;
@@ -368,7 +368,7 @@ impl Writer {
                 idle.push(held);
             }
         }
-        let fitting = care.fitting(idle.iter().map(|held| held.attempts));
+        let fitting = isolation.fitting(idle.iter().map(|held| held.attempts));
         let held_back = idle.get(fitting).map(|held| held.attempts);
         next = idle.get(fitting).map_or(next, |held| held.id);
         idle.truncate(fitting);

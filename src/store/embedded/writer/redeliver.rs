@@ -15,7 +15,7 @@ const COPIED_BYTES: usize = 4 * 1024 * 1024;
 /// The redelivered entries, and those to give up.
 #[derive(Debug, Default)]
 pub(crate) struct RedeliverResult {
-    pub(crate) handed_on: usize,
+    pub(crate) redelivered: usize,
     pub(crate) foreign: usize,
     /// Each with its number of deliveries.
     pub(crate) exhausted: Vec<(Entry, u32)>,
@@ -87,7 +87,7 @@ impl Writer {
                 }
                 RedeliverStep::HandOn(_) => {
                     group.account().acknowledged += 1;
-                    done.handed_on += 1;
+                    done.redelivered += 1;
                 }
                 RedeliverStep::TakeOver(entry, deliveries) => {
                     let consumer = group.consumer(&cursor.consumer, now_ms, &mut numbers.consumer);
@@ -130,7 +130,7 @@ impl Writer {
             return Ok(RedeliverStep::TakeOver(entry, deliveries));
         }
         let mut encoded = Vec::new();
-        chunk::encode(&entry.handed_on(&cursor.group, deliveries), &mut encoded);
+        chunk::encode(&entry.redelivered(&cursor.group, deliveries), &mut encoded);
         Ok(RedeliverStep::HandOn(encoded))
     }
 }

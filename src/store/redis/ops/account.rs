@@ -11,7 +11,7 @@ use crate::store::redis::net::reply::{Reply, parse_id};
 use crate::store::redis::net::script;
 use crate::store::redis::ops::{keys, status};
 use crate::store::redis::{RedisStore, key};
-use crate::store::{Account, Dropped, Loser, LostReason};
+use crate::store::{Account, Dropped, GroupLoss, LostReason};
 
 /// The accounts of a stream's groups, from its hash: by counter and group.
 #[derive(Debug)]
@@ -64,16 +64,16 @@ impl RedisStore {
         arguments.display(&keep);
         let keys = [key(stream), keys::account(stream)];
         let reply = self.control.run(&script::DROP_OLDEST, &keys, arguments).await?;
-        let [removed, more, first, last, losers] = reply.tuple()?;
+        let [removed, more, first, last, losses] = reply.tuple()?;
         let (removed, first, last) = (removed.count()?, first.bytes()?, last.bytes()?);
         let range = if removed == 0 { None } else { Some((parse_id(&first)?, parse_id(&last)?)) };
         let loser = |reply: Reply| {
             let [group, pending, undelivered] = reply.tuple()?;
             let group = status::name_of(&group.bytes()?)?;
-            Ok(Loser { group, pending: pending.count()?, undelivered: undelivered.count()? })
+            Ok(GroupLoss { group, pending: pending.count()?, undelivered: undelivered.count()? })
         };
-        let losers = losers.list()?.into_iter().map(loser).collect::<Result<_, Failure>>()?;
-        Ok(Dropped { removed, range, losers, is_more: more.count()? == 1 })
+        let losses = losses.list()?.into_iter().map(loser).collect::<Result<_, Failure>>()?;
+        Ok(Dropped { removed, range, losses, is_more: more.count()? == 1 })
     }
 
     pub(crate) async fn count_missing(

@@ -5,24 +5,24 @@ use crate::store::redis::net::error::Failure;
 use crate::store::redis::net::script;
 use crate::store::redis::ops::keys;
 use crate::store::redis::{RedisStore, key};
-use crate::store::{Cursor, Receipt, Redemption};
+use crate::store::{Cursor, Receipt, ReceiptAction};
 
 impl RedisStore {
     /// Acknowledges or holds the deliveries with valid receipts. Returns for each whether its receipt was valid.
     pub(crate) async fn redeem_all(
         &self,
         cursor: &Cursor,
-        redemptions: &[(Receipt, Redemption)],
+        actions: &[(Receipt, ReceiptAction)],
     ) -> Result<Vec<bool>, Failure> {
-        let mut good = Vec::with_capacity(redemptions.len());
-        for chunk in redemptions.chunks(script::MAX_IDS) {
+        let mut good = Vec::with_capacity(actions.len());
+        for chunk in actions.chunks(script::MAX_IDS) {
             let mut arguments = Arguments::with_capacity(2 + chunk.len() * 5);
             arguments.name(cursor.group.as_str()).display(&cursor.claim_idle.as_millis());
             for (receipt, redemption) in chunk {
                 arguments.display(&receipt.id).name(receipt.consumer.as_str()).display(&receipt.attempt);
                 match redemption {
-                    Redemption::Acknowledge => arguments.text("").text("0"),
-                    Redemption::Hold { by, lease } => arguments.name(by.as_str()).display(&lease.as_millis()),
+                    ReceiptAction::Acknowledge => arguments.text("").text("0"),
+                    ReceiptAction::Hold { by, lease } => arguments.name(by.as_str()).display(&lease.as_millis()),
                 };
             }
             let keys = vec![key(&cursor.stream), keys::account(&cursor.stream)];

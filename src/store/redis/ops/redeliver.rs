@@ -34,7 +34,7 @@ impl RedisStore {
         }
         let delivered_at = Instant::now();
         let answer = self.run_for(&script::REDELIVER, cursor, arguments).await?;
-        let [handed_on, foreign, lost, taken, counts, more, wide, wide_counts] = answer.tuple()?;
+        let [redelivered, foreign, lost, taken, counts, more, wide, wide_counts] = answer.tuple()?;
         let (taken, counts) = (taken.entries()?, counts.list()?);
         if taken.len() != counts.len() {
             return Err(Failure::unexpected("the number of counts differs from the number of entries"));
@@ -49,11 +49,11 @@ impl RedisStore {
         let count = |reply: reply::Reply| {
             usize::try_from(reply.count()?).map_err(|error| Failure::unexpected(&error.to_string()))
         };
-        let mut handed_on = count(handed_on)?;
+        let mut redelivered = count(redelivered)?;
         for (entry, deliveries) in wide.entries()?.into_iter().zip(wide_counts.list()?) {
             let deliveries = u32::try_from(deliveries.count()?).unwrap_or(u32::MAX);
             match self.hand_on_wide(cursor, &entry, deliveries).await {
-                Ok(was_ours) => handed_on += usize::from(was_ours),
+                Ok(was_ours) => redelivered += usize::from(was_ours),
                 // The entry is pending on this consumer, and is tried again when it is idle.
                 Err(failure) => {
                     let (stream, group, reason) = (&cursor.stream, &cursor.group, failure.reason);
@@ -61,7 +61,7 @@ impl RedisStore {
                 }
             }
         }
-        Ok(Redelivered { handed_on, foreign: count(foreign)?, exhausted, lost: lost.ids()?, next })
+        Ok(Redelivered { redelivered, foreign: count(foreign)?, exhausted, lost: lost.ids()?, next })
     }
     /// Appends an entry again that is too large for the script, once for any number of attempts, and acknowledges it.
     ///
@@ -70,7 +70,7 @@ impl RedisStore {
         // No publisher's key can have this prefix, because theirs are UTF-8.
         let key = [&b"\xffhanded-on:"[..], format!("{}/{}", cursor.group, entry.id).as_bytes()].concat();
         let idempotency = Some(IdempotencyKey { key: key.into(), window: REMEMBERED });
-        let again = NewEntry { fields: entry.handed_on(&cursor.group, deliveries), idempotency };
+        let again = NewEntry { fields: entry.redelivered(&cursor.group, deliveries), idempotency };
         let (_, publisher) = &self.publishers[0];
         publisher.append(&cursor.stream, vec![again]).await?;
         Ok(self.settle_owned(cursor, &[(entry.id, SettleStep::Acknowledge)]).await? == 0)

@@ -22,7 +22,7 @@ const POLL: Duration = Duration::from_millis(100);
 const POLL_PER_STREAM: Duration = Duration::from_micros(400);
 
 impl RedisStore {
-    pub(crate) async fn wait_for_news(
+    pub(crate) async fn wait_for_any(
         &self,
         places: &[(StreamName, EntryId)],
         wait: Duration,

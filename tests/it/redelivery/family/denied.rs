@@ -62,7 +62,7 @@ async fn family_workers_deliver_entries_of_allowed_members() {
     let (server, mut setup) = partly_denied().await;
     setup.start_workers("soc-a-0");
     let is_handled = async |key: &str| {
-        let stream = setup.spec.roster.family().member(key).expect("a key");
+        let stream = setup.spec.family_members.family().member(key).expect("a key");
         until(&format!("end of {key}"), PATIENCE, async || {
             setup.group(&stream).await.filter(|group| group.pending == 0 && group.lag == Some(0))
         })
@@ -87,12 +87,12 @@ async fn redeliverer_checks_allowed_members() {
     setup.spec.config.claim_idle = Duration::from_secs(10);
     setup.start_redeliverer("soc-a-guard");
     for key in ["served-1", "served-2"] {
-        let stream = setup.spec.roster.family().member(key).expect("a key");
+        let stream = setup.spec.family_members.family().member(key).expect("a key");
         assert_eq!(text(&setup.take(&stream, "agent-1").await), b"one");
     }
     setup.stays_not_ready("soc-a-guard").await;
     assert_eq!(server.cli(&["ACL", "SETUSER", "default", "allkeys"]), "OK");
-    let stream = setup.spec.roster.family().member("denied-0").expect("a key");
+    let stream = setup.spec.family_members.family().member("denied-0").expect("a key");
     assert_eq!(text(&setup.take(&stream, "agent-1").await), b"kept");
     until("ready redeliverer", PATIENCE, async || setup.reason("soc-a-guard").is_none().then_some(())).await;
     setup.end().await;
