@@ -1,4 +1,4 @@
-//! Nothing accepted is lost, whatever is killed, stopped or full, seen on the real binary.
+//! No accepted event is lost when a process is killed or stopped, or a disk is full. These tests run the real binary.
 
 mod kills;
 
@@ -25,7 +25,7 @@ use crate::support::{random_below, until};
 const STREAM: &str = "aurora:audit";
 const GROUP: &str = "audit-logger";
 
-/// One audited stream.
+/// A stream with an audit sink.
 const AUDITED: &str = r#"
 [[streams]]
 name = "aurora:audit"
@@ -49,19 +49,19 @@ fn on_redis(server: &RedisServer) -> Home {
     Home::new(&format!("{AUDITED}\n[store]\nbackend = \"redis\"\n[store.redis]\nurl = \"{}\"\n", server.url()))
 }
 
-/// Publishers that keep a daemon busy and remember what was accepted.
+/// Producers that load a daemon and record the accepted events.
 #[derive(Debug, Default)]
 struct Load {
     number: AtomicU64,
     stopped: AtomicBool,
-    /// The statuses of refusals.
+    /// Number of refused batches by status.
     refusals: Mutex<BTreeMap<String, u64>>,
-    /// Entry ids answered 201, with their payloads.
+    /// Payloads of the accepted events by entry id.
     accepted: Mutex<BTreeMap<String, String>>,
 }
 
 impl Load {
-    /// Some events that no one has published yet.
+    /// Returns some new events.
     fn batch(&self, pad: usize) -> Vec<String> {
         let size = 1 + random_below(20);
         let event = |_| {
@@ -79,7 +79,7 @@ impl Load {
                 let ids = results.into_iter().map(|accepted| accepted.id);
                 let mut accepted = self.accepted.lock().await;
                 for (id, payload) in ids.zip(batch) {
-                    assert!(accepted.insert(id, payload).is_none(), "an entry id was given twice");
+                    assert!(accepted.insert(id, payload).is_none(), "an entry id was assigned twice");
                 }
                 Ok(())
             }
@@ -91,7 +91,7 @@ impl Load {
         }
     }
 
-    /// Publishes until told to stop, or until the daemon is gone.
+    /// Publishes until it is stopped, or until the daemon has ended.
     async fn run(self: Arc<Self>, daemon: Arc<Daemon>) {
         while !self.stopped.load(Ordering::Relaxed) {
             match self.publish_one_batch(&daemon, 300).await {
@@ -108,7 +108,7 @@ impl Load {
 
     async fn finish(&self, publishers: &mut JoinSet<()>) {
         self.stopped.store(true, Ordering::Relaxed);
-        ended(publishers).await;
+        join_publishers(publishers).await;
     }
 
     async fn accepted_count(&self) -> usize {
@@ -119,22 +119,22 @@ impl Load {
         self.refusals.lock().await.get(reason).copied().unwrap_or_default()
     }
 
-    /// Waits until more was accepted than now.
-    async fn progresses(&self) {
+    /// Waits until another event is accepted.
+    async fn wait_for_progress(&self) {
         let before = self.accepted_count().await;
         until("accepted event", BOUND, async || (self.accepted_count().await > before).then_some(())).await;
     }
 }
 
-/// Waits until the publishers have ended by themselves.
-async fn ended(publishers: &mut JoinSet<()>) {
+/// Waits until the producers have ended by themselves.
+async fn join_publishers(publishers: &mut JoinSet<()>) {
     while let Some(ended) = publishers.join_next().await {
         ended.expect("a publisher");
     }
 }
 
-/// The entry ids of all audit records, in the order of the files. Fails where a record is no JSON.
-fn audited(folder: &Path) -> Vec<String> {
+/// Returns the entry ids of all audit records, in file order. Fails if a record is not JSON.
+fn audited_ids(folder: &Path) -> Vec<String> {
     let mut files: Vec<PathBuf> = fs::read_dir(folder)
         .expect("the audit folder")
         .map(|entry| entry.expect("the audit folder").path())
@@ -145,18 +145,18 @@ fn audited(folder: &Path) -> Vec<String> {
         let text = fs::read_to_string(file).expect("an audit file");
         text.lines().map(str::to_owned).collect::<Vec<_>>()
     });
-    // Each file begins with a record that tells about the file itself and is of no entry.
+    // Each file begins with a record about the file itself, without an entry.
     let id = |line: String| {
         let record: Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("no record: {e}: {line}"));
         let id = record["id"].as_str().map(str::to_owned);
-        assert!(id.is_some() || record["file"].is_u64(), "a record of nothing: {line}");
+        assert!(id.is_some() || record["file"].is_u64(), "a record without an entry: {line}");
         id
     };
     lines.filter_map(id).collect()
 }
 
-/// Everything accepted is stored as it was sent and audited exactly once, and the audit file proves itself.
-async fn nothing_was_lost(home: &Home, load: &Load) {
+/// Checks that every accepted event is stored unchanged and audited exactly once, and that the audit files verify.
+async fn assert_nothing_lost(home: &Home, load: &Load) {
     let daemon = home.start().await;
     daemon.handled(STREAM, GROUP).await;
     let stored = daemon.events(STREAM).await;
@@ -168,7 +168,7 @@ async fn nothing_was_lost(home: &Home, load: &Load) {
         assert_eq!(stored.get(id), Some(payload), "entry {id}");
     }
     let mut times: BTreeMap<String, u64> = BTreeMap::new();
-    for id in audited(&home.path("data/audit")) {
+    for id in audited_ids(&home.path("data/audit")) {
         *times.entry(id).or_default() += 1;
     }
     let repeated: Vec<_> = times.iter().filter(|(_, times)| **times > 1).collect();
@@ -185,8 +185,8 @@ async fn survives_twenty_kills(home: &Home) {
     for life in 0..20 {
         let daemon = Arc::new(home.start().await);
         let mut publishers = load.start(&daemon);
-        load.progresses().await;
-        // On Redis a worker waits until its earlier life's name is free: not every life is long enough for it.
+        load.wait_for_progress().await;
+        // On Redis a worker waits until the name of the killed worker is free. Some daemons are killed before.
         if life % 5 == 4 {
             until("deliveries", BOUND, async || {
                 let metrics = daemon.get("/metrics").await;
@@ -197,9 +197,9 @@ async fn survives_twenty_kills(home: &Home) {
         }
         tokio::time::sleep(Duration::from_millis(random_below(400))).await;
         daemon.signal("KILL");
-        ended(&mut publishers).await;
+        join_publishers(&mut publishers).await;
     }
-    nothing_was_lost(home, &load).await;
+    assert_nothing_lost(home, &load).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -214,71 +214,71 @@ async fn twenty_kills_under_load_lose_nothing_on_redis() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redis_killed_under_load_costs_nothing_accepted() {
+async fn redis_killed_under_load_loses_no_accepted_event() {
     let mut server = RedisServer::durable().await;
     let home = on_redis(&server);
     let daemon = Arc::new(home.start().await);
     let load = Arc::new(Load::default());
     let mut publishers = load.start(&daemon);
     for _ in 0..3 {
-        load.progresses().await;
+        load.wait_for_progress().await;
         server.crash();
         daemon.ready(StatusCode::SERVICE_UNAVAILABLE).await;
         assert_eq!(daemon.status("/health").await, Some(StatusCode::OK));
         let refused = load.refusals("503").await;
         until("503", BOUND, async || (load.refusals("503").await > refused).then_some(())).await;
         server.restart().await;
-        load.progresses().await;
+        load.wait_for_progress().await;
         daemon.ready(StatusCode::OK).await;
     }
     load.finish(&mut publishers).await;
-    Arc::into_inner(daemon).expect("the publishers are gone").stop().await;
-    nothing_was_lost(&home, &load).await;
+    Arc::into_inner(daemon).expect("the last reference").stop().await;
+    assert_nothing_lost(&home, &load).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_redis_that_hangs_under_load_costs_nothing_accepted() {
+async fn redis_hanging_under_load_loses_no_accepted_event() {
     let server = RedisServer::durable().await;
     let home = on_redis(&server);
     let daemon = Arc::new(home.start().await);
     let load = Arc::new(Load::default());
     let mut publishers = load.start(&daemon);
-    load.progresses().await;
+    load.wait_for_progress().await;
 
     server.signal("STOP");
     let hung = Instant::now();
     daemon.ready(StatusCode::SERVICE_UNAVAILABLE).await;
     assert_eq!(daemon.status("/health").await, Some(StatusCode::OK));
     until("10 s of a hanging Redis", BOUND, async || (hung.elapsed() > Duration::from_secs(10)).then_some(())).await;
-    assert!(load.refusals("503").await > 0, "publishers were left without an answer");
+    assert!(load.refusals("503").await > 0, "no request was rejected");
     server.signal("CONT");
 
-    load.progresses().await;
+    load.wait_for_progress().await;
     daemon.ready(StatusCode::OK).await;
     load.finish(&mut publishers).await;
-    Arc::into_inner(daemon).expect("the publishers are gone").stop().await;
-    nothing_was_lost(&home, &load).await;
+    Arc::into_inner(daemon).expect("the last reference").stop().await;
+    assert_nothing_lost(&home, &load).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_daemon_started_before_its_redis_heals_by_itself() {
+async fn daemon_started_before_its_redis_recovers() {
     let mut server = RedisServer::durable().await;
     server.crash();
     let home = on_redis(&server);
-    let daemon = home.spawn().await.expect("it waits for its store");
+    let daemon = home.spawn().await.expect("the daemon waits for its store");
     daemon.ready(StatusCode::SERVICE_UNAVAILABLE).await;
     let load = Load::default();
     let refused = load.publish_one_batch(&daemon, 300).await;
     assert_eq!(refused, Err(Some(StatusCode::SERVICE_UNAVAILABLE)));
     server.restart().await;
     daemon.ready(StatusCode::OK).await;
-    load.publish_one_batch(&daemon, 300).await.expect("the store is there");
+    load.publish_one_batch(&daemon, 300).await.expect("the store is available");
     daemon.stop().await;
-    nothing_was_lost(&home, &load).await;
+    assert_nothing_lost(&home, &load).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_daemon_on_the_same_folder_is_refused() {
+async fn second_daemon_on_same_folder_is_refused() {
     let home = on_embedded();
     let first = home.start().await;
     let second = home.spawn().await.expect_err("the second daemon must not run");
@@ -289,16 +289,16 @@ async fn a_second_daemon_on_the_same_folder_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_folder_that_cannot_be_written_is_refused_with_its_name() {
-    // A file where the folder should be stops root as well.
+async fn unwritable_folder_is_refused_with_its_name() {
+    // A file in place of the folder stops root as well.
     let home = on_embedded();
     fs::write(home.path("data"), "").expect("a writable folder");
-    let ended = home.spawn().await.expect_err("there is nowhere to store");
+    let ended = home.spawn().await.expect_err("the folder is not writable");
     assert_eq!(ended.status.code(), Some(1), "{}", ended.log);
     assert!(ended.log.contains("data"), "the log does not name the folder:\n{}", ended.log);
 }
 
-/// A small file system of its own, gone with this value.
+/// A small file system, unmounted on drop.
 #[derive(Debug)]
 pub(crate) struct SmallDisk(TempDir);
 
@@ -312,20 +312,20 @@ impl SmallDisk {
         let size = format!("size={mebibytes}m");
         let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(folder.path()).output();
         let mounted = mounted.expect("mount runs");
-        assert!(mounted.status.success(), "a small file system can't be mounted (are you root?): {mounted:?}");
+        assert!(mounted.status.success(), "a small file system cannot be mounted (are you root?): {mounted:?}");
         Self(folder)
     }
 }
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        // Lazily: a daemon that is being killed may still hold it.
+        // A lazy unmount, because a daemon that is being killed may still use it.
         drop(Command::new("umount").arg("--lazy").arg(self.0.path()).status());
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_disk_refuses_events_and_keeps_what_it_accepted() {
+async fn full_disk_refuses_events_and_keeps_accepted_ones() {
     let disk = SmallDisk::new(64);
     let home = Home::at(disk.0.path(), AUDITED);
     let ballast = home.path("ballast");
@@ -341,16 +341,16 @@ async fn a_full_disk_refuses_events_and_keeps_what_it_accepted() {
     assert_eq!(daemon.status("/health").await, Some(StatusCode::OK));
     daemon.ready(StatusCode::SERVICE_UNAVAILABLE).await;
 
-    // A crash on the full disk, then room again.
+    // A crash on the full disk, then free space again.
     daemon.crash();
     fs::remove_file(ballast).expect("the ballast");
-    nothing_was_lost(&home, &load).await;
+    assert_nothing_lost(&home, &load).await;
     let daemon = home.start().await;
     load.publish_one_batch(&daemon, 300).await.expect("room again");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn room_on_a_full_disk_heals_the_daemon_without_a_restart() {
+async fn freed_disk_space_recovers_daemon_without_restart() {
     let disk = SmallDisk::new(64);
     let home = Home::at(disk.0.path(), AUDITED);
     let ballast = home.path("ballast");
@@ -367,40 +367,40 @@ async fn room_on_a_full_disk_heals_the_daemon_without_a_restart() {
     until("accepted event", BOUND, async || load.publish_one_batch(&daemon, 300).await.ok()).await;
     daemon.ready(StatusCode::OK).await;
     daemon.stop().await;
-    nothing_was_lost(&home, &load).await;
+    assert_nothing_lost(&home, &load).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stop_under_load_is_told_by_ready_and_ends_with_exit_code_0() {
+async fn stop_under_load_fails_ready_and_exits_with_0() {
     let home = on_embedded();
     let daemon = Arc::new(home.start().await);
     let load = Arc::new(Load::default());
     let mut publishers = load.start(&daemon);
-    load.progresses().await;
+    load.wait_for_progress().await;
 
-    // A dashboard that does not answer the close keeps the drain waiting.
+    // A dashboard without a close response keeps the drain waiting.
     let mut socket = daemon.watch("/api/v1/ws/agent-thoughts").await;
     next_text(&mut socket).await;
     daemon.signal("TERM");
     daemon.ready(StatusCode::SERVICE_UNAVAILABLE).await;
-    ended(&mut publishers).await;
-    let ended = Arc::into_inner(daemon).expect("the publishers are gone").ended().await;
+    join_publishers(&mut publishers).await;
+    let ended = Arc::into_inner(daemon).expect("the last reference").ended().await;
     assert_eq!(ended.status.code(), Some(0), "{}", ended.log);
-    nothing_was_lost(&home, &load).await;
+    assert_nothing_lost(&home, &load).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_second_signal_ends_the_daemon_at_once() {
+async fn second_signal_ends_the_daemon_at_once() {
     let home = on_embedded();
     let daemon = home.start().await;
-    // A request whose body never comes keeps the drain waiting. It is being read once the daemon asks for more.
+    // A request without its body keeps the drain waiting. The handler reads it after the status 100.
     let address = daemon.url("").replacen("http://", "", 1);
     let mut request = TcpStream::connect(address).await.expect("a connection");
     let head = "host: localhost\r\ncontent-length: 10\r\nexpect: 100-continue";
     let head = format!("POST /api/v1/streams/{STREAM}/events HTTP/1.1\r\n{head}\r\n\r\n");
     request.write_all(head.as_bytes()).await.expect("a connection");
     let mut go_on = [0; 12];
-    request.read_exact(&mut go_on).await.expect("an answer");
+    request.read_exact(&mut go_on).await.expect("a response");
     assert_eq!(&go_on, b"HTTP/1.1 100");
 
     daemon.signal("TERM");

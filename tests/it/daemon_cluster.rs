@@ -1,5 +1,5 @@
-//! The whole daemon on a real cluster whose primaries die under load: workers, dashboards, dead letters in another part
-//! of the cluster, retention and accounts.
+//! The whole daemon on a real Redis Cluster whose primaries die under load: workers, dashboards, dead letters on
+//! another node, retention and accounts.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,38 +25,38 @@ use crate::support::until;
 const STREAM: &str = "aurora:alerts";
 const GROUP: &str = "siem";
 const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
-/// How soon after a promotion the daemon must serve again.
+/// The time after a promotion within which the daemon must work again.
 const RECOVERY: Duration = Duration::from_secs(10);
 
-/// Whether the receiver refuses the event of that name for good.
+/// Returns whether the receiver rejects the event with this name.
 fn is_refused(name: &str) -> bool {
     name.ends_with('7')
 }
 
-/// The name of the event with that payload.
+/// Returns the name of the event with this payload.
 fn name_of(payload: &[u8]) -> String {
     let event: Value = serde_json::from_slice(payload).expect("an event");
     event["id"].as_str().expect("a name").to_owned()
 }
 
-/// The first of many names that is where the test wants it.
+/// Returns the first of many names that fits.
 fn named(prefix: &str, fits: impl Fn(&str) -> bool) -> String {
-    (0..1000).map(|n| format!("{prefix}{n}")).find(|name| fits(name)).expect("there is always one")
+    (0..1000).map(|n| format!("{prefix}{n}")).find(|name| fits(name)).expect("a name that fits")
 }
 
-/// A cluster, a daemon's home on it, and what the test asks with.
+/// A cluster, a daemon's home on it, and a store for queries.
 struct Site {
     cluster: Cluster,
     receiver: Receiver,
-    /// Whether the receiver takes everything.
+    /// Whether the receiver accepts every request.
     is_mended: Arc<AtomicBool>,
     home: Home,
     account: Account,
-    /// A stream beside [`STREAM`] that takes events although no replica is there.
+    /// A stream on the same node as [`STREAM`] that accepts events without a replica.
     probe: String,
     ledger: Arc<Ledger>,
     store: Arc<dyn Store>,
-    /// How many of the receiver's requests the ledger knows.
+    /// Number of requests that the ledger has recorded.
     noted: usize,
 }
 
@@ -113,19 +113,19 @@ url = "{url}"
         Self { cluster, receiver, is_mended, home, account, probe, ledger: Arc::default(), store, noted: 0 }
     }
 
-    /// Tells the ledger what the receiver took.
-    fn note(&mut self) {
+    /// Records the received events in the ledger.
+    fn record_received(&mut self) {
         let received = self.receiver.received();
         for request in received.iter().skip(self.noted).filter(|request| request.is_taken) {
             let attempt = request.header("aurora-attempt").parse().expect("an attempt");
-            self.ledger.handle(&name_of(&request.body), attempt);
+            self.ledger.record_handled(&name_of(&request.body), attempt);
         }
         self.noted = received.len();
     }
 
-    /// Kills a primary under load. Its daemon must serve again soon after the promotion of the replica, which is then
-    /// alone until the killed node is back.
-    async fn lose_primary_of(&mut self, key: &str, daemon: &Daemon) {
+    /// Kills a primary under load. The daemon must work again soon after the promotion of its replica. The promoted
+    /// node has no replica until the killed node is back.
+    async fn kill_primary_of(&mut self, key: &str, daemon: &Daemon) {
         let (primary, replica) = self.cluster.nodes_of(key);
         self.cluster.crash(primary);
         self.cluster.promoted(replica).await;
@@ -141,20 +141,20 @@ url = "{url}"
         daemon.ready(StatusCode::OK).await;
         assert!(promoted.elapsed() < RECOVERY, "back after {:?}", promoted.elapsed());
         self.cluster.restart(primary).await;
-        let promised = self.ledger.promised();
-        let more = async || (self.ledger.promised() > promised + 300).then_some(());
+        let accepted = self.ledger.accepted_count();
+        let more = async || (self.ledger.accepted_count() > accepted + 300).then_some(());
         until("events that are replicated again", BOUND, more).await;
     }
 }
 
-/// What a dashboard saw: names, in order, and its last position.
+/// The events of a dashboard in order, and its last position.
 #[derive(Debug, Default)]
 struct Seen {
     names: Vec<String>,
     position: String,
 }
 
-/// Reads until told to stop.
+/// Reads events until it is stopped.
 async fn watch(mut socket: Socket, stop: CancellationToken, seen: Arc<Mutex<Seen>>) {
     loop {
         let message = tokio::select! {
@@ -194,7 +194,7 @@ fn start_load(site: &Site, daemon: &Arc<Daemon>, stop: &CancellationToken) -> Jo
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_daemon_on_a_cluster_loses_nothing_when_primaries_die_under_load() {
+async fn cluster_failovers_under_load_lose_nothing() {
     let mut site = Site::start().await;
     let daemon = Arc::new(site.home.start().await);
     let path = format!("/api/v1/ws/alerts?meta=1&stream={STREAM}");
@@ -205,16 +205,16 @@ async fn a_daemon_on_a_cluster_loses_nothing_when_primaries_die_under_load() {
     dashboards.spawn(watch(daemon.watch(&path).await, stop_first.clone(), Arc::clone(&before)));
     let stop = CancellationToken::new();
     let mut publishers = start_load(&site, &daemon, &stop);
-    until("load", BOUND, async || (site.ledger.promised() > 300).then_some(())).await;
+    until("load", BOUND, async || (site.ledger.accepted_count() > 300).then_some(())).await;
 
-    // One dashboard stays, the other comes back when all is over.
+    // One dashboard stays connected, the other reconnects at the end.
     stop_first.cancel();
-    site.lose_primary_of(STREAM, &daemon).await;
+    site.kill_primary_of(STREAM, &daemon).await;
     let position = before.lock().expect("unpoisoned").position.clone();
     let resumed = daemon.watch(&format!("{path}&since={position}")).await;
     dashboards.spawn(watch(resumed, stop_watching.clone(), Arc::clone(&after)));
     let dead_letter = site.account.dead_letter.to_string();
-    site.lose_primary_of(&dead_letter, &daemon).await;
+    site.kill_primary_of(&dead_letter, &daemon).await;
     stop.cancel();
     while let Some(ended) = publishers.join_next().await {
         ended.expect("everything is accepted");
@@ -225,28 +225,28 @@ async fn a_daemon_on_a_cluster_loses_nothing_when_primaries_die_under_load() {
         (balance.pending + balance.undelivered == 0).then_some(())
     })
     .await;
-    // What the receiver has taken is acknowledged after that.
-    site.note();
+    // An event is acknowledged after the receiver's response, so no request is outstanding.
+    site.record_received();
     site.ledger.balance(&*site.store, &site.account).await.assert_settled();
-    let promised: BTreeSet<String> = site.ledger.promised_names();
-    assert!(promised.len() > 900, "only {} events", promised.len());
-    let refused: BTreeSet<String> = promised.iter().filter(|name| is_refused(name)).cloned().collect();
+    let accepted: BTreeSet<String> = site.ledger.accepted_names();
+    assert!(accepted.len() > 900, "only {} events", accepted.len());
+    let refused: BTreeSet<String> = accepted.iter().filter(|name| is_refused(name)).cloned().collect();
     let letters = site.store.range(&site.account.dead_letter, EVERYTHING, 10_000).await.expect("read");
     let dead = letters.iter().map(|letter| {
         let letter = DeadLetter::from_entry(letter).expect("a dead letter");
         name_of(letter.fields.get("data").expect("a payload"))
     });
     let dead: Vec<String> = dead.collect();
-    assert_eq!(dead.iter().cloned().collect::<BTreeSet<_>>(), refused, "what was refused is dead, and nothing else");
+    assert_eq!(dead.iter().cloned().collect::<BTreeSet<_>>(), refused, "exactly the rejected events are dead");
     assert_eq!(dead.len(), refused.len(), "each is dead once");
 
-    // Dashboards: the one that stayed, and the one that came back, have seen everything.
-    let last = promised.len();
+    // Both dashboards, the connected and the reconnected one, have received every event.
+    let last = accepted.len();
     let names = |seen: &[&Mutex<Seen>]| -> BTreeSet<String> {
         seen.iter().flat_map(|seen| seen.lock().expect("unpoisoned").names.clone()).collect()
     };
     for seen in [&[&*all][..], &[&*before, &*after]] {
-        let misses = || promised.difference(&names(seen)).cloned().collect::<Vec<_>>();
+        let misses = || accepted.difference(&names(seen)).cloned().collect::<Vec<_>>();
         let waited = tokio::time::timeout(BOUND, async {
             while !misses().is_empty() {
                 tokio::time::sleep(Duration::from_millis(20)).await;
@@ -259,7 +259,7 @@ async fn a_daemon_on_a_cluster_loses_nothing_when_primaries_die_under_load() {
         ended.expect("no dashboard was cut off");
     }
 
-    // Retention goes on, and the accounts add up.
+    // Retention works, and the accounts add up.
     until("a trimmed stream", BOUND, async || {
         let status = site.store.describe(&site.account.stream).await.ok()??;
         (status.length <= 1100).then_some(())
@@ -267,11 +267,11 @@ async fn a_daemon_on_a_cluster_loses_nothing_when_primaries_die_under_load() {
     .await;
     let output = site.home.run(&["reconcile", "--url", &daemon.url(""), "--wait", "60s"]);
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stdout));
-    Arc::into_inner(daemon).expect("the publishers are gone").stop().await;
+    Arc::into_inner(daemon).expect("the last reference").stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_dead_letter_that_was_written_before_a_crash_is_neither_written_nor_delivered_again() {
+async fn dead_letter_written_before_crash_is_not_repeated() {
     let site = Site::start().await;
     let (primary, _) = site.cluster.nodes_of(STREAM);
     let daemon = site.home.start().await;
@@ -290,7 +290,7 @@ async fn a_dead_letter_that_was_written_before_a_crash_is_neither_written_nor_de
     until("handled events", BOUND, async || (pending().await == Some((8, Some(0)))).then_some(())).await;
     daemon.crash();
 
-    // Whoever takes over would be able to deliver it by now.
+    // Another worker could deliver the entry by now.
     site.is_mended.store(true, Ordering::SeqCst);
     may_acknowledge(true);
     let daemon = site.home.start().await;
@@ -298,7 +298,7 @@ async fn a_dead_letter_that_was_written_before_a_crash_is_neither_written_nor_de
     assert_eq!(letters().await, 1);
     let received = site.receiver.received();
     let taken = received.iter().filter(|request| request.is_taken && name_of(&request.body) == "e-7").count();
-    assert_eq!(taken, 0, "it is dead, and was delivered all the same");
+    assert_eq!(taken, 0, "the dead entry was delivered again");
     let output = site.home.run(&["reconcile", "--url", &daemon.url(""), "--wait", "60s"]);
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stdout));
     daemon.stop().await;

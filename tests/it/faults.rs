@@ -1,36 +1,36 @@
-//! The faults that a Redis, a network and a daemon can have, each with what must hold after it.
+//! Faults of Redis, the network and the daemon, each with the test that proves the recovery.
 //!
-//! After every fault a [`Ledger`] is balanced: every event that was answered with success was handled, is dead, or is
-//! still pending or undelivered; nothing was acknowledged that is neither handled nor dead; nothing is stored twice;
-//! the counters agree. Nothing but the fault itself is done to the daemon: it recovers without a restart.
+//! After every fault a [`Ledger`] is balanced: every accepted event was handled, is dead, or is still pending or
+//! undelivered; every acknowledged entry was handled or is dead; nothing is stored twice; the counters agree. The tests
+//! cause only the fault itself: the daemon recovers without a restart.
 //!
 //! | # | fault | shown by |
 //! |---|---|---|
-//! | 1 | `FLUSHALL` while readers wait | `groups::a_flush_while_readers_wait_costs_no_later_event` |
-//! | 2 | `DEL`, `RENAME`, `PEXPIRE`, `SWAPDB`, `SET` on the key while readers wait | `groups::a_key_that_is_taken_away_while_readers_wait_is_followed_anew`, `groups::a_stream_whose_name_is_taken_concerns_that_stream_only_and_heals` |
-//! | 3 | `XGROUP DESTROY` with a part acknowledged | `groups::a_destroyed_group_goes_on_with_what_it_had_not_handled` |
-//! | 4 | a daemon that starts after its publishers | `groups::a_daemon_that_starts_late_handles_what_was_there_before` |
-//! | 5 | a killed server that loads for seconds, or has torn its file | `states::a_server_that_is_killed_and_loads_for_seconds_costs_nothing`, `crash::a_redis_killed_under_load_costs_nothing_accepted`, `redis_faults::a_killed_server_with_an_append_only_file_loses_nothing_accepted`, `redis_torn::what_was_written_by_half_does_not_come_back` |
-//! | 6 | a primary that becomes a replica, or has too few replicas | `redis_states::every_state_is_told_and_heals` |
-//! | 7 | a failover under load | `redis_sentinel::a_failover_under_load_loses_nothing_that_was_replicated_and_heals_by_itself` |
-//! | 8 | a full server, with dead letters to write | `states::a_full_server_goes_on_with_what_needs_no_room_and_heals`, `redis_faults::a_full_server_refuses_appends_and_lets_the_rest_go_on` |
-//! | 9 | a server that evicts | `redis_states::a_server_that_may_evict_streams_is_refused_unless_that_is_wanted` |
-//! | 10 | a server that can't save | `redis_states::every_state_is_told_and_heals` |
-//! | 11 | a server that stands still | `network::a_server_that_stands_still_costs_nothing_and_doubles_nothing`, `crash::a_redis_that_hangs_under_load_costs_nothing_accepted` |
-//! | 12 | connections that swallow everything: reader, control, publisher | `network::each_connection_that_swallows_everything_is_replaced_in_time` |
-//! | 13 | lost replies: append, fetch, acknowledgement, dead letter, replay | `network::lost_replies_double_nothing_and_lose_nothing`, `dead_letters::second_replay_repairs_crash_between_append_and_removal` |
-//! | 14 | publishing while readers wait | `network::readers_that_wait_do_not_hold_up_publishers` |
-//! | 15 | entries that others trim, pending and not delivered yet | `accounts::foreign_trim_is_counted_once_by_two_daemons_on_redis`, `accounts::worker_counts_losses_of_its_downtime_on_redis` |
-//! | 16 | a handler that kills its process | `poison::an_entry_that_kills_its_handler_ends_as_a_dead_letter`, `redelivery::entry_that_kills_every_consumer_is_dead_lettered` |
-//! | 17 | entries in hand for longer than others wait, a daemon that stands still and comes back late | `delivery::entries_in_flight_are_not_claimed_by_others`, `fleet::entries_of_a_frozen_daemon_are_handled_once_elsewhere`, `fleet::late_result_of_a_frozen_daemon_is_ignored` |
-//! | 18 | a dead letter that is written twice, or can't be written | `store_contract::a_dead_letter_is_moved_in_one_step_and_once`, `redis_faults::a_lost_reply_to_a_dead_letter_writes_it_once`, `redis_faults::a_dead_letter_that_cannot_be_written_leaves_its_entry_pending`, `redis_faults::a_full_server_refuses_appends_and_lets_the_rest_go_on` |
+//! | 1 | `FLUSHALL` while readers wait | `groups::flush_while_readers_wait_loses_no_later_event` |
+//! | 2 | `DEL`, `RENAME`, `PEXPIRE`, `SWAPDB`, `SET` on the key while readers wait | `groups::key_removed_while_readers_wait_is_followed_again`, `groups::foreign_key_affects_its_stream_only_and_recovers` |
+//! | 3 | `XGROUP DESTROY` with a part acknowledged | `groups::destroyed_group_resumes_with_unhandled_entries` |
+//! | 4 | a daemon that starts after its producers | `groups::late_daemon_handles_existing_entries` |
+//! | 5 | a killed server with a slow load or a torn file | `states::killed_server_with_slow_load_loses_nothing`, `crash::redis_killed_under_load_loses_no_accepted_event`, `redis_faults::killed_server_with_aof_keeps_accepted_entries`, `redis_torn_writes::torn_write_does_not_reappear` |
+//! | 6 | a primary that becomes a replica, or has too few replicas | `redis_states::every_server_state_is_reported_and_recovers` |
+//! | 7 | a failover under load | `redis_sentinel::failover_under_load_keeps_replicated_and_recovers` |
+//! | 8 | a full server, with dead letters to write | `states::full_server_serves_other_calls_and_recovers`, `redis_faults::full_server_refuses_appends_and_serves_the_rest` |
+//! | 9 | a server that evicts | `redis_states::evicting_server_is_refused_unless_allowed` |
+//! | 10 | a server that cannot save | `redis_states::every_server_state_is_reported_and_recovers` |
+//! | 11 | a paused server | `network::paused_server_loses_and_duplicates_nothing`, `crash::redis_hanging_under_load_loses_no_accepted_event` |
+//! | 12 | black holes: the connections of a reader, of control and of appends | `network::each_black_hole_connection_is_replaced_in_time` |
+//! | 13 | lost replies: append, fetch, acknowledgement, dead letter, replay | `network::lost_replies_lose_and_duplicate_nothing`, `dead_letters::second_replay_repairs_crash_between_append_and_removal` |
+//! | 14 | publishing while readers wait | `network::waiting_readers_do_not_delay_producers` |
+//! | 15 | pending and undelivered entries that another program trims | `accounts::foreign_trim_is_counted_once_by_two_daemons_on_redis`, `accounts::worker_counts_losses_of_its_downtime_on_redis` |
+//! | 16 | a handler that kills its process | `poison::entry_that_kills_its_handler_is_dead_lettered`, `redelivery::entry_that_kills_every_consumer_is_dead_lettered` |
+//! | 17 | entries in hand for longer than the claim idle, a paused daemon that resumes late | `delivery::entries_in_flight_are_not_claimed_by_others`, `fleet::entries_of_a_frozen_daemon_are_handled_once_elsewhere`, `fleet::late_result_of_a_frozen_daemon_is_ignored` |
+//! | 18 | a dead letter that is written twice, or cannot be written | `store_contract::dead_letter_is_moved_atomically_and_once`, `redis_faults::lost_dead_letter_reply_writes_it_once`, `redis_faults::failed_dead_letter_leaves_its_entry_pending`, `redis_faults::full_server_refuses_appends_and_serves_the_rest` |
 //! | 19 | kills between commit and acknowledgement | `postgres::ten_kills_between_commit_and_ack_keep_each_row_once`, `postgres::fifty_kills_between_commit_and_ack_keep_each_row_once` |
-//! | 20 | two daemons of one name, rolling restarts and kills | `fleet::two_daemons_of_one_name_deliver_each_entry_once`, `fleet::ten_rolling_restarts_lose_no_entry_and_leave_no_consumer`, `fleet::two_hundred_rolling_restarts_lose_no_entry` |
-//! | 21 | a clock that steps | `clock::a_clock_that_steps_takes_nothing_out_of_hands_and_keeps_the_order`, `clock::a_daemon_whose_clock_steps_gives_ids_that_rise_and_handles_each_event_once` |
-//! | 22 | entries that make no sense | `poison::entries_that_make_no_sense_become_dead_letters_byte_for_byte` |
-//! | 23 | a server without room for more clients, and gone | `redis_states::stores_that_find_a_server_full_of_clients_or_gone_do_not_storm_it` |
-//! | 24 | dashboards: a slow one, trims, flushes, restarts | `dashboards::dashboards_go_on_through_flushes_and_restarts`, `relay::client_that_never_reads_is_closed_at_no_cost_to_others`, `relay::lagging_client_catches_up_from_the_store`, `relay::trimmed_entries_are_counted_and_the_rest_is_sent` |
-//! | 25 | half an hour of everything | `soak::soak_of_two_minutes`, `soak::soak_of_half_an_hour` |
+//! | 20 | two daemons with one name, rolling restarts and kills | `fleet::two_daemons_of_one_name_deliver_each_entry_once`, `fleet::ten_rolling_restarts_lose_no_entry_and_leave_no_consumer`, `fleet::two_hundred_rolling_restarts_lose_no_entry` |
+//! | 21 | a clock that steps | `clock::server_clock_step_claims_nothing_and_keeps_order`, `clock::daemon_clock_step_keeps_ids_growing_and_repeats_none` |
+//! | 22 | undecodable entries | `poison::undecodable_entries_are_dead_lettered_unchanged` |
+//! | 23 | a server at its client limit, or absent | `redis_states::reconnects_to_full_or_absent_server_are_limited` |
+//! | 24 | dashboards: a slow one, trims, flushes, restarts | `dashboards::dashboards_survive_trims_flushes_and_restarts`, `relay::client_that_never_reads_is_closed_at_no_cost_to_others`, `relay::lagging_client_catches_up_from_the_store`, `relay::trimmed_entries_are_counted_and_the_rest_is_sent` |
+//! | 25 | all faults for half an hour | `soak::soak_of_two_minutes`, `soak::soak_of_half_an_hour` |
 
 mod clock;
 mod dashboards;
@@ -57,14 +57,14 @@ use crate::support::until;
 const STREAM: &str = "aurora:alerts";
 const GROUP: &str = "alert-processor";
 const OTHER_STREAM: &str = "aurora:audit";
-/// What a fetch from [`STREAM`] has in it and no other request, as it is sent.
+/// Bytes that only a fetch from [`STREAM`] contains.
 pub(crate) const FETCH: &[u8] = b"STREAMS\r\n$13\r\naurora:alerts\r\n$1\r\n>\r\n";
-/// What an acknowledgement has in it: the counter that it counts under.
+/// Bytes that only an acknowledgement contains: the name of its counter.
 pub(crate) const ACKNOWLEDGEMENT: &[u8] = b"$13\r\nacknowledged:\r\n";
-/// The most entries that a worker has in hand.
+/// The maximum number of entries that a worker has in hand.
 const MAX_IN_FLIGHT: usize = 100;
 
-/// Two streams whose sink is the daemon's log, with limits so short that recovery is a matter of seconds.
+/// Two streams with the sink `log`, and limits so short that recovery takes seconds.
 const CONFIG: &str = r#"
 [[streams]]
 name = "aurora:alerts"
@@ -100,7 +100,7 @@ backend = "redis"
 command_timeout = "2s"
 "#;
 
-/// A server, a proxy in front of it, and a daemon's home that uses it through the proxy.
+/// A server, a proxy in front of it, and a home for daemons that connect through the proxy.
 struct Site {
     server: RedisServer,
     proxy: Proxy,
@@ -108,7 +108,7 @@ struct Site {
     ledger: Ledger,
     /// The account of [`STREAM`].
     account: Account,
-    /// Past the proxy, to ask with.
+    /// Connects past the proxy, for queries.
     store: Arc<dyn Store>,
 }
 
@@ -125,31 +125,31 @@ impl Site {
         Self { server, proxy, home, ledger: Ledger::default(), account: Account::new(STREAM, GROUP), store }
     }
 
-    /// Publishes so many new events, and waits until they are accepted.
+    /// Publishes new events, and waits until they are accepted.
     async fn publish(&self, daemon: &Daemon, count: u64) {
         for events in self.ledger.events(count, 100).chunks(100) {
             self.ledger.publish_until_accepted(daemon, &self.account.stream, events).await;
         }
     }
 
-    /// Publishes so many, and waits until a sink has taken all that was ever accepted. Gives the daemon's other lines.
+    /// Publishes events, and waits until every accepted event is handled. Returns the daemon's other log lines.
     async fn publish_and_handle(&self, daemon: &Daemon, count: u64) -> Vec<String> {
         self.publish(daemon, count).await;
-        self.ledger.has_handled(daemon, self.ledger.promised()).await
+        self.ledger.wait_handled(daemon, self.ledger.accepted_count()).await
     }
 
-    /// The same where earlier promises were forgiven.
+    /// Like [`Self::publish_and_handle`], after the accepted events were removed from the ledger.
     async fn publish_and_handle_more(&self, daemon: &Daemon, count: u64) -> Vec<String> {
-        let handled = self.ledger.handled();
+        let handled = self.ledger.handled_count();
         self.publish(daemon, count).await;
-        self.ledger.has_handled(daemon, handled + usize::try_from(count).expect("few")).await
+        self.ledger.wait_handled(daemon, handled + usize::try_from(count).expect("few")).await
     }
 
     async fn balance(&self) -> Balance {
         self.ledger.balance(&*self.store, &self.account).await
     }
 
-    /// Waits until everything is settled, and gives the balance.
+    /// Waits until everything is settled, and returns the balance.
     async fn settled(&self) -> Balance {
         until("a settled account", BOUND, async || {
             let balance = self.balance().await;
@@ -158,7 +158,7 @@ impl Site {
         .await
     }
 
-    /// Waits until so many readers wait at the server.
+    /// Waits until this many readers wait at the server.
     async fn readers_wait(&self, count: u64) {
         until("waiting readers", BOUND, async || {
             let clients = self.server.cli(&["INFO", "clients"]);
@@ -169,13 +169,13 @@ impl Site {
     }
 }
 
-/// How many lines of a log are errors.
+/// Returns the number of errors in a log.
 fn errors(lines: &[String]) -> usize {
-    let level = |line: &String| serde_json::from_str::<Value>(line).ok().map(|told| told["level"].clone());
+    let level = |line: &String| serde_json::from_str::<Value>(line).ok().map(|record| record["level"].clone());
     lines.iter().filter(|line| level(line).is_some_and(|level| level == "ERROR")).count()
 }
 
-/// Fails where a log has more than five errors per second since then.
+/// Fails if a log has more than five errors per second since `since`.
 #[track_caller]
 fn assert_quiet(lines: &[String], since: Instant) {
     let bound = 5 * since.elapsed().as_secs().max(1);
@@ -183,7 +183,7 @@ fn assert_quiet(lines: &[String], since: Instant) {
 }
 
 #[test]
-fn the_tests_that_are_named_exist() {
+fn every_named_test_exists() {
     let named = include_str!("faults.rs").lines().map_while(|line| line.strip_prefix("//!"));
     let named: Vec<&str> =
         named.filter_map(|line| line.strip_prefix(" | ")?.rsplit_once(" | `")).map(|row| row.1).collect();
@@ -210,7 +210,7 @@ fn the_tests_that_are_named_exist() {
     }
 }
 
-/// Makes a test per product of each case, an async function that takes the product.
+/// Makes a test per product of each case. A case is an async function that takes the product.
 macro_rules! on_every_product {
     ($($case:ident)*) => {
         mod on_redis {

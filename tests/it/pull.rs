@@ -219,7 +219,7 @@ async fn entry_that_kills_every_consumer_is_dead_lettered(site: Site) {
     let base = daemon.url("");
     for attempt in 1..=3 {
         let worker = Python::start(WORKER, &[&base, &format!("agent-{attempt}"), "die"]);
-        worker.says(&format!("got t0 {attempt}")).await;
+        worker.wait_for_line(&format!("got t0 {attempt}")).await;
     }
     let letters = dead_letters(&daemon, 1).await;
     assert_eq!((&letters[0]["reason"], &letters[0]["attempts"]), (&json!("crashed"), &json!(3)));
@@ -252,10 +252,10 @@ async fn entry_of_a_killed_consumer_returns_after_its_lease(site: Site) {
     publish(&daemon, 1).await;
     let base = daemon.url("");
     let killed = Python::start(WORKER, &[&base, "agent-1", "die"]);
-    killed.says("got t0 1").await;
+    killed.wait_for_line("got t0 1").await;
     let other = Python::start(WORKER, &[&base, "agent-2", "work"]);
-    other.says("got t0 2").await;
-    other.says("done t0 200").await;
+    other.wait_for_line("got t0 2").await;
+    other.wait_for_line("done t0 200").await;
     daemon.handled(STREAM, "agents").await;
     drop(other);
     daemon.stop().await;
@@ -470,7 +470,7 @@ async fn http_and_redis_consumers_share_a_group_of_two_daemons() {
         Python::start(WORKER, &[&b.url(""), "agent-2", "work"]),
         Python::start(REDIS_WORKER, &[&port, STREAM, "agents", "agent-3"]),
     ];
-    workers[2].says("ready").await;
+    workers[2].wait_for_line("ready").await;
     publish(&a, 300).await;
     a.handled(STREAM, "agents").await;
     let done = || workers.iter().flat_map(Python::lines).filter_map(|line| line.split(' ').nth(1).map(str::to_owned));
@@ -542,7 +542,7 @@ async fn python_example_acknowledges_nacks_and_dead_letters() {
     let worker = Python::start(&program, &["agent-1"]);
     publish(&daemon, 4).await;
     for line in ["done t0", "done t3", "done t2"] {
-        worker.says(line).await;
+        worker.wait_for_line(line).await;
     }
     let letters = dead_letters(&daemon, 1).await;
     assert_eq!(
@@ -569,10 +569,10 @@ async fn python_example_settles_after_an_outage_of_the_daemon() {
     );
     let worker = Python::start(&format!("import os\nos.environ[\"BUS\"] = {base:?}\n{example}"), &["agent-1"]);
     publish(&daemon, 1).await;
-    worker.says("handles t0").await;
+    worker.wait_for_line("handles t0").await;
     daemon.stop().await;
     std::fs::remove_file(&is_working).expect("a writable folder");
-    worker.says("done").await;
+    worker.wait_for_line("done").await;
     let daemon = home.start().await;
     daemon.handled(STREAM, "aurora-agents").await;
     assert_eq!(worker.lines(), ["handles t0", "done"], "once");

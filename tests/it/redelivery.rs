@@ -135,12 +135,12 @@ async fn entry_of_a_killed_consumer_reaches_another_once() {
     setup.start_redeliverer("soc-b-guard");
     setup.publish(&["one"]).await;
     let first = agent(&server, setup.stream(), "agent-1", "hang");
-    first.says("got one").await;
+    first.wait_for_line("got one").await;
     drop(first);
     setup.publish(&["two", "three"]).await;
     let second = agent(&server, setup.stream(), "agent-2", "work");
     for line in ["done two", "done three", "done one"] {
-        second.says(line).await;
+        second.wait_for_line(line).await;
     }
     setup.is_settled().await;
     assert_eq!(second.lines().iter().filter(|line| *line == "got one").count(), 1);
@@ -160,7 +160,7 @@ async fn entry_that_kills_every_consumer_is_dead_lettered() {
     setup.publish(&["poison"]).await;
     for n in 1..=3 {
         let worker = agent(&server, setup.stream(), &format!("agent-{n}"), "die");
-        worker.says("got poison").await;
+        worker.wait_for_line("got poison").await;
     }
     let letters =
         until("dead letter", PATIENCE, async || Some(setup.dead_letters().await).filter(|letters| !letters.is_empty()))
@@ -184,7 +184,7 @@ async fn slow_consumer_that_resets_its_idle_time_keeps_its_entry() {
     setup.start_redeliverer("soc-a-guard");
     setup.publish(&["long"]).await;
     let worker = agent(&server, setup.stream(), "agent-1", "slow");
-    worker.says("done long").await;
+    worker.wait_for_line("done long").await;
     setup.is_settled().await;
     assert_eq!(setup.length(setup.stream()).await, 1);
     assert_eq!(setup.counter("aurora_bus_redelivered_total"), 0);
@@ -196,7 +196,7 @@ async fn destroyed_group_resumes_at_its_ack_floor() {
     let mut setup = Setup::new(store, 15).await;
     setup.publish(&["one", "two"]).await;
     let worker = agent(&server, setup.stream(), "agent-1", "work");
-    worker.says("done two").await;
+    worker.wait_for_line("done two").await;
     setup.is_settled().await;
     drop(worker);
     setup.start_redeliverer("soc-a-guard");
@@ -210,7 +210,7 @@ async fn destroyed_group_resumes_at_its_ack_floor() {
     setup.publish(&["three"]).await;
     until("group", PATIENCE, async || (setup.counter("aurora_bus_groups_recreated_total") == 1).then_some(())).await;
     let worker = agent(&server, setup.stream(), "agent-2", "work");
-    worker.says("done three").await;
+    worker.wait_for_line("done three").await;
     assert!(!worker.lines().iter().any(|line| line == "got one" || line == "got two"), "{:?}", worker.lines());
 }
 

@@ -1,4 +1,4 @@
-//! Appends that are accepted only when they are on the disk, or on replicas.
+//! Appends that are confirmed only when they are on disk or on replicas.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -16,7 +16,7 @@ use crate::support::until;
 const BOUND: Duration = Duration::from_mins(1);
 const HOUR: Duration = Duration::from_hours(1);
 
-/// A store that soon gives up waiting for replicas.
+/// Returns a store with a short limit for the wait for replicas.
 async fn connect(url: &str) -> RedisStore {
     connect_waiting(url, Duration::from_millis(500)).await
 }
@@ -45,11 +45,11 @@ impl Replicated {
             .expect("a port");
         let replica = RedisServer::start(product, &["--replicaof", "127.0.0.1", &port]).await;
         let replicated = Self { primary, proxy, replica };
-        replicated.is_linked().await;
+        replicated.wait_linked().await;
         replicated
     }
 
-    async fn is_linked(&self) {
+    async fn wait_linked(&self) {
         until("replica that follows", BOUND, async || {
             self.replica.cli(&["INFO", "replication"]).contains("master_link_status:up").then_some(())
         })
@@ -57,10 +57,10 @@ impl Replicated {
     }
 }
 
-/// What is accepted as replicated is on the replica, and what is not is told, also when it is asked for again.
-async fn replicated_means_on_the_replica(product: Product) {
+/// A confirmed replicated append is on the replica. Otherwise it is reported, also when it is repeated.
+async fn replicated_append_is_on_the_replica(product: Product) {
     let servers = Replicated::start(product).await;
-    // Long enough for a replica that is there, however busy the machine is.
+    // Long enough for a connected replica, also on a busy machine.
     let store = connect_waiting(&servers.primary.url(), Duration::from_secs(4)).await;
     let stream = unique_stream();
     let append = async |key: &str| -> Result<Vec<Appended>, StoreError> {
@@ -73,7 +73,7 @@ async fn replicated_means_on_the_replica(product: Product) {
     servers.proxy.black_hole_existing();
     servers.proxy.refuse(true);
     for round in 0..3 {
-        // Also from connections that have not written it themselves.
+        // Also on connections that did not write the entries themselves.
         let store = connect(&servers.primary.url()).await;
         for attempt in 0..2 {
             let entries = vec![keyed("second", "second", HOUR)];
@@ -84,7 +84,7 @@ async fn replicated_means_on_the_replica(product: Product) {
         }
     }
     assert_eq!(servers.primary.cli(&["XLEN", stream.as_str()]), "2", "stored, and once");
-    // What waits for its replicas holds nothing else up.
+    // An append that waits for its replicas delays no other call.
     let mut slow = pin!(append("third"));
     timeout(Duration::from_millis(100), &mut slow).await.expect_err("cut off");
     tokio::select! {
@@ -96,24 +96,24 @@ async fn replicated_means_on_the_replica(product: Product) {
 
     servers.proxy.refuse(false);
     servers.proxy.reset();
-    servers.is_linked().await;
+    servers.wait_linked().await;
     let again = until("replicated append", BOUND, async || append("second").await.ok()).await;
     assert!(again[0].duplicate);
     assert_eq!(servers.replica.cli(&["XLEN", stream.as_str()]), servers.primary.cli(&["XLEN", stream.as_str()]));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn replicated_means_on_the_replica_of_redis() {
-    replicated_means_on_the_replica(Product::Redis).await;
+async fn replicated_append_is_on_the_replica_of_redis() {
+    replicated_append_is_on_the_replica(Product::Redis).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn replicated_means_on_the_replica_of_valkey() {
-    replicated_means_on_the_replica(Product::Valkey).await;
+async fn replicated_append_is_on_the_replica_of_valkey() {
+    replicated_append_is_on_the_replica(Product::Valkey).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_asked_to_be_on_the_disk_is_there_or_refused_before_it_is_stored() {
+async fn fsync_append_is_on_disk_or_refused_before_storing() {
     let aof = ["--appendonly", "yes"];
     let always = ["--appendonly", "yes", "--appendfsync", "always"];
     let cases: [(Product, &[&str], Option<&str>); 5] = [
@@ -150,7 +150,7 @@ async fn what_is_asked_to_be_on_the_disk_is_there_or_refused_before_it_is_stored
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn publishers_may_ask_for_more_than_their_stream_promises() {
+async fn publish_may_request_more_than_stream_durability() {
     let servers = Replicated::start(Product::Redis).await;
     let home = Home::new(&format!(
         "[store]\nbackend = \"redis\"\n[store.redis]\nurl = \"{}\"\nwait_timeout = \"300ms\"\n\
@@ -162,11 +162,11 @@ async fn publishers_may_ask_for_more_than_their_stream_promises() {
     let publish = async |path: &str| {
         let url = daemon.url(&format!("/api/v1/streams/{path}"));
         let request = client.post(url).header("idempotency-key", "k").body(r#"{"a":1}"#);
-        let response = request.send().await.expect("an answer");
+        let response = request.send().await.expect("a response");
         let retry_after = response.headers().contains_key("retry-after");
         (response.status().as_u16(), retry_after, response.text().await.expect("a body"))
     };
-    // A busy replica may be too late, and what is asked for again is stored and counted once.
+    // A busy replica may be too late. A repeated event is stored and counted once.
     for path in ["safe/events", "plain/events?durability=replicated"] {
         until("replicated event", BOUND, async || (publish(path).await.0 == 201).then_some(())).await;
     }
@@ -183,16 +183,16 @@ async fn publishers_may_ask_for_more_than_their_stream_promises() {
         assert!(body.contains("not_durable") && body.contains("the entries are stored"), "{body}");
     }
     assert_eq!(publish("plain/events").await.0, 201);
-    // What is stored is published, whether or not it is confirmed; the first two were confirmed.
+    // A stored event counts as published, confirmed or not. The first two were confirmed.
     assert_eq!(daemon.metric("aurora_bus_published_total").await, 2);
     let url = daemon.url("/api/v1/streams/safe/events?dedup=id");
     for _ in 0..2 {
-        let answer = client.post(&url).body(r#"{"id":"new"}"#).send().await.expect("an answer");
+        let answer = client.post(&url).body(r#"{"id":"new"}"#).send().await.expect("a response");
         assert_eq!(answer.status(), 503);
         assert_eq!(daemon.metric("aurora_bus_published_total").await, 3);
     }
     servers.proxy.reset();
-    servers.is_linked().await;
+    servers.wait_linked().await;
     let safe = until("replicated event", BOUND, async || {
         Some(publish("safe/events").await).filter(|(status, ..)| *status == 201)
     })
@@ -202,7 +202,7 @@ async fn publishers_may_ask_for_more_than_their_stream_promises() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_daemon_refuses_to_start_where_its_streams_can_not_be_as_durable_as_they_say() {
+async fn unsupported_stream_durability_stops_the_start() {
     let server = RedisServer::start(Product::Redis, &[]).await;
     let stream = "[[streams]]\nname = \"s\"\ndurability = \"fsync\"\n";
     let home = Home::new(&format!("{stream}[store]\nbackend = \"redis\"\n[store.redis]\nurl = \"{}\"\n", server.url()));

@@ -1,4 +1,4 @@
-//! What the Redis store does when the server or the network fails.
+//! The Redis store during faults of the server and of the network.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ use crate::support::redis::{Product, RedisServer, free_port};
 use crate::support::until;
 
 const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
-/// How long the store may take to heal after a fault.
+/// The longest wait for the store to recover from a fault.
 const HEALING: Duration = Duration::from_mins(1);
 
 async fn connect(url: &str) -> RedisStore {
@@ -33,7 +33,7 @@ fn keyed(text: &str, key: &str) -> NewEntry {
     NewEntry { idempotency: Some(idempotency), ..new_entry(text) }
 }
 
-/// Appends until it succeeds; with an idempotency key that is safe.
+/// Appends until the append is accepted. The idempotency key makes the retries safe.
 async fn append_until_accepted(store: &RedisStore, cursor: &Cursor, key: &str) -> EntryId {
     until("accepted append", HEALING, async || {
         store.append(&cursor.stream, vec![keyed(key, key)]).await.ok().map(|appended| appended[0].id)
@@ -41,7 +41,7 @@ async fn append_until_accepted(store: &RedisStore, cursor: &Cursor, key: &str) -
     .await
 }
 
-/// Reads the stream when the store has healed: its connections come back one by one.
+/// Reads the stream after the store has recovered. Its connections recover one by one.
 async fn everything(store: &RedisStore, cursor: &Cursor) -> Vec<Entry> {
     until("answer", HEALING, async || store.range(&cursor.stream, EVERYTHING, 1_000_000).await.ok()).await
 }
@@ -51,7 +51,7 @@ async fn length(store: &RedisStore, cursor: &Cursor) -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_absent_server_is_unavailable_at_once_and_found_when_it_appears() {
+async fn absent_server_fails_fast_and_is_found_later() {
     let port = free_port();
     let begun = Instant::now();
     let store = connect(&format!("redis://127.0.0.1:{port}/0")).await;
@@ -76,7 +76,7 @@ async fn an_absent_server_is_unavailable_at_once_and_found_when_it_appears() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_killed_server_with_an_append_only_file_loses_nothing_accepted() {
+async fn killed_server_with_aof_keeps_accepted_entries() {
     let mut server = RedisServer::durable().await;
     let store = Arc::new(connect(&server.url()).await);
     let stream = unique_stream();
@@ -123,12 +123,12 @@ async fn a_killed_server_with_an_append_only_file_loses_nothing_accepted() {
     let mut count = 3;
     for accepted in publishers.join_all().await {
         for (key, id) in accepted {
-            // Those accepted after the range was read are not in it.
+            // Entries accepted after the read are not in it.
             if let Some(data) = stored.get(&id) {
                 assert_eq!(data, &key);
                 count += 1;
             } else {
-                assert!(stored.keys().all(|known| *known < id), "{key} was accepted as {id} and is gone");
+                assert!(stored.keys().all(|known| *known < id), "{key} was accepted as {id} and is lost");
             }
         }
     }
@@ -136,7 +136,7 @@ async fn a_killed_server_with_an_append_only_file_loses_nothing_accepted() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stopped_server_is_unavailable_in_time_and_goes_on_after() {
+async fn paused_server_is_unavailable_in_time_and_recovers() {
     let server = RedisServer::start(Product::Redis, &[]).await;
     let store =
         connect_with(Config { url: server.url().into(), command_timeout: Duration::from_secs(1), ..Config::default() })
@@ -162,7 +162,7 @@ async fn a_stopped_server_is_unavailable_in_time_and_goes_on_after() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lost_reply_to_an_append_makes_no_second_entry() {
+async fn lost_append_reply_makes_no_second_entry() {
     let server = RedisServer::shared(Product::Redis).await;
     let proxy = Proxy::start(server.port()).await;
     let store = connect(&proxy.url()).await;
@@ -181,7 +181,7 @@ async fn a_lost_reply_to_an_append_makes_no_second_entry() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_entry_whose_delivery_was_lost_is_found_pending_and_claimed() {
+async fn lost_delivery_is_pending_and_can_be_claimed() {
     let server = RedisServer::shared(Product::Valkey).await;
     let proxy = Proxy::start(server.port()).await;
     let store = connect(&proxy.url()).await;
@@ -200,7 +200,7 @@ async fn an_entry_whose_delivery_was_lost_is_found_pending_and_claimed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lost_reply_to_a_dead_letter_writes_it_once() {
+async fn lost_dead_letter_reply_writes_it_once() {
     let server = RedisServer::shared(Product::Redis).await;
     let proxy = Proxy::start(server.port()).await;
     let store = connect(&proxy.url()).await;
@@ -219,7 +219,7 @@ async fn a_lost_reply_to_a_dead_letter_writes_it_once() {
             Settlement { delivery, outcome: Outcome::DeadLetter { to: to.clone(), fields } }
         })
         .collect();
-    // Loaded first, so that the run itself is what gets lost.
+    // The script is loaded first, so that the reply to its run is lost.
     store.settle(&Cursor { consumer: "b".parse().expect("a name"), ..a.clone() }, &settlements).await.expect("settled");
     proxy.drop_reply_to(b"lost-letter");
     store.settle(&a, &settlements).await.expect_err("the reply is lost");
@@ -230,7 +230,7 @@ async fn a_lost_reply_to_a_dead_letter_writes_it_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_dead_letter_that_cannot_be_written_leaves_its_entry_pending() {
+async fn failed_dead_letter_leaves_its_entry_pending() {
     let server = RedisServer::shared(Product::Valkey).await;
     let store = connect(&server.url()).await;
     let a = cursor(&unique_stream(), "g", "a");
@@ -249,7 +249,7 @@ async fn a_dead_letter_that_cannot_be_written_leaves_its_entry_pending() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn connections_that_swallow_everything_are_replaced_in_time() {
+async fn black_hole_connections_are_replaced_in_time() {
     let server = RedisServer::shared(Product::Redis).await;
     let proxy = Proxy::start(server.port()).await;
     let store =
@@ -269,12 +269,12 @@ async fn connections_that_swallow_everything_are_replaced_in_time() {
     })
     .await;
     assert_eq!(fetched.len(), 1);
-    assert!(begun.elapsed() < block + Duration::from_secs(4), "healed after {:?}", begun.elapsed());
+    assert!(begun.elapsed() < block + Duration::from_secs(4), "recovered after {:?}", begun.elapsed());
     assert_eq!(length(&store, &a).await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn connections_that_are_cut_are_replaced() {
+async fn cut_connections_are_replaced() {
     let server = RedisServer::shared(Product::Valkey).await;
     let proxy = Proxy::start(server.port()).await;
     let store = connect(&proxy.url()).await;
@@ -292,8 +292,8 @@ async fn connections_that_are_cut_are_replaced() {
     assert_eq!(length(&store, &a).await, 6);
 }
 
-/// A reader of a group is told that its group is gone, while it waits and when it asks.
-async fn flush_ends_groups(product: Product) {
+/// A reader of a group gets the error that its group is missing, both while it waits and in a new call.
+async fn flush_removes_groups(product: Product) {
     let server = RedisServer::start(product, &[]).await;
     let store = Arc::new(connect(&server.url()).await);
     let a = cursor(&unique_stream(), "g", "a");
@@ -307,9 +307,9 @@ async fn flush_ends_groups(product: Product) {
         })
         .await;
         server.cli(&command);
-        let error = blocked.join_next().await.expect("a task").expect("no panic").expect_err("the group is gone");
+        let error = blocked.join_next().await.expect("a task").expect("no panic").expect_err("the group is missing");
         assert_eq!(error.kind(), StoreErrorKind::NoGroup, "{product:?} {command:?}: {error}");
-        let error = store.fetch(&a, 10, Duration::from_secs(2)).await.expect_err("the group is gone");
+        let error = store.fetch(&a, 10, Duration::from_secs(2)).await.expect_err("the group is missing");
         assert_eq!(error.kind(), StoreErrorKind::NoGroup, "{product:?} {command:?}: {error}");
         assert!(store.ensure_group(&a.stream, &a.group, Start::Oldest).await.expect("a group"));
     }
@@ -318,17 +318,17 @@ async fn flush_ends_groups(product: Product) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_flush_while_a_fetch_waits_is_a_missing_group_on_redis() {
-    flush_ends_groups(Product::Redis).await;
+async fn flush_during_fetch_returns_no_group_on_redis() {
+    flush_removes_groups(Product::Redis).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_flush_while_a_fetch_waits_is_a_missing_group_on_valkey() {
-    flush_ends_groups(Product::Valkey).await;
+async fn flush_during_fetch_returns_no_group_on_valkey() {
+    flush_removes_groups(Product::Valkey).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_key_that_is_no_stream_concerns_its_stream_only() {
+async fn key_of_wrong_type_affects_its_stream_only() {
     let server = RedisServer::shared(Product::Redis).await;
     let store = connect(&server.url()).await;
     let a = cursor(&unique_stream(), "g", "a");
@@ -358,7 +358,7 @@ async fn a_key_that_is_no_stream_concerns_its_stream_only() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_wrong_password_is_denied_and_never_shown() {
+async fn wrong_password_is_denied_and_never_shown() {
     let server = RedisServer::start(Product::Redis, &["--requirepass", "right-secret"]).await;
     let url = |password: &str| format!("redis://:{password}@127.0.0.1:{}/0", server.port());
     let stream = unique_stream();
@@ -378,7 +378,7 @@ async fn a_wrong_password_is_denied_and_never_shown() {
     store.check().await.expect("the password is right");
     store.append(&stream, vec![new_entry("x")]).await.expect("appended");
     server.cli(&["-a", "right-secret", "CONFIG", "SET", "requirepass", "another"]);
-    // Connections made before stay as they are; a new one is refused.
+    // Open connections stay open; a new one is refused.
     server.cli(&["-a", "another", "CLIENT", "KILL", "TYPE", "normal"]);
     let error =
         until("refusal", HEALING, async || store.check().await.err().filter(|e| e.kind() == StoreErrorKind::Denied))
@@ -389,7 +389,7 @@ async fn a_wrong_password_is_denied_and_never_shown() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_with_tls_is_reached_when_its_authority_is_trusted() {
+async fn tls_server_requires_a_trusted_authority() {
     let server = RedisServer::with_tls(Product::Redis).await;
     let url = format!("rediss://127.0.0.1:{}/0", server.port());
     let config = Config { url: url.as_str().into(), ca_file: Some(server.ca_file()), ..Config::default() };
@@ -407,7 +407,7 @@ async fn a_server_with_tls_is_reached_when_its_authority_is_trusted() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_server_refuses_appends_and_lets_the_rest_go_on() {
+async fn full_server_refuses_appends_and_serves_the_rest() {
     let server = RedisServer::start(Product::Redis, &[]).await;
     let store = connect(&server.url()).await;
     let a = cursor(&unique_stream(), "g", "a");
@@ -436,7 +436,7 @@ async fn a_full_server_refuses_appends_and_lets_the_rest_go_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_that_refuses_writes_says_why() {
+async fn refused_write_reports_the_reason() {
     let server = RedisServer::start(Product::Redis, &[]).await;
     let store = connect(&server.url()).await;
     let stream = unique_stream();
@@ -458,7 +458,7 @@ async fn a_server_that_refuses_writes_says_why() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_that_forgot_the_scripts_is_given_them_again() {
+async fn scripts_are_reloaded_after_script_flush() {
     let server = RedisServer::start(Product::Valkey, &[]).await;
     let store = connect(&server.url()).await;
     let stream = unique_stream();
@@ -471,7 +471,7 @@ async fn a_server_that_forgot_the_scripts_is_given_them_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_epoch_changes_when_its_stream_was_begun_anew() {
+async fn epoch_changes_when_stream_is_recreated() {
     let server = RedisServer::shared(Product::Redis).await;
     let store = connect(&server.url()).await;
     let stream = unique_stream();
@@ -517,7 +517,7 @@ async fn concurrent_appends_share_commands() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_dropped_fetch_does_not_disturb_the_next() {
+async fn dropped_fetch_does_not_disturb_the_next() {
     let server = RedisServer::start(Product::Valkey, &[]).await;
     let store = connect(&server.url()).await;
     let a = cursor(&unique_stream(), "g", "a");
@@ -529,7 +529,7 @@ async fn a_dropped_fetch_does_not_disturb_the_next() {
     let begun = Instant::now();
     assert!(store.fetch(&a, 1, Duration::from_millis(50)).await.expect("fetched").is_empty());
     assert!(begun.elapsed() < Duration::from_secs(3), "waited for the dropped ones: {:?}", begun.elapsed());
-    // The connections of the dropped ones are closed: two links, a reader and redis-cli are left.
+    // The connections of the dropped calls are closed: two shared ones, one reader and redis-cli are left.
     until("few connections", HEALING, async || {
         let clients = server.cli(&["INFO", "clients"]);
         clients.lines().any(|line| line.trim() == "connected_clients:4").then_some(())
@@ -538,7 +538,7 @@ async fn a_dropped_fetch_does_not_disturb_the_next() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_long_wait_is_not_cut_short_by_the_command_timeout() {
+async fn command_timeout_does_not_shorten_a_long_wait() {
     let server = RedisServer::shared(Product::Redis).await;
     let command_timeout = Duration::from_millis(300);
     let store = connect_with(Config { url: server.url().into(), command_timeout, ..Config::default() }).await;
@@ -553,7 +553,7 @@ async fn a_long_wait_is_not_cut_short_by_the_command_timeout() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_loading_server_is_unavailable_until_it_has_loaded() {
+async fn loading_server_is_unavailable_until_loaded() {
     let options = ["--appendonly", "yes", "--aof-use-rdb-preamble", "no", "--key-load-delay", "150"];
     let mut server = RedisServer::start(Product::Redis, &options).await;
     let store = connect(&server.url()).await;
@@ -572,7 +572,7 @@ async fn a_loading_server_is_unavailable_until_it_has_loaded() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn large_entries_and_entries_of_many_fields_pass() {
+async fn large_entries_and_many_fields_are_accepted() {
     let server = RedisServer::shared(Product::Redis).await;
     let store = connect(&server.url()).await;
     let a = cursor(&unique_stream(), "g", "a");
@@ -609,7 +609,7 @@ async fn large_entries_and_entries_of_many_fields_pass() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_server_still_tells_an_epoch() {
+async fn full_server_still_returns_an_epoch() {
     let server = RedisServer::start(Product::Valkey, &[]).await;
     let store = connect(&server.url()).await;
     let stream = unique_stream();

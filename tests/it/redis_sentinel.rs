@@ -1,4 +1,4 @@
-//! The store and the daemon on servers that sentinels watch.
+//! The store and the daemon on servers with sentinels.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use serde::Deserialize;
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::support::app::Home;
-use crate::support::sentinel::Watched;
+use crate::support::sentinel::SentinelGroup;
 use crate::support::until;
 
 const BOUND: Duration = Duration::from_mins(1);
@@ -27,7 +27,7 @@ struct Accepted {
     id: String,
 }
 
-/// Publishes one event until it is accepted; with its key that is safe.
+/// Publishes one event until it is accepted. The idempotency key makes the retries safe.
 async fn publish(client: &reqwest::Client, url: &str, key: &str) -> String {
     let accept = async {
         loop {
@@ -50,8 +50,8 @@ async fn try_publish(client: &reqwest::Client, url: &str, key: &str) -> Option<S
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_failover_under_load_loses_nothing_that_was_replicated_and_heals_by_itself() {
-    let mut watched = Watched::start().await;
+async fn failover_under_load_keeps_replicated_and_recovers() {
+    let mut watched = SentinelGroup::start().await;
     let home = Home::new(&format!(
         "[store]\nbackend = \"redis\"\n[store.redis]\nurl = \"{}\"\n\
          [[streams]]\nname = \"{STREAM}\"\nrelay = true\n[[streams.groups]]\nname = \"g\"\nsink = \"log\"\n\
@@ -76,7 +76,7 @@ async fn a_failover_under_load_loses_nothing_that_was_replicated_and_heals_by_it
             }
         }
     });
-    // About 500 events a second: some are accepted only when they are replicated, until there is no replica any more.
+    // About 500 events a second. Some require replication and are refused while there is no replica.
     let (memory, replicated) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(Vec::new())));
     let has_failed = tokio_util::sync::CancellationToken::new();
     for publisher in 0..8 {
@@ -125,7 +125,7 @@ async fn a_failover_under_load_loses_nothing_that_was_replicated_and_heals_by_it
         let data = stored.get(id).unwrap_or_else(|| panic!("{key} was replicated and is lost"));
         assert!(data.contains(&format!("\"{key}\"")), "{key}: {data}");
     }
-    // What was accepted in memory may be lost, as far as it was not replicated yet; most of it was.
+    // Events accepted in memory may be lost if they were not replicated yet. Most of them were.
     let lost = memory.lock().expect("unpoisoned").iter().filter(|(id, _)| !stored.contains_key(id)).count();
     assert!(lost < 100, "{lost} lost");
     daemon.handled(STREAM, "g").await;
@@ -137,8 +137,8 @@ async fn a_failover_under_load_loses_nothing_that_was_replicated_and_heals_by_it
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sentinels_with_a_password_are_asked_with_it_and_a_demoted_primary_is_left() {
-    let watched = Watched::with_password("hush").await;
+async fn sentinel_password_is_used_and_demoted_primary_left() {
+    let watched = SentinelGroup::with_password("hush").await;
     let without = Config { url: watched.url().into(), ..Config::default() };
     let error = without.connect().await.expect("valid").check().await.expect_err("denied");
     assert_eq!(error.kind(), StoreErrorKind::Denied, "{error}");

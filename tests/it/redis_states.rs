@@ -1,4 +1,4 @@
-//! What the daemon says and does while its server is in a state that it can't work with, or not well.
+//! The daemon's messages and behaviour while its server is in a state that stops or degrades it.
 
 use std::time::{Duration, Instant};
 
@@ -31,13 +31,13 @@ fn home(server: &RedisServer, more: &str) -> Home {
     ))
 }
 
-/// Waits until `/ready` is 503 and says this of the store.
-async fn says(daemon: &Daemon, words: &str) {
+/// Waits until `/ready` returns 503 and contains these words.
+async fn wait_not_ready(daemon: &Daemon, words: &str) {
     let client = crate::support::app::client();
     let mut last = String::new();
-    let told = tokio::time::timeout(BOUND, async {
+    let is_found = tokio::time::timeout(BOUND, async {
         loop {
-            let response = client.get(daemon.url("/ready")).send().await.expect("an answer");
+            let response = client.get(daemon.url("/ready")).send().await.expect("a response");
             let status = response.status();
             last = response.text().await.expect("a body");
             if status == StatusCode::SERVICE_UNAVAILABLE && last.contains(words) {
@@ -46,22 +46,22 @@ async fn says(daemon: &Daemon, words: &str) {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     });
-    assert!(told.await.is_ok(), "/ready does not say {words:?}: {last}");
+    assert!(is_found.await.is_ok(), "/ready does not contain {words:?}: {last}");
     assert_eq!(daemon.status("/health").await, Some(StatusCode::OK));
 }
 
 async fn publish(daemon: &Daemon, key: &str) -> u16 {
     let client = crate::support::app::client();
     let request = client.post(daemon.url("/api/v1/streams/s/events")).header("idempotency-key", key);
-    request.body(format!(r#"{{"key":"{key}"}}"#)).send().await.expect("an answer").status().as_u16()
+    request.body(format!(r#"{{"key":"{key}"}}"#)).send().await.expect("a response").status().as_u16()
 }
 
 async fn publish_until_accepted(daemon: &Daemon, key: &str) {
     until("accepted event", BOUND, async || (publish(daemon, key).await == 201).then_some(())).await;
 }
 
-/// Each state is told in words, refuses what can't be done with the right status, and is over when it is over.
-async fn every_state_is_told_and_heals(product: Product) {
+/// Each state is reported, rejects the affected requests with the right status, and ends with its cause.
+async fn every_server_state_is_reported_and_recovers(product: Product) {
     let server = RedisServer::start(product, &[]).await;
     let home = home(&server, "");
     let daemon = home.start().await;
@@ -76,7 +76,7 @@ async fn every_state_is_told_and_heals(product: Product) {
         line.expect("a count").trim().parse().expect("a number")
     };
     let (begun, before) = (Instant::now(), connections());
-    says(&daemon, "read-only replica").await;
+    wait_not_ready(&daemon, "read-only replica").await;
     assert_eq!(publish(&daemon, "readonly").await, 503);
     until("some seconds", BOUND, async || (begun.elapsed() > Duration::from_secs(5)).then_some(())).await;
     let opened = connections() - before;
@@ -85,25 +85,25 @@ async fn every_state_is_told_and_heals(product: Product) {
     publish_until_accepted(&daemon, "readonly").await;
 
     set("min-replicas-to-write", "1");
-    says(&daemon, "too few replicas are connected").await;
+    wait_not_ready(&daemon, "too few replicas are connected").await;
     assert_eq!(publish(&daemon, "noreplicas").await, 503);
     set("min-replicas-to-write", "0");
     publish_until_accepted(&daemon, "noreplicas").await;
 
     set("maxmemory", "1");
-    says(&daemon, "has reached its memory limit (maxmemory)").await;
+    wait_not_ready(&daemon, "has reached its memory limit (maxmemory)").await;
     assert_eq!(publish(&daemon, "full").await, 507);
     assert_eq!(publish(&daemon, "first").await, 201, "a known key needs no room");
     set("maxmemory", "0");
     publish_until_accepted(&daemon, "full").await;
 
-    // It can't save, for its file is a folder.
+    // It cannot save, because the path of its file is a folder.
     let folder = server.cli(&["CONFIG", "GET", "dir"]).lines().last().expect("a folder").to_owned();
     std::fs::create_dir(std::path::Path::new(&folder).join("dump.rdb")).expect("a folder");
     set("save", "1 1");
     set("stop-writes-on-bgsave-error", "yes");
     server.cli(&["BGSAVE"]);
-    says(&daemon, "cannot save its data to disk").await;
+    wait_not_ready(&daemon, "cannot save its data to disk").await;
     assert_eq!(publish(&daemon, "misconf").await, 503);
     set("stop-writes-on-bgsave-error", "no");
     publish_until_accepted(&daemon, "misconf").await;
@@ -111,12 +111,12 @@ async fn every_state_is_told_and_heals(product: Product) {
     std::fs::remove_dir(std::path::Path::new(&folder).join("dump.rdb")).expect("an empty folder");
 
     set("maxmemory-policy", "allkeys-lru");
-    says(&daemon, "set maxmemory-policy noeviction").await;
+    wait_not_ready(&daemon, "set maxmemory-policy noeviction").await;
     set("maxmemory-policy", "noeviction");
 
     set("requirepass", "secret");
     server.cli(&["-a", "secret", "--no-auth-warning", "CLIENT", "KILL", "TYPE", "normal"]);
-    says(&daemon, "the server requires a password (store.redis.password)").await;
+    wait_not_ready(&daemon, "the server requires a password (store.redis.password)").await;
     assert_eq!(publish(&daemon, "noauth").await, 503);
     server.cli(&["-a", "secret", "--no-auth-warning", "CONFIG", "SET", "requirepass", ""]);
     publish_until_accepted(&daemon, "noauth").await;
@@ -132,17 +132,17 @@ async fn every_state_is_told_and_heals(product: Product) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_state_of_redis_is_told_and_heals() {
-    every_state_is_told_and_heals(Product::Redis).await;
+async fn every_state_of_redis_is_reported_and_recovers() {
+    every_server_state_is_reported_and_recovers(Product::Redis).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_state_of_valkey_is_told_and_heals() {
-    every_state_is_told_and_heals(Product::Valkey).await;
+async fn every_state_of_valkey_is_reported_and_recovers() {
+    every_server_state_is_reported_and_recovers(Product::Valkey).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_that_may_evict_streams_is_refused_unless_that_is_wanted() {
+async fn evicting_server_is_refused_unless_allowed() {
     let server = RedisServer::start(Product::Redis, &["--maxmemory-policy", "allkeys-lru"]).await;
     let strict = home(&server, "");
     let ended = strict.spawn().await.expect_err("refused");
@@ -154,9 +154,9 @@ async fn a_server_that_may_evict_streams_is_refused_unless_that_is_wanted() {
 
     let tolerant = home(&server, "allow_eviction = true");
     let checked = tolerant.run(&["check", "--connect", "--config", "aurora-bus.toml"]);
-    let said = format!("{}{}", String::from_utf8_lossy(&checked.stdout), String::from_utf8_lossy(&checked.stderr));
-    assert!(checked.status.success(), "{said}");
-    assert!(said.contains("drops whole streams") && said.contains("append-only file is off"), "{said}");
+    let warnings = format!("{}{}", String::from_utf8_lossy(&checked.stdout), String::from_utf8_lossy(&checked.stderr));
+    assert!(checked.status.success(), "{warnings}");
+    assert!(warnings.contains("drops whole streams") && warnings.contains("append-only file is off"), "{warnings}");
     let daemon = tolerant.start().await;
     let limit = "2097152";
     server.cli(&["CONFIG", "SET", "maxmemory", limit]);
@@ -171,7 +171,7 @@ async fn a_server_that_may_evict_streams_is_refused_unless_that_is_wanted() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn rights_that_are_missing_are_named() {
+async fn missing_permissions_are_named() {
     for product in [Product::Redis, Product::Valkey] {
         let server = RedisServer::start(product, &[]).await;
         let rules = ["on", ">pw", "~aurora:*", "~{aurora:*", "+@all", "-@admin", "-@dangerous", "+info"];
@@ -185,7 +185,7 @@ async fn rights_that_are_missing_are_named() {
         server.cli(&["ACL", "SETUSER", "bus", "-xadd", "-xgroup"]);
         let error = store.append(&a.stream, vec![new_entry("x")]).await.expect_err("no right");
         assert_eq!(error.kind(), StoreErrorKind::Denied, "{error}");
-        // Another store has not seen that all was well.
+        // A new store has not seen the sufficient permissions.
         let store = connect(&url).await;
         let error = store.check().await.expect_err("no right");
         assert_eq!(error.kind(), StoreErrorKind::Denied, "{error}");
@@ -201,7 +201,7 @@ async fn rights_that_are_missing_are_named() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_name_that_is_not_known_is_told_in_words() {
+async fn unknown_host_name_is_reported() {
     let error = connect("redis://no-such-host.invalid:6379").await.check().await.expect_err("no such host");
     assert_eq!(error.kind(), StoreErrorKind::Unavailable);
     let text = error.to_string();
@@ -210,13 +210,13 @@ async fn a_name_that_is_not_known_is_told_in_words() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn stores_that_find_a_server_full_of_clients_or_gone_do_not_storm_it() {
+async fn reconnects_to_full_or_absent_server_are_limited() {
     const STORES: usize = 20;
-    // Of each store, averaged, once the pauses have grown.
+    // Connections per store and second, averaged, after the pauses have grown.
     const PER_SECOND: usize = 2;
     let mut server = RedisServer::start(Product::Redis, &[]).await;
     let proxy = Proxy::start(server.port()).await;
-    // Connected before there is no room any more.
+    // Connected while the server still has room.
     let mut operator = TcpStream::connect(("127.0.0.1", server.port())).await.expect("a connection");
     assert_eq!(server.cli(&["CONFIG", "SET", "maxclients", "10"]), "OK");
     let mut stores = Vec::new();
@@ -274,7 +274,7 @@ async fn stores_that_find_a_server_full_of_clients_or_gone_do_not_storm_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_foreign_entry_of_thousands_of_fields_goes_to_the_dead_letters_whole() {
+async fn foreign_entry_with_many_fields_is_dead_lettered_whole() {
     let server = RedisServer::start(Product::Redis, &[]).await;
     let home = home(&server, "");
     let daemon = home.start().await;
@@ -289,8 +289,8 @@ async fn a_foreign_entry_of_thousands_of_fields_goes_to_the_dead_letters_whole()
     let range = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
     let entries = store.range(&"s:dead_letter".parse().expect("a name"), range, 10).await.expect("read");
     assert_eq!(entries.len(), 1);
-    let letter = DeadLetter::from_entry(&entries[0]).expect("a dead letter");
-    assert_eq!(letter.id.to_string(), id);
-    let kept = letter.fields.iter().flat_map(|(name, value)| [name, value]);
+    let dead_letter = DeadLetter::from_entry(&entries[0]).expect("a dead letter");
+    assert_eq!(dead_letter.id.to_string(), id);
+    let kept = dead_letter.fields.iter().flat_map(|(name, value)| [name, value]);
     assert!(kept.eq(fields.iter().map(String::as_bytes)), "not byte for byte");
 }

@@ -1,4 +1,4 @@
-//! Clusters and sentinels over TLS: whose certificates are taken, and that every way to a server is checked.
+//! Clusters and sentinels over TLS: accepted certificates, and the check of every route to a server.
 
 use std::path::Path;
 use std::time::Duration;
@@ -12,10 +12,10 @@ use crate::store_contract::{new_entry, unique_stream};
 use crate::support::app::Home;
 use crate::support::cluster::Cluster;
 use crate::support::redis::{make_certificates, make_certificates_for};
-use crate::support::sentinel::Watched;
+use crate::support::sentinel::SentinelGroup;
 use crate::support::until;
 
-/// Long enough for every server to be asked, on a busy machine.
+/// Long enough for a query to every server, on a busy machine.
 const SOON: Duration = Duration::from_mins(1);
 const NAME: &str = "redis.soc.example";
 
@@ -29,14 +29,14 @@ fn config(url: &str, certificates: &Path) -> Config {
     Config { url: url.into(), ca_file: Some(certificates.join("ca.pem")), ..Config::default() }
 }
 
-async fn is_ready(config: Config) -> impl Store {
+async fn connect_ready(config: Config) -> impl Store {
     let store = config.connect().await.expect("a valid configuration");
     until("ready store", SOON, async || store.check().await.ok()).await;
     store
 }
 
-/// What is wrong, in words.
-async fn is_refused(config: Config) -> String {
+/// Returns the text of the error.
+async fn connect_refused(config: Config) -> String {
     let store = config.connect().await.expect("a valid configuration");
     let error = store.check().await.expect_err("not to be trusted");
     assert_eq!(error.kind(), StoreErrorKind::Unavailable, "{error}");
@@ -44,7 +44,7 @@ async fn is_refused(config: Config) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_daemon_on_a_cluster_over_tls_follows_every_stream_to_its_node() {
+async fn daemon_on_tls_cluster_reaches_every_node() {
     let certificates = folder(make_certificates);
     let cluster = Cluster::with_tls(certificates.path()).await;
     let streams: Vec<String> = (0..8).map(|n| format!("it:tls-{n}")).collect();
@@ -71,20 +71,20 @@ async fn a_daemon_on_a_cluster_over_tls_follows_every_stream_to_its_node() {
     daemon.stop().await;
 
     let stranger = folder(make_certificates);
-    let told = is_refused(config(&cluster.url(), stranger.path())).await;
-    assert!(told.contains("certificate"), "{told}");
+    let error = connect_refused(config(&cluster.url(), stranger.path())).await;
+    assert!(error.contains("certificate"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nodes_that_announce_addresses_may_have_certificates_for_a_name() {
+async fn cluster_nodes_may_have_certificates_for_a_name() {
     let certificates = folder(|folder| make_certificates_for(&format!("DNS:{NAME}"), folder));
     let cluster = Cluster::with_tls(certificates.path()).await;
-    let told = is_refused(config(&cluster.url(), certificates.path())).await;
-    assert!(told.contains("store.redis.tls_server_name"), "{told}");
+    let error = connect_refused(config(&cluster.url(), certificates.path())).await;
+    assert!(error.contains("store.redis.tls_server_name"), "{error}");
     let wrong = Config { tls_server_name: Some("other.example".into()), ..config(&cluster.url(), certificates.path()) };
-    assert!(is_refused(wrong).await.contains("certificate"));
+    assert!(connect_refused(wrong).await.contains("certificate"));
     let named = Config { tls_server_name: Some(NAME.into()), ..config(&cluster.url(), certificates.path()) };
-    let store = is_ready(named).await;
+    let store = connect_ready(named).await;
     for _ in 0..8 {
         store.append(&unique_stream(), vec![new_entry("x")]).await.expect("appended");
     }
@@ -92,13 +92,13 @@ async fn nodes_that_announce_addresses_may_have_certificates_for_a_name() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sentinels_over_tls_name_a_primary_over_tls_before_and_after_a_failover() {
+async fn tls_sentinels_name_tls_primary_across_failover() {
     let certificates = folder(make_certificates);
-    let watched = Watched::with_tls(certificates.path()).await;
+    let watched = SentinelGroup::with_tls(certificates.path()).await;
     let stranger = folder(make_certificates);
-    let told = is_refused(config(&watched.url(), stranger.path())).await;
-    assert!(told.contains("certificate"), "{told}");
-    let store = is_ready(config(&watched.url(), certificates.path())).await;
+    let error = connect_refused(config(&watched.url(), stranger.path())).await;
+    assert!(error.contains("certificate"), "{error}");
+    let store = connect_ready(config(&watched.url(), certificates.path())).await;
     watched.fail_over_under(&store).await;
     store.close().await;
 }

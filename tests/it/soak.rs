@@ -1,17 +1,17 @@
-//! The soak: two daemons on one Redis at 2000 events a second, while something breaks every few seconds.
+//! The soak test: two daemons on one Redis at 2000 events a second, with a fault every few seconds.
 //!
-//! Too long for every test run. Two minutes, or half an hour, with a line of progress every five seconds and a verdict
-//! at the end:
+//! It is too long for every test run. It runs for two minutes or half an hour, prints its progress every five seconds,
+//! and its result at the end:
 //!
 //! ```text
 //! cargo test --release --test it -- --ignored --nocapture soak_of_two_minutes
 //! cargo test --release --test it -- --ignored --nocapture soak_of_half_an_hour
 //! ```
 //!
-//! Faults, at random: a daemon or Redis killed with `kill -9`, a Redis that stands still, connections that are cut,
-//! refused, delayed or swallow everything, and lost replies. The verdict: every event that was accepted was handled,
-//! and stored once; whatever was handled twice had a higher attempt; `aurora-bus reconcile` finds the accounts balanced;
-//! the memory of the daemon that lived through it all, the consumers and the stream stay bounded.
+//! The faults are random: `kill -9` of a daemon or of Redis, a paused Redis, connections that are cut, refused, delayed
+//! or black holes, and lost replies. The result must be: every accepted event was handled and stored once; each
+//! repetition had a higher attempt; `aurora-bus reconcile` finds balanced accounts; the memory of the surviving daemon,
+//! the number of consumers and the length of the stream stay bounded.
 
 use std::fs;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -61,11 +61,11 @@ backend = "redis"
 command_timeout = "3s"
 "#;
 
-/// What became of each event, by its number: a byte each, for there are millions.
+/// The state of each event by its number, in one byte each, because there are millions.
 struct Tally {
     accepted: Vec<AtomicBool>,
     handled: Vec<AtomicU8>,
-    /// How often it was handled at its first attempt.
+    /// Number of times that an event was handled at its first attempt.
     firsts: Vec<AtomicU8>,
     next: AtomicU64,
     accepted_count: AtomicU64,
@@ -87,13 +87,13 @@ impl Tally {
         }
     }
 
-    /// Notes what a daemon's sink has told; gives its warnings and errors.
+    /// Counts the events in a daemon's log.
     fn read_log(&self, daemon: &Daemon) {
         for line in daemon.take_log() {
-            let Ok(told) = serde_json::from_str::<Value>(&line) else { continue };
-            let Some(title) = told["title"].as_str().filter(|_| told["sink"] == "log") else { continue };
+            let Ok(record) = serde_json::from_str::<Value>(&line) else { continue };
+            let Some(title) = record["title"].as_str().filter(|_| record["sink"] == "log") else { continue };
             let number: usize = title.parse().expect("titles are numbers");
-            if told["attempt"] == 1 {
+            if record["attempt"] == 1 {
                 self.firsts[number].fetch_add(1, Ordering::Relaxed);
             }
             if self.handled[number].fetch_add(1, Ordering::Relaxed) == 0 {
@@ -105,7 +105,7 @@ impl Tally {
     }
 }
 
-/// Publishes its share of the events, each batch again and again until one of the daemons has accepted it.
+/// Publishes a share of the events. Each batch is retried until one of the daemons accepts it.
 async fn publish(tally: Arc<Tally>, daemons: Arc<Mutex<[String; 2]>>, begun: Instant) {
     let client = client();
     loop {
@@ -126,7 +126,7 @@ async fn publish(tally: Arc<Tally>, daemons: Arc<Mutex<[String; 2]>>, begun: Ins
                 .header("content-type", "application/x-ndjson")
                 .timeout(Duration::from_secs(10))
                 .body(body.clone());
-            // Without the whole body the answer did not arrive.
+            // A response without its whole body counts as no response.
             let is_accepted = match request.send().await {
                 Ok(answer) if answer.status() == StatusCode::CREATED => answer.bytes().await.is_ok(),
                 _ => false,
@@ -143,7 +143,7 @@ async fn publish(tally: Arc<Tally>, daemons: Arc<Mutex<[String; 2]>>, begun: Ins
     }
 }
 
-/// One thing that breaks.
+/// A fault.
 #[derive(Debug, Clone, Copy)]
 enum Fault {
     KillDaemon,
@@ -174,18 +174,18 @@ const FAULTS: [Fault; 10] = [
 struct Soak {
     server: RedisServer,
     proxy: Proxy,
-    /// Its daemon is killed now and then.
+    /// Its daemon is killed from time to time.
     mortal_home: Home,
     mortal: Daemon,
     survivor_home: Home,
-    /// Lives through everything.
+    /// Runs for the whole test.
     survivor: Daemon,
     tally: Arc<Tally>,
     urls: Arc<Mutex<[String; 2]>>,
     faults: u64,
-    /// Memory of the survivor over time, in KiB.
+    /// Memory of the surviving daemon over time, in KiB.
     memory: Vec<u64>,
-    /// How many consumers the group had over time.
+    /// Number of consumers of the group over time.
     consumers: Vec<usize>,
 }
 
@@ -219,7 +219,7 @@ impl Soak {
 
     async fn break_something(&mut self) -> Fault {
         self.faults += 1;
-        // Each in turn, from a random one on, would be too regular; but each comes before long.
+        // Random, because a fixed cycle would be too regular.
         let fault = FAULTS[usize::try_from(random_below(FAULTS.len() as u64)).expect("fits")];
         match fault {
             Fault::KillDaemon => {
@@ -259,7 +259,7 @@ impl Soak {
         fault
     }
 
-    fn note_memory(&mut self) {
+    fn record_memory(&mut self) {
         let status = fs::read_to_string(format!("/proc/{}/status", self.survivor.pid())).expect("it lives");
         let memory = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("its memory");
         self.memory.push(memory.trim().trim_end_matches(" kB").parse().expect("a number"));
@@ -270,11 +270,11 @@ impl Soak {
         consumers.lines().filter(|line| *line == "name").count()
     }
 
-    /// Whether the accounts add up, by the command that operators use.
+    /// Checks that the accounts add up, with the command for operators.
     fn reconcile(&self) {
         let output = self.survivor_home.run(&["reconcile", "--url", &self.survivor.url(""), "--wait", "30s"]);
-        let told = String::from_utf8_lossy(&output.stdout);
-        assert_eq!(output.status.code(), Some(0), "{told}{}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(0), "{text}{}", String::from_utf8_lossy(&output.stderr));
     }
 
     fn read_logs(&self) {
@@ -294,7 +294,7 @@ impl Soak {
     }
 }
 
-#[expect(clippy::print_stderr, reason = "who waits for it wants to see how it goes")]
+#[expect(clippy::print_stderr, reason = "the long run prints its progress")]
 async fn soak(duration: Duration, fault_every: Duration, may_repeat_percent: u64) {
     let events = duration.as_secs() * PER_SECOND;
     let mut soak = Soak::new(events).await;
@@ -319,7 +319,7 @@ async fn soak(duration: Duration, fault_every: Duration, may_repeat_percent: u64
         }
         if Instant::now() >= next_line {
             next_line += Duration::from_secs(5);
-            soak.note_memory();
+            soak.record_memory();
             soak.consumers.push(soak.count_consumers());
             eprintln!(
                 "{:>5} s: {} accepted, {} handled, {} repeated, {} faults (last: {last_fault:?}), {} MiB",
@@ -338,28 +338,28 @@ async fn soak(duration: Duration, fault_every: Duration, may_repeat_percent: u64
             if is_at_rest {
                 break;
             }
-            assert!(since.elapsed() < Duration::from_mins(2), "no rest: {} handled", count(&tally.handled_count));
+            assert!(since.elapsed() < Duration::from_mins(2), "not settled: {} handled", count(&tally.handled_count));
         }
     }
 
-    let is_owed = |number: &usize| {
+    let is_unhandled = |number: &usize| {
         tally.accepted[*number].load(Ordering::Relaxed) && tally.handled[*number].load(Ordering::Relaxed) == 0
     };
-    let owed: Vec<usize> = (0..tally.accepted.len()).filter(is_owed).collect();
-    assert!(owed.is_empty(), "accepted and never handled: {owed:?}");
+    let unhandled: Vec<usize> = (0..tally.accepted.len()).filter(is_unhandled).collect();
+    assert!(unhandled.is_empty(), "accepted and never handled: {unhandled:?}");
     assert_eq!(soak.stream_info("entries-added"), events, "each event is stored once");
     let unexplained = tally.firsts.iter().filter(|firsts| firsts.load(Ordering::Relaxed) > 1).count();
     assert_eq!(unexplained, 0, "handled twice as if it were the first time");
     let repeated = count(&tally.repeated_count);
     assert!(repeated * 100 < events * may_repeat_percent, "{repeated} of {events} were handled again");
     let dead = soak.number(&["XLEN", &format!("{STREAM}:dead_letter")]);
-    assert_eq!(dead, 0, "nothing here deserves to be dead");
-    // One of each daemon, at any time.
+    assert_eq!(dead, 0, "there are dead letters");
+    // One consumer of each daemon, at any time.
     let consumers = *soak.consumers.iter().max().expect("noted");
     assert!(consumers <= 2 && soak.count_consumers() <= 2, "{:?}", soak.consumers);
     soak.reconcile();
     until("a trimmed stream", BOUND, async || (soak.stream_info("length") <= 2 * MAX_LEN).then_some(())).await;
-    // Half of the time to settle in.
+    // The first half of the time is for warming up.
     let (early, late) = soak.memory.split_at(soak.memory.len() / 2);
     let (early, late) = (early.iter().max().expect("noted"), late.iter().max().expect("noted"));
     assert!(*late < early + early / 4 + 20 * 1024, "memory grew from {early} to {late} KiB");

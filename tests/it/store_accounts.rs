@@ -1,5 +1,4 @@
-//! What a store counts of the entries of its groups, on every backend: each case is about one term of the account, and
-//! all of them end with an account that adds up.
+//! Accounts of groups, on every backend. Each case covers one term of the account and ends with a balanced account.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,15 +14,15 @@ use crate::store_contract::{cursor, new_entry, unique_stream};
 use crate::support::stores::on_stores;
 
 on_stores! { embedded redis valkey: [
-    every_way_out_of_a_group_is_counted
-    what_is_settled_again_is_counted_once
-    an_account_begins_with_what_the_group_is_to_be_given
-    an_account_does_not_begin_anew_when_the_group_is_ensured_again
-    a_drop_counts_what_each_group_loses
-    a_drop_goes_on_in_steps_to_the_limit
-    a_drop_leaves_alone_what_every_group_has_handled
+    account_counts_every_outcome_of_an_entry
+    entry_settled_twice_is_counted_once
+    new_account_counts_entries_from_group_start
+    account_survives_second_ensure_group
+    drop_counts_lost_entries_per_group
+    drop_in_steps_reaches_the_limit
+    drop_of_handled_entries_counts_no_loss
     missing_entries_are_written_off_once
-    a_trim_passes_groups_that_are_ignored
+    trim_removes_undelivered_entries_of_ignored_groups
 ] }
 
 async fn fill(store: &dyn Store, stream: &StreamName, count: usize) -> Vec<EntryId> {
@@ -42,7 +41,7 @@ async fn describe(store: &dyn Store, stream: &StreamName) -> StreamStatus {
     store.describe(stream).await.expect("described").expect("the stream exists")
 }
 
-/// The account of the cursor's group, and its balance as a group that the daemon alone consumes.
+/// Returns the account of the cursor's group, and its balance for a group that only the daemon consumes.
 async fn account(store: &dyn Store, cursor: &Cursor) -> (Account, Balance) {
     let status = describe(store, &cursor.stream).await;
     let group = status.groups.iter().find(|group| group.name == cursor.group).expect("the group exists");
@@ -64,13 +63,13 @@ fn dead(cursor: &Cursor) -> Outcome {
     Outcome::DeadLetter { to: format!("{}:dead", cursor.stream).parse().expect("a valid name"), fields }
 }
 
-async fn every_way_out_of_a_group_is_counted(store: Arc<dyn Store>) {
+async fn account_counts_every_outcome_of_an_entry(store: Arc<dyn Store>) {
     let cursor = grouped(&*store, 20).await;
     let lost = store.fetch(&cursor, 2, Duration::ZERO).await.expect("fetched");
     let lost: Vec<EntryId> = lost.iter().map(|delivery| delivery.entry.id).collect();
     let ways = [Outcome::Acknowledge, Outcome::Acknowledge, Outcome::Filter, dead(&cursor), Outcome::Release];
     settle(&*store, &cursor, ways).await;
-    // Old deliveries are settled in another way on some stores.
+    // Some stores settle old deliveries in a different way.
     let old = Cursor { claim_idle: Duration::ZERO, ..cursor.clone() };
     settle(&*store, &old, [Outcome::Acknowledge, Outcome::Filter, Outcome::Filter]).await;
     assert_eq!(store.discard(&cursor.stream, &lost).await.expect("discarded"), 2);
@@ -83,7 +82,7 @@ async fn every_way_out_of_a_group_is_counted(store: Arc<dyn Store>) {
     assert_eq!((balance.published, balance.undelivered, balance.difference), (Some(20), Some(10), Some(0)));
 }
 
-async fn what_is_settled_again_is_counted_once(store: Arc<dyn Store>) {
+async fn entry_settled_twice_is_counted_once(store: Arc<dyn Store>) {
     let cursor = grouped(&*store, 4).await;
     let delivered = store.fetch(&cursor, 4, Duration::ZERO).await.expect("fetched");
     let outcomes = [Outcome::Acknowledge, Outcome::Filter, dead(&cursor), Outcome::Acknowledge];
@@ -97,7 +96,7 @@ async fn what_is_settled_again_is_counted_once(store: Arc<dyn Store>) {
     assert_eq!(balance.difference, Some(0));
 }
 
-async fn an_account_begins_with_what_the_group_is_to_be_given(store: Arc<dyn Store>) {
+async fn new_account_counts_entries_from_group_start(store: Arc<dyn Store>) {
     for name in ["oldest", "new", "after"] {
         let stream = unique_stream();
         let ids = fill(&*store, &stream, 300).await;
@@ -114,7 +113,7 @@ async fn an_account_begins_with_what_the_group_is_to_be_given(store: Arc<dyn Sto
         let group = status.groups.iter().find(|group| group.name == cursor.group).expect("the group");
         let balance = Balance::of(&status, group, Consumption::Inside);
         if balance.published.is_none() {
-            // A server can't tell how many come after an entry in the middle, until the group has come to the end.
+            // If a group starts in the middle, a server knows its lag only after the group has reached the end.
             assert_eq!(name, "after");
             let rest = store.fetch(&cursor, 100, Duration::ZERO).await.expect("fetched");
             assert_eq!(rest.len(), 20);
@@ -128,7 +127,7 @@ async fn an_account_begins_with_what_the_group_is_to_be_given(store: Arc<dyn Sto
     }
 }
 
-async fn an_account_does_not_begin_anew_when_the_group_is_ensured_again(store: Arc<dyn Store>) {
+async fn account_survives_second_ensure_group(store: Arc<dyn Store>) {
     let cursor = grouped(&*store, 10).await;
     settle(&*store, &cursor, [Outcome::Acknowledge, Outcome::Filter, dead(&cursor)]).await;
     store.ensure_group(&cursor.stream, &cursor.group, Start::New).await.expect("ensured");
@@ -137,7 +136,7 @@ async fn an_account_does_not_begin_anew_when_the_group_is_ensured_again(store: A
     assert_eq!((balance.published, balance.difference), (Some(10), Some(0)));
 }
 
-/// Drops until `keep` entries are left; says how many went, and what each group lost.
+/// Drops until `keep` entries are left. Returns the number of dropped entries and the losses per group.
 async fn drop_to(store: &dyn Store, stream: &StreamName, keep: u64) -> (u64, BTreeMap<String, (u64, u64)>) {
     let (mut removed, mut losses) = (0, BTreeMap::new());
     loop {
@@ -154,7 +153,7 @@ async fn drop_to(store: &dyn Store, stream: &StreamName, keep: u64) -> (u64, BTr
     }
 }
 
-async fn a_drop_counts_what_each_group_loses(store: Arc<dyn Store>) {
+async fn drop_counts_lost_entries_per_group(store: Arc<dyn Store>) {
     let slow = grouped(&*store, 300).await;
     let fast = cursor(&slow.stream, "fast", "a");
     store.ensure_group(&fast.stream, &fast.group, Start::Oldest).await.expect("a group");
@@ -164,7 +163,7 @@ async fn a_drop_counts_what_each_group_loses(store: Arc<dyn Store>) {
     let (removed, losses) = drop_to(&*store, &slow.stream, 100).await;
     assert!((100..=200).contains(&removed), "{removed}");
     assert_eq!(losses, BTreeMap::from([("g".to_owned(), (8, removed - 10))]));
-    // What was dropped is not pending any more, so that a late result is not taken for one.
+    // Dropped entries are not pending any more, so that a late result is not counted.
     let late = held.into_iter().map(|delivery| Settlement { delivery, outcome: Outcome::Acknowledge });
     assert_eq!(store.settle(&slow, &late.collect::<Vec<_>>()).await.expect("settled").settled, 0);
     for (cursor, lost) in [(&slow, removed - 2), (&fast, 0)] {
@@ -172,7 +171,7 @@ async fn a_drop_counts_what_each_group_loses(store: Arc<dyn Store>) {
         assert_eq!(account.lost(LostReason::Dropped), lost);
         assert_eq!((balance.published, balance.difference), (Some(300), Some(0)));
     }
-    // The account stays right when the group goes on behind the gap.
+    // The account stays correct when the group continues after the gap.
     let left = usize::try_from(300 - removed).expect("a small number");
     settle(&*store, &slow, (0..left / 2).map(|_| Outcome::Acknowledge)).await;
     assert_eq!(account(&*store, &slow).await.1.difference, Some(0));
@@ -182,7 +181,7 @@ async fn a_drop_counts_what_each_group_loses(store: Arc<dyn Store>) {
     assert_eq!(describe(&*store, &slow.stream).await.removed_by_others.unwrap_or(0), 0);
 }
 
-async fn a_drop_goes_on_in_steps_to_the_limit(store: Arc<dyn Store>) {
+async fn drop_in_steps_reaches_the_limit(store: Arc<dyn Store>) {
     let cursor = grouped(&*store, 0).await;
     for _ in 0..10 {
         fill(&*store, &cursor.stream, 500).await;
@@ -195,7 +194,7 @@ async fn a_drop_goes_on_in_steps_to_the_limit(store: Arc<dyn Store>) {
     assert_eq!((balance.undelivered, balance.difference), (Some(5000 - removed), Some(0)));
 }
 
-async fn a_drop_leaves_alone_what_every_group_has_handled(store: Arc<dyn Store>) {
+async fn drop_of_handled_entries_counts_no_loss(store: Arc<dyn Store>) {
     assert_eq!(drop_to(&*store, &unique_stream(), 1).await, (0, BTreeMap::new()));
     let cursor = grouped(&*store, 200).await;
     settle(&*store, &cursor, (0..200).map(|_| Outcome::Acknowledge)).await;
@@ -208,12 +207,12 @@ async fn missing_entries_are_written_off_once(store: Arc<dyn Store>) {
     let cursor = grouped(&*store, 10).await;
     let (stream, group) = (&cursor.stream, &cursor.group);
     assert!(store.write_off(stream, group, 0, 3).await.expect("counted"));
-    assert!(!store.write_off(stream, group, 0, 3).await.expect("looked"));
+    assert!(!store.write_off(stream, group, 0, 3).await.expect("searched"));
     assert!(store.write_off(stream, group, 3, 2).await.expect("counted"));
     assert_eq!(account(&*store, &cursor).await.0.lost(LostReason::TrimmedUndelivered), 5);
 }
 
-async fn a_trim_passes_groups_that_are_ignored(store: Arc<dyn Store>) {
+async fn trim_removes_undelivered_entries_of_ignored_groups(store: Arc<dyn Store>) {
     let cursor = grouped(&*store, 500).await;
     let (stream, to_length) = (&cursor.stream, Trim::ToLength(100));
     let other = ["other".parse().expect("a valid name")];
@@ -223,7 +222,7 @@ async fn a_trim_passes_groups_that_are_ignored(store: Arc<dyn Store>) {
 }
 
 #[tokio::test]
-async fn a_folder_from_before_there_were_accounts_gets_them() {
+async fn folder_without_accounts_is_upgraded() {
     let folder = tempfile::tempdir().expect("a folder");
     let config = Config { path: folder.path().to_owned(), ..Config::default() };
     let store = config.clone().open().await.expect("opened");

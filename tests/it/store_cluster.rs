@@ -1,4 +1,4 @@
-//! The store on a cluster: what it does when the cluster changes.
+//! The store on a Redis Cluster while the cluster changes.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -16,20 +16,20 @@ const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: O
 const BOUND: Duration = Duration::from_mins(1);
 const HOUR: Duration = Duration::from_hours(1);
 
-/// A stream whose keys are in another part of the cluster than those of `other`.
-fn apart_from(cluster: &Cluster, other: &StreamName) -> StreamName {
-    let (place, _) = cluster.nodes_of(other.as_str());
+/// Returns a stream whose keys are on another node than those of `other`.
+fn stream_on_other_node(cluster: &Cluster, other: &StreamName) -> StreamName {
+    let (index, _) = cluster.nodes_of(other.as_str());
     std::iter::repeat_with(unique_stream)
-        .find(|stream| cluster.nodes_of(stream.as_str()).0 != place)
-        .expect("there is always another")
+        .find(|stream| cluster.nodes_of(stream.as_str()).0 != index)
+        .expect("a name on another node")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_dead_letter_in_another_part_of_the_cluster_is_written_once() {
+async fn dead_letter_on_another_node_is_written_once() {
     let cluster = Cluster::shared().await;
     let store = connect(&cluster.url()).await;
     let a = cursor(&unique_stream(), "g", "a");
-    let to = apart_from(&cluster, &a.stream);
+    let to = stream_on_other_node(&cluster, &a.stream);
     let ids: Vec<EntryId> = store
         .append(&a.stream, vec![new_entry("x"), new_entry("y")])
         .await
@@ -38,7 +38,7 @@ async fn a_dead_letter_in_another_part_of_the_cluster_is_written_once() {
         .map(|appended| appended.id)
         .collect();
     store.ensure_group(&a.stream, &a.group, Start::Oldest).await.expect("a group");
-    let letters = || async {
+    let dead_letters = || async {
         let deliveries = store.fetch(&a, 10, Duration::ZERO).await.expect("fetched");
         let letter = |delivery| {
             let mut fields = Fields::default();
@@ -47,40 +47,40 @@ async fn a_dead_letter_in_another_part_of_the_cluster_is_written_once() {
         };
         deliveries.into_iter().map(letter).collect::<Vec<_>>()
     };
-    let settlements = letters().await;
+    let settlements = dead_letters().await;
     let other = Cursor { consumer: "b".parse().expect("a name"), ..a.clone() };
     assert_eq!(store.settle(&other, &settlements).await.expect("settled"), Settled { settled: 0, not_owned: 2 });
     assert_eq!(store.settle(&a, &settlements).await.expect("settled"), Settled { settled: 2, not_owned: 0 });
     assert_eq!(store.settle(&a, &settlements).await.expect("settled"), Settled { settled: 0, not_owned: 2 });
     assert_eq!(store.range(&to, EVERYTHING, 10).await.expect("read").len(), 2);
 
-    // As after a crash between the two steps: the letters are there and the entries pending.
-    let (place, _) = cluster.nodes_of(a.stream.as_str());
-    cluster.node(place).cli(&["XGROUP", "SETID", a.stream.as_str(), "g", "0"]);
-    let settlements = letters().await;
+    // The state after a crash between the two steps: the dead letters are written and the entries are pending.
+    let (index, _) = cluster.nodes_of(a.stream.as_str());
+    cluster.node(index).cli(&["XGROUP", "SETID", a.stream.as_str(), "g", "0"]);
+    let settlements = dead_letters().await;
     assert_eq!(settlements.len(), 2);
     assert_eq!(store.settle(&a, &settlements).await.expect("settled"), Settled { settled: 2, not_owned: 0 });
     assert_eq!(store.range(&to, EVERYTHING, 10).await.expect("read").len(), 2, "written again");
     assert!(store.pending(&a, false, EntryId::MIN, 10).await.expect("listed").is_empty());
 
-    // A letter that is gone again does not stand for another.
+    // A dead letter that was removed does not count as written.
     let first = store.range(&to, EVERYTHING, 1).await.expect("read")[0].id;
     store.discard(&to, &[first]).await.expect("discarded");
-    cluster.node(place).cli(&["XGROUP", "SETID", a.stream.as_str(), "g", "0"]);
-    store.settle(&a, &letters().await).await.expect("settled");
+    cluster.node(index).cli(&["XGROUP", "SETID", a.stream.as_str(), "g", "0"]);
+    store.settle(&a, &dead_letters().await).await.expect("settled");
     assert_eq!(store.range(&to, EVERYTHING, 10).await.expect("read").len(), 2);
     assert_eq!(store.range(&a.stream, EVERYTHING, 10).await.expect("read").len(), ids.len());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stream_that_moves_to_another_node_is_followed() {
-    let cluster = Cluster::lasting().await;
+async fn stream_moved_to_another_node_is_followed() {
+    let cluster = Cluster::with_stable_roles().await;
     let store = connect(&cluster.url()).await;
     let a = cursor(&unique_stream(), "g", "a");
     store.ensure_group(&a.stream, &a.group, Start::Oldest).await.expect("a group");
     store.append(&a.stream, vec![new_entry("before")]).await.expect("appended");
     let (from, _) = cluster.nodes_of(a.stream.as_str());
-    let (to, _) = cluster.nodes_of(apart_from(&cluster, &a.stream).as_str());
+    let (to, _) = cluster.nodes_of(stream_on_other_node(&cluster, &a.stream).as_str());
     let (from, to) = (cluster.node(from), cluster.node(to));
     let slot = from.cli(&["CLUSTER", "KEYSLOT", a.stream.as_str()]);
     let (from_id, to_id) = (from.cli(&["CLUSTER", "MYID"]), to.cli(&["CLUSTER", "MYID"]));
@@ -91,7 +91,7 @@ async fn a_stream_that_moves_to_another_node_is_followed() {
     let keys = ["", "0", "5000", "KEYS", a.stream.as_str(), &account];
     assert_eq!(from.cli(&[["MIGRATE", "127.0.0.1", &port].as_slice(), &keys].concat()), "OK");
 
-    // The keys are there already, and the slot not yet.
+    // The keys have moved already, the slot has not.
     store.append(&a.stream, vec![new_entry("while moving")]).await.expect("appended");
     let fetched = store.fetch(&a, 1, Duration::from_millis(100)).await.expect("fetched");
     assert_eq!(fetched.len(), 1);
@@ -111,14 +111,14 @@ async fn a_stream_that_moves_to_another_node_is_followed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lost_primary_is_replaced_and_loses_nothing_that_was_replicated() {
+async fn failover_keeps_replicated_entries() {
     let mut cluster = Cluster::start().await;
     let store = connect(&cluster.url()).await;
     assert!(store.check().await.expect("ready").description.ends_with("a cluster of 3"));
     let stream = unique_stream();
     let a = cursor(&stream, "g", "a");
     store.ensure_group(&stream, &a.group, Start::Oldest).await.expect("a group");
-    let elsewhere = apart_from(&cluster, &stream);
+    let elsewhere = stream_on_other_node(&cluster, &stream);
     let stop = tokio_util::sync::CancellationToken::new();
     let accepted = Arc::new(Mutex::new(Vec::new()));
     let mut publishers = tokio::task::JoinSet::new();
@@ -144,9 +144,9 @@ async fn a_lost_primary_is_replaced_and_loses_nothing_that_was_replicated() {
     until("appends", BOUND, async || store.describe(&stream).await.ok().flatten().filter(|status| status.length > 200))
         .await;
     let (primary, replica) = cluster.nodes_of(stream.as_str());
-    // Of which there is none for the promoted one: what it takes from now on is not replicated.
+    // The promoted primary has no replica: its writes from now on are not replicated.
     cluster.crash(primary);
-    store.append(&elsewhere, vec![new_entry("x")]).await.expect("the others go on");
+    store.append(&elsewhere, vec![new_entry("x")]).await.expect("the other nodes work");
     stop.cancel();
     cluster.promoted(replica).await;
     let promoted = Instant::now();
@@ -155,7 +155,7 @@ async fn a_lost_primary_is_replaced_and_loses_nothing_that_was_replicated() {
     let replicated = store.append_durably(&stream, vec![new_entry("alone")], Durability::REPLICATED).await;
     let error = replicated.expect_err("there is no replica any more");
     assert_eq!(error.kind(), StoreErrorKind::NotDurable, "{error}");
-    // Some wait for a replica that never comes.
+    // Some wait for a replica that never connects.
     publishers.shutdown().await;
     let stored = store.range(&stream, EVERYTHING, 1_000_000).await.expect("read");
     let accepted = accepted.lock().expect("unpoisoned").clone();
@@ -168,7 +168,7 @@ async fn a_lost_primary_is_replaced_and_loses_nothing_that_was_replicated() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_url_of_the_wrong_kind_is_told_so() {
+async fn url_of_wrong_server_kind_is_reported() {
     let cluster = Cluster::shared().await;
     let node = cluster.node(0);
     let error = connect(&node.url()).await.check().await.expect_err("a node of a cluster");

@@ -1,6 +1,6 @@
-//! The contract of [`Store`], sentence by sentence, as cases that every backend must pass.
+//! The contract of [`Store`], sentence by sentence, as cases for every backend.
 //!
-//! Each case uses streams of its own, so that backends may share one server between all cases.
+//! Each case uses its own streams, so that all cases can share one server.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -17,69 +17,69 @@ use tokio::task::JoinSet;
 use crate::support::stores::on_stores;
 
 on_stores! { embedded embedded_from_disk redis valkey cluster: [
-    ids_grow_strictly_in_the_order_of_appending
-    an_append_of_the_greatest_size_keeps_its_order
-    an_append_of_nothing_gives_nothing
-    an_append_of_too_many_entries_is_refused_whole
-    concurrent_appends_each_stay_together_and_in_order
-    an_idempotency_key_stores_an_entry_once
-    an_idempotency_key_counts_within_one_append
-    an_idempotency_key_belongs_to_its_stream
-    an_idempotency_key_is_forgotten_after_its_window
-    any_bytes_come_back_as_they_were
-    a_value_of_a_mebibyte_comes_back_as_it_was
-    a_range_includes_both_ends_and_obeys_its_limit
-    a_range_backward_begins_with_the_newest
-    a_stream_that_does_not_exist_is_empty
-    a_tail_returns_what_is_there_at_once
-    a_tail_wakes_when_an_entry_comes
-    a_tail_wakes_when_its_stream_comes_into_being
-    a_tail_returns_nothing_when_nothing_comes
-    every_tail_gets_every_entry
-    a_tail_follows_without_hole_or_repetition
-    a_group_begins_where_it_is_told
-    ensuring_a_group_again_changes_nothing
-    a_group_makes_its_stream
-    a_fetch_hands_out_each_entry_once
-    a_fetch_wakes_when_an_entry_comes
-    a_fetch_returns_nothing_when_nothing_comes
+    ids_grow_strictly_in_append_order
+    append_of_maximum_size_keeps_its_order
+    empty_append_returns_nothing
+    append_over_maximum_is_rejected_whole
+    concurrent_appends_stay_contiguous_and_ordered
+    idempotency_key_stores_entry_once
+    idempotency_key_applies_within_one_append
+    idempotency_key_is_scoped_to_its_stream
+    idempotency_key_expires_after_its_window
+    arbitrary_bytes_are_returned_unchanged
+    value_of_one_mebibyte_is_returned_unchanged
+    range_includes_both_ends_and_respects_limit
+    backward_range_starts_with_newest_entry
+    missing_stream_reads_as_empty
+    tail_returns_existing_entries_at_once
+    tail_wakes_on_new_entry
+    tail_wakes_when_stream_is_created
+    tail_without_new_entry_returns_nothing
+    every_tail_receives_every_entry
+    tail_has_no_gap_or_duplicate
+    group_starts_at_requested_position
+    second_ensure_group_changes_nothing
+    ensure_group_creates_the_stream
+    fetch_delivers_each_entry_once
+    fetch_wakes_on_new_entry
+    fetch_without_new_entry_returns_nothing
     concurrent_fetches_share_the_entries
-    groups_do_not_share_anything
-    operations_on_a_missing_group_say_so
-    pending_entries_are_listed_by_owner_and_page
-    a_claim_takes_named_entries_and_counts_an_attempt
-    a_claim_leaves_what_is_not_idle_or_not_pending
-    a_reclaim_pages_to_the_end
-    a_reclaim_leaves_what_is_not_idle
+    groups_are_independent
+    operations_on_missing_group_return_no_group
+    pending_is_listed_by_consumer_and_page
+    claim_takes_named_entries_and_counts_attempt
+    claim_skips_entries_not_idle_or_not_pending
+    reclaim_reaches_the_end_page_by_page
+    reclaim_skips_entries_that_are_not_idle
     acknowledged_entries_are_settled_once
-    a_settlement_of_a_claimed_delivery_is_left_alone
-    a_retry_becomes_claimable_when_it_is_due
-    a_retry_is_never_later_than_the_claim_limit
-    a_dead_letter_is_moved_in_one_step_and_once
-    a_dead_letter_that_another_has_claimed_is_not_written
-    a_release_is_claimable_at_once_and_counts_no_attempt
-    one_settle_takes_every_outcome
-    an_extension_restarts_the_idle_time_without_an_attempt
-    an_extension_names_what_is_not_owned
-    a_trim_keeps_the_newest
-    a_trim_by_id_keeps_what_is_not_older
-    a_trim_never_passes_what_a_group_has_not_read
-    a_trim_never_passes_a_pending_entry
-    a_discarded_entry_is_gone_once
-    a_discarded_entry_is_not_delivered
-    a_lost_pending_entry_is_told_once_by_claim
-    a_lost_pending_entry_is_told_once_by_reclaim
-    a_consumer_with_pending_entries_is_not_removed
-    a_description_counts_right
-    an_epoch_stays_and_makes_no_stream
-    a_check_says_what_the_store_is
-    a_closed_store_is_unavailable
+    settlement_of_claimed_delivery_is_not_owned
+    retry_is_claimable_when_due
+    retry_delay_is_capped_at_claim_idle
+    dead_letter_is_moved_atomically_and_once
+    dead_letter_of_claimed_delivery_is_not_written
+    release_is_claimable_and_counts_no_attempt
+    settle_accepts_all_outcomes_in_one_call
+    extend_resets_idle_time_without_attempt
+    extend_returns_entries_not_owned
+    trim_to_length_keeps_newest_entries
+    trim_by_id_keeps_newer_entries
+    trim_keeps_undelivered_entries
+    trim_keeps_pending_entries
+    discard_removes_entry_once
+    discarded_entry_is_not_delivered
+    claim_reports_lost_pending_entry_once
+    reclaim_reports_lost_pending_entry_once
+    consumer_with_pending_entries_is_not_removed
+    describe_returns_correct_counts
+    epoch_is_stable_and_creates_no_stream
+    check_describes_the_store
+    closed_store_is_unavailable
 ] }
 
-/// A claim limit that no test reaches by waiting.
+/// A claim idle that no test reaches by waiting.
 const HOUR: Duration = Duration::from_hours(1);
-/// The longest any test waits for a state.
-const PATIENCE: Duration = Duration::from_mins(1);
+/// The longest wait for a state.
+const BOUND: Duration = Duration::from_mins(1);
 
 pub(crate) fn unique_stream() -> StreamName {
     format!("contract:{}", uuid::Uuid::new_v4().simple()).parse().expect("a valid name")
@@ -152,8 +152,8 @@ async fn acknowledge(store: &dyn Store, cursor: &Cursor, deliveries: Vec<Deliver
     store.settle(cursor, &settlements).await.expect("settled")
 }
 
-/// The same delivery again, as a worker would hold it that does not know that it is settled.
-fn again(delivery: &Delivery) -> Delivery {
+/// Copies a delivery, as held by a worker that does not know that it is settled.
+fn copy_of(delivery: &Delivery) -> Delivery {
     Delivery { entry: delivery.entry.clone(), attempt: delivery.attempt, delivered_at: delivery.delivered_at }
 }
 
@@ -171,7 +171,7 @@ async fn pending_ids(store: &dyn Store, cursor: &Cursor) -> Vec<EntryId> {
     pending.into_iter().map(|one| one.id).collect()
 }
 
-/// A stream of `count` entries with a group at its beginning.
+/// Returns a stream of `count` entries and a group at its beginning.
 async fn grouped(store: &dyn Store, count: usize) -> (Cursor, Vec<EntryId>) {
     let stream = unique_stream();
     let cursor = cursor(&stream, "g", "a");
@@ -180,7 +180,7 @@ async fn grouped(store: &dyn Store, count: usize) -> (Cursor, Vec<EntryId>) {
     (cursor, ids)
 }
 
-fn by(cursor: &Cursor, consumer: &str) -> Cursor {
+fn as_consumer(cursor: &Cursor, consumer: &str) -> Cursor {
     Cursor { consumer: consumer.parse().expect("a valid name"), ..cursor.clone() }
 }
 
@@ -188,7 +188,7 @@ fn is_growing(ids: &[EntryId]) -> bool {
     ids.windows(2).all(|pair| pair[0] < pair[1])
 }
 
-async fn ids_grow_strictly_in_the_order_of_appending(store: Arc<dyn Store>) {
+async fn ids_grow_strictly_in_append_order(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let mut ids = Vec::new();
     for n in 0..50 {
@@ -211,7 +211,7 @@ async fn ids_grow_strictly_in_the_order_of_appending(store: Arc<dyn Store>) {
     assert!(appended[0].event_id.is_empty(), "an entry without `id` has no event id");
 }
 
-async fn an_append_of_the_greatest_size_keeps_its_order(store: Arc<dyn Store>) {
+async fn append_of_maximum_size_keeps_its_order(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = fill(&*store, &stream, MAX_APPEND).await;
     assert_eq!(ids.len(), MAX_APPEND);
@@ -221,19 +221,19 @@ async fn an_append_of_the_greatest_size_keeps_its_order(store: Arc<dyn Store>) {
     assert_eq!(entries.iter().map(|entry| entry.id).collect::<Vec<_>>(), ids);
 }
 
-async fn an_append_of_nothing_gives_nothing(store: Arc<dyn Store>) {
+async fn empty_append_returns_nothing(store: Arc<dyn Store>) {
     let stream = unique_stream();
     assert_eq!(store.append(&stream, Vec::new()).await.expect("appended"), Vec::new());
 }
 
-async fn an_append_of_too_many_entries_is_refused_whole(store: Arc<dyn Store>) {
+async fn append_over_maximum_is_rejected_whole(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let error = store.append(&stream, numbered(0..MAX_APPEND + 1)).await.expect_err("too many");
     assert_eq!(error.kind(), StoreErrorKind::Internal);
     assert!(all(&*store, &stream).await.is_empty());
 }
 
-async fn concurrent_appends_each_stay_together_and_in_order(store: Arc<dyn Store>) {
+async fn concurrent_appends_stay_contiguous_and_ordered(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let mut tasks = JoinSet::new();
     for task in 0..8 {
@@ -257,13 +257,13 @@ async fn concurrent_appends_each_stay_together_and_in_order(store: Arc<dyn Store
         let (task, n) = text.split_once('/').expect("task and number");
         let (n, expected) = (n.parse::<usize>().expect("a number"), next.entry(task.to_owned()).or_default());
         assert_eq!(n, *expected, "the order of task {task}");
-        assert!(n.is_multiple_of(7) || last_task == task, "the append of {text} was torn apart");
+        assert!(n.is_multiple_of(7) || last_task == task, "the append of {text} was interleaved");
         *expected += 1;
         task.clone_into(&mut last_task);
     }
 }
 
-async fn an_idempotency_key_stores_an_entry_once(store: Arc<dyn Store>) {
+async fn idempotency_key_stores_entry_once(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let first = store.append(&stream, vec![keyed("one", "k1", HOUR)]).await.expect("appended");
     let second = store
@@ -279,7 +279,7 @@ async fn an_idempotency_key_stores_an_entry_once(store: Arc<dyn Store>) {
     assert_eq!(describe(&*store, &stream).await.entries_added, 3);
 }
 
-async fn an_idempotency_key_counts_within_one_append(store: Arc<dyn Store>) {
+async fn idempotency_key_applies_within_one_append(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let appended = store
         .append(&stream, vec![keyed("one", "k", HOUR), keyed("two", "k", HOUR), new_entry("three")])
@@ -294,7 +294,7 @@ async fn an_idempotency_key_counts_within_one_append(store: Arc<dyn Store>) {
     assert_eq!(all(&*store, &stream).await.len(), 2);
 }
 
-async fn an_idempotency_key_belongs_to_its_stream(store: Arc<dyn Store>) {
+async fn idempotency_key_is_scoped_to_its_stream(store: Arc<dyn Store>) {
     let (one, other) = (unique_stream(), unique_stream());
     store.append(&one, vec![keyed("x", "k", HOUR)]).await.expect("appended");
     let appended = store.append(&other, vec![keyed("x", "k", HOUR)]).await.expect("appended");
@@ -307,7 +307,7 @@ async fn an_idempotency_key_belongs_to_its_stream(store: Arc<dyn Store>) {
     }
 }
 
-async fn an_idempotency_key_is_forgotten_after_its_window(store: Arc<dyn Store>) {
+async fn idempotency_key_expires_after_its_window(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let window = Duration::from_millis(300);
     let begun = Instant::now();
@@ -315,17 +315,17 @@ async fn an_idempotency_key_is_forgotten_after_its_window(store: Arc<dyn Store>)
     loop {
         let appended = store.append(&stream, vec![keyed("again", "k", window)]).await.expect("appended");
         if !appended[0].duplicate {
-            assert!(begun.elapsed() >= Duration::from_millis(250), "forgotten too early");
+            assert!(begun.elapsed() >= Duration::from_millis(250), "expired too early");
             assert!(appended[0].id > first[0].id);
             return;
         }
         assert_eq!(appended[0].id, first[0].id);
-        assert!(begun.elapsed() < PATIENCE, "the key is never forgotten");
+        assert!(begun.elapsed() < BOUND, "the key does not expire");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 
-async fn any_bytes_come_back_as_they_were(store: Arc<dyn Store>) {
+async fn arbitrary_bytes_are_returned_unchanged(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let mut fields = Fields::default();
     fields.push("data", Bytes::from_static(b"\xff\xfe not utf-8 \0 \r\n"));
@@ -348,11 +348,11 @@ async fn any_bytes_come_back_as_they_were(store: Arc<dyn Store>) {
     store.ensure_group(&stream, &cursor.group, Start::Oldest).await.expect("a group");
     let delivered = fetch(&*store, &cursor, 1).await;
     assert_eq!(delivered[0].entry.fields, fields);
-    let claimed = store.claim(&by(&cursor, "b"), &[appended[0].id], Duration::ZERO).await.expect("claimed");
+    let claimed = store.claim(&as_consumer(&cursor, "b"), &[appended[0].id], Duration::ZERO).await.expect("claimed");
     assert_eq!(claimed.deliveries[0].entry.fields, fields);
 }
 
-async fn a_value_of_a_mebibyte_comes_back_as_it_was(store: Arc<dyn Store>) {
+async fn value_of_one_mebibyte_is_returned_unchanged(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let value: Bytes = (0..1_u32 << 20).map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect();
     let big = |n: usize| {
@@ -376,7 +376,7 @@ async fn a_value_of_a_mebibyte_comes_back_as_it_was(store: Arc<dyn Store>) {
     assert!(delivered[1].entry.data() == Some(&value), "the delivered value changed");
 }
 
-async fn a_range_includes_both_ends_and_obeys_its_limit(store: Arc<dyn Store>) {
+async fn range_includes_both_ends_and_respects_limit(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = fill(&*store, &stream, 200).await;
     let read = async |from, to, limit| {
@@ -396,7 +396,7 @@ async fn a_range_includes_both_ends_and_obeys_its_limit(store: Arc<dyn Store>) {
     assert_eq!(payloads(&after), (191..200).map(|n| n.to_string()).collect::<Vec<_>>());
 }
 
-async fn a_range_backward_begins_with_the_newest(store: Arc<dyn Store>) {
+async fn backward_range_starts_with_newest_entry(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = fill(&*store, &stream, 200).await;
     let read = async |from, to, limit| {
@@ -412,7 +412,7 @@ async fn a_range_backward_begins_with_the_newest(store: Arc<dyn Store>) {
     assert_eq!(read(ids[100], ids[20], 1000).await, []);
 }
 
-async fn a_stream_that_does_not_exist_is_empty(store: Arc<dyn Store>) {
+async fn missing_stream_reads_as_empty(store: Arc<dyn Store>) {
     let stream = unique_stream();
     assert!(all(&*store, &stream).await.is_empty());
     assert!(store.tail(&stream, EntryId::MIN, 10, Duration::ZERO).await.expect("tailed").is_empty());
@@ -422,7 +422,7 @@ async fn a_stream_that_does_not_exist_is_empty(store: Arc<dyn Store>) {
     assert_eq!(store.describe(&stream).await.expect("described"), None, "reading made the stream");
 }
 
-async fn a_tail_returns_what_is_there_at_once(store: Arc<dyn Store>) {
+async fn tail_returns_existing_entries_at_once(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = fill(&*store, &stream, 150).await;
     let begun = Instant::now();
@@ -433,7 +433,7 @@ async fn a_tail_returns_what_is_there_at_once(store: Arc<dyn Store>) {
     assert!(begun.elapsed() < Duration::from_secs(4), "the tail waited though there were entries");
 }
 
-async fn a_tail_wakes_when_an_entry_comes(store: Arc<dyn Store>) {
+async fn tail_wakes_on_new_entry(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = fill(&*store, &stream, 3).await;
     let begun = Instant::now();
@@ -446,10 +446,10 @@ async fn a_tail_wakes_when_an_entry_comes(store: Arc<dyn Store>) {
     let tailed = tailed.expect("tailed");
     assert_eq!(tailed.len(), 1);
     assert_eq!(tailed[0].id, appended[0].id);
-    assert!(begun.elapsed() < Duration::from_millis(4500), "the tail slept through the entry");
+    assert!(begun.elapsed() < Duration::from_millis(4500), "the tail did not wake on the entry");
 }
 
-async fn a_tail_wakes_when_its_stream_comes_into_being(store: Arc<dyn Store>) {
+async fn tail_wakes_when_stream_is_created(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let begun = Instant::now();
     let tail = store.tail(&stream, EntryId::MIN, 10, Duration::from_secs(5));
@@ -459,10 +459,10 @@ async fn a_tail_wakes_when_its_stream_comes_into_being(store: Arc<dyn Store>) {
     };
     let (tailed, _) = tokio::join!(tail, append);
     assert_eq!(payloads(&tailed.expect("tailed")), ["first"]);
-    assert!(begun.elapsed() < Duration::from_millis(4500), "the tail slept through the entry");
+    assert!(begun.elapsed() < Duration::from_millis(4500), "the tail did not wake on the entry");
 }
 
-async fn a_tail_returns_nothing_when_nothing_comes(store: Arc<dyn Store>) {
+async fn tail_without_new_entry_returns_nothing(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = fill(&*store, &stream, 3).await;
     let begun = Instant::now();
@@ -474,7 +474,7 @@ async fn a_tail_returns_nothing_when_nothing_comes(store: Arc<dyn Store>) {
     assert!(tailed.is_empty());
 }
 
-async fn every_tail_gets_every_entry(store: Arc<dyn Store>) {
+async fn every_tail_receives_every_entry(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let mut tails = JoinSet::new();
     for _ in 0..4 {
@@ -491,7 +491,7 @@ async fn every_tail_gets_every_entry(store: Arc<dyn Store>) {
     }
 }
 
-async fn a_tail_follows_without_hole_or_repetition(store: Arc<dyn Store>) {
+async fn tail_has_no_gap_or_duplicate(store: Arc<dyn Store>) {
     const COUNT: usize = 2000;
     let stream = unique_stream();
     let writer = async {
@@ -505,7 +505,7 @@ async fn a_tail_follows_without_hole_or_repetition(store: Arc<dyn Store>) {
             let tailed = store.tail(&stream, position, 33, Duration::from_secs(2)).await.expect("tailed");
             position = tailed.last().map_or(position, |entry| entry.id);
             seen.extend(payloads(&tailed));
-            assert!(begun.elapsed() < PATIENCE * 3, "only {} entries came", seen.len());
+            assert!(begun.elapsed() < BOUND * 3, "only {} entries were returned", seen.len());
         }
         seen
     };
@@ -513,7 +513,7 @@ async fn a_tail_follows_without_hole_or_repetition(store: Arc<dyn Store>) {
     assert_eq!(seen, (0..COUNT).map(|n| n.to_string()).collect::<Vec<_>>());
 }
 
-async fn a_group_begins_where_it_is_told(store: Arc<dyn Store>) {
+async fn group_starts_at_requested_position(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = fill(&*store, &stream, 10).await;
     let starts = [
@@ -534,7 +534,7 @@ async fn a_group_begins_where_it_is_told(store: Arc<dyn Store>) {
     }
 }
 
-async fn ensuring_a_group_again_changes_nothing(store: Arc<dyn Store>) {
+async fn second_ensure_group_changes_nothing(store: Arc<dyn Store>) {
     let (cursor, ids) = grouped(&*store, 10).await;
     let delivered = fetch(&*store, &cursor, 4).await;
     assert_eq!(delivered.len(), 4);
@@ -545,7 +545,7 @@ async fn ensuring_a_group_again_changes_nothing(store: Arc<dyn Store>) {
     assert_eq!(self::ids(&fetch(&*store, &cursor, 100).await), ids[4..]);
 }
 
-async fn a_group_makes_its_stream(store: Arc<dyn Store>) {
+async fn ensure_group_creates_the_stream(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let cursor = cursor(&stream, "g", "a");
     assert!(store.ensure_group(&stream, &cursor.group, Start::New).await.expect("a group"));
@@ -556,9 +556,9 @@ async fn a_group_makes_its_stream(store: Arc<dyn Store>) {
     assert_eq!(ids(&fetch(&*store, &cursor, 10).await), [appended[0].id]);
 }
 
-async fn a_fetch_hands_out_each_entry_once(store: Arc<dyn Store>) {
+async fn fetch_delivers_each_entry_once(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 150).await;
-    let b = by(&a, "b");
+    let b = as_consumer(&a, "b");
     let before = Instant::now();
     let first = fetch(&*store, &a, 60).await;
     let second = fetch(&*store, &b, 50).await;
@@ -574,13 +574,13 @@ async fn a_fetch_hands_out_each_entry_once(store: Arc<dyn Store>) {
     }
     let pending = store.pending(&a, false, EntryId::MIN, 1000).await.expect("listed");
     assert_eq!(pending.iter().map(|one| one.id).collect::<Vec<_>>(), ids);
-    assert!(pending.iter().all(|one| one.attempts == 1 && one.idle < PATIENCE));
+    assert!(pending.iter().all(|one| one.attempts == 1 && one.idle < BOUND));
     assert_eq!(pending.iter().filter(|one| one.consumer == b.consumer).count(), 50);
 }
 
-async fn a_fetch_wakes_when_an_entry_comes(store: Arc<dyn Store>) {
+async fn fetch_wakes_on_new_entry(store: Arc<dyn Store>) {
     let (cursor, _) = grouped(&*store, 0).await;
-    // A busy machine may take longer for an append than a fetch ever waits: one that wakes in time is enough.
+    // On a busy machine an append may take longer than a fetch waits. One fetch that wakes in time is enough.
     for _ in 0..10 {
         let begun = Instant::now();
         let fetched = store.fetch(&cursor, 10, Duration::from_secs(2));
@@ -598,10 +598,10 @@ async fn a_fetch_wakes_when_an_entry_comes(store: Arc<dyn Store>) {
             return;
         }
     }
-    panic!("every fetch slept through its entry");
+    panic!("no fetch woke on its entry");
 }
 
-async fn a_fetch_returns_nothing_when_nothing_comes(store: Arc<dyn Store>) {
+async fn fetch_without_new_entry_returns_nothing(store: Arc<dyn Store>) {
     let (cursor, _) = grouped(&*store, 2).await;
     assert_eq!(fetch(&*store, &cursor, 10).await.len(), 2);
     let begun = Instant::now();
@@ -613,7 +613,7 @@ async fn concurrent_fetches_share_the_entries(store: Arc<dyn Store>) {
     let (cursor, ids) = grouped(&*store, 1000).await;
     let mut tasks = JoinSet::new();
     for n in 0..4 {
-        let (store, cursor) = (store.clone(), by(&cursor, &format!("c{n}")));
+        let (store, cursor) = (store.clone(), as_consumer(&cursor, &format!("c{n}")));
         tasks.spawn(async move {
             let mut mine = Vec::new();
             loop {
@@ -635,7 +635,7 @@ async fn concurrent_fetches_share_the_entries(store: Arc<dyn Store>) {
     assert_eq!(delivered, ids, "each entry goes to exactly one consumer");
 }
 
-async fn groups_do_not_share_anything(store: Arc<dyn Store>) {
+async fn groups_are_independent(store: Arc<dyn Store>) {
     let (one, ids) = grouped(&*store, 10).await;
     let other = cursor(&one.stream, "other", "a");
     store.ensure_group(&one.stream, &other.group, Start::Oldest).await.expect("a group");
@@ -646,7 +646,7 @@ async fn groups_do_not_share_anything(store: Arc<dyn Store>) {
     assert_eq!(pending_ids(&*store, &other).await, ids);
 }
 
-async fn operations_on_a_missing_group_say_so(store: Arc<dyn Store>) {
+async fn operations_on_missing_group_return_no_group(store: Arc<dyn Store>) {
     let stream = unique_stream();
     for fill_it in [false, true] {
         if fill_it {
@@ -663,9 +663,9 @@ async fn operations_on_a_missing_group_say_so(store: Arc<dyn Store>) {
     }
 }
 
-async fn pending_entries_are_listed_by_owner_and_page(store: Arc<dyn Store>) {
+async fn pending_is_listed_by_consumer_and_page(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 30).await;
-    let b = by(&a, "b");
+    let b = as_consumer(&a, "b");
     fetch(&*store, &a, 10).await;
     fetch(&*store, &b, 10).await;
     fetch(&*store, &a, 10).await;
@@ -676,15 +676,15 @@ async fn pending_entries_are_listed_by_owner_and_page(store: Arc<dyn Store>) {
     assert_eq!(list(&a, false, EntryId::MIN, 100).await, ids);
     assert_eq!(list(&a, true, EntryId::MIN, 100).await, [&ids[..10], &ids[20..]].concat());
     assert_eq!(list(&b, true, EntryId::MIN, 100).await, ids[10..20]);
-    assert_eq!(list(&by(&a, "nobody"), true, EntryId::MIN, 100).await, []);
+    assert_eq!(list(&as_consumer(&a, "nobody"), true, EntryId::MIN, 100).await, []);
     assert_eq!(list(&a, false, ids[5], 10).await, ids[5..15]);
     assert_eq!(list(&a, true, ids[5], 10).await, [&ids[5..10], &ids[20..25]].concat());
     assert_eq!(list(&a, false, ids[29].next(), 10).await, []);
 }
 
-async fn a_claim_takes_named_entries_and_counts_an_attempt(store: Arc<dyn Store>) {
+async fn claim_takes_named_entries_and_counts_attempt(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 10).await;
-    let b = by(&a, "b");
+    let b = as_consumer(&a, "b");
     fetch(&*store, &a, 10).await;
     let claimed = store.claim(&b, &[ids[7], ids[2], ids[3]], Duration::ZERO).await.expect("claimed");
     let mut taken = self::ids(&claimed.deliveries);
@@ -705,13 +705,13 @@ async fn a_claim_takes_named_entries_and_counts_an_attempt(store: Arc<dyn Store>
     assert_eq!(claimed.deliveries[0].attempt, 3, "its own entries can be claimed as well");
     let others = store.pending(&a, true, EntryId::MIN, 100).await.expect("listed");
     assert_eq!(others.len(), 7);
-    assert!(others.iter().all(|one| one.attempts == 1), "the others are as they were");
+    assert!(others.iter().all(|one| one.attempts == 1), "the others are unchanged");
     assert_eq!(pending_ids(&*store, &a).await, ids);
 }
 
-async fn a_claim_leaves_what_is_not_idle_or_not_pending(store: Arc<dyn Store>) {
+async fn claim_skips_entries_not_idle_or_not_pending(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 10).await;
-    let b = by(&a, "b");
+    let b = as_consumer(&a, "b");
     let delivered = fetch(&*store, &a, 5).await;
     let claimed = store.claim(&b, &ids, HOUR).await.expect("claimed");
     assert!(claimed.deliveries.is_empty() && claimed.lost.is_empty(), "nothing is idle for an hour");
@@ -723,9 +723,9 @@ async fn a_claim_leaves_what_is_not_idle_or_not_pending(store: Arc<dyn Store>) {
     assert!(claimed.deliveries.is_empty());
 }
 
-async fn a_reclaim_pages_to_the_end(store: Arc<dyn Store>) {
+async fn reclaim_reaches_the_end_page_by_page(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 250).await;
-    let b = by(&a, "b");
+    let b = as_consumer(&a, "b");
     assert_eq!(fetch(&*store, &a, 250).await.len(), 250);
     let (mut from, mut taken, mut calls) = (EntryId::MIN, Vec::new(), 0);
     loop {
@@ -734,7 +734,7 @@ async fn a_reclaim_pages_to_the_end(store: Arc<dyn Store>) {
         assert!(reclaimed.claimed.deliveries.iter().all(|delivery| delivery.attempt == 2));
         taken.extend(self::ids(&reclaimed.claimed.deliveries));
         calls += 1;
-        assert!(calls < 100, "the search does not come to an end");
+        assert!(calls < 100, "the search does not end");
         if reclaimed.next == EntryId::MIN {
             break;
         }
@@ -745,9 +745,9 @@ async fn a_reclaim_pages_to_the_end(store: Arc<dyn Store>) {
     assert_eq!(store.pending(&b, true, EntryId::MIN, 1000).await.expect("listed").len(), 250);
 }
 
-async fn a_reclaim_leaves_what_is_not_idle(store: Arc<dyn Store>) {
+async fn reclaim_skips_entries_that_are_not_idle(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 60).await;
-    let b = by(&a, "b");
+    let b = as_consumer(&a, "b");
     let mut delivered = fetch(&*store, &a, 60).await;
     let due = delivered.remove(50);
     settle_one(&*store, &a, due, Outcome::Retry(Duration::ZERO)).await;
@@ -770,22 +770,22 @@ async fn acknowledged_entries_are_settled_once(store: Arc<dyn Store>) {
     while delivered.len() < 300 {
         delivered.extend(fetch(&*store, &cursor, 100).await);
     }
-    let copies: Vec<Delivery> = delivered.iter().skip(1).map(again).collect();
+    let copies: Vec<Delivery> = delivered.iter().skip(1).map(copy_of).collect();
     let left = delivered.remove(0);
     assert_eq!(acknowledge(&*store, &cursor, delivered).await, Settled { settled: 299, not_owned: 0 });
     assert_eq!(pending_ids(&*store, &cursor).await, [ids[0]]);
     assert_eq!(acknowledge(&*store, &cursor, copies).await, Settled { settled: 0, not_owned: 299 });
     assert_eq!(acknowledge(&*store, &cursor, vec![left]).await, Settled { settled: 1, not_owned: 0 });
     assert_eq!(pending_ids(&*store, &cursor).await, []);
-    assert!(fetch(&*store, &cursor, 10).await.is_empty(), "settled entries don't come back");
+    assert!(fetch(&*store, &cursor, 10).await.is_empty(), "settled entries are not delivered again");
     assert_eq!(store.settle(&cursor, &[]).await.expect("settled"), Settled::default());
 }
 
-async fn a_settlement_of_a_claimed_delivery_is_left_alone(store: Arc<dyn Store>) {
+async fn settlement_of_claimed_delivery_is_not_owned(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 4).await;
-    // Without a claim limit nothing is young enough to be settled unasked.
+    // With a claim idle of zero, every settlement checks the owner of its delivery.
     let a = Cursor { claim_idle: Duration::ZERO, ..a };
-    let b = by(&a, "b");
+    let b = as_consumer(&a, "b");
     let delivered = fetch(&*store, &a, 4).await;
     let claimed = store.claim(&b, &ids, Duration::ZERO).await.expect("claimed");
     assert_eq!(claimed.deliveries.len(), 4);
@@ -802,7 +802,7 @@ async fn a_settlement_of_a_claimed_delivery_is_left_alone(store: Arc<dyn Store>)
     assert_eq!(acknowledge(&*store, &b, claimed.deliveries).await, Settled { settled: 4, not_owned: 0 });
 }
 
-async fn a_retry_becomes_claimable_when_it_is_due(store: Arc<dyn Store>) {
+async fn retry_is_claimable_when_due(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 3).await;
     let mut delivered = fetch(&*store, &a, 3).await;
     let (later, now) = (delivered.remove(1), delivered.remove(0));
@@ -816,8 +816,8 @@ async fn a_retry_becomes_claimable_when_it_is_due(store: Arc<dyn Store>) {
         ids.iter().map(|id| (*id, 1)).collect::<Vec<_>>()
     );
 
-    let claimed = store.claim(&by(&a, "b"), &ids, HOUR).await.expect("claimed");
-    assert_eq!(self::ids(&claimed.deliveries), [ids[0]], "due at once, anyone may claim it");
+    let claimed = store.claim(&as_consumer(&a, "b"), &ids, HOUR).await.expect("claimed");
+    assert_eq!(self::ids(&claimed.deliveries), [ids[0]], "due at once, any consumer may claim it");
     assert_eq!(claimed.deliveries[0].attempt, 2);
     loop {
         let claimed = store.claim(&a, &ids, HOUR).await.expect("claimed");
@@ -827,24 +827,24 @@ async fn a_retry_becomes_claimable_when_it_is_due(store: Arc<dyn Store>) {
             assert!(begun.elapsed() >= Duration::from_millis(1950), "due too early: {:?}", begun.elapsed());
             return;
         }
-        assert!(begun.elapsed() < PATIENCE, "never due");
+        assert!(begun.elapsed() < BOUND, "the entry does not become due");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 
-async fn a_retry_is_never_later_than_the_claim_limit(store: Arc<dyn Store>) {
+async fn retry_delay_is_capped_at_claim_idle(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 1).await;
     let a = Cursor { claim_idle: Duration::from_millis(300), ..a };
     let delivered = fetch(&*store, &a, 1).await.remove(0);
     let begun = Instant::now();
     settle_one(&*store, &a, delivered, Outcome::Retry(HOUR)).await;
     loop {
-        let claimed = store.claim(&by(&a, "b"), &ids, a.claim_idle).await.expect("claimed");
+        let claimed = store.claim(&as_consumer(&a, "b"), &ids, a.claim_idle).await.expect("claimed");
         if !claimed.deliveries.is_empty() {
             assert!(begun.elapsed() >= Duration::from_millis(250), "due too early: {:?}", begun.elapsed());
             return;
         }
-        assert!(begun.elapsed() < PATIENCE, "never due");
+        assert!(begun.elapsed() < BOUND, "the entry does not become due");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
@@ -857,14 +857,14 @@ fn dead_letter(to: &StreamName, text: &str) -> Outcome {
     Outcome::DeadLetter { to: to.clone(), fields }
 }
 
-async fn a_dead_letter_is_moved_in_one_step_and_once(store: Arc<dyn Store>) {
+async fn dead_letter_is_moved_atomically_and_once(store: Arc<dyn Store>) {
     let (cursor, ids) = grouped(&*store, 3).await;
     let dead = format!("{}:dead", cursor.stream).parse::<StreamName>().expect("a valid name");
     let delivered = fetch(&*store, &cursor, 3).await;
     let outcome = dead_letter(&dead, "why");
     let Outcome::DeadLetter { fields, .. } = outcome.clone() else { unreachable!("made above") };
     for (round, expected) in [(0, Settled { settled: 1, not_owned: 0 }), (1, Settled { settled: 0, not_owned: 1 })] {
-        let settled = settle_one(&*store, &cursor, again(&delivered[1]), outcome.clone()).await;
+        let settled = settle_one(&*store, &cursor, copy_of(&delivered[1]), outcome.clone()).await;
         assert_eq!(settled, expected, "round {round}");
         let letters = all(&*store, &dead).await;
         assert_eq!(letters.len(), 1, "round {round}");
@@ -875,11 +875,11 @@ async fn a_dead_letter_is_moved_in_one_step_and_once(store: Arc<dyn Store>) {
     assert_eq!(all(&*store, &cursor.stream).await.len(), 3, "the entry itself stays in its stream");
 }
 
-async fn a_dead_letter_that_another_has_claimed_is_not_written(store: Arc<dyn Store>) {
+async fn dead_letter_of_claimed_delivery_is_not_written(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 1).await;
     let dead = format!("{}:dead", a.stream).parse::<StreamName>().expect("a valid name");
     let delivered = fetch(&*store, &a, 1).await.remove(0);
-    let taken = store.claim(&by(&a, "b"), &ids, Duration::ZERO).await.expect("claimed");
+    let taken = store.claim(&as_consumer(&a, "b"), &ids, Duration::ZERO).await.expect("claimed");
     assert_eq!(taken.deliveries.len(), 1);
     let settled = settle_one(&*store, &a, delivered, dead_letter(&dead, "late")).await;
     assert_eq!(settled, Settled { settled: 0, not_owned: 1 });
@@ -887,24 +887,24 @@ async fn a_dead_letter_that_another_has_claimed_is_not_written(store: Arc<dyn St
     assert_eq!(pending_ids(&*store, &a).await, ids);
 }
 
-async fn a_release_is_claimable_at_once_and_counts_no_attempt(store: Arc<dyn Store>) {
+async fn release_is_claimable_and_counts_no_attempt(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 2).await;
-    let b = by(&a, "b");
+    let b = as_consumer(&a, "b");
     let mut delivered = fetch(&*store, &a, 2).await;
     let settled = settle_one(&*store, &a, delivered.remove(0), Outcome::Release).await;
     assert_eq!(settled, Settled { settled: 1, not_owned: 0 });
     let claimed = store.claim(&b, &ids, a.claim_idle).await.expect("claimed");
-    assert_eq!(self::ids(&claimed.deliveries), [ids[0]], "only what was released is free");
+    assert_eq!(self::ids(&claimed.deliveries), [ids[0]], "only the released entry is claimable");
     assert_eq!(claimed.deliveries[0].attempt, 1);
-    settle_one(&*store, &b, again(&claimed.deliveries[0]), Outcome::Retry(Duration::ZERO)).await;
+    settle_one(&*store, &b, copy_of(&claimed.deliveries[0]), Outcome::Retry(Duration::ZERO)).await;
     let reclaimed = store.reclaim(&a, a.claim_idle, EntryId::MIN, 10).await.expect("reclaimed");
     assert_eq!(reclaimed.claimed.deliveries[0].attempt, 2);
-    settle_one(&*store, &a, again(&reclaimed.claimed.deliveries[0]), Outcome::Release).await;
+    settle_one(&*store, &a, copy_of(&reclaimed.claimed.deliveries[0]), Outcome::Release).await;
     let claimed = store.claim(&b, &ids, a.claim_idle).await.expect("claimed");
-    assert_eq!(claimed.deliveries[0].attempt, 2, "the released delivery is not counted, the failed one is");
+    assert_eq!(claimed.deliveries[0].attempt, 2, "only the failed delivery is counted, not the released one");
 }
 
-async fn one_settle_takes_every_outcome(store: Arc<dyn Store>) {
+async fn settle_accepts_all_outcomes_in_one_call(store: Arc<dyn Store>) {
     const COUNT: usize = 400;
     let (a, ids) = grouped(&*store, COUNT).await;
     let dead = format!("{}:dead", a.stream).parse::<StreamName>().expect("a valid name");
@@ -927,7 +927,7 @@ async fn one_settle_takes_every_outcome(store: Arc<dyn Store>) {
     assert_eq!(pending_ids(&*store, &a).await, expected);
     let (mut from, mut attempts) = (EntryId::MIN, BTreeMap::new());
     loop {
-        let reclaimed = store.reclaim(&by(&a, "b"), a.claim_idle, from, 100).await.expect("reclaimed");
+        let reclaimed = store.reclaim(&as_consumer(&a, "b"), a.claim_idle, from, 100).await.expect("reclaimed");
         attempts.extend(reclaimed.claimed.deliveries.iter().map(|delivery| (delivery.entry.id, delivery.attempt)));
         from = reclaimed.next;
         if from == EntryId::MIN {
@@ -940,7 +940,7 @@ async fn one_settle_takes_every_outcome(store: Arc<dyn Store>) {
     }
 }
 
-async fn an_extension_restarts_the_idle_time_without_an_attempt(store: Arc<dyn Store>) {
+async fn extend_resets_idle_time_without_attempt(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 2).await;
     for delivery in fetch(&*store, &a, 2).await {
         settle_one(&*store, &a, delivery, Outcome::Retry(Duration::ZERO)).await;
@@ -949,15 +949,15 @@ async fn an_extension_restarts_the_idle_time_without_an_attempt(store: Arc<dyn S
     assert!(idle.iter().all(|one| one.idle >= HOUR), "{idle:?}");
     assert_eq!(store.extend(&a, &ids[..1]).await.expect("extended"), []);
     let pending = store.pending(&a, true, EntryId::MIN, 10).await.expect("listed");
-    assert!(pending[0].idle < PATIENCE && pending[1].idle >= HOUR, "{pending:?}");
+    assert!(pending[0].idle < BOUND && pending[1].idle >= HOUR, "{pending:?}");
     assert!(pending.iter().all(|one| one.attempts == 1));
-    let claimed = store.claim(&by(&a, "b"), &ids, HOUR).await.expect("claimed");
+    let claimed = store.claim(&as_consumer(&a, "b"), &ids, HOUR).await.expect("claimed");
     assert_eq!(self::ids(&claimed.deliveries), [ids[1]]);
 }
 
-async fn an_extension_names_what_is_not_owned(store: Arc<dyn Store>) {
+async fn extend_returns_entries_not_owned(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 5).await;
-    let b = by(&a, "b");
+    let b = as_consumer(&a, "b");
     let delivered = fetch(&*store, &a, 4).await;
     store.claim(&b, &ids[1..2], Duration::ZERO).await.expect("claimed");
     acknowledge(&*store, &a, delivered.into_iter().skip(2).take(1).collect()).await;
@@ -972,7 +972,7 @@ async fn an_extension_names_what_is_not_owned(store: Arc<dyn Store>) {
     }
 }
 
-async fn a_trim_keeps_the_newest(store: Arc<dyn Store>) {
+async fn trim_to_length_keeps_newest_entries(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = fill(&*store, &stream, 1000).await;
     let removed = store.trim(&stream, Trim::ToLength(300)).await.expect("trimmed");
@@ -984,7 +984,7 @@ async fn a_trim_keeps_the_newest(store: Arc<dyn Store>) {
     assert_eq!(status.length, left.len() as u64);
     assert_eq!((status.first_id, status.last_id, status.entries_added), (Some(left[0].id), ids[999], 1000));
     let again = store.trim(&stream, Trim::ToLength(2000)).await.expect("trimmed");
-    assert_eq!(again, 0, "there are fewer than that");
+    assert_eq!(again, 0, "the stream is shorter than the limit");
 
     store.trim(&stream, Trim::ToLength(0)).await.expect("trimmed");
     let status = describe(&*store, &stream).await;
@@ -994,7 +994,7 @@ async fn a_trim_keeps_the_newest(store: Arc<dyn Store>) {
     assert!(appended[0].id > ids[999], "ids grow across trims");
 }
 
-async fn a_trim_by_id_keeps_what_is_not_older(store: Arc<dyn Store>) {
+async fn trim_by_id_keeps_newer_entries(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = fill(&*store, &stream, 1000).await;
     let removed = store.trim(&stream, Trim::Before(ids[600])).await.expect("trimmed");
@@ -1007,7 +1007,7 @@ async fn a_trim_by_id_keeps_what_is_not_older(store: Arc<dyn Store>) {
     assert!(describe(&*store, &stream).await.length <= 100);
 }
 
-async fn a_trim_never_passes_what_a_group_has_not_read(store: Arc<dyn Store>) {
+async fn trim_keeps_undelivered_entries(store: Arc<dyn Store>) {
     let (slow, ids) = grouped(&*store, 1000).await;
     let quick = cursor(&slow.stream, "quick", "a");
     store.ensure_group(&slow.stream, &quick.group, Start::New).await.expect("a group");
@@ -1028,7 +1028,7 @@ async fn a_trim_never_passes_what_a_group_has_not_read(store: Arc<dyn Store>) {
     assert_eq!(delivered, ids[read..]);
 }
 
-async fn a_trim_never_passes_a_pending_entry(store: Arc<dyn Store>) {
+async fn trim_keeps_pending_entries(store: Arc<dyn Store>) {
     let (cursor, ids) = grouped(&*store, 1000).await;
     let mut delivered = Vec::new();
     while delivered.len() < 1000 {
@@ -1039,16 +1039,16 @@ async fn a_trim_never_passes_a_pending_entry(store: Arc<dyn Store>) {
     store.trim(&cursor.stream, Trim::ToLength(0)).await.expect("trimmed");
     let left = describe(&*store, &cursor.stream).await.length;
     assert!((700..=800).contains(&left), "{left} are left");
-    let claimed = store.claim(&by(&cursor, "b"), &[ids[300]], Duration::ZERO).await.expect("claimed");
+    let claimed = store.claim(&as_consumer(&cursor, "b"), &[ids[300]], Duration::ZERO).await.expect("claimed");
     assert_eq!(claimed.deliveries.len(), 1, "the pending entry still has its body");
     acknowledge(&*store, &cursor, vec![kept]).await;
-    let by_b = by(&cursor, "b");
+    let by_b = as_consumer(&cursor, "b");
     acknowledge(&*store, &by_b, claimed.deliveries).await;
     store.trim(&cursor.stream, Trim::ToLength(0)).await.expect("trimmed");
     assert!(describe(&*store, &cursor.stream).await.length <= 100);
 }
 
-async fn a_discarded_entry_is_gone_once(store: Arc<dyn Store>) {
+async fn discard_removes_entry_once(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = fill(&*store, &stream, 200).await;
     let gone = [ids[0], ids[63], ids[64], ids[150], ids[199], ids[199].next()];
@@ -1079,7 +1079,7 @@ async fn a_discarded_entry_is_gone_once(store: Arc<dyn Store>) {
     assert_eq!(payloads(&all(&*store, &stream).await), ["last"]);
 }
 
-async fn a_discarded_entry_is_not_delivered(store: Arc<dyn Store>) {
+async fn discarded_entry_is_not_delivered(store: Arc<dyn Store>) {
     let (cursor, ids) = grouped(&*store, 10).await;
     assert_eq!(store.discard(&cursor.stream, &[ids[0], ids[4], ids[9]]).await.expect("discarded"), 3);
     let expected = [&ids[1..4], &ids[5..9]].concat();
@@ -1092,28 +1092,28 @@ async fn assert_lost_once(store: &dyn Store, cursor: &Cursor, lost: EntryId, cla
     let mut delivered = ids(&claimed.deliveries);
     delivered.sort_unstable();
     assert_eq!(delivered, taken);
-    assert_eq!(pending_ids(store, cursor).await, taken, "what is lost is not pending any more");
+    assert_eq!(pending_ids(store, cursor).await, taken, "the lost entry is not pending any more");
     let again = store.claim(cursor, &[lost], Duration::ZERO).await.expect("claimed");
-    assert!(again.lost.is_empty() && again.deliveries.is_empty(), "a loss is told once");
+    assert!(again.lost.is_empty() && again.deliveries.is_empty(), "a loss is reported once");
 }
 
-async fn a_lost_pending_entry_is_told_once_by_claim(store: Arc<dyn Store>) {
+async fn claim_reports_lost_pending_entry_once(store: Arc<dyn Store>) {
     let (cursor, ids) = grouped(&*store, 5).await;
     fetch(&*store, &cursor, 5).await;
     assert_eq!(store.discard(&cursor.stream, &[ids[2]]).await.expect("discarded"), 1);
-    assert_eq!(pending_ids(&*store, &cursor).await, ids, "still pending until a claim meets it");
-    let claimed = store.claim(&by(&cursor, "b"), &ids, Duration::ZERO).await.expect("claimed");
+    assert_eq!(pending_ids(&*store, &cursor).await, ids, "still pending until a claim finds it");
+    let claimed = store.claim(&as_consumer(&cursor, "b"), &ids, Duration::ZERO).await.expect("claimed");
     let taken = [&ids[..2], &ids[3..]].concat();
     assert_lost_once(&*store, &cursor, ids[2], claimed, &taken).await;
 }
 
-async fn a_lost_pending_entry_is_told_once_by_reclaim(store: Arc<dyn Store>) {
+async fn reclaim_reports_lost_pending_entry_once(store: Arc<dyn Store>) {
     let (cursor, ids) = grouped(&*store, 5).await;
     fetch(&*store, &cursor, 5).await;
     assert_eq!(store.discard(&cursor.stream, &[ids[4]]).await.expect("discarded"), 1);
     let (mut from, mut all_claimed) = (EntryId::MIN, Claimed::default());
     loop {
-        let reclaimed = store.reclaim(&by(&cursor, "b"), Duration::ZERO, from, 100).await.expect("reclaimed");
+        let reclaimed = store.reclaim(&as_consumer(&cursor, "b"), Duration::ZERO, from, 100).await.expect("reclaimed");
         all_claimed.deliveries.extend(reclaimed.claimed.deliveries);
         all_claimed.lost.extend(reclaimed.claimed.lost);
         from = reclaimed.next;
@@ -1124,23 +1124,23 @@ async fn a_lost_pending_entry_is_told_once_by_reclaim(store: Arc<dyn Store>) {
     assert_lost_once(&*store, &cursor, ids[4], all_claimed, &ids[..4]).await;
 }
 
-async fn a_consumer_with_pending_entries_is_not_removed(store: Arc<dyn Store>) {
+async fn consumer_with_pending_entries_is_not_removed(store: Arc<dyn Store>) {
     let (a, _) = grouped(&*store, 2).await;
-    let b = by(&a, "b");
+    let b = as_consumer(&a, "b");
     let delivered = fetch(&*store, &a, 1).await;
     fetch(&*store, &b, 1).await;
-    assert!(!store.remove_consumer(&a).await.expect("asked"));
+    assert!(!store.remove_consumer(&a).await.expect("the store responds"));
     acknowledge(&*store, &a, delivered).await;
-    assert!(store.remove_consumer(&a).await.expect("asked"));
+    assert!(store.remove_consumer(&a).await.expect("the store responds"));
     let consumers = group_status(&*store, &a).await.consumers;
     assert_eq!(consumers.iter().map(|one| &one.name).collect::<Vec<_>>(), [&b.consumer]);
-    assert!(!store.remove_consumer(&b).await.expect("asked"));
+    assert!(!store.remove_consumer(&b).await.expect("the store responds"));
     assert_eq!(group_status(&*store, &b).await.pending, 1);
 }
 
-async fn a_description_counts_right(store: Arc<dyn Store>) {
+async fn describe_returns_correct_counts(store: Arc<dyn Store>) {
     let (a, ids) = grouped(&*store, 100).await;
-    let b = by(&a, "b");
+    let b = as_consumer(&a, "b");
     let idle_group = cursor(&a.stream, "at-the-end", "x");
     store.ensure_group(&a.stream, &idle_group.group, Start::New).await.expect("a group");
     let delivered = fetch(&*store, &a, 30).await;
@@ -1159,7 +1159,7 @@ async fn a_description_counts_right(store: Arc<dyn Store>) {
     assert_eq!(group.oldest_pending, Some(ids[10]));
     let consumers: Vec<_> = group.consumers.iter().map(|one| (one.name.as_str(), one.pending)).collect();
     assert_eq!(consumers, [("a", 20), ("b", 20)]);
-    assert!(group.consumers.iter().all(|one| one.idle < PATIENCE));
+    assert!(group.consumers.iter().all(|one| one.idle < BOUND));
     let at_the_end = &status.groups[0];
     assert_eq!((at_the_end.lag, at_the_end.pending, at_the_end.oldest_pending), (Some(0), 0, None));
     assert_eq!(at_the_end.last_delivered, ids[99]);
@@ -1171,7 +1171,7 @@ async fn a_description_counts_right(store: Arc<dyn Store>) {
     assert_eq!((status.length, status.entries_added), (107, 107));
 }
 
-async fn an_epoch_stays_and_makes_no_stream(store: Arc<dyn Store>) {
+async fn epoch_is_stable_and_creates_no_stream(store: Arc<dyn Store>) {
     let (one, other) = (unique_stream(), unique_stream());
     let epoch = store.epoch(&one).await.expect("an epoch");
     assert_eq!(store.describe(&one).await.expect("described"), None);
@@ -1189,12 +1189,12 @@ async fn an_epoch_stays_and_makes_no_stream(store: Arc<dyn Store>) {
     assert_ne!(store.epoch(&other).await.expect("an epoch"), epoch);
 }
 
-async fn a_check_says_what_the_store_is(store: Arc<dyn Store>) {
+async fn check_describes_the_store(store: Arc<dyn Store>) {
     let status = store.check().await.expect("a store that works");
     assert!(!status.description.is_empty());
 }
 
-async fn a_closed_store_is_unavailable(store: Arc<dyn Store>) {
+async fn closed_store_is_unavailable(store: Arc<dyn Store>) {
     let (cursor, ids) = grouped(&*store, 3).await;
     store.close().await;
     store.close().await;

@@ -1,5 +1,5 @@
-//! Files of the embedded store that were damaged by something else: what was accepted comes back as it was, or is told
-//! to be lost. It is never silently gone, and never shown as something else.
+//! Files of the embedded store, damaged from outside. Each accepted entry is returned unchanged or reported as lost. It
+//! is never lost silently and never returned with other content.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,10 +18,10 @@ use crate::support::until;
 
 const DATABASE: &str = "bus.sqlite3";
 
-/// Numbers that are the same in every run.
-struct Dice(u64);
+/// Pseudo-random numbers that are the same in every run.
+struct SeededRandom(u64);
 
-impl Dice {
+impl SeededRandom {
     fn below(&mut self, limit: usize) -> usize {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
@@ -46,7 +46,7 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// What was accepted, by stream, and what is pending in the group of each.
+/// The accepted entries by stream, and the pending entries of each stream's group.
 #[derive(Debug, Default)]
 struct Accepted {
     texts: BTreeMap<StreamName, BTreeMap<EntryId, String>>,
@@ -57,7 +57,7 @@ fn group(stream: &StreamName) -> Cursor {
     cursor(stream, "g", "a")
 }
 
-/// Two streams with some hundred entries of all sizes, a part of them pending.
+/// Fills two streams with some hundred entries of all sizes. A part of them is pending.
 async fn fill(store: &EmbeddedStore, accepted: &mut Accepted, rounds: usize) {
     for stream in streams() {
         let group = group(&stream);
@@ -80,19 +80,19 @@ async fn fill(store: &EmbeddedStore, accepted: &mut Accepted, rounds: usize) {
     }
 }
 
-/// An error about damage that names the file and the way out.
+/// Checks that an error reports damage, names the file and gives a remedy.
 #[track_caller]
 fn assert_refused(error: &StoreError, folder: &Path) {
     let text = error.to_string();
     let file = folder.join(DATABASE).display().to_string();
     assert_eq!(error.kind(), StoreErrorKind::Corrupt, "{text}");
     assert!(text.contains(&file), "the file is not named: {text}");
-    assert!(text.contains("backup") || text.contains("store.embedded.path"), "no way out: {text}");
+    assert!(text.contains("backup") || text.contains("store.embedded.path"), "no remedy: {text}");
 }
 
-/// Compares a store with what was accepted. Says how many entries it has lost, which it must have told.
-async fn assert_nothing_is_silently_gone(store: &EmbeddedStore, accepted: &Accepted, what: &str) -> usize {
-    let mut told = store.check().await.map_or_else(|error| vec![error.to_string()], |status| status.warnings);
+/// Compares a store with the accepted entries. Returns the number of lost entries, which the store must have reported.
+async fn assert_no_silent_loss(store: &EmbeddedStore, accepted: &Accepted, what: &str) -> usize {
+    let mut reported = store.check().await.map_or_else(|error| vec![error.to_string()], |status| status.warnings);
     let (mut gone, mut damaged) = (Vec::new(), 0);
     for (stream, texts) in &accepted.texts {
         for (id, text) in texts {
@@ -107,13 +107,13 @@ async fn assert_nothing_is_silently_gone(store: &EmbeddedStore, accepted: &Accep
             }
         }
     }
-    told.extend(store.check().await.err().map(|error| error.to_string()));
-    assert!(gone.is_empty() || !told.is_empty(), "{what}: {} entries are gone without a word: {gone:?}", gone.len());
+    reported.extend(store.check().await.err().map(|error| error.to_string()));
+    assert!(gone.is_empty() || !reported.is_empty(), "{what}: {} entries are lost silently: {gone:?}", gone.len());
     gone.len() + damaged
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn bytes_changed_anywhere_in_the_file_are_refused_or_told() {
+async fn changed_bytes_are_refused_or_reported() {
     let folder = tempfile::tempdir().expect("a folder");
     let whole = folder.path().join("whole");
     let mut accepted = Accepted::default();
@@ -121,29 +121,29 @@ async fn bytes_changed_anywhere_in_the_file_are_refused_or_told() {
     fill(&store, &mut accepted, 12).await;
     store.close().await;
     let bytes = fs::read(whole.join(DATABASE)).expect("read");
-    let (mut refused, mut told, mut unharmed) = (0, 0, 0);
+    let (mut refused, mut reported, mut unharmed) = (0, 0, 0);
     for case in 0..150 {
-        let mut dice = Dice(0x9e37_79b9_7f4a_7c15 ^ (case + 1));
+        let mut random = SeededRandom(0x9e37_79b9_7f4a_7c15 ^ (case + 1));
         let mut bytes = bytes.clone();
         let what = match case % 4 {
             0 => {
-                let place = dice.below(bytes.len());
-                bytes[place] ^= 1 << dice.below(8);
+                let place = random.below(bytes.len());
+                bytes[place] ^= 1 << random.below(8);
                 format!("case {case}: a bit at {place}")
             }
             1 => {
-                let (place, length) = (dice.below(bytes.len()), 1 + dice.below(64));
+                let (place, length) = (random.below(bytes.len()), 1 + random.below(64));
                 let end = bytes.len().min(place + length);
                 bytes[place..end].iter_mut().for_each(|byte| *byte ^= 0x5a);
                 format!("case {case}: {length} bytes at {place}")
             }
             2 => {
-                let page = dice.below(bytes.len() / 4096) * 4096;
+                let page = random.below(bytes.len() / 4096) * 4096;
                 bytes[page..page + 4096].fill(0);
                 format!("case {case}: the page at {page}")
             }
             _ => {
-                let length = dice.below(bytes.len());
+                let length = random.below(bytes.len());
                 bytes.truncate(length);
                 format!("case {case}: cut at {length}")
             }
@@ -157,9 +157,9 @@ async fn bytes_changed_anywhere_in_the_file_are_refused_or_told() {
                 refused += 1;
             }
             Ok(store) => {
-                let lost = assert_nothing_is_silently_gone(&store, &accepted, &what).await;
-                *(if lost > 0 { &mut told } else { &mut unharmed }) += 1;
-                // What is damaged takes no more entries, and whatever it takes is there.
+                let lost = assert_no_silent_loss(&store, &accepted, &what).await;
+                *(if lost > 0 { &mut reported } else { &mut unharmed }) += 1;
+                // A damaged stream accepts no entries. An entry that it does accept is stored.
                 let [stream, _] = streams();
                 match store.append(&stream, vec![new_entry("later")]).await {
                     Ok(appended) => {
@@ -178,14 +178,17 @@ async fn bytes_changed_anywhere_in_the_file_are_refused_or_told() {
         }
         fs::remove_dir_all(damaged).expect("removed");
     }
-    assert!(refused > 10 && told > 10 && unharmed > 0, "{refused} refused, {told} told, {unharmed} unharmed");
+    assert!(
+        refused > 10 && reported > 10 && unharmed > 0,
+        "{refused} refused, {reported} reported, {unharmed} unharmed"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_log_torn_anywhere_after_a_kill_gives_what_was_before_and_tells_the_rest() {
+async fn torn_log_keeps_its_prefix_and_reports_the_loss() {
     let folder = tempfile::tempdir().expect("a folder");
     let whole = folder.path().join("whole");
-    // With room for the log to grow.
+    // The log has room to grow.
     let config = |path: &Path| Config { reserve: ByteSize::mib(4), ..config(path) };
     let mut accepted = Accepted::default();
     let store = config(&whole).open().await.expect("opened");
@@ -198,8 +201,8 @@ async fn a_log_torn_anywhere_after_a_kill_gives_what_was_before_and_tells_the_re
     assert!(length > 100_000, "a log of {length} bytes");
     let mut losses = 0;
     for case in 0..60 {
-        let mut dice = Dice(0x2545_f491_4f6c_dd1d ^ (case + 1));
-        let place = dice.below(usize::try_from(length).expect("fits"));
+        let mut random = SeededRandom(0x2545_f491_4f6c_dd1d ^ (case + 1));
+        let place = random.below(usize::try_from(length).expect("fits"));
         let torn = folder.path().join(format!("case-{case}"));
         copy(&image, &torn);
         let mut bytes = fs::read(torn.join(&log)).expect("read");
@@ -213,9 +216,9 @@ async fn a_log_torn_anywhere_after_a_kill_gives_what_was_before_and_tells_the_re
         match config(&torn).open().await {
             Err(error) => assert_refused(&error, &torn),
             Ok(store) => {
-                let lost = assert_nothing_is_silently_gone(&store, &accepted, &what).await;
+                let lost = assert_no_silent_loss(&store, &accepted, &what).await;
                 losses += usize::from(lost > 0);
-                // Ids are not given twice, not even those of lost entries.
+                // Ids are never assigned twice, not even those of lost entries.
                 let [stream, _] = streams();
                 let appended = store.append(&stream, vec![new_entry("later")]).await.expect(&what);
                 assert!(appended[0].id > *accepted.texts[&stream].keys().last().expect("entries"), "{what}");
@@ -228,7 +231,7 @@ async fn a_log_torn_anywhere_after_a_kill_gives_what_was_before_and_tells_the_re
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_database_that_was_taken_away_is_told() {
+async fn removed_database_is_reported() {
     let folder = tempfile::tempdir().expect("a folder");
     let mut accepted = Accepted::default();
     let store = config(folder.path()).open().await.expect("opened");
@@ -241,12 +244,12 @@ async fn a_database_that_was_taken_away_is_told() {
     assert!(warnings[0].starts_with("a stream with 60 accepted entries up to "), "{warnings:?}");
     store.close().await;
     let store = config(folder.path()).open().await.expect("opened");
-    assert_eq!(store.check().await.expect("it works").warnings, Vec::<String>::new(), "told once");
+    assert_eq!(store.check().await.expect("it works").warnings, Vec::<String>::new(), "reported once");
     store.close().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn damage_that_is_met_later_stops_new_entries_and_names_the_file() {
+async fn damage_found_later_stops_appends_and_names_the_file() {
     let folder = tempfile::tempdir().expect("a folder");
     let mut accepted = Accepted::default();
     let store = config(folder.path()).open().await.expect("opened");
@@ -257,13 +260,14 @@ async fn damage_that_is_met_later_stops_new_entries_and_names_the_file() {
     let mut bytes = fs::read(&file).expect("read");
     // The pages of the payloads, which were not read yet.
     let needle = format!("{} 20 5 ", streams()[0]);
-    let place = bytes.windows(needle.len()).position(|window| window == needle.as_bytes()).expect("it is there");
+    let place =
+        bytes.windows(needle.len()).position(|window| window == needle.as_bytes()).expect("the payload is in the file");
     let page = place / 4096 * 4096;
     bytes[page - 40 * 4096..page + 40 * 4096].fill(0xff);
     fs::write(&file, bytes).expect("written");
-    store.check().await.expect("nobody has met it yet");
-    let lost = assert_nothing_is_silently_gone(&store, &accepted, "running").await;
-    assert!(lost > 0, "the damage is not met");
+    store.check().await.expect("the damage is not found yet");
+    let lost = assert_no_silent_loss(&store, &accepted, "running").await;
+    assert!(lost > 0, "the damage is not found");
     let refused = store.check().await.expect_err("damaged");
     assert_refused(&refused, folder.path());
     let error = store.append(&streams()[0], vec![new_entry("later")]).await.expect_err("damaged");
@@ -272,7 +276,7 @@ async fn damage_that_is_met_later_stops_new_entries_and_names_the_file() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_daemon_on_a_damaged_file_ends_with_its_name_and_the_way_out() {
+async fn daemon_on_damaged_file_exits_with_name_and_remedy() {
     let home = Home::new("");
     let daemon = home.start().await;
     until("accepted events", BOUND, async || daemon.publish("aurora:audit", &vec!["{}".to_owned(); 200]).await.ok())

@@ -1,4 +1,4 @@
-//! The embedded store: what only it promises about files, restarts, full disks and damage.
+//! Promises of the embedded store alone: files, restarts, full disks and damage.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,17 +17,17 @@ use crate::store_contract::{cursor, new_entry, unique_stream};
 use crate::store_model::{self, Traits};
 use crate::support::stores::small;
 
-const PATIENCE: Duration = Duration::from_mins(1);
+const BOUND: Duration = Duration::from_mins(1);
 
 async fn open_in(folder: &Path, config: Config) -> EmbeddedStore {
     small(folder, config).open().await.expect("opened")
 }
 
 #[test]
-fn random_operations_agree_with_the_model() {
+fn random_operations_match_the_model() {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let folder = tempfile::tempdir().expect("a folder");
-    // So little memory that some entries are read from it and some from their rows.
+    // The cache is so small that some entries are read from memory and some from their rows.
     let config = small(folder.path(), Config { recent: ByteSize::kib(40), ..Config::default() });
     let open = async || Arc::new(config.clone().open().await.expect("opened")) as Arc<dyn Store>;
     let store = runtime.block_on(open());
@@ -38,7 +38,7 @@ fn random_operations_agree_with_the_model() {
     store_model::check(&runtime, store, reopen, Traits { cases: 150, is_lag_exact: true, rearms_lost: true });
 }
 
-/// What the disk holds when the process is killed now: the files as the kernel has them.
+/// Copies the files as the kernel has them, which is the state after a kill of the process.
 fn crash_image(of: &Path, to: &Path) {
     fs::create_dir_all(to).expect("a folder");
     for file in fs::read_dir(of).expect("listed") {
@@ -81,7 +81,7 @@ async fn acknowledge(store: &dyn Store, cursor: &Cursor, limit: usize) -> usize 
 }
 
 #[tokio::test]
-async fn what_was_answered_survives_a_crash() {
+async fn confirmed_writes_survive_a_crash() {
     for durability in [Durability::Commit, Durability::Interval] {
         let folder = tempfile::tempdir().expect("a folder");
         let (before, after) = (folder.path().join("before"), folder.path().join("after"));
@@ -131,7 +131,7 @@ async fn what_was_answered_survives_a_crash() {
 }
 
 #[tokio::test]
-async fn a_second_store_on_the_same_folder_is_refused_until_the_first_is_closed() {
+async fn second_store_on_open_folder_is_refused() {
     let folder = tempfile::tempdir().expect("a folder");
     let first = open_in(folder.path(), Config::default()).await;
     let error = small(folder.path(), Config::default()).open().await.expect_err("the folder is taken");
@@ -145,7 +145,7 @@ async fn a_second_store_on_the_same_folder_is_refused_until_the_first_is_closed(
 }
 
 #[tokio::test]
-async fn a_folder_that_can_not_be_used_is_named_with_the_fix() {
+async fn unusable_folder_is_named_with_the_fix() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("file");
     fs::write(&file, "in the way").expect("written");
@@ -168,7 +168,7 @@ async fn a_folder_that_can_not_be_used_is_named_with_the_fix() {
 }
 
 #[tokio::test]
-async fn a_newer_format_is_refused_by_name() {
+async fn newer_format_is_refused_with_its_number() {
     let folder = tempfile::tempdir().expect("a folder");
     open_in(folder.path(), Config::default()).await.close().await;
     let database = Connection::open(folder.path().join("bus.sqlite3")).expect("a database");
@@ -178,7 +178,7 @@ async fn a_newer_format_is_refused_by_name() {
     assert!(error.to_string().contains("has format 7, but this aurora-bus reads formats up to 2"), "{error}");
 }
 
-/// A closed store with 300 entries in chunks of 64, read by a group up to the 10th.
+/// Makes a closed store with 300 entries in chunks of 64. A group has read the first ten.
 async fn store_to_damage(folder: &Path) -> (StreamName, Cursor, Vec<EntryId>) {
     let store = open_in(folder, Config::default()).await;
     let stream = unique_stream();
@@ -191,8 +191,8 @@ async fn store_to_damage(folder: &Path) -> (StreamName, Cursor, Vec<EntryId>) {
     (stream, cursor, ids)
 }
 
-/// Checks that the chunk of entries 64 to 127 is told to be damaged, and that all goes on once it is given up.
-async fn assert_damaged_chunk_is_told(folder: &Path, stream: &StreamName, cursor: &Cursor, ids: &[EntryId]) {
+/// Checks that the chunk of entries 64 to 127 is reported as damaged, and that the store works after its removal.
+async fn assert_damaged_chunk_is_reported(folder: &Path, stream: &StreamName, cursor: &Cursor, ids: &[EntryId]) {
     let store = open_in(folder, Config::default()).await;
     let name = format!("64 entries of stream `{stream}`, from {} to {}, cannot be read", ids[64], ids[127]);
     for range in [everything(), Range { from: ids[100], to: ids[100], order: Order::Backward }] {
@@ -200,20 +200,20 @@ async fn assert_damaged_chunk_is_told(folder: &Path, stream: &StreamName, cursor
         assert_eq!(error.kind(), StoreErrorKind::Corrupt);
         assert!(error.to_string().starts_with(&name), "{error}");
     }
-    let tailed = store.tail(stream, ids[20], 1000, Duration::ZERO).await.expect("what comes before the damage");
+    let tailed = store.tail(stream, ids[20], 1000, Duration::ZERO).await.expect("the entries before the damage");
     assert_eq!(tailed.iter().map(|entry| entry.id).collect::<Vec<_>>(), ids[21..64]);
     let after = store.range(stream, Range::after(ids[127]), 1000).await.expect("read");
     assert_eq!(after.iter().map(|entry| entry.id).collect::<Vec<_>>(), ids[128..]);
 
-    assert_eq!(fetch_ids(&store, cursor, 100).await, ids[10..64], "what comes before the damage is delivered");
+    assert_eq!(fetch_ids(&store, cursor, 100).await, ids[10..64], "the entries before the damage are delivered");
     for _ in 0..2 {
         let error = store.fetch(cursor, 100, Duration::ZERO).await.expect_err("damaged");
         assert_eq!(error.kind(), StoreErrorKind::Corrupt);
         assert!(error.to_string().starts_with(&name), "{error}");
     }
-    let error = store.discard(stream, &[ids[64]]).await.expect_err("one end does not give the range up");
+    let error = store.discard(stream, &[ids[64]]).await.expect_err("one end does not discard the range");
     assert_eq!(error.kind(), StoreErrorKind::Corrupt);
-    assert_eq!(store.discard(stream, &[ids[64], ids[127]]).await.expect("given up"), 64);
+    assert_eq!(store.discard(stream, &[ids[64], ids[127]]).await.expect("discarded"), 64);
     assert_eq!(fetch_ids(&store, cursor, 1000).await, ids[128..]);
     let status = store.describe(stream).await.expect("described").expect("it exists");
     assert_eq!((status.length, status.entries_added, status.groups[0].lag), (236, 300, Some(0)));
@@ -225,7 +225,7 @@ async fn assert_damaged_chunk_is_told(folder: &Path, stream: &StreamName, cursor
 }
 
 #[tokio::test]
-async fn a_flipped_byte_is_told_and_never_shown() {
+async fn flipped_byte_is_reported_and_never_returned() {
     let folder = tempfile::tempdir().expect("a folder");
     let (stream, cursor, ids) = store_to_damage(folder.path()).await;
     let file = folder.path().join("bus.sqlite3");
@@ -238,11 +238,11 @@ async fn a_flipped_byte_is_told_and_never_shown() {
         bytes[place] ^= 0x20;
     }
     fs::write(&file, bytes).expect("written");
-    assert_damaged_chunk_is_told(folder.path(), &stream, &cursor, &ids).await;
+    assert_damaged_chunk_is_reported(folder.path(), &stream, &cursor, &ids).await;
 }
 
 #[tokio::test]
-async fn a_missing_chunk_is_told() {
+async fn missing_chunk_is_reported() {
     let chunk = "(SELECT chunk FROM chunk_index ORDER BY chunk LIMIT 1 OFFSET 1)";
     let body = format!("DELETE FROM chunks WHERE chunk = {chunk}");
     let both = format!("{body}; DELETE FROM chunk_index WHERE chunk = {chunk}");
@@ -253,12 +253,12 @@ async fn a_missing_chunk_is_told() {
         let database = Connection::open(folder.path().join("bus.sqlite3")).expect("a database");
         database.execute_batch(&damage).expect("damaged");
         drop(database);
-        assert_damaged_chunk_is_told(folder.path(), &stream, &cursor, &ids).await;
+        assert_damaged_chunk_is_reported(folder.path(), &stream, &cursor, &ids).await;
     }
 }
 
 #[tokio::test]
-async fn a_damaged_index_row_is_made_anew_from_its_chunk() {
+async fn damaged_index_row_is_rebuilt_from_its_chunk() {
     let folder = tempfile::tempdir().expect("a folder");
     let (stream, cursor, ids) = store_to_damage(folder.path()).await;
     let database = Connection::open(folder.path().join("bus.sqlite3")).expect("a database");
@@ -271,7 +271,7 @@ async fn a_damaged_index_row_is_made_anew_from_its_chunk() {
 }
 
 #[tokio::test]
-async fn damage_to_what_decides_deliveries_is_told_at_the_start() {
+async fn damaged_delivery_state_is_reported_at_start() {
     let damages = [
         ("UPDATE groups SET cursor_ms = 0", "the row of group `g` is damaged"),
         ("UPDATE leases SET attempts = 9", "pending entries of group `g` are damaged"),
@@ -293,18 +293,18 @@ async fn damage_to_what_decides_deliveries_is_told_at_the_start() {
 }
 
 #[tokio::test]
-async fn a_log_that_lost_its_end_is_told_and_begins_a_new_epoch() {
+async fn truncated_log_is_reported_and_starts_new_epoch() {
     let folder = tempfile::tempdir().expect("a folder");
     let (before, after) = (folder.path().join("before"), folder.path().join("after"));
     let (stream, cursor, mut ids) = store_to_damage(&before).await;
-    // With room for its log to wait for a checkpoint.
+    // The log has room, so that no checkpoint runs.
     let config = Config { path: before.clone(), reserve: ByteSize::mib(2), ..Config::default() };
     let store = config.open().await.expect("opened");
     let epoch = store.epoch(&stream).await.expect("an epoch");
     ids.extend(append(&store, &stream, (0..5).map(|n| n.to_string())).await);
     ids.extend(append(&store, &stream, (0..5).map(|n| n.to_string())).await);
     crash_image(&before, &after);
-    fs::write(after.join("bus.sqlite3-wal"), "").expect("the log is gone");
+    fs::write(after.join("bus.sqlite3-wal"), "").expect("the log is truncated");
 
     let restarted = open_in(&after, Config::default()).await;
     let warnings = restarted.check().await.expect("it works").warnings;
@@ -319,7 +319,7 @@ async fn a_log_that_lost_its_end_is_told_and_begins_a_new_epoch() {
     assert!(warnings.len() == 1 && warnings[0].starts_with(&expected), "{warnings:?}");
     assert_ne!(restarted.epoch(&stream).await.expect("an epoch"), epoch);
     let next = append(&restarted, &stream, ["next".to_owned()].into_iter()).await;
-    assert!(next[0] > *ids.last().expect("entries"), "lost ids are not given again");
+    assert!(next[0] > *ids.last().expect("entries"), "lost ids are not assigned again");
     assert_eq!(fetch_ids(&restarted, &cursor, 1000).await, [&left[10..], &next].concat());
     let status = restarted.describe(&stream).await.expect("described").expect("it exists");
     assert_eq!(status.groups[0].lag, Some(0));
@@ -327,9 +327,9 @@ async fn a_log_that_lost_its_end_is_told_and_begins_a_new_epoch() {
     restarted.close().await;
 
     let restarted = open_in(&after, Config::default()).await;
-    assert_eq!(restarted.check().await.expect("it works").warnings, Vec::<String>::new(), "a loss is told once");
+    assert_eq!(restarted.check().await.expect("it works").warnings, Vec::<String>::new(), "a loss is reported once");
     assert_eq!(restarted.epoch(&stream).await.expect("an epoch"), epoch);
-    assert_eq!(ids_of(&restarted, &stream).await, [&left[..], &next].concat(), "what was lost is no damage");
+    assert_eq!(ids_of(&restarted, &stream).await, [&left[..], &next].concat(), "lost entries are not damage");
     store.close().await;
     restarted.close().await;
 }
@@ -357,7 +357,7 @@ async fn single_appends_are_merged_into_larger_chunks() {
     assert!(chunks <= 100, "{chunks} chunks for 1500 entries");
     drop(database);
     let store = open_in(folder.path(), config).await;
-    assert_eq!(ids_of(&store, &stream).await, ids, "discarded entries are not taken for damage");
+    assert_eq!(ids_of(&store, &stream).await, ids, "discarded entries are not reported as damage");
     let status = store.describe(&stream).await.expect("described").expect("it exists");
     assert_eq!((status.length, status.entries_added), (ids.len() as u64, 1500));
     store.close().await;
@@ -382,19 +382,19 @@ async fn idempotency_keys_survive_a_restart_and_are_pruned() {
     let database = Connection::open(folder.path().join("bus.sqlite3")).expect("a database");
     let begun = Instant::now();
     loop {
-        // Pruning goes along with other work.
+        // The writer prunes keys along with other work.
         store.check().await.expect("it works");
         let keys: i64 = database.query_row("SELECT count(*) FROM idempotency", [], |row| row.get(0)).expect("counted");
         if keys == 1 {
             break;
         }
-        assert!(begun.elapsed() < PATIENCE, "{keys} keys are kept");
+        assert!(begun.elapsed() < BOUND, "{keys} keys are kept");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     store.close().await;
 }
 
-/// A small file system of its own.
+/// A small file system, unmounted on drop.
 struct SmallDisk {
     folder: tempfile::TempDir,
 }
@@ -406,7 +406,7 @@ impl SmallDisk {
             .args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"])
             .arg(folder.path())
             .status();
-        assert!(mounted.is_ok_and(|status| status.success()), "this test mounts a tmpfs, which takes root");
+        assert!(mounted.is_ok_and(|status| status.success()), "this test mounts a tmpfs, which requires root");
         Self { folder }
     }
 
@@ -423,7 +423,7 @@ impl Drop for SmallDisk {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_full_disk_refuses_entries_and_loses_none_and_recovers() {
+async fn full_disk_refuses_appends_loses_none_and_recovers() {
     let disk = SmallDisk::mount("6m");
     let config = Config { path: disk.path(), reserve: ByteSize::mib(2), ..Config::default() };
     let store = config.clone().open().await.expect("opened");
@@ -439,10 +439,10 @@ async fn a_full_disk_refuses_entries_and_loses_none_and_recovers() {
                 Err(error) if error.kind() == StoreErrorKind::Full => return accepted,
                 Err(error) => panic!("neither accepted nor full: {error}"),
             }
-            assert!(accepted.len() < 10_000, "the disk is never full");
+            assert!(accepted.len() < 10_000, "the disk does not become full");
         }
     };
-    // Acknowledgements share their commits with the appends that fill the disk, and don't fail with them.
+    // Acknowledgements share their commits with the appends that fill the disk, and do not fail with them.
     let mut settled = 0;
     let appending = async { tokio::join!(until_full(), until_full(), until_full()) };
     tokio::pin!(appending);
@@ -458,7 +458,7 @@ async fn a_full_disk_refuses_entries_and_loses_none_and_recovers() {
     assert_eq!(store.append(&stream, batch.clone()).await.expect_err("still full").kind(), StoreErrorKind::Full);
     assert_eq!(store.check().await.expect_err("still full").kind(), StoreErrorKind::Full);
 
-    assert_eq!(ids_of(&store, &stream).await, accepted, "reads go on");
+    assert_eq!(ids_of(&store, &stream).await, accepted, "reads work");
     loop {
         let more = acknowledge(&store, &cursor, 10).await;
         settled += more;
@@ -466,7 +466,7 @@ async fn a_full_disk_refuses_entries_and_loses_none_and_recovers() {
             break;
         }
     }
-    // The last round beside the appends was broken off, and may be pending.
+    // The last acknowledgement beside the appends was interrupted, and its entries may be pending.
     let left = store.reclaim(&cursor, Duration::ZERO, EntryId::MIN, 100).await.expect("claimed").claimed.deliveries;
     let acknowledged = |delivery| Settlement { delivery, outcome: Outcome::Acknowledge };
     let left: Vec<Settlement> = left.into_iter().map(acknowledged).collect();
@@ -478,14 +478,14 @@ async fn a_full_disk_refuses_entries_and_loses_none_and_recovers() {
     let store = config.open().await.expect("opened on the full disk");
     assert_eq!(ids_of(&store, &stream).await, accepted);
     assert!(fetch_ids(&store, &cursor, 10).await.is_empty(), "no acknowledgement was lost");
-    store.trim(&stream, Trim::ToLength(0)).await.expect("trims go on");
+    store.trim(&stream, Trim::ToLength(0)).await.expect("trims work");
     let begun = Instant::now();
     let appended = loop {
         match store.append(&stream, batch.clone()).await {
             Ok(appended) => break appended,
             Err(error) => assert_eq!(error.kind(), StoreErrorKind::Full),
         }
-        assert!(begun.elapsed() < PATIENCE, "the room that the trim made is not used");
+        assert!(begun.elapsed() < BOUND, "the space that the trim freed is not used");
         tokio::time::sleep(Duration::from_millis(50)).await;
     };
     assert!(appended[0].id > *accepted.last().expect("entries"));

@@ -1,4 +1,4 @@
-//! A million pending entries in the embedded store: no call may hold up the writer for long.
+//! A million pending entries in the embedded store. No call may block the writer for long.
 
 use std::time::{Duration, Instant};
 
@@ -8,11 +8,11 @@ use aurora_bus::store::{Cursor, Outcome, Settlement, Start, Store};
 
 use crate::store_contract::{cursor, new_entry, unique_stream};
 
-/// What a call may take. The machine may be busy, and this is no optimised build: the least of a few counts.
+/// The limit for a call: the shortest of a few, because the machine may be busy and the build is not optimized.
 const LONGEST: Duration = Duration::from_millis(50);
 const ENTRIES: usize = 1_000_000;
 
-/// The shortest of a few calls.
+/// Returns the shortest duration of a few calls.
 async fn shortest(mut call: impl AsyncFnMut()) -> Duration {
     let mut shortest = Duration::MAX;
     for _ in 0..5 {
@@ -24,7 +24,7 @@ async fn shortest(mut call: impl AsyncFnMut()) -> Duration {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_million_pending_entries_hold_up_no_call_for_long() {
+async fn million_pending_entries_delay_no_call() {
     let folder = tempfile::tempdir().expect("a folder");
     let config = Config { path: folder.path().join("data"), durability: Durability::Interval, ..Config::default() };
     let store = config.open().await.expect("opened");
@@ -35,7 +35,7 @@ async fn a_million_pending_entries_hold_up_no_call_for_long() {
     for _ in 0..ENTRIES / 500 {
         store.append(&stream, (0..500).map(|_| new_entry("x")).collect()).await.expect("appended");
     }
-    // One consumer holds the first and the last few, another all in between.
+    // One consumer holds the first and the last few entries, another one all entries in between.
     let mut held = 0;
     while held < ENTRIES {
         let by = if (1000..ENTRIES - 1000).contains(&held) { of("second") } else { first.clone() };

@@ -1,7 +1,7 @@
-//! Random operations on a store and on a small model of it, which must agree at every step.
+//! Random operations on a store and on a small model of it. Both must agree after every step.
 //!
-//! The model is the contract in a few maps. Time has two values in it: an entry is either idle for as long as the
-//! claim limit ("aged": re-armed for now, or released) or not.
+//! The model is the contract in a few maps. It knows two values of time: an entry is idle for the claim idle ("aged":
+//! re-armed for now, or released), or it is not.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -20,15 +20,15 @@ use proptest::test_runner::{Config, TestRunner};
 
 use crate::store_contract::{cursor, unique_stream};
 
-/// What differs between stores besides their names.
+/// The differences between stores.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Traits {
-    /// How many sequences of operations to try.
+    /// Number of operation sequences to run.
     pub(crate) cases: u32,
-    /// Whether the lag is right whatever was removed.
+    /// Whether the lag is correct after any removal.
     pub(crate) is_lag_exact: bool,
-    /// Whether a pending entry whose body is gone can be re-armed, released and extended like any other. Where not, it
-    /// stays as it is until a claim finds it lost.
+    /// Whether a pending entry without a body can be re-armed, released and extended like any other. If not, it stays
+    /// unchanged until a claim reports it as lost.
     pub(crate) rearms_lost: bool,
 }
 
@@ -103,7 +103,7 @@ fn operation() -> impl Strategy<Value = Operation> {
 }
 
 #[derive(Debug)]
-struct Held {
+struct PendingEntry {
     consumer: usize,
     attempts: u32,
     is_aged: bool,
@@ -112,11 +112,11 @@ struct Held {
 #[derive(Debug, Default)]
 struct Group {
     cursor: EntryId,
-    pending: BTreeMap<EntryId, Held>,
+    pending: BTreeMap<EntryId, PendingEntry>,
     consumers: BTreeSet<usize>,
-    /// Whether `entries_read` and the lag start from a known place on every store.
+    /// Whether `entries_read` and the lag start from a known position on every store.
     read: u64,
-    /// What became of its entries; where the account begins is the store's to say.
+    /// The settled entries by outcome. The store decides the start of the account.
     account: Account,
 }
 
@@ -125,11 +125,11 @@ struct Model {
     stream: StreamName,
     dead: StreamName,
     entries: BTreeMap<EntryId, Fields>,
-    /// Every id ever given.
+    /// Every id assigned so far.
     ids: Vec<EntryId>,
     keys: BTreeMap<u8, EntryId>,
     groups: BTreeMap<usize, Group>,
-    letters: Vec<Fields>,
+    dead_letters: Vec<Fields>,
     is_made: bool,
     counter: u64,
 }
@@ -139,12 +139,12 @@ impl Model {
         Cursor { claim_idle: HOUR, ..cursor(&self.stream, GROUPS[group], CONSUMERS[consumer]) }
     }
 
-    /// An id that was given once, or the one that no entry has.
+    /// Returns an id that was assigned, or the minimum, which no entry has.
     fn pick(&self, pick: Index) -> EntryId {
         if self.ids.is_empty() { EntryId::MIN } else { self.ids[pick.index(self.ids.len())] }
     }
 
-    /// The first id that a group has still to handle.
+    /// Returns the first id that a group has not settled.
     fn floor(&self) -> EntryId {
         let floor = |group: &Group| {
             group.pending.first_key_value().map_or(EntryId::MAX, |(id, _)| *id).min(group.cursor.next())
@@ -152,7 +152,7 @@ impl Model {
         self.groups.values().map(floor).min().unwrap_or(EntryId::MAX)
     }
 
-    /// Entries that are new to the stream in bytes and number.
+    /// Returns entries with content and number that are new to the stream.
     fn new_entries(&mut self, sizes: &[u16], key: Option<u8>) -> Vec<NewEntry> {
         let window = HOUR;
         let entries = sizes.iter().enumerate().map(|(place, size)| {
@@ -173,8 +173,8 @@ impl Model {
     }
 }
 
-/// Tries random sequences of operations on a store. `reopen` closes it and opens it again, where it is a store that
-/// can be opened, and may return it as it is.
+/// Runs random sequences of operations on a store. `reopen` closes and opens an embedded store; for other stores it may
+/// return the same one.
 pub(crate) fn check<R>(runtime: &tokio::runtime::Runtime, store: Arc<dyn Store>, reopen: R, traits: Traits)
 where
     R: AsyncFn(Arc<dyn Store>) -> Arc<dyn Store>,
@@ -191,7 +191,7 @@ where
                 ids: Vec::new(),
                 keys: BTreeMap::new(),
                 groups: BTreeMap::new(),
-                letters: Vec::new(),
+                dead_letters: Vec::new(),
                 is_made: false,
                 counter: 0,
             };
@@ -237,7 +237,7 @@ async fn step(store: &dyn Store, model: &mut Model, operation: Operation, traits
             let result = store.claim(&model.cursor(group, consumer), &ids, idle).await;
             let Some(claimed) = unless_no_group(model, group, result) else { return };
             let asked: BTreeSet<EntryId> = ids.into_iter().collect();
-            taken(model, group, consumer, &claimed.deliveries, &claimed.lost, &asked, aged_only);
+            apply_claim(model, group, consumer, &claimed.deliveries, &claimed.lost, &asked, aged_only);
         }
         Operation::Reclaim { group, consumer, limit, aged_only } => {
             let idle = if aged_only { HOUR } else { Duration::ZERO };
@@ -256,7 +256,7 @@ async fn step(store: &dyn Store, model: &mut Model, operation: Operation, traits
                 from = reclaimed.next;
             }
             let asked: BTreeSet<EntryId> = asked.expect("the group exists");
-            taken(model, group, consumer, &deliveries, &lost, &asked, aged_only);
+            apply_claim(model, group, consumer, &deliveries, &lost, &asked, aged_only);
         }
         Operation::Settle { group, consumer, endings } => settle(store, model, group, consumer, endings, traits).await,
         Operation::Extend { group, consumer, picks } => {
@@ -295,7 +295,7 @@ async fn step(store: &dyn Store, model: &mut Model, operation: Operation, traits
                 return;
             };
             let is_free = group.pending.values().all(|held| held.consumer != consumer);
-            assert_eq!(store.remove_consumer(&cursor).await.expect("asked"), is_free);
+            assert_eq!(store.remove_consumer(&cursor).await.expect("the store responds"), is_free);
             if is_free {
                 group.consumers.remove(&consumer);
             }
@@ -325,7 +325,7 @@ async fn step(store: &dyn Store, model: &mut Model, operation: Operation, traits
     }
 }
 
-/// What was asked of a group, or nothing where the group does not exist and the store says so.
+/// Returns the result, or `None` if the group does not exist and the store reports that.
 fn unless_no_group<T>(model: &Model, group: usize, result: Result<T, aurora_bus::store::StoreError>) -> Option<T> {
     if model.groups.contains_key(&group) {
         return Some(result.expect("the group exists"));
@@ -360,7 +360,7 @@ async fn fetch(store: &dyn Store, model: &mut Model, group: usize, consumer: usi
     let Some(delivered) = unless_no_group(model, group, result) else { return };
     model.check_entries(delivered.iter().map(|delivery| &delivery.entry));
     let group = model.groups.get_mut(&group).expect("checked above");
-    // Some stores know a consumer only once it was given something.
+    // Some stores list a consumer only after its first delivery.
     if !delivered.is_empty() {
         group.consumers.insert(consumer);
     }
@@ -372,12 +372,12 @@ async fn fetch(store: &dyn Store, model: &mut Model, group: usize, consumer: usi
         assert_eq!(delivery.attempt, 1);
         group.cursor = delivery.entry.id;
         group.read += 1;
-        group.pending.insert(delivery.entry.id, Held { consumer, attempts: 1, is_aged: false });
+        group.pending.insert(delivery.entry.id, PendingEntry { consumer, attempts: 1, is_aged: false });
     }
 }
 
-/// Checks what a claim took of `asked`, and does the same to the model.
-fn taken(
+/// Checks the result of a claim of `asked`, and applies it to the model.
+fn apply_claim(
     model: &mut Model,
     group: usize,
     consumer: usize,
@@ -408,15 +408,15 @@ fn taken(
     assert_eq!(got, expected);
     // A store may find a loss before the entry is idle.
     let found: BTreeSet<EntryId> = lost.iter().copied().collect();
-    assert_eq!(found.len(), lost.len(), "a loss was told twice");
-    assert!(found.is_superset(&must_be_lost), "{must_be_lost:?} are lost, told were {found:?}");
+    assert_eq!(found.len(), lost.len(), "a loss was reported twice");
+    assert!(found.is_superset(&must_be_lost), "{must_be_lost:?} are lost, reported were {found:?}");
     for id in &found {
         assert!(!entries.contains_key(id) && asked.contains(id), "{id} is not lost");
         assert!(group.pending.remove(id).is_some(), "{id} was not pending");
         *group.account.lost_mut(LostReason::TrimmedPending) += 1;
     }
     for (id, attempts) in expected {
-        group.pending.insert(id, Held { consumer, attempts, is_aged: false });
+        group.pending.insert(id, PendingEntry { consumer, attempts, is_aged: false });
         group.consumers.insert(consumer);
     }
 }
@@ -437,9 +437,9 @@ async fn settle(
     for (id, ending) in picked {
         let held = state.pending.get(&id);
         let is_owned = held.is_some_and(|held| held.consumer == consumer);
-        // A young delivery may be acknowledged without asking who owns it by now.
+        // A young delivery may be acknowledged without a check of its owner.
         let is_vague = held.is_some() && !is_owned && matches!(ending, Ending::Acknowledge | Ending::Filter);
-        // One that others may take over already counts as released: whether this is the same release is not known.
+        // A claimable entry already counts as released. The store cannot know whether this is the same release.
         let is_repeated = held.is_some_and(|held| held.is_aged) && matches!(ending, Ending::Release);
         if !seen.insert(id) || is_vague || is_repeated {
             continue;
@@ -459,9 +459,9 @@ async fn settle(
             Ending::RetryLater => Outcome::Retry(HOUR * 2),
             Ending::Release => Outcome::Release,
             Ending::DeadLetter => {
-                let mut letter = fields;
-                letter.push("dead.id", id.to_string());
-                Outcome::DeadLetter { to: dead.clone(), fields: letter }
+                let mut dead_letter = fields;
+                dead_letter.push("dead.id", id.to_string());
+                Outcome::DeadLetter { to: dead.clone(), fields: dead_letter }
             }
         };
         if is_owned {
@@ -471,7 +471,7 @@ async fn settle(
                 Outcome::Retry(_) | Outcome::Release if is_frozen => {}
                 Outcome::Retry(due) => held.is_aged = due.is_zero(),
                 Outcome::Release => {
-                    // One that is due already may be released for the second time: the same settlement once more.
+                    // An entry that is due already may be released twice, as a repetition of one settlement.
                     held.attempts = held.attempts.saturating_sub(u32::from(!held.is_aged));
                     held.is_aged = true;
                 }
@@ -486,7 +486,7 @@ async fn settle(
                 Outcome::DeadLetter { fields, .. } => {
                     state.pending.remove(&id);
                     state.account.dead += 1;
-                    model.letters.push(fields.clone());
+                    model.dead_letters.push(fields.clone());
                 }
             }
         }
@@ -508,45 +508,45 @@ async fn trim(store: &dyn Store, model: &mut Model, trim: Trim) {
         Trim::Before(id) => model.entries.range(id..).count(),
     };
     let must_stay = asked.max(needed);
-    assert!(kept >= must_stay, "{kept} entries are left, {must_stay} had to stay");
-    assert!(kept <= must_stay + 100, "{kept} entries are left of which {must_stay} had to stay");
+    assert!(kept >= must_stay, "{kept} entries are left, but {must_stay} must stay");
+    assert!(kept <= must_stay + 100, "{kept} entries are left of which only {must_stay} must stay");
     let gone: Vec<EntryId> = model.entries.keys().copied().take(removed).collect();
     for id in gone {
         model.entries.remove(&id);
     }
 }
 
-/// Compares lists, and shows where they differ first and not all of them.
+/// Compares two lists and shows only their first difference.
 #[track_caller]
 fn assert_same<T: PartialEq + std::fmt::Debug>(got: &[T], expected: &[T]) {
     let place = got.iter().zip(expected).take_while(|(got, expected)| got == expected).count();
     assert_eq!(got.get(place), expected.get(place), "at {place} of {} and {}", got.len(), expected.len());
 }
 
-/// Compares what became of a group's entries, and sees that it adds up.
-fn compare_accounts(status: &StreamStatus, told: &GroupStatus, group: &Group, traits: Traits) {
-    let mut account = told.account.unwrap_or_default();
+/// Compares the account of a group with the model, and checks that it adds up.
+fn compare_accounts(status: &StreamStatus, actual: &GroupStatus, group: &Group, traits: Traits) {
+    let mut account = actual.account.unwrap_or_default();
     let undelivered = *account.lost_mut(LostReason::TrimmedUndelivered);
     if !traits.is_lag_exact {
-        // Found by whoever looks for it, and booked then.
+        // Losses are counted only when a search finds them.
         *account.lost_mut(LostReason::TrimmedUndelivered) = group.account.lost(LostReason::TrimmedUndelivered);
     }
     assert_eq!(account, Account { base: account.base, ..group.account });
     if traits.is_lag_exact {
-        assert_eq!(Balance::of(status, told, Consumption::Inside).difference, Some(0), "{told:?}");
+        assert_eq!(Balance::of(status, actual, Consumption::Inside).difference, Some(0), "{actual:?}");
         assert_eq!(undelivered, group.account.lost(LostReason::TrimmedUndelivered));
     }
 }
 
-/// Compares everything that can be seen of the stream.
+/// Compares the whole visible state of the stream.
 async fn compare(store: &dyn Store, model: &Model, traits: Traits) {
     let everything = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
     let entries = store.range(&model.stream, everything, 100_000).await.expect("read");
     let ids: Vec<EntryId> = entries.iter().map(|entry| entry.id).collect();
     assert_same(&ids, &model.entries.keys().copied().collect::<Vec<_>>());
     model.check_entries(&entries);
-    let letters = store.range(&model.dead, everything, 100_000).await.expect("read");
-    assert_eq!(letters.into_iter().map(|letter| letter.fields).collect::<Vec<_>>(), model.letters);
+    let dead_letters = store.range(&model.dead, everything, 100_000).await.expect("read");
+    assert_eq!(dead_letters.into_iter().map(|dead_letter| dead_letter.fields).collect::<Vec<_>>(), model.dead_letters);
 
     let status = store.describe(&model.stream).await.expect("described");
     assert_eq!(status.is_some(), model.is_made);
@@ -556,26 +556,26 @@ async fn compare(store: &dyn Store, model: &Model, traits: Traits) {
     assert_eq!(status.last_id, model.ids.last().copied().unwrap_or(EntryId::MIN));
     assert_eq!(status.entries_added, model.ids.len() as u64);
     assert_eq!(status.groups.len(), model.groups.len());
-    for (group, told) in model.groups.iter().zip(&status.groups) {
+    for (group, actual) in model.groups.iter().zip(&status.groups) {
         let (number, group) = group;
-        compare_accounts(&status, told, group, traits);
-        assert_eq!(told.name.as_str(), GROUPS[*number]);
-        assert_eq!(told.last_delivered, group.cursor);
-        assert_eq!(told.pending, group.pending.len() as u64);
-        assert_eq!(told.oldest_pending, group.pending.keys().next().copied());
+        compare_accounts(&status, actual, group, traits);
+        assert_eq!(actual.name.as_str(), GROUPS[*number]);
+        assert_eq!(actual.last_delivered, group.cursor);
+        assert_eq!(actual.pending, group.pending.len() as u64);
+        assert_eq!(actual.oldest_pending, group.pending.keys().next().copied());
         let lag = model.entries.range(group.cursor.next()..).count() as u64;
         if traits.is_lag_exact {
-            assert_eq!(told.lag, Some(lag), "the lag of {}", told.name);
-            assert_eq!(told.entries_read, Some(group.read));
+            assert_eq!(actual.lag, Some(lag), "the lag of {}", actual.name);
+            assert_eq!(actual.entries_read, Some(group.read));
         }
-        for consumer in &told.consumers {
+        for consumer in &actual.consumers {
             let number = CONSUMERS.iter().position(|name| *name == consumer.name.as_str()).expect("one of ours");
             let held = group.pending.values().filter(|held| held.consumer == number).count();
             assert_eq!(consumer.pending, held as u64, "pending on {}", consumer.name);
         }
         let cursor = model.cursor(*number, 0);
         let pending = store.pending(&cursor, false, EntryId::MIN, 100_000).await.expect("listed");
-        let told: Vec<_> = pending
+        let actual: Vec<_> = pending
             .iter()
             .map(|one| (one.id, one.consumer.as_str().to_owned(), one.attempts, one.idle >= HOUR))
             .collect();
@@ -584,6 +584,6 @@ async fn compare(store: &dyn Store, model: &Model, traits: Traits) {
             .iter()
             .map(|(id, held)| (*id, CONSUMERS[held.consumer].to_owned(), held.attempts, held.is_aged))
             .collect();
-        assert_same(&told, &expected);
+        assert_same(&actual, &expected);
     }
 }

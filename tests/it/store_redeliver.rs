@@ -16,8 +16,8 @@ const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: O
 const HOUR: Duration = Duration::from_hours(1);
 const AT_ONCE: Redelivery = Redelivery { idle: Duration::ZERO, max_deliveries: 15 };
 
-/// A stream with these entries, all of them pending on `worker` of the group `agents`.
-async fn left(store: &dyn Store, entries: Vec<NewEntry>) -> (Cursor, Vec<Delivery>) {
+/// Returns a stream with these entries, all pending on `worker` of the group `agents`.
+async fn abandoned(store: &dyn Store, entries: Vec<NewEntry>) -> (Cursor, Vec<Delivery>) {
     let worker = cursor(&unique_stream(), "agents", "worker");
     store.ensure_group(&worker.stream, &worker.group, Start::Oldest).await.expect("a group");
     let count = entries.len();
@@ -29,12 +29,12 @@ async fn left(store: &dyn Store, entries: Vec<NewEntry>) -> (Cursor, Vec<Deliver
     (worker, fetched)
 }
 
-fn guard(worker: &Cursor) -> Cursor {
-    cursor(&worker.stream, worker.group.as_str(), "guard")
+fn redeliverer(worker: &Cursor) -> Cursor {
+    cursor(&worker.stream, worker.group.as_str(), "redeliverer")
 }
 
-async fn hand_on(store: &dyn Store, guard: &Cursor, redelivery: Redelivery) -> Redelivered {
-    store.redeliver(guard, redelivery, EntryId::MIN, 100).await.expect("handed on")
+async fn redeliver(store: &dyn Store, redeliverer: &Cursor, redelivery: Redelivery) -> Redelivered {
+    store.redeliver(redeliverer, redelivery, EntryId::MIN, 100).await.expect("redelivered")
 }
 
 async fn entries(store: &dyn Store, cursor: &Cursor) -> Vec<Entry> {
@@ -57,10 +57,10 @@ fn replay_fields(fields: &Fields) -> [Option<&str>; 3] {
     [field::REPLAY_GROUP, field::REPLAY_OF, field::REPLAY_ATTEMPTS].map(|name| fields.text(name))
 }
 
-async fn what_was_left_is_appended_again_for_its_group_and_reaches_who_reads_new_entries(store: Arc<dyn Store>) {
-    let (worker, fetched) = left(&*store, vec![new_entry("task")]).await;
-    let guard = guard(&worker);
-    let done = hand_on(&*store, &guard, AT_ONCE).await;
+async fn abandoned_entry_is_appended_again_for_its_group(store: Arc<dyn Store>) {
+    let (worker, fetched) = abandoned(&*store, vec![new_entry("task")]).await;
+    let redeliverer = redeliverer(&worker);
+    let done = redeliver(&*store, &redeliverer, AT_ONCE).await;
     assert_eq!((done.redelivered, done.foreign, done.exhausted.len(), done.next), (1, 0, 0, EntryId::MIN));
     assert_eq!(pending(&*store, &worker).await, 0);
     let other = cursor(&worker.stream, "agents", "other");
@@ -73,85 +73,85 @@ async fn what_was_left_is_appended_again_for_its_group_and_reaches_who_reads_new
         assert_eq!(fields.len(), fetched[0].entry.fields.len() + 3);
         let original = fetched[0].entry.fields.iter();
         assert!(original.zip(fields.iter()).all(|(before, now)| before == now), "byte for byte, in order");
-        assert_eq!(hand_on(&*store, &guard, AT_ONCE).await.redelivered, 1);
+        assert_eq!(redeliver(&*store, &redeliverer, AT_ONCE).await.redelivered, 1);
     }
     assert_eq!(entries(&*store, &worker).await.len(), 5);
 }
 
-async fn what_is_being_handled_is_left_alone(store: Arc<dyn Store>) {
-    let (worker, _) = left(&*store, vec![new_entry("a"), new_entry("b")]).await;
-    let done = hand_on(&*store, &guard(&worker), Redelivery { idle: HOUR, ..AT_ONCE }).await;
+async fn entry_in_progress_is_not_redelivered(store: Arc<dyn Store>) {
+    let (worker, _) = abandoned(&*store, vec![new_entry("a"), new_entry("b")]).await;
+    let done = redeliver(&*store, &redeliverer(&worker), Redelivery { idle: HOUR, ..AT_ONCE }).await;
     assert_eq!((done.redelivered, done.exhausted.len(), done.next), (0, 0, EntryId::MIN));
     assert_eq!(pending(&*store, &worker).await, 2);
     assert_eq!(entries(&*store, &worker).await.len(), 2);
 }
 
-async fn what_was_delivered_too_often_is_taken_over_and_given_up_in_one_step(store: Arc<dyn Store>) {
+async fn exhausted_entry_is_claimed_for_dead_lettering(store: Arc<dyn Store>) {
     let carried = with(new_entry("carried"), &[(field::REPLAY_GROUP, "agents"), (field::REPLAY_ATTEMPTS, "2")]);
     let odd = with(new_entry("odd"), &[(field::REPLAY_ATTEMPTS, "1e9")]);
-    let (worker, fetched) = left(&*store, vec![carried, new_entry("fresh"), odd]).await;
-    let guard = guard(&worker);
+    let (worker, fetched) = abandoned(&*store, vec![carried, new_entry("fresh"), odd]).await;
+    let redeliverer = redeliverer(&worker);
     for _ in 0..2 {
         let again = store.claim(&worker, &[fetched[1].entry.id], Duration::ZERO).await.expect("claimed");
         assert_eq!(again.deliveries.len(), 1);
     }
     let limit = Redelivery { max_deliveries: 3, ..AT_ONCE };
-    let done = hand_on(&*store, &guard, limit).await;
+    let done = redeliver(&*store, &redeliverer, limit).await;
     let attempts: Vec<_> = done.exhausted.iter().map(|d| (d.entry.id, d.attempt)).collect();
     assert_eq!(attempts, [(fetched[0].entry.id, 3), (fetched[1].entry.id, 3)]);
-    assert_eq!(done.redelivered, 1, "what is no plain number does not count");
-    let held = store.pending(&guard, true, EntryId::MIN, 10).await.expect("listed");
-    assert_eq!(held.iter().map(|p| p.attempts).collect::<Vec<_>>(), [1, 3], "taking over counts no attempt");
+    assert_eq!(done.redelivered, 1, "a value that is not a plain number is ignored");
+    let held = store.pending(&redeliverer, true, EntryId::MIN, 10).await.expect("listed");
+    assert_eq!(held.iter().map(|p| p.attempts).collect::<Vec<_>>(), [1, 3], "a claim counts no attempt");
 
-    let again = hand_on(&*store, &guard, limit).await.exhausted;
-    assert_eq!(again.iter().map(|d| d.attempt).collect::<Vec<_>>(), [3, 3], "also when it comes to nothing at first");
+    let again = redeliver(&*store, &redeliverer, limit).await.exhausted;
+    assert_eq!(again.iter().map(|d| d.attempt).collect::<Vec<_>>(), [3, 3], "also without a settlement before");
     let to = worker.stream.default_dead_letter();
-    let bury = |delivery: Delivery| {
+    let dead_letter = |delivery: Delivery| {
         let fields = new_entry("record").fields;
         Settlement { delivery, outcome: Outcome::DeadLetter { to: to.clone(), fields } }
     };
-    let settlements: Vec<_> = again.into_iter().map(bury).collect();
-    assert_eq!(store.settle(&guard, &settlements).await.expect("settled").settled, 2);
+    let settlements: Vec<_> = again.into_iter().map(dead_letter).collect();
+    assert_eq!(store.settle(&redeliverer, &settlements).await.expect("settled").settled, 2);
     assert_eq!(pending(&*store, &worker).await, 0);
     assert_eq!(store.range(&to, EVERYTHING, 10).await.expect("read").len(), 2);
 }
 
-async fn what_is_for_another_group_is_acknowledged(store: Arc<dyn Store>) {
+async fn entry_for_another_group_is_acknowledged(store: Arc<dyn Store>) {
     let other = with(new_entry("other"), &[(field::REPLAY_GROUP, "someone-else")]);
-    let (worker, _) = left(&*store, vec![other]).await;
-    let done = hand_on(&*store, &guard(&worker), AT_ONCE).await;
+    let (worker, _) = abandoned(&*store, vec![other]).await;
+    let done = redeliver(&*store, &redeliverer(&worker), AT_ONCE).await;
     assert_eq!((done.redelivered, done.foreign), (0, 1));
     assert_eq!((pending(&*store, &worker).await, entries(&*store, &worker).await.len()), (0, 1));
 }
 
-async fn a_lost_entry_is_told_once(store: Arc<dyn Store>) {
-    let (worker, fetched) = left(&*store, vec![new_entry("a"), new_entry("b")]).await;
+async fn lost_entry_is_reported_once(store: Arc<dyn Store>) {
+    let (worker, fetched) = abandoned(&*store, vec![new_entry("a"), new_entry("b")]).await;
     store.discard(&worker.stream, &[fetched[0].entry.id]).await.expect("discarded");
-    let guard = guard(&worker);
-    let done = hand_on(&*store, &guard, AT_ONCE).await;
+    let redeliverer = redeliverer(&worker);
+    let done = redeliver(&*store, &redeliverer, AT_ONCE).await;
     assert_eq!((done.lost, done.redelivered), (vec![fetched[0].entry.id], 1));
-    assert_eq!(hand_on(&*store, &guard, AT_ONCE).await.lost, []);
+    assert_eq!(redeliver(&*store, &redeliverer, AT_ONCE).await.lost, []);
 }
 
-async fn several_guards_hand_each_entry_on_once(store: Arc<dyn Store>) {
-    let (worker, _) = left(&*store, (0..100).map(|n| new_entry(&n.to_string())).collect()).await;
-    let mut guards = JoinSet::new();
+async fn concurrent_redeliverers_redeliver_each_entry_once(store: Arc<dyn Store>) {
+    let (worker, _) = abandoned(&*store, (0..100).map(|n| new_entry(&n.to_string())).collect()).await;
+    let mut redeliverers = JoinSet::new();
     for _ in 0..4 {
-        let (store, guard) = (store.clone(), guard(&worker));
-        guards.spawn(async move { hand_on(&*store, &guard, AT_ONCE).await.redelivered });
+        let (store, redeliverer) = (store.clone(), redeliverer(&worker));
+        redeliverers.spawn(async move { redeliver(&*store, &redeliverer, AT_ONCE).await.redelivered });
     }
-    assert_eq!(guards.join_all().await.into_iter().sum::<usize>(), 100);
+    assert_eq!(redeliverers.join_all().await.into_iter().sum::<usize>(), 100);
     assert_eq!((pending(&*store, &worker).await, entries(&*store, &worker).await.len()), (0, 200));
 }
 
-async fn many_entries_are_handed_on_page_by_page(store: Arc<dyn Store>) {
+async fn many_entries_are_redelivered_page_by_page(store: Arc<dyn Store>) {
     let large = "x".repeat(200_000);
     let payloads = (0..60).map(|n| new_entry(&format!("{n} {large}")));
-    let (worker, _) = left(&*store, payloads.collect()).await;
-    let guard = guard(&worker);
+    let (worker, _) = abandoned(&*store, payloads.collect()).await;
+    let redeliverer = redeliverer(&worker);
     let (mut from, mut pages, mut redelivered) = (EntryId::MIN, 0, 0);
     loop {
-        let done = store.redeliver(&guard, AT_ONCE, from, 25).await.expect("handed on");
+        let done = store.redeliver(&redeliverer, AT_ONCE, from, 25).await.expect("redelivered");
         assert!(done.redelivered <= 25);
         redelivered += done.redelivered;
         pages += 1;
@@ -161,23 +161,23 @@ async fn many_entries_are_handed_on_page_by_page(store: Arc<dyn Store>) {
         }
     }
     assert_eq!(redelivered, 60);
-    assert!(pages >= 3, "in {pages} pages: neither count nor bytes of one are without a limit");
+    assert!(pages >= 3, "{pages} pages: count and bytes of a page are limited");
     assert_eq!(pending(&*store, &worker).await, 0);
 }
 
-async fn a_missing_group_is_told(store: Arc<dyn Store>) {
-    let absent = cursor(&unique_stream(), "agents", "guard");
-    let error = store.redeliver(&absent, AT_ONCE, EntryId::MIN, 10).await.expect_err("there is none");
+async fn missing_group_is_reported(store: Arc<dyn Store>) {
+    let absent = cursor(&unique_stream(), "agents", "redeliverer");
+    let error = store.redeliver(&absent, AT_ONCE, EntryId::MIN, 10).await.expect_err("the group is missing");
     assert_eq!(error.kind(), StoreErrorKind::NoGroup);
 }
 
 on_stores! { embedded redis valkey: [
-    what_was_left_is_appended_again_for_its_group_and_reaches_who_reads_new_entries
-    what_is_being_handled_is_left_alone
-    what_was_delivered_too_often_is_taken_over_and_given_up_in_one_step
-    what_is_for_another_group_is_acknowledged
-    a_lost_entry_is_told_once
-    several_guards_hand_each_entry_on_once
-    many_entries_are_handed_on_page_by_page
-    a_missing_group_is_told
+    abandoned_entry_is_appended_again_for_its_group
+    entry_in_progress_is_not_redelivered
+    exhausted_entry_is_claimed_for_dead_lettering
+    entry_for_another_group_is_acknowledged
+    lost_entry_is_reported_once
+    concurrent_redeliverers_redeliver_each_entry_once
+    many_entries_are_redelivered_page_by_page
+    missing_group_is_reported
 ] }

@@ -1,4 +1,4 @@
-//! The stores on Redis and on Valkey beside the model.
+//! The stores on Redis and Valkey compared with the model.
 
 use std::sync::Arc;
 
@@ -20,11 +20,11 @@ fn check_against_the_model(product: Product) {
 }
 
 #[test]
-fn random_operations_on_redis_agree_with_the_model() {
+fn random_operations_on_redis_match_the_model() {
     check_against_the_model(Product::Redis);
 }
 
 #[test]
-fn random_operations_on_valkey_agree_with_the_model() {
+fn random_operations_on_valkey_match_the_model() {
     check_against_the_model(Product::Valkey);
 }

@@ -1,4 +1,4 @@
-//! What a store tells of entries that are gone, on every backend.
+//! The number of removed entries before the oldest one, on every backend.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ async fn status(store: &dyn Store, stream: &StreamName) -> StreamStatus {
     store.describe(stream).await.expect("described").expect("it exists")
 }
 
-async fn entries_before_the_oldest_are_counted(store: Arc<dyn Store>) {
+async fn removed_entries_before_the_oldest_are_counted(store: Arc<dyn Store>) {
     let stream = unique_stream();
     for _ in 0..10 {
         append(&*store, &stream, 100).await;
@@ -29,7 +29,7 @@ async fn entries_before_the_oldest_are_counted(store: Arc<dyn Store>) {
     assert!((300..=400).contains(&trimmed.length), "{trimmed:?}");
     assert_eq!(trimmed.before_first, Some(1000 - trimmed.length));
     store.trim(&stream, Trim::Before(EntryId::MAX)).await.expect("trimmed");
-    // What is left of a trim that need not be exact goes one by one.
+    // A trim is not exact, so the remaining entries are discarded one by one.
     let all = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
     let left = store.range(&stream, all, 1000).await.expect("read");
     let ids: Vec<EntryId> = left.iter().map(|entry| entry.id).collect();
@@ -39,7 +39,7 @@ async fn entries_before_the_oldest_are_counted(store: Arc<dyn Store>) {
     assert!(status(&*store, &stream).await.before_first.is_none_or(|before| before == 1000));
 }
 
-async fn who_can_not_tell_says_nothing(store: Arc<dyn Store>) {
+async fn uncertain_count_before_the_oldest_is_none(store: Arc<dyn Store>) {
     let stream = unique_stream();
     let ids = append(&*store, &stream, 10).await;
     store.discard(&stream, &[ids[0]]).await.expect("discarded");
@@ -49,6 +49,6 @@ async fn who_can_not_tell_says_nothing(store: Arc<dyn Store>) {
 }
 
 on_stores! { embedded redis valkey: [
-    entries_before_the_oldest_are_counted
-    who_can_not_tell_says_nothing
+    removed_entries_before_the_oldest_are_counted
+    uncertain_count_before_the_oldest_is_none
 ] }

@@ -1,4 +1,4 @@
-//! What the tests share: the servers they need, and how they come onto the machine.
+//! Helpers that several tests share: servers, the daemon, a proxy, and the installation of their programs.
 
 pub(crate) mod app;
 pub(crate) mod cluster;
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use aurora_bus::metrics::Metrics;
 
-/// Asks again and again until there is an answer. Fails after `bound`, saying what was waited for.
+/// Polls until `ask` returns a value. Panics after `bound` and names `what` as missing.
 pub(crate) async fn until<T>(what: &str, bound: Duration, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
     let started = Instant::now();
     loop {
@@ -28,14 +28,14 @@ pub(crate) async fn until<T>(what: &str, bound: Duration, mut ask: impl AsyncFnM
     }
 }
 
-/// The sum of the counters whose name, or name and first labels, begin with that.
+/// Returns the sum of all counters whose line begins with `name`, which may include the first labels.
 pub(crate) fn counted(metrics: &Metrics, name: &str) -> u64 {
     let text = metrics.render();
     let values = text.lines().filter(|line| line.starts_with(name)).filter_map(|line| line.rsplit(' ').next());
     values.map(|value| value.parse::<u64>().expect("a number")).sum()
 }
 
-/// A number below `limit`, another one each time.
+/// Returns a random number below `limit`.
 pub(crate) fn random_below(limit: u64) -> u64 {
     uuid::Uuid::new_v4().as_u64_pair().1 % limit
 }

@@ -1,7 +1,7 @@
-//! `kill -9` at every boundary of durability: right before and right after each sync of a daemon's life.
+//! `kill -9` at every boundary of durability: right before and right after each sync of a daemon.
 //!
-//! A small library is preloaded that counts the daemon's calls of `fsync` and `fdatasync` and kills the process at the
-//! one that the test names. The short run is part of every test run; the long one is
+//! A small preloaded library counts the daemon's calls of `fsync` and `fdatasync`, and kills the process at the call
+//! that the test selects. The short run is part of every test run. The long one is
 //! `cargo test --release --test it -- --ignored two_hundred_kills`.
 
 use std::fs;
@@ -9,10 +9,10 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 
-use super::{AUDITED, Load, ended, nothing_was_lost};
+use super::{AUDITED, Load, assert_nothing_lost, join_publishers};
 use crate::support::app::Home;
 
-/// Kills the process at the sync of the number in `KILL_AT_SYNC`: before it if negative, else after it.
+/// Kills the process at the sync with the number in `KILL_AT_SYNC`: before it if negative, otherwise after it.
 const LIBRARY: &str = r#"
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -37,9 +37,9 @@ int fsync(int file) { return counted("fsync", file); }
 int fdatasync(int file) { return counted("fdatasync", file); }
 "#;
 
-/// A home whose daemons are killed at a sync.
+/// Makes a home with the library for its daemons.
 fn home_with_library() -> (Home, PathBuf) {
-    // Small audit files: the last one is read at each start.
+    // Small audit files, because each start reads the last one.
     let home = Home::new(&format!("{AUDITED}max_file_size = \"1MiB\"\n"));
     let (source, library) = (home.path("kill.c"), home.path("kill.so"));
     fs::write(&source, LIBRARY).expect("a writable folder");
@@ -49,7 +49,7 @@ fn home_with_library() -> (Home, PathBuf) {
     (home, library)
 }
 
-/// Lives of daemons that end at these syncs of theirs, one after another on the same folder.
+/// Runs daemons on one folder, one after another. Each is killed at its sync of this number.
 async fn survives_kills_at(syncs: impl Iterator<Item = i64>) {
     let (mut home, library) = home_with_library();
     let load = Arc::new(Load::default());
@@ -61,8 +61,8 @@ async fn survives_kills_at(syncs: impl Iterator<Item = i64>) {
             Ok(daemon) => {
                 let daemon = Arc::new(daemon);
                 let mut publishers = load.start(&daemon);
-                ended(&mut publishers).await;
-                let daemon = Arc::into_inner(daemon).expect("the publishers are gone");
+                join_publishers(&mut publishers).await;
+                let daemon = Arc::into_inner(daemon).expect("the last reference");
                 let ended = daemon.ended().await;
                 assert_eq!(ended.status.code(), None, "not killed at sync {sync}:\n{}", ended.log);
             }
@@ -73,16 +73,16 @@ async fn survives_kills_at(syncs: impl Iterator<Item = i64>) {
         }
         kills += 1;
         if kills % 20 == 0 {
-            tell(kills, at_the_start, load.accepted_count().await);
+            print_summary(kills, at_the_start, load.accepted_count().await);
         }
     }
     home.set_env("KILL_AT_SYNC", "0");
-    tell(kills, at_the_start, load.accepted_count().await);
-    nothing_was_lost(&home, &load).await;
+    print_summary(kills, at_the_start, load.accepted_count().await);
+    assert_nothing_lost(&home, &load).await;
 }
 
-#[expect(clippy::print_stderr, reason = "who runs hundreds of kills wants to know what came of them")]
-fn tell(kills: u64, at_the_start: u64, accepted: usize) {
+#[expect(clippy::print_stderr, reason = "the long run prints its result")]
+fn print_summary(kills: u64, at_the_start: u64, accepted: usize) {
     eprintln!("{kills} kills, {at_the_start} of them before the daemon listened; {accepted} events accepted");
 }
 

@@ -1,4 +1,4 @@
-//! A server whose clock steps: what is in hand stays in hand, and the order stays the order.
+//! A clock that steps: entries in hand stay in hand, and the order is kept.
 
 use std::fs;
 use std::sync::{Arc, Mutex};
@@ -24,16 +24,16 @@ use crate::support::until;
 
 const HOUR: i64 = 3600;
 
-/// Holds every delivery until told to let go.
+/// A sink that blocks every delivery until the test releases it.
 #[derive(Debug)]
-struct Holding {
+struct BlockingSink {
     ledger: Arc<Ledger>,
     begun: Mutex<Vec<String>>,
-    may_go: watch::Receiver<bool>,
+    is_released: watch::Receiver<bool>,
 }
 
 #[async_trait]
-impl Sink for Holding {
+impl Sink for BlockingSink {
     fn max_batch(&self) -> usize {
         1
     }
@@ -45,16 +45,16 @@ impl Sink for Holding {
     async fn deliver(&self, _: &Origin, batch: &[Delivery]) -> Result<(), SinkError> {
         let name = batch[0].entry.fields.text("id").expect("the ledger's events have ids").to_owned();
         self.begun.lock().expect("unpoisoned").push(name.clone());
-        let mut may_go = self.may_go.clone();
-        may_go.wait_for(|may_go| *may_go).await.expect("the test holds it");
-        self.ledger.handle(&name, batch[0].attempt);
+        let mut is_released = self.is_released.clone();
+        is_released.wait_for(|is_released| *is_released).await.expect("the test keeps the sender");
+        self.ledger.record_handled(&name, batch[0].attempt);
         Ok(())
     }
 }
 
-/// On the embedded store it is the daemon's own clock.
+/// On the embedded store, the clock is the daemon's own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_daemon_whose_clock_steps_gives_ids_that_rise_and_handles_each_event_once() {
+async fn daemon_clock_step_keeps_ids_growing_and_repeats_none() {
     let mut home = Home::new(&CONFIG.replace("redis", "embedded").replace("command_timeout", "#"));
     let clock = home.path("clock");
     let set_clock = |seconds: i64| {
@@ -75,9 +75,9 @@ async fn a_daemon_whose_clock_steps_gives_ids_that_rise_and_handles_each_event_o
         for events in ledger.events(50, 10).chunks(10) {
             ledger.publish_until_accepted(&daemon, &account.stream, events).await;
         }
-        ledger.has_handled(&daemon, (round + 1) * 50).await;
+        ledger.wait_handled(&daemon, (round + 1) * 50).await;
         if round == 3 {
-            // Ids go on where they were, also after a restart with the clock behind.
+            // Ids continue where they were, also after a restart with an earlier clock.
             daemon.handled(STREAM, GROUP).await;
             daemon.stop().await;
             daemon = home.start().await;
@@ -97,7 +97,7 @@ async fn a_daemon_whose_clock_steps_gives_ids_that_rise_and_handles_each_event_o
     store.close().await;
 }
 
-/// The names of all events of a stream, by their ids.
+/// Returns the names of all events of a stream, in id order.
 async fn names_in_order(store: &dyn Store, account: &Account) -> impl Iterator<Item = String> {
     let everything = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
     let entries = store.range(&account.stream, everything, 1000).await.expect("read");
@@ -108,14 +108,14 @@ async fn names_in_order(store: &dyn Store, account: &Account) -> impl Iterator<I
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_clock_that_steps_takes_nothing_out_of_hands_and_keeps_the_order() {
+async fn server_clock_step_claims_nothing_and_keeps_order() {
     let server = RedisServer::with_clock(&[]).await;
     let config = Config { url: server.url().into(), ..Config::default() };
     let store: Arc<dyn Store> = Arc::new(config.connect().await.expect("a valid configuration"));
     let account = Account::new("test:clock", "siem");
     let ledger = Arc::new(Ledger::default());
-    let (let_go, may_go) = watch::channel(false);
-    let sink = Arc::new(Holding { ledger: ledger.clone(), begun: Mutex::default(), may_go });
+    let (release, is_released) = watch::channel(false);
+    let sink = Arc::new(BlockingSink { ledger: ledger.clone(), begun: Mutex::default(), is_released });
     let metrics = Metrics::new();
     let mut workers = JoinSet::new();
     ledger.append(&*store, &account.stream, &ledger.events(10, 10)).await;
@@ -132,7 +132,7 @@ async fn a_clock_that_steps_takes_nothing_out_of_hands_and_keeps_the_order() {
         let worker = Worker::new(store.clone(), sink.clone(), spec, consumer, quarantine, metrics, part);
         workers.spawn(worker.run(CancellationToken::new()));
     }
-    // Backwards: entries in hand seem just delivered. Forwards: they seem to be idle for hours.
+    // After a step backward, entries in hand seem just delivered. After a step forward, they seem idle for hours.
     for (step, more) in [(-HOUR, 5), (2 * HOUR, 5)] {
         server.set_clock(step);
         server.note_commands();
@@ -141,8 +141,8 @@ async fn a_clock_that_steps_takes_nothing_out_of_hands_and_keeps_the_order() {
         let have_searched = || ["soc-a-0", "soc-b-0"].into_iter().all(|consumer| searches(consumer) >= 1);
         until("searches by both workers", BOUND, async || have_searched().then_some(())).await;
     }
-    let_go.send_replace(true);
-    until("everything handled", BOUND, async || (ledger.handled() == 20).then_some(())).await;
+    release.send_replace(true);
+    until("everything handled", BOUND, async || (ledger.handled_count() == 20).then_some(())).await;
     until("a settled account", BOUND, async || {
         let balance = ledger.balance(&*store, &account).await;
         (balance.pending + balance.undelivered == 0).then_some(())

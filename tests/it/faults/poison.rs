@@ -1,4 +1,4 @@
-//! Entries that make no sense, and entries that kill whoever handles them.
+//! Undecodable entries, and entries that kill the process that handles them.
 
 use std::sync::Arc;
 
@@ -22,16 +22,16 @@ use crate::support::redis::{Product, RedisServer};
 use crate::support::until;
 
 on_every_product! {
-    entries_that_make_no_sense_become_dead_letters_byte_for_byte
-    an_entry_that_kills_its_handler_ends_as_a_dead_letter
+    undecodable_entries_are_dead_lettered_unchanged
+    entry_that_kills_its_handler_is_dead_lettered
 }
 
 const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
 
-async fn entries_that_make_no_sense_become_dead_letters_byte_for_byte(product: Product) {
+async fn undecodable_entries_are_dead_lettered_unchanged(product: Product) {
     let site = Site::new(product).await;
     let long = "x".repeat(100_000);
-    // Fields as another producer may write them; the group's filter needs to read the payload.
+    // Fields as a foreign producer may write them. The group's filter must read the payload.
     let bad: [&[&str]; 8] = [
         &["data", "not json"],
         &["data", ""],
@@ -45,7 +45,7 @@ async fn entries_that_make_no_sense_become_dead_letters_byte_for_byte(product: P
     for (place, fields) in bad.iter().enumerate() {
         let events = site.ledger.events(5, 10);
         site.ledger.append(&*site.store, &site.account.stream, &events).await;
-        // redis-cli can't pass a zero byte or bytes that are no UTF-8: a script makes them.
+        // redis-cli cannot pass a zero byte or bytes that are not UTF-8, so a script makes them.
         let script = "local f = {} for i, v in ipairs(ARGV) do f[i] = v:gsub('nul', '\\0\\255') end \
                       return redis.call('XADD', KEYS[1], '*', unpack(f))";
         let fields: Vec<String> = fields.iter().map(|text| text.replace('\u{0}', "")).collect();
@@ -55,7 +55,7 @@ async fn entries_that_make_no_sense_become_dead_letters_byte_for_byte(product: P
     }
     let originals = site.store.range(&site.account.stream, EVERYTHING, 1000).await.expect("read");
     let daemon = site.home.start().await;
-    site.ledger.has_handled(&daemon, 40).await;
+    site.ledger.wait_handled(&daemon, 40).await;
     let balance = site.settled().await;
     balance.assert_settled();
     assert_eq!((balance.handled, balance.repeated, balance.dead), (40, 0, 8), "{balance:?}");
@@ -66,10 +66,10 @@ async fn entries_that_make_no_sense_become_dead_letters_byte_for_byte(product: P
         assert_eq!(letter.fields, original.fields);
     }
 
-    // What is too large is refused by name, and the connection goes on.
+    // A request that is too large is rejected, and the connection stays usable.
     let url = daemon.url(&format!("/api/v1/streams/{STREAM}/events"));
     let large = format!("{{\"pad\":\"{}\"}}", "x".repeat(1 << 20));
-    let answer = client().post(&url).body(large).send().await.expect("an answer");
+    let answer = client().post(&url).body(large).send().await.expect("a response");
     assert_eq!(answer.status(), StatusCode::PAYLOAD_TOO_LARGE);
     site.publish_and_handle(&daemon, 20).await;
     site.settled().await.assert_settled();
@@ -77,7 +77,7 @@ async fn entries_that_make_no_sense_become_dead_letters_byte_for_byte(product: P
     daemon.stop().await;
 }
 
-/// Takes everything but one event, at which it never returns: the process is about to die of it.
+/// A sink that handles all events but one. For that one it never returns, like a process that is about to die.
 #[derive(Debug)]
 struct Deadly {
     ledger: Arc<Ledger>,
@@ -102,7 +102,7 @@ impl Sink for Deadly {
                 self.dying.send(()).await.expect("the test waits for it");
                 std::future::pending::<()>().await;
             }
-            self.ledger.handle(name, delivery.attempt);
+            self.ledger.record_handled(name, delivery.attempt);
         }
         Ok(())
     }
@@ -110,7 +110,7 @@ impl Sink for Deadly {
 
 const MAX_DELIVERIES: u32 = 4;
 
-/// Lets a worker die of one event until that one is given up; everything else is handled.
+/// Kills a worker at one event until that event is dead-lettered. All other events are handled.
 async fn survives_a_deadly_entry(open: impl AsyncFn() -> Arc<dyn Store>) {
     let account = Account::new("test:deadly", "siem");
     let ledger = Arc::new(Ledger::default());
@@ -136,15 +136,15 @@ async fn survives_a_deadly_entry(open: impl AsyncFn() -> Arc<dyn Store>) {
         let worker = Worker::new(store.clone(), sink.clone(), spec, consumer, quarantine, metrics, part);
         let mut running = JoinSet::new();
         running.spawn(worker.run(CancellationToken::new()));
-        let letters = until("a death or the end", BOUND, async || {
+        let dead_letters = until("a death or the end", BOUND, async || {
             if deaths.try_recv().is_ok() {
                 return Some(0);
             }
-            let letters = store.range(&account.dead_letter, EVERYTHING, 10).await.expect("read").len();
-            (letters > 0 && ledger.handled() >= 99).then_some(letters)
+            let dead_letters = store.range(&account.dead_letter, EVERYTHING, 10).await.expect("read").len();
+            (dead_letters > 0 && ledger.handled_count() >= 99).then_some(dead_letters)
         })
         .await;
-        if letters > 0 {
+        if dead_letters > 0 {
             until("a settled account", BOUND, async || {
                 let balance = ledger.balance(&*store, &account).await;
                 (balance.pending + balance.undelivered == 0).then_some(())
@@ -163,11 +163,11 @@ async fn survives_a_deadly_entry(open: impl AsyncFn() -> Arc<dyn Store>) {
     let letter = store.range(&account.dead_letter, EVERYTHING, 10).await.expect("read").remove(0);
     let letter = DeadLetter::from_entry(&letter).expect("a dead letter");
     assert_eq!((letter.reason, letter.fields.text("id")), (DeadLetterReason::Crashed, Some(&*events[42].name)));
-    assert!(crashes <= MAX_DELIVERIES, "{crashes} processes died of it");
+    assert!(crashes <= MAX_DELIVERIES, "{crashes} processes died");
     store.close().await;
 }
 
-async fn an_entry_that_kills_its_handler_ends_as_a_dead_letter(product: Product) {
+async fn entry_that_kills_its_handler_is_dead_lettered(product: Product) {
     let server = RedisServer::start(product, &[]).await;
     survives_a_deadly_entry(async || {
         let config = Config { url: server.url().into(), ..Config::default() };
@@ -177,11 +177,11 @@ async fn an_entry_that_kills_its_handler_ends_as_a_dead_letter(product: Product)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_entry_that_kills_its_handler_ends_as_a_dead_letter_on_the_embedded_store() {
+async fn entry_that_kills_its_handler_is_dead_lettered_on_embedded() {
     let folder = tempfile::tempdir().expect("a folder");
     survives_a_deadly_entry(async || {
         let config = embedded::Config { path: folder.path().to_owned(), ..embedded::Config::default() };
-        // The worker that was aborted may hold the last store for a moment longer.
+        // The aborted worker may hold the last reference to the store for a moment.
         let store = until("a free folder", BOUND, async || config.clone().open().await.ok()).await;
         Arc::new(store) as Arc<dyn Store>
     })

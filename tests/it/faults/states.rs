@@ -10,24 +10,24 @@ use crate::support::redis::{Product, RedisServer};
 use crate::support::until;
 
 on_every_product! {
-    a_server_that_is_killed_and_loads_for_seconds_costs_nothing
-    a_full_server_goes_on_with_what_needs_no_room_and_heals
+    killed_server_with_slow_load_loses_nothing
+    full_server_serves_other_calls_and_recovers
 }
 
-async fn a_server_that_is_killed_and_loads_for_seconds_costs_nothing(product: Product) {
+async fn killed_server_with_slow_load_loses_nothing(product: Product) {
     let options = ["--appendonly", "yes", "--appendfsync", "always", "--key-load-delay", "200"];
     let options = [&options[..], &["--aof-use-rdb-preamble", "no"]].concat();
     let mut site = Site::with(RedisServer::start(product, &options).await).await;
     let daemon = site.home.start().await;
     site.publish_and_handle(&daemon, 100).await;
-    // Of 200 microseconds each.
+    // Each takes 200 microseconds to load.
     site.server.cli(&["EVAL", "for i = 1, 40000 do redis.call('SET', 'key' .. i, i) end", "0"]);
     site.publish(&daemon, 500).await;
     site.server.crash();
     let killed = Instant::now();
     daemon.ready(StatusCode::SERVICE_UNAVAILABLE).await;
     site.server.restart().await;
-    until("word of loading", BOUND, async || {
+    until("readiness while loading", BOUND, async || {
         daemon.body("/ready").await.contains("the server is loading its data").then_some(())
     })
     .await;
@@ -38,17 +38,17 @@ async fn a_server_that_is_killed_and_loads_for_seconds_costs_nothing(product: Pr
     site.ledger.publish_until_accepted(&daemon, &site.account.stream, &events).await;
     assert!(killed.elapsed() > Duration::from_secs(4), "loaded within {:?}", killed.elapsed());
     daemon.ready(StatusCode::OK).await;
-    let lines = site.ledger.has_handled(&daemon, 620).await;
+    let lines = site.ledger.wait_handled(&daemon, 620).await;
     assert_quiet(&lines, killed);
     let balance = site.settled().await;
     balance.assert_settled();
-    // At most what was in hand when the server was killed.
+    // At most the entries in hand when the server was killed.
     assert!(balance.repeated <= MAX_IN_FLIGHT, "{balance:?}");
     daemon.stop().await;
 }
 
-/// Half of what comes is to be buried, for which there is no room: it stays pending, and holds nothing else up.
-async fn a_full_server_goes_on_with_what_needs_no_room_and_heals(product: Product) {
+/// Half of the entries must become dead letters, for which there is no room. They stay pending and block nothing else.
+async fn full_server_serves_other_calls_and_recovers(product: Product) {
     let site = Site::new(product).await;
     let daemon = site.home.start().await;
     site.publish_and_handle(&daemon, 10).await;
@@ -61,13 +61,13 @@ async fn a_full_server_goes_on_with_what_needs_no_room_and_heals(product: Produc
     }
     site.server.cli(&["CONFIG", "SET", "maxmemory", "1"]);
     daemon.signal("CONT");
-    site.ledger.has_handled(&daemon, 110).await;
-    let balance = until("the rest in hand", BOUND, async || {
+    site.ledger.wait_handled(&daemon, 110).await;
+    let balance = until("handled rest", BOUND, async || {
         let balance = site.balance().await;
         (balance.pending == 100 && balance.undelivered == 0).then_some(balance)
     })
     .await;
-    balance.assert_kept();
+    balance.assert_nothing_lost();
     assert_eq!((balance.handled, balance.dead), (110, 0), "{balance:?}");
     daemon.ready(StatusCode::SERVICE_UNAVAILABLE).await;
     assert_eq!(daemon.status("/health").await, Some(StatusCode::OK));
@@ -79,8 +79,8 @@ async fn a_full_server_goes_on_with_what_needs_no_room_and_heals(product: Produc
     let raised = Instant::now();
     site.ledger.publish_until_accepted(&daemon, &site.account.stream, &events).await;
     daemon.ready(StatusCode::OK).await;
-    assert!(raised.elapsed() <= Duration::from_secs(5), "healed after {:?}", raised.elapsed());
-    site.ledger.has_handled(&daemon, 120).await;
+    assert!(raised.elapsed() <= Duration::from_secs(5), "recovered after {:?}", raised.elapsed());
+    site.ledger.wait_handled(&daemon, 120).await;
     let balance = site.settled().await;
     balance.assert_settled();
     assert_eq!((balance.handled, balance.repeated, balance.dead), (120, 0, 100), "{balance:?}");

@@ -1,4 +1,4 @@
-//! The real binary under test: started on free ports in a folder of its own, asked over HTTP and web sockets, killed.
+//! The real binary under test: runs on free ports in its own folder, over HTTP and WebSockets.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,37 +20,37 @@ use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 
 use super::until;
 
-/// How long a daemon may take to start, to stop, or to get anything done that a test waits for.
+/// The longest wait for a daemon to start, to stop, or to reach a state.
 pub(crate) const BOUND: Duration = Duration::from_mins(1);
 
-/// A folder with a configuration: one daemon after another can run in it.
+/// A folder with a configuration. Several daemons can run in it, one after another.
 #[derive(Debug)]
 pub(crate) struct Home {
     folder: PathBuf,
-    /// What daemons here find in their environment besides the address to listen on.
+    /// Environment variables of the daemons, besides the address to listen on.
     environment: BTreeMap<String, String>,
-    /// Whose certificates daemons here show, where they speak TLS.
+    /// The certificate of the authority that signed the daemons' certificates, if they use TLS.
     authority: Option<PathBuf>,
-    /// Removes the folder at last; nothing where it belongs to someone else.
+    /// Removes the folder on drop; `None` if another value owns the folder.
     _owned: Option<TempDir>,
 }
 
 impl Home {
-    /// A fresh folder with this configuration; the listener is on a free port.
+    /// Makes a new folder with this configuration. The daemon listens on a free port.
     pub(crate) fn new(config: &str) -> Self {
         let folder = TempDir::new().expect("a temporary folder");
         let home = Self::at(folder.path(), config);
         Self { _owned: Some(folder), ..home }
     }
 
-    /// The same for a daemon of that name.
+    /// Like [`Self::new`], with an instance name.
     pub(crate) fn named(instance: &str, config: &str) -> Self {
         let home = Self::new(config);
         fs::write(home.config_path(), format!("instance = \"{instance}\"\n{config}\n")).expect("a writable folder");
         home
     }
 
-    /// The same in a folder that is there already.
+    /// Like [`Self::new`], in an existing folder.
     pub(crate) fn at(folder: &Path, config: &str) -> Self {
         let home = Self { folder: folder.to_owned(), environment: BTreeMap::new(), authority: None, _owned: None };
         let config = format!("instance = \"it\"\n{config}\n");
@@ -58,17 +58,17 @@ impl Home {
         home
     }
 
-    /// The daemons started from now on find this in their environment.
+    /// Sets an environment variable of all daemons that start later.
     pub(crate) fn set_env(&mut self, name: &str, value: &str) {
         self.environment.insert(name.to_owned(), value.to_owned());
     }
 
-    /// Daemons started from now on speak TLS, with a certificate that this authority has signed.
+    /// Expects TLS from all daemons that start later, with a certificate that this authority signed.
     pub(crate) fn trust(&mut self, authority: &Path) {
         self.authority = Some(authority.to_owned());
     }
 
-    /// A path in this folder.
+    /// Returns a path in this folder.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
@@ -89,7 +89,7 @@ impl Home {
         command
     }
 
-    /// Runs a sub-command to its end.
+    /// Runs a command of the binary until it ends.
     pub(crate) fn run(&self, arguments: &[&str]) -> Output {
         self.command(arguments).output().expect("the binary runs")
     }
@@ -101,7 +101,7 @@ impl Home {
         daemon
     }
 
-    /// Starts a daemon and waits until it listens, or has ended.
+    /// Starts a daemon and waits until it listens or has ended.
     pub(crate) async fn spawn(&self) -> Result<Daemon, Ended> {
         let config = self.config_path();
         let config = config.to_str().expect("temporary folders have names in UTF-8");
@@ -137,7 +137,7 @@ pub(crate) struct Ended {
     pub(crate) log: String,
 }
 
-/// What a daemon has written so far, and how many of its outputs are still open.
+/// The output of a daemon so far, and the number of its pipes that are still open.
 #[derive(Debug, Clone, Default)]
 struct Log(Arc<Mutex<Lines>>);
 
@@ -167,7 +167,7 @@ impl Log {
         self.lock().lines.join("\n")
     }
 
-    /// Everything written by a daemon that has ended.
+    /// Returns the whole log of a daemon that has ended.
     async fn complete(&self) -> String {
         until("end of the log", BOUND, async || (self.lock().open == 0).then_some(())).await;
         self.text()
@@ -182,7 +182,7 @@ impl Log {
     }
 }
 
-/// A running daemon. It is killed when this is dropped, and its log shown if the test fails.
+/// A running daemon. It is killed on drop, and a failed test prints its log.
 #[derive(Debug)]
 pub(crate) struct Daemon {
     child: Child,
@@ -191,7 +191,7 @@ pub(crate) struct Daemon {
     client: reqwest::Client,
 }
 
-/// An event that was accepted.
+/// The result of one accepted event.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Accepted {
     pub(crate) id: String,
@@ -203,19 +203,19 @@ struct PublishReply {
     results: Vec<Accepted>,
 }
 
-/// Why an event was not accepted: the status of the answer, nothing where there was none.
+/// The status of the response that rejected an event; `None` if there was no response.
 pub(crate) type Refused = Option<StatusCode>;
 
 /// A WebSocket to a daemon.
 pub(crate) type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
 
-/// A client for HTTP with bounds.
+/// Returns an HTTP client with a timeout.
 pub(crate) fn client() -> reqwest::Client {
     client_trusting(None)
 }
 
 fn client_trusting(authority: Option<&Path>) -> reqwest::Client {
-    // A second installation in this process changes nothing.
+    // Installing it a second time in this process has no effect.
     drop(rustls::crypto::aws_lc_rs::default_provider().install_default());
     let mut builder = reqwest::Client::builder().timeout(Duration::from_secs(30));
     if let Some(path) = authority {
@@ -226,12 +226,12 @@ fn client_trusting(authority: Option<&Path>) -> reqwest::Client {
 }
 
 impl Daemon {
-    /// The URL of a path.
+    /// Returns the URL of a path.
     pub(crate) fn url(&self, path: &str) -> String {
         format!("{}{path}", self.base)
     }
 
-    /// Publishes payloads as one batch of NDJSON.
+    /// Publishes payloads as one NDJSON batch.
     pub(crate) async fn publish(&self, stream: &str, payloads: &[String]) -> Result<Vec<Accepted>, Refused> {
         let url = self.url(&format!("/api/v1/streams/{stream}/events"));
         let request = self.client.post(url).header("content-type", "application/x-ndjson").body(payloads.join("\n"));
@@ -240,34 +240,34 @@ impl Daemon {
         if status != StatusCode::CREATED {
             return Err(Some(status));
         }
-        // Without the whole body the answer did not arrive.
+        // A response without its whole body counts as no response.
         let reply: PublishReply = response.json().await.map_err(|_cut_off| None)?;
         assert_eq!(reply.results.len(), payloads.len(), "one result per event");
         Ok(reply.results)
     }
 
-    /// Posts JSON; status and body of the answer.
+    /// Posts JSON and returns the status and the body of the response.
     pub(crate) async fn post(&self, path: &str, body: &serde_json::Value) -> (StatusCode, serde_json::Value) {
-        let answer = self.client.post(self.url(path)).json(body).send().await.expect("an answer");
+        let answer = self.client.post(self.url(path)).json(body).send().await.expect("a response");
         let status = answer.status();
         (status, answer.json().await.expect("JSON"))
     }
 
-    /// The status of a path, nothing where no answer came.
+    /// Returns the status of a path, or `None` if there was no response.
     pub(crate) async fn status(&self, path: &str) -> Option<StatusCode> {
         self.client.get(self.url(path)).send().await.ok().map(|response| response.status())
     }
 
-    /// The body of a path that answers 200.
+    /// Returns the body of a path. Fails if the status is not 200.
     pub(crate) async fn get(&self, path: &str) -> String {
-        let response = self.client.get(self.url(path)).send().await.expect("an answer");
+        let response = self.client.get(self.url(path)).send().await.expect("a response");
         let status = response.status();
         let body = response.text().await.expect("a body");
         assert_eq!(status, StatusCode::OK, "{path}: {body}");
         body
     }
 
-    /// The body of a path, whatever its status; empty where no answer came.
+    /// Returns the body of a path with any status. It is empty if there was no response.
     pub(crate) async fn body(&self, path: &str) -> String {
         match self.client.get(self.url(path)).send().await {
             Ok(response) => response.text().await.unwrap_or_default(),
@@ -275,13 +275,13 @@ impl Daemon {
         }
     }
 
-    /// Waits until `/ready` answers that.
+    /// Waits until `/ready` returns this status.
     pub(crate) async fn ready(&self, status: StatusCode) {
         until(&format!("/ready {status}"), BOUND, async || (self.status("/ready").await? == status).then_some(()))
             .await;
     }
 
-    /// Every event of a stream, payload by id, read page by page.
+    /// Reads every event of a stream, page by page: payloads by entry id.
     pub(crate) async fn events(&self, stream: &str) -> BTreeMap<String, String> {
         #[derive(Deserialize)]
         struct Stored {
@@ -304,7 +304,7 @@ impl Daemon {
         }
     }
 
-    /// Waits until a group has handled everything in its stream.
+    /// Waits until a group has settled every entry of its stream.
     pub(crate) async fn handled(&self, stream: &str, group: &str) {
         #[derive(Deserialize)]
         struct Group {
@@ -319,7 +319,7 @@ impl Daemon {
         until(&format!("group {group} with nothing left"), BOUND, async || {
             let stream = self.get(&format!("/api/v1/streams/{stream}")).await;
             let stream: Stream = serde_json::from_str(&stream).expect("the state of a stream");
-            // That of a new stream may have still to be made.
+            // The group of a new stream may not exist yet.
             let group = stream.groups.into_iter().find(|g| g.name == group)?;
             (group.lag == Some(0) && group.pending == 0).then_some(())
         })
@@ -333,22 +333,22 @@ impl Daemon {
         socket
     }
 
-    /// Takes the lines out that the daemon has logged since the last time.
+    /// Takes the lines that the daemon has logged since the last call.
     pub(crate) fn take_log(&self) -> Vec<String> {
         std::mem::take(&mut self.log.lock().lines)
     }
 
-    /// Whether everything that the daemon wrote has been read: it has ended.
+    /// Returns whether the whole output was read, because the daemon has ended.
     pub(crate) fn is_silent(&self) -> bool {
         self.log.lock().open == 0
     }
 
-    /// The process id.
+    /// Returns the process id.
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// The sum of a metric over all its labels.
+    /// Returns the sum of a metric over all its labels.
     pub(crate) async fn metric(&self, name: &str) -> u64 {
         let text = self.get("/metrics").await;
         let is_this = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']));
@@ -361,7 +361,7 @@ impl Daemon {
         send_signal(self.child.id(), signal);
     }
 
-    /// Kills the daemon at once, as a crash would.
+    /// Kills the daemon at once, like a crash.
     pub(crate) fn crash(mut self) {
         self.child.kill().expect("the daemon runs");
         self.child.wait().expect("a child");
@@ -373,7 +373,7 @@ impl Daemon {
         Ended { status, log: self.log.complete().await }
     }
 
-    /// Asks the daemon to stop and waits until it has, with exit code 0.
+    /// Stops the daemon and waits for its end. Fails if the exit code is not 0.
     pub(crate) async fn stop(self) {
         self.signal("TERM");
         let ended = self.ended().await;
@@ -382,9 +382,9 @@ impl Daemon {
 }
 
 impl Drop for Daemon {
-    #[expect(clippy::print_stderr, reason = "a failed test shows what the daemon said")]
+    #[expect(clippy::print_stderr, reason = "a failed test shows the log of the daemon")]
     fn drop(&mut self) {
-        // It may have ended before.
+        // It may have ended already.
         drop(self.child.kill());
         drop(self.child.wait());
         if thread::panicking() {
@@ -396,10 +396,10 @@ impl Drop for Daemon {
 /// Sends a signal to a process.
 pub(crate) fn send_signal(pid: u32, signal: &str) {
     let status = Command::new("sh").args(["-c", "kill -s \"$1\" \"$2\"", "sh", signal, &pid.to_string()]).status();
-    assert!(status.expect("sh runs").success(), "no process {pid} takes {signal}");
+    assert!(status.expect("sh runs").success(), "process {pid} does not accept {signal}");
 }
 
-/// The next text message of a socket.
+/// Returns the next text message of a socket.
 pub(crate) async fn next_text(socket: &mut Socket) -> String {
     let text = async {
         loop {

@@ -1,4 +1,4 @@
-//! A cluster of the tests' own: three primaries with a replica each, on free ports of the loopback address.
+//! A cluster of three primaries with one replica each, on free ports of the loopback address.
 
 use std::net::TcpListener;
 use std::path::Path;
@@ -9,15 +9,15 @@ use std::time::Duration;
 use super::redis::{Product, RedisServer, free_port, tls_options};
 use super::{install, until};
 
-/// How long the cluster may take to come together, or to agree on something.
+/// The longest wait for the cluster to form or to agree on a change.
 const BOUND: Duration = Duration::from_mins(1);
 
-/// After how many milliseconds without a word nodes take another one for dead, where one is to die.
+/// Milliseconds without contact until nodes fail over, for tests that kill nodes.
 const SOON: &str = "1500";
-/// The same where none is to: a machine that stands still for a moment must not look like a death.
+/// The same for tests that kill no node: a pause of the machine must not start a failover.
 const LATE: &str = "20000";
 
-/// Six servers that make a cluster. They are killed when this is dropped.
+/// The six servers of a cluster. They are killed on drop.
 #[derive(Debug)]
 pub(crate) struct Cluster {
     nodes: Vec<RedisServer>,
@@ -25,17 +25,17 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    /// Starts one and waits until it works. The replicas of nodes that die are promoted soon.
+    /// Starts a cluster and waits until it works. If a primary dies, its replica is promoted after 1.5 s.
     pub(crate) async fn start() -> Self {
         Self::start_with(None, SOON).await
     }
 
-    /// Starts one whose nodes keep their roles.
-    pub(crate) async fn lasting() -> Self {
+    /// Starts a cluster whose nodes keep their roles.
+    pub(crate) async fn with_stable_roles() -> Self {
         Self::start_with(None, LATE).await
     }
 
-    /// The same over TLS, with the certificates in that folder.
+    /// Starts a cluster with TLS and the certificates in this folder.
     pub(crate) async fn with_tls(certificates: &Path) -> Self {
         Self::start_with(Some(certificates), LATE).await
     }
@@ -85,25 +85,25 @@ impl Cluster {
         cluster
     }
 
-    /// One that tests share while at least one of them uses it. They use distinct keys and kill nothing.
+    /// Returns the cluster that tests share while one of them uses it. Such tests use distinct keys and kill no node.
     pub(crate) async fn shared() -> Arc<Self> {
         static SHARED: LazyLock<tokio::sync::Mutex<Weak<Cluster>>> = LazyLock::new(Default::default);
         let mut cluster = SHARED.lock().await;
         if let Some(cluster) = cluster.upgrade() {
             return cluster;
         }
-        let started = Arc::new(Self::lasting().await);
+        let started = Arc::new(Self::with_stable_roles().await);
         *cluster = Arc::downgrade(&started);
         started
     }
 
-    /// The URL for clients; it names two of the nodes.
+    /// Returns the URL for clients, with two of the nodes.
     pub(crate) fn url(&self) -> String {
         let scheme = if self.has_tls { "rediss-cluster" } else { "redis-cluster" };
         format!("{scheme}://127.0.0.1:{},127.0.0.1:{}", self.nodes[4].port(), self.nodes[1].port())
     }
 
-    /// The place of the node that has a key now, and of its replica.
+    /// Returns the indexes of the primary and the replica of a key.
     pub(crate) fn nodes_of(&self, key: &str) -> (usize, usize) {
         let slot: u16 = self.nodes[0].cli(&["CLUSTER", "KEYSLOT", key]).parse().expect("a slot");
         let nodes = self.nodes.iter().find_map(|node| {
@@ -120,36 +120,36 @@ impl Cluster {
         };
         let primary = rows.iter().find(|row| has(row)).expect("someone has the slot");
         let replica = rows.iter().find(|row| row[3] == primary[0]).expect("a replica");
-        let place = |row: &Vec<&str>| {
+        let index = |row: &Vec<&str>| {
             let port = row[1].split('@').next().and_then(|address| address.rsplit(':').next());
             let port = port.and_then(|port| port.parse::<u16>().ok()).expect("a port");
             self.nodes.iter().position(|node| node.port() == port).expect("one of ours")
         };
-        (place(primary), place(replica))
+        (index(primary), index(replica))
     }
 
-    pub(crate) fn node(&self, place: usize) -> &RedisServer {
-        &self.nodes[place]
+    pub(crate) fn node(&self, index: usize) -> &RedisServer {
+        &self.nodes[index]
     }
 
-    /// Kills a node at once, as a crash would.
-    pub(crate) fn crash(&mut self, place: usize) {
-        self.nodes[place].crash();
+    /// Kills a node at once, like a crash.
+    pub(crate) fn crash(&mut self, index: usize) {
+        self.nodes[index].crash();
     }
 
-    /// Starts a node again with what it left.
-    pub(crate) async fn restart(&mut self, place: usize) {
-        self.nodes[place].restart().await;
+    /// Starts a killed node again with its old files.
+    pub(crate) async fn restart(&mut self, index: usize) {
+        self.nodes[index].restart().await;
     }
 
-    /// Waits until that node is a primary.
-    pub(crate) async fn promoted(&self, place: usize) {
-        until("promoted replica", BOUND, async || self.nodes[place].cli(&["ROLE"]).starts_with("master").then_some(()))
+    /// Waits until this node is a primary.
+    pub(crate) async fn promoted(&self, index: usize) {
+        until("promoted replica", BOUND, async || self.nodes[index].cli(&["ROLE"]).starts_with("master").then_some(()))
             .await;
     }
 }
 
-/// A free port whose fellow for the nodes' own talk, 10 000 above, is free as well.
+/// Returns a free port whose cluster bus port, 10 000 above, is free as well.
 fn free_port_pair() -> u16 {
     loop {
         let port = free_port();

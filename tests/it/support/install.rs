@@ -1,12 +1,12 @@
-//! Programs that tests need beside the daemon, installed from Debian's packages when they are missing.
+//! Programs that tests need, installed from Debian's packages if they are missing.
 
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::Command;
 
-/// Where the program is, after installing the package that has it if need be.
+/// Returns the path of a program. Installs its package if necessary.
 ///
-/// Tests in other threads and processes wait for their turn. A test that can't have its server fails, it never skips.
+/// One installation runs at a time over all threads and processes. Without its program a test fails; it never skips.
 pub(crate) fn program(name: &str, package: &str) -> PathBuf {
     if let Some(path) = find(name) {
         return path;
@@ -21,7 +21,7 @@ pub(crate) fn program(name: &str, package: &str) -> PathBuf {
 }
 
 fn find(name: &str) -> Option<PathBuf> {
-    // Debian keeps PostgreSQL's server programs beside the path, a folder for each version.
+    // Debian keeps PostgreSQL's server programs outside the path, in a folder for each version.
     let script = "command -v \"$1\" || ls -d /usr/lib/postgresql/*/bin/\"$1\" 2>/dev/null | tail -n 1 | grep .";
     let output = Command::new("sh").args(["-c", script, "sh", name]).output().expect("sh runs");
     let path = String::from_utf8(output.stdout).expect("paths of programs are UTF-8");

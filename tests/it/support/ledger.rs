@@ -1,8 +1,8 @@
-//! The ledger: every event that was answered with success, and what became of it.
+//! The ledger: every event that was accepted, and its fate.
 //!
-//! Events have names. Publishing notes the name once it is accepted; a sink, or the log of a daemon whose sink is
-//! `log`, tells which names were handled and how often. [`Ledger::balance`] then asks the store for the rest: what is
-//! dead, pending or not delivered yet. Whatever is in none of these was lost, and says so by name.
+//! Events have names. A publish records the name when the event is accepted. A sink, or the log of a daemon with the
+//! sink `log`, shows the names of the handled events and the number of times. [`Ledger::balance`] then reads the rest
+//! from the store: dead, pending and undelivered events. An event in none of these was lost; the balance names it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,24 +18,24 @@ use serde_json::{Value, json};
 use super::app::{Accepted, BOUND, Daemon, Refused, client};
 use super::until;
 
-/// What was promised and what was done.
+/// The accepted and the handled events.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
     next: AtomicU64,
     /// Entry ids by the names of the accepted events.
-    promised: Mutex<BTreeMap<String, String>>,
-    /// Attempts by the names of the handled events, one for each time.
+    accepted: Mutex<BTreeMap<String, String>>,
+    /// Attempts by the names of the handled events, one for each time that an event was handled.
     handled: Mutex<BTreeMap<String, Vec<u32>>>,
 }
 
-/// An event under its name.
+/// An event and its name.
 #[derive(Debug, Clone)]
 pub(crate) struct Event {
     pub(crate) name: String,
     pub(crate) payload: String,
 }
 
-/// The stream, group and dead letters that a balance is made of.
+/// The stream, the group and the dead-letter stream of a balance.
 #[derive(Debug, Clone)]
 pub(crate) struct Account {
     pub(crate) stream: StreamName,
@@ -43,52 +43,52 @@ pub(crate) struct Account {
     pub(crate) dead_letter: StreamName,
 }
 
-/// Where the promised events are now.
+/// The number of events by fate, and the names of the wrong ones.
 #[derive(Debug, Default)]
 pub(crate) struct Balance {
-    pub(crate) promised: usize,
+    pub(crate) accepted: usize,
     pub(crate) handled: usize,
-    /// How often a sink was given something that it had taken before.
+    /// Number of times that a sink received an event that it had handled already.
     pub(crate) repeated: usize,
     pub(crate) dead: usize,
     pub(crate) pending: usize,
     pub(crate) undelivered: usize,
-    /// Promised, and nowhere.
+    /// Accepted, and nowhere.
     pub(crate) missing: Vec<String>,
-    /// Acknowledged, though no sink took them and they are not dead.
+    /// Acknowledged, although no sink handled them and they are not dead.
     pub(crate) unaccounted: Vec<String>,
-    /// In the stream, or in the dead letters, more than once.
-    pub(crate) doubled: Vec<String>,
-    /// By how much the store's own account of the group is off; absent while it can't be known.
+    /// More than once in the stream or in the dead letters.
+    pub(crate) duplicated: Vec<String>,
+    /// Error of the group's account in the store; `None` while the store cannot know it.
     pub(crate) difference: Option<i64>,
 }
 
 impl Balance {
-    /// Fails unless every promise is kept and nothing is there twice.
+    /// Fails if an event is lost or stored twice.
     #[track_caller]
-    pub(crate) fn assert_kept(&self) {
-        assert!(self.promised > 0, "nothing was accepted at all");
-        let is_kept = self.missing.is_empty() && self.unaccounted.is_empty() && self.doubled.is_empty();
-        assert!(is_kept, "{self:#?}");
+    pub(crate) fn assert_nothing_lost(&self) {
+        assert!(self.accepted > 0, "nothing was accepted at all");
+        let is_complete = self.missing.is_empty() && self.unaccounted.is_empty() && self.duplicated.is_empty();
+        assert!(is_complete, "{self:#?}");
     }
 
-    /// The same, and fails unless everything was handled or is dead, and the store has counted it so.
+    /// Fails also if an event is neither handled nor dead, or if the store's account differs.
     #[track_caller]
     pub(crate) fn assert_settled(&self) {
-        self.assert_kept();
+        self.assert_nothing_lost();
         assert_eq!(self.difference, Some(0), "{self:#?}");
         assert_eq!((self.pending, self.undelivered), (0, 0), "{self:#?}");
     }
 }
 
 impl Account {
-    /// An account by names; dead letters are where they are by default.
+    /// Makes an account from names, with the default dead-letter stream.
     pub(crate) fn new(stream: &str, group: &str) -> Self {
         let stream: StreamName = stream.parse().expect("a valid name");
         Self { dead_letter: stream.default_dead_letter(), group: group.parse().expect("a valid name"), stream }
     }
 
-    /// A cursor of a consumer that never consumes, to ask with.
+    /// Returns a cursor for queries, of a consumer that fetches nothing.
     pub(crate) fn cursor(&self) -> Cursor {
         let consumer = "auditor".parse().expect("a valid name");
         let claim_idle = Duration::from_mins(1);
@@ -97,7 +97,7 @@ impl Account {
 }
 
 impl Ledger {
-    /// Events that no one has published yet, each of about `pad` bytes.
+    /// Returns new events, each of about `pad` bytes.
     pub(crate) fn events(&self, count: u64, pad: usize) -> Vec<Event> {
         let first = self.next.fetch_add(count, Ordering::Relaxed);
         let event = |number| {
@@ -108,7 +108,7 @@ impl Ledger {
         (first..first + count).map(event).collect()
     }
 
-    /// Publishes events to a daemon once, under their ids: repeating them makes no second entry.
+    /// Publishes events to a daemon with their ids as idempotency keys.
     pub(crate) async fn publish(&self, daemon: &Daemon, stream: &StreamName, events: &[Event]) -> Result<(), Refused> {
         #[derive(Deserialize)]
         struct Reply {
@@ -125,17 +125,17 @@ impl Ledger {
         assert_eq!(reply.results.len(), events.len(), "one result per event");
         let ids = reply.results.into_iter().map(|accepted| accepted.id);
         for (event, id) in events.iter().zip(ids) {
-            self.promise(&event.name, &id);
+            self.record_accepted(&event.name, &id);
         }
         Ok(())
     }
 
-    /// The same again and again until it is accepted.
+    /// Publishes events and retries until they are accepted.
     pub(crate) async fn publish_until_accepted(&self, daemon: &Daemon, stream: &StreamName, events: &[Event]) {
         until("accepted events", BOUND, async || self.publish(daemon, stream, events).await.ok()).await;
     }
 
-    /// Appends events to a store, as a publisher beside the daemon does.
+    /// Appends events to a store, as a producer that bypasses the daemon.
     pub(crate) async fn append(&self, store: &dyn Store, stream: &StreamName, events: &[Event]) {
         let entries = events.iter().map(|event| {
             let mut fields = Fields::default();
@@ -143,31 +143,31 @@ impl Ledger {
             fields.push(field::DATA, event.payload.clone());
             NewEntry { fields, idempotency: None }
         });
-        let appended = store.append(stream, entries.collect()).await.expect("the store answers");
+        let appended = store.append(stream, entries.collect()).await.expect("the store responds");
         for (event, appended) in events.iter().zip(appended) {
-            self.promise(&event.name, &appended.id.to_string());
+            self.record_accepted(&event.name, &appended.id.to_string());
         }
     }
 
-    /// An event was accepted as this entry.
-    pub(crate) fn promise(&self, name: &str, id: &str) {
-        let known = lock(&self.promised).insert(name.to_owned(), id.to_owned());
+    /// Records that an event was accepted as this entry.
+    pub(crate) fn record_accepted(&self, name: &str, id: &str) {
+        let known = lock(&self.accepted).insert(name.to_owned(), id.to_owned());
         assert!(known.is_none_or(|known| known == id), "{name} was accepted twice, as {id} as well");
     }
 
-    /// A sink took an event.
-    pub(crate) fn handle(&self, name: &str, attempt: u32) {
+    /// Records that a sink handled an event.
+    pub(crate) fn record_handled(&self, name: &str, attempt: u32) {
         lock(&self.handled).entry(name.to_owned()).or_default().push(attempt);
     }
 
-    /// Notes what a daemon's sink `log` has told since the last time; gives the other lines of its log.
+    /// Records the log lines of a daemon's sink `log` since the last call. Returns all other lines.
     pub(crate) fn read_log(&self, daemon: &Daemon) -> Vec<String> {
         let mut others = Vec::new();
         for line in daemon.take_log() {
             match serde_json::from_str::<Value>(&line) {
-                Ok(told) if told["sink"] == "log" && told["title"].is_string() => {
-                    let attempt = told["attempt"].as_u64().and_then(|n| u32::try_from(n).ok()).expect("an attempt");
-                    self.handle(told["title"].as_str().expect("a title"), attempt);
+                Ok(record) if record["sink"] == "log" && record["title"].is_string() => {
+                    let attempt = record["attempt"].as_u64().and_then(|n| u32::try_from(n).ok()).expect("an attempt");
+                    self.record_handled(record["title"].as_str().expect("a title"), attempt);
                 }
                 _ => others.push(line),
             }
@@ -175,43 +175,43 @@ impl Ledger {
         others
     }
 
-    /// Waits until the sink of a daemon has taken so many different events in all; gives the other lines of its log.
-    pub(crate) async fn has_handled(&self, daemon: &Daemon, count: usize) -> Vec<String> {
+    /// Waits until the sink has handled `count` different events. Returns the other lines of the daemon's log.
+    pub(crate) async fn wait_handled(&self, daemon: &Daemon, count: usize) -> Vec<String> {
         let mut others = Vec::new();
         let what = format!("{count} handled events");
         until(&what, BOUND, async || {
             others.extend(self.read_log(daemon));
-            (self.handled() >= count).then_some(())
+            (self.handled_count() >= count).then_some(())
         })
         .await;
         others
     }
 
-    /// How many different events were handled.
-    pub(crate) fn handled(&self) -> usize {
+    /// Returns the number of different events that were handled.
+    pub(crate) fn handled_count(&self) -> usize {
         lock(&self.handled).len()
     }
 
-    /// How many events were accepted.
-    pub(crate) fn promised(&self) -> usize {
-        lock(&self.promised).len()
+    /// Returns the number of accepted events.
+    pub(crate) fn accepted_count(&self) -> usize {
+        lock(&self.accepted).len()
     }
 
-    /// The events that were accepted.
-    pub(crate) fn promised_names(&self) -> BTreeSet<String> {
-        lock(&self.promised).keys().cloned().collect()
+    /// Returns the names of the accepted events.
+    pub(crate) fn accepted_names(&self) -> BTreeSet<String> {
+        lock(&self.accepted).keys().cloned().collect()
     }
 
-    /// Forgets promises: the store was emptied by an operator, and what it held is not owed any more.
-    pub(crate) fn forgive(&self) {
-        lock(&self.promised).clear();
+    /// Removes all accepted events, because the test itself has deleted the stream.
+    pub(crate) fn forget_accepted(&self) {
+        lock(&self.accepted).clear();
     }
 
-    /// Compares the promises with what was handled, and with what the store holds. Nobody may be publishing.
+    /// Compares the accepted events with the handled ones and with the store. Nothing may be published meanwhile.
     pub(crate) async fn balance(&self, store: &dyn Store, account: &Account) -> Balance {
         let everything = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
-        // What is pending comes first: what ends meanwhile is then found where it has gone.
-        let status = store.describe(&account.stream).await.expect("the store answers");
+        // Pending entries are read first. If one ends meanwhile, it is then found in its new state.
+        let status = store.describe(&account.stream).await.expect("the store responds");
         let group = status
             .as_ref()
             .zip(status.as_ref().and_then(|status| status.groups.iter().find(|group| group.name == account.group)));
@@ -219,23 +219,23 @@ impl Ledger {
         let counted = group.map(|(stream, group)| store::Balance::of(stream, group, Consumption::Inside));
         let pending = pending_ids(store, &account.cursor()).await;
         let entries = read_all(store, &account.stream, everything).await;
-        let letters = read_all(store, &account.dead_letter, everything).await;
-        let letters: Vec<DeadLetter> = letters.iter().filter_map(DeadLetter::from_entry).collect();
+        let dead_letters = read_all(store, &account.dead_letter, everything).await;
+        let dead_letters: Vec<DeadLetter> = dead_letters.iter().filter_map(DeadLetter::from_entry).collect();
 
         let handled = lock(&self.handled);
         let mut balance = Balance {
             handled: handled.len(),
             repeated: handled.values().map(|attempts| attempts.len() - 1).sum(),
             pending: pending.len(),
-            dead: letters.len(),
+            dead: dead_letters.len(),
             difference: counted.and_then(|counted| counted.difference),
             ..Balance::default()
         };
         let mut dead: BTreeSet<String> = BTreeSet::new();
-        for letter in letters.iter().filter(|letter| letter.stream == account.stream) {
-            let name = name_of(&letter.fields, letter.id);
+        for dead_letter in dead_letters.iter().filter(|dead_letter| dead_letter.stream == account.stream) {
+            let name = name_of(&dead_letter.fields, dead_letter.id);
             if !dead.insert(name.clone()) {
-                balance.doubled.push(name);
+                balance.duplicated.push(name);
             }
         }
         let mut stored: BTreeMap<String, EntryId> = BTreeMap::new();
@@ -248,12 +248,12 @@ impl Ledger {
                 balance.unaccounted.push(name.clone());
             }
             if stored.insert(name.clone(), entry.id).is_some() {
-                balance.doubled.push(name);
+                balance.duplicated.push(name);
             }
         }
-        let promised = lock(&self.promised);
-        balance.promised = promised.len();
-        for name in promised.keys() {
+        let accepted = lock(&self.accepted);
+        balance.accepted = accepted.len();
+        for name in accepted.keys() {
             let is_waiting = stored.get(name).is_some_and(|id| *id > delivered || pending.contains(id));
             if !is_waiting && !handled.contains_key(name) && !dead.contains(name) {
                 balance.missing.push(name.clone());
@@ -263,7 +263,7 @@ impl Ledger {
     }
 }
 
-/// The name of an event, or else where it is.
+/// Returns the name of an event, or its entry id if it has none.
 fn name_of(fields: &Fields, id: EntryId) -> String {
     let data = fields.get(field::DATA).and_then(|data| serde_json::from_slice::<Value>(data).ok());
     data.and_then(|data| Some(data["id"].as_str()?.to_owned())).unwrap_or_else(|| format!("entry {id}"))
@@ -282,7 +282,7 @@ async fn read_all(store: &dyn Store, stream: &StreamName, mut range: Range) -> V
 async fn pending_ids(store: &dyn Store, cursor: &Cursor) -> BTreeSet<EntryId> {
     let (mut all, mut from) = (BTreeSet::new(), EntryId::MIN);
     loop {
-        // Without its group, nothing is pending.
+        // A missing group has no pending entries.
         let page = store.pending(cursor, false, from, 1000).await.unwrap_or_default();
         let Some(last) = page.last() else { return all };
         from = last.id.next();

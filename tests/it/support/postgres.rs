@@ -1,5 +1,5 @@
-//! A `PostgreSQL` server of the tests' own, on a free port of the loopback address, with its files in a temporary
-//! folder. It refuses to run as root, so it runs as `nobody` where the tests do.
+//! A `PostgreSQL` server for one test, on a free port of the loopback address, with its files in a temporary folder.
+//! It refuses to run as root. If the tests run as root, it runs as `nobody`.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -14,14 +14,14 @@ use tempfile::TempDir;
 use super::redis::{free_port, make_certificates};
 use super::{install, until};
 
-/// How long a server may take to start.
+/// The longest wait for a server to start.
 const BOUND: Duration = Duration::from_mins(1);
-/// How long a server may take to stop before it is killed.
+/// The longest wait for a server to stop before it is killed.
 const STOP_BOUND: Duration = Duration::from_secs(5);
 /// The owner's password.
 pub(crate) const PASSWORD: &str = "open-sesame";
 
-/// A running server with the database `aurora` and its owner of the same name. It is stopped when this is dropped.
+/// A running server with the database `aurora`, owned by the user `aurora`. It is stopped on drop.
 #[derive(Debug)]
 pub(crate) struct PostgresServer {
     child: Child,
@@ -31,12 +31,12 @@ pub(crate) struct PostgresServer {
 }
 
 impl PostgresServer {
-    /// Starts a server. Nothing of it survives a power cut.
+    /// Starts a server without `fsync`. Its data does not survive a power failure.
     pub(crate) async fn start() -> Self {
         Self::start_with(&["-c", "fsync=off"], |_| {}).await
     }
 
-    /// A server that tests share while at least one of them uses it. They use distinct tables.
+    /// Returns the server that tests share while one of them uses it. Such tests use distinct tables.
     pub(crate) async fn shared() -> Arc<Self> {
         static SHARED: LazyLock<tokio::sync::Mutex<Weak<PostgresServer>>> = LazyLock::new(Default::default);
         let mut shared = SHARED.lock().await;
@@ -48,8 +48,7 @@ impl PostgresServer {
         server
     }
 
-    /// Starts a server that lets clients in over TLS only, with a certificate for 127.0.0.1; its authority's is
-    /// [`Self::ca_file`].
+    /// Starts a server that accepts TLS only. Its certificate is for 127.0.0.1, signed by [`Self::ca_file`].
     pub(crate) async fn with_tls() -> Self {
         let options =
             ["-c", "fsync=off", "-c", "ssl=on", "-c", "ssl_cert_file=server.pem", "-c", "ssl_key_file=server.key"];
@@ -102,17 +101,17 @@ impl PostgresServer {
         self.port
     }
 
-    /// The URL for clients.
+    /// Returns the URL for clients.
     pub(crate) fn url(&self) -> String {
         url_by(self.port)
     }
 
-    /// The certificate of the authority that signed the server's.
+    /// Returns the path of the authority's certificate.
     pub(crate) fn ca_file(&self) -> PathBuf {
         self.folder.path().join("data/ca.pem")
     }
 
-    /// Runs SQL and returns what it gives: a line per row, `|` between columns.
+    /// Runs SQL and returns its output: a line per row, `|` between columns.
     pub(crate) fn sql(&self, sql: &str) -> String {
         self.sql_in("aurora", sql)
     }
@@ -133,25 +132,25 @@ impl PostgresServer {
         if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
     }
 
-    /// Kills the server at once with all its processes, as a crash of the machine would.
+    /// Kills the server and all its processes at once, like a crash of the machine.
     pub(crate) fn crash(&mut self) {
         let pid = self.child.id();
         let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
         self.child.kill().expect("the server runs");
         for child in children.split_whitespace() {
-            // Some end by themselves before.
+            // Some may have ended already.
             drop(Command::new("kill").args(["-9", child]).stderr(Stdio::null()).status());
         }
         self.child.wait().expect("a child");
     }
 
-    /// Starts the server again on the same port with the files it left.
+    /// Starts the server again on the same port with its old files.
     pub(crate) async fn restart(&mut self) {
         self.child = spawn(self.folder.path(), self.port, &self.options);
         self.answers("aurora").await;
     }
 
-    /// Waits until the server answers; starts it again while processes of its earlier life keep it from starting.
+    /// Waits until the server responds. Starts it again while processes of the killed server block the start.
     async fn answers(&mut self, database: &str) {
         let log = self.folder.path().join("log");
         let started = Instant::now();
@@ -169,7 +168,7 @@ impl PostgresServer {
 
 impl Drop for PostgresServer {
     fn drop(&mut self) {
-        // An immediate shutdown takes the server's other processes with it. It may be dead already.
+        // An immediate shutdown ends all processes of the server. It may have ended already.
         drop(Command::new("kill").args(["-QUIT", &self.child.id().to_string()]).stderr(Stdio::null()).status());
         let asked = Instant::now();
         while asked.elapsed() < STOP_BOUND && matches!(self.child.try_wait(), Ok(None)) {
@@ -180,13 +179,13 @@ impl Drop for PostgresServer {
     }
 }
 
-/// A table that no other test uses.
+/// Returns the name of a table that no other test uses.
 pub(crate) fn new_table() -> String {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     format!("results_{}", NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// The URL of a server by another port, such as a proxy's.
+/// Returns the URL of a server at another port, such as that of a proxy.
 pub(crate) fn url_by(port: u16) -> String {
     format!("postgres://aurora:{PASSWORD}@127.0.0.1:{port}/aurora")
 }
@@ -195,7 +194,7 @@ fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0)
 }
 
-/// The program, run as someone whom the server lets run it.
+/// Returns a command that runs the program as an unprivileged user if the test runs as root.
 fn unprivileged(program: &Path) -> Command {
     if !is_root() {
         return Command::new(program);
@@ -205,7 +204,7 @@ fn unprivileged(program: &Path) -> Command {
     command
 }
 
-/// Makes a folder with all in it the server's own.
+/// Makes the server's user the owner of a folder and its content.
 pub(crate) fn hand_over(folder: &Path) {
     if is_root() {
         let status = Command::new("chown").args(["-R", "nobody:nogroup"]).arg(folder).status().expect("chown runs");

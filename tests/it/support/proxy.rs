@@ -1,4 +1,4 @@
-//! A TCP proxy that loses, delays and cuts, as networks do.
+//! A TCP proxy with the faults of networks: lost, delayed and cut connections.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -10,7 +10,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-/// A proxy in front of a server on the loopback address. It ends when this is dropped.
+/// A proxy in front of a server on the loopback address. It ends on drop.
 #[derive(Debug)]
 pub(crate) struct Proxy {
     address: SocketAddr,
@@ -18,91 +18,90 @@ pub(crate) struct Proxy {
     stop: CancellationToken,
 }
 
-/// What happens to the bytes.
+/// The active faults.
 #[derive(Debug, Default)]
 struct Faults {
-    /// Once a request has passed that contains this: its reply is swallowed and the connection cut.
+    /// The next request with these bytes passes; its reply is dropped and its connection is cut.
     drop_reply_to: Mutex<Option<Vec<u8>>>,
-    /// How many replies were dropped.
+    /// Number of dropped replies.
     dropped: AtomicU64,
-    /// The connection over which a request comes that contains this passes no byte any more, that request included.
+    /// The next request with these bytes turns its connection into a black hole and is dropped itself.
     black_hole_at: Mutex<Option<Vec<u8>>>,
-    /// Connections below this number pass no byte any more, in either direction.
+    /// Connections below this number are black holes, in both directions.
     black_hole_below: AtomicU64,
     delay_ms: AtomicU64,
-    /// Cancelled to cut the connections there are, then replaced.
+    /// Cancelled to cut the open connections, then replaced.
     cut: Mutex<CancellationToken>,
     next_connection: AtomicU64,
     refuse: AtomicBool,
 }
 
 impl Proxy {
-    /// Starts one in front of `port`.
+    /// Starts a proxy in front of `port`.
     pub(crate) async fn start(port: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("a bound listener");
         let (faults, stop) = (Arc::<Faults>::default(), CancellationToken::new());
         let task = accept(listener, port, Arc::clone(&faults), stop.clone());
-        // It ends with `stop`, which the proxy's drop cancels.
+        // The task ends with `stop`, which `drop` cancels.
         tokio_util::task::TaskTracker::new().spawn(task);
         Self { address, faults, stop }
     }
 
-    /// The URL for clients.
+    /// Returns the URL for clients of Redis.
     pub(crate) fn url(&self) -> String {
         format!("redis://{}/0", self.address)
     }
 
-    /// The port for clients of other servers.
+    /// Returns the port, for clients of other servers.
     pub(crate) fn port(&self) -> u16 {
         self.address.port()
     }
 
-    /// The next request that contains `part` reaches the server, but its reply does not come back: the connection is
-    /// cut instead.
+    /// Drops the reply to the next request that contains `part`, and cuts the connection. The request itself passes.
     pub(crate) fn drop_reply_to(&self, part: &[u8]) {
         *self.faults.drop_reply_to.lock().expect("unpoisoned") = Some(part.to_vec());
     }
 
-    /// How many connections were asked for so far.
+    /// Returns the number of connections so far.
     pub(crate) fn connections(&self) -> u64 {
         self.faults.next_connection.load(Ordering::SeqCst)
     }
 
-    /// How many replies were dropped so far.
+    /// Returns the number of dropped replies so far.
     pub(crate) fn dropped(&self) -> u64 {
         self.faults.dropped.load(Ordering::SeqCst)
     }
 
-    /// Connections there are pass no byte any more, though they stay open; new ones work.
+    /// Turns the open connections into black holes: they stay open and pass no byte. New connections work.
     pub(crate) fn black_hole_existing(&self) {
         let next = self.faults.next_connection.load(Ordering::SeqCst);
         self.faults.black_hole_below.store(next, Ordering::SeqCst);
     }
 
-    /// The next request that contains `part` does not reach the server, and its connection passes no byte any more,
-    /// though it stays open; all others work.
+    /// Turns the connection of the next request that contains `part` into a black hole. The request is dropped as well.
+    /// All other connections work.
     pub(crate) fn black_hole_at(&self, part: &[u8]) {
         *self.faults.black_hole_at.lock().expect("unpoisoned") = Some(part.to_vec());
     }
 
-    /// Whether a connection became a black hole since [`Self::black_hole_at`].
+    /// Returns whether a connection became a black hole since [`Self::black_hole_at`].
     pub(crate) fn has_black_hole(&self) -> bool {
         self.faults.black_hole_at.lock().expect("unpoisoned").is_none()
     }
 
-    /// Every read from either side is passed on only after this time.
+    /// Delays everything read from either side by this time.
     pub(crate) fn delay(&self, delay: Duration) {
         self.faults.delay_ms.store(u64::try_from(delay.as_millis()).expect("a short delay"), Ordering::SeqCst);
     }
 
-    /// Resets the connections there are.
+    /// Resets the open connections.
     pub(crate) fn reset(&self) {
         let mut cut = self.faults.cut.lock().expect("unpoisoned");
         std::mem::take(&mut *cut).cancel();
     }
 
-    /// Whether new connections are cut at once.
+    /// Sets whether new connections are cut at once.
     pub(crate) fn refuse(&self, refuse: bool) {
         self.faults.refuse.store(refuse, Ordering::SeqCst);
     }
@@ -134,7 +133,7 @@ async fn accept(listener: TcpListener, port: u16, faults: Arc<Faults>, stop: Can
                 () = cut.cancelled() => {}
                 () = pass(&mut client, &mut server, number, &faults) => return,
             }
-            // A reset, not an end: what is under way is lost.
+            // A reset, not a regular end: data in flight is lost.
             for socket in [client, server] {
                 socket.set_zero_linger().expect("a socket option");
             }
@@ -145,7 +144,7 @@ async fn accept(listener: TcpListener, port: u16, faults: Arc<Faults>, stop: Can
 async fn pass(client: &mut TcpStream, server: &mut TcpStream, number: u64, faults: &Faults) {
     let (from_client, to_client) = client.split();
     let (from_server, to_server) = server.split();
-    // Set by a request whose reply must not come back, and by one that makes a black hole of its connection.
+    // Set by a request with a lost reply, and by a request that makes its connection a black hole.
     let (swallow, is_hole) = (AtomicBool::new(false), AtomicBool::new(false));
     let hits = |wanted: &Mutex<Option<Vec<u8>>>, bytes: &[u8]| {
         let mut wanted = wanted.lock().expect("unpoisoned");
@@ -180,7 +179,7 @@ async fn pass(client: &mut TcpStream, server: &mut TcpStream, number: u64, fault
     }
 }
 
-/// What becomes of some bytes and their connection.
+/// The fate of some bytes and their connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Passage {
     On,

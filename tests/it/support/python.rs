@@ -1,4 +1,4 @@
-//! Programs in Python, as those are who work beside the daemon.
+//! External consumers written in Python.
 
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
@@ -9,15 +9,14 @@ use std::time::Duration;
 
 use super::{install, until};
 
-/// How long a program may take to say something.
-const PATIENCE: Duration = Duration::from_mins(1);
+/// The longest wait for a line of output.
+const BOUND: Duration = Duration::from_mins(1);
 
-/// A running program, with Python's redis client at hand. It is killed when this is dropped, and what it complained of
-/// shown if the test fails.
+/// A running Python program with the redis client. It is killed on drop, and a failed test prints its output.
 pub(crate) struct Python {
     child: Child,
     lines: Arc<Mutex<Vec<String>>>,
-    complaints: Option<JoinHandle<String>>,
+    errors: Option<JoinHandle<String>>,
 }
 
 impl Python {
@@ -37,44 +36,41 @@ impl Python {
             }
         });
         let mut errors = child.stderr.take().expect("piped");
-        let complaints = thread::spawn(move || {
+        let errors = thread::spawn(move || {
             let mut text = Vec::new();
-            // What came before a failure is worth showing.
+            // The output before a failure helps to find its cause.
             drop(errors.read_to_end(&mut text));
             String::from_utf8_lossy(&text).into_owned()
         });
-        Self { child, lines, complaints: Some(complaints) }
+        Self { child, lines, errors: Some(errors) }
     }
 
-    /// What it has written so far.
+    /// Returns the lines of output so far.
     pub(crate) fn lines(&self) -> Vec<String> {
         self.lines.lock().expect("unpoisoned").clone()
     }
 
-    /// Waits until it has written that line.
-    pub(crate) async fn says(&self, line: &str) {
-        until(line, PATIENCE, async || self.lines().iter().any(|said| said == line).then_some(())).await;
+    /// Waits until the program has written this line.
+    pub(crate) async fn wait_for_line(&self, line: &str) {
+        until(line, BOUND, async || self.lines().iter().any(|written| written == line).then_some(())).await;
     }
 }
 
 impl Drop for Python {
-    #[expect(clippy::print_stderr, reason = "a failed test shows what its programs complained of")]
+    #[expect(clippy::print_stderr, reason = "a failed test shows the errors of its programs")]
     fn drop(&mut self) {
-        // It may be dead already.
+        // It may have ended already.
         drop(self.child.kill());
         drop(self.child.wait());
         if thread::panicking()
-            && let Some(Ok(complaints)) = self.complaints.take().map(JoinHandle::join)
+            && let Some(Ok(errors)) = self.errors.take().map(JoinHandle::join)
         {
-            eprintln!(
-                "--- a program in Python wrote\n{}\n--- and complained\n{complaints}\n---",
-                self.lines().join("\n")
-            );
+            eprintln!("--- a program in Python wrote\n{}\n--- and to stderr\n{errors}\n---", self.lines().join("\n"));
         }
     }
 }
 
-/// Where Python's redis client is, if it is not where Python finds it anyway.
+/// Returns the folder of Python's redis client, if Python does not find it by itself.
 fn redis_client() -> Option<PathBuf> {
     let python = install::program("python3", "python3");
     let imports = |folder: &Path| {

@@ -1,4 +1,4 @@
-//! An HTTP receiver that answers as a test says and keeps what it was sent.
+//! An HTTP receiver that responds as the test decides, and records its requests.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -25,37 +25,37 @@ use tokio_rustls::TlsAcceptor;
 
 use super::redis::free_port;
 
-/// A piece of a body without end.
+/// Size of one piece of an endless body.
 const PIECE_BYTES: usize = 64 * 1024;
 
-/// What a receiver does with a request.
+/// The response to a request.
 #[derive(Debug, Clone)]
 pub(crate) enum Reply {
-    /// Answers with that status alone.
+    /// Responds with this status and no body.
     Status(u16),
-    /// Answers with a status, a header and a body.
+    /// Responds with a status, a header and a body.
     With(u16, (&'static str, String), String),
-    /// Answers with a status and a body without end.
+    /// Responds with a status and an endless body.
     Endless(u16),
-    /// Never answers.
+    /// Never responds.
     Silence,
-    /// Answers 204 once as many requests are there as the barrier waits for.
+    /// Responds 204 when the barrier has as many requests as it waits for.
     Meet(Arc<Barrier>),
 }
 
-/// A request.
+/// A recorded request.
 #[derive(Debug, Clone)]
 pub(crate) struct Received {
     pub(crate) method: String,
     pub(crate) path: String,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
-    /// Whether it was answered 2xx.
+    /// Whether the response was 2xx.
     pub(crate) is_taken: bool,
 }
 
 impl Received {
-    /// A header's value, empty where there is none.
+    /// Returns the value of a header, or an empty string.
     pub(crate) fn header(&self, name: &str) -> &str {
         self.headers.get(name).map_or("", |value| value.to_str().expect("visible ASCII"))
     }
@@ -71,21 +71,21 @@ struct State {
     tls: Option<TlsAcceptor>,
 }
 
-/// A receiver on a free port of the loopback address. It is gone when this is dropped.
+/// A receiver on a free port of the loopback address. It ends on drop.
 pub(crate) struct Receiver {
     address: SocketAddr,
     state: Arc<State>,
-    /// The accept loop, which owns its connections; none while the receiver is down.
+    /// The accept loop, which owns its connections; `None` while the receiver is down.
     tasks: JoinSet<()>,
 }
 
 impl Receiver {
-    /// Starts one.
+    /// Starts a receiver.
     pub(crate) async fn start(script: impl Fn(&Received) -> Reply + Send + Sync + 'static) -> Self {
         Self::listening(None, Box::new(script)).await
     }
 
-    /// Starts one that takes everything and speaks TLS, with `server.pem` and `server.key` of that folder.
+    /// Starts a receiver with TLS, `server.pem` and `server.key` of this folder, that accepts every request.
     pub(crate) async fn with_tls(folder: &Path) -> Self {
         let certificate = CertificateDer::from_pem_file(folder.join("server.pem")).expect("a certificate");
         let key = PrivateKeyDer::from_pem_file(folder.join("server.key")).expect("a key");
@@ -107,46 +107,46 @@ impl Receiver {
             endless_bytes: AtomicU64::new(0),
             tls,
         };
-        // It comes back to the same one, so nobody may take it in between.
+        // It listens there again later, so no other server may use the port in between.
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
         let mut receiver = Self { address, state: Arc::new(state), tasks: JoinSet::new() };
         receiver.come_up().await;
         receiver
     }
 
-    /// Ends as a killed process does: every connection is cut, new ones are refused.
+    /// Ends like a killed process: cuts all connections and refuses new ones.
     pub(crate) async fn go_down(&mut self) {
         self.tasks.shutdown().await;
     }
 
-    /// Listens again where it did before.
+    /// Listens again on the same port.
     pub(crate) async fn come_up(&mut self) {
         let listener = TcpListener::bind(self.address).await.expect("a free port");
         self.tasks.spawn(accept(listener, Arc::clone(&self.state)));
     }
 
-    /// The port it listens on.
+    /// Returns the port.
     pub(crate) fn port(&self) -> u16 {
         self.address.port()
     }
 
-    /// The URL of a path.
+    /// Returns the URL of a path.
     pub(crate) fn url(&self, path: &str) -> String {
         let scheme = if self.state.tls.is_some() { "https" } else { "http" };
         format!("{scheme}://{}{path}", self.address)
     }
 
-    /// Every request so far, in the order of their coming.
+    /// Returns all requests so far, in order of arrival.
     pub(crate) fn received(&self) -> Vec<Received> {
         self.state.received.lock().expect("unpoisoned").clone()
     }
 
-    /// How many connections were made to it.
+    /// Returns the number of connections so far.
     pub(crate) fn connections(&self) -> u64 {
         self.state.connections.load(Ordering::SeqCst)
     }
 
-    /// How much it has sent of bodies without end.
+    /// Returns the number of bytes sent of endless bodies.
     pub(crate) fn endless_bytes(&self) -> u64 {
         self.state.endless_bytes.load(Ordering::SeqCst)
     }
@@ -175,7 +175,7 @@ async fn accept(listener: TcpListener, state: Arc<State>) {
 
 async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, state: Arc<State>) {
     let service = service_fn(move |request| answer(request, Arc::clone(&state)));
-    // A client may go at any time.
+    // A client may close the connection at any time.
     drop(http1::Builder::new().serve_connection(TokioIo::new(stream), service).await);
 }
 

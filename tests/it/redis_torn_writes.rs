@@ -14,9 +14,9 @@ const BOUND: Duration = Duration::from_mins(1);
 const HOUR: Duration = Duration::from_hours(1);
 const EVERYTHING: Range = Range { from: EntryId::MIN, to: EntryId::MAX, order: Order::Forward };
 
-/// What was written by half was never confirmed, so its publisher asks again. Neither the half nor what comes after it
-/// may change when the server starts a second time.
-async fn what_was_written_by_half_does_not_come_back(product: Product) {
+/// A torn write was never confirmed, so its producer retries. Neither the torn write nor the entries after it may
+/// change at the second start of the server.
+async fn torn_write_does_not_reappear(product: Product) {
     let mut server = RedisServer::start(product, &["--appendonly", "yes", "--appendfsync", "always"]).await;
     let store = Config { url: server.url().into(), ..Config::default() }.connect().await.expect("a configuration");
     let stream = unique_stream();
@@ -32,7 +32,7 @@ async fn what_was_written_by_half_does_not_come_back(product: Product) {
     server.tear_last_transaction();
     server.restart().await;
     let again = append("half").await;
-    assert!(!again.duplicate, "the half was taken for the whole");
+    assert!(!again.duplicate, "the torn write counts as stored");
     server.crash();
     server.restart().await;
     append("after").await;
@@ -43,11 +43,11 @@ async fn what_was_written_by_half_does_not_come_back(product: Product) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_written_by_half_does_not_come_back_on_redis() {
-    what_was_written_by_half_does_not_come_back(Product::Redis).await;
+async fn torn_write_does_not_reappear_on_redis() {
+    torn_write_does_not_reappear(Product::Redis).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_written_by_half_does_not_come_back_on_valkey() {
-    what_was_written_by_half_does_not_come_back(Product::Valkey).await;
+async fn torn_write_does_not_reappear_on_valkey() {
+    torn_write_does_not_reappear(Product::Valkey).await;
 }

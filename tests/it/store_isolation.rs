@@ -1,4 +1,4 @@
-//! What a search for idle entries leaves out of care, on every backend.
+//! Isolation limits of a search for idle entries, on every backend.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,9 +9,9 @@ use aurora_bus::store::{Cursor, IsolationLimits, Start, Store};
 use crate::store_contract::{cursor, new_entry, unique_stream};
 use crate::support::stores::on_stores;
 
-const CARE: IsolationLimits = IsolationLimits { in_hand: 0, most: [5, 2, 1] };
+const LIMITS: IsolationLimits = IsolationLimits { in_hand: 0, most: [5, 2, 1] };
 
-/// A stream whose entries were delivered as often as told, in order.
+/// Returns a stream with one entry per number in `attempts`, delivered that many times.
 async fn delivered(store: &dyn Store, attempts: &[u32]) -> (Cursor, Vec<EntryId>) {
     let cursor = cursor(&unique_stream(), "g", "dead");
     store.ensure_group(&cursor.stream, &cursor.group, Start::Oldest).await.expect("a group");
@@ -31,39 +31,39 @@ async fn search(
     store: &dyn Store,
     cursor: &Cursor,
     from: EntryId,
-    isolation: IsolationLimits,
+    limits: IsolationLimits,
 ) -> (usize, EntryId, Option<u32>) {
-    let found = store.reclaim_isolated(cursor, Duration::ZERO, from, 100, isolation).await.expect("searched");
+    let found = store.reclaim_isolated(cursor, Duration::ZERO, from, 100, limits).await.expect("searched");
     (found.claimed.deliveries.len(), found.next, found.held_back)
 }
 
-async fn the_company_of_an_entry_is_as_small_as_its_deliveries_ask(store: Arc<dyn Store>) {
+async fn reclaim_limits_batch_by_delivery_count(store: Arc<dyn Store>) {
     let (cursor, ids) = delivered(&*store, &[1, 1, 1, 1, 1, 1, 2, 2, 2, 3, 9, 1]).await;
     let mut from = EntryId::MIN;
     for (taken, left, attempts) in [(5, 5, 1), (2, 7, 2), (2, 9, 3), (1, 10, 9), (1, 11, 1)] {
         let expected = (taken, ids[left], Some(attempts));
-        assert_eq!(search(&*store, &cursor, from, CARE).await, expected);
+        assert_eq!(search(&*store, &cursor, from, LIMITS).await, expected);
         from = ids[left];
     }
-    assert_eq!(search(&*store, &cursor, from, CARE).await, (1, EntryId::MIN, None));
+    assert_eq!(search(&*store, &cursor, from, LIMITS).await, (1, EntryId::MIN, None));
 }
 
-async fn what_is_in_hand_already_counts(store: Arc<dyn Store>) {
+async fn entries_in_hand_count_toward_the_limit(store: Arc<dyn Store>) {
     let (cursor, ids) = delivered(&*store, &[1, 1, 2]).await;
-    let care = |in_hand| IsolationLimits { in_hand, ..CARE };
-    assert_eq!(search(&*store, &cursor, EntryId::MIN, care(7)).await, (0, ids[0], Some(1)));
-    assert_eq!(search(&*store, &cursor, EntryId::MIN, care(4)).await, (1, ids[1], Some(1)));
-    assert_eq!(search(&*store, &cursor, ids[2], care(2)).await, (0, ids[2], Some(2)));
-    assert_eq!(search(&*store, &cursor, ids[2], care(1)).await, (1, EntryId::MIN, None));
+    let limits = |in_hand| IsolationLimits { in_hand, ..LIMITS };
+    assert_eq!(search(&*store, &cursor, EntryId::MIN, limits(7)).await, (0, ids[0], Some(1)));
+    assert_eq!(search(&*store, &cursor, EntryId::MIN, limits(4)).await, (1, ids[1], Some(1)));
+    assert_eq!(search(&*store, &cursor, ids[2], limits(2)).await, (0, ids[2], Some(2)));
+    assert_eq!(search(&*store, &cursor, ids[2], limits(1)).await, (1, EntryId::MIN, None));
 }
 
-async fn without_care_all_are_taken(store: Arc<dyn Store>) {
+async fn reclaim_without_limits_takes_all_entries(store: Arc<dyn Store>) {
     let (cursor, _) = delivered(&*store, &[9, 9, 1]).await;
     assert_eq!(search(&*store, &cursor, EntryId::MIN, IsolationLimits::NONE).await, (3, EntryId::MIN, None));
 }
 
 on_stores! { embedded redis valkey: [
-    the_company_of_an_entry_is_as_small_as_its_deliveries_ask
-    what_is_in_hand_already_counts
-    without_care_all_are_taken
+    reclaim_limits_batch_by_delivery_count
+    entries_in_hand_count_toward_the_limit
+    reclaim_without_limits_takes_all_entries
 ] }
