@@ -1,4 +1,4 @@
-//! The real binary under test: runs on free ports in its own folder, over HTTP and WebSockets.
+//! The real binary under test: runs on free ports in its own folder, over HTTP and `WebSocket`s.
 
 use std::collections::BTreeMap;
 use std::fs;
