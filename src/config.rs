@@ -283,7 +283,7 @@ impl Config {
             let message = "must not be the stream itself";
             problems.require(is_other, &format!("{path}.dead_letter"), message);
             let is_embedded = self.store.backend == Backend::Embedded;
-            let is_synced = self.store.embedded.durability == store::embedded::Durability::Commit;
+            let is_synced = self.store.embedded.durability == store::embedded::SyncMode::Commit;
             if is_embedded && stream.durability.replicated {
                 problems.add(&format!("{path}.durability"), "the embedded store has no replicas");
             } else if is_embedded && stream.durability.fsync && !is_synced {

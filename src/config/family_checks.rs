@@ -23,7 +23,7 @@ pub(super) fn validate(config: &Config, problems: &mut Problems) {
         let dead_letter = stream.dead_letter();
         for family in config.streams.iter().filter_map(|other| other.name.family()) {
             for (key, named) in [("name", &stream.name), ("dead_letter", &dead_letter)] {
-                if named.stream() == Some(&family.register()) {
+                if named.stream() == Some(&family.key_index()) {
                     let message = format!("`{named}` is reserved for the key index of `{family}`");
                     problems.add(&format!("{path}.{key}"), message);
                 }

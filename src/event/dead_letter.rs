@@ -105,7 +105,7 @@ const RECORD_FIELDS: [&str; 9] = [STREAM, ID, GROUP, REASON, ERROR, ATTEMPTS, FI
 impl DeadLetter {
     /// Creates the record of an entry that fails now. If the entry was appended again for external consumers, the
     /// record has its original fields and id.
-    pub fn of_first_life(
+    pub fn of_original_entry(
         entry: &Entry,
         stream: &StreamName,
         group: &GroupName,

@@ -95,7 +95,7 @@ impl Family {
     }
 
     /// Returns the name of the key index, the stream from which every instance reads the keys of the family.
-    pub fn register(&self) -> StreamName {
+    pub fn key_index(&self) -> StreamName {
         self.with(KEY_INDEX).parse().expect("the name of a family was checked with the longest key")
     }
 
@@ -269,7 +269,7 @@ mod tests {
         {
             assert_eq!(family.key_of(&other.parse().expect("a name")), None, "{other}");
         }
-        assert_eq!(family.key_of(&family.register()), None, "{}", family.register());
+        assert_eq!(family.key_of(&family.key_index()), None, "{}", family.key_index());
         assert_eq!(family.default_dead_letter().name(), "aurora:tenant:{tenant}:alerts:dead_letter");
     }
 
@@ -314,7 +314,7 @@ mod tests {
                 let is_plain = !member.as_str().contains(['{', '}', '~']);
                 prop_assert!(is_plain, "{}", member);
                 prop_assert_eq!(member.as_str().split(':').count(), 4);
-                prop_assert!(member != family.register());
+                prop_assert!(member != family.key_index());
             }
         }
     }

@@ -375,7 +375,7 @@ impl PullConsumer {
         error: String,
     ) -> Result<(), StoreError> {
         let (stream, group) = (&self.group.stream, &self.group.group);
-        let letter = DeadLetter::of_first_life(&entry, stream, group, reason, error, attempts, Timestamp::now());
+        let letter = DeadLetter::of_original_entry(&entry, stream, group, reason, error, attempts, Timestamp::now());
         let outcome = Outcome::DeadLetter { to: self.group.dead_letter.clone(), fields: letter.to_fields() };
         let delivery = Delivery { entry, attempt: attempts, delivered_at: std::time::Instant::now() };
         let settled = self.store.settle(cursor, &[Settlement { delivery, outcome }]).await?;

@@ -5,7 +5,7 @@
 //! holds an index of the chunks, the newest chunks themselves and the pending entries, so that readers and consumers at
 //! the head of a stream never wait for the disk.
 //!
-//! Promises: accepted entries survive a crash (and, with [`Durability::Commit`], a power cut); damaged data causes an
+//! Promises: accepted entries survive a crash (and, with [`SyncMode::Commit`], a power cut); damaged data causes an
 //! error that names the entries, and is never returned as entries; one process at a time. Memory is bounded by
 //! [`Config::recent`], about 100 bytes per 32 or more stored entries, and about 60 bytes per pending entry.
 
@@ -30,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 
 #[cfg(any(test, fuzzing))]
 pub use crate::store::embedded::disk::chunk::fuzz as fuzz_chunk;
-pub use crate::store::embedded::open::{Config, Durability};
+pub use crate::store::embedded::open::{Config, SyncMode};
 pub use raw::{RawRate, raw_append_rate};
 
 use self::readers::Readers;
@@ -154,7 +154,7 @@ fn encode(entries: Vec<NewEntry>) -> Result<NewEntries, StoreError> {
         }
         let start = new.bytes.len();
         disk::chunk::encode(&entry.fields, &mut new.bytes);
-        new.entries.push(writer::operations::NewEntry {
+        new.entries.push(writer::operations::EncodedEntry {
             fields: start..new.bytes.len(),
             event_id: entry.fields.get(field::ID).cloned().unwrap_or_default(),
             key: entry.idempotency.map(|key| (key.key, millis(key.window))),

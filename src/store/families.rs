@@ -287,7 +287,7 @@ impl FamilyMembers {
             NewEntry { fields, idempotency: None }
         };
         for keys in keys.chunks(PAGE) {
-            store.append(&self.family.register(), keys.iter().map(entry).collect()).await?;
+            store.append(&self.family.key_index(), keys.iter().map(entry).collect()).await?;
         }
         Ok(())
     }
@@ -307,7 +307,7 @@ impl FamilyMembers {
         let mut found = BTreeSet::new();
         let mut has_new = false;
         loop {
-            let page = store.range(&self.family.register(), Range::after(read.last), PAGE).await?;
+            let page = store.range(&self.family.key_index(), Range::after(read.last), PAGE).await?;
             let Some(last) = page.last() else { break };
             (read.last, read.entries) = (last.id, read.entries + page.len() as u64);
             for stream in page.iter().filter_map(|entry| self.family.member(entry.fields.text(KEY)?).ok()) {
@@ -381,7 +381,7 @@ impl FamilyMembers {
         part: &Part,
         broken: &mut BTreeMap<StreamName, Instant>,
     ) -> Result<std::convert::Infallible, StoreError> {
-        let index = self.family.register();
+        let index = self.family.key_index();
         let mut check_at = Instant::now();
         loop {
             if Instant::now() >= check_at {
@@ -440,7 +440,7 @@ impl FamilyMembers {
     async fn check_index(&self, store: &dyn Store) -> Result<(), StoreError> {
         // Locked: a concurrent read would look as if the key index had gone back.
         let mut read = self.read.lock().await;
-        let status = store.describe(&self.family.register()).await?;
+        let status = store.describe(&self.family.key_index()).await?;
         let (last, entries) = status.map_or((EntryId::MIN, 0), |status| (status.last_id, status.length));
         if last >= read.last && entries >= read.entries {
             return Ok(());

@@ -25,7 +25,7 @@ use tokio_util::task::TaskTracker;
 
 #[cfg(any(test, fuzzing))]
 pub use crate::store::redis::net::reply::fuzz as fuzz_reply;
-pub use config::{Config, InvalidConfig};
+pub use config::{Config, InvalidRedisConfig};
 
 use self::config::Settings;
 use super::{

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aurora_bus::event::{EntryId, IdempotencyKey, NewEntry, StreamName};
-use aurora_bus::store::embedded::{Config, Durability, EmbeddedStore};
+use aurora_bus::store::embedded::{Config, EmbeddedStore, SyncMode};
 use aurora_bus::store::{Cursor, Order, Outcome, Range, Settlement, Start, Store, StoreErrorKind, Trim};
 use bytes::Bytes;
 use bytesize::ByteSize;
@@ -82,7 +82,7 @@ async fn acknowledge(store: &dyn Store, cursor: &Cursor, limit: usize) -> usize 
 
 #[tokio::test]
 async fn confirmed_writes_survive_a_crash() {
-    for durability in [Durability::Commit, Durability::Interval] {
+    for durability in [SyncMode::Commit, SyncMode::Interval] {
         let folder = tempfile::tempdir().expect("a folder");
         let (before, after) = (folder.path().join("before"), folder.path().join("after"));
         let config = Config { durability, interval: Duration::from_hours(1), ..Config::default() };
@@ -337,7 +337,7 @@ async fn truncated_log_is_reported_and_starts_new_epoch() {
 #[tokio::test]
 async fn single_appends_are_merged_into_larger_chunks() {
     let folder = tempfile::tempdir().expect("a folder");
-    let config = Config { durability: Durability::Interval, ..Config::default() };
+    let config = Config { durability: SyncMode::Interval, ..Config::default() };
     let store = open_in(folder.path(), config.clone()).await;
     let stream = unique_stream();
     let (mut ids, mut gone) = (Vec::new(), Vec::new());

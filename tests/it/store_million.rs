@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use aurora_bus::event::EntryId;
-use aurora_bus::store::embedded::{Config, Durability};
+use aurora_bus::store::embedded::{Config, SyncMode};
 use aurora_bus::store::{Cursor, Outcome, Settlement, Start, Store};
 
 use crate::store_contract::{cursor, new_entry, unique_stream};
@@ -26,7 +26,7 @@ async fn shortest(mut call: impl AsyncFnMut()) -> Duration {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn million_pending_entries_delay_no_call() {
     let folder = tempfile::tempdir().expect("a folder");
-    let config = Config { path: folder.path().join("data"), durability: Durability::Interval, ..Config::default() };
+    let config = Config { path: folder.path().join("data"), durability: SyncMode::Interval, ..Config::default() };
     let store = config.open().await.expect("opened");
     let stream = unique_stream();
     let first = Cursor { claim_idle: Duration::ZERO, ..cursor(&stream, "g", "first") };

@@ -294,6 +294,6 @@ impl GroupMonitor {
         let (stream, group, attempts) = (&self.cursor.stream, &self.cursor.group, delivery.attempt);
         let error = format!("delivered {attempts} times to external consumers and never acknowledged");
         let reason = DeadLetterReason::Crashed;
-        DeadLetter::of_first_life(&delivery.entry, stream, group, reason, error, attempts, Timestamp::now())
+        DeadLetter::of_original_entry(&delivery.entry, stream, group, reason, error, attempts, Timestamp::now())
     }
 }

@@ -31,7 +31,7 @@ pub struct Config {
     /// The folder of the store's files. It is created if it is missing.
     pub path: PathBuf,
     /// When an accepted entry is on the disk: `commit` or `interval`.
-    pub durability: Durability,
+    pub durability: SyncMode,
     /// The interval between syncs with `durability = "interval"`.
     #[serde(with = "humantime_serde")]
     pub interval: Duration,
@@ -45,7 +45,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             path: PathBuf::from("data"),
-            durability: Durability::Commit,
+            durability: SyncMode::Commit,
             interval: Duration::from_millis(50),
             recent: ByteSize::mib(16),
             reserve: ByteSize::mib(16),
@@ -56,7 +56,7 @@ impl Default for Config {
 /// When an accepted entry is on the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Durability {
+pub enum SyncMode {
     /// Before it is accepted: the entry survives a power cut.
     Commit,
     /// Within [`Config::interval`]: the entry survives a crash of the process, but a power cut loses the newest ones.
@@ -121,8 +121,8 @@ fn start(config: &Config) -> Result<(Writer, EmbeddedStore, WriterFiles), StoreE
     let lock = lock::lock(&config.path)?;
     let file = config.path.join(DATABASE);
     let syncing = match config.durability {
-        Durability::Commit => Syncing::Each,
-        Durability::Interval => Syncing::Every(config.interval),
+        SyncMode::Commit => Syncing::Each,
+        SyncMode::Interval => Syncing::Every(config.interval),
     };
     let (shared, asked) = new_shared(&file);
     let recent_bytes = usize::try_from(config.recent.as_u64()).unwrap_or(usize::MAX);
@@ -132,7 +132,7 @@ fn start(config: &Config) -> Result<(Writer, EmbeddedStore, WriterFiles), StoreE
     let (readers, mut threads) = Readers::start(&file)?;
     threads.push(readers::start_checkpointer(&file, &shared, asked)?);
     shared.readers.get_or_init(|| readers);
-    let is_synced_each = config.durability == Durability::Commit;
+    let is_synced_each = config.durability == SyncMode::Commit;
     let store = EmbeddedStore {
         shared: shared.clone(),
         leases: Leases::default(),

@@ -97,7 +97,7 @@ impl Default for Config {
 
 /// Why a configuration is invalid. Never contains a password.
 #[derive(Debug, thiserror::Error)]
-pub enum InvalidConfig {
+pub enum InvalidRedisConfig {
     /// The text is not a URL.
     #[error("url: not a URL: {0}")]
     Url(url::ParseError),
@@ -197,11 +197,11 @@ impl Config {
     /// Returns after the first attempt to connect has succeeded or failed, at most two seconds. The store then reconnects
     /// until it is closed, and operations fail with [`crate::store::StoreErrorKind::Unavailable`] meanwhile. Fails only
     /// if the configuration is invalid.
-    pub async fn connect(self) -> Result<RedisStore, InvalidConfig> {
+    pub async fn connect(self) -> Result<RedisStore, InvalidRedisConfig> {
         Ok(RedisStore::start(self.settings()?).await)
     }
 
-    pub(super) fn settings(&self) -> Result<Settings, InvalidConfig> {
+    pub(super) fn settings(&self) -> Result<Settings, InvalidRedisConfig> {
         let zeros = [
             ("command_timeout", self.command_timeout.is_zero()),
             ("reconnect_max", self.reconnect_max.is_zero()),
@@ -210,20 +210,20 @@ impl Config {
             ("replicas", self.replicas == 0),
         ];
         if let Some((name, _)) = zeros.into_iter().find(|(_, is_zero)| *is_zero) {
-            return Err(InvalidConfig::Zero(name));
+            return Err(InvalidRedisConfig::Zero(name));
         }
         if self.wait_timeout > Duration::from_mins(1) {
-            return Err(InvalidConfig::WaitTooLong);
+            return Err(InvalidRedisConfig::WaitTooLong);
         }
         let target = Target::parse(self.url.expose_secret())?;
         if self.ca_file.is_some() && !target.with_tls {
-            return Err(InvalidConfig::UselessCa);
+            return Err(InvalidRedisConfig::UselessCa);
         }
         if let Some(name) = &self.tls_server_name {
             if !target.with_tls {
-                return Err(InvalidConfig::UselessServerName);
+                return Err(InvalidRedisConfig::UselessServerName);
             }
-            ServerName::try_from(name.as_str()).map_err(|_invalid| InvalidConfig::ServerName(name.clone()))?;
+            ServerName::try_from(name.as_str()).map_err(|_invalid| InvalidRedisConfig::ServerName(name.clone()))?;
         }
         let of_sentinels = [
             ("sentinel_username", self.sentinel_username.is_some()),
@@ -233,7 +233,7 @@ impl Config {
         if let Some((name, _)) = of_sentinels.into_iter().find(|(_, is_given)| *is_given)
             && !matches!(target.topology, Topology::Sentinel { .. })
         {
-            return Err(InvalidConfig::UselessSentinel(name));
+            return Err(InvalidRedisConfig::UselessSentinel(name));
         }
         let tls = target.with_tls.then(|| self.tls()).transpose()?;
         let of = |username, password, database| FredConfig {
@@ -286,8 +286,8 @@ impl Config {
         })
     }
 
-    fn tls(&self) -> Result<TlsConfig, InvalidConfig> {
-        let client = tls::client_config(self.ca_file.as_deref()).map_err(InvalidConfig::Trust)?;
+    fn tls(&self) -> Result<TlsConfig, InvalidRedisConfig> {
+        let client = tls::client_config(self.ca_file.as_deref()).map_err(InvalidRedisConfig::Trust)?;
         Ok(TlsConfig { connector: TlsConnector::from(client), hostnames: TlsHostMapping::None })
     }
 }
@@ -306,13 +306,13 @@ fn password(
     key: &'static str,
     written: Option<&SecretString>,
     file: Option<&Path>,
-) -> Result<Option<String>, InvalidConfig> {
+) -> Result<Option<String>, InvalidRedisConfig> {
     match (written, file) {
-        (Some(_), Some(_)) => Err(InvalidConfig::TwoPasswords(key)),
+        (Some(_), Some(_)) => Err(InvalidRedisConfig::TwoPasswords(key)),
         (Some(password), None) => Ok(Some(password.expose_secret().to_owned())),
         (None, Some(path)) => {
             let key = if key == "password" { "password_file" } else { "sentinel_password_file" };
-            let text = std::fs::read_to_string(path).map_err(|source| InvalidConfig::File {
+            let text = std::fs::read_to_string(path).map_err(|source| InvalidRedisConfig::File {
                 key,
                 path: path.to_owned(),
                 source,
@@ -327,7 +327,7 @@ fn password(
 mod tests {
     use super::*;
 
-    fn settings(url: &str) -> Result<Settings, InvalidConfig> {
+    fn settings(url: &str) -> Result<Settings, InvalidRedisConfig> {
         Config { url: SecretString::from(url), ..Config::default() }.settings()
     }
 

@@ -29,7 +29,7 @@ pub(crate) struct Group {
     pub(crate) ahead: Option<Chunk>,
     /// The lease of each pending entry.
     pending: BTreeMap<EntryId, i64>,
-    leases: HashMap<i64, Lease>,
+    leases: HashMap<i64, DeliveredBatch>,
     consumers: BTreeMap<ConsumerName, Consumer>,
     pub(crate) changes: GroupChanges,
 }
@@ -46,7 +46,7 @@ pub(crate) struct GroupChanges {
 
 /// Entries that are pending on one consumer since the same time with the same number of attempts.
 #[derive(Debug, Clone)]
-pub(crate) struct Lease {
+pub(crate) struct DeliveredBatch {
     /// The consumer's number.
     pub(crate) consumer: i64,
     pub(crate) delivered_ms: u64,
@@ -117,7 +117,7 @@ impl Group {
     }
 
     /// Adds a loaded lease. Call it after all consumers were added.
-    pub(crate) fn put_lease(&mut self, number: i64, lease: Lease) {
+    pub(crate) fn put_lease(&mut self, number: i64, lease: DeliveredBatch) {
         for id in &lease.ids {
             self.pending.insert(*id, number);
         }
@@ -235,7 +235,7 @@ impl Group {
         });
         let lease = self.leases.entry(number).or_insert_with(|| {
             let (consumer, delivered_ms, attempts) = key;
-            Lease { consumer, delivered_ms, attempts, ids: Vec::new() }
+            DeliveredBatch { consumer, delivered_ms, attempts, ids: Vec::new() }
         });
         lease.ids.push(held.id);
         self.pending.insert(held.id, number);
@@ -270,7 +270,7 @@ impl Group {
         }
     }
 
-    pub(crate) fn lease(&self, number: i64) -> Option<&Lease> {
+    pub(crate) fn lease(&self, number: i64) -> Option<&DeliveredBatch> {
         self.leases.get(&number)
     }
 }

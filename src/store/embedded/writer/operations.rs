@@ -29,11 +29,11 @@ pub(crate) const RECLAIM_LOOKS: usize = 1000;
 #[derive(Debug, Default)]
 pub(crate) struct NewEntries {
     pub(crate) bytes: Vec<u8>,
-    pub(crate) entries: Vec<NewEntry>,
+    pub(crate) entries: Vec<EncodedEntry>,
 }
 
 #[derive(Debug)]
-pub(crate) struct NewEntry {
+pub(crate) struct EncodedEntry {
     /// The position of its fields.
     pub(crate) fields: std::ops::Range<usize>,
     pub(crate) event_id: Bytes,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use url::{Host, Url};
 
-use crate::store::redis::config::InvalidConfig;
+use crate::store::redis::config::InvalidRedisConfig;
 
 const PORT: u16 = 6379;
 const SENTINEL_PORT: u16 = 26379;
@@ -97,11 +97,11 @@ impl<'a> Parts<'a> {
 
 impl Target {
     /// Parses a URL: `redis[s][-sentinel|-cluster]://[user:password@]host[:port][,host…][/service][/database]`.
-    pub(crate) fn parse(text: &str) -> Result<Self, InvalidConfig> {
+    pub(crate) fn parse(text: &str) -> Result<Self, InvalidRedisConfig> {
         let Some(parts) = Parts::of(text) else {
             return Err(match Url::parse(text) {
-                Err(error) => InvalidConfig::Url(error),
-                Ok(url) => InvalidConfig::Scheme(url.scheme().to_owned()),
+                Err(error) => InvalidRedisConfig::Url(error),
+                Ok(url) => InvalidRedisConfig::Scheme(url.scheme().to_owned()),
             });
         };
         let (with_tls, kind) = match parts.scheme.strip_prefix("rediss") {
@@ -109,40 +109,40 @@ impl Target {
             None => (false, parts.scheme.strip_prefix("redis").unwrap_or("?")),
         };
         if !matches!(kind, "" | "-sentinel" | "-cluster") {
-            return Err(InvalidConfig::Scheme(parts.scheme.to_owned()));
+            return Err(InvalidRedisConfig::Scheme(parts.scheme.to_owned()));
         }
         let default_port = if kind == "-sentinel" { SENTINEL_PORT } else { PORT };
         let hosts = parts
             .hosts
             .split(',')
             .map(|host| {
-                let url = Url::parse(&format!("redis://{}", host.trim())).map_err(InvalidConfig::Url)?;
+                let url = Url::parse(&format!("redis://{}", host.trim())).map_err(InvalidRedisConfig::Url)?;
                 address(&url, default_port)
             })
             .collect::<Result<Vec<_>, _>>()?;
         // Parses the credentials with any host.
         let url =
-            Url::parse(&format!("redis://{}host{}", parts.credentials, parts.path)).map_err(InvalidConfig::Url)?;
+            Url::parse(&format!("redis://{}host{}", parts.credentials, parts.path)).map_err(InvalidRedisConfig::Url)?;
         if url.query().is_some() || url.fragment().is_some() {
-            return Err(InvalidConfig::Query);
+            return Err(InvalidRedisConfig::Query);
         }
         let path = url.path().trim_matches('/');
         let (topology, database) = match kind {
             "-sentinel" => {
                 let (service, database) = path.split_once('/').unwrap_or((path, ""));
                 if service.is_empty() {
-                    return Err(InvalidConfig::Service);
+                    return Err(InvalidRedisConfig::Service);
                 }
                 (Topology::Sentinel { sentinels: hosts, service: decoded(service)? }, database)
             }
             "-cluster" => {
                 if !matches!(path, "" | "0") {
-                    return Err(InvalidConfig::ClusterDatabase(path.chars().take(64).collect()));
+                    return Err(InvalidRedisConfig::ClusterDatabase(path.chars().take(64).collect()));
                 }
                 (Topology::Cluster(hosts), "")
             }
             _ => {
-                let [host] = hosts.try_into().map_err(|_several: Vec<_>| InvalidConfig::SeveralHosts)?;
+                let [host] = hosts.try_into().map_err(|_several: Vec<_>| InvalidRedisConfig::SeveralHosts)?;
                 (Topology::Single(host), path)
             }
         };
@@ -153,7 +153,9 @@ impl Target {
             password: url.password().map(decoded).transpose()?,
             database: match database {
                 "" => None,
-                text => Some(text.parse().map_err(|_none| InvalidConfig::Database(text.chars().take(64).collect()))?),
+                text => {
+                    Some(text.parse().map_err(|_none| InvalidRedisConfig::Database(text.chars().take(64).collect()))?)
+                }
             },
         })
     }
@@ -168,9 +170,9 @@ pub(crate) fn masked(text: &str, mask: &str) -> Option<String> {
     })
 }
 
-fn address(url: &Url, default_port: u16) -> Result<Address, InvalidConfig> {
-    let host = match url.host().ok_or(InvalidConfig::Host)? {
-        Host::Domain("") => return Err(InvalidConfig::Host),
+fn address(url: &Url, default_port: u16) -> Result<Address, InvalidRedisConfig> {
+    let host = match url.host().ok_or(InvalidRedisConfig::Host)? {
+        Host::Domain("") => return Err(InvalidRedisConfig::Host),
         Host::Domain(name) => name.to_owned(),
         Host::Ipv4(address) => address.to_string(),
         Host::Ipv6(address) => address.to_string(),
@@ -179,7 +181,7 @@ fn address(url: &Url, default_port: u16) -> Result<Address, InvalidConfig> {
 }
 
 /// Decodes the percent-escapes of a URL's text.
-fn decoded(text: &str) -> Result<String, InvalidConfig> {
+fn decoded(text: &str) -> Result<String, InvalidRedisConfig> {
     let mut out = Vec::with_capacity(text.len());
     let mut bytes = text.bytes();
     while let Some(byte) = bytes.next() {
@@ -190,10 +192,10 @@ fn decoded(text: &str) -> Result<String, InvalidConfig> {
         let mut digit = || bytes.next().and_then(|b| char::from(b).to_digit(16)).and_then(|d| u8::try_from(d).ok());
         match (digit(), digit()) {
             (Some(high), Some(low)) => out.push(high * 16 + low),
-            _ => return Err(InvalidConfig::Credentials),
+            _ => return Err(InvalidRedisConfig::Credentials),
         }
     }
-    String::from_utf8(out).or(Err(InvalidConfig::Credentials))
+    String::from_utf8(out).or(Err(InvalidRedisConfig::Credentials))
 }
 
 #[cfg(test)]

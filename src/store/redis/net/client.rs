@@ -20,7 +20,7 @@ use crate::store::redis::net::pool::{LeasedConnection, Pool};
 use crate::store::redis::net::reconnect::ReconnectingConnection;
 use crate::store::redis::net::reply::Reply;
 use crate::store::redis::net::script::Script;
-use crate::store::redis::net::topology::{Route, SlotMap, TopologyWatcher};
+use crate::store::redis::net::topology::{CommandRoute, SlotMap, TopologyWatcher};
 
 /// The time that a blocking read may take beyond its blocking time.
 const READ_MARGIN: Duration = Duration::from_millis(1500);
@@ -170,7 +170,7 @@ impl RoutedClient {
 
     async fn run_at(
         &self,
-        route: &Route,
+        route: &CommandRoute,
         script: &Script,
         keys: &[Bytes],
         add: impl Fn(&mut Arguments),
@@ -196,7 +196,12 @@ impl RoutedClient {
         }
     }
 
-    async fn call_at(&self, route: &Route, command: &'static str, arguments: Arguments) -> Result<Reply, Failure> {
+    async fn call_at(
+        &self,
+        route: &CommandRoute,
+        command: &'static str,
+        arguments: Arguments,
+    ) -> Result<Reply, Failure> {
         let limit = self.shared.settings.command_timeout;
         if !route.is_asking {
             let connection = self.line(&route.address).connection().await?;
@@ -208,7 +213,7 @@ impl RoutedClient {
         answer
     }
 
-    async fn lease(&self, route: &Route) -> Result<LeasedConnection, Failure> {
+    async fn lease(&self, route: &CommandRoute) -> Result<LeasedConnection, Failure> {
         self.up(&route.address).await?;
         self.shared.pool.take(&route.address).await
     }

@@ -82,7 +82,7 @@ impl SlotMap {
 
 /// The destination of a command.
 #[derive(Debug, Clone)]
-pub(crate) struct Route {
+pub(crate) struct CommandRoute {
     pub(crate) address: Address,
     /// Whether the server requires ASKING before the command.
     pub(crate) is_asking: bool,
@@ -150,14 +150,14 @@ impl TopologyWatcher {
     }
 
     /// Returns the route of a command for this key.
-    pub(crate) async fn route(&self, key: &[u8]) -> Result<Route, Failure> {
+    pub(crate) async fn route(&self, key: &[u8]) -> Result<CommandRoute, Failure> {
         let map = match self.known() {
             Some(map) => map,
             None => self.map().await?,
         };
         let slot = if self.is_cluster { redis_keyslot(key) } else { 0 };
         if let Some(address) = map.server_of(slot) {
-            return Ok(Route { address: address.clone(), is_asking: false, redirections: 0 });
+            return Ok(CommandRoute { address: address.clone(), is_asking: false, redirections: 0 });
         }
         self.invalidate();
         Err(Failure::unavailable(format!("no server of the cluster has slot {slot} (see CLUSTER SLOTS)")))
@@ -177,7 +177,7 @@ impl TopologyWatcher {
     }
 
     /// Returns the new route of a redirected command, which did not run.
-    pub(crate) fn after(&self, route: &Route, mut failure: Failure) -> Result<Route, Failure> {
+    pub(crate) fn after(&self, route: &CommandRoute, mut failure: Failure) -> Result<CommandRoute, Failure> {
         if !self.is_cluster {
             return Err(self.classify(failure));
         }
@@ -189,7 +189,7 @@ impl TopologyWatcher {
             return Err(Failure::unavailable("the nodes of the cluster disagree about the server of the key"));
         }
         let redirections = route.redirections + 1;
-        Ok(Route { address: redirect.address, is_asking: redirect.is_asking, redirections })
+        Ok(CommandRoute { address: redirect.address, is_asking: redirect.is_asking, redirections })
     }
 }
 

@@ -7,7 +7,7 @@ use rusqlite::{Connection, params};
 use crate::event::EntryId;
 use crate::store::embedded::disk::chunk::{pack_ids, unpack_ids};
 use crate::store::embedded::disk::schema::{checksum, corrupt, engine_error};
-use crate::store::embedded::memory::groups::{Consumer, Group, Lease};
+use crate::store::embedded::memory::groups::{Consumer, DeliveredBatch, Group};
 use crate::store::{Account, StoreError};
 
 pub(crate) fn save_group(connection: &Connection, stream: u32, group: &Group) -> rusqlite::Result<()> {
@@ -89,7 +89,12 @@ pub(crate) fn delete_consumer(connection: &Connection, number: i64) -> rusqlite:
     connection.prepare_cached("DELETE FROM consumers WHERE number = ?1")?.execute([number]).map(|_rows| ())
 }
 
-pub(crate) fn save_lease(connection: &Connection, group: i64, number: i64, lease: &Lease) -> rusqlite::Result<()> {
+pub(crate) fn save_lease(
+    connection: &Connection,
+    group: i64,
+    number: i64,
+    lease: &DeliveredBatch,
+) -> rusqlite::Result<()> {
     let ids = pack_ids(&lease.ids);
     let numbers = [number, group, lease.consumer, lease.delivered_ms.cast_signed(), i64::from(lease.attempts)];
     connection
@@ -172,7 +177,7 @@ fn load_leases(connection: &Connection, groups: &mut BTreeMap<i64, (u32, Group)>
         let Some((_, group)) = groups.get_mut(&numbers[1]) else { continue };
         let lease = is_right.then(|| {
             let (attempts, ids) = (u32::try_from(numbers[4]).ok()?, unpack_ids(&ids)?);
-            Some(Lease { consumer: numbers[2], delivered_ms: numbers[3].cast_unsigned(), attempts, ids })
+            Some(DeliveredBatch { consumer: numbers[2], delivered_ms: numbers[3].cast_unsigned(), attempts, ids })
         });
         let Some(lease) = lease.flatten() else {
             let group = &group.name;
