@@ -1,6 +1,6 @@
 //! The structure of the source tree, as described in ARCHITECTURE.md.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -62,6 +62,10 @@ const BENCH_ORDER: &[&str] = &[
     "run",
     "main",
 ];
+
+/// Type names that several modules share, with the reason.
+const SHARED_TYPE_NAMES: &[(&str, &str)] =
+    &[("Config", "the section of a module in the configuration, always named with its module: `http::Config`")];
 
 /// A source file, with and without its comments.
 struct Source {
@@ -306,6 +310,37 @@ fn every_file_begins_with_module_documentation() {
         .map(|s| s.path)
         .collect();
     assert!(silent.is_empty(), "no module documentation: {silent:?}");
+}
+
+/// Returns the names of the types that the code declares `pub` or `pub(crate)`.
+fn declared_types(code: &str) -> impl Iterator<Item = String> {
+    code.lines().map(str::trim_start).filter_map(|line| {
+        let declaration = line.strip_prefix("pub ").or_else(|| line.strip_prefix("pub(crate) "))?;
+        let kinds = ["struct ", "enum ", "trait ", "type ", "union "];
+        first_word(kinds.iter().find_map(|kind| declaration.strip_prefix(kind))?)
+    })
+}
+
+#[test]
+fn type_names_are_unique() {
+    let mut files: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for source in sources() {
+        for name in declared_types(&source.code) {
+            files.entry(name).or_default().push(source.name.clone());
+        }
+    }
+    files.retain(|_, files| files.len() > 1);
+    for (name, reason) in SHARED_TYPE_NAMES {
+        assert!(files.remove(*name).is_some(), "no longer shared: `{name}` ({reason})");
+    }
+    assert!(files.is_empty(), "a type that leaves its file carries its noun; rename these: {files:#?}");
+}
+
+#[test]
+fn declared_types_are_found() {
+    let types: Vec<String> =
+        declared_types("pub struct A;\npub(crate) enum B<T> {}\npub(super) trait C {}\n").collect();
+    assert_eq!(types, ["A", "B"]);
 }
 
 #[test]
