@@ -67,6 +67,9 @@ const BENCH_ORDER: &[&str] = &[
 const SHARED_TYPE_NAMES: &[(&str, &str)] =
     &[("Config", "the section of a module in the configuration, always named with its module: `http::Config`")];
 
+/// Words that do not begin a sentence, because a clause would be its subject. Questions are allowed.
+const RELATIVE_SUBJECTS: [&str; 4] = ["What", "Who", "Whoever", "Whom"];
+
 /// A source file, with and without its comments.
 struct Source {
     path: PathBuf,
@@ -321,6 +324,24 @@ fn declared_types(code: &str) -> impl Iterator<Item = String> {
     })
 }
 
+/// Returns the sentences of all comments. List items and table cells are sentences of their own.
+fn comment_sentences(text: &str) -> Vec<String> {
+    let mut paragraphs = vec![String::new()];
+    for line in text.lines() {
+        let words = line.trim().strip_prefix("//").map(|rest| rest.trim_start_matches(['/', '!']).trim());
+        let words = words.unwrap_or_default();
+        if words.is_empty() || words.starts_with(['-', '|']) {
+            paragraphs.push(String::new());
+        }
+        if let Some(paragraph) = paragraphs.last_mut() {
+            paragraph.push_str(words);
+            paragraph.push(' ');
+        }
+    }
+    let sentences = paragraphs.iter().flat_map(|paragraph| paragraph.split_inclusive(['.', '!', '?', '|']));
+    sentences.map(|sentence| sentence.trim_start_matches(['-', ' ']).trim_end().to_owned()).collect()
+}
+
 #[test]
 fn type_names_are_unique() {
     let mut files: BTreeMap<String, Vec<String>> = BTreeMap::new();
@@ -341,6 +362,29 @@ fn declared_types_are_found() {
     let types: Vec<String> =
         declared_types("pub struct A;\npub(crate) enum B<T> {}\npub(super) trait C {}\n").collect();
     assert_eq!(types, ["A", "B"]);
+}
+
+#[test]
+fn sentences_of_comments_have_plain_subjects() {
+    let is_relative = |sentence: &String| {
+        let word = first_word(sentence);
+        RELATIVE_SUBJECTS.iter().any(|subject| word.as_deref() == Some(subject)) && !sentence.ends_with('?')
+    };
+    let found: Vec<String> = sources()
+        .iter()
+        .flat_map(|source| comment_sentences(&source.text).into_iter().map(|sentence| (source.name.clone(), sentence)))
+        .filter(|(_, sentence)| is_relative(sentence))
+        .map(|(name, sentence)| format!("{name}: {sentence}"))
+        .collect();
+    assert!(found.is_empty(), "STYLE.md: put the subject first in\n{}", found.join("\n"));
+}
+
+#[test]
+fn sentences_of_comments_are_found() {
+    let text = "/// One. What is\n/// two stays.\nlet x = 1;\n    // - Who?\n//! | a | Whom b |\n";
+    let sentences = comment_sentences(text);
+    let sentences: Vec<&str> = sentences.iter().map(String::as_str).filter(|sentence| !sentence.is_empty()).collect();
+    assert_eq!(sentences, ["One.", "What is two stays.", "Who?", "|", "a |", "Whom b |"]);
 }
 
 #[test]
