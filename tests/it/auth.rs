@@ -92,7 +92,13 @@ fn filtered_token(subject: &str, scopes: &[&str], tenant: Option<&str>, filter: 
 }
 
 /// Sends a request.
-pub(crate) async fn ask(daemon: &Daemon, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Response {
+pub(crate) async fn send_request(
+    daemon: &Daemon,
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: &str,
+) -> Response {
     let method = Method::from_bytes(method.as_bytes()).expect("a method");
     let builder = client().request(method, daemon.url(path)).body(body.to_owned());
     let builder = headers.iter().fold(builder, |builder, (name, value)| builder.header(*name, *value));
@@ -104,8 +110,14 @@ pub(crate) fn bearer(token: &str) -> String {
 }
 
 /// Sends a request with a key or token, and returns status and body.
-pub(crate) async fn asks(daemon: &Daemon, token: &str, method: &str, path: &str, body: &str) -> (StatusCode, Value) {
-    let response = ask(daemon, method, path, &[("authorization", &bearer(token))], body).await;
+pub(crate) async fn request_as(
+    daemon: &Daemon,
+    token: &str,
+    method: &str,
+    path: &str,
+    body: &str,
+) -> (StatusCode, Value) {
+    let response = send_request(daemon, method, path, &[("authorization", &bearer(token))], body).await;
     let status = response.status();
     (status, response.json().await.unwrap_or(Value::Null))
 }
@@ -138,7 +150,7 @@ async fn visit(daemon: &Daemon, route: &Route, credentials: Option<&str>) -> Res
     let credentials = credentials.map(bearer);
     headers.extend(credentials.iter().map(|credentials| ("authorization", credentials.as_str())));
     let body = if matches!(route.access, Access::Publish | Access::PublishEach) { "{}" } else { "" };
-    ask(daemon, route.method, &path, &headers, body).await
+    send_request(daemon, route.method, &path, &headers, body).await
 }
 
 #[tokio::test]
@@ -184,18 +196,18 @@ async fn publish_needs_the_scope_of_each_events_stream() {
     let reader = keys.add("reader", &["read:aurora:alerts", "read:aurora:alerts:dead_letter"], None);
     let home = keys.home();
     let daemon = home.start().await;
-    let (status, body) = asks(&daemon, &key, "POST", "/api/v1/alerts", r#"[{"n":1},{"category":"cps"}]"#).await;
+    let (status, body) = request_as(&daemon, &key, "POST", "/api/v1/alerts", r#"[{"n":1},{"category":"cps"}]"#).await;
     assert_eq!(status, StatusCode::MULTI_STATUS, "{body}");
     assert!(body["results"][0]["id"].is_string(), "{body}");
     assert_eq!(body["results"][1]["error"]["code"], "forbidden");
-    let (status, _) = asks(&daemon, &key, "POST", "/api/v1/alerts", r#"{"category":"cps"}"#).await;
+    let (status, _) = request_as(&daemon, &key, "POST", "/api/v1/alerts", r#"{"category":"cps"}"#).await;
     assert_eq!(status, StatusCode::FORBIDDEN);
-    let (status, body) = asks(&daemon, &reader, "GET", "/api/v1/streams", "").await;
+    let (status, body) = request_as(&daemon, &reader, "GET", "/api/v1/streams", "").await;
     let names: Vec<_> = body["streams"].as_array().expect("a list").iter().map(|stream| &stream["name"]).collect();
     assert_eq!((status, names), (StatusCode::OK, vec![&json!("aurora:alerts")]));
     let dead = "/api/v1/streams/aurora:alerts:dead_letter/events";
-    assert_eq!(asks(&daemon, &reader, "GET", dead, "").await.0, StatusCode::FORBIDDEN, "dead letters need admin");
-    assert_eq!(asks(&daemon, &reader, "GET", "/api/v1/streams/nothing", "").await.0, StatusCode::FORBIDDEN);
+    assert_eq!(request_as(&daemon, &reader, "GET", dead, "").await.0, StatusCode::FORBIDDEN, "dead letters need admin");
+    assert_eq!(request_as(&daemon, &reader, "GET", "/api/v1/streams/nothing", "").await.0, StatusCode::FORBIDDEN);
     daemon.stop().await;
 }
 
@@ -207,7 +219,7 @@ async fn principal_of_a_tenant_cannot_pull_or_settle() {
     let daemon = home.start().await;
     for action in ["pull", "ack", "nack", "extend"] {
         let path = format!("/api/v1/streams/aurora:alerts/groups/g/{action}");
-        let (status, body) = asks(&daemon, &bound, "POST", &path, r#"{"consumer":"w"}"#).await;
+        let (status, body) = request_as(&daemon, &bound, "POST", &path, r#"{"consumer":"w"}"#).await;
         assert_eq!((status, &body["code"]), (StatusCode::FORBIDDEN, &json!("forbidden")), "{action}");
     }
     daemon.stop().await;
@@ -225,18 +237,18 @@ async fn credentials_are_accepted_in_every_place() {
         let cookie = format!("theme=dark; access_token={shown}");
         let headers = [("authorization", bearer(shown)), ("x-api-key", shown.clone()), ("cookie", cookie.clone())];
         for (name, value) in &headers {
-            let status = ask(&daemon, "GET", EVENTS, &[(name, value)], "").await.status();
+            let status = send_request(&daemon, "GET", EVENTS, &[(name, value)], "").await.status();
             assert_eq!(status, StatusCode::OK, "{name}");
         }
         let foreign = [("cookie", cookie.as_str()), ("origin", "https://evil.example")];
-        assert_eq!(ask(&daemon, "GET", EVENTS, &foreign, "").await.status(), StatusCode::UNAUTHORIZED);
+        assert_eq!(send_request(&daemon, "GET", EVENTS, &foreign, "").await.status(), StatusCode::UNAUTHORIZED);
         let feed = format!("/api/v1/feeds/alerts?token={shown}");
-        assert_eq!(ask(&daemon, "GET", &feed, &[], "").await.status(), StatusCode::OK);
+        assert_eq!(send_request(&daemon, "GET", &feed, &[], "").await.status(), StatusCode::OK);
         let elsewhere = format!("{EVENTS}?token={shown}");
-        assert_eq!(ask(&daemon, "GET", &elsewhere, &[], "").await.status(), StatusCode::UNAUTHORIZED);
+        assert_eq!(send_request(&daemon, "GET", &elsewhere, &[], "").await.status(), StatusCode::UNAUTHORIZED);
     }
     let basic = [("authorization", "Basic YTpi"), ("x-api-key", key.as_str())];
-    assert_eq!(ask(&daemon, "GET", EVENTS, &basic, "").await.status(), StatusCode::UNAUTHORIZED);
+    assert_eq!(send_request(&daemon, "GET", EVENTS, &basic, "").await.status(), StatusCode::UNAUTHORIZED);
     daemon.stop().await;
 }
 
@@ -262,8 +274,8 @@ async fn dead_letter_action_is_audited_with_the_key_name() {
     let home = keys.home();
     let daemon = home.start().await;
     let path = "/api/v1/dead-letters/aurora:alerts/discard";
-    assert_eq!(asks(&daemon, &key, "POST", path, r#"{"all":true}"#).await.0, StatusCode::OK);
-    let (_, body) = asks(&daemon, &key, "GET", "/api/v1/streams/aurora:audit/events", "").await;
+    assert_eq!(request_as(&daemon, &key, "POST", path, r#"{"all":true}"#).await.0, StatusCode::OK);
+    let (_, body) = request_as(&daemon, &key, "GET", "/api/v1/streams/aurora:audit/events", "").await;
     let actors: Vec<_> = body["events"].as_array().expect("a list").iter().map(|e| &e["data"]["actor"]).collect();
     assert!(actors.iter().all(|actor| **actor == json!("http:key:ops")), "{body}");
     daemon.stop().await;

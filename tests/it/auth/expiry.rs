@@ -6,8 +6,8 @@ use reqwest::StatusCode;
 use serde_json::json;
 use tokio::time::timeout;
 
-use super::watching::{closed, frame, open, say};
-use super::{STREAMS, ask, bearer, filtered_token, issuer_toml, token};
+use super::watching::{closed, frame, open, send_frame};
+use super::{STREAMS, bearer, filtered_token, issuer_toml, send_request, token};
 use crate::support::app::{BOUND, Home};
 
 const SCOPES: &[&str] = &["ws:alerts"];
@@ -25,7 +25,7 @@ async fn sockets_and_feeds_end_when_their_token_expires() {
     let began = Instant::now();
     let (mut plain, _) = open(&daemon, "alerts", &[("authorization", &token)]).await.expect("accepted");
     let (mut rich, _) = open(&daemon, "alerts", &[("authorization", &token), RICH]).await.expect("accepted");
-    let mut feed = ask(&daemon, "GET", "/api/v1/feeds/alerts", &[("authorization", &token)], "").await;
+    let mut feed = send_request(&daemon, "GET", "/api/v1/feeds/alerts", &[("authorization", &token)], "").await;
     assert_eq!(feed.status(), StatusCode::OK);
     assert_eq!(frame(&mut rich).await["t"], "welcome");
     let warning = frame(&mut rich).await;
@@ -58,21 +58,21 @@ async fn newer_token_of_the_same_principal_extends_a_socket() {
         (json!("ab_guess"), 401),
     ];
     for (index, (token, code)) in bad.into_iter().enumerate() {
-        say(&mut socket, json!({"op": "auth", "id": index, "token": token})).await;
+        send_frame(&mut socket, json!({"op": "auth", "id": index, "token": token})).await;
         let body = frame(&mut socket).await;
         assert_eq!((&body["t"], &body["id"], &body["code"]), (&json!("error"), &json!(index), &json!(code)), "{body}");
     }
-    say(&mut socket, json!({"op": "auth", "id": 90})).await;
+    send_frame(&mut socket, json!({"op": "auth", "id": 90})).await;
     assert_eq!(frame(&mut socket).await["code"], 400);
-    say(&mut socket, json!({"op": "auth", "id": 91, "token": token("ann", SCOPES, Some("acme"), 600)})).await;
+    send_frame(&mut socket, json!({"op": "auth", "id": 91, "token": token("ann", SCOPES, Some("acme"), 600)})).await;
     let body = frame(&mut socket).await;
     assert!(body["t"] == "ok" && body["id"] == 91 && body["exp"].is_u64(), "{body}");
     // After the expiry of the first token, the socket still works.
     assert_eq!(closed(&mut unrenewed).await.0, 4003);
-    say(&mut socket, json!({"op": "ping", "id": 92})).await;
+    send_frame(&mut socket, json!({"op": "ping", "id": 92})).await;
     assert_eq!(frame(&mut socket).await["t"], "pong");
     // A token that expires earlier shortens the session.
-    say(&mut socket, json!({"op": "auth", "id": 93, "token": token("ann", SCOPES, Some("acme"), 4)})).await;
+    send_frame(&mut socket, json!({"op": "auth", "id": 93, "token": token("ann", SCOPES, Some("acme"), 4)})).await;
     assert_eq!(frame(&mut socket).await["t"], "ok");
     assert_eq!(closed(&mut socket).await.0, 4003);
     daemon.stop().await;

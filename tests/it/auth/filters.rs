@@ -3,8 +3,8 @@
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use super::watching::{closed, frame, open, say, ticket};
-use super::{EVENTS, Keys, STREAMS, ask, asks, bearer, filtered_token, issuer_toml};
+use super::watching::{closed, frame, open, send_frame, ticket};
+use super::{EVENTS, Keys, STREAMS, bearer, filtered_token, issuer_toml, request_as, send_request};
 use crate::support::app::{BOUND, Daemon, Home, Socket, next_text};
 use crate::support::receiver::{Receiver, Reply};
 use crate::support::until;
@@ -47,7 +47,7 @@ impl Site {
 
     async fn publish(&self, shown: &str, n: usize, severity: &str) {
         let event = json!({"n": n, "severity": severity}).to_string();
-        let (status, body) = asks(&self.daemon, shown, "POST", EVENTS, &event).await;
+        let (status, body) = request_as(&self.daemon, shown, "POST", EVENTS, &event).await;
         assert_eq!(status, StatusCode::CREATED, "{body}");
     }
 
@@ -63,7 +63,7 @@ impl Site {
     }
 
     async fn get(&self, shown: &str, path: &str) -> Value {
-        let (status, body) = asks(&self.daemon, shown, "GET", path, "").await;
+        let (status, body) = request_as(&self.daemon, shown, "GET", path, "").await;
         assert_eq!(status, StatusCode::OK, "{path}: {body}");
         body
     }
@@ -138,7 +138,7 @@ async fn sockets_and_feeds_have_only_matching_events() {
         for accept in ["text/event-stream", "application/x-ndjson"] {
             let mine = ticket(&site.daemon, severe, &[], "").await;
             let path = format!("/api/v1/feeds/{}", target(&format!("since=earliest&ticket={mine}")));
-            feeds.push(ask(&site.daemon, "GET", &path, &[("accept", accept)], "").await);
+            feeds.push(send_request(&site.daemon, "GET", &path, &[("accept", accept)], "").await);
         }
     }
     site.publish(&site.all, 7, "low").await;
@@ -177,14 +177,14 @@ async fn replaced_filter_never_widens_the_filter_of_the_principal() {
         assert_eq!(frame(&mut socket).await["t"], "welcome");
         let subscribe =
             json!({"op": "subscribe", "id": 1, "stream": "aurora:alerts", "since": "earliest", "filter": everything});
-        say(&mut socket, subscribe).await;
+        send_frame(&mut socket, subscribe).await;
         assert_eq!(events_until(&mut socket, "live").await, past);
         let requests = [
             json!({"op": "filter", "id": 2, "stream": "aurora:alerts", "filter": everything}),
             json!({"op": "filter", "id": 3, "stream": "aurora:alerts"}),
         ];
         for request in requests {
-            say(&mut socket, request).await;
+            send_frame(&mut socket, request).await;
             assert_eq!(events_until(&mut socket, "ok").await, [0; 0]);
             site.publish(&site.all, 10, "low").await;
             site.publish(&site.all, 11, "high").await;
@@ -227,21 +227,26 @@ async fn excluded_dead_letters_are_neither_shown_nor_moved() {
         assert_eq!(numbers(&site.get(severe, raw).await["events"]), MATCHING);
         for (method, path) in [("GET", ""), ("DELETE", ""), ("POST", "/replay")] {
             let path = format!("{DEAD}/{hidden}{path}");
-            assert_eq!(asks(&site.daemon, severe, method, &path, "").await.0, StatusCode::NOT_FOUND, "{method} {path}");
+            assert_eq!(
+                request_as(&site.daemon, severe, method, &path, "").await.0,
+                StatusCode::NOT_FOUND,
+                "{method} {path}"
+            );
         }
         for action in ["replay", "discard"] {
             let path = format!("{DEAD}/{action}");
-            let (_, body) = asks(&site.daemon, severe, "POST", &path, r#"{"all":true,"dry_run":true}"#).await;
+            let (_, body) = request_as(&site.daemon, severe, "POST", &path, r#"{"all":true,"dry_run":true}"#).await;
             assert_eq!(body["matched"], 3, "{body}");
             let named = json!({"ids": [hidden]}).to_string();
-            let (_, body) = asks(&site.daemon, severe, "POST", &path, &named).await;
+            let (_, body) = request_as(&site.daemon, severe, "POST", &path, &named).await;
             assert_eq!(body["matched"], 0, "{body}");
         }
     }
     let path = format!("{DEAD}/discard");
-    let (_, body) = asks(&site.daemon, &site.severe[1], "POST", &path, r#"{"all":true}"#).await;
+    let (_, body) = request_as(&site.daemon, &site.severe[1], "POST", &path, r#"{"all":true}"#).await;
     assert_eq!(body["discarded"], 3, "{body}");
-    let (_, body) = asks(&site.daemon, &site.severe[0], "POST", &format!("{DEAD}/replay"), r#"{"all":true}"#).await;
+    let (_, body) =
+        request_as(&site.daemon, &site.severe[0], "POST", &format!("{DEAD}/replay"), r#"{"all":true}"#).await;
     assert_eq!(body["replayed"], 0, "{body}");
     assert_eq!(of(&site.dead_letters(&site.all).await), [1, 3, 5].map(Value::from));
     site.daemon.stop().await;
@@ -251,7 +256,7 @@ async fn excluded_dead_letters_are_neither_shown_nor_moved() {
 async fn data_about_all_entries_is_refused_with_a_filter() {
     let site = Site::new().await;
     site.publish_some().await;
-    assert_eq!(asks(&site.daemon, &site.all, "GET", "/metrics", "").await.0, StatusCode::OK);
+    assert_eq!(request_as(&site.daemon, &site.all, "GET", "/metrics", "").await.0, StatusCode::OK);
     for severe in &site.severe {
         for (method, path) in [
             ("GET", "/metrics"),
@@ -261,7 +266,7 @@ async fn data_about_all_entries_is_refused_with_a_filter() {
             ("POST", "/api/v1/streams/aurora:alerts/groups/siem/nack"),
             ("POST", "/api/v1/streams/aurora:alerts/groups/siem/extend"),
         ] {
-            let (status, body) = asks(&site.daemon, severe, method, path, r#"{"consumer":"w"}"#).await;
+            let (status, body) = request_as(&site.daemon, severe, method, path, r#"{"consumer":"w"}"#).await;
             assert_eq!((status, &body["code"]), (StatusCode::FORBIDDEN, &json!("forbidden")), "{path}");
         }
         let stream = site.get(severe, "/api/v1/streams/aurora:alerts").await;
@@ -271,8 +276,11 @@ async fn data_about_all_entries_is_refused_with_a_filter() {
         let mut socket = site.socket(severe, "alerts?v=1").await;
         assert_eq!(frame(&mut socket).await["t"], "welcome");
         for op in ["pull", "done", "nack", "extend"] {
-            say(&mut socket, json!({"op": op, "id": 1, "stream": "aurora:alerts", "group": "siem", "token": "x"}))
-                .await;
+            send_frame(
+                &mut socket,
+                json!({"op": op, "id": 1, "stream": "aurora:alerts", "group": "siem", "token": "x"}),
+            )
+            .await;
             let body = frame(&mut socket).await;
             assert_eq!((&body["t"], &body["code"]), (&json!("error"), &json!(403)), "{op}: {body}");
         }
@@ -297,7 +305,7 @@ async fn newer_token_needs_the_same_filter_to_extend_a_socket() {
         (token(Some(tree.to_string().into()), 600), None),
     ];
     for (newer, error) in cases {
-        say(&mut socket, json!({"op": "auth", "id": 1, "token": newer})).await;
+        send_frame(&mut socket, json!({"op": "auth", "id": 1, "token": newer})).await;
         let body = loop {
             let frame = frame(&mut socket).await;
             if frame["t"] != "expiring" {
@@ -318,7 +326,7 @@ async fn invalid_filter_rejects_its_token_and_its_configuration() {
     let reason_start = "the claim `filter` of the token is not accepted: ";
     for filter in [Value::Null, json!(""), json!({}), json!([]), sauce, json!("x".repeat(300))] {
         let token = filtered_token("ann", &["admin"], None, Some(filter.clone()), 600);
-        let (status, body) = asks(&daemon, &token, "GET", EVENTS, "").await;
+        let (status, body) = request_as(&daemon, &token, "GET", EVENTS, "").await;
         assert_eq!(status, StatusCode::UNAUTHORIZED, "{filter}");
         assert!(body["detail"].as_str().is_some_and(|detail| detail.contains(reason_start)), "{body}");
         let shown = bearer(&token);
@@ -360,9 +368,9 @@ async fn cli_makes_keys_and_tokens_with_filters() {
     }
     let daemon = home.start().await;
     let events = r#"[{"n":0,"severity":"critical"},{"n":1,"severity":"low"}]"#;
-    assert_eq!(asks(&daemon, &token, "POST", EVENTS, events).await.0, StatusCode::CREATED);
+    assert_eq!(request_as(&daemon, &token, "POST", EVENTS, events).await.0, StatusCode::CREATED);
     for shown in [key, &token] {
-        let (_, body) = asks(&daemon, shown, "GET", EVENTS, "").await;
+        let (_, body) = request_as(&daemon, shown, "GET", EVENTS, "").await;
         assert_eq!(numbers(&body["events"]), [0], "{body}");
     }
     daemon.stop().await;

@@ -10,7 +10,7 @@ use serde_json::json;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 
-use super::{EVENTS, STREAMS, asks};
+use super::{EVENTS, STREAMS, request_as};
 use crate::support::app::{BOUND, Home};
 use crate::support::receiver::{Receiver, Reply};
 use crate::support::until;
@@ -66,33 +66,33 @@ async fn changed_issuer_keys_are_used_without_a_restart() {
     .await;
     let home = home(&server.url("/jwks"), "200ms");
     let daemon = home.start().await;
-    assert_eq!(asks(&daemon, &one.token(), "GET", EVENTS, "").await.0, StatusCode::OK);
+    assert_eq!(request_as(&daemon, &one.token(), "GET", EVENTS, "").await.0, StatusCode::OK);
     for _ in 0..20 {
-        assert_eq!(asks(&daemon, &one.token(), "GET", EVENTS, "").await.0, StatusCode::OK);
+        assert_eq!(request_as(&daemon, &one.token(), "GET", EVENTS, "").await.0, StatusCode::OK);
     }
     assert_eq!(server.received().len(), 1, "the keys are cached");
-    assert_eq!(asks(&daemon, &two.token(), "GET", EVENTS, "").await.0, StatusCode::UNAUTHORIZED);
+    assert_eq!(request_as(&daemon, &two.token(), "GET", EVENTS, "").await.0, StatusCode::UNAUTHORIZED);
 
     *published.lock().expect("not poisoned") = set(&[&one, &two]);
     until("accepted token of the new key", BOUND, async || {
-        (asks(&daemon, &two.token(), "GET", EVENTS, "").await.0 == StatusCode::OK).then_some(())
+        (request_as(&daemon, &two.token(), "GET", EVENTS, "").await.0 == StatusCode::OK).then_some(())
     })
     .await;
-    assert_eq!(asks(&daemon, &one.token(), "GET", EVENTS, "").await.0, StatusCode::OK, "both keys are valid");
+    assert_eq!(request_as(&daemon, &one.token(), "GET", EVENTS, "").await.0, StatusCode::OK, "both keys are valid");
 
     *published.lock().expect("not poisoned") = set(&[&two]);
     let unknown = Pair::new("three");
     until("a refresh without the old key", BOUND, async || {
-        asks(&daemon, &unknown.token(), "GET", EVENTS, "").await;
-        (asks(&daemon, &one.token(), "GET", EVENTS, "").await.0 == StatusCode::UNAUTHORIZED).then_some(())
+        request_as(&daemon, &unknown.token(), "GET", EVENTS, "").await;
+        (request_as(&daemon, &one.token(), "GET", EVENTS, "").await.0 == StatusCode::UNAUTHORIZED).then_some(())
     })
     .await;
-    assert_eq!(asks(&daemon, &two.token(), "GET", EVENTS, "").await.0, StatusCode::OK);
+    assert_eq!(request_as(&daemon, &two.token(), "GET", EVENTS, "").await.0, StatusCode::OK);
 
     let before = server.received().len();
     let began = std::time::Instant::now();
     for _ in 0..50 {
-        asks(&daemon, &unknown.token(), "GET", EVENTS, "").await;
+        request_as(&daemon, &unknown.token(), "GET", EVENTS, "").await;
     }
     let most = began.elapsed().as_millis() / 200 + 2;
     let fetches = server.received().len() - before;
@@ -116,17 +116,17 @@ async fn issuer_failure_blocks_tokens_only_until_it_recovers() {
     let home = home(&server.url("/jwks"), "200ms");
     server.go_down().await;
     let daemon = home.start().await;
-    let (status, problem) = asks(&daemon, &pair.token(), "GET", EVENTS, "").await;
+    let (status, problem) = request_as(&daemon, &pair.token(), "GET", EVENTS, "").await;
     assert_eq!((status, &problem["code"]), (StatusCode::SERVICE_UNAVAILABLE, &json!("auth_unavailable")));
     server.come_up().await;
     until("accepted token", BOUND, async || {
-        (asks(&daemon, &pair.token(), "GET", EVENTS, "").await.0 == StatusCode::OK).then_some(())
+        (request_as(&daemon, &pair.token(), "GET", EVENTS, "").await.0 == StatusCode::OK).then_some(())
     })
     .await;
     assert_eq!(server.received().len(), 4, "three bad responses before the good one");
     server.go_down().await;
-    assert_eq!(asks(&daemon, &Pair::new("two").token(), "GET", EVENTS, "").await.0, StatusCode::UNAUTHORIZED);
-    assert_eq!(asks(&daemon, &pair.token(), "GET", EVENTS, "").await.0, StatusCode::OK, "known keys stay");
+    assert_eq!(request_as(&daemon, &Pair::new("two").token(), "GET", EVENTS, "").await.0, StatusCode::UNAUTHORIZED);
+    assert_eq!(request_as(&daemon, &pair.token(), "GET", EVENTS, "").await.0, StatusCode::OK, "known keys stay");
     daemon.stop().await;
 }
 
@@ -144,7 +144,7 @@ async fn cancelled_requests_do_not_multiply_key_set_fetches() {
     drop(gone);
     let open = async || daemon.metric("aurora_bus_http_connections").await;
     until("end of the connection", BOUND, async || (open().await == 1).then_some(())).await;
-    let (status, _) = asks(&daemon, &token, "GET", EVENTS, "").await;
+    let (status, _) = request_as(&daemon, &token, "GET", EVENTS, "").await;
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(server.received().len(), 1, "the attempt in progress counts");
     daemon.stop().await;

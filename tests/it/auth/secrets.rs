@@ -6,8 +6,8 @@ use futures_util::StreamExt as _;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use super::watching::{frame, open, say};
-use super::{EVENTS, Keys, SECRET, STREAMS, ask, asks, bearer, issuer_toml, token};
+use super::watching::{frame, open, send_frame};
+use super::{EVENTS, Keys, SECRET, STREAMS, bearer, issuer_toml, request_as, send_request, token};
 use crate::support::app::Home;
 use crate::support::redis::free_port;
 
@@ -29,8 +29,8 @@ async fn trace_log_has_no_credentials() {
     for shown in [&key, &good, &expired] {
         let cookie = format!("access_token={shown}");
         for (name, value) in [("authorization", bearer(shown)), ("x-api-key", shown.clone()), ("cookie", cookie)] {
-            ask(&daemon, "GET", EVENTS, &[(name, &value)], "").await;
-            ask(&daemon, "POST", "/api/v1/alerts", &[(name, &value)], "{}").await;
+            send_request(&daemon, "GET", EVENTS, &[(name, &value)], "").await;
+            send_request(&daemon, "POST", "/api/v1/alerts", &[(name, &value)], "{}").await;
         }
         for target in ["alerts?v=1&token=", "alerts?token="] {
             let opened = open(&daemon, &format!("{target}{shown}"), &[]).await;
@@ -39,19 +39,19 @@ async fn trace_log_has_no_credentials() {
         let offer = format!("aurora.v1, bearer.{shown}");
         if let Ok((mut socket, _)) = open(&daemon, "alerts", &[("sec-websocket-protocol", &offer)]).await {
             assert_eq!(frame(&mut socket).await["t"], "welcome");
-            say(&mut socket, json!({"op": "auth", "id": 1, "token": shown})).await;
+            send_frame(&mut socket, json!({"op": "auth", "id": 1, "token": shown})).await;
             assert_eq!(frame(&mut socket).await["t"], "ok");
         }
         let page = [("sec-websocket-protocol", offer.as_str()), ("origin", "http://127.0.0.1")];
         let (mut socket, _) = open(&daemon, "alerts", &page).await.expect("accepted for the close code");
         drop(socket.next().await);
-        ask(&daemon, "GET", &format!("/api/v1/feeds/alerts?token={shown}"), &[], "").await;
+        send_request(&daemon, "GET", &format!("/api/v1/feeds/alerts?token={shown}"), &[], "").await;
     }
-    let (_, body) = asks(&daemon, &key, "POST", "/api/v1/ws/ticket", "").await;
+    let (_, body) = request_as(&daemon, &key, "POST", "/api/v1/ws/ticket", "").await;
     let ticket = body["ticket"].as_str().expect("a ticket").to_owned();
     let feed = format!("/api/v1/feeds/alerts?ticket={ticket}");
-    assert_eq!(ask(&daemon, "GET", &feed, &[], "").await.status(), StatusCode::OK);
-    assert_eq!(ask(&daemon, "GET", &feed, &[], "").await.status(), StatusCode::UNAUTHORIZED);
+    assert_eq!(send_request(&daemon, "GET", &feed, &[], "").await.status(), StatusCode::OK);
+    assert_eq!(send_request(&daemon, "GET", &feed, &[], "").await.status(), StatusCode::UNAUTHORIZED);
     daemon.signal("TERM");
     let ended = daemon.ended().await;
     assert!(ended.log.contains("request completed"), "the log has trace level");
@@ -195,7 +195,7 @@ async fn cli_makes_keys_and_tokens_and_uses_them() {
     };
     assert_eq!(tail(key), "{\"n\":1}\n");
     assert_eq!(tail(&token), "", "another tenant's");
-    let (_, body) = asks(&daemon, &token, "GET", EVENTS, "").await;
+    let (_, body) = request_as(&daemon, &token, "GET", EVENTS, "").await;
     assert_eq!(body["events"], Value::Array(Vec::new()));
     daemon.stop().await;
 }

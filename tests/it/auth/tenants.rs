@@ -3,8 +3,8 @@
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use super::watching::{frame, open, say};
-use super::{EVENTS, Keys, ask, asks, bearer};
+use super::watching::{frame, open, send_frame};
+use super::{EVENTS, Keys, bearer, request_as, send_request};
 use crate::support::app::{BOUND, Daemon, Home, Socket, next_text};
 use crate::support::receiver::{Receiver, Reply};
 use crate::support::until;
@@ -46,7 +46,7 @@ impl Site {
         if let Some(tenant) = tenant {
             event["tenant"] = tenant.into();
         }
-        asks(&self.daemon, key, "POST", EVENTS, &event.to_string()).await
+        request_as(&self.daemon, key, "POST", EVENTS, &event.to_string()).await
     }
 
     /// Publishes events 0 to 5, in turn of acme, globex and no tenant, and waits until the relay has sent them.
@@ -73,7 +73,7 @@ impl Site {
     }
 
     async fn get(&self, key: &str, path: &str) -> Value {
-        let (status, body) = asks(&self.daemon, key, "GET", path, "").await;
+        let (status, body) = request_as(&self.daemon, key, "GET", path, "").await;
         assert_eq!(status, StatusCode::OK, "{path}: {body}");
         body
     }
@@ -96,7 +96,7 @@ async fn published_event_belongs_to_the_tenant_of_its_principal() {
     let (status, problem) = site.publish(acme, 2, Some("globex")).await;
     assert_eq!((status, &problem["code"]), (StatusCode::FORBIDDEN, &json!("forbidden_tenant")));
     let batch = r#"[{"n":3},{"n":4,"tenant_id":"globex"},{"n":5,"tenant":"acme"}]"#;
-    let (status, body) = asks(&site.daemon, acme, "POST", EVENTS, batch).await;
+    let (status, body) = request_as(&site.daemon, acme, "POST", EVENTS, batch).await;
     assert_eq!(status, StatusCode::MULTI_STATUS);
     assert_eq!(body["results"][1]["error"]["code"], "forbidden_tenant", "{body}");
     let seen = site.get(all, EVENTS).await;
@@ -110,7 +110,7 @@ async fn published_event_belongs_to_the_tenant_of_its_principal() {
         let daemon = &site.daemon;
         async move {
             let headers = [("authorization", key.as_str()), ("idempotency-key", "same")];
-            let body: Value = ask(daemon, "POST", EVENTS, &headers, "{}").await.json().await.expect("JSON");
+            let body: Value = send_request(daemon, "POST", EVENTS, &headers, "{}").await.json().await.expect("JSON");
             body["results"][0]["duplicate"].as_bool().expect("a flag")
         }
     };
@@ -120,7 +120,7 @@ async fn published_event_belongs_to_the_tenant_of_its_principal() {
     );
     let by_id = format!("{EVENTS}?dedup=id");
     let own_id = async |key: &str| {
-        let (_, body) = asks(&site.daemon, key, "POST", &by_id, r#"{"id":"INC-1"}"#).await;
+        let (_, body) = request_as(&site.daemon, key, "POST", &by_id, r#"{"id":"INC-1"}"#).await;
         body["results"][0]["duplicate"].as_bool().expect("a flag")
     };
     assert_eq!([own_id(acme).await, own_id(globex).await, own_id(globex).await], [false, false, true]);
@@ -174,7 +174,8 @@ async fn tenant_dashboards_have_only_its_events() {
     let feed = async |accept: &str| {
         let key = bearer(&site.acme);
         let headers = [("authorization", key.as_str()), ("accept", accept)];
-        ask(&site.daemon, "GET", "/api/v1/feeds/alerts?stream=aurora:alerts&since=earliest", &headers, "").await
+        send_request(&site.daemon, "GET", "/api/v1/feeds/alerts?stream=aurora:alerts&since=earliest", &headers, "")
+            .await
     };
     let mut feeds = [feed("text/event-stream").await, feed("application/x-ndjson").await];
     site.publish(&site.globex, 7, None).await;
@@ -213,7 +214,7 @@ async fn tenant_filter_cannot_be_widened_in_rich_mode() {
     let filter: Value = serde_json::from_str(ALL_TENANTS).expect("JSON");
     let subscribe =
         json!({"op": "subscribe", "id": 1, "stream": "aurora:alerts", "since": "earliest", "filter": filter});
-    say(&mut socket, subscribe).await;
+    send_frame(&mut socket, subscribe).await;
     let mut seen = Vec::new();
     loop {
         let frame = frame(&mut socket).await;
@@ -224,9 +225,9 @@ async fn tenant_filter_cannot_be_widened_in_rich_mode() {
         }
     }
     assert_eq!(seen, [0, 3]);
-    say(&mut socket, json!({"op": "filter", "id": 2, "stream": "aurora:alerts", "filter": filter})).await;
+    send_frame(&mut socket, json!({"op": "filter", "id": 2, "stream": "aurora:alerts", "filter": filter})).await;
     assert_eq!(frame(&mut socket).await["t"], "ok");
-    say(&mut socket, json!({"op": "filter", "id": 3, "stream": "aurora:alerts"})).await;
+    send_frame(&mut socket, json!({"op": "filter", "id": 3, "stream": "aurora:alerts"})).await;
     assert_eq!(frame(&mut socket).await["t"], "ok");
     site.publish(&site.globex, 7, None).await;
     site.publish(&site.acme, 6, None).await;
@@ -251,21 +252,25 @@ async fn tenant_sees_and_moves_only_its_dead_letters() {
     assert_eq!(of(&mine), [0, 3].map(Value::from));
     let theirs = listed(&site.globex).await;
     let id = |letter: &Value| letter["id"].as_str().expect("an id").to_owned();
-    let (status, _) = asks(&site.daemon, &site.acme, "GET", &format!("{DEAD}/{}", id(&mine[0])), "").await;
+    let (status, _) = request_as(&site.daemon, &site.acme, "GET", &format!("{DEAD}/{}", id(&mine[0])), "").await;
     assert_eq!(status, StatusCode::OK);
     for (method, path) in [("GET", ""), ("DELETE", ""), ("POST", "/replay")] {
         let path = format!("{DEAD}/{}{path}", id(&theirs[0]));
-        assert_eq!(asks(&site.daemon, &site.acme, method, &path, "").await.0, StatusCode::NOT_FOUND, "{method} {path}");
+        assert_eq!(
+            request_as(&site.daemon, &site.acme, method, &path, "").await.0,
+            StatusCode::NOT_FOUND,
+            "{method} {path}"
+        );
     }
     let raw = "/api/v1/streams/aurora:alerts:dead_letter/events";
     assert_eq!(numbers(&site.get(&site.acme, raw).await["events"]), [0, 3]);
     let ids = json!({"ids": [id(&theirs[0]), id(&mine[0])], "dry_run": true}).to_string();
-    let (_, body) = asks(&site.daemon, &site.acme, "POST", &format!("{DEAD}/discard"), &ids).await;
+    let (_, body) = request_as(&site.daemon, &site.acme, "POST", &format!("{DEAD}/discard"), &ids).await;
     assert_eq!(body["matched"], 1, "{body}");
-    let (_, body) = asks(&site.daemon, &site.acme, "POST", &format!("{DEAD}/discard"), r#"{"all":true}"#).await;
+    let (_, body) = request_as(&site.daemon, &site.acme, "POST", &format!("{DEAD}/discard"), r#"{"all":true}"#).await;
     assert_eq!(body["discarded"], 2, "{body}");
     assert_eq!(of(&listed(&site.all).await), [1, 2, 4, 5].map(Value::from));
-    let (_, body) = asks(&site.daemon, &site.acme, "DELETE", &format!("{DEAD}?all=true"), "").await;
+    let (_, body) = request_as(&site.daemon, &site.acme, "DELETE", &format!("{DEAD}?all=true"), "").await;
     assert_eq!(body["discarded"], 0, "{body}");
     site.daemon.stop().await;
 }
@@ -279,7 +284,7 @@ async fn data_about_all_tenants_is_hidden_from_one() {
     assert_eq!(members, ["first_id", "last_id", "name"]);
     assert_eq!(site.get(&site.acme, "/api/v1/streams").await["streams"][0], stream);
     assert!(site.get(&site.all, "/api/v1/streams/aurora:alerts").await["length"].is_u64());
-    let (status, _) = asks(&site.daemon, &site.acme, "GET", "/api/v1/dead-letters", "").await;
+    let (status, _) = request_as(&site.daemon, &site.acme, "GET", "/api/v1/dead-letters", "").await;
     assert_eq!(status, StatusCode::FORBIDDEN);
     site.daemon.stop().await;
 }

@@ -8,7 +8,7 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tokio_tungstenite::tungstenite::http::{HeaderName, HeaderValue};
 use tokio_tungstenite::tungstenite::{Error, Message};
 
-use super::{Keys, ask, asks, bearer, issuer_toml, token};
+use super::{Keys, bearer, issuer_toml, request_as, send_request, token};
 use crate::support::app::{BOUND, Daemon, Home, Socket, next_text};
 use crate::support::until;
 
@@ -52,7 +52,7 @@ pub(crate) async fn frame(socket: &mut Socket) -> Value {
     serde_json::from_str(&next_text(socket).await).expect("a JSON frame")
 }
 
-pub(crate) async fn say(socket: &mut Socket, request: Value) {
+pub(crate) async fn send_frame(socket: &mut Socket, request: Value) {
     socket.send(Message::text(request.to_string())).await.expect("sent");
 }
 
@@ -114,7 +114,7 @@ async fn token_as_subprotocol_is_accepted_and_never_sent_back() {
 pub(crate) async fn ticket(daemon: &Daemon, key: &str, headers: &[(&str, &str)], body: &str) -> String {
     let key = bearer(key);
     let headers: Vec<_> = headers.iter().copied().chain([("authorization", key.as_str())]).collect();
-    let response = ask(daemon, "POST", "/api/v1/ws/ticket", &headers, body).await;
+    let response = send_request(daemon, "POST", "/api/v1/ws/ticket", &headers, body).await;
     assert_eq!(response.status(), StatusCode::OK);
     let body: Value = response.json().await.expect("a ticket");
     assert_eq!(body["expires_in"], 30);
@@ -129,7 +129,7 @@ async fn ticket_opens_one_socket_or_feed_of_its_page() {
     let key = keys.add("page", &["ws:alerts"], None);
     let home = keys.home();
     let daemon = home.start().await;
-    assert_eq!(ask(&daemon, "POST", "/api/v1/ws/ticket", &[], "").await.status(), StatusCode::UNAUTHORIZED);
+    assert_eq!(send_request(&daemon, "POST", "/api/v1/ws/ticket", &[], "").await.status(), StatusCode::UNAUTHORIZED);
 
     let mine = ticket(&daemon, &key, &[HERE], "").await;
     let target = format!("alerts?v=1&ticket={mine}");
@@ -143,16 +143,21 @@ async fn ticket_opens_one_socket_or_feed_of_its_page() {
         open(&daemon, &format!("alerts?ticket={mine}"), &[THERE]).await.expect("accepted for the close code");
     assert_eq!(closed(&mut stolen).await.0, 4501, "of another page");
     let feed = |ticket: &str| format!("/api/v1/feeds/alerts?ticket={ticket}");
-    assert_eq!(ask(&daemon, "GET", &feed(&mine), &[HERE], "").await.status(), StatusCode::UNAUTHORIZED, "used up");
+    assert_eq!(
+        send_request(&daemon, "GET", &feed(&mine), &[HERE], "").await.status(),
+        StatusCode::UNAUTHORIZED,
+        "used up"
+    );
 
     let for_page = ticket(&daemon, &key, &[], r#"{"origin":"http://127.0.0.1:3000"}"#).await;
-    assert_eq!(ask(&daemon, "GET", &feed(&for_page), &[HERE], "").await.status(), StatusCode::OK);
+    assert_eq!(send_request(&daemon, "GET", &feed(&for_page), &[HERE], "").await.status(), StatusCode::OK);
     let for_program = ticket(&daemon, &key, &[], "").await;
-    assert_eq!(ask(&daemon, "GET", &feed(&for_program), &[], "").await.status(), StatusCode::OK);
+    assert_eq!(send_request(&daemon, "GET", &feed(&for_program), &[], "").await.status(), StatusCode::OK);
 
     let key = bearer(&key);
     let foreign = [HERE, ("authorization", key.as_str())];
-    let refused = ask(&daemon, "POST", "/api/v1/ws/ticket", &foreign, r#"{"origin":"http://127.0.0.1:4000"}"#).await;
+    let refused =
+        send_request(&daemon, "POST", "/api/v1/ws/ticket", &foreign, r#"{"origin":"http://127.0.0.1:4000"}"#).await;
     assert_eq!(refused.status(), StatusCode::BAD_REQUEST);
     daemon.stop().await;
 }
@@ -181,7 +186,7 @@ async fn token_as_only_subprotocol_is_never_sent_back() {
             ("sec-websocket-protocol", offer.as_str()),
         ];
         let headers: Vec<_> = handshake.into_iter().chain(origin).collect();
-        let response = ask(&daemon, "GET", "/api/v1/ws/alerts", &headers, "").await;
+        let response = send_request(&daemon, "GET", "/api/v1/ws/alerts", &headers, "").await;
         assert_eq!(response.status(), status, "{origin:?}");
         let protocol = response.headers().get("sec-websocket-protocol");
         assert_eq!(protocol.and_then(|protocol| protocol.to_str().ok()), confirmed, "{origin:?}");
@@ -217,9 +222,9 @@ async fn ticket_of_the_own_page_is_valid_without_origin_header() {
     for (issued_to, body, presented_by, expected) in cases {
         let ticket = ticket(&daemon, &key, &issued_to, body).await;
         let feed = format!("/api/v1/feeds/alerts?ticket={ticket}");
-        let status = ask(&daemon, "GET", &feed, &presented_by, "").await.status();
+        let status = send_request(&daemon, "GET", &feed, &presented_by, "").await.status();
         assert_eq!(status, expected, "{issued_to:?} {body} {presented_by:?}");
-        assert_eq!(ask(&daemon, "GET", &feed, &presented_by, "").await.status(), bad, "used");
+        assert_eq!(send_request(&daemon, "GET", &feed, &presented_by, "").await.status(), bad, "used");
     }
     daemon.stop().await;
 }
@@ -247,10 +252,10 @@ async fn connections_are_limited_per_principal() {
 async fn no_credentials_are_required_without_keys_and_issuers() {
     let home = Home::new(super::STREAMS);
     let daemon = home.start().await;
-    assert_eq!(asks(&daemon, "anything", "GET", super::EVENTS, "").await.0, StatusCode::OK);
+    assert_eq!(request_as(&daemon, "anything", "GET", super::EVENTS, "").await.0, StatusCode::OK);
     let (mut socket, _) = open(&daemon, "alerts?v=1&token=anything", &[]).await.expect("accepted");
     assert!(frame(&mut socket).await.get("exp").is_none());
-    say(&mut socket, json!({"op": "auth", "id": 1, "token": "anything"})).await;
+    send_frame(&mut socket, json!({"op": "auth", "id": 1, "token": "anything"})).await;
     assert_eq!(frame(&mut socket).await["code"], 400);
     daemon.stop().await;
 }

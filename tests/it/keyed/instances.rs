@@ -1,7 +1,7 @@
 //! Every instance finds all members, after restarts and after the store has lost all data.
 
 use super::*;
-use crate::auth::watching::{frame, open, say};
+use crate::auth::watching::{frame, open, send_frame};
 use crate::support::cluster::Cluster;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -72,7 +72,7 @@ async fn rich_socket_watches_many_keys() {
     let (mut socket, _) = open(&daemon, "tenant-alerts", &rich).await.expect("let in");
     assert_eq!(frame(&mut socket).await["streams"], json!([]));
     for (id, key) in ["acme", "globex", "initech"].into_iter().enumerate() {
-        say(&mut socket, json!({"op": "subscribe", "id": id, "stream": member(key)})).await;
+        send_frame(&mut socket, json!({"op": "subscribe", "id": id, "stream": member(key)})).await;
         let subscribed = frame(&mut socket).await;
         assert_eq!((&subscribed["t"], &subscribed["stream"]), (&json!("subscribed"), &json!(member(key))));
         assert_eq!(frame(&mut socket).await["t"], "live");
@@ -81,17 +81,17 @@ async fn rich_socket_watches_many_keys() {
         publish(&daemon, key, n).await;
         let event = frame(&mut socket).await;
         assert_eq!((&event["s"], &event["d"]["n"]), (&json!(member(key)), &json!(n)), "{event}");
-        say(&mut socket, json!({"op": "ack", "id": 7, "s": event["s"], "p": event["p"]})).await;
+        send_frame(&mut socket, json!({"op": "ack", "id": 7, "s": event["s"], "p": event["p"]})).await;
         let seen = frame(&mut socket).await;
         assert_eq!(seen["t"], "ok", "{seen}");
     }
-    say(&mut socket, json!({"op": "subscribe", "id": 9, "stream": "aurora:tenant:a:b:alerts"})).await;
+    send_frame(&mut socket, json!({"op": "subscribe", "id": 9, "stream": "aurora:tenant:a:b:alerts"})).await;
     assert_eq!(frame(&mut socket).await["code"], 404);
 
     let (mut keyed, _) = open(&daemon, "tenant-alerts?key=acme", &rich).await.expect("let in");
     let welcome = frame(&mut keyed).await;
     assert_eq!(welcome["streams"], json!([member("acme")]));
-    say(&mut keyed, json!({"op": "subscribe", "id": 1, "since": "earliest"})).await;
+    send_frame(&mut keyed, json!({"op": "subscribe", "id": 1, "since": "earliest"})).await;
     assert_eq!(frame(&mut keyed).await["t"], "subscribed");
     let first = frame(&mut keyed).await;
     assert_eq!(first["d"]["n"], 1, "{first}");

@@ -1,8 +1,8 @@
 //! Pull groups of families: each consumer receives the entries of its member, on every kind of store.
 
 use super::*;
-use crate::auth::watching::{frame, open, say};
-use crate::auth::{Keys, asks};
+use crate::auth::watching::{frame, open, send_frame};
+use crate::auth::{Keys, request_as};
 
 /// A family with a pull group. Redeliverers run rarely here, so a quick redelivery comes from a notification.
 const GROUP: &str = "max_keys = 3\n[[streams.groups]]\nname = \"agents\"\nclaim_idle = \"10m\"\nmax_deliveries = 3";
@@ -128,22 +128,22 @@ async fn agents_pull_from_members_over_a_websocket() {
     let mut tokens = Vec::new();
     for (id, key) in ["acme", "globex"].into_iter().enumerate() {
         publish(&daemon, key, id).await;
-        say(&mut agent, json!({"op": "pull", "id": id, "stream": member(key), "n": 1})).await;
+        send_frame(&mut agent, json!({"op": "pull", "id": id, "stream": member(key), "n": 1})).await;
         assert_eq!(frame(&mut agent).await, json!({"t": "ok", "id": id}));
         let task = frame(&mut agent).await;
         assert_eq!((&task["t"], &task["s"]), (&json!("task"), &json!(member(key))), "{task}");
         tokens.push(task["task"]["token"].clone());
     }
-    say(&mut agent, json!({"op": "done", "id": 5, "token": tokens[0]})).await;
+    send_frame(&mut agent, json!({"op": "done", "id": 5, "token": tokens[0]})).await;
     assert_eq!(frame(&mut agent).await, json!({"t": "ok", "id": 5}));
     daemon.handled(&member("acme"), "agents").await;
     // On another socket, a token needs the name of its member.
     let (mut other, _) = open(&daemon, "tenant-alerts", &rich).await.expect("let in");
     frame(&mut other).await;
-    say(&mut other, json!({"op": "done", "id": 6, "token": tokens[1]})).await;
+    send_frame(&mut other, json!({"op": "done", "id": 6, "token": tokens[1]})).await;
     assert_eq!(frame(&mut other).await["code"], 409);
     let done = json!({"op": "done", "id": 7, "token": tokens[1], "stream": member("globex"), "group": "agents"});
-    say(&mut other, done).await;
+    send_frame(&mut other, done).await;
     assert_eq!(frame(&mut other).await, json!({"t": "ok", "id": 7}));
     daemon.handled(&member("globex"), "agents").await;
     daemon.stop().await;
@@ -157,7 +157,7 @@ async fn restricted_principal_cannot_pull_from_members() {
     let daemon = home.start().await;
     for key in ["acme", "globex"] {
         let path = format!("/api/v1/streams/{}/groups/agents/pull", member(key));
-        let (status, problem) = asks(&daemon, &acme, "POST", &path, r#"{"consumer":"agent-1"}"#).await;
+        let (status, problem) = request_as(&daemon, &acme, "POST", &path, r#"{"consumer":"agent-1"}"#).await;
         assert_eq!(status, StatusCode::FORBIDDEN, "{problem}");
     }
     assert_eq!(members_known_to(&daemon, &acme).await, json!([]));
@@ -165,5 +165,5 @@ async fn restricted_principal_cannot_pull_from_members() {
 }
 
 async fn members_known_to(daemon: &Daemon, key: &str) -> Value {
-    asks(daemon, key, "GET", FAMILY_PATH, "").await.1["family"]["streams"].clone()
+    request_as(daemon, key, "GET", FAMILY_PATH, "").await.1["family"]["streams"].clone()
 }

@@ -1,8 +1,8 @@
 //! A principal that is restricted to a tenant uses only this tenant's streams, on every path.
 
 use super::*;
-use crate::auth::watching::{frame, open, say};
-use crate::auth::{Keys, ask, asks, bearer};
+use crate::auth::watching::{frame, open, send_frame};
+use crate::auth::{Keys, bearer, request_as, send_request};
 
 struct Site {
     _home: Home,
@@ -23,7 +23,7 @@ impl Site {
     }
 
     async fn status(&self, key: &str, method: &str, path: &str, body: &str) -> StatusCode {
-        asks(&self.daemon, key, method, path, body).await.0
+        request_as(&self.daemon, key, method, path, body).await.0
     }
 }
 
@@ -43,7 +43,7 @@ async fn restricted_principal_uses_only_its_own_member() {
     }
     // Its attempts create no members of other tenants.
     assert_eq!(site.status(acme, "POST", &events(&member("initech")), "{}").await, StatusCode::FORBIDDEN);
-    let (status, problem) = asks(daemon, all, "POST", &events(&own), r#"{"tenant":"globex"}"#).await;
+    let (status, problem) = request_as(daemon, all, "POST", &events(&own), r#"{"tenant":"globex"}"#).await;
     assert_eq!((status, &problem["code"]), (StatusCode::UNPROCESSABLE_ENTITY, &json!("foreign_tenant")), "{problem}");
 
     let dead = |stream: &str| format!("/api/v1/dead-letters/{stream}");
@@ -73,11 +73,11 @@ async fn restricted_principal_uses_only_its_own_member() {
         let path = format!("/api/v1/dead-letters{}", path.replace("{other}", &other));
         assert_eq!(site.status(acme, method, &path, "").await, StatusCode::FORBIDDEN, "{path}");
     }
-    let (_, page) = asks(daemon, acme, "GET", FAMILY_PATH, "").await;
+    let (_, page) = request_as(daemon, acme, "GET", FAMILY_PATH, "").await;
     assert_eq!((&page["family"]["streams"], page["family"].get("keys")), (&json!([own]), None), "{page}");
-    let (_, page) = asks(daemon, all, "GET", FAMILY_PATH, "").await;
+    let (_, page) = request_as(daemon, all, "GET", FAMILY_PATH, "").await;
     assert_eq!(page["family"]["keys"], 2, "{page}");
-    let (_, list) = asks(daemon, acme, "GET", "/api/v1/streams", "").await;
+    let (_, list) = request_as(daemon, acme, "GET", "/api/v1/streams", "").await;
     assert!(!list.to_string().contains("globex"), "{list}");
     site.daemon.stop().await;
 }
@@ -90,7 +90,7 @@ async fn restricted_principal_watches_only_its_own_member() {
     let headers = [("authorization", auth.as_str())];
     for target in ["tenant-alerts?key=globex", &format!("tenant-alerts?stream={}", member("globex"))] {
         assert_eq!(open(daemon, target, &headers).await.map(drop), Err(StatusCode::FORBIDDEN), "{target}");
-        let feed = ask(daemon, "GET", &format!("/api/v1/feeds/{target}"), &headers, "").await;
+        let feed = send_request(daemon, "GET", &format!("/api/v1/feeds/{target}"), &headers, "").await;
         assert_eq!(feed.status(), StatusCode::FORBIDDEN, "{target}");
     }
     // It need not name its own stream.
@@ -98,15 +98,15 @@ async fn restricted_principal_watches_only_its_own_member() {
     let rich = [headers[0], ("sec-websocket-protocol", "aurora.v1")];
     let (mut rich, _) = open(daemon, "tenant-alerts", &rich).await.expect("let in");
     assert_eq!(frame(&mut rich).await["streams"], json!([member("acme")]));
-    say(&mut rich, json!({"op": "subscribe", "id": 1, "stream": member("globex")})).await;
+    send_frame(&mut rich, json!({"op": "subscribe", "id": 1, "stream": member("globex")})).await;
     let refused = frame(&mut rich).await;
     assert_eq!((&refused["t"], refused["code"] == 403 || refused["code"] == 404), (&json!("error"), true), "{refused}");
     for (key, expected) in [("globex", json!("error")), ("acme", json!("ok"))] {
-        say(&mut rich, json!({"op": "publish", "id": 3, "stream": member(key), "data": {"n": 1}})).await;
+        send_frame(&mut rich, json!({"op": "publish", "id": 3, "stream": member(key), "data": {"n": 1}})).await;
         assert_eq!(frame(&mut rich).await["t"], expected, "{key}");
     }
     assert_eq!(next_text(&mut plain).await, r#"{"n":1}"#);
-    say(&mut rich, json!({"op": "subscribe", "id": 2, "stream": member("acme")})).await;
+    send_frame(&mut rich, json!({"op": "subscribe", "id": 2, "stream": member("acme")})).await;
     assert_eq!(frame(&mut rich).await["t"], "subscribed");
     assert_eq!(frame(&mut rich).await["t"], "live");
     let publish = async |key: &str, n: usize| {
@@ -123,7 +123,7 @@ async fn restricted_principal_watches_only_its_own_member() {
     let (mut unbound, _) = open(daemon, "tenant-alerts", &both).await.expect("let in");
     frame(&mut unbound).await;
     for key in ["acme", "globex"] {
-        say(&mut unbound, json!({"op": "subscribe", "id": 1, "stream": member(key)})).await;
+        send_frame(&mut unbound, json!({"op": "subscribe", "id": 1, "stream": member(key)})).await;
         assert_eq!(frame(&mut unbound).await["t"], "subscribed", "{key}");
         assert_eq!(frame(&mut unbound).await["t"], "live");
     }
