@@ -103,7 +103,7 @@ fn jwt(config: &ConfigArgs, args: JwtArgs) -> anyhow::Result<()> {
     let issuer = issuer.with_context(|| format!("there is no issuer `{}`", args.issuer.unwrap_or_default()))?;
     let JwtArgs { subject, scope: scopes, tenant, filter, expires_in: lifetime, .. } = args;
     if let Some(invalid) = filter.as_deref().and_then(|text| Filter::parse(text).err()) {
-        bail!("--filter: is refused: {invalid}");
+        bail!("--filter is not accepted: {invalid}");
     }
     let filter = filter.map(|text| serde_json::from_str(&text)).transpose().context("--filter is not JSON")?;
     print_line(&sign(issuer, &TokenRequest { subject, scopes, tenant, filter, lifetime })?)?;

@@ -47,7 +47,7 @@ pub enum OrderBy {
 }
 
 /// The hash of an ordering key. Two keys with the same hash share a queue, which only costs speed.
-pub(super) type KeyHash = u64;
+pub(super) type OrderingHash = u64;
 
 /// A text that does not name a part of an entry.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -83,7 +83,7 @@ impl fmt::Display for OrderBy {
 
 impl OrderBy {
     /// Returns the key of the entry. Returns `None` if it is missing, empty or not readable.
-    pub(super) fn key(&self, entry: &Entry) -> Option<KeyHash> {
+    pub(super) fn key(&self, entry: &Entry) -> Option<OrderingHash> {
         match self {
             Self::Field(name) => match entry.fields.get(name) {
                 Some(value) => hash(value),
@@ -101,7 +101,7 @@ impl OrderBy {
     }
 }
 
-fn hash(key: &[u8]) -> Option<KeyHash> {
+fn hash(key: &[u8]) -> Option<OrderingHash> {
     if key.is_empty() {
         return None;
     }
