@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use crate::delivery::config::GroupConfig;
-use crate::delivery::ordering::{KeyHash, OrderBy, Ordering};
+use crate::delivery::ordering::{OrderingHash, OrderBy, Ordering};
 use crate::event::{Delivery, Entry, EntryId};
 
 /// The key of an entry. Entries with the same key go to the sink one after another.
@@ -12,7 +12,7 @@ pub(crate) enum OrderingKey {
     /// All entries of the group.
     Stream,
     /// The entries with one value of the key.
-    Key(KeyHash),
+    Key(OrderingHash),
     /// An entry without a key.
     Entry(EntryId),
 }
