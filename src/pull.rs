@@ -137,10 +137,10 @@ impl PullFamily {
 
 /// The pull consumers of all groups without a sink. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct PullConsumers(Arc<Inner>);
+pub struct PullConsumers(Arc<SharedConsumers>);
 
 #[derive(Debug)]
-struct Inner {
+struct SharedConsumers {
     store: Arc<dyn Store>,
     fixed: BTreeMap<(StreamName, GroupName), Arc<PullConsumer>>,
     families: Vec<PullFamily>,
@@ -181,7 +181,7 @@ impl PullConsumers {
             (key, Arc::new(PullConsumer::new(Arc::clone(store), group, &config, reader, redeliverer, metrics)))
         };
         let fixed = groups.into_iter().map(consumer).collect();
-        Self(Arc::new(Inner {
+        Self(Arc::new(SharedConsumers {
             store: Arc::clone(store),
             fixed,
             families,
@@ -213,7 +213,7 @@ impl PullConsumers {
         if let Some(consumer) = members.all.get(&key) {
             return Some(Arc::clone(consumer));
         }
-        let Inner { store, config, reader, redeliverer, metrics, .. } = &*self.0;
+        let SharedConsumers { store, config, reader, redeliverer, metrics, .. } = &*self.0;
         let group = family.member(stream)?;
         let (reader, redeliverer) = (reader.clone(), redeliverer.clone());
         let consumer = Arc::new(PullConsumer::new(Arc::clone(store), group, config, reader, redeliverer, metrics));
@@ -268,7 +268,7 @@ impl PullConsumers {
     }
 }
 
-impl Inner {
+impl SharedConsumers {
     fn members(&self) -> MutexGuard<'_, MemberConsumers> {
         self.members.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -40,7 +40,7 @@ const MAX_PASS_TIME: Duration = Duration::from_secs(5);
 const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
 /// The pause after a failed check.
 const RETRY_DELAY: Duration = Duration::from_secs(2);
-/// The minimum interval between checks of an idle member. Only a check detects what crashed workers left.
+/// The minimum interval between checks of an idle member. Only a check detects entries that crashed workers left.
 const MIN_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// The time without a report after which a worker counts as stuck.
 const STALE_AFTER: Duration = Duration::from_secs(20);

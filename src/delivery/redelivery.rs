@@ -41,7 +41,7 @@ const MAX_NOTIFICATIONS: usize = 64;
 #[derive(Debug)]
 pub struct Redeliverer {
     store: Arc<dyn Store>,
-    groups: Groups,
+    groups: MonitoredGroups,
     consumer: ConsumerName,
     metrics: Metrics,
     part: Part,
@@ -54,12 +54,12 @@ pub struct Redeliverer {
 
 /// The groups that a redeliverer works for.
 #[derive(Debug)]
-enum Groups {
+enum MonitoredGroups {
     Stream(GroupSpec),
     Family(FamilyGroup),
 }
 
-impl Groups {
+impl MonitoredGroups {
     /// Returns the name of the stream or the family, and the name of the group.
     fn name(&self) -> (&str, &str) {
         match self {
@@ -106,7 +106,7 @@ impl Redeliverer {
         part: Part,
     ) -> Self {
         let stream = spec.stream.clone();
-        let mut redeliverer = Self::new(store, Groups::Stream(spec), consumer, metrics, part);
+        let mut redeliverer = Self::new(store, MonitoredGroups::Stream(spec), consumer, metrics, part);
         redeliverer.add_member(stream, EntryId::MIN);
         redeliverer
     }
@@ -121,10 +121,16 @@ impl Redeliverer {
         metrics: Metrics,
         part: Part,
     ) -> Self {
-        Self::new(store, Groups::Family(group), consumer, metrics, part)
+        Self::new(store, MonitoredGroups::Family(group), consumer, metrics, part)
     }
 
-    fn new(store: Arc<dyn Store>, groups: Groups, consumer: ConsumerName, metrics: Metrics, part: Part) -> Self {
+    fn new(
+        store: Arc<dyn Store>,
+        groups: MonitoredGroups,
+        consumer: ConsumerName,
+        metrics: Metrics,
+        part: Part,
+    ) -> Self {
         let (warning, members, next_pass) = (ThrottledWarning::default(), BTreeMap::new(), Instant::now());
         let (_, notifications) = mpsc::channel(1);
         Self { store, groups, consumer, metrics, part, warning, members, next_pass, notifications }
@@ -209,7 +215,7 @@ impl Redeliverer {
             }
             member.failure = match (member.monitor.check().await, &self.groups) {
                 // Another program uses the name of a member. The task that follows the family reports it.
-                (Err(error), Groups::Family(_)) if error.kind() == StoreErrorKind::WrongType => None,
+                (Err(error), MonitoredGroups::Family(_)) if error.kind() == StoreErrorKind::WrongType => None,
                 (checked, _) => checked.err(),
             };
             self.next_pass = self.next_pass.min(member.monitor.next_due());

@@ -44,7 +44,7 @@ const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Runs the maintenance of all declared streams.
 #[derive(Debug)]
 pub struct Scheduler {
-    targets: Vec<Target>,
+    targets: Vec<MaintenanceTarget>,
     tasks: Tasks,
     failing: BTreeSet<StreamName>,
     warning: ThrottledWarning,
@@ -52,8 +52,8 @@ pub struct Scheduler {
 
 /// A declared stream or family, with the times of its checks.
 #[derive(Debug)]
-struct Target {
-    streams: Streams,
+struct MaintenanceTarget {
+    streams: TargetStreams,
     sampler: Sampler,
     interval: Duration,
     check_at: Instant,
@@ -62,7 +62,7 @@ struct Target {
 }
 
 #[derive(Debug)]
-enum Streams {
+enum TargetStreams {
     Fixed(StreamSpec),
     Family { spec: FamilySpec, schedule: MemberSchedule },
 }
@@ -79,7 +79,7 @@ impl Scheduler {
         let target = |spec: StreamSpec| {
             let interval = reap_interval(&spec.groups).min(INTERVAL);
             let sampler = Sampler::of_stream(&spec.name, metrics.clone(), readiness);
-            Target::new(Streams::Fixed(spec), sampler, interval)
+            MaintenanceTarget::new(TargetStreams::Fixed(spec), sampler, interval)
         };
         let targets = streams.into_iter().map(target).collect();
         let (janitor, reaper) = (Janitor::new(limits, metrics.clone()), Reaper::new(metrics));
@@ -101,7 +101,7 @@ impl Scheduler {
             let turns = reap_interval.min(MEMBER_INTERVAL).as_millis() / interval.as_millis();
             let schedule = MemberSchedule::new(usize::try_from(turns).unwrap_or(1));
             let sampler = Sampler::of_family(Arc::clone(&spec.family_members), metrics.clone(), readiness);
-            Target::new(Streams::Family { spec, schedule }, sampler, interval)
+            MaintenanceTarget::new(TargetStreams::Family { spec, schedule }, sampler, interval)
         }));
         self
     }
@@ -118,7 +118,7 @@ impl Scheduler {
         stop.run_until_cancelled(async {
             loop {
                 self.check_due().await;
-                match self.targets.iter().map(Target::next_due).min() {
+                match self.targets.iter().map(MaintenanceTarget::next_due).min() {
                     Some(next) => sleep_until(next).await,
                     None => std::future::pending().await,
                 }
@@ -152,8 +152,8 @@ impl Scheduler {
     }
 }
 
-impl Target {
-    fn new(streams: Streams, sampler: Sampler, interval: Duration) -> Self {
+impl MaintenanceTarget {
+    fn new(streams: TargetStreams, sampler: Sampler, interval: Duration) -> Self {
         let now = Instant::now();
         Self { streams, sampler, interval, check_at: now, near_full: BTreeSet::new(), check_near_full_at: now }
     }
@@ -167,8 +167,8 @@ impl Target {
         let mut due = self.near_full.clone();
         if is_full_check {
             match &mut self.streams {
-                Streams::Fixed(spec) => due.extend([spec.name.clone()]),
-                Streams::Family { spec, schedule } => {
+                TargetStreams::Fixed(spec) => due.extend([spec.name.clone()]),
+                TargetStreams::Family { spec, schedule } => {
                     due.extend(schedule.next(spec.family_members.newest()));
                     due.extend(self.sampler.unsettled().cloned());
                 }
@@ -178,7 +178,7 @@ impl Target {
     }
 }
 
-impl Streams {
+impl TargetStreams {
     fn spec(&self, stream: StreamName) -> StreamSpec {
         match self {
             Self::Fixed(spec) => spec.clone(),
@@ -243,4 +243,38 @@ fn reap_interval(groups: &[GroupConfig]) -> Duration {
 async fn in_time<T>(step: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
     let timed_out = |_elapsed| Err(StoreError::new(StoreErrorKind::Unavailable, "the store timed out"));
     timeout(STEP_TIMEOUT, step).await.unwrap_or_else(timed_out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::maintenance::Retention;
+
+    #[test]
+    fn reap_interval_is_a_quarter_of_the_shortest_reap_after() {
+        let group = |reap_after| {
+            let mut config = GroupConfig::new("siem".parse().expect("a valid name"));
+            config.reap_after = reap_after;
+            config
+        };
+        assert_eq!(reap_interval(&[]), MEMBER_INTERVAL);
+        let groups = [Duration::from_secs(40), Duration::from_hours(1)].map(group);
+        assert_eq!(reap_interval(&groups), Duration::from_secs(10));
+        assert_eq!(reap_interval(&[group(Duration::from_hours(24))]), MEMBER_INTERVAL);
+        assert_eq!(reap_interval(&[group(Duration::from_millis(1))]), MIN_REAP_INTERVAL);
+    }
+
+    #[test]
+    fn target_is_due_early_only_with_streams_near_full() {
+        let stream: StreamName = "it:stream".parse().expect("a valid name");
+        let spec = StreamSpec { name: stream.clone(), retention: Retention::default(), groups: Vec::new() };
+        let sampler = Sampler::of_stream(&stream, Metrics::new(), &Readiness::default());
+        let mut target = MaintenanceTarget::new(TargetStreams::Fixed(spec), sampler, INTERVAL);
+        let now = target.check_at;
+        (target.check_at, target.check_near_full_at) = (now + INTERVAL, now + NEAR_FULL_INTERVAL);
+        assert_eq!((target.next_due(), target.due_streams(false).len()), (now + INTERVAL, 0));
+        assert_eq!(target.due_streams(true).len(), 1);
+        target.near_full.insert(stream);
+        assert_eq!((target.next_due(), target.due_streams(false).len()), (now + NEAR_FULL_INTERVAL, 1));
+    }
 }

@@ -12,7 +12,7 @@ use tracing::debug;
 
 use crate::event::{ConsumerName, DeadLetter, DeadLetterReason, Delivery, Entry, EntryId, GroupName, StreamName};
 use crate::metrics::Metrics;
-use crate::pull::leases::LeaseTable;
+use crate::pull::leases::PullLeaseTable;
 use crate::pull::{Config, MIN_LEASE, PullGroup, Token};
 use crate::store::{
     Cursor, Order, Outcome, Range, Receipt, ReceiptAction, Settlement, Store, StoreError, StoreErrorKind,
@@ -97,15 +97,15 @@ pub(super) struct PendingPull {
     pub(super) number: u64,
     pub(super) request: PullRequest,
     pub(super) deadline: Instant,
-    pub(super) reply: oneshot::Sender<Reply>,
+    pub(super) reply: oneshot::Sender<PullReply>,
 }
 
-type Reply = Result<Vec<LeasedEntry>, PullError>;
+type PullReply = Result<Vec<LeasedEntry>, PullError>;
 
 /// The receiving end of a pending pull. Returns unreceived entries to the reader if it is dropped.
 struct ReplyGuard<'a> {
     consumer: &'a PullConsumer,
-    reply: oneshot::Receiver<Reply>,
+    reply: oneshot::Receiver<PullReply>,
 }
 
 impl Drop for ReplyGuard<'_> {
@@ -126,7 +126,7 @@ pub(super) struct PullState {
     pub(super) is_closed: bool,
     /// Receipts of entries that were leased to clients which disconnected before they received them.
     pub(super) unreceived: Vec<Receipt>,
-    pub(super) leases: LeaseTable,
+    pub(super) leases: PullLeaseTable,
 }
 
 #[derive(Debug)]
@@ -406,7 +406,7 @@ impl PullConsumer {
     }
 
     /// Changes the lease table and adds the difference to the gauge, which several consumers may share.
-    pub(super) fn update_leases<T>(&self, update: impl FnOnce(&mut LeaseTable) -> T) -> T {
+    pub(super) fn update_leases<T>(&self, update: impl FnOnce(&mut PullLeaseTable) -> T) -> T {
         let mut state = self.lock();
         let before = state.leases.count();
         let result = update(&mut state.leases);

@@ -8,7 +8,7 @@ use crate::event::{ConsumerName, EntryId};
 
 /// Leases by entry, by consumer and by expiry.
 #[derive(Debug, Default)]
-pub(super) struct LeaseTable {
+pub(super) struct PullLeaseTable {
     leases: HashMap<EntryId, TableEntry>,
     expiries: BTreeSet<(Instant, EntryId)>,
     by_consumer: HashMap<ConsumerName, usize>,
@@ -22,7 +22,7 @@ struct TableEntry {
     until: Instant,
 }
 
-impl LeaseTable {
+impl PullLeaseTable {
     /// Inserts or replaces the lease of an entry, or the delay of a nacked entry without a consumer. Returns whether it
     /// is the next one to expire.
     pub(super) fn insert(&mut self, id: EntryId, consumer: Option<ConsumerName>, until: Instant) -> bool {
@@ -88,7 +88,7 @@ mod tests {
         let (now, second) = (Instant::now(), Duration::from_secs(1));
         let name = |text: &str| text.parse::<ConsumerName>().expect("a valid name");
         let id = |ms| EntryId::new(ms, 0);
-        let mut leases = LeaseTable::default();
+        let mut leases = PullLeaseTable::default();
         assert!(leases.insert(id(1), Some(name("a")), now + second * 2));
         assert!(leases.insert(id(2), Some(name("a")), now + second));
         assert!(!leases.insert(id(3), None, now + second * 3));

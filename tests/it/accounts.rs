@@ -99,7 +99,7 @@ async fn trimmed_by_others(product: Product) {
     daemons[0].publish(STREAM, &payloads(20)).await.expect("published");
     let read = ["XREADGROUP", "GROUP", "agents", "worker", "COUNT", "10", "STREAMS", STREAM, ">"];
     server.cli(&read);
-    until("look at the group", BOUND, async || {
+    until("check of the group", BOUND, async || {
         (counted(&both, "aurora_bus_account_entries", &["agents", "term=\"pending\""]).await == 20).then_some(())
     })
     .await;
@@ -119,7 +119,7 @@ async fn trimmed_by_others(product: Product) {
     let mut acknowledge = vec!["XACK", STREAM, "agents"];
     acknowledge.extend(rest.lines().map(str::trim).filter(is_id));
     assert_eq!(server.cli(&acknowledge), "5");
-    until("another look", BOUND, async || {
+    until("another check", BOUND, async || {
         (counted(&both, "aurora_bus_account_entries", &["agents", "term=\"acknowledged\""]).await == 10).then_some(())
     })
     .await;
@@ -213,7 +213,7 @@ async fn accounts_restart_after_the_server_lost_all_data() {
     let daemon = home.start().await;
     daemon.publish(STREAM, &payloads(30)).await.expect("published");
     daemon.handled(STREAM, "siem").await;
-    until("look", BOUND, async || {
+    until("check", BOUND, async || {
         (counted(&[&daemon], "aurora_bus_account_entries", &["agents", "undelivered"]).await == 30).then_some(())
     })
     .await;

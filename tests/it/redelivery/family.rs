@@ -60,7 +60,7 @@ impl FamilySetup {
 
     async fn publish(&self, key: &str, text: &str) -> StreamName {
         let stream = self.spec.family_members.family().member(key).expect("a key");
-        self.spec.family_members.join(&*self.store, &stream).await.expect("room for one more");
+        self.spec.family_members.join(&*self.store, &stream).await.expect("room for a member");
         self.store.append(&stream, vec![new_entry(text)]).await.expect("appended");
         stream
     }
