@@ -199,7 +199,7 @@ async fn reconcile_exit_code_shows_whether_accounts_add_up() {
     until("second handling", BOUND, async || (group(&daemon, "siem").await["acknowledged"] == 60).then_some(())).await;
     let (code, output) = reconcile_within("7s", &home, &daemon, &[STREAM]);
     assert_eq!(code, Some(1), "{output}");
-    assert!(output.contains("-30 more is found than was published"), "{output}");
+    assert!(output.contains("-30 surplus entries: the group was set back"), "{output}");
     wait_for_warning(&daemon, "the account of group `siem` is off by -30").await;
     assert_eq!(reconcile(&home, &daemon, &["aurora:unknown"]).0, Some(2));
     assert_eq!(home.run(&["reconcile", "--url", "http://127.0.0.1:1"]).status.code(), Some(2));

@@ -77,7 +77,7 @@ async fn foreign_key_affects_its_stream_only_and_recovers(product: Product) {
         let parts = reqwest::get(daemon.url("/ready")).await.ok()?.text().await.ok()?;
         let parts: serde_json::Value = serde_json::from_str(&parts).expect("JSON");
         let parts = parts.to_string();
-        (parts.contains("no stream") && parts.contains(STREAM)).then_some(())
+        (parts.contains("not a stream") && parts.contains(STREAM)).then_some(())
     })
     .await;
     assert_eq!(daemon.status("/health").await, Some(StatusCode::OK));
