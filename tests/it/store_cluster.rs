@@ -178,5 +178,5 @@ async fn url_of_wrong_server_kind_is_reported() {
     let url = format!("redis-cluster://127.0.0.1:{}", server.port());
     let error = connect(&url).await.check().await.expect_err("no cluster");
     assert_eq!(error.kind(), StoreErrorKind::Unsuitable, "{error}");
-    assert!(error.to_string().contains("no part of a cluster"), "{error}");
+    assert!(error.to_string().contains("not part of a cluster"), "{error}");
 }
