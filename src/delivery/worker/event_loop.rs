@@ -2,7 +2,7 @@
 //!
 //! Every call of the store or the sink is a [task](tasks), so that none waits for another. The loop consists
 //! of parts. Each part owns one kind of task, and has two methods side by side: `start` begins the next task if it is
-//! due, and `next_due` returns when that is. Both read the same [`Conditions`], so they cannot disagree. The loop
+//! due, and `next_due` returns when that is. Both read the same facts, so they cannot disagree. The loop
 //! starts every part, then sleeps until the earliest `next_due` or the end of a task.
 //!
 //! # The life of a worker

@@ -1,7 +1,7 @@
 //! Ownership: extends the entries in flight, so that no other consumer claims them.
 //!
-//! If the process stood still, or lost its name for a while, other consumers may have claimed its entries. Then nothing
-//! goes to the sink until an extension has shown which entries are still this worker's.
+//! If the process stood still, other consumers may have claimed its entries. Then nothing goes to the sink until an
+//! extension has shown which entries are still this worker's. A lost and regained name only leads to a recovery.
 
 use std::time::Duration;
 
