@@ -204,7 +204,8 @@ impl Redeliverer {
     async fn check_due(&mut self, stop: &CancellationToken) {
         let now = Instant::now();
         if self.next_pass <= now {
-            self.next_pass = now + TICK;
+            let upcoming = self.members.values().map(|member| member.monitor.next_due()).filter(|due| *due > now);
+            self.next_pass = upcoming.fold(now + TICK, Instant::min);
         }
         let mut due: Vec<&mut Member> = self.members.values_mut().filter(|m| m.monitor.next_due() <= now).collect();
         due.sort_by_key(|member| member.monitor.next_due());
@@ -235,7 +236,10 @@ impl Redeliverer {
         self.part.ready();
         if let Some(after) = self.warning.ended() {
             let (stream, group) = self.groups.name();
-            info!(stream, group, ?after, "redelivery recovered");
+            match &self.groups {
+                MonitoredGroups::Family(_) => info!(family = stream, group, ?after, "redelivery recovered"),
+                MonitoredGroups::Stream(_) => info!(stream, group, ?after, "redelivery recovered"),
+            }
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Scheduler of the maintenance tasks: describes each stream once per interval, for all tasks together.
 //!
-//! A check hands the status of a stream to the sampler (gauges and loss detection), to the reaper and to the janitor
-//! (retention), in this order: the janitor changes the stream, so the others see the status before it.
+//! A check hands the status of a stream to the sampler (gauges and loss detection), to the janitor (retention) and to
+//! the reaper, in this order. The trim comes early, because its status must be fresh. After an unavailable store the
+//! check ends at once, so that one failing stream does not delay the others.
 //!
 //! - A declared stream is checked every 5 s.
 //! - A stream near its hard limit is checked every 500 ms.
@@ -205,12 +206,22 @@ impl Tasks {
         };
         let status = status.as_ref();
         let sampled = in_time(sampler.sample(store, spec, status)).await;
+        if is_unavailable(&sampled) {
+            return (false, sampled);
+        }
         let label = sampler.label();
-        let reaped = self.reaper.reap(store, spec, label, status).await;
         let enforced = self.janitor.enforce(store, spec, label, known_length, status).await;
+        if is_unavailable(&enforced) {
+            return (false, enforced.map(|_length| ()));
+        }
         let is_near_full = enforced.as_ref().is_ok_and(|length| spec.retention.is_near_full(*length));
-        (is_near_full, sampled.and(reaped).and(enforced.map(|_length| ())))
+        let reaped = self.reaper.reap(store, spec, label, status).await;
+        (is_near_full, sampled.and(enforced.map(|_length| ())).and(reaped))
     }
+}
+
+fn is_unavailable<T>(result: &Result<T, StoreError>) -> bool {
+    result.as_ref().is_err_and(|error| error.kind() == StoreErrorKind::Unavailable)
 }
 
 /// Logs the result of a check: a warning now and then while any stream fails, and one line after all have recovered.

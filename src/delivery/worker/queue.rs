@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use crate::delivery::config::GroupConfig;
-use crate::delivery::ordering::{OrderingHash, OrderBy, Ordering};
+use crate::delivery::ordering::{OrderBy, Ordering, OrderingHash};
 use crate::event::{Delivery, Entry, EntryId};
 
 /// The key of an entry. Entries with the same key go to the sink one after another.
