@@ -95,24 +95,38 @@ pub(super) struct Writer {
     pub(super) numbers: RowNumbers,
     clock: SteadyClock,
     recent: RecentChunks,
-    /// The current `synchronous` setting of the connection.
-    is_synchronous: Option<bool>,
-    /// The time of the first commit that was not synced.
-    pub(super) unsynced_since: Option<Instant>,
-    /// Whether a sync failed, so that only a completed checkpoint makes the write-ahead log trustworthy again.
-    pub(super) is_log_in_doubt: bool,
+    wal: WalState,
+    pruning: KeyPruning,
     /// Whether memory may differ from the tables, because reading them back failed.
     is_stale: bool,
-    pub(super) unchecked_bytes: usize,
-    pub(super) checkpoint_bytes: usize,
-    pub(super) has_keys: bool,
-    pub(super) pruned_at: Instant,
     marks: Watermarks,
     /// The indexes of streams with appends since the last sync.
     unmarked: BTreeSet<usize>,
     pub(super) reserve: Reserve,
     /// Warnings for the operator.
     pub(super) warnings: Vec<String>,
+}
+
+/// The state of the write-ahead log.
+#[derive(Debug)]
+struct WalState {
+    /// The current `synchronous` setting of the connection.
+    is_synchronous: Option<bool>,
+    /// The time of the first commit that was not synced.
+    unsynced_since: Option<Instant>,
+    /// Whether a sync failed, so that only a completed checkpoint makes the log reliable again.
+    is_uncertain: bool,
+    /// The bytes written since the last checkpoint.
+    bytes: usize,
+    /// The bytes after which a checkpoint is due.
+    checkpoint_bytes: usize,
+}
+
+/// The pruning of idempotency keys.
+#[derive(Debug)]
+struct KeyPruning {
+    has_keys: bool,
+    pruned_at: Instant,
 }
 
 /// The work of the next commit besides writing changed streams.
@@ -180,14 +194,15 @@ impl Writer {
             numbers: RowNumbers::default(),
             clock: SteadyClock { base_ms: now_ms(), base: Instant::now() },
             recent: RecentChunks::new(options.recent_bytes),
-            is_synchronous: None,
-            unsynced_since: None,
-            is_log_in_doubt: false,
+            wal: WalState {
+                is_synchronous: None,
+                unsynced_since: None,
+                is_uncertain: false,
+                bytes: left_in_log,
+                checkpoint_bytes: if half == 0 { CHECKPOINT_BYTES } else { half.min(CHECKPOINT_BYTES) },
+            },
+            pruning: KeyPruning { has_keys: true, pruned_at: Instant::now() },
             is_stale: false,
-            unchecked_bytes: left_in_log,
-            checkpoint_bytes: if half == 0 { CHECKPOINT_BYTES } else { half.min(CHECKPOINT_BYTES) },
-            has_keys: true,
-            pruned_at: Instant::now(),
             marks: Watermarks::open(&folder.join(MARKS)),
             unmarked: BTreeSet::new(),
             reserve,
@@ -200,7 +215,7 @@ impl Writer {
     /// Runs until the queue is closed and empty.
     pub(super) fn run(mut self, queue: &WriteQueue) {
         loop {
-            let deadline = match (self.syncing, self.unsynced_since) {
+            let deadline = match (self.syncing, self.wal.unsynced_since) {
                 (Syncing::Every(interval), Some(since)) => Some(since + interval),
                 _ => None,
             };
@@ -303,12 +318,12 @@ impl Writer {
         self.touched = touched;
         result?;
         if !staged.keys.is_empty() {
-            self.has_keys = true;
+            self.pruning.has_keys = true;
         }
-        self.unchecked_bytes += COMMIT_BYTES + staged.bytes;
+        self.wal.bytes += COMMIT_BYTES + staged.bytes;
         self.unmarked.extend(chunks.iter().map(|chunk| chunk.place));
         self.publish(chunks);
-        if self.unsynced_since.is_none() {
+        if self.wal.unsynced_since.is_none() {
             self.mark();
         }
         Ok(())
@@ -400,13 +415,13 @@ impl Writer {
         let is_synchronous = is_durable && matches!(self.syncing, Syncing::Each);
         let result = self.try_transaction(is_synchronous, write);
         match &result {
-            Ok(()) if is_synchronous => self.unsynced_since = None,
+            Ok(()) if is_synchronous => self.wal.unsynced_since = None,
             Ok(()) => {
-                self.unsynced_since.get_or_insert_with(Instant::now);
+                self.wal.unsynced_since.get_or_insert_with(Instant::now);
             }
             Err(error) => {
                 if error.sqlite_error_code() == Some(rusqlite::ErrorCode::SystemIoFailure) {
-                    self.is_log_in_doubt = true;
+                    self.wal.is_uncertain = true;
                 }
                 if !self.connection.is_autocommit()
                     && let Err(error) = self.connection.execute_batch("ROLLBACK")
@@ -424,11 +439,11 @@ impl Writer {
         is_synchronous: bool,
         write: impl FnOnce(&Connection) -> rusqlite::Result<()>,
     ) -> rusqlite::Result<()> {
-        if self.is_synchronous != Some(is_synchronous) {
-            self.is_synchronous = None;
+        if self.wal.is_synchronous != Some(is_synchronous) {
+            self.wal.is_synchronous = None;
             let level = if is_synchronous { "FULL" } else { "NORMAL" };
             self.connection.execute_batch(&format!("PRAGMA synchronous = {level}"))?;
-            self.is_synchronous = Some(is_synchronous);
+            self.wal.is_synchronous = Some(is_synchronous);
         }
         self.connection.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
         write(&self.connection)?;
@@ -440,7 +455,7 @@ impl Writer {
     /// After a failed sync the kernel may have dropped pages that it still returns to readers. The log is reliable again
     /// when everything is in the database file and the file is synced.
     pub(super) fn trust_log(&mut self) -> Result<(), StoreError> {
-        if self.is_log_in_doubt {
+        if self.wal.is_uncertain {
             if !self.connection.is_autocommit() {
                 // The failed call may have left a transaction open. The checkpoint fails if the rollback did.
                 self.connection.execute_batch("ROLLBACK").ok();
@@ -453,7 +468,7 @@ impl Writer {
                 let message = "cannot write: readers still use the write-ahead log after a failed sync, retry later";
                 return Err(StoreError::new(StoreErrorKind::Unavailable, message));
             }
-            self.is_log_in_doubt = false;
+            self.wal.is_uncertain = false;
         }
         Ok(())
     }

@@ -49,7 +49,7 @@ impl Writer {
     /// Runs the work that no caller waits for.
     pub(crate) fn run_maintenance(&mut self) {
         self.sync_if_due(false);
-        if self.has_keys && self.pruned_at.elapsed() >= PRUNE_EVERY {
+        if self.pruning.has_keys && self.pruning.pruned_at.elapsed() >= PRUNE_EVERY {
             self.prune_keys();
         }
         if self.shared.is_checkpointed.swap(false, Ordering::AcqRel) {
@@ -58,15 +58,15 @@ impl Writer {
                 tracing::warn!(error = %error, "checkpoint of the embedded store failed, its write-ahead log grows");
             }
         }
-        if self.unchecked_bytes >= self.checkpoint_bytes {
-            self.unchecked_bytes = 0;
+        if self.wal.bytes >= self.wal.checkpoint_bytes {
+            self.wal.bytes = 0;
             self.shared.ask_for_checkpoint();
         }
     }
 
     pub(crate) fn sync_if_due(&mut self, is_last: bool) {
         let Syncing::Every(interval) = self.syncing else { return };
-        if self.unsynced_since.is_none_or(|since| !is_last && since.elapsed() < interval) {
+        if self.wal.unsynced_since.is_none_or(|since| !is_last && since.elapsed() < interval) {
             return;
         }
         let synced = self.trust_log().and_then(|()| {
@@ -78,12 +78,12 @@ impl Writer {
         });
         match synced {
             Ok(()) => {
-                self.unsynced_since = None;
+                self.wal.unsynced_since = None;
                 self.mark();
             }
             Err(error) => {
-                self.is_log_in_doubt = true;
-                self.unsynced_since = Some(Instant::now());
+                self.wal.is_uncertain = true;
+                self.wal.unsynced_since = Some(Instant::now());
                 tracing::error!(error = %error, "the embedded store could not sync accepted entries");
             }
         }
@@ -100,9 +100,9 @@ impl Writer {
         match result {
             // There may be more keys: continue after the next batch.
             Ok(()) if pruned.get() == PRUNE_KEYS as usize => {}
-            Ok(()) => self.pruned_at = Instant::now(),
+            Ok(()) => self.pruning.pruned_at = Instant::now(),
             Err(error) => {
-                self.pruned_at = Instant::now();
+                self.pruning.pruned_at = Instant::now();
                 tracing::debug!(error = %error, "pruning of idempotency keys failed");
             }
         }
@@ -171,7 +171,7 @@ impl Writer {
             }
             run.iter().skip(refs.len()).try_for_each(|chunk| schema::delete_chunk(connection, chunk))
         })?;
-        self.unchecked_bytes += refs.iter().map(|chunk| chunk.bytes as usize).sum::<usize>();
+        self.wal.bytes += refs.iter().map(|chunk| chunk.bytes as usize).sum::<usize>();
         let mut log = self.streams[place].published.log();
         let all = log.chunks.len();
         log.replace(all - run.len()..all, refs);
