@@ -3,7 +3,7 @@
 //! Owns the configured API keys and token issuers, the scopes, the tickets, and the limits of what each principal can
 //! read: the entries of its tenant that pass its own filter. Promises that a principal never reads other entries, and
 //! that no credentials are printed. Knows neither HTTP nor the routes: `http` reads the credentials from a request, and
-//! each route checks the [`Principal`].
+//! each route checks the `Principal`.
 
 mod config;
 mod error;
