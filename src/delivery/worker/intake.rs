@@ -189,7 +189,7 @@ impl Intake {
             let from = self.ack_floor.as_ref().map(|floor| floor.id.to_string());
             warn!(?from, "group was missing, made again");
         } else if is_new {
-            info!("group made");
+            info!("group created");
         }
         self.was_ensured = true;
         self.note_ack_floor(ack_floor);
