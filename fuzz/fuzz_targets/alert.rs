@@ -1,4 +1,4 @@
-//! Payloads as publishers send them, and the view of alerts that filters read.
+//! Payloads of producers, and the alert view that filters read.
 #![no_main]
 
 use aurora_bus::event::{AlertView, NewEntry, NewEvent, field};

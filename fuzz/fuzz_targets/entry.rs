@@ -1,4 +1,4 @@
-//! Entries as the embedded store keeps them, and the records of dead letters within them.
+//! Entries in the format of the embedded store, and the dead letters in them.
 #![no_main]
 
 use aurora_bus::event::{DeadLetter, Entry};

@@ -1,4 +1,4 @@
-//! What a WebSocket client sends, in pieces of any size.
+//! Input of a WebSocket client, in pieces of any size.
 #![no_main]
 
 use aurora_bus::relay::fuzz_inbound;

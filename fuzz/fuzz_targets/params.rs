@@ -1,8 +1,8 @@
-//! What a client asks for in the query of its URL and as a filter, and the texts of ids, names and positions.
+//! Queries and filters of clients, and the text forms of ids, names and positions.
 #![no_main]
 
-use aurora_bus::event::{EntryId, GroupName, Position, Severity, StreamName};
-use aurora_bus::relay::{Filter, SubscribeParams};
+use aurora_bus::event::{EntryId, Filter, GroupName, Position, Severity, StreamName};
+use aurora_bus::relay::SubscribeParams;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {

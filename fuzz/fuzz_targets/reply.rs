@@ -1,4 +1,4 @@
-//! Replies of a Redis server, from the bytes on the wire to the values of the store.
+//! Replies of a Redis server, from the bytes to the values of the store.
 #![no_main]
 
 use aurora_bus::store::redis::fuzz_reply;
