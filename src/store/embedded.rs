@@ -82,7 +82,7 @@ impl Shared {
         self.made.send_replace(());
     }
 
-    fn ask_for_checkpoint(&self) {
+    fn request_checkpoint(&self) {
         if let Some(checkpoints) = &*self.checkpoints.read().unwrap_or_else(PoisonError::into_inner) {
             // A request that is already queued covers this one.
             checkpoints.try_send(()).ok();
@@ -255,10 +255,10 @@ impl Store for EmbeddedStore {
 
     async fn wait_any(
         &self,
-        places: &[(StreamName, EntryId)],
+        positions: &[(StreamName, EntryId)],
         wait: Duration,
     ) -> Result<Vec<(StreamName, EntryId)>, StoreError> {
-        self.wait_for_any(places, wait).await
+        self.wait_for_any(positions, wait).await
     }
 
     async fn ensure_group(&self, stream: &StreamName, group: &GroupName, start: Start) -> Result<bool, StoreError> {
@@ -274,9 +274,9 @@ impl Store for EmbeddedStore {
             if let Some(newest) = &mut newest {
                 newest.mark_unchanged();
             }
-            let (asked, may_work) = (cursor.clone(), self.leases.guard(cursor));
+            let (fetching, check_lease) = (cursor.clone(), self.leases.lease_check(cursor));
             let delivered_at = Instant::now();
-            let taken = self.call(0, move |writer| may_work().and_then(|()| writer.fetch(&asked, limit))).await?;
+            let taken = self.call(0, move |writer| check_lease().and_then(|()| writer.fetch(&fetching, limit))).await?;
             let is_done = !taken.entries.is_empty() || limit == 0;
             let Some(newest) = newest.as_mut().filter(|_| !is_done) else {
                 return Ok(deliver(&cursor.stream, taken, delivered_at)?.claimed.deliveries);
@@ -289,8 +289,8 @@ impl Store for EmbeddedStore {
 
     async fn claim(&self, cursor: &Cursor, ids: &[EntryId], idle: Duration) -> Result<Claimed, StoreError> {
         let (asked, ids, delivered_at) = (cursor.clone(), ids.to_vec(), Instant::now());
-        let may_work = self.leases.guard(cursor);
-        let claim = move |writer: &mut Writer| may_work().and_then(|()| writer.claim(&asked, &ids, millis(idle)));
+        let check_lease = self.leases.lease_check(cursor);
+        let claim = move |writer: &mut Writer| check_lease().and_then(|()| writer.claim(&asked, &ids, millis(idle)));
         let taken = self.call(0, claim).await?;
         Ok(deliver(&cursor.stream, taken, delivered_at)?.claimed)
     }
@@ -304,9 +304,9 @@ impl Store for EmbeddedStore {
         isolation: IsolationLimits,
     ) -> Result<Reclaimed, StoreError> {
         let (asked, delivered_at) = (cursor.clone(), Instant::now());
-        let may_work = self.leases.guard(cursor);
+        let check_lease = self.leases.lease_check(cursor);
         let reclaim = move |writer: &mut Writer| {
-            may_work().and_then(|()| writer.reclaim(&asked, millis(idle), from, limit, isolation))
+            check_lease().and_then(|()| writer.reclaim(&asked, millis(idle), from, limit, isolation))
         };
         let taken = self.call(0, reclaim).await?;
         deliver(&cursor.stream, taken, delivered_at)
@@ -348,13 +348,14 @@ impl Store for EmbeddedStore {
             };
             Settle { id: settlement.delivery.entry.id, how }
         });
-        let (cursor, endings, may_work) = (cursor.clone(), endings.collect::<Vec<_>>(), self.leases.guard(cursor));
-        self.call(bytes, move |writer| may_work().map(|()| writer.settle(&cursor, &endings))).await
+        let (cursor, endings, check_lease) =
+            (cursor.clone(), endings.collect::<Vec<_>>(), self.leases.lease_check(cursor));
+        self.call(bytes, move |writer| check_lease().map(|()| writer.settle(&cursor, &endings))).await
     }
 
     async fn extend(&self, cursor: &Cursor, ids: &[EntryId]) -> Result<Vec<EntryId>, StoreError> {
-        let (cursor, ids, may_work) = (cursor.clone(), ids.to_vec(), self.leases.guard(cursor));
-        self.call(0, move |writer| may_work().map(|()| writer.extend(&cursor, &ids))).await
+        let (cursor, ids, check_lease) = (cursor.clone(), ids.to_vec(), self.leases.lease_check(cursor));
+        self.call(0, move |writer| check_lease().map(|()| writer.extend(&cursor, &ids))).await
     }
 
     async fn settle_by_receipt(
@@ -363,8 +364,8 @@ impl Store for EmbeddedStore {
         actions: &[(Receipt, ReceiptAction)],
     ) -> Result<Vec<bool>, StoreError> {
         let (cursor, actions) = (cursor.clone(), actions.to_vec());
-        let may_work = self.leases.guard(&cursor);
-        self.call(0, move |writer| may_work().and_then(|()| writer.settle_by_receipt(&cursor, &actions))).await
+        let check_lease = self.leases.lease_check(&cursor);
+        self.call(0, move |writer| check_lease().and_then(|()| writer.settle_by_receipt(&cursor, &actions))).await
     }
 
     async fn pending(

@@ -84,7 +84,7 @@ impl HardLimits {
     pub fn check(&self, stream: &StreamName) -> Result<(), StoreError> {
         let Some(limit) = self.of(stream) else { return Ok(()) };
         limit.reserve(stream, 1)?;
-        limit.give_back(1);
+        limit.release(1);
         Ok(())
     }
 
@@ -111,7 +111,7 @@ impl HardLimits {
             // Other entries may have been stored as well: the next report corrects the length.
             Err(error) => count.saturating_sub(error.stored()),
         };
-        limit.give_back(not_stored);
+        limit.release(not_stored);
         result
     }
 }
@@ -127,7 +127,7 @@ impl Limit {
         if length.saturating_add(entries) <= self.hard_max_len {
             return Ok(());
         }
-        self.give_back(entries);
+        self.release(entries);
         let holder = self.holder.lock().unwrap_or_else(PoisonError::into_inner);
         let why = match &*holder {
             Some(group) => format!("group `{group}` has not settled the oldest one"),
@@ -141,7 +141,7 @@ impl Limit {
         Err(StoreError::new(StoreErrorKind::Full, message))
     }
 
-    fn give_back(&self, entries: u64) {
+    fn release(&self, entries: u64) {
         let less = |length: u64| Some(length.saturating_sub(entries));
         // Cannot fail: the closure always returns a value.
         self.length.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).ok();
@@ -161,7 +161,7 @@ mod tests {
         let error = limit.reserve(&stream, 2).expect_err("no room");
         assert_eq!(error.kind(), StoreErrorKind::Full);
         limit.reserve(&stream, 1).expect("room");
-        limit.give_back(1);
+        limit.release(1);
         limit.reserve(&stream, 1).expect("room");
         let known = limits.known(&stream);
         limits.report(&stream, known, 3, Some("siem".parse().expect("a valid name")));

@@ -124,10 +124,10 @@ impl Store for MeteredStore {
 
     async fn wait_any(
         &self,
-        places: &[(StreamName, EntryId)],
+        positions: &[(StreamName, EntryId)],
         wait: Duration,
     ) -> Result<Vec<(StreamName, EntryId)>, StoreError> {
-        self.counted("news", self.inner.wait_any(places, wait).await)
+        self.counted("news", self.inner.wait_any(positions, wait).await)
     }
 
     async fn ensure_group(&self, stream: &StreamName, group: &GroupName, start: Start) -> Result<bool, StoreError> {

@@ -174,7 +174,7 @@ impl RedisStore {
     fn record_size(&self, stream: &StreamName, read: Result<Vec<Entry>, Failure>) -> Result<Vec<Entry>, Failure> {
         match &read {
             Ok(entries) => self.reply_sizes.learn(stream, entries),
-            Err(failure) if *failure == Failure::timeout() => self.reply_sizes.doubt(stream),
+            Err(failure) if *failure == Failure::timeout() => self.reply_sizes.record_timeout(stream),
             Err(_) => {}
         }
         read
@@ -291,11 +291,12 @@ impl Store for RedisStore {
 
     async fn wait_any(
         &self,
-        places: &[(StreamName, EntryId)],
+        positions: &[(StreamName, EntryId)],
         wait: Duration,
     ) -> Result<Vec<(StreamName, EntryId)>, StoreError> {
-        let outcome = self.wait_for_any(places, wait.min(MAX_WAIT)).await;
-        outcome.map_err(|failure| failure.because(format_args!("cannot wait for entries of {} streams", places.len())))
+        let outcome = self.wait_for_any(positions, wait.min(MAX_WAIT)).await;
+        outcome
+            .map_err(|failure| failure.because(format_args!("cannot wait for entries of {} streams", positions.len())))
     }
 
     async fn ensure_group(&self, stream: &StreamName, group: &GroupName, start: Start) -> Result<bool, StoreError> {

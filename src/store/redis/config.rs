@@ -149,7 +149,7 @@ pub enum InvalidRedisConfig {
     /// A number or duration of zero.
     #[error("{0} must be greater than zero")]
     Zero(&'static str),
-    /// A file can't be read.
+    /// A file cannot be read.
     #[error("{key}: cannot read {path}", path = path.display())]
     File {
         /// The setting that names it.

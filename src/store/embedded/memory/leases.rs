@@ -58,7 +58,7 @@ impl Leases {
     /// Returns a check that fails after the cursor's lease was lost.
     ///
     /// Run the check on the writer's thread: there, an operation that passes it runs before any call of a later holder.
-    pub(crate) fn guard(&self, cursor: &Cursor) -> impl Fn() -> Result<(), StoreError> + Send + 'static {
+    pub(crate) fn lease_check(&self, cursor: &Cursor) -> impl Fn() -> Result<(), StoreError> + Send + 'static {
         let required = cursor.lease.clone().map(|lease| (self.clone(), cursor.stream.clone(), lease));
         move || match &required {
             Some((leases, stream, lease)) if !leases.lock().holds(stream, lease) => {

@@ -60,7 +60,7 @@ impl Writer {
         }
         if self.wal.bytes >= self.wal.checkpoint_bytes {
             self.wal.bytes = 0;
-            self.shared.ask_for_checkpoint();
+            self.shared.request_checkpoint();
         }
     }
 

@@ -41,7 +41,7 @@ impl ReplySizer {
     }
 
     /// Records that a reply did not arrive in time: it may have been too large.
-    pub(crate) fn doubt(&self, stream: &StreamName) {
+    pub(crate) fn record_timeout(&self, stream: &StreamName) {
         let mut sizes = self.lock();
         let known = sizes.entry(stream.clone()).or_insert(ASSUMED);
         *known = (*known).max(ASSUMED).saturating_mul(8).min(REPLY_BYTES);
@@ -83,7 +83,7 @@ mod tests {
         let mut asked = Vec::new();
         for _ in 0..5 {
             asked.push(sizes.bounded(&stream, 500));
-            sizes.doubt(&stream);
+            sizes.record_timeout(&stream);
         }
         assert_eq!(asked, [500, 64, 8, 1, 1]);
     }

@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_url_may_name_sentinels_or_nodes() {
+    fn url_with_several_hosts_is_parsed() {
         let two = vec![Address::new("a.example", 26379), Address::new("::1", 5)];
         let service = "soc main".to_owned();
         let sentinel = "rediss-sentinel://bob:p%40ss@a.example,[::1]:5/soc%20main/3";
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_that_does_not_know_its_name_is_where_it_was_asked() {
+    fn node_without_a_name_has_the_requested_address() {
         let asked = Address::new("10.0.0.1", 7000);
         assert_eq!(Address::reported(":7001", &asked), Some(Address::new("10.0.0.1", 7001)));
         assert_eq!(Address::reported("fd00::2:7002", &asked), Some(Address::new("fd00::2", 7002)));

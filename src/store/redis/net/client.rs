@@ -208,7 +208,7 @@ impl RoutedClient {
             return connection.call(command, arguments, limit, false).await;
         }
         let leased = self.lease(route).await?;
-        let answer = leased.connection.ask(true, command, arguments, limit, false).await;
+        let answer = leased.connection.call_asking(true, command, arguments, limit, false).await;
         self.shared.pool.release(leased);
         answer
     }
@@ -277,8 +277,10 @@ impl Readers {
         loop {
             self.link.up(&route.address).await?;
             let leased = self.pool.take(&route.address).await?;
-            let answer =
-                leased.connection.ask(route.is_asking, command, arguments.clone(), limit, !wait.is_zero()).await;
+            let answer = leased
+                .connection
+                .call_asking(route.is_asking, command, arguments.clone(), limit, !wait.is_zero())
+                .await;
             self.pool.release(leased);
             match answer {
                 Err(failure) => route = shared.servers.after(&route, failure)?,

@@ -204,7 +204,7 @@ impl Connection {
     }
 
     /// Sends one command, after ASKING if the server requires it. No other command may be sent in between.
-    pub(crate) async fn ask(
+    pub(crate) async fn call_asking(
         &self,
         is_asking: bool,
         command: &'static str,
@@ -237,12 +237,12 @@ impl Connection {
             add(&mut all);
             all
         };
-        match self.ask(is_asking, "EVALSHA", arguments(), limit, false).await {
+        match self.call_asking(is_asking, "EVALSHA", arguments(), limit, false).await {
             Err(failure) if failure.is_unknown_script => {
                 let mut load = Arguments::with_capacity(2);
                 load.text("LOAD").name(script.source());
                 self.call("SCRIPT", load, limit, false).await?;
-                self.ask(is_asking, "EVALSHA", arguments(), limit, false).await
+                self.call_asking(is_asking, "EVALSHA", arguments(), limit, false).await
             }
             answer => answer,
         }

@@ -67,7 +67,7 @@ pub(crate) async fn confirm(
         // If all entries were duplicates, this connection has written nothing to wait for. So it writes a key.
         let mut mark = Arguments::with_capacity(4);
         mark.bytes(keys::mark(stream)).text("1").text("PX").display(&MARK_KEPT_MS);
-        connection.ask(is_asking, "SET", mark, settings.command_timeout, false).await.map_err(lost)?;
+        connection.call_asking(is_asking, "SET", mark, settings.command_timeout, false).await.map_err(lost)?;
     }
     if wanted.fsync {
         match wait_for_disk(connection, settings.wait_timeout).await {

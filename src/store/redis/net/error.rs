@@ -306,30 +306,31 @@ mod tests {
     }
 
     #[test]
-    fn an_error_says_what_was_tried_and_what_is_wrong() {
+    fn error_contains_operation_and_reason() {
         let error = Failure::from_reply("LOADING …").because("cannot append to stream `x`");
         assert_eq!(error.to_string(), "cannot append to stream `x`: the server is loading its data");
     }
 
     #[test]
-    fn a_cluster_names_the_node_for_a_key() {
+    fn redirect_has_the_address_of_the_node() {
         let asked = Address::new("10.0.0.1", 7000);
-        let told = |text| Failure::from_reply_of(&asked, text).redirect.map(|there| (there.address, there.is_asking));
-        assert_eq!(told("MOVED 3999 10.0.0.2:7001"), Some((Address::new("10.0.0.2", 7001), false)));
-        assert_eq!(told("ASK 3999 :7002"), Some((Address::new("10.0.0.1", 7002), true)));
-        assert_eq!(told("MOVED"), None);
-        assert_eq!(told("ERR syntax error"), None);
+        let redirect_of =
+            |text| Failure::from_reply_of(&asked, text).redirect.map(|there| (there.address, there.is_asking));
+        assert_eq!(redirect_of("MOVED 3999 10.0.0.2:7001"), Some((Address::new("10.0.0.2", 7001), false)));
+        assert_eq!(redirect_of("ASK 3999 :7002"), Some((Address::new("10.0.0.1", 7002), true)));
+        assert_eq!(redirect_of("MOVED"), None);
+        assert_eq!(redirect_of("ERR syntax error"), None);
     }
 
     #[test]
-    fn errors_of_the_system_are_told_in_its_words() {
-        let told = |details: &'static str| Failure::from(FredError::new(FredKind::IO, details)).reason;
+    fn system_errors_keep_their_message() {
+        let reason_of = |details: &'static str| Failure::from(FredError::new(FredKind::IO, details)).reason;
         let refused = "Os { code: 111, kind: ConnectionRefused, message: \"Connection refused\" }";
-        assert_eq!(told(refused), "no connection to the server: Connection refused");
+        assert_eq!(reason_of(refused), "no connection to the server: Connection refused");
         let unknown = "Custom { kind: Uncategorized, error: \"failed to lookup address information: Name or service \
                        not known\" }";
-        assert!(told(unknown).contains("its name cannot be resolved"), "{}", told(unknown));
+        assert!(reason_of(unknown).contains("its name cannot be resolved"), "{}", reason_of(unknown));
         let issuer = "Custom { kind: InvalidData, error: InvalidCertificate(UnknownIssuer) }";
-        assert!(told(issuer).contains("(set store.redis.ca_file)"), "{}", told(issuer));
+        assert!(reason_of(issuer).contains("(set store.redis.ca_file)"), "{}", reason_of(issuer));
     }
 }

@@ -305,31 +305,31 @@ async fn find(settings: &Settings, known: Option<&SlotMap>) -> Result<SlotMap, F
     if let Some(best) = best {
         return Ok(best.map);
     }
-    let who = match settings.topology {
+    let subject = match settings.topology {
         Topology::Sentinel { .. } => "no sentinel named the primary",
         Topology::Single(_) | Topology::Cluster(_) => "no node of the cluster replied",
     };
     let kind = failures.iter().find(|failure| failure.kind != StoreErrorKind::Unavailable).map(|failure| failure.kind);
     let reasons = failures.into_iter().map(|failure| failure.reason).collect::<Vec<_>>().join("; ");
-    Err(Failure::new(kind.unwrap_or(StoreErrorKind::Unavailable), format!("{who}: {reasons}")))
+    Err(Failure::new(kind.unwrap_or(StoreErrorKind::Unavailable), format!("{subject}: {reasons}")))
 }
 
 /// Asks a sentinel for the primary.
 async fn sentinel(settings: &Settings, address: &Address, service: &str) -> Result<TopologyReply, Failure> {
-    let told = |failure: Failure| match failure.kind {
+    let with_key = |failure: Failure| match failure.kind {
         StoreErrorKind::Denied => {
             let reason = format!("the sentinel: {} (store.redis.sentinel_password)", failure.reason);
             Failure { reason, ..failure }
         }
         _ => failure,
     };
-    let (connection, _router) = Connection::open(settings, address, Purpose::Sentinel).await.map_err(told)?;
+    let (connection, _router) = Connection::open(settings, address, Purpose::Sentinel).await.map_err(with_key)?;
     let ask = |what: &'static str| {
         let mut arguments = Arguments::with_capacity(2);
         arguments.text(what).name(service);
         connection.call("SENTINEL", arguments, REPLY_TIMEOUT, false)
     };
-    let primary = ask("GET-MASTER-ADDR-BY-NAME").await.map_err(told)?;
+    let primary = ask("GET-MASTER-ADDR-BY-NAME").await.map_err(with_key)?;
     if primary.is_nil() {
         let reason = format!("the sentinel does not know the service `{service}` (store.redis.url)");
         return Err(Failure::new(StoreErrorKind::Unsuitable, reason));
@@ -394,7 +394,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_map_knows_the_server_of_each_slot_and_where_there_is_none() {
+    fn slot_map_returns_server_or_none() {
         let (one, two) = (Address::new("one", 1), Address::new("two", 2));
         let ranges = vec![(0, 99, one.clone()), (200, 299, two.clone()), (300, 16383, one.clone())];
         let map = SlotMap { ranges, others: BTreeSet::new() };

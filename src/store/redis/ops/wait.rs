@@ -24,31 +24,31 @@ const POLL_PER_STREAM: Duration = Duration::from_micros(400);
 impl RedisStore {
     pub(crate) async fn wait_for_any(
         &self,
-        places: &[(StreamName, EntryId)],
+        positions: &[(StreamName, EntryId)],
         wait: Duration,
     ) -> Result<Vec<(StreamName, EntryId)>, Failure> {
-        if places.is_empty() {
+        if positions.is_empty() {
             sleep(wait).await;
             return Ok(Vec::new());
         }
         if self.servers.is_cluster() {
-            return self.ask_for_news(places, wait).await;
+            return self.poll(positions, wait).await;
         }
         // There is one server for all keys.
-        let first = places[0].0.as_str().as_bytes();
-        let answer = self.readers.read("XREAD", first, read(places, wait), wait).await?;
+        let first = positions[0].0.as_str().as_bytes();
+        let answer = self.readers.read("XREAD", first, read(positions, wait), wait).await?;
         let ready = answer.ends_of_streams()?;
         let newest = |(stream, found)| async move { self.newest(stream, found).await };
         stream::iter(ready).map(newest).buffer_unordered(AT_A_TIME).try_collect().await
     }
 
-    async fn ask_for_news(
+    async fn poll(
         &self,
-        places: &[(StreamName, EntryId)],
+        positions: &[(StreamName, EntryId)],
         wait: Duration,
     ) -> Result<Vec<(StreamName, EntryId)>, Failure> {
         let deadline = Instant::now() + wait;
-        let pause = POLL + POLL_PER_STREAM * u32::try_from(places.len()).unwrap_or(u32::MAX);
+        let pause = POLL + POLL_PER_STREAM * u32::try_from(positions.len()).unwrap_or(u32::MAX);
         let ask = |place: &(StreamName, EntryId)| {
             let place = place.clone();
             async move {
@@ -61,7 +61,7 @@ impl RedisStore {
             }
         };
         loop {
-            let asked = stream::iter(places).map(ask).buffer_unordered(AT_A_TIME);
+            let asked = stream::iter(positions).map(ask).buffer_unordered(AT_A_TIME);
             let news: Vec<_> = asked.try_filter_map(|news| async move { Ok(news) }).try_collect().await?;
             if !news.is_empty() || Instant::now() + pause >= deadline {
                 return Ok(news);
@@ -80,15 +80,15 @@ impl RedisStore {
     }
 }
 
-fn read(places: &[(StreamName, EntryId)], wait: Duration) -> Arguments {
-    let mut arguments = Arguments::with_capacity(5 + 2 * places.len());
+fn read(positions: &[(StreamName, EntryId)], wait: Duration) -> Arguments {
+    let mut arguments = Arguments::with_capacity(5 + 2 * positions.len());
     arguments.text("COUNT").text("1");
     block(&mut arguments, wait);
     arguments.text("STREAMS");
-    for (stream, _) in places {
+    for (stream, _) in positions {
         arguments.bytes(key(stream));
     }
-    for (_, after) in places {
+    for (_, after) in positions {
         arguments.display(after);
     }
     arguments
